@@ -1,0 +1,102 @@
+"""The ``rdlm`` command: the one composition root. Commands are named by string and imported only when they run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import Abort, TyperException
+
+from rdlm import __version__
+from rdlm.errors import UserError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "data": ("train.data_cli:app", "Turn text into tokenised, memory-mapped shards."),
+    "train": ("train.cli:app", "Train a model from a config, on one process or under DeepSpeed."),
+    "generate": ("serve.generate_cli:app", "Continue a prompt from a checkpoint, without a server."),
+    "serve": ("serve.cli:app", "Serve a checkpoint over an OpenAI-compatible HTTP interface."),
+    "eval": ("eval.cli:app", "Measure a checkpoint, for instance its held-out NLL against the core steps K."),
+}
+"""Command name -> (``module:typer app``, one line of help)."""
+
+EXAMPLE = "Example: rdlm data prepare embedded --out data/demo && rdlm train configs/demo.yaml && rdlm serve --checkpoint runs/demo/export"
+
+
+def load_command(name: str) -> Any:
+    """The command of that name, imported now. Raises UserError if a package it needs is not installed."""
+    module_name, _, attribute = COMMANDS[name][0].partition(":")
+    try:
+        app = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "rdlm", "train", "serve", "eval"):
+            raise
+        raise UserError(f"rdlm {name}", missing, "a package this command needs is not installed", "run `make install`") from error
+    command = typer.main.get_command(app)
+    command.name = name
+    return command
+
+
+class LazyGroup(TyperGroup):
+    """Lists every command from the table; imports the one that is run (or completed)."""
+
+    def __init__(self, **attrs: Any) -> None:
+        super().__init__(**attrs)
+        self.commands.update({name: TyperCommand(name, help=text) for name, (_, text) in COMMANDS.items()})
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, stub, rest = super().resolve_command(ctx, args)
+        return name, stub if name is None else load_command(name), rest
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, epilog=EXAMPLE)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rdlm {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train recurrent-depth language models and serve them, with the number of core steps K chosen per request."""
+
+
+def run(program: typer.Typer, args: Sequence[str], prog_name: str) -> int:
+    """Run a typer app; returns the exit status: the user's mistake is one line on stderr and 2, Ctrl-C is 130.
+
+    Any other exception is a defect of ours and keeps its traceback. A command that returns an int sets the status with it.
+    """
+    try:
+        result = typer.main.get_command(program).main(args=list(args), prog_name=prog_name, standalone_mode=False)
+    except UserError as error:
+        return _fail(prog_name, str(error), 2)
+    except TyperException as error:  # wrong usage: unknown option, missing argument, value of the wrong type
+        context = getattr(error, "ctx", None)
+        hint = f"; see `{context.command_path} --help`" if context else ""
+        message = error.format_message()  # empty when typer has already shown the help in answer to no arguments
+        return _fail(prog_name, message.rstrip(".") + hint, error.exit_code) if message else error.exit_code
+    except Abort:
+        return _fail(prog_name, "aborted", 1)
+    except KeyboardInterrupt:
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def _fail(prog_name: str, message: str, status: int) -> int:
+    print(f"{prog_name}: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def main() -> NoReturn:
+    """Entry point of the console script; without arguments it shows the help."""
+    sys.exit(run(app, sys.argv[1:] or ["--help"], "rdlm"))
