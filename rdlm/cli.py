@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
+from pydantic import ValidationError
 from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
@@ -81,15 +82,22 @@ def run(program: typer.Typer, args: Sequence[str], prog_name: str) -> int:
     except UserError as error:
         return _fail(prog_name, str(error), 2)
     except TyperException as error:  # wrong usage: unknown option, missing argument, value of the wrong type
-        context = getattr(error, "ctx", None)
-        hint = f"; see `{context.command_path} --help`" if context else ""
-        message = error.format_message()  # empty when typer has already shown the help in answer to no arguments
-        return _fail(prog_name, message.rstrip(".") + hint, error.exit_code) if message else error.exit_code
+        return _wrong_usage(prog_name, error)
     except Abort:
         return _fail(prog_name, "aborted", 1)
     except KeyboardInterrupt:
         return 130
     return result if isinstance(result, int) else 0
+
+
+def _wrong_usage(prog_name: str, error: TyperException) -> int:
+    message = error.format_message().rstrip(".")
+    if not message:  # typer has already shown the help, in answer to no arguments
+        return error.exit_code
+    if isinstance(error.__cause__, ValidationError):  # typer's own message leaves out the value
+        message += f", got {error.__cause__.errors()[0]['input']!r}"
+    context = getattr(error, "ctx", None)
+    return _fail(prog_name, f"{message}; see `{context.command_path if context else prog_name} --help`", error.exit_code)
 
 
 def _fail(prog_name: str, message: str, status: int) -> int:

@@ -1,0 +1,101 @@
+"""The root command: lazy, quick, and one line for the user's mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+import typer
+
+from rdlm import __version__, cli
+from rdlm.errors import UserError
+
+
+def rdlm(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "rdlm", *args], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def with_command(monkeypatch: pytest.MonkeyPatch):
+    """Registers a function as the command ``probe`` of a fresh root group."""
+
+    def register(function) -> None:
+        module = types.ModuleType("probe_module")
+        module.app = typer.Typer()  # type: ignore[attr-defined]
+        module.app.command()(function)
+        monkeypatch.setitem(sys.modules, "probe_module", module)
+        monkeypatch.setitem(cli.COMMANDS, "probe", ("probe_module:app", "probe"))
+
+    return register
+
+
+def test_help_lists_every_command_without_importing_any() -> None:
+    code = (
+        "import sys; from rdlm import cli; status = cli.run(cli.app, ['--help'], 'rdlm');"
+        "heavy = {'torch', 'deepspeed', 'litestar', 'train', 'serve', 'eval'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in cli.COMMANDS)
+    assert "Example: rdlm" in done.stdout
+
+
+def test_version_and_module_entry() -> None:
+    done = rdlm("--version")
+    assert (done.returncode, done.stdout) == (0, f"rdlm {__version__}\n")
+
+
+@pytest.mark.parametrize("args", [["trian"], ["--wrong"]])
+def test_wrong_usage_is_one_line_and_status_2(args: list[str]) -> None:
+    done = rdlm(*args)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert args[0] in done.stderr and "rdlm --help" in done.stderr
+
+
+def test_user_error_is_one_line_and_status_2(with_command, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise UserError("--checkpoint", "runs/none", "no such folder", "train first")
+
+    with_command(command)
+    assert cli.run(cli.app, ["probe"], "rdlm") == 2
+    assert capsys.readouterr().err == "rdlm: error: --checkpoint='runs/none': no such folder; train first\n"
+
+
+def test_bad_option_value_names_option_and_value(with_command, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(steps: int = 1) -> None:
+        raise AssertionError("must not run")
+
+    with_command(command)
+    assert cli.run(cli.app, ["probe", "--steps", "many"], "rdlm") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--steps" in error and "many" in error and "rdlm probe --help" in error
+
+
+def test_statuses_of_interrupt_exit_and_defect(with_command) -> None:
+    def command(kind: str) -> None:
+        raise {"interrupt": KeyboardInterrupt(), "exit": typer.Exit(7), "defect": ZeroDivisionError()}[kind]
+
+    with_command(command)
+    assert cli.run(cli.app, ["probe", "interrupt"], "rdlm") == 130
+    assert cli.run(cli.app, ["probe", "exit"], "rdlm") == 7
+    with pytest.raises(ZeroDivisionError):
+        cli.run(cli.app, ["probe", "defect"], "rdlm")
+
+
+def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "needs_more.py").write_text("import a_package_that_is_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli.COMMANDS, "probe", ("needs_more:app", "probe"))
+    assert cli.run(cli.app, ["probe"], "rdlm") == 2
+    assert "a_package_that_is_not_installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_helps_with_an_example(name: str) -> None:
+    done = rdlm(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "xample" in done.stdout and f"rdlm {name}" in done.stdout

