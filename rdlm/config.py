@@ -1,0 +1,277 @@
+"""What a checkpoint is: the model's shape, its objective and its noise, as frozen pydantic models.
+
+Unknown keys are errors everywhere. This file holds no tensors and no training or serving settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from rdlm.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+class Strict(BaseModel):
+    """Base of every config: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class NoiseConfig(Strict):
+    """Variance-exploding noise on unit-norm target embeddings: z = y + sigma * eps (DiffusionBlocks App. C, EDM Table 1)."""
+
+    sigma_min: float = Field(0.002, gt=0)
+    """Lowest noise level."""
+    sigma_max: float = Field(80.0, gt=0)
+    """Highest noise level; here z says nothing about its target."""
+    p_mean: float = -1.2
+    """Mean of log sigma under the published log-normal training distribution."""
+    p_std: float = Field(1.2, gt=0)
+    """Standard deviation of log sigma."""
+    sigma_data: float = Field(0.5, gt=0)
+    """Per-coordinate scale of the clean target in the EDM coefficients; 0.5 is what the paper uses for every family."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NoiseConfig:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min ({self.sigma_min}) must be below sigma_max ({self.sigma_max})")
+        return self
+
+
+class DepthConfig(Strict):
+    """The first dial: how often the core runs in one training step, and how many of those runs carry gradient."""
+
+    distribution: Literal["fixed", "uniform", "lognormal_poisson"] = "fixed"
+    """fixed: r = mean always; uniform: r in 1..2*mean-1; lognormal_poisson: r = 1 + Poisson(LogNormal), Geiping et al. 2025."""
+    mean: int = Field(1, ge=1, le=256)
+    """Mean of r (of r - 1 for lognormal_poisson, as in the Huginn code)."""
+    spread: float = Field(0.5, ge=0, le=2)
+    """Standard deviation of log rate for lognormal_poisson."""
+    max_steps: int = Field(256, ge=1, le=1024)
+    """r is clipped here: the tail of the distribution must not exhaust memory."""
+    grad_steps: int = Field(1, ge=1, le=256)
+    """The last so many runs carry gradient (truncated backpropagation through time); 1 = a single backward pass."""
+
+
+class CorruptionConfig(Strict):
+    """The second dial: which positions see a noised copy of their target, and at which level."""
+
+    share: float = Field(0.0, ge=0, le=1)
+    """Probability that a position is noised; the others start from z = 0 and learn the prior (plain next-token) prediction."""
+    distribution: Literal["bands", "lognormal"] = "bands"
+    """bands: half log-uniform in low_band, half in high_band; lognormal: the published distribution of NoiseConfig."""
+    low_band: tuple[float, float] = (0.2, 2.0)
+    high_band: tuple[float, float] = (2.0, 80.0)
+    per: Literal["position", "sequence"] = "position"
+    """Whether each position or each sequence draws its own level."""
+
+    @model_validator(mode="after")
+    def _bands(self) -> CorruptionConfig:
+        for name in ("low_band", "high_band"):
+            low, high = getattr(self, name)
+            if not 0 < low < high:
+                raise ValueError(f"{name} must be two rising positive levels, got {(low, high)}")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "next_token": {"depth": {}, "corruption": {"share": 0.0}, "readout": "plain"},
+    "bptt": {
+        "depth": {"distribution": "lognormal_poisson", "mean": 32, "grad_steps": 8},
+        "corruption": {"share": 0.0},
+        "readout": "plain",
+    },
+    "onestep": {
+        "depth": {"distribution": "lognormal_poisson", "mean": 2, "grad_steps": 1},
+        "corruption": {"share": 0.0},
+        "readout": "plain",
+    },
+    "evidence": {"depth": {}, "corruption": {"share": 0.75}, "readout": "evidence"},
+    "single_pass": {
+        "depth": {"distribution": "lognormal_poisson", "mean": 2, "grad_steps": 1},
+        "corruption": {"share": 0.25},
+        "readout": "evidence",
+    },
+    "paper": {"depth": {}, "corruption": {"share": 1.0, "distribution": "lognormal", "per": "sequence"}, "readout": "edm"},
+}
+"""Where each named objective sits on the dials. ``single_pass`` is the default; docs/architecture.md says why."""
+
+ObjectiveName = Literal["single_pass", "onestep", "evidence", "paper", "bptt", "next_token"]
+
+
+class ObjectiveConfig(Strict):
+    """An objective by name; the name sets the dials, and each dial may be overridden."""
+
+    name: ObjectiveName = "single_pass"
+    depth: DepthConfig = DepthConfig()
+    corruption: CorruptionConfig = CorruptionConfig()
+    readout: Literal["plain", "evidence", "edm"] = "plain"
+    """plain: logits = W h. evidence: W h + a <E, z> / sigma^2. edm: logits of c_skip z + c_out h (the published form)."""
+    loss_weighting: Literal["none", "edm"] = "none"
+    """Per-position weight of the cross-entropy; edm is w(sigma) of Karras et al. 2022, applied per position."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        merged: dict[str, Any] = {"name": "single_pass", **data}
+        for key, default in PRESETS.get(str(merged["name"]), {}).items():
+            given = merged.get(key)
+            merged[key] = (
+                {**default, **given}
+                if isinstance(default, dict) and isinstance(given, Mapping)
+                else (given if given is not None else default)
+            )
+        return merged
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveConfig:
+        noisy, readout = self.corruption.share > 0, self.readout
+        if noisy and readout == "plain":
+            raise ValueError("corruption.share > 0 needs readout 'evidence' or 'edm': a plain read-out ignores the noised target")
+        if self.name == "paper" and (readout != "edm" or self.depth.mean != 1):
+            raise ValueError(
+                "objective 'paper' is one forward pass with the edm read-out; use single_pass or evidence to vary the dials"
+            )
+        if readout == "edm" and self.name != "paper":
+            raise ValueError("readout 'edm' belongs to objective 'paper'")
+        return self
+
+    @property
+    def noisy(self) -> bool:
+        """True when the model is noise-conditioned."""
+        return self.corruption.share > 0
+
+    @property
+    def k_meaning(self) -> Literal["thinking", "sampling"]:
+        """thinking: K core iterations, then one read-out. sampling: K noise levels, a read-out and a bridge at each."""
+        fixed_single = self.depth.distribution == "fixed" and self.depth.mean == 1
+        return "sampling" if fixed_single and self.noisy else "thinking"
+
+
+class HuginnConfig(Strict):
+    """Prelude, core applied K times, coda: the shape of Geiping et al. 2025 (sandwich norms, RoPE, qk-bias, gated MLP)."""
+
+    family: Literal["huginn"] = "huginn"
+    vocab_size: int = Field(ge=2)
+    d_model: int = Field(ge=8)
+    num_heads: int = Field(ge=1)
+    mlp_width: int = Field(ge=8)
+    """Width of the gated MLP (Huginn-0125: 17920 for d_model 5280)."""
+    num_prelude_layers: int = Field(2, ge=0)
+    num_core_layers: int = Field(4, ge=1)
+    num_coda_layers: int = Field(2, ge=0)
+    max_seq_len: int = Field(ge=2)
+    rope_base: float = Field(50_000.0, gt=0)
+    norm_eps: float = Field(1e-6, gt=0)
+    qk_bias: bool = True
+    tie_embeddings: bool = True
+    noise_conditioning: bool = False
+    """AdaLN on the core layers, zero-initialised. Set by the trainer from the objective."""
+    noise_embed_dim: int = Field(64, ge=8)
+    """Width of the noise-level embedding that drives AdaLN; small, so that a level per position costs a few per cent."""
+    adapter_init: Literal["identity", "random"] = "identity"
+    """identity: adapter = [0, I] (state first), so the injected embedding passes and the state starts silent."""
+    state_init: Literal["zero", "normal"] = "zero"
+    """Recurrent state before the first iteration; Huginn-0125 uses a truncated normal ("like-init")."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> HuginnConfig:
+        _check_heads(self.d_model, self.num_heads)
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
+
+
+class LlamaConfig(Strict):
+    """Pre-norm autoregressive transformer with RoPE, grouped-query attention and a gated MLP; its layers are the core."""
+
+    family: Literal["llama"] = "llama"
+    vocab_size: int = Field(ge=2)
+    d_model: int = Field(ge=8)
+    num_heads: int = Field(ge=1)
+    num_kv_heads: int | None = Field(None, ge=1)
+    """Key-value heads; None means num_heads."""
+    mlp_width: int = Field(ge=8)
+    num_layers: int = Field(ge=1)
+    max_seq_len: int = Field(ge=2)
+    rope_base: float = Field(10_000.0, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+    tie_embeddings: bool = True
+    noise_conditioning: bool = False
+    noise_embed_dim: int = Field(64, ge=8)
+
+    @model_validator(mode="after")
+    def _heads(self) -> LlamaConfig:
+        _check_heads(self.d_model, self.num_heads)
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        return self
+
+
+ModelConfig = Annotated[HuginnConfig | LlamaConfig, Field(discriminator="family")]
+
+
+def _check_heads(d_model: int, num_heads: int) -> None:
+    if d_model % num_heads or (d_model // num_heads) % 2:
+        raise ValueError(f"d_model ({d_model}) must be an even multiple of num_heads ({num_heads}): RoPE rotates pairs")
+
+
+class RecurrenceConfig(Strict):
+    """What K means for a checkpoint and which K a user may ask for; server, CLI and reports read it from here."""
+
+    default_steps: int = Field(8, ge=1)
+    max_steps: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RecurrenceConfig:
+        if self.default_steps > self.max_steps:
+            raise ValueError(f"default_steps ({self.default_steps}) exceeds max_steps ({self.max_steps})")
+        return self
+
+
+class CheckpointConfig(Strict):
+    """The ``config.json`` of a checkpoint folder."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    """Model name on the server; aliases ``name:kN`` choose K."""
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    noise: NoiseConfig = NoiseConfig()
+    recurrence: RecurrenceConfig = RecurrenceConfig()
+    step: int = Field(0, ge=0)
+    """Optimizer steps taken."""
+
+    @property
+    def estimator(self) -> str:
+        """Which of the model's token likelihoods is normalised: see rdlm/scoring.py."""
+        return "logits after K iterations" if self.objective.k_meaning == "thinking" else "logits at sigma_max with z = 0 (K = 1)"
+
+
+C = TypeVar("C")
+
+
+def parse(schema: type[C] | Any, data: Any, where: str) -> C:
+    """Validate ``data`` against a config class; raises UserError that names the first bad field, its value and the remedy."""
+    try:
+        return TypeAdapter(schema).validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(str(part) for part in first["loc"] if part not in ("huginn", "llama")) or where
+        remedy = "remove it or correct its name" if first["type"] == "extra_forbidden" else f"correct it in {where}"
+        value = first["input"] if not isinstance(first["input"], dict) else "{...}"
+        raise UserError(path, value, first["msg"].removeprefix("Value error, "), remedy) from None
+
+
+def huginn_embed_scale(d_model: int) -> float:
+    """Huginn multiplies token embeddings by sqrt(d_model) (Geiping et al. 2025, "takase" initialisation)."""
+    return math.sqrt(d_model)

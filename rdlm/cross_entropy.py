@@ -1,0 +1,81 @@
+"""Fused read-out and cross-entropy: logits exist one chunk of rows at a time, and the gradient is formed in the same visit.
+
+The idea is known from memory-efficient losses (Wijmans et al. 2024, "Cut Your Losses"; Hsu et al. 2024, Liger). With a
+vocabulary of 65,536 the logits of one 4,096-token sequence are 1 GiB in fp32; here they are a few MiB at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 20
+"""Logits held at once on a CPU: 4 MiB of fp32, the size of a second-level cache."""
+CHUNK_ELEMENTS_GPU = 1 << 26
+"""Logits held at once on a GPU, where a chunk must fill the device."""
+
+Evidence = tuple[Tensor, Tensor, Tensor]
+"""(u [N, D], table [V, D], scale []): adds scale * u @ table^T to the logits; u and table carry no gradient."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, item_weight: Tensor, u: Tensor | None, table: Tensor | None,
+        scale: Tensor | None, needs_grad: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        budget = CHUNK_ELEMENTS_GPU if hidden.is_cuda else CHUNK_ELEMENTS
+        rows = max(16, budget // weight.shape[0])
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if needs_grad else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+        d_scale = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for part in torch.arange(hidden.shape[0], device=hidden.device).split(rows):
+            rows_here = slice(int(part[0]), int(part[-1]) + 1)
+            logits = F.linear(hidden[rows_here], weight).float()  # [n, V]
+            known = None
+            if u is not None and table is not None and scale is not None:
+                known = F.linear(u[rows_here], table).float()
+                logits.add_(known * scale.float())
+            index = targets[rows_here].unsqueeze(1)
+            losses[rows_here] = logits.logsumexp(1) - logits.gather(1, index).squeeze(1)
+            if d_hidden is None or d_weight is None:
+                continue
+            d_logits = logits.softmax(1)
+            d_logits.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=torch.float32))
+            d_logits.mul_(item_weight[rows_here].unsqueeze(1))
+            if known is not None:
+                d_scale += torch.dot(d_logits.flatten(), known.flatten())
+            narrow = d_logits.to(hidden.dtype)
+            d_hidden[rows_here] = narrow @ weight
+            d_weight += narrow.T @ hidden[rows_here]
+        ctx.save_for_backward(d_hidden, d_weight, d_scale)
+        ctx.dtypes = (weight.dtype, None if scale is None else scale.dtype)
+        ctx.mark_non_differentiable(losses)
+        return (losses * item_weight).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_scale = ctx.saved_tensors
+        upstream = grads[0]
+        weight_dtype, scale_dtype = ctx.dtypes
+        return (
+            d_hidden * upstream.to(d_hidden.dtype), (d_weight * upstream).to(weight_dtype), None, None, None, None,
+            None if scale_dtype is None else (d_scale * upstream).to(scale_dtype), None,
+        )  # fmt: skip
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, item_weight: Tensor, evidence: Evidence | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of ``targets`` under softmax(hidden W^T [+ scale u table^T]).
+
+    hidden [N, D], weight [V, D], targets [N] int64, item_weight [N] fp32 ->
+    (sum of item_weight * loss, a differentiable fp32 scalar; the unweighted losses [N] fp32, without gradient).
+    """
+    u, table, scale = evidence if evidence is not None else (None, None, None)
+    total, losses = _LinearCrossEntropy.apply(hidden, weight, targets, item_weight, u, table, scale, torch.is_grad_enabled())
+    return total, losses

@@ -1,0 +1,114 @@
+"""A text model read as a denoiser of next-token embeddings. c_skip, c_out, c_in, c_noise and the evidence term live here.
+
+Shapes: targets [...] int64; y, z [..., D] fp32; sigma [...] fp32 with the leading shape of z, or None: z = 0, read at sigma_max.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdlm.config import NoiseConfig, ObjectiveConfig
+from rdlm.context import AttentionContext
+from rdlm.cross_entropy import linear_cross_entropy
+from rdlm.models.text import TextModel
+from rdlm.noise import denoise_scalings
+
+EVIDENCE_FLOOR = 0.02
+"""Smallest sigma^2 in the evidence term: below it a nearest-neighbour lookup already names the token and logits only grow."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Logits over the vocabulary, fp32. ``prior`` is what the network says; ``evidence`` what z says (None without z).
+
+    Temperature, top-p, penalties, bias and log-probabilities act on ``prior``: then they mean the same at every K.
+    """
+
+    prior: Tensor
+    evidence: Tensor | None = None
+
+    def logits(self) -> Tensor:
+        """Unnormalised log posterior of the token, [..., V]."""
+        return self.prior if self.evidence is None else self.prior + self.evidence
+
+
+class Denoiser(nn.Module):
+    """model + objective's read-out + noise coefficients. Runs single steps; loops live in rdlm/sampler.py and serve/engine.py.
+
+    With clean context and unit targets, p(x | context, z, sigma) is proportional to p(x | context) exp(<y_x, z> / sigma^2):
+    the ``evidence`` read-out gives the network this known term with a learned scale instead of making it learn to read z.
+    """
+
+    def __init__(self, model: TextModel, objective: ObjectiveConfig, noise: NoiseConfig) -> None:
+        super().__init__()
+        self.model, self.objective, self.noise = model, objective, noise
+        self.evidence_scale = nn.Parameter(torch.ones(())) if objective.readout == "evidence" else None
+
+    @property
+    def is_conditioned(self) -> bool:
+        return self.model.noise_embedding is not None
+
+    def clean(self, targets: Tensor) -> Tensor:
+        """Unit-norm embedding rows of the targets, fp32 [..., D], detached: noise must not train the table to collapse."""
+        return self.model.wte(use=lambda weight: F.normalize(F.embedding(targets, weight.detach()).float(), dim=-1))
+
+    def unit_table(self) -> Tensor:
+        """All unit-norm embedding rows, fp32 [V, D], detached."""
+        return self.model.wte(use=lambda weight: F.normalize(weight.detach().float(), dim=-1))
+
+    def inject(self, z: Tensor, sigma: Tensor) -> Tensor:
+        """c_in(sigma) z: the noised target in the place of the recurrent state, in the model's dtype."""
+        c_in = denoise_scalings(sigma, self.noise.sigma_data).c_in
+        return (c_in.unsqueeze(-1) * z).to(self.model.ln_f.weight.dtype)
+
+    def condition(self, sigma: Tensor | None, like: Tensor) -> Tensor | None:
+        """AdaLN input [..., C] for levels sigma [...]; None means sigma_max for all rows ([1, 1, C]); None if unconditioned."""
+        if self.model.noise_embedding is None:
+            return None
+        if sigma is None:
+            sigma = torch.full((1, 1), self.noise.sigma_max, device=like.device)
+        return self.model.noise_embedding(denoise_scalings(sigma, self.noise.sigma_data).c_noise)
+
+    def step(self, state: Tensor, e: Tensor, cond: Tensor | None, ctx: AttentionContext) -> Tensor:
+        """One core step. state, e [B, T, D] -> [B, T, D]."""
+        return self.model.core(state, e, cond, ctx)
+
+    def predict(self, hidden: Tensor, z: Tensor | None = None, sigma: Tensor | None = None) -> Prediction:
+        """Read-out of ``hidden`` = model.decode(state, ctx), [..., D] -> logits [..., V] fp32."""
+        if self.objective.readout == "edm":
+            return Prediction(self.model.logits(self._denoised(hidden, z, sigma)))
+        prior = self.model.logits(hidden)
+        if z is None or sigma is None or self.evidence_scale is None:
+            return Prediction(prior)
+        evidence = self.evidence_scale.float() * F.linear(self._precision_weighted(z, sigma), self.unit_table())
+        return Prediction(prior, evidence)
+
+    def loss(
+        self, hidden: Tensor, targets: Tensor, weight: Tensor, z: Tensor | None = None, sigma: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted sum of cross-entropies and the unweighted ones: hidden [N, D], targets, weight [N] -> (scalar, [N]) fp32.
+
+        The same logits as ``predict``, without ever holding [N, V] of them.
+        """
+        if self.objective.readout == "edm":
+            hidden = self._denoised(hidden, z, sigma)
+        evidence = None
+        if z is not None and sigma is not None and self.evidence_scale is not None:
+            table = self.unit_table().to(hidden.dtype)
+            evidence = (self._precision_weighted(z, sigma).to(hidden.dtype), table, self.evidence_scale)
+        return self.model.head(use=lambda table: linear_cross_entropy(hidden, table, targets, weight, evidence))
+
+    def _precision_weighted(self, z: Tensor, sigma: Tensor) -> Tensor:
+        return z / sigma.square().clamp(min=EVIDENCE_FLOOR).unsqueeze(-1)
+
+    def _denoised(self, hidden: Tensor, z: Tensor | None, sigma: Tensor | None) -> Tensor:
+        """c_skip z + c_out F in fp32, returned in the network's dtype; z = 0 at sigma_max where absent."""
+        if z is None or sigma is None:
+            sigma_max = torch.tensor(self.noise.sigma_max, device=hidden.device)
+            return hidden * denoise_scalings(sigma_max, self.noise.sigma_data).c_out.to(hidden.dtype)
+        c = denoise_scalings(sigma, self.noise.sigma_data)
+        return (c.c_skip.unsqueeze(-1) * z + c.c_out.unsqueeze(-1) * hidden.float()).to(hidden.dtype)

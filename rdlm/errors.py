@@ -1,0 +1,19 @@
+"""The one exception that means "the user can fix this". Holds no logic; entry points turn it into exit code 2 or a 4xx."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input of a config, file, request or checkpoint.
+
+    field: what was wrong, as the user wrote it (``model.num_heads``, ``--checkpoint``, ``num_steps``).
+    value: what was given. problem: why it cannot be used. remedy: what to do instead.
+    ``str(error)`` is one line: ``field=value: problem; remedy``.
+    """
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
+        shown = repr(value)
+        if len(shown) > 120:
+            shown = shown[:117] + "..."
+        super().__init__(f"{field}={shown}: {problem}; {remedy}")

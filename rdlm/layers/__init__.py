@@ -1,0 +1,1 @@
+"""Layers shared by all families. They know nothing of noise schedules, recurrence, training or caching policy."""

@@ -1,0 +1,1 @@
+"""Architectures only: no loss, no noise level, no loop over K, no cache state."""

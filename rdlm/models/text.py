@@ -1,0 +1,59 @@
+"""What every text architecture answers to, and the parts that do not differ between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rdlm.context import AttentionContext
+from rdlm.layers.modulation import NoiseEmbedding
+from rdlm.layers.table import TokenTable
+
+
+class TextModel(nn.Module):
+    """embed -> encode -> core (any number of times) -> decode -> logits.
+
+    Shapes: input_ids [B, T] int64; e, state, hidden [B, T, D]; logits [..., V]; cond [B or 1, T or 1, C].
+    A subclass sets the attributes below and defines encode, core and decode.
+    """
+
+    num_cache_layers: int
+    """Layers that keep keys and values: prelude first, then core, then coda."""
+    num_kv_heads: int
+    head_dim: int
+    wte: TokenTable
+    lm_head: TokenTable | None
+    """None where the read-out is tied to the embedding."""
+    noise_embedding: NoiseEmbedding | None
+    embed_scale: float = 1.0
+    is_recurrent: bool
+    """Whether the core may run more than once."""
+
+    def encode(self, input_ids: Tensor, ctx: AttentionContext) -> Tensor:
+        """Everything that depends on the tokens alone, computed once for all K steps. -> e [B, T, D]"""
+        raise TypeError(f"{type(self).__name__} must define encode")
+
+    def core(self, state: Tensor, e: Tensor, cond: Tensor | None, ctx: AttentionContext) -> Tensor:
+        """One core step. state, e [B, T, D] -> [B, T, D]"""
+        raise TypeError(f"{type(self).__name__} must define core")
+
+    def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
+        """Coda and final norm. [B, T, D] -> hidden [B, T, D]"""
+        raise TypeError(f"{type(self).__name__} must define decode")
+
+    def initial_state(self, e: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """State before the first step: zeros unless the architecture says otherwise."""
+        return torch.zeros_like(e)
+
+    @property
+    def head(self) -> TokenTable:
+        """The read-out table [V, D]."""
+        return self.wte if self.lm_head is None else self.lm_head
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        rows = self.wte(input_ids)
+        return rows * self.embed_scale if self.embed_scale != 1.0 else rows
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] fp32."""
+        return self.head(use=lambda weight: nn.functional.linear(hidden, weight).float())

@@ -1,0 +1,173 @@
+"""Training objectives for text: one function with two dials, and the published two-stream form. No loop, no optimizer.
+
+Dial one, ``objective.depth``: how often the core runs (r) and how many of those runs carry gradient.
+Dial two, ``objective.corruption``: which positions start from a noised copy of their target, and at which level sigma.
+
+| name        | r                          | gradient | noised positions | K at inference | normalised likelihood        |
+|-------------|----------------------------|----------|------------------|----------------|------------------------------|
+| next_token  | 1                          | all      | none             | thinking (1)   | logits at K                  |
+| bptt        | 1 + Poisson(LogNormal(32)) | last 8   | none             | thinking       | logits at K                  |
+| onestep     | 1 + Poisson(LogNormal)     | last 1   | none             | thinking       | logits at K                  |
+| single_pass | 1 + Poisson(LogNormal)     | last 1   | a share          | thinking       | logits at K with z = 0       |
+| evidence    | 1                          | all      | most             | sampling       | logits at sigma_max, z = 0   |
+| paper       | 1                          | all      | all (2 streams)  | sampling       | logits at sigma_max, z = 0   |
+
+Each makes one backward pass through at most ``grad_steps`` core runs and minimises the cross-entropy of the next token given
+clean context (and, where noised, z = y + sigma eps of that token): a mixture over sigma and r of proper scoring rules.
+
+Shapes: B sequences, T positions, D width. Row i predicts targets[i] and may see targets[j >= i] in no way but through its own z_i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rdlm.config import CorruptionConfig, DepthConfig
+from rdlm.context import CausalContext, TwoStreamContext
+from rdlm.denoiser import Denoiser
+from rdlm.noise import edm_weight
+from rdlm.partition import partition
+from rdlm.randomness import generator
+from rdlm.sampler import run
+
+_DEPTH_KEY, _NOISE_KEY, _STATE_KEY = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: input_ids, targets [B, T] int64; mask [B, T] bool, True where the target counts."""
+
+    input_ids: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """total: sum of weighted losses, fp32 scalar. count: positions summed, fp32 scalar. metrics: detached scalars."""
+
+    total: Tensor
+    count: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Noised:
+    """z [B, T, D] fp32, zero where not noised; sigma [B, T] fp32, sigma_max there; is_noised [B, T] bool."""
+
+    z: Tensor
+    sigma: Tensor
+    is_noised: Tensor
+
+
+def num_recurrences(depth: DepthConfig, step: int, seed: int) -> int:
+    """r of one optimizer step: a pure function of (step, seed), the same on every rank and micro-batch.
+
+    lognormal_poisson: 1 + Poisson(rate), log rate ~ N(log mean - spread^2/2, spread^2) (Geiping et al. 2025, Sec. 3.3; the code
+    adds the 1, so a mean of 32 runs 33 times on average).
+    """
+    if depth.distribution == "fixed":
+        return min(depth.mean, depth.max_steps)
+    rng = np.random.default_rng([seed & 0xFFFF_FFFF_FFFF_FFFF, _DEPTH_KEY, step])
+    if depth.distribution == "uniform":
+        drawn = int(rng.integers(1, 2 * depth.mean))
+    else:
+        drawn = 1 + int(rng.poisson(rng.lognormal(np.log(depth.mean) - depth.spread**2 / 2, depth.spread)))
+    return min(drawn, depth.max_steps)
+
+
+def draw_levels(
+    corruption: CorruptionConfig, denoiser: Denoiser, shape: tuple[int, int], rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(sigma [B, T] fp32, is_noised [B, T] bool); sigma is sigma_max where not noised."""
+    rows = shape if corruption.per == "position" else (shape[0], 1)
+    is_noised = torch.rand(rows, generator=rng) < corruption.share
+    if corruption.distribution == "lognormal":
+        sigma = partition(denoiser.noise, 1, 1).sample_level(0, rows, rng)
+    else:
+        use_low = torch.rand(rows, generator=rng) < 0.5
+        bands = torch.tensor([corruption.high_band, corruption.low_band]).log()[use_low.long()]  # [..., 2]
+        sigma = (bands[..., 0] + torch.rand(rows, generator=rng) * (bands[..., 1] - bands[..., 0])).exp()
+    sigma = torch.where(is_noised, sigma, torch.tensor(denoiser.noise.sigma_max))
+    return sigma.expand(shape), is_noised.expand(shape)
+
+
+def corrupt(denoiser: Denoiser, targets: Tensor, rng: torch.Generator) -> Noised | None:
+    """Noise the targets as the objective asks; None where it asks for none."""
+    corruption = denoiser.objective.corruption
+    if corruption.share == 0:
+        return None
+    shape = (targets.shape[0], targets.shape[1])
+    sigma, is_noised = (t.to(targets.device) for t in draw_levels(corruption, denoiser, shape, rng))
+    y = denoiser.clean(targets)
+    noise = torch.randn(y.shape, generator=rng).to(y.device)
+    z = torch.where(is_noised.unsqueeze(-1), y + sigma.unsqueeze(-1) * noise, torch.zeros_like(y))
+    return Noised(z, sigma, is_noised)
+
+
+def loss_terms(denoiser: Denoiser, batch: Batch, *, step: int, seed: int, rank: int = 0, micro: int = 0) -> LossTerms:
+    """The loss of one micro-batch under ``denoiser.objective``; its randomness depends on (seed, step, rank, micro) alone."""
+    noised = corrupt(denoiser, batch.targets, generator(seed, _NOISE_KEY, step, rank, micro))
+    num_steps = num_recurrences(denoiser.objective.depth, step, seed)
+    if denoiser.objective.name == "paper":
+        assert noised is not None
+        hidden = two_stream_hidden(denoiser, batch.input_ids, noised.z, noised.sigma)
+    else:
+        state_rng = generator(seed, _STATE_KEY, step, rank, micro)
+        hidden = in_place_hidden(denoiser, batch.input_ids, noised, num_steps, state_rng)
+    return _reduce(denoiser, hidden, batch, noised, num_steps)
+
+
+def in_place_hidden(denoiser: Denoiser, input_ids: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:
+    """Hidden states [B, T, D] after r core steps, the noised target standing in the recurrent state's place at the start.
+
+    z_j of a past position reveals only token j + 1, which position i > j reads in clean form anyway: nothing leaks.
+    """
+    model = denoiser.model
+    ctx = CausalContext(input_ids.shape[1], input_ids.device)
+    e = model.encode(input_ids, ctx)
+    state = model.initial_state(e, rng)
+    cond = denoiser.condition(None if noised is None else noised.sigma, e)
+    if noised is not None:
+        state = torch.where(noised.is_noised.unsqueeze(-1), denoiser.inject(noised.z, noised.sigma), state)
+    state = run(lambda s, _: denoiser.step(s, e, cond, ctx), state, num_steps, grad_steps=denoiser.objective.depth.grad_steps)
+    return model.decode(state, ctx)
+
+
+def two_stream_hidden(
+    denoiser: Denoiser, input_ids: Tensor, z: Tensor | None, sigma: Tensor | None, sees_own_clean: bool = True
+) -> Tensor:
+    """Hidden states [B, T, D] of the noisy stream beside a clean one (DiffusionBlocks App. E.4): one pass over 2T rows.
+
+    Both streams inject the same clean prelude states; the clean stream is read at sigma_max with z = 0: its keys know no noise.
+    z, sigma: [B, T, D] and [B, T], or None for z = 0 at sigma_max.
+    """
+    model, length = denoiser.model, input_ids.shape[1]
+    e = model.encode(input_ids, CausalContext(length, input_ids.device))
+    quiet = torch.zeros_like(e)
+    noisy = quiet if z is None or sigma is None else denoiser.inject(z, sigma)
+    ctx = TwoStreamContext(length, sees_own_clean, input_ids.device)
+    sigma_max = torch.full(input_ids.shape, denoiser.noise.sigma_max, device=input_ids.device)
+    cond = denoiser.condition(torch.cat([sigma_max, sigma_max if sigma is None else sigma], 1), e)
+    state = denoiser.step(torch.cat([quiet, noisy], 1), torch.cat([e, e], 1), cond, ctx)
+    return model.decode(state, ctx)[:, length:]
+
+
+def _reduce(denoiser: Denoiser, hidden: Tensor, batch: Batch, noised: Noised | None, num_steps: int) -> LossTerms:
+    weight = batch.mask.float()
+    if denoiser.objective.loss_weighting == "edm" and noised is not None:
+        weight = weight * edm_weight(noised.sigma, denoiser.noise.sigma_data)
+    z, sigma = (None, None) if noised is None else (noised.z.flatten(0, 1), noised.sigma.flatten())
+    total, losses = denoiser.loss(hidden.flatten(0, 1), batch.targets.flatten(), weight.flatten(), z, sigma)
+    counted = batch.mask.flatten()
+    metrics = {"core_steps": torch.tensor(float(num_steps)), "ce": losses[counted].mean()}
+    if noised is not None:
+        flags = noised.is_noised.flatten()
+        for name, chosen in (("ce_prior", counted & ~flags), ("ce_noised", counted & flags)):
+            if bool(chosen.any()):
+                metrics[name] = losses[chosen].mean()
+    return LossTerms(total, batch.mask.sum().float(), metrics)

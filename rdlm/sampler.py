@@ -1,0 +1,138 @@
+"""The one loop over K, the plan of what each step does, and the bridges between noise levels.
+
+Training, scoring and image sampling run whole sequences through ``run``. The server interleaves the same steps of many requests
+(serve/engine.py) and takes plan and bridges from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from rdlm.config import CheckpointConfig
+from rdlm.denoiser import Denoiser, Prediction
+from rdlm.noise import LogNormalSchedule, geometric_grid
+
+S = TypeVar("S")
+
+
+def run(
+    step: Callable[[S, int], S], state: S, num_steps: int, grad_steps: int = 0, on_step: Callable[[int, S], None] | None = None
+) -> S:
+    """state = step(state, k) for k = 0 .. num_steps - 1; the last ``grad_steps`` of them record gradient.
+
+    on_step(k + 1, state) is called after each step. Core iterations, Euler and Heun steps and hard bridges are all ``step``.
+    """
+    for k in range(num_steps):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and k >= num_steps - grad_steps):
+            state = step(state, k)
+        if on_step is not None:
+            on_step(k + 1, state)
+    return state
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What each core step of one token does. All tuples have one entry per core step.
+
+    sigmas: level of the step; None = z is zero, read at sigma_max. readout: run coda and head after the step.
+    commit: the step's keys and values become the position's own in the cache (the last committing step wins).
+    append_own: an uncommitted step sees its own key beside the position's committed one instead of in its place.
+    num_draws_skipped: read-outs whose prediction is discarded because they only fill the cache.
+    """
+
+    sigmas: tuple[float | None, ...]
+    readout: tuple[bool, ...]
+    commit: tuple[bool, ...]
+    append_own: bool = False
+    num_draws_skipped: int = 0
+
+    @property
+    def num_core_steps(self) -> int:
+        return len(self.sigmas)
+
+
+def sampling_levels(config: CheckpointConfig, num_steps: int) -> list[float | None]:
+    """Noise levels of ``num_steps`` network calls, noisiest first; the first is z = 0 (None).
+
+    Band-trained models use a geometric grid over the low band, where almost all information about a token is decided;
+    models trained on the published distribution use its equal-mass grid.
+    """
+    corruption = config.objective.corruption
+    if corruption.distribution == "bands":
+        return [None, *geometric_grid(corruption.low_band[1], corruption.low_band[0], num_steps - 1)]
+    return [None, *LogNormalSchedule(config.noise).grid(num_steps)[1:-1]]
+
+
+def step_plan(config: CheckpointConfig, num_steps: int) -> StepPlan:
+    """The plan of one token at K = num_steps for this checkpoint (thinking: K iterations; sampling: K noise levels)."""
+    k = num_steps
+    if config.objective.k_meaning == "thinking":
+        return StepPlan((None,) * k, (False,) * (k - 1) + (True,), (True,) * k)
+    levels = sampling_levels(config, k)
+    if config.objective.name == "paper":  # a clean pass fills the cache, then every level is a noisy row beside it
+        return StepPlan((None, *levels), (True,) * (k + 1), (True,) + (False,) * k, append_own=True, num_draws_skipped=1)
+    return StepPlan(tuple(levels), (True,) * k, (True,) + (False,) * (k - 1))
+
+
+def renoise(denoiser: Denoiser, token_ids: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """Hard bridge: z = y + sigma * eps of drawn tokens. ids, sigma [...], noise [..., D] standard normal -> z [..., D] fp32.
+
+    Exact at any K if the denoiser is: the joint law of (token, z at the next level) is the forward process itself.
+    """
+    return denoiser.clean(token_ids) + sigma.unsqueeze(-1) * noise
+
+
+def soft_bridge(logits: Tensor, unit_table: Tensor) -> Tensor:
+    """x0 = softmax(logits) @ E with unit rows: logits [..., V], table [V, D] -> [..., D] (DiffusionBlocks App. E.4).
+
+    The mixture is shorter than a unit row, which training never shows: biased even with an exact denoiser.
+    """
+    return torch.softmax(logits, dim=-1) @ unit_table
+
+
+def euler_step(denoise: Callable[[Tensor, float], Tensor], z: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """z + (sigma_next - sigma) (z - D(z)) / sigma; at sigma_next = 0 this is D(z) (Karras et al. 2022, Alg. 1).
+
+    Equations 3-5 of DiffusionBlocks print the opposite sign, under which noise would grow.
+    """
+    return z + (sigma_next - sigma) * (z - denoise(z, sigma)) / sigma
+
+
+def heun_step(denoise: Callable[[Tensor, float], Tensor], z: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """Second-order step, two network calls; Euler where sigma_next is 0 (Karras et al. 2022, Alg. 1)."""
+    slope = (z - denoise(z, sigma)) / sigma
+    z_next = z + (sigma_next - sigma) * slope
+    if sigma_next == 0:
+        return z_next
+    slope_next = (z_next - denoise(z_next, sigma_next)) / sigma_next
+    return z + (sigma_next - sigma) * (slope + slope_next) / 2
+
+
+def solve(denoise: Callable[[Tensor, float], Tensor], z: Tensor, grid: list[float], solver: str = "euler") -> Tensor:
+    """Probability-flow ODE from grid[0] down to grid[-1]; denoise(z, sigma) -> x0 of z's shape."""
+    advance = {"euler": euler_step, "heun": heun_step}[solver]
+    return run(lambda state, k: advance(denoise, state, grid[k], grid[k + 1]), z, len(grid) - 1)
+
+
+def hard_bridge_chain(
+    predict: Callable[[Tensor | None, float | None], Prediction],
+    draw: Callable[[Prediction], Tensor],
+    renoise_ids: Callable[[Tensor, float], Tensor],
+    levels: list[float | None],
+) -> tuple[Tensor, Prediction]:
+    """Draw tokens through K levels: predict at z = 0, draw, re-noise to the next level, and again. -> (ids, last prediction)."""
+
+    def step(carry: tuple[Tensor | None, Prediction | None], k: int) -> tuple[Tensor | None, Prediction | None]:
+        ids, sigma = carry[0], levels[k]
+        z = None if sigma is None or ids is None else renoise_ids(ids, sigma)
+        prediction = predict(z, sigma)
+        return draw(prediction), prediction
+
+    ids, prediction = run(step, (None, None), len(levels))
+    assert ids is not None and prediction is not None
+    return ids, prediction

@@ -1,0 +1,126 @@
+"""The one likelihood path: token log-probabilities at several K for the price of the largest.
+
+Which numbers are likelihoods:
+- thinking models: softmax of the logits after K core steps from z = 0. Normalised at every K.
+- sampling models (evidence, paper): softmax of the logits at sigma_max with z = 0 is normalised and deterministic; that is K = 1.
+  For K > 1 the law of the token drawn last is a mixture over noise and earlier draws, which ``num_draws`` paths estimate. The
+  estimate is normalised but biased (by Jensen its logarithm is too low), so it is reported as a mixture, never as the likelihood.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rdlm.config import CheckpointConfig
+from rdlm.context import CausalContext
+from rdlm.denoiser import Denoiser, Prediction
+from rdlm.objectives import two_stream_hidden
+from rdlm.randomness import generator
+from rdlm.sampler import hard_bridge_chain, renoise, run, sampling_levels
+
+LOGITS_AT_ONCE = 1 << 24
+"""Read-out rows are processed in chunks of at most this many logits (64 MiB of fp32)."""
+
+
+def estimator_of(config: CheckpointConfig, num_steps: int) -> str:
+    """Name of what ``token_logprobs`` returns at K = num_steps."""
+    if config.objective.k_meaning == "thinking":
+        return f"normalised: logits after K = {num_steps} core steps"
+    return (
+        "normalised: logits at sigma_max with z = 0"
+        if num_steps == 1
+        else f"mixture over noise draws at K = {num_steps} (biased upward in NLL)"
+    )
+
+
+@torch.no_grad()
+def token_logprobs(
+    denoiser: Denoiser,
+    config: CheckpointConfig,
+    input_ids: Tensor,
+    targets: Tensor,
+    ks: Sequence[int],
+    *,
+    seed: int = 0,
+    num_draws: int = 8,
+) -> dict[int, Tensor]:
+    """log p(targets[i] | input_ids[<= i]) at each K in ``ks``: input_ids, targets [B, T] int64 -> {K: [B, T] fp32}.
+
+    One pass to max(ks) for thinking models. See the module docstring for what the numbers are; ``estimator_of`` names them.
+    """
+    if config.objective.k_meaning == "thinking":
+        return _thinking(denoiser, input_ids, targets, ks, seed)
+    return {
+        k: _at_prior(denoiser, input_ids, targets)
+        if k == 1
+        else _mixture(denoiser, config, input_ids, targets, k, seed, num_draws)
+        for k in ks
+    }
+
+
+def _thinking(denoiser: Denoiser, input_ids: Tensor, targets: Tensor, ks: Sequence[int], seed: int) -> dict[int, Tensor]:
+    model, wanted, out = denoiser.model, set(ks), {}
+    ctx = CausalContext(input_ids.shape[1], input_ids.device)
+    e = model.encode(input_ids, ctx)
+    cond = denoiser.condition(None, e)
+
+    def read(k: int, state: Tensor) -> None:
+        if k in wanted:
+            out[k] = _gather(denoiser, model.decode(state, ctx), targets)
+
+    run(lambda s, _: denoiser.step(s, e, cond, ctx), model.initial_state(e, generator(seed)), max(wanted), on_step=read)
+    return {k: out[k] for k in ks}
+
+
+def _gather(denoiser: Denoiser, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log softmax of the prior logits at the targets, a chunk of rows at a time. [B, T, D], [B, T] -> [B, T]."""
+    rows, ids = hidden.flatten(0, 1), targets.flatten()
+    chunk = max(1, LOGITS_AT_ONCE // denoiser.model.head.weight.shape[0])
+    parts = []
+    for part, index in zip(rows.split(chunk), ids.split(chunk), strict=True):
+        logits = denoiser.predict(part).prior
+        parts.append(logits.gather(1, index.unsqueeze(1)).squeeze(1) - logits.logsumexp(1))
+    return torch.cat(parts).view(targets.shape)
+
+
+def _at_prior(denoiser: Denoiser, input_ids: Tensor, targets: Tensor) -> Tensor:
+    model = denoiser.model
+    if denoiser.objective.name == "paper":
+        return _gather(denoiser, two_stream_hidden(denoiser, input_ids, None, None), targets)
+    ctx = CausalContext(input_ids.shape[1], input_ids.device)
+    e = model.encode(input_ids, ctx)
+    state = denoiser.step(model.initial_state(e), e, denoiser.condition(None, e), ctx)
+    return _gather(denoiser, model.decode(state, ctx), targets)
+
+
+def _mixture(
+    denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, targets: Tensor, num_steps: int, seed: int, num_draws: int
+) -> Tensor:
+    """log mean over paths of the last level's posterior of the target. Context is always the clean stream."""
+    beside = config.objective.name == "paper"
+    paths = []
+    for draw_index in range(num_draws):
+        rng = generator(seed, draw_index)
+
+        def predict(z: Tensor | None, sigma: float | None) -> Prediction:
+            levels = None if sigma is None else torch.full(input_ids.shape, sigma, device=input_ids.device)
+            hidden = two_stream_hidden(denoiser, input_ids, z, levels, sees_own_clean=beside)
+            return denoiser.predict(hidden, z, levels)
+
+        def draw(prediction: Prediction, rng: torch.Generator = rng) -> Tensor:
+            logits = prediction.logits()
+            uniform = torch.rand(logits.shape, generator=rng).clamp_(1e-9, 1 - 1e-7).to(logits.device)
+            return (logits - (-uniform.log()).log()).argmax(-1)  # Gumbel-max
+
+        def again(ids: Tensor, sigma: float, rng: torch.Generator = rng) -> Tensor:
+            shape = (*ids.shape, denoiser.model.wte.weight.shape[1])
+            return renoise(denoiser, ids, torch.full(ids.shape, sigma), torch.randn(shape, generator=rng).to(ids.device))
+
+        _, last = hard_bridge_chain(predict, draw, again, sampling_levels(config, num_steps))
+        logits = last.logits()
+        paths.append(logits.gather(2, targets.unsqueeze(2)).squeeze(2) - logits.logsumexp(2))
+    return torch.stack(paths).logsumexp(0) - math.log(num_draws)
