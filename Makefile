@@ -41,7 +41,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@touch $@
 
 demo: install ## prepare a corpus, train, evaluate, serve and ask, all in 10 minutes on 2 cores
-	@$(PY) demo/run.py
+	@$(PY) -m demo.run
 
 lint: install ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

@@ -62,7 +62,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., CheckpointConfig]:
-    """``tiny_config(family="huginn", objective="single_pass", **model)`` -> a config with d_model 32, vocabulary 64, length 64."""
+    """``tiny_config(family="huginn", objective="single_pass", **model)`` -> a config: d_model 32, V 64, length 64."""
 
     def make(family: str = "huginn", objective: object = "single_pass", **model: object) -> CheckpointConfig:
         settings = {"name": objective} if isinstance(objective, str) else objective
