@@ -1,0 +1,41 @@
+"""Training data behind one interface: ``build_corpus(data_config)`` gives the trainer batches that depend on its arguments alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from rdlm.objectives import Batch
+from rdlm.tokenizer import Tokenizer
+from train.corpora.generated import GroupProductCorpus
+from train.corpora.text import TokenCorpus
+from train.settings import DataConfig, GroupProductConfig
+
+
+class Corpus(Protocol):
+    """What the trainer may ask of its data."""
+
+    vocab_size: int
+    seq_len: int
+    identity: str
+    """Names the data: a resumed run compares it."""
+    tokenizer: Tokenizer | None
+    """None where ids stand for something other than text."""
+
+    def batch(
+        self, step: int, *, seed: int, global_batch: int, rank: int, world: int, micro_index: int, micro_size: int
+    ) -> Batch:
+        """Micro-batch ``micro_index`` of ``rank`` in update ``step``: [micro_size, seq_len], a pure function of the arguments.
+
+        The rows of one update, over all ranks and micro-batches, depend on (step, seed, global_batch) only.
+        """
+
+    def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
+        """Held-out batches, the same ones every time; at most ``max_tokens`` targets, at least one sequence."""
+
+
+def build_corpus(config: DataConfig) -> Corpus:
+    """UserError if the data is missing, damaged or too short."""
+    if isinstance(config, GroupProductConfig):
+        return GroupProductCorpus(config.group, config.length)
+    return TokenCorpus(config.path, config.seq_len)
