@@ -21,7 +21,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # The packages `train` and `eval` have common names: the repository goes first on the path, before site-packages.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-input
+PIP := $(PY) -m pip install -qq --disable-pip-version-check --no-input
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,10 +32,10 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
 	  echo "make: '$(PYTHON)' is not a Python 3.11; install Python 3.11 with its venv module, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "== creating .venv"; $(PYTHON) -m venv --clear .venv; }
-	@echo "== installing $(TORCH)"
+	@echo "== installing $(TORCH) (200 MB for a CPU, 3 GB for a GPU)"
 	@$(PIP) -c requirements.txt "$(TORCH)" || { echo "== looking on $(TORCH_INDEX)"; \
 	  $(PIP) -c requirements.txt "$(TORCH)" --extra-index-url $(TORCH_INDEX); }
-	@echo "== installing the pinned dependencies"
+	@echo "== installing the pinned dependencies (150 MB)"
 	@$(PIP) -r requirements.txt
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@

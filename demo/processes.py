@@ -31,8 +31,8 @@ class StepFailed(Exception):
 class Processes:
     """Starts commands, each in its own process group; leaving the ``with`` block stops whatever still runs."""
 
-    def __init__(self, repo: Path, logs: Path) -> None:
-        self._repo, self._logs = repo, logs
+    def __init__(self, repo: Path, logs: Path, program: tuple[str, ...] = (sys.executable, "-m", "rdlm")) -> None:
+        self._repo, self._logs, self._program = repo, logs, program
         self._running: list[subprocess.Popen[bytes]] = []
         logs.mkdir(parents=True, exist_ok=True)
 
@@ -69,7 +69,7 @@ class Processes:
 
     def _start(self, args: list[str], output: int, env: dict[str, str] | None) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rdlm", *args],
+            [*self._program, *args],
             cwd=self._repo,
             env={**os.environ, "PYTHONPATH": str(self._repo), "PYTHONUNBUFFERED": "1", **(env or {})},
             stdin=subprocess.DEVNULL,

@@ -14,7 +14,6 @@ from typing import NoReturn
 from rich.console import Console
 
 from demo.ask import ask, wait_until_ready
-from demo.plot import plot_loss
 from demo.processes import Processes, StepFailed
 
 REPO = Path(__file__).resolve().parent.parent
@@ -56,7 +55,6 @@ def demo(console: Console, processes: Processes) -> None:
         processes.run("data", ["data", "prepare", "embedded", "--out", str(DATA)])
     with step("training"):
         processes.run("train", ["train", CONFIG])
-        plot_loss(REPO / RUN / "metrics.jsonl", REPO / RUN / "loss.png")
     with step("held-out NLL against K"):
         processes.run(
             "eval",
