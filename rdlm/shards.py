@@ -66,12 +66,16 @@ def read_manifest(folder: Path) -> Manifest:
     if not file.is_file():
         raise UserError("data", str(folder), f"there is no {MANIFEST}", "prepare it with rdlm data prepare")
     try:
-        document = parse(dict[str, Any], json.loads(file.read_text()), str(file))
+        document: dict[str, Any] = parse(dict[str, Any], json.loads(file.read_text()), str(file))
     except ValueError as error:
         raise UserError("data", str(file), f"is not a manifest ({error})", "prepare the data again with --force") from None
     if document.get("schema_version") != SCHEMA_VERSION:
-        raise UserError("schema_version", document.get("schema_version"), f"this version reads {SCHEMA_VERSION}",
-                        "use the version that wrote it, or prepare the data again")
+        raise UserError(
+            "schema_version",
+            document.get("schema_version"),
+            f"this version reads {SCHEMA_VERSION}",
+            "use the version that wrote it, or prepare the data again",
+        )
     return parse(Manifest, document, str(file))
 
 
@@ -106,10 +110,13 @@ class TokenStore:
         self.manifest = read_manifest(self.folder)
         check_sizes(self.folder, self.manifest)
         if split not in self.manifest.splits:
-            raise UserError("split", split, f"the data has only {', '.join(self.manifest.splits)}", "choose one of them, or prepare it")
-        self.split, self.info = split, self.manifest.splits[split]  # type: ignore[index]
-        self._maps = [np.memmap(self.folder / s.file, dtype=f"<{_code(self.manifest.dtype)}", mode="r")
-                      for s in self.info.shards if s.tokens]
+            raise UserError("split", split, f"the data has only {', '.join(self.manifest.splits)}", "choose one of these")
+        self.split, self.info = split, self.manifest.splits[split]
+        self._maps = [
+            np.memmap(self.folder / s.file, dtype=f"<{_code(self.manifest.dtype)}", mode="r")
+            for s in self.info.shards
+            if s.tokens
+        ]
         self._starts = np.concatenate([[0], np.cumsum([len(m) for m in self._maps])]).tolist()
 
     def __len__(self) -> int:
@@ -124,8 +131,12 @@ class TokenStore:
         """The tokenizer the shards were made with; UserError if another one lies in its place."""
         tokenizer = load_tokenizer(self.folder / "tokenizer")
         if tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
-            raise UserError("tokenizer", str(self.folder / "tokenizer"), "is not the one the data was made with",
-                            "prepare the data again with --force")
+            raise UserError(
+                "tokenizer",
+                str(self.folder / "tokenizer"),
+                "is not the one the data was made with",
+                "prepare the data again with --force",
+            )
         return tokenizer
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -145,8 +156,12 @@ class TokenStore:
         """Windows of ``seq_len`` inputs and their next tokens, without overlap of inputs; UserError if there is none."""
         count = (len(self) - 1) // seq_len
         if count < 1:
-            raise UserError("seq_len", seq_len, f"split {self.split!r} has only {len(self)} tokens",
-                            f"use {max(1, len(self) - 1)} or less, or prepare more text")
+            raise UserError(
+                "seq_len",
+                seq_len,
+                f"split {self.split!r} has only {len(self)} tokens",
+                f"use {max(1, len(self) - 1)} or less, or prepare more text",
+            )
         return count
 
     def rows(self, indices: np.ndarray, seq_len: int) -> Batch:

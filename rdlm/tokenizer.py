@@ -63,14 +63,16 @@ class _ByteTable:
 
     def __init__(self, source: bytes, table: list[bytes], special: dict[str, int], config: Mapping[str, Any]) -> None:
         self._source, self._table = source, table
-        self.vocab_size, self.special_tokens = len(table), special
+        self.vocab_size = len(table)
+        self.special_tokens: Mapping[str, int] = special
         self.bos_id, self.eos_id = (self._named(config, key) for key in ("bos_token", "eos_token"))
         self.chat_template: str | None = config.get("chat_template")
         if not isinstance(self.chat_template, str | None):
-            raise UserError("chat_template", self.chat_template, "it must be one Jinja string", f"keep one template in {CONFIG_FILE}")
+            raise UserError("chat_template", "...", "it must be one Jinja string", f"keep one template in {CONFIG_FILE}")
         ends = f"{self.file_name}:{self.bos_id}:{self.eos_id}:".encode()
         self.fingerprint = hashlib.sha256(ends + source).hexdigest()
-        self._split = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")") if special else None
+        longest_first = sorted(special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if special else None
 
     def _named(self, config: Mapping[str, Any], key: str) -> int | None:
         name = config.get(key)
@@ -164,8 +166,11 @@ class SentencePieceTokenizer(_ByteTable):
                 table.append(b"")
             else:
                 table.append(piece.replace(self._SPACE, " ").encode())
-        named = {key: self._model.id_to_piece(i) for key, i in
-                 (("bos_token", self._model.bos_id()), ("eos_token", self._model.eos_id())) if i >= 0}
+        named = {
+            key: self._model.id_to_piece(i)
+            for key, i in (("bos_token", self._model.bos_id()), ("eos_token", self._model.eos_id()))
+            if i >= 0
+        }
         super().__init__(source, table, special, {**named, **config})
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
@@ -212,8 +217,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_dir():
         file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), path)
     if not file.is_file():
-        raise UserError("tokenizer", str(path), "there is no tokenizer.json or tokenizer.model",
-                        "give a folder or file that has one, or train one with rdlm data prepare")
+        raise UserError(
+            "tokenizer",
+            str(path),
+            "there is no tokenizer.json or tokenizer.model",
+            "give a folder or file that has one, or train one with rdlm data prepare",
+        )
     try:
         source = file.read_bytes()
         config = _read_config(file.parent)
@@ -225,8 +234,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # both libraries raise bare Exception or RuntimeError on a file they cannot read
-        raise UserError("tokenizer", str(file), f"cannot be read ({str(error).splitlines()[0]})",
-                        "give a byte-level BPE tokenizer.json or a sentencepiece model") from error
+        raise UserError(
+            "tokenizer",
+            str(file),
+            f"cannot be read ({str(error).splitlines()[0]})",
+            "give a byte-level BPE tokenizer.json or a sentencepiece model",
+        ) from error
 
 
 def train_tokenizer(kind: Kind, texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -242,12 +255,20 @@ def train_tokenizer(kind: Kind, texts: Iterator[str], vocab_size: int) -> Tokeni
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(map(_check_unicode, texts), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
-        raise UserError("vocab_size", vocab_size, f"the text yields only {tokenizer.get_vocab_size()} tokens",
-                        f"ask for at most {tokenizer.get_vocab_size()}, or give more text")
+        raise UserError(
+            "vocab_size",
+            vocab_size,
+            f"the text yields only {tokenizer.get_vocab_size()} tokens",
+            f"ask for at most {tokenizer.get_vocab_size()}, or give more text",
+        )
     return BytePairTokenizer(tokenizer.to_str().encode(), ends)
 
 
@@ -256,13 +277,30 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, num_threads=1,
-            unk_id=0, eos_id=1, eos_piece=EOS, bos_id=-1, pad_id=-1, max_sentence_length=1 << 20, minloglevel=2,
+            sentence_iterator=lines,
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            num_threads=1,
+            unk_id=0,
+            eos_id=1,
+            eos_piece=EOS,
+            bos_id=-1,
+            pad_id=-1,
+            max_sentence_length=1 << 20,
+            minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError("vocab_size", vocab_size, f"sentencepiece cannot train it ({str(error).split('] ')[-1].strip()})",
-                        "ask for another size, or give more text") from error
+        raise UserError(
+            "vocab_size",
+            vocab_size,
+            f"sentencepiece cannot train it ({str(error).split('] ')[-1].strip()})",
+            "ask for another size, or give more text",
+        ) from error
     return model.getvalue()
 
 
@@ -278,8 +316,12 @@ def _check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError("text", text[error.start - 10 if error.start > 10 else 0 : error.end + 10],
-                        "it holds half of a surrogate pair, which is not valid Unicode", "remove or replace it") from None
+        raise UserError(
+            "text",
+            text[error.start - 10 if error.start > 10 else 0 : error.end + 10],
+            "it holds half of a surrogate pair, which is not valid Unicode",
+            "remove or replace it",
+        ) from None
     return text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,34 +17,57 @@ from train.corpora.sources import PRESETS
 
 app = typer.Typer(help="Turn text into tokenised, memory-mapped shards.", no_args_is_help=True)
 _PREPARE_EXAMPLE = (
-    "Examples: rdlm data prepare embedded --out data/demo   |   rdlm data prepare books/train.parquet --valid books/valid.parquet "
-    "--test books/test.parquet --vocab-size 4096 --out data/books-4096   |   rdlm data prepare wikitext-103 --out data/wt103"
+    "Examples: rdlm data prepare embedded --out data/demo   |   rdlm data prepare wikitext-103 --out data/wikitext-103   |   "
+    "rdlm data prepare books/train.parquet --valid books/valid.parquet --test books/test.parquet --out data/books"
 )
 
 
 @app.command("prepare", epilog=_PREPARE_EXAMPLE)
 def prepare_command(
-    source: Annotated[str, typer.Argument(help=f"'embedded', a .txt/.jsonl/.parquet file, folder or pattern, one of "
-                                               f"{', '.join(PRESETS)}, or hub:OWNER/NAME[:CONFIG].")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help=f"'embedded', a .txt/.jsonl/.parquet file, folder or pattern, one of "
+            f"{', '.join(PRESETS)}, or hub:OWNER/NAME[:CONFIG]."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
-    tokenizer: Annotated[str, typer.Option(help="'train', or a tokenizer.json, sentencepiece model or folder with one.")] = "train",
+    tokenizer: Annotated[str, typer.Option(help="'train', or the file or folder of a tokenizer.")] = "train",
     kind: Annotated[Literal["bpe", "sentencepiece"], typer.Option(help="Tokenizer to train.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Size of the vocabulary to train.")] = 4096,
     tokenizer_sample_mb: Annotated[int, typer.Option(min=1, help="Train the tokenizer on the first MB of training text.")] = 200,
     valid: Annotated[str | None, typer.Option(help="Source of the valid split.")] = None,
     test: Annotated[str | None, typer.Option(help="Source of the test split.")] = None,
-    valid_fraction: Annotated[float | None, typer.Option(help="Share of documents for valid; 0.05 if the source has one split.")] = None,
-    test_fraction: Annotated[float | None, typer.Option(help="Share of documents for test; 0.05 if the source has one split.")] = None,
+    valid_fraction: Annotated[
+        float | None, typer.Option(help="Share of documents for valid [0.05 if SOURCE has one split].")
+    ] = None,
+    test_fraction: Annotated[
+        float | None, typer.Option(help="Share of documents for test [0.05 if SOURCE has one split].")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    rows: Annotated[Literal["documents", "wikitext"], typer.Option(help="A row is a document, or a line of a WikiText article.")] = "documents",
+    rows: Annotated[
+        Literal["documents", "wikitext"], typer.Option(help="What a row is: a document, or a line of an article.")
+    ] = "documents",
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
 ) -> None:
     """Tokenise text into shards with a manifest: streamed, split by document, the same bytes for the same inputs."""
-    options = Preparation(source=source, out=out, tokenizer=tokenizer, kind=kind, vocab_size=vocab_size, valid=valid, test=test,
-                          tokenizer_sample_mb=tokenizer_sample_mb, valid_fraction=valid_fraction, test_fraction=test_fraction,
-                          seed=seed, text_column=text_column, rows=rows)
-    manifest, built = prepare(replace(options), force=force)
+    options = Preparation(
+        source=source,
+        out=out,
+        tokenizer=tokenizer,
+        kind=kind,
+        vocab_size=vocab_size,
+        valid=valid,
+        test=test,
+        tokenizer_sample_mb=tokenizer_sample_mb,
+        valid_fraction=valid_fraction,
+        test_fraction=test_fraction,
+        seed=seed,
+        text_column=text_column,
+        rows=rows,
+    )
+    manifest, built = prepare(options, force=force)
     _show(out, manifest, "written" if built else "already prepared")
 
 
@@ -59,14 +81,21 @@ def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> 
     with tqdm(total=total, unit="B", unit_scale=True, desc="check hashes", leave=False) as bar:
         for shard in shards:
             if file_sha256(folder / shard.file, bar.update) != shard.sha256:
-                raise UserError("data", str(folder / shard.file), "does not match its hash in the manifest",
-                                "prepare the data again with --force")
+                raise UserError(
+                    "data",
+                    str(folder / shard.file),
+                    "does not match its hash in the manifest",
+                    "prepare the data again with --force",
+                )
     _show(folder, manifest, "all hashes match")
 
 
 def _show(folder: Path, manifest: Manifest, state: str) -> None:
-    table = Table(title=f"{folder}: {state}", caption=f"source {manifest.source}; vocabulary {manifest.vocab_size}; "
-                                                      f"{manifest.dtype}; tokenizer {manifest.tokenizer_fingerprint[:12]}")
+    table = Table(
+        title=f"{folder}: {state}",
+        caption=f"source {manifest.source}; vocabulary {manifest.vocab_size}; "
+        f"{manifest.dtype}; tokenizer {manifest.tokenizer_fingerprint[:12]}",
+    )
     for name in ("split", "documents", "tokens", "bytes", "bytes/token", "shards"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, found in manifest.splits.items():

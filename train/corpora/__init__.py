@@ -1,4 +1,4 @@
-"""Training data behind one interface: ``build_corpus(data_config)`` gives the trainer batches that depend on its arguments alone."""
+"""Training data behind one interface: ``build_corpus(config)`` gives batches that depend on their arguments alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from train.settings import DataConfig, GroupProductConfig
 class Corpus(Protocol):
     """What the trainer may ask of its data."""
 
-    vocab_size: int
-    seq_len: int
-    identity: str
-    """Names the data: a resumed run compares it."""
-    tokenizer: Tokenizer | None
-    """None where ids stand for something other than text."""
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def identity(self) -> str:
+        """Names the data: a resumed run compares it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where ids stand for something other than text."""
 
     def batch(
         self, step: int, *, seed: int, global_batch: int, rank: int, world: int, micro_index: int, micro_size: int

@@ -26,7 +26,8 @@ class GroupProductCorpus:
         self, step: int, *, seed: int, global_batch: int, rank: int, world: int, micro_index: int, micro_size: int
     ) -> Batch:
         """See ``train.corpora.Corpus.batch``."""
-        rows = row_numbers(step, global_batch=global_batch, rank=rank, world=world, micro_index=micro_index, micro_size=micro_size)
+        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
+        rows = row_numbers(step, global_batch=global_batch, **place)
         return self._task.rows(rows, seed)
 
     def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:

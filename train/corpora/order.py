@@ -15,8 +15,12 @@ def row_numbers(step: int, *, global_batch: int, rank: int, world: int, micro_in
     """
     share = global_batch // world
     if global_batch % world or share % micro_size or not 0 <= micro_index < share // micro_size:
-        raise UserError("batch", (global_batch, world, micro_size, micro_index), "the micro-batches do not tile the global batch",
-                        "make global_size a multiple of processes * micro_size")
+        raise UserError(
+            "batch",
+            (global_batch, world, micro_size, micro_index),
+            "the micro-batches do not tile the global batch",
+            "make global_size a multiple of processes * micro_size",
+        )
     first = step * global_batch + rank * share + micro_index * micro_size
     return np.arange(first, first + micro_size)
 
@@ -24,19 +28,25 @@ def row_numbers(step: int, *, global_batch: int, rank: int, world: int, micro_in
 def shuffled(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Row numbers -> items 0 .. count-1: each item once an epoch of ``count`` rows, in an order of its own every epoch."""
     epochs, positions = np.divmod(rows, count)
-    return np.array([permute(int(p), count, seed, int(e)) for e, p in zip(epochs, positions, strict=True)], dtype=np.int64)
+    items = np.empty_like(rows)
+    for epoch in np.unique(epochs):
+        inside = epochs == epoch
+        items[inside] = permute(positions[inside], count, seed, int(epoch))
+    return items
 
 
-def permute(position: int, count: int, seed: int, epoch: int) -> int:
+def permute(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
     """A seeded bijection of 0 .. count-1 in constant memory: four Feistel rounds on the next power of four, walked until inside
     (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains")."""
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
     keys = np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch]).generate_state(4, np.uint64)
-    while True:
-        left, right = position >> half, position & mask
+    out = positions.astype(np.uint64)
+    outside = np.ones(len(out), dtype=bool)
+    while outside.any():
+        left, right = out[outside] >> half, out[outside] & mask
         for key in keys:
-            left, right = right, left ^ (int(mix64(np.array([key ^ np.uint64(right)]))[0]) & mask)
-        position = left << half | right
-        if position < count:
-            return position
+            left, right = right, left ^ (mix64(right ^ key) & mask)
+        out[outside] = left << half | right
+        outside = out >= count
+    return out.astype(np.int64)

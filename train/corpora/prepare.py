@@ -5,25 +5,20 @@ The bytes written depend only on the documents, the tokenizer, the seed and the 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import itertools
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from rdlm.errors import UserError
-from rdlm.shards import MANIFEST, SCHEMA_VERSION, SPLITS, Manifest, Shard, Split, check_sizes, read_manifest
+from rdlm.shards import MANIFEST, SCHEMA_VERSION, SPLITS, Manifest, Split, check_sizes, read_manifest
 from rdlm.tokenizer import Kind, Tokenizer, load_tokenizer, train_tokenizer
 from train.corpora.sources import Rows, Source, open_source
+from train.corpora.writer import SplitWriter, building
 
 SHARD_TOKENS = 1 << 27
 _BATCH_CHARS = 1 << 22
@@ -61,16 +56,27 @@ def prepare(options: Preparation, *, force: bool = False, progress: bool = True)
     if out.exists() and not force:
         return _existing(out, request), False
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _building(out) as folder:
+    with building(out) as folder:
         tokenizer = loaded or _train(options, sources["train"], fractions, progress)
         if tokenizer.eos_id is None:
-            raise UserError("--tokenizer", options.tokenizer, "it names no end-of-text token to put between documents",
-                            "add eos_token to its tokenizer_config.json")
+            raise UserError(
+                "--tokenizer",
+                options.tokenizer,
+                "it names no end-of-text token to put between documents",
+                "add eos_token to its tokenizer_config.json",
+            )
         tokenizer.save(folder / "tokenizer")
         splits = _write_splits(folder, options, sources, fractions, tokenizer, progress)
-        manifest = Manifest(schema_version=SCHEMA_VERSION, source=options.source, request=request, dtype=_dtype(tokenizer),
-                            vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id,
-                            tokenizer_fingerprint=tokenizer.fingerprint, splits=splits)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            source=options.source,
+            request=request,
+            dtype=_dtype(tokenizer),
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            splits=splits,
+        )
         (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n")
     return manifest, True
 
@@ -88,26 +94,41 @@ def _sources(options: Preparation) -> tuple[dict[str, Source], dict[str, float]]
         if split not in sources and (fraction := default if fraction is None else fraction):
             fractions[split] = fraction
     if min(fractions.values(), default=0) < 0 or sum(fractions.values()) >= 1:
-        raise UserError("--valid-fraction, --test-fraction", tuple(fractions.values()), "they must be 0 or more and leave text to train on",
-                        "use for instance 0.05")
+        raise UserError(
+            "--valid-fraction, --test-fraction",
+            tuple(fractions.values()),
+            "they must leave text to train on",
+            "use for instance 0.05",
+        )
     return sources, fractions
 
 
-def _request(options: Preparation, sources: dict[str, Source], fractions: dict[str, float], loaded: Tokenizer | None) -> dict[str, Any]:
-    tokenizer = {"fingerprint": loaded.fingerprint} if loaded else {
-        "kind": options.kind, "vocab_size": options.vocab_size, "sample_mb": options.tokenizer_sample_mb}
-    return {"inputs": {split: source.identity for split, source in sources.items()}, "fractions": fractions,
-            "seed": options.seed, "shard_tokens": options.shard_tokens, "tokenizer": tokenizer}
+def _request(
+    options: Preparation, sources: dict[str, Source], fractions: dict[str, float], loaded: Tokenizer | None
+) -> dict[str, Any]:
+    tokenizer = (
+        {"fingerprint": loaded.fingerprint}
+        if loaded
+        else {"kind": options.kind, "vocab_size": options.vocab_size, "sample_mb": options.tokenizer_sample_mb}
+    )
+    return {
+        "inputs": {split: source.identity for split, source in sources.items()},
+        "fractions": fractions,
+        "seed": options.seed,
+        "shard_tokens": options.shard_tokens,
+        "tokenizer": tokenizer,
+    }
 
 
 def _existing(out: Path, request: dict[str, Any]) -> Manifest:
     if not (out / MANIFEST).is_file():
-        raise UserError("--out", str(out), "exists and is not a finished preparation", "choose another folder, or add --force to replace it")
+        raise UserError("--out", str(out), "exists and is not a finished preparation", "choose another folder, or add --force")
     manifest = read_manifest(out)
     if manifest.request != request:
         differs = ", ".join(key for key in request if manifest.request.get(key) != request[key])
-        raise UserError("--out", str(out), f"holds a different preparation (other {differs})",
-                        "choose another folder, or add --force to replace it")
+        raise UserError(
+            "--out", str(out), f"holds a different preparation (other {differs})", "choose another folder, or add --force"
+        )
     check_sizes(out, manifest)
     return manifest
 
@@ -144,48 +165,20 @@ def _train(options: Preparation, source: Source, fractions: dict[str, float], pr
     return train_tokenizer(options.kind, sample(), options.vocab_size)
 
 
-class _SplitWriter:
-    """Appends documents to the shards of one split and counts them."""
-
-    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
-        self.folder, self.split, self.dtype, self.limit = folder, split, np.dtype(dtype).newbyteorder("<"), shard_tokens
-        self.documents = self.bytes = self.tokens = 0
-        self.shards: list[Shard] = []
-        self._file: IO[bytes] | None = None
-        (folder / split).mkdir()
-
-    def add(self, texts: list[str], ids: list[list[int]], eos: int) -> None:
-        flat = np.fromiter(itertools.chain.from_iterable(itertools.chain(i, (eos,)) for i in ids), dtype=self.dtype)
-        self.documents += len(texts)
-        self.bytes += sum(len(text.encode()) for text in texts)
-        while len(flat):
-            if self._file is None:
-                self._name = f"{self.split}/shard_{len(self.shards):05d}.bin"
-                self._file, self._digest, self._filled = (self.folder / self._name).open("wb"), hashlib.sha256(), 0
-            piece, flat = flat[: self.limit - self._filled], flat[self.limit - self._filled :]
-            self._file.write(data := piece.tobytes())
-            self._digest.update(data)
-            self._filled += len(piece)
-            if self._filled == self.limit:
-                self._finish()
-
-    def _finish(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self.shards.append(Shard(file=self._name, tokens=self._filled, sha256=self._digest.hexdigest()))
-            self.tokens += self._filled
-            self._file = None
-
-    def close(self) -> Split:
-        self._finish()
-        return Split(documents=self.documents, tokens=self.tokens, bytes=self.bytes, shards=tuple(self.shards))
-
-
 def _write_splits(
-    folder: Path, options: Preparation, sources: dict[str, Source], fractions: dict[str, float], tokenizer: Tokenizer, progress: bool
+    folder: Path,
+    options: Preparation,
+    sources: dict[str, Source],
+    fractions: dict[str, float],
+    tokenizer: Tokenizer,
+    progress: bool,
 ) -> dict[str, Split]:
     dtype = _dtype(tokenizer)
-    writers = {split: _SplitWriter(folder, split, dtype, options.shard_tokens) for split in SPLITS if split in sources or split in fractions}
+    writers = {
+        split: SplitWriter(folder, split, dtype, options.shard_tokens)
+        for split in SPLITS
+        if split in sources or split in fractions
+    }
     assert tokenizer.eos_id is not None
     for own, source in sources.items():
         with tqdm(total=source.total_bytes, unit="B", unit_scale=True, desc=f"tokenise {own}", disable=not progress) as bar:
@@ -199,7 +192,7 @@ def _write_splits(
     splits = {split: writer.close() for split, writer in writers.items()}
     for split, info in splits.items():
         if not info.documents:
-            raise UserError("SOURCE", options.source, f"split {split!r} would have no documents", "give more text or another fraction")
+            raise UserError("SOURCE", options.source, f"split {split!r} has no documents", "give more text or another fraction")
     return splits
 
 
@@ -218,29 +211,3 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _dtype(tokenizer: Tokenizer) -> Any:
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-
-
-@contextmanager
-def _building(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that becomes ``out`` if the block succeeds. A killed build's remains are replaced by the next."""
-    folder, old = (out.with_name(f".{out.name}.{what}") for what in ("building", "old"))
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("--out", str(out), "another process is preparing it now", "wait for it, or choose another folder") from None
-        for entry in folder.iterdir():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        try:
-            yield folder
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        (folder / "lock").unlink()
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(folder, out)
-        shutil.rmtree(old, ignore_errors=True)

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -41,10 +42,12 @@ PRESETS = {
     "lm1b": HubDataset("dvruette/lm1b", None, {"train": "train", "test": "test"}),
     "openwebtext": HubDataset("Skylion007/openwebtext", None, {"train": "train"}),
     "text8": HubDataset("afmck/text8", None, {"train": "train", "valid": "validation", "test": "test"}),
-    "wikitext-2": HubDataset("Salesforce/wikitext", "wikitext-2-v1",
-                             {"train": "train", "valid": "validation", "test": "test"}, rows="wikitext"),
-    "wikitext-103": HubDataset("Salesforce/wikitext", "wikitext-103-v1",
-                               {"train": "train", "valid": "validation", "test": "test"}, rows="wikitext"),
+    "wikitext-2": HubDataset(
+        "Salesforce/wikitext", "wikitext-2-v1", {"train": "train", "valid": "validation", "test": "test"}, rows="wikitext"
+    ),
+    "wikitext-103": HubDataset(
+        "Salesforce/wikitext", "wikitext-103-v1", {"train": "train", "valid": "validation", "test": "test"}, rows="wikitext"
+    ),
 }
 
 
@@ -67,8 +70,12 @@ def open_source(given: str, column: str, rows: Rows, field: str = "SOURCE") -> d
         return _hub(given, column, rows)
     files = _files(given)
     if not files:
-        raise UserError(field, given, f"no such file, folder or pattern with {', '.join(SUFFIXES)} files",
-                        f"give a path, 'embedded', one of {', '.join(PRESETS)}, or hub:OWNER/NAME")
+        raise UserError(
+            field,
+            given,
+            f"no such file, folder or pattern with {', '.join(SUFFIXES)} files",
+            f"give a path, 'embedded', one of {', '.join(PRESETS)}, or hub:OWNER/NAME",
+        )
     identity = {"files": [{"name": file.name, "sha256": file_sha256(file)} for file in files], "column": column, "rows": rows}
     total = sum(_text_bytes(file, column) for file in files)
     return {"train": Source(identity, lambda: _grouped((t for file in files for t in _read(file, column)), rows), total)}
@@ -88,7 +95,7 @@ def _read(file: Path, column: str) -> Iterator[str]:
     try:
         yield from readers[file.suffix](file, column)
     except UnicodeDecodeError as error:
-        raise UserError("SOURCE", str(file), f"is not UTF-8 text ({error.reason} at byte {error.start})", "convert it to UTF-8") from None
+        raise UserError("SOURCE", str(file), f"is not UTF-8 text ({error.reason})", "convert it to UTF-8") from None
 
 
 def _read_text(file: Path, _: str) -> Iterator[str]:
@@ -118,9 +125,9 @@ def _read_jsonl(file: Path, column: str) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError("SOURCE", f"{file}:{number}", f"is not JSON ({error.msg})", "correct or remove the line") from None
+                raise UserError("SOURCE", f"{file}:{number}", f"is not JSON ({error.msg})", "correct the line") from None
             if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                raise UserError("--text-column", column, f"{file}:{number} has no such text field", "name the field that holds the text")
+                raise UserError("--text-column", column, f"{file}:{number} has no such text field", "name the text field")
             yield row[column]
 
 
@@ -189,23 +196,38 @@ def _hub(given: str, column: str, rows: Rows) -> dict[str, Source]:
     else:
         path, _, name = given.removeprefix("hub:").partition(":")
         wanted = HubDataset(path, name or None, {"train": "train"}, column, rows)
-    return {ours: Source({"hub": wanted.path, "name": wanted.name, "split": theirs, "column": wanted.column, "rows": wanted.rows},
-                         lambda theirs=theirs: _grouped(_hub_rows(given, wanted, theirs), wanted.rows), None)  # type: ignore[misc]
-            for ours, theirs in wanted.splits.items()}
+    sources = {}
+    for ours, theirs in wanted.splits.items():
+        identity = {"hub": wanted.path, "name": wanted.name, "split": theirs, "column": wanted.column, "rows": wanted.rows}
+        sources[ours] = Source(identity, partial(_hub_documents, given, wanted, theirs), None)
+    return sources
+
+
+def _hub_documents(given: str, wanted: HubDataset, split: str) -> Iterator[str]:
+    return _grouped(_hub_rows(given, wanted, split), wanted.rows)
 
 
 def _hub_rows(given: str, wanted: HubDataset, split: str) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError:
-        raise UserError("SOURCE", given, "the package datasets is not installed",
-                        "pip install datasets, or download the text elsewhere and give its files") from None
+        raise UserError(
+            "SOURCE",
+            given,
+            "the package datasets is not installed",
+            "pip install datasets, or download the text elsewhere and give its files",
+        ) from None
     try:
         rows = load_dataset(wanted.path, wanted.name, split=split, streaming=True)
         for row in rows:
             yield row[wanted.column]
     except KeyError as error:
-        raise UserError("--text-column", wanted.column, f"{wanted.path} has no such column ({error})", "name the text column") from None
+        raise UserError("--text-column", wanted.column, f"{wanted.path} has no column {error}", "name the text column") from None
     except Exception as error:  # the library raises its own, the hub client's and the HTTP client's exceptions
-        raise UserError("SOURCE", given, f"cannot be read from the hub ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-                        "check name and network, or download the text elsewhere and give its files") from error
+        problem = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            "SOURCE",
+            given,
+            f"cannot be read from the hub ({problem})",
+            "check name and network, or download the text elsewhere and give its files",
+        ) from error

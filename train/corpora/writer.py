@@ -1,0 +1,81 @@
+"""Writing shards: one split's files, and the folder that appears only when it is complete."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from rdlm.errors import UserError
+from rdlm.shards import Shard, Split
+
+
+class SplitWriter:
+    """Appends documents to the shards of one split and counts them."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int) -> None:
+        self.folder, self.split, self.dtype, self.limit = folder, split, np.dtype(dtype).newbyteorder("<"), shard_tokens
+        self.documents = self.bytes = self.tokens = 0
+        self.shards: list[Shard] = []
+        self._file: IO[bytes] | None = None
+        (folder / split).mkdir()
+
+    def add(self, texts: list[str], ids: list[list[int]], eos: int) -> None:
+        flat = np.fromiter(itertools.chain.from_iterable(itertools.chain(i, (eos,)) for i in ids), dtype=self.dtype)
+        self.documents += len(texts)
+        self.bytes += sum(len(text.encode()) for text in texts)
+        while len(flat):
+            if self._file is None:
+                self._name = f"{self.split}/shard_{len(self.shards):05d}.bin"
+                self._file, self._digest, self._filled = (self.folder / self._name).open("wb"), hashlib.sha256(), 0
+            piece, flat = flat[: self.limit - self._filled], flat[self.limit - self._filled :]
+            self._file.write(data := piece.tobytes())
+            self._digest.update(data)
+            self._filled += len(piece)
+            if self._filled == self.limit:
+                self._finish()
+
+    def _finish(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self.shards.append(Shard(file=self._name, tokens=self._filled, sha256=self._digest.hexdigest()))
+            self.tokens += self._filled
+            self._file = None
+
+    def close(self) -> Split:
+        self._finish()
+        return Split(documents=self.documents, tokens=self.tokens, bytes=self.bytes, shards=tuple(self.shards))
+
+
+@contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that becomes ``out`` if the block succeeds. A killed build's remains are replaced by the next."""
+    folder, old = (out.with_name(f".{out.name}.{what}") for what in ("building", "old"))
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("--out", str(out), "another process is preparing it", "wait, or choose another folder") from None
+        for entry in folder.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        (folder / "lock").unlink()
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            os.replace(out, old)
+        os.replace(folder, out)
+        shutil.rmtree(old, ignore_errors=True)
