@@ -1,5 +1,5 @@
 # The steps are the Makefile's. CPU image: docker build -t rdlm .       GPU image: docker build --build-arg DEVICE=cuda -t rdlm .
-#   docker run -p 8000:8000 -v "$PWD/runs/demo/export:/checkpoint:ro" rdlm              (add --gpus all for the GPU image)
+#   docker run -p 8000:8000 -v "$PWD/runs/demo/model:/checkpoint:ro" rdlm              (add --gpus all for the GPU image)
 FROM python:3.11-slim-bookworm
 
 # make and gcc: the installation itself and DeepSpeed's operators, which are compiled at first use. curl: the health check.

@@ -19,7 +19,7 @@ from demo.processes import Processes, StepFailed
 REPO = Path(__file__).resolve().parent.parent
 CONFIG = "configs/demo.yaml"
 DATA, RUN = Path("data/demo"), Path("runs/demo")
-CHECKPOINT = RUN / "export"
+CHECKPOINT = RUN / "model"
 STEPS = "1,2,4,8,16,32"
 
 NEXT = f"""Go on with:

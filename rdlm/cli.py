@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Command name -> (``module:typer app``, one line of help)."""
 
-EXAMPLE = "Example: rdlm train configs/demo.yaml && rdlm serve --checkpoint runs/demo/export"
+EXAMPLE = "Example: rdlm train configs/demo.yaml && rdlm serve --checkpoint runs/demo/model"
 
 
 def load_command(name: str) -> Any:
