@@ -1,0 +1,166 @@
+"""The portable model: a folder with ``config.json``, ``model.safetensors``, ``tokenizer/`` and a ``README.md`` card.
+
+Weights are stored by parameter name, tied ones once, in one dtype. Nothing in the folder is executed on loading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rdlm.config import SCHEMA_VERSION, CheckpointConfig, parse
+from rdlm.denoiser import Denoiser
+from rdlm.errors import UserError
+from rdlm.registry import build
+from rdlm.tokenizer import Tokenizer, load_tokenizer
+
+CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer", "README.md"
+FIELD = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run: in eval mode, its tokenizer None where the ids are not text."""
+
+    denoiser: Denoiser
+    config: CheckpointConfig
+    tokenizer: Tokenizer | None
+
+
+def save(
+    folder: str | Path, denoiser: Denoiser, config: CheckpointConfig, tokenizer: Tokenizer | None, card: str = ""
+) -> Path:
+    """Write the folder, replacing an earlier one only when the new one is complete. Returns its path.
+
+    card: Markdown about data and training, put below what the config itself says. Weights keep the dtype they have.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in denoiser.named_parameters()}
+    save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save(temporary / TOKENIZER)
+    (temporary / CARD).write_text(_card(config, weights, card))
+    (temporary / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
+    if folder.exists():
+        outdated = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(outdated, ignore_errors=True)
+        os.rename(folder, outdated)
+        os.rename(temporary, folder)
+        shutil.rmtree(outdated)
+    else:
+        os.rename(temporary, folder)
+    return folder
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Loaded:
+    """Read a checkpoint folder. Raises UserError where a file, a weight or a shape is not what the config says, or where a newer
+    version wrote it."""
+    folder = Path(folder)
+    config = load_config(folder)
+    denoiser = build(config, device="meta")
+    shapes = {name: parameter.shape for name, parameter in denoiser.named_parameters()}
+    weights = _read_weights(folder / WEIGHTS, shapes, torch.device(device), dtype)
+    denoiser.load_state_dict(_with_ties(denoiser, weights), strict=True, assign=True)
+    tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+        problem = f"has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}"
+        raise UserError(FIELD, str(folder / TOKENIZER), problem, "put the tokenizer the model was trained with there")
+    return Loaded(denoiser.eval(), config, tokenizer)
+
+
+def load_config(folder: str | Path) -> CheckpointConfig:
+    """The ``config.json`` of a checkpoint folder; UserError if it is missing, unreadable or newer than this code."""
+    path = Path(folder) / CONFIG
+    try:
+        data = json.loads(path.read_text())
+    except OSError:
+        raise UserError(FIELD, str(folder), f"has no {CONFIG}", "give a folder that `rdlm train` exported (OUTPUT/model)") from None
+    except ValueError:
+        raise UserError(FIELD, str(path), "is not JSON", "copy or export the checkpoint again") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UserError(f"{path}: schema_version", version, f"this version reads up to {SCHEMA_VERSION}", "update rdlm")
+    return parse(CheckpointConfig, data, str(path))
+
+
+def _read_weights(path: Path, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            _compare(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, shapes)
+            return {name: file.get_tensor(name).to(dtype) for name in shapes}
+    except FileNotFoundError:
+        raise UserError(FIELD, str(path), "is missing", "copy or export the checkpoint again") from None
+    except SafetensorError as error:
+        raise UserError(FIELD, str(path), f"is damaged ({error})", "copy or export the checkpoint again") from None
+
+
+def _compare(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, torch.Size]) -> None:
+    remedy = f"use the {CONFIG} and {WEIGHTS} of one export"
+    for name in sorted(found.keys() - expected.keys()):
+        raise UserError(f"{path}: weight", name, "the model has no such weight", remedy)
+    for name in sorted(expected.keys() - found.keys()):
+        raise UserError(f"{path}: weight", name, "is missing", remedy)
+    for name, shape in expected.items():
+        if found[name] != tuple(shape):
+            raise UserError(f"{path}: shape of {name}", found[name], f"the model has {tuple(shape)}", remedy)
+
+
+def _with_ties(denoiser: Denoiser, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state_dict`` names every use of a tied weight; the file holds it under its first name."""
+    first: dict[int, str] = {id(parameter): name for name, parameter in denoiser.named_parameters()}
+    every: dict[str, Any] = dict(denoiser.named_parameters(remove_duplicate=False))
+    return {name: weights[first[id(parameter)]] for name, parameter in every.items()}
+
+
+def _card(config: CheckpointConfig, weights: dict[str, Tensor], notes: str) -> str:
+    objective, recurrence = config.objective, config.recurrence
+    count = sum(weight.numel() for weight in weights.values())
+    dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
+    meaning = {
+        "thinking": "K is the number of core steps before the one read-out: more steps, more computation per token",
+        "sampling": "K is the number of noise levels a token is drawn through: a setting of the sampler, not more thought",
+    }[objective.k_meaning]
+    return f"""# {config.name}
+
+| | |
+|---|---|
+| family | {config.model.family}, d_model {config.model.d_model}, vocabulary {config.model.vocab_size}, up to {config.model.max_seq_len} tokens |
+| parameters | {count:,} ({dtypes}) |
+| objective | `{objective.name}`: core steps {objective.depth.distribution} (mean {objective.depth.mean}), {objective.depth.grad_steps} with gradient; share of noised targets {objective.corruption.share}; read-out {objective.readout} |
+| updates | {config.step:,} |
+| K | {meaning}. Default {recurrence.default_steps}, at most {recurrence.max_steps} |
+| normalised likelihood | {config.estimator} |
+
+{notes.strip()}
+
+## Run it
+
+```
+rdlm serve --checkpoint THIS_FOLDER
+rdlm generate --help
+rdlm eval nll --help
+```
+"""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,33 @@
+"""Held-out NLL against K during training, through rdlm/scoring.py; the processes share the windows."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rdlm.scoring import token_logprobs
+from train.corpora import Corpus
+from train.settings import TrainConfig
+
+
+def held_out_nll(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: torch.device) -> dict[str, float]:
+    """{"K=4": nats per token} on the first ``evaluation.max_tokens`` of the validation split. Collective.
+
+    stage: train.loop.Stage. rdlm/scoring.py says which of the values is a normalised likelihood.
+    """
+    rank, world, ks = dist.get_rank(), dist.get_world_size(), config.evaluation.steps
+    batches = list(corpus.windows(config.evaluation.max_tokens, config.batch.micro_size or 8))
+    sums = torch.zeros(len(ks) + 1, dtype=torch.float64)
+    for first in range(0, len(batches), world):
+        mine = first + rank
+        batch = batches[min(mine, len(batches) - 1)]  # under ZeRO 3 every process must make the same calls
+        inputs, targets = batch.input_ids.to(device), batch.targets.to(device)
+        with torch.no_grad():
+            scores = stage(token_logprobs, config.checkpoint_config, inputs, targets, ks)
+        if mine < len(batches):
+            sums += torch.tensor([*(-float(scores[k].double()[batch.mask].sum()) for k in ks), float(batch.mask.sum())])
+    sums = sums.to(device)
+    dist.all_reduce(sums)
+    return {f"K={k}": float(sums[i] / sums[-1]) for i, k in enumerate(ks)}
+

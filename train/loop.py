@@ -1,0 +1,235 @@
+"""The one loop over batches, for every objective. Shapes: see rdlm/objectives.py; one update sees ``batch.global_size`` sequences."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rdlm.denoiser import Denoiser
+from rdlm.errors import UserError
+from rdlm.objectives import Batch, LossTerms, loss_terms
+from rdlm.registry import build
+from train import resume
+from train.corpora import Corpus
+from train.ds_config import ds_config
+from train.engine_state import full_precision_weights, global_grad_norm
+from train.evaluation import held_out_nll
+from train.metrics import MetricsLog, Progress, peak_memory, plot_loss, read
+from train.optimizer import build_optimizer
+from train.schedule import learning_rate
+from train.settings import TrainConfig
+
+
+class Stage(nn.Module):
+    """Runs a function of the denoiser inside a module's forward: there ZeRO stage 3 can gather the weights it touches."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(self.denoiser, *args, **kwargs)
+
+
+@dataclass
+class Tally:
+    """What one process saw in one update: sum of losses, positions, and metrics as (sum, number of micro-batches)."""
+
+    total: float = 0.0
+    count: float = 0.0
+    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    def add(self, terms: LossTerms) -> None:
+        self.total += float(terms.total.detach())
+        self.count += float(terms.count)
+        for name, value in terms.metrics.items():
+            total, number = self.metrics.get(name, (0.0, 0))
+            self.metrics[name] = (total + float(value), number + 1)
+
+
+class Trainer:
+    """Builds model, data and DeepSpeed engine from the config, resumes if there is something to resume, trains.
+
+    Raises UserError where config, data and earlier checkpoints do not fit. Every rank makes the same calls.
+    """
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, device: torch.device, terminal: TextIO) -> None:
+        self.config, self.corpus, self.device, self.terminal = config, corpus, device, terminal
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.output = Path(config.output)
+        self.checkpoints = self.output / "checkpoints"
+        self.micro_size, self.accumulation = config.batch.accumulation(self.world)
+        if self.rank == 0:
+            self._lock = _lock(self.output)
+            resume.clean(self.checkpoints)
+        denoiser = build(config.checkpoint_config, seed=config.seed)
+        self.engine, *_ = deepspeed.initialize(
+            model=Stage(denoiser), optimizer=build_optimizer(denoiser, config), config=ds_config(config, self.world)
+        )
+        self.step = self._resume()
+        """Updates made."""
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self.engine.module.denoiser
+
+    def fit(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the end; False if ``should_stop`` cut it short. A checkpoint is written either way."""
+        report = Report(self) if self.rank == 0 else None
+        seconds, cpu = time.perf_counter(), time.process_time()
+        while self.step < self.config.schedule.steps:
+            batches = self._batches(self.step)
+            positions, stopping = self._agree(sum(float(batch.mask.sum()) for batch in batches), should_stop())
+            if stopping:
+                break
+            tally = self.train_step(batches, positions)
+            self.step += 1
+            if self.step % self.config.log.interval_steps == 0 or self.step == self.config.schedule.steps:
+                now, cpu_now = time.perf_counter(), time.process_time()
+                parts = self._gather((tally, cpu_now - cpu))
+                if report is not None:
+                    report.step(parts, positions, now - seconds, global_grad_norm(self.engine))
+                seconds, cpu = time.perf_counter(), cpu_now
+            self._evaluate(report)
+            if self.step % self.config.checkpoint.interval_steps == 0 and self.step < self.config.schedule.steps:
+                self.save()
+        finished = self.step == self.config.schedule.steps
+        if not (self.checkpoints / f"step_{self.step:06d}").exists():
+            self.save()
+        if report is not None:
+            report.close()
+        return finished
+
+    def train_step(self, batches: list[Batch], positions: float) -> Tally:
+        """One update on this process's micro-batches; the loss is the sum over all processes' tokens over ``positions``."""
+        # DeepSpeed divides by accumulation and averages over processes; both are undone, so that the global count alone divides.
+        scale = self.world * self.accumulation / positions
+        tally, seed = Tally(), self.config.seed
+        rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        for micro, batch in enumerate(batches):
+            terms = self.engine(loss_terms, batch, step=self.step, seed=seed, rank=self.rank, micro=micro)
+            self.engine.backward(terms.total * scale)
+            tally.add(terms)
+            self.engine.step()
+        return tally
+
+    def save(self) -> None:
+        """Checkpoint the run as it stands."""
+        resume.save(self.engine, self.checkpoints, self.step, self.config, self.corpus.identity)
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """fp32 weights on rank 0, None elsewhere. Collective."""
+        return full_precision_weights(self.engine, self.denoiser)
+
+    def _resume(self) -> int:
+        found: list[Path | None] = [None]
+        if self.rank == 0:
+            found = [resume.newest(self.checkpoints, lambda text: print(f"warning: {text}", file=self.terminal))]
+        dist.broadcast_object_list(found)
+        return 0 if found[0] is None else resume.load(self.engine, found[0], self.config, self.corpus.identity)
+
+    def _batches(self, step: int) -> list[Batch]:
+        batches = [
+            self.corpus.batch(
+                step, seed=self.config.seed, global_batch=self.config.batch.global_size, rank=self.rank, world=self.world,
+                micro_index=micro, micro_size=self.micro_size,
+            )
+            for micro in range(self.accumulation)
+        ]  # fmt: skip
+        return [Batch(b.input_ids.to(self.device), b.targets.to(self.device), b.mask.to(self.device)) for b in batches]
+
+    def _agree(self, positions: float, stop: bool) -> tuple[float, bool]:
+        """Positions of all processes, and whether any of them was asked to stop."""
+        both = torch.tensor([positions, float(stop)], device=self.device)
+        dist.all_reduce(both)
+        return float(both[0]), bool(both[1] > 0)
+
+    def _gather(self, mine: Any) -> list[Any]:
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, mine)
+        return parts
+
+    def _evaluate(self, report: Report | None) -> None:
+        interval = self.config.evaluation.interval_steps
+        if not interval or (self.step % interval and self.step != self.config.schedule.steps):
+            return
+        nll = held_out_nll(self.engine.module, self.config, self.corpus, self.device)
+        if report is not None:
+            report.held_out(nll)
+
+
+class Report:
+    """Rank 0's account of the run: metrics files, progress, plot."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, config = trainer, trainer.config
+        self.log = MetricsLog(trainer.output / "metrics.jsonl", trainer.step, config.log.tensorboard)
+        self.held_out_log = MetricsLog(trainer.output / "held_out.jsonl", trainer.step, config.log.tensorboard)
+        self.cpu_seconds = float(self.log.last.get("cpu_seconds", 0.0))
+        self.seconds = float(self.log.last.get("seconds", 0.0))
+        self.logged_step = trainer.step
+        self.progress = Progress(config.schedule.steps, trainer.step, trainer.terminal)
+        if trainer.step:
+            self.progress.say(f"resumed {config.name} at step {trainer.step}")
+
+    def step(self, parts: list[tuple[Tally, float]], positions: float, seconds: float, grad_norm: float) -> None:
+        """Record the update just made. parts: every process's tally and CPU seconds; seconds: since the last record."""
+        trainer, steps = self.trainer, self.trainer.step - self.logged_step
+        tallies = [tally for tally, _ in parts]
+        assert sum(t.count for t in tallies) == positions, "an objective counted other positions than the batch's mask"
+        self.cpu_seconds += sum(cpu for _, cpu in parts)
+        self.seconds += seconds
+        config = trainer.config
+        record: dict[str, Any] = {
+            "step": trainer.step,
+            "loss": sum(t.total for t in tallies) / positions,
+            "lr": learning_rate(config.schedule, config.optimizer.lr, trainer.step - 1),
+            "grad_norm": grad_norm,
+            "tokens_per_s": positions * steps / seconds,
+            "step_s": seconds / steps,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "peak_memory_bytes": peak_memory(trainer.device),
+        }
+        for name in sorted({name for tally in tallies for name in tally.metrics}):
+            pairs = [tally.metrics[name] for tally in tallies if name in tally.metrics]
+            record[name] = sum(total for total, _ in pairs) / sum(number for _, number in pairs)
+        self.logged_step = trainer.step
+        self.log.write(record)
+        self.progress.update(trainer.step, record)
+
+    def held_out(self, nll: dict[str, float]) -> None:
+        """Record the held-out NLL (nats per token) at each K."""
+        self.held_out_log.write({"step": self.trainer.step, **nll})
+        self.progress.say(f"step {self.trainer.step}: held-out NLL " + ", ".join(f"{k} {v:.3f}" for k, v in nll.items()))
+
+    def close(self) -> None:
+        self.log.close()
+        self.held_out_log.close()
+        self.progress.close()
+        output = self.trainer.output
+        records = read(output / "metrics.jsonl")
+        if records:
+            plot_loss(records, read(output / "held_out.jsonl"), output / "loss.png", self.trainer.config.name)
+
+
+def _lock(output: Path) -> TextIO:
+    """Hold the output folder for this run; the kernel releases it when the process ends, however it ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = (output / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError("output", str(output), "another run is writing there", "wait for it, or set another output folder") from None
+    return lock

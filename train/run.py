@@ -1,0 +1,50 @@
+"""One training process from a checked config to the exported model."""
+
+from __future__ import annotations
+
+import os
+from typing import TextIO
+
+from rdlm.errors import UserError
+from rdlm.registry import build
+from train.corpora import Corpus, build_corpus
+from train.process import StopSignal, environment, tune_cpu
+from train.settings import TrainConfig
+
+
+def check(config: TrainConfig, world: int) -> Corpus:
+    """Everything that can be found wrong before a process is started or a weight allocated; raises UserError."""
+    config.batch.accumulation(world)
+    build(config.checkpoint_config, device="meta")
+    corpus = build_corpus(config.data)
+    if corpus.vocab_size > config.model.vocab_size:
+        problem = f"smaller than the data's vocabulary ({corpus.vocab_size})"
+        raise UserError("model.vocab_size", config.model.vocab_size, problem, f"set model.vocab_size={corpus.vocab_size}")
+    return corpus
+
+
+def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
+    """Train, or go on training; export the model when the last step is done. False if ``stop`` came first. Raises UserError."""
+    _, processes_here = environment()
+    tune_cpu(processes_here)
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    import deepspeed
+    import torch.distributed as dist
+
+    from train.export import export
+    from train.loop import Trainer
+
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
+    try:
+        corpus = check(config, dist.get_world_size())
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+        trainer = Trainer(config, corpus, device, terminal)
+        finished = trainer.fit(lambda: stop.received)
+        if finished:
+            export(trainer)
+        return finished
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,241 @@
+"""What one training run is: a YAML file plus ``key.sub=value`` overrides, checked before anything starts. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from rdlm.config import (
+    CheckpointConfig,
+    ModelConfig,
+    NoiseConfig,
+    ObjectiveConfig,
+    RecurrenceConfig,
+    Strict,
+    parse,
+)
+from rdlm.errors import UserError
+
+
+class TokensConfig(Strict):
+    """Prepared shards of ``rdlm data prepare``."""
+
+    kind: Literal["tokens"] = "tokens"
+    path: str = Field(min_length=1)
+    seq_len: int = Field(ge=2)
+
+
+class GroupProductConfig(Strict):
+    """Running product in a finite group: a task that needs serial steps."""
+
+    kind: Literal["group_product"] = "group_product"
+    group: str
+    length: int = Field(ge=2)
+    """Positions of a sequence."""
+
+    @property
+    def seq_len(self) -> int:
+        return self.length
+
+
+DataConfig = Annotated[TokensConfig | GroupProductConfig, Field(discriminator="kind")]
+
+
+class BatchConfig(Strict):
+    """Sequences per update, over all processes, and per forward pass of one process."""
+
+    global_size: int = Field(ge=1)
+    micro_size: int | None = Field(None, ge=1)
+    """None: global_size / processes, no gradient accumulation."""
+
+    def accumulation(self, world: int) -> tuple[int, int]:
+        """(micro_size, forward passes per update and process); raises UserError where the sizes do not divide."""
+        if self.global_size % world:
+            raise UserError("batch.global_size", self.global_size, f"not a multiple of {world} processes", "change it or --num-procs")
+        share = self.global_size // world
+        micro = self.micro_size or share
+        if share % micro:
+            raise UserError(
+                "batch.micro_size", micro, f"does not divide the {share} sequences of each of {world} processes", f"use a divisor of {share}"
+            )
+        return micro, share // micro
+
+
+class OptimizerConfig(Strict):
+    """AdamW (Loshchilov and Hutter 2019). Weight decay acts on the matrices of linear layers only: never on norms, biases,
+    scalars or token tables."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: float = Field(1.0, ge=0)
+    """Bound of the global gradient norm; 0 = no clipping."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both betas must lie in [0, 1)")
+        return betas
+
+
+class ScheduleConfig(Strict):
+    """Learning rate over the run: see train/schedule.py."""
+
+    kind: Literal["cosine", "trapezoid", "constant"] = "cosine"
+    steps: int = Field(ge=1)
+    """Updates of the whole run."""
+    warmup_steps: int = Field(0, ge=0)
+    cooldown_steps: int = Field(0, ge=0)
+    """trapezoid only."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScheduleConfig:
+        if self.warmup_steps + self.cooldown_steps > self.steps:
+            raise ValueError(f"warmup_steps + cooldown_steps exceed steps ({self.steps})")
+        if self.cooldown_steps and self.kind != "trapezoid":
+            raise ValueError(f"cooldown_steps has no meaning with kind {self.kind!r}; use trapezoid or drop it")
+        return self
+
+
+class DeepSpeedConfig(Strict):
+    """What of the optimizer, gradients and weights is split over processes or kept in host memory."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_param: Literal["none", "cpu"] = "none"
+    bucket_elements: int = Field(50_000_000, ge=1)
+    """Elements reduced or gathered in one message."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> DeepSpeedConfig:
+        if self.offload_optimizer == "cpu" and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_param == "cpu" and self.zero_stage != 3:
+            raise ValueError("offload_param needs zero_stage 3")
+        return self
+
+
+class CheckpointingConfig(Strict):
+    interval_steps: int = Field(500, ge=1)
+    """A checkpoint every so many updates, besides one on SIGTERM and one at the end."""
+    keep: int = Field(2, ge=1)
+    """Newest complete checkpoints that stay."""
+
+
+class EvaluationConfig(Strict):
+    interval_steps: int = Field(0, ge=0)
+    """Held-out NLL every so many updates and at the end; 0 = never."""
+    steps: tuple[int, ...] = (1, 4, 16)
+    """Values of K."""
+    max_tokens: int = Field(16_384, ge=1)
+
+    @field_validator("steps")
+    @classmethod
+    def _steps(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if not steps or min(steps) < 1:
+            raise ValueError("needs at least one K, each 1 or more")
+        return steps
+
+
+class LogConfig(Strict):
+    interval_steps: int = Field(1, ge=1)
+    tensorboard: bool = True
+
+
+class TrainConfig(Strict):
+    """One training run."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    output: str = Field(min_length=1)
+    """Folder of checkpoints, logs, metrics and the exported model."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    noise: NoiseConfig = NoiseConfig()
+    recurrence: RecurrenceConfig = RecurrenceConfig()
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    precision: Literal["bf16", "fp32"] = "bf16"
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    activation_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass."""
+    checkpoint: CheckpointingConfig = CheckpointingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _noise_conditioning(cls, data: Any) -> Any:
+        """A noisy objective needs a noise-conditioned model: fill it in where the user left it open."""
+        if not isinstance(data, dict) or not isinstance(data.get("model"), dict) or "noise_conditioning" in data["model"]:
+            return data
+        try:
+            noisy = ObjectiveConfig.model_validate(data.get("objective", {})).noisy
+        except ValidationError:
+            return data  # the field's own validation reports it
+        return {**data, "model": {**data["model"], "noise_conditioning": noisy}}
+
+    @property
+    def checkpoint_config(self) -> CheckpointConfig:
+        """The part that describes the trained model; ``step`` is 0."""
+        return CheckpointConfig(
+            name=self.name, model=self.model, objective=self.objective, noise=self.noise, recurrence=self.recurrence
+        )
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Read a YAML file, apply ``key.sub=value`` overrides (values are YAML scalars or lists); raises UserError."""
+    source = Path(path)
+    try:
+        data = yaml.safe_load(source.read_text())
+    except OSError as error:
+        raise UserError("CONFIG", str(path), error.strerror or "cannot be read", "give the path of a YAML file, see configs/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("CONFIG", str(path), f"is not YAML: {' '.join(str(error).split())}", "correct the file") from None
+    if not isinstance(data, dict):
+        raise UserError("CONFIG", str(path), "holds no mapping", "see configs/ for examples")
+    for override in overrides:
+        _apply(data, override)
+    config: TrainConfig = parse(TrainConfig, data, str(path))
+    _check(config)
+    return config
+
+
+def _check(config: TrainConfig) -> None:
+    """What no section can see alone."""
+    conditioned, objective = config.model.noise_conditioning, config.objective
+    if conditioned != objective.noisy:
+        verb = "noises" if objective.noisy else "does not noise"
+        problem = f"objective {objective.name!r} {verb} its targets"
+        raise UserError("model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective")
+    if config.data.seq_len > config.model.max_seq_len:
+        problem = f"longer than model.max_seq_len ({config.model.max_seq_len})"
+        raise UserError("data.seq_len", config.data.seq_len, problem, "shorten the sequences or raise model.max_seq_len")
+    beyond = [k for k in config.evaluation.steps if k > config.recurrence.max_steps]
+    if beyond and config.evaluation.interval_steps:
+        problem = f"exceeds recurrence.max_steps ({config.recurrence.max_steps})"
+        raise UserError("evaluation.steps", beyond[0], problem, "use smaller K or raise recurrence.max_steps")
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise UserError("override", override, "is not key.sub=value", "write for example optimizer.lr=0.001")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(key, text, "is not a YAML value", "quote it") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise UserError(key, text, f"{parent} holds a value, not a section", "correct the key")
+    data[last] = value
