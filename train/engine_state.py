@@ -29,6 +29,8 @@ def _unpartitioned_masters(engine: deepspeed.DeepSpeedEngine) -> dict[int, Tenso
     return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
 
-def global_grad_norm(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Norm of the last update's gradient over all parameters, before clipping."""
-    return float(engine.get_global_grad_norm())
+def unreported_grad_norm(engine: deepspeed.DeepSpeedEngine) -> Tensor | None:
+    """Gradient norm before ``engine.step()`` where DeepSpeed reports none afterwards: stage 0 in fp32. None elsewhere."""
+    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
+        return None
+    return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

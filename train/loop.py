@@ -21,7 +21,7 @@ from rdlm.registry import build
 from train import resume
 from train.corpora import Corpus
 from train.ds_config import ds_config
-from train.engine_state import full_precision_weights, global_grad_norm
+from train.engine_state import full_precision_weights, unreported_grad_norm
 from train.evaluation import held_out_nll
 from train.metrics import MetricsLog, Progress, peak_memory, plot_loss, read
 from train.optimizer import build_optimizer
@@ -72,9 +72,12 @@ class Trainer:
             self._lock = _lock(self.output)
             resume.clean(self.checkpoints)
         denoiser = build(config.checkpoint_config, seed=config.seed)
+        for scalar in (p for p in denoiser.parameters() if p.dim() == 0):
+            scalar.ds_optim_param = True  # DeepSpeed 0.19.8 fails to broadcast 0-d tensors; the seed makes them equal everywhere
         self.engine, *_ = deepspeed.initialize(
             model=Stage(denoiser), optimizer=build_optimizer(denoiser, config), config=ds_config(config, self.world)
         )
+        self._own_norm: Tensor | None = None
         self.step = self._resume()
         """Updates made."""
 
@@ -97,7 +100,7 @@ class Trainer:
                 now, cpu_now = time.perf_counter(), time.process_time()
                 parts = self._gather((tally, cpu_now - cpu))
                 if report is not None:
-                    report.step(parts, positions, now - seconds, global_grad_norm(self.engine))
+                    report.step(parts, positions, now - seconds, self.grad_norm())
                 seconds, cpu = time.perf_counter(), cpu_now
             self._evaluate(report)
             if self.step % self.config.checkpoint.interval_steps == 0 and self.step < self.config.schedule.steps:
@@ -121,8 +124,14 @@ class Trainer:
             terms = self.engine(loss_terms, batch, step=self.step, seed=seed, rank=self.rank, micro=micro)
             self.engine.backward(terms.total * scale)
             tally.add(terms)
+            if micro == len(batches) - 1:
+                self._own_norm = unreported_grad_norm(self.engine)
             self.engine.step()
         return tally
+
+    def grad_norm(self) -> float:
+        """Norm of the last update's gradient over all parameters, before clipping."""
+        return float(self.engine.get_global_grad_norm() if self._own_norm is None else self._own_norm)
 
     def save(self) -> None:
         """Checkpoint the run as it stands."""
