@@ -166,7 +166,7 @@ def _grouped(rows: Iterable[str], kind: Rows) -> Iterator[str]:
         return
     article: list[str] = []
     for row in rows:
-        if re.fullmatch(r" = [^=].*[^=] = \n?", row) and article:
+        if re.fullmatch(r" = [^=].*[^=] = \n?", row) and any(line.strip() for line in article):
             yield "".join(article)
             article = []
         article.append(row)

@@ -1,0 +1,139 @@
+"""Both tokenizers keep every byte, stream what they decode, and refuse what they cannot use in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers import models
+
+from rdlm.errors import UserError
+from rdlm.tokenizer import CONFIG_FILE, EOS, StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.\n",
+    "Café au lait, 3 €!\n\n\tA second  paragraph.\r\n",
+    "foxes and dogs, dogs and foxes ",
+] * 9
+KINDS = ("bpe", "sentencepiece")
+TOKENIZERS: dict[str, Tokenizer] = {kind: train_tokenizer(kind, iter(TEXTS), 300) for kind in KINDS}  # type: ignore[arg-type]
+unicode_text = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\u2581 \n€foxd"), max_size=60)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(text=unicode_text)
+def test_text_survives_and_its_bytes_are_counted(kind: str, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode_documents([text])[0]
+    assert tokenizer.decode(ids) == text
+    table = tokenizer.token_bytes()
+    assert sum(len(table[i]) for i in ids) == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.integers(0, 299), max_size=30), cut=st.integers(1, 4))
+def test_stream_joins_to_decode_of_all_for_any_ids(kind: str, ids: list[int], cut: int) -> None:
+    tokenizer = TOKENIZERS[kind]
+    stream = StreamDecoder(tokenizer)
+    deltas = [stream.feed(ids[i : i + cut]) for i in range(0, len(ids), cut)]
+    assert "".join([*deltas, stream.flush()]) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stream_holds_back_half_a_character(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode("日")
+    assert len(ids) == 3
+    stream = StreamDecoder(tokenizer)
+    assert [stream.feed([i]) for i in ids] == ["", "", "日"]
+    cut_short = StreamDecoder(tokenizer)
+    assert cut_short.feed(ids[:2]) == "" and cut_short.flush() == "\ufffd"
+
+
+@settings(max_examples=60, deadline=None)
+@given(ids=st.lists(st.integers(0, 299), max_size=30))
+def test_bpe_decodes_as_the_library_does(ids: list[int]) -> None:
+    tokenizer = TOKENIZERS["bpe"]
+    library = LibraryTokenizer.from_str(tokenizer._source.decode())  # type: ignore[attr-defined]
+    assert tokenizer.decode(ids) == library.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_text_is_one_id_for_a_prompt_and_plain_text_in_a_corpus(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    assert tokenizer.encode(f"fox{EOS}dog") == [*tokenizer.encode("fox"), tokenizer.eos_id, *tokenizer.encode("dog")]
+    literal = tokenizer.encode_documents([f"fox{EOS}dog"])[0]
+    assert tokenizer.eos_id not in literal and tokenizer.decode(literal) == f"fox{EOS}dog"
+    assert tokenizer.decode([tokenizer.eos_id]) == "" and tokenizer.bos_id == tokenizer.eos_id  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded_is_the_same_tokenizer(kind: str, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS[kind]
+    tokenizer.save(tmp_path / "t")
+    for path in (tmp_path / "t", tmp_path / "t" / tokenizer.file_name):  # type: ignore[attr-defined]
+        loaded = load_tokenizer(path)
+        assert loaded.fingerprint == tokenizer.fingerprint and loaded.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+        assert (loaded.bos_id, loaded.eos_id, loaded.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, 300)
+    again = train_tokenizer(kind, iter(TEXTS), 300)  # type: ignore[arg-type]
+    other = train_tokenizer(kind, iter(TEXTS), 299)  # type: ignore[arg-type]
+    assert again.fingerprint == tokenizer.fingerprint != other.fingerprint
+
+
+def test_chat_template_is_read_and_does_not_change_the_fingerprint(tmp_path: Path) -> None:
+    TOKENIZERS["bpe"].save(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template is None
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.chat_template == "{{ messages[0].content }}" and loaded.fingerprint == TOKENIZERS["bpe"].fingerprint
+    loaded.save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").chat_template == loaded.chat_template
+
+
+def test_added_tokens_of_a_foreign_tokenizer_keep_their_bytes(tmp_path: Path) -> None:
+    library = LibraryTokenizer.from_str(TOKENIZERS["bpe"]._source.decode())  # type: ignore[attr-defined]
+    library.add_tokens(["  é  "])
+    library.add_special_tokens(["<|user|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("fox  é  dog<|user|>")
+    assert {300, 301} <= set(ids) and tokenizer.decode(ids) == "fox  é  dog"
+    assert tokenizer.token_bytes()[300] == "  é  ".encode() and tokenizer.token_bytes()[301] == b""
+
+
+def _user_error(match: str):  # type: ignore[no-untyped-def]
+    return pytest.raises(UserError, match=match)
+
+
+def test_unusable_files_are_named(tmp_path: Path) -> None:
+    with _user_error("no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / name).write_bytes(b"{}")
+        with _user_error("cannot be read"):
+            load_tokenizer(tmp_path / name)
+    LibraryTokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with _user_error("not a byte-level"):
+        load_tokenizer(tmp_path)
+    TOKENIZERS["bpe"].save(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"eos_token": "</s>"}))
+    with _user_error("eos_token='</s>'"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_the_text_cannot_fill_is_refused(kind: str) -> None:
+    with _user_error("vocab_size=5000"):
+        train_tokenizer(kind, iter(TEXTS), 5000)  # type: ignore[arg-type]
+    with _user_error("vocab_size=257"):
+        train_tokenizer(kind, iter(TEXTS), 257)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_a_surrogate_pair_is_the_users_error(kind: str) -> None:
+    with _user_error("surrogate"):
+        TOKENIZERS[kind].encode("fox \ud800")
