@@ -41,12 +41,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 known = F.linear(u[rows_here], table).float()
                 logits.add_(known * scale.float())
             index = targets[rows_here].unsqueeze(1)
-            losses[rows_here] = logits.logsumexp(1) - logits.gather(1, index).squeeze(1)
+            # One exponential serves loss and gradient: from here on ``logits`` holds exp(logits - max), in place.
+            logits.sub_(logits.amax(1, keepdim=True))
+            at_target = logits.gather(1, index).squeeze(1)
+            total = logits.exp_().sum(1)
+            losses[rows_here] = total.log() - at_target
             if d_hidden is None or d_weight is None:
                 continue
-            d_logits = logits.softmax(1)
-            d_logits.scatter_add_(1, index, torch.full_like(index, -1.0, dtype=torch.float32))
-            d_logits.mul_(item_weight[rows_here].unsqueeze(1))
+            row_weight = item_weight[rows_here]
+            d_logits = logits.mul_((row_weight / total).unsqueeze(1))
+            d_logits.scatter_add_(1, index, -row_weight.unsqueeze(1))
             if known is not None:
                 d_scale += torch.dot(d_logits.flatten(), known.flatten())
             narrow = d_logits.to(hidden.dtype)

@@ -58,7 +58,7 @@ class LogNormalSchedule:
         return ((self._normal_cdf(sigma) - low) / (high - low)).clamp(0.0, 1.0)
 
     def icdf(self, q: Tensor) -> Tensor:
-        """The level below which the mass q lies: [...] in [0, 1] -> [...] fp64, exact at both ends."""
+        """The level below which the mass q lies: [...] in [0, 1] -> [...] fp64."""
         low, high = self._bounds
         log_sigma = self.noise.p_mean + self.noise.p_std * torch.special.ndtri(low + q.double() * (high - low))
         return log_sigma.exp().clamp(self.noise.sigma_min, self.noise.sigma_max)

@@ -82,8 +82,6 @@ def tiny(tiny_config: Callable[..., CheckpointConfig]) -> Callable[..., Denoiser
     """``tiny(family="huginn", objective="single_pass", **model)`` -> a freshly initialised Denoiser, the same at every call."""
 
     def make(family: str = "huginn", objective: object = "single_pass", **model: object) -> Denoiser:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return build(tiny_config(family, objective, **model))
+        return build(tiny_config(family, objective, **model), seed=0)
 
     return make

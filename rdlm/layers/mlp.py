@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of a fused [..., 2W] tensor. Its backward writes both gradients into one buffer: autograd's own
+    backward of ``chunk`` concatenates them, which costs a tenth of a training step on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, fused: Tensor) -> Tensor:
+        ctx.save_for_backward(fused)
+        gate, up = fused.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (fused,) = ctx.saved_tensors
+        gate, up = fused.chunk(2, dim=-1)
+        out = torch.empty_like(fused)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        torch.mul(grads[0], silu, out=d_up)
+        # d silu / d gate = sigmoid + silu * (1 - sigmoid)
+        torch.mul(torch.addcmul(sigmoid, silu, 1 - sigmoid).mul_(up), grads[0], out=d_gate)
+        return out
 
 
 class GatedMLP(nn.Module):
@@ -15,5 +42,4 @@ class GatedMLP(nn.Module):
         self.proj = nn.Linear(width, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
-        gate, up = self.fc(x).chunk(2, dim=-1)
-        return self.proj(F.silu(gate) * up)
+        return self.proj(_SwiGLU.apply(self.fc(x)))

@@ -1,0 +1,41 @@
+"""The fused read-out and loss against torch's own cross-entropy, value and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rdlm import cross_entropy
+from rdlm.cross_entropy import linear_cross_entropy
+
+
+@pytest.mark.parametrize("with_evidence", [False, True])
+@pytest.mark.parametrize("chunk", [1, 1 << 20])  # many chunks with a ragged last one; a single chunk
+def test_matches_torch(monkeypatch: pytest.MonkeyPatch, with_evidence: bool, chunk: int) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk)
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight, u, table = (torch.randn(n, 8, generator=rng) for n in (37, 11, 37, 11))
+    targets, item_weight = torch.randint(0, 11, (37,), generator=rng), torch.rand(37, generator=rng)
+    scale = torch.tensor(0.7, requires_grad=True)
+    hidden.requires_grad_(), weight.requires_grad_()
+    inputs = [hidden, weight] + ([scale] if with_evidence else [])
+
+    total, losses = linear_cross_entropy(hidden, weight, targets, item_weight, (u, table, scale) if with_evidence else None)
+    grads = torch.autograd.grad(3.0 * total, inputs)
+
+    logits = F.linear(hidden, weight) + (scale * F.linear(u, table) if with_evidence else 0.0)
+    expected = F.cross_entropy(logits, targets, reduction="none")
+    expected_grads = torch.autograd.grad(3.0 * (expected * item_weight).sum(), inputs)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(total, (expected * item_weight).sum())
+    for got, want in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_act_per_row() -> None:
+    """A weight on one row scales that row's loss alone: the released code's [B] * [B, 1] product would fail here."""
+    hidden, weight, targets = torch.randn(4, 8), torch.randn(5, 8), torch.tensor([0, 1, 2, 3])
+    plain, losses = linear_cross_entropy(hidden, weight, targets, torch.ones(4))
+    total, _ = linear_cross_entropy(hidden, weight, targets, torch.tensor([1.0, 1.0, 10.0, 1.0]))
+    torch.testing.assert_close(total - plain, 9 * losses[2])

@@ -1,0 +1,135 @@
+"""The closed-form posterior as a test double: an exact denoiser must give the exact law of the token at every K.
+
+With clean context, prior p and unit rows E, p(x | z, sigma) is proportional to p(x) exp(<E_x, z> / sigma^2).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rdlm.config import CheckpointConfig, HuginnConfig, NoiseConfig, ObjectiveConfig
+from rdlm.denoiser import Denoiser, Prediction
+from rdlm.noise import LogNormalSchedule, geometric_grid
+from rdlm.registry import build
+from rdlm.sampler import hard_bridge_chain, heun_step, renoise, sampling_levels, soft_bridge, solve, step_plan
+
+V, D, N = 7, 16, 60_000
+PRIOR = torch.softmax(torch.linspace(0.0, 2.0, V), 0)
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> Denoiser:
+    """An evidence denoiser whose hidden state is log p in the first V coordinates and whose head reads exactly that."""
+    config = HuginnConfig(
+        vocab_size=V, d_model=D, num_heads=2, mlp_width=16, max_seq_len=8, tie_embeddings=False, noise_conditioning=True
+    )
+    built = build(CheckpointConfig(name="exact", model=config, objective=ObjectiveConfig(name="evidence")), seed=0)
+    with torch.no_grad():
+        built.model.head.weight.copy_(torch.eye(V, D))
+    return built
+
+
+def exact(denoiser: Denoiser, z: torch.Tensor | None, sigma: float | None, rows: int = N) -> Prediction:
+    hidden = F.pad(PRIOR.log(), (0, D - V)).expand(rows, D)
+    levels = None if sigma is None else torch.full((rows,), sigma)
+    return denoiser.predict(hidden, z, levels)
+
+
+@pytest.mark.parametrize("sigma", [0.2, 0.5, 2.0])
+def test_evidence_readout_is_bayes_rule(denoiser: Denoiser, sigma: float) -> None:
+    """Against the posterior from Gaussian densities, which knows nothing of the identity."""
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.multinomial(PRIOR, 500, replacement=True, generator=rng)
+    z = renoise(denoiser, ids, torch.full((500,), sigma), torch.randn(500, D, generator=rng))
+    density = torch.distributions.Normal(denoiser.unit_table(), sigma).log_prob(z.unsqueeze(1)).sum(-1)  # [500, V]
+    expected = torch.softmax(PRIOR.log() + density, -1)
+    with torch.no_grad():
+        got = torch.softmax(exact(denoiser, z, sigma, 500).logits(), -1)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
+@torch.no_grad()
+def test_hard_bridge_samples_the_exact_law_at_every_k(denoiser: Denoiser, num_steps: int) -> None:
+    rng = torch.Generator().manual_seed(num_steps)
+    levels: list[float | None] = [None, *geometric_grid(2.0, 0.2, num_steps - 1)]
+    ids, _ = hard_bridge_chain(
+        lambda z, sigma: exact(denoiser, z, sigma),
+        lambda prediction: torch.multinomial(torch.softmax(prediction.logits(), -1), 1, generator=rng).squeeze(1),
+        lambda ids, sigma: renoise(denoiser, ids, torch.full((N,), sigma), torch.randn(N, D, generator=rng)),
+        levels,
+    )
+    frequencies = torch.bincount(ids, minlength=V) / N
+    four_sigma = 4 * (PRIOR * (1 - PRIOR) / N).sqrt()
+    assert bool(((frequencies - PRIOR).abs() < four_sigma).all()), (frequencies, PRIOR)
+
+
+@torch.no_grad()
+def test_temperature_on_the_prior_means_the_same_at_every_k(denoiser: Denoiser) -> None:
+    """Sharpening the prior and keeping the evidence samples the sharpened prior whatever K is."""
+    rng, target = torch.Generator().manual_seed(5), torch.softmax(PRIOR.log() / 0.5, -1)
+
+    def draw(prediction: Prediction) -> torch.Tensor:
+        logits = prediction.prior / 0.5 + (0.0 if prediction.evidence is None else prediction.evidence)
+        return torch.multinomial(torch.softmax(logits, -1), 1, generator=rng).squeeze(1)
+
+    ids, _ = hard_bridge_chain(
+        lambda z, sigma: exact(denoiser, z, sigma),
+        draw,
+        lambda ids, sigma: renoise(denoiser, ids, torch.full((N,), sigma), torch.randn(N, D, generator=rng)),
+        [None, 2.0, 0.6, 0.2],
+    )
+    torch.testing.assert_close(torch.bincount(ids, minlength=V) / N, target, atol=0.01, rtol=0)
+
+
+def test_a_perfect_denoiser_is_recovered_by_every_solver_at_every_k() -> None:
+    y = torch.randn(4, D)
+    z = y + 80.0 * torch.randn(4, D)
+    for num_steps in (1, 2, 5, 17):
+        for solver in ("euler", "heun"):
+            torch.testing.assert_close(solve(lambda z, s: y, z, LogNormalSchedule(NoiseConfig()).grid(num_steps), solver), y)
+
+
+def test_solvers_converge_at_their_order() -> None:
+    """y ~ N(0, 0.25): the ODE's solution is z(s) = z0 sqrt((s^2 + sd^2) / (s0^2 + sd^2)); Heun's error falls twice as fast."""
+    variance, z0, high, low = 0.25, torch.tensor([3.0], dtype=torch.float64), 2.0, 0.1
+    truth = z0 * ((low**2 + variance) / (high**2 + variance)) ** 0.5
+    errors: dict[str, list[float]] = {"euler": [], "heun": []}
+    for solver, found in errors.items():
+        for num_steps in (40, 80):
+            grid = geometric_grid(high, low, num_steps + 1)
+            found.append((solve(lambda z, s: z * variance / (variance + s**2), z0, grid, solver) - truth).abs().item())
+    assert errors["euler"][0] / errors["euler"][1] == pytest.approx(2.0, rel=0.15)
+    assert errors["heun"][0] / errors["heun"][1] == pytest.approx(4.0, rel=0.15)
+
+
+def test_heun_falls_back_to_euler_at_zero() -> None:
+    z = torch.randn(3, D)
+    torch.testing.assert_close(heun_step(lambda z, s: 0.25 * z, z, 0.3, 0.0), 0.25 * z)
+
+
+def test_soft_bridge_is_the_mean_row_and_shrinks_when_uncertain() -> None:
+    table = F.normalize(torch.randn(50, D, generator=torch.Generator().manual_seed(0)), dim=-1)
+    certain = torch.full((1, 50), -100.0)
+    certain[0, 3] = 100.0
+    torch.testing.assert_close(soft_bridge(certain, table)[0], table[3])
+    assert soft_bridge(torch.zeros(1, 50), table).norm() < 0.5
+
+
+def test_plans() -> None:
+    thinking = CheckpointConfig(name="a", model=_shape(True), objective=ObjectiveConfig(name="single_pass"))
+    plan = step_plan(thinking, 4)
+    assert plan.sigmas == (None,) * 4 and plan.readout == (False, False, False, True) and plan.commit == (True,) * 4
+    sampling = CheckpointConfig(name="a", model=_shape(True), objective=ObjectiveConfig(name="evidence"))
+    plan = step_plan(sampling, 3)
+    assert plan.sigmas == (None, *geometric_grid(2.0, 0.2, 2)) and all(plan.readout) and plan.commit == (True, False, False)
+    paper = CheckpointConfig(name="a", model=_shape(True), objective=ObjectiveConfig(name="paper"))
+    plan = step_plan(paper, 3)
+    assert plan.num_core_steps == 4 and plan.num_draws_skipped == 1 and plan.append_own and plan.commit == (True, *(False,) * 3)
+    assert sampling_levels(paper, 3)[1:] == LogNormalSchedule(NoiseConfig()).grid(3)[1:-1]
+
+
+def _shape(noisy: bool) -> HuginnConfig:
+    return HuginnConfig(vocab_size=V, d_model=D, num_heads=2, mlp_width=16, max_seq_len=8, noise_conditioning=noisy)
