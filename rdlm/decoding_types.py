@@ -1,0 +1,70 @@
+"""What decoding needs to know about a request, without torch, so that routes and the scheduler may hold it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rdlm.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Decoding settings of one request; the defaults sample from the model's distribution as it is.
+
+    temperature: 0 is greedy (arg-max). top_k: 0 is off. top_p in (0, 1], min_p in [0, 1].
+    repetition_penalty: Keskar et al. 2019, over prompt and output, 1 is off.
+    presence_penalty, frequency_penalty: OpenAI's, over the output only, 0 is off. logit_bias: token id -> added logit.
+    All act on the prior logits W h, never on the evidence of a noised target, so they mean the same at every K.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check(
+            "temperature", 0 <= self.temperature <= 100, "must lie in [0, 100]", "0 is greedy, 1 the model's own distribution"
+        )
+        self._check("top_k", self.top_k >= 0, "must be 0 or more", "0 switches it off")
+        self._check("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]", "1 switches it off")
+        self._check("min_p", 0 <= self.min_p <= 1, "must lie in [0, 1]", "0 switches it off")
+        self._check("repetition_penalty", 0 < self.repetition_penalty <= 100, "must lie in (0, 100]", "1 switches it off")
+        self._check("presence_penalty", -2 <= self.presence_penalty <= 2, "must lie in [-2, 2]", "0 switches it off")
+        self._check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie in [-2, 2]", "0 switches it off")
+        biases_ok = all(math.isfinite(value) and -100 <= value <= 100 for value in self.logit_bias.values())
+        self._check("logit_bias", biases_ok, "values must lie in [-100, 100]", "-100 bans a token, 100 forces it")
+
+    def _check(self, name: str, fine: bool, problem: str, remedy: str) -> None:
+        if not fine:
+            raise UserError(name, getattr(self, name), problem, remedy)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k, top-p or min-p removes tokens."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def edits(self) -> bool:
+        """Whether penalties or biases change logits one token at a time."""
+        penalised = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalised or bool(self.logit_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a row has seen and said: penalties look at it. ``banned`` ids get probability 0 (``min_tokens`` bans end tokens)."""
+
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
+    banned: Collection[int] = ()

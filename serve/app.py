@@ -1,0 +1,87 @@
+"""The ASGI application: routes, errors in OpenAI's form, keys, limits, OpenAPI. No torch."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from typing import Any
+
+from litestar import Litestar, MediaType, Request, Response
+from litestar.connection import ASGIConnection
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.handlers.base import BaseRouteHandler
+from litestar.openapi import OpenAPIConfig
+
+from rdlm import __version__
+from rdlm.errors import UserError
+from serve.engine import Engine
+from serve.errors import ApiError, from_user_error, invalid
+from serve.frontend import Frontend
+from serve.routes_chat import chat_completions
+from serve.routes_completions import completions
+from serve.routes_info import detokenize, health, model, models, ready, tokenize, tokenizer_info
+from serve.settings import HttpSettings
+
+logger = logging.getLogger("rdlm.serve")
+OPEN_PATHS = ("/health", "/ready", "/schema")
+"""Answered without a key: load balancers and people reading the documentation have none."""
+
+
+def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
+    """The application around an engine that may still be loading. Whoever started the engine stops it."""
+    return Litestar(
+        [completions, chat_completions, models, model, health, ready, tokenize, detokenize, tokenizer_info],
+        state=State({"frontend": Frontend(engine, settings)}),
+        guards=[_require_key],
+        exception_handlers={ApiError: _api_error, UserError: _user_error, HTTPException: _http_error, Exception: _defect},
+        request_max_body_size=settings.max_body_bytes,
+        openapi_config=OpenAPIConfig(
+            title="rdlm", version=__version__, path="/schema",
+            description="OpenAI-compatible completions and chat from recurrent-depth models; `num_steps` chooses K per request.",
+        ),
+        logging_config=None,
+    )  # fmt: skip
+
+
+def _require_key(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    """Bearer key, compared in constant time against every accepted one."""
+    keys = connection.app.state.frontend.settings.api_keys
+    if not keys or connection.url.path.startswith(OPEN_PATHS):
+        return
+    given = connection.headers.get("authorization", "").removeprefix("Bearer ").encode()
+    if not any([hmac.compare_digest(given, key.encode()) for key in keys]):
+        raise ApiError(
+            401,
+            "missing or wrong API key; send it as 'Authorization: Bearer KEY'",
+            "authentication_error",
+            code="invalid_api_key",
+        )
+
+
+def _answer(error: ApiError) -> Response[dict[str, Any]]:
+    headers = {**error.headers, **({"WWW-Authenticate": "Bearer"} if error.status == 401 else {})}
+    return Response(error.body(), status_code=error.status, media_type=MediaType.JSON, headers=headers)
+
+
+def _api_error(_: Request[Any, Any, Any], error: ApiError) -> Response[dict[str, Any]]:
+    return _answer(error)
+
+
+def _user_error(_: Request[Any, Any, Any], error: UserError) -> Response[dict[str, Any]]:
+    return _answer(from_user_error(error))
+
+
+def _http_error(_: Request[Any, Any, Any], error: HTTPException) -> Response[dict[str, Any]]:
+    """Litestar's own refusals: malformed JSON, unknown fields, wrong path or method, oversized bodies."""
+    if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
+        first = error.extra[0]
+        param = str(first.get("key") or "") or None
+        return _answer(invalid(f"{param}: {first['message']}" if param else str(first["message"]), param))
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return _answer(ApiError(error.status_code, error.detail, kind))
+
+
+def _defect(request: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:
+    logger.error("a defect while answering %s %s", request.method, request.url.path, exc_info=error)
+    return _answer(ApiError(500, "the server has a defect; its log has the details", "server_error"))

@@ -1,0 +1,60 @@
+"""``rdlm serve``: a checkpoint behind an OpenAI-compatible HTTP interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rdlm.config import parse
+from serve.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
+from serve.settings import EngineSettings, HttpSettings
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: rdlm serve --checkpoint runs/demo/model --port 8000 --default-steps 8")
+def serve(
+    checkpoint: CheckpointOption,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    port_file: Annotated[Path | None, typer.Option(help="Write the port here once it is bound.", show_default=False)] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="Name in /v1/models; by default the checkpoint's.", show_default=False)
+    ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    kv_cache: CacheOption = "shared",
+    max_slots: Annotated[int, typer.Option(help="Sequences in flight at once.")] = 16,
+    max_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer; by default all the model takes.", show_default=False)
+    ] = None,
+    default_steps: Annotated[
+        int | None, typer.Option(help="K of requests that name none; by default the checkpoint's.", show_default=False)
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="Largest K of a request; by default the checkpoint's.", show_default=False)
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Waiting sequences before the server answers 429.")] = 1024,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="RDLM_API_KEYS", help="Accept this bearer key; may be repeated. None: no check.", show_default=False),
+    ] = None,
+    drain_seconds: Annotated[float, typer.Option(help="Time for accepted requests to finish after SIGTERM.")] = 30.0,
+) -> None:
+    """Serve completions and chat with the number of core steps K chosen per request (num_steps, or model alias NAME:kN)."""
+    given = {"device": device, "dtype": dtype, "kv_cache": kv_cache, "max_slots": max_slots, "max_len": max_len}
+    given |= {"default_steps": default_steps, "max_steps": max_steps, "max_queue": max_queue}
+    engine_settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm serve")
+    network = {
+        "host": host,
+        "port": port,
+        "model_name": model_name,
+        "api_keys": tuple(api_key or ()),
+        "drain_seconds": drain_seconds,
+    }
+    http_settings: HttpSettings = parse(HttpSettings, network, "the options of rdlm serve")
+    from serve.process import run_server
+
+    run_server(checkpoint, engine_settings, http_settings, port_file)

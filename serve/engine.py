@@ -1,0 +1,298 @@
+"""The engine: one thread that owns the model and steps every request in flight. No torch, no HTTP.
+
+``submit`` and ``abort`` may be called from any thread and never block on the model; results arrive through a callback that the
+engine thread calls. In process, without a server: ``with Engine(load) as engine: engine.generate([request])``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from serve.errors import EngineClosed, QueueFull
+from serve.events import Counters, Event, Served, Sink, State, Usage
+from serve.sequence import Request, Sequence, StepResult, TokenLogprobs
+from serve.text import TextStream
+
+logger = logging.getLogger("rdlm.serve")
+
+
+@dataclass(slots=True, eq=False)
+class _Active:
+    """A sequence with its way back to whoever asked."""
+
+    sequence: Sequence
+    text: TextStream
+    sink: Sink
+    index: int
+    submitted: float
+    started: float | None = None
+    first_token: float | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+class Engine:
+    """Loads in its own thread, then steps whatever is submitted until it is stopped."""
+
+    def __init__(self, load: Callable[[], Served], max_queue: int = 1024) -> None:
+        """load runs in the engine thread. max_queue: sequences that may wait for a slot before ``submit`` refuses more."""
+        self._load, self.max_queue = load, max_queue
+        self.state = State.LOADING
+        self.error: BaseException | None = None
+        self.counters = Counters()
+        self._served: Served | None = None
+        self._ids = itertools.count()
+        self._inbox: deque[_Active] = deque()
+        self._aborts: deque[int] = deque()
+        self._active: dict[int, _Active] = {}
+        self._wake = threading.Condition()
+        self._loaded = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._seconds_per_sequence = 0.0
+        self._thread = threading.Thread(target=self._main, name="rdlm-engine", daemon=True)
+
+    # Called from any thread ------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_ready(self, timeout: float | None = None) -> Served:
+        """The model, once loaded. Raises what loading raised, or TimeoutError."""
+        if not self._loaded.wait(timeout):
+            raise TimeoutError("the model is still loading")
+        if self.error is not None:
+            raise self.error
+        assert self._served is not None
+        return self._served
+
+    @property
+    def served(self) -> Served:
+        """The model. Raises EngineClosed while it loads or after it failed to."""
+        if self._served is None:
+            raise EngineClosed(self.state.value)
+        return self._served
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._inbox) + (len(self._served.scheduler.waiting) if self._served else 0)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._served.scheduler.running) if self._served else 0
+
+    def submit(self, requests: Seq[Request], sink: Sink) -> list[int]:
+        """Queue all of ``requests`` or none; ``sink`` gets their events in the engine thread and must not block.
+
+        Raises EngineClosed unless the engine is ready, QueueFull if they do not all fit the queue.
+        """
+        with self._wake:
+            if self.state is not State.READY:
+                raise EngineClosed(self.state.value)
+            served, waiting = self.served, self.num_waiting
+            free = max(0, served.scheduler.num_slots - self.num_running - waiting)
+            if waiting + len(requests) > self.max_queue + free:
+                raise QueueFull(waiting, self.max_queue, self._retry_after(waiting))
+            now, ids = time.monotonic(), []
+            for index, request in enumerate(requests):
+                depth = served.runner.depth(request.num_steps)
+                sequence = Sequence(next(self._ids), request, depth, served.scheduler.chunk)
+                self._inbox.append(_Active(sequence, TextStream(served.tokenizer, request.stop), sink, index, now))
+                ids.append(sequence.id)
+            self._idle.clear()
+            self._wake.notify()
+        return ids
+
+    def abort(self, ids: Seq[int]) -> None:
+        """Forget these requests before the next step; unknown or finished ones are fine. Never waits."""
+        with self._wake:
+            self._aborts.extend(ids)
+            self._wake.notify()
+
+    def generate(self, requests: Seq[Request], on_event: Sink | None = None) -> list[list[Event]]:
+        """Run requests to their end and return each one's events, in the order given; on_event sees them as they come."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        ids = self.submit(requests, events.put)
+        answers: list[list[Event]] = [[] for _ in requests]
+        open_answers = len(requests)
+        try:
+            while open_answers:
+                event = events.get()
+                answers[event.index].append(event)
+                open_answers -= event.finish is not None
+                if on_event is not None:
+                    on_event(event)
+        finally:
+            if open_answers:
+                self.abort(ids)
+        return answers
+
+    def refuse(self) -> None:
+        """Accept no new requests; accepted ones go on. Safe in a signal handler: it takes no lock."""
+        if self.state in (State.LOADING, State.READY):
+            self.state = State.DRAINING
+
+    def drain(self, timeout: float) -> bool:
+        """Refuse new requests and let accepted ones finish. True if all did within ``timeout`` seconds."""
+        self.refuse()
+        return self._idle.wait(timeout)
+
+    def stop(self) -> None:
+        """End the thread; whatever is unfinished ends with finish "abort"."""
+        with self._wake:
+            self.state = State.STOPPED
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        self.start()
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _retry_after(self, waiting: int) -> int:
+        """Seconds after which a refused client may find room, from how long sequences have been taking."""
+        slots = self.served.scheduler.num_slots
+        return max(1, min(60, round(self._seconds_per_sequence * (waiting + 1) / slots)))
+
+    # The engine thread -----------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            self._served = self._load()
+        except BaseException as error:  # handed to wait_ready, whose caller decides what it means
+            self.error, self.state = error, State.STOPPED
+            return
+        finally:
+            self._loaded.set()
+        with self._wake:
+            if self.state is State.LOADING:
+                self.state = State.READY
+        while self._await_work():
+            self._step(self._served)
+        for active in [*self._active.values(), *self._inbox]:
+            self._finish(active, "abort")
+        self._inbox.clear()
+        self._idle.set()
+
+    def _await_work(self) -> bool:
+        """Take in what arrived and drop what was aborted; sleep while there is nothing to do. False when stopped."""
+        with self._wake:
+            while True:
+                if self.state is State.STOPPED:
+                    return False
+                scheduler = self.served.scheduler
+                while self._inbox:
+                    active = self._inbox.popleft()
+                    self._active[active.sequence.id] = active
+                    scheduler.add(active.sequence)
+                while self._aborts:
+                    gone = self._active.get(self._aborts.popleft())
+                    if gone is not None:
+                        self.counters.aborted += 1
+                        self._finish(gone, "abort")
+                if len(scheduler):
+                    return True
+                self._idle.set()
+                self._wake.wait()
+
+    def _step(self, served: Served) -> None:
+        """One core step of everything that is open, and what follows from it."""
+        began = time.monotonic()
+        batch = served.scheduler.schedule()
+        for sequence in batch:
+            active = self._active[sequence.id]
+            if active.started is None:
+                active.started = began
+        rows = sum(s.segment.length for s in batch if s.segment)
+        before_model = time.monotonic()
+        try:
+            results = served.runner.run(batch)
+        except Exception:  # the sequences of this step are lost, the server is not
+            logger.exception("a step over %d rows failed; its %d requests end with an error", rows, len(batch))
+            self.counters.failed += len(batch)
+            for sequence in batch:
+                self._finish(self._active[sequence.id], "error")
+            return
+        after_model = time.monotonic()
+        for sequence in batch:
+            self._settle(self._active[sequence.id], results.get(sequence.id))
+        self.counters.steps += 1
+        self.counters.rows += rows
+        self.counters.model_s += after_model - before_model
+        self.counters.busy_s += time.monotonic() - began
+
+    def _settle(self, active: _Active, result: StepResult | None) -> None:
+        """Move a sequence past the step it has just taken."""
+        sequence = active.sequence
+        was_last = sequence.next_start >= len(sequence.request.prompt)
+        closed = sequence.advance()
+        if result is not None and result.prompt_logprobs is not None:
+            active.prompt_logprobs = (active.prompt_logprobs or []) + result.prompt_logprobs
+        if closed and was_last:
+            if result is not None and result.token is not None:
+                self._say(active, result.token, result.logprobs)
+            else:
+                self._finish(active, "length")  # nothing was to be drawn
+
+    def _say(self, active: _Active, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Append a token, find out whether it ends the answer, and tell the sink."""
+        sequence, request = active.sequence, active.sequence.request
+        sequence.output.append(token)
+        self.counters.tokens += 1
+        if active.first_token is None:
+            active.first_token = time.monotonic()
+        if token in request.stop_ids and len(sequence.output) > request.min_tokens:
+            self._finish(active, "stop", active.text.finish(), token, logprobs)
+            return
+        text, stopped = active.text.feed(token, len(sequence.output) > request.min_tokens)
+        if stopped:
+            self._finish(active, "stop", text, token, logprobs)
+        elif not sequence.wants_token:
+            self._finish(active, "length", text + active.text.finish(), token, logprobs)
+        else:
+            self._emit(active, Event(active.index, token, text, logprobs, self._take_prompt(active)))
+
+    def _finish(
+        self, active: _Active, reason: str, text: str = "", token: int | None = None, logprobs: TokenLogprobs | None = None
+    ) -> None:
+        sequence, served, now = active.sequence, self.served, time.monotonic()
+        served.scheduler.remove(sequence.id)
+        served.runner.release(sequence.id)
+        self._active.pop(sequence.id, None)
+        started = active.started or now
+        usage = Usage(
+            prompt_tokens=len(sequence.request.prompt),
+            completion_tokens=len(sequence.output),
+            num_steps=sequence.depth.num_steps,
+            prefill_core_steps=sequence.prompt_row_steps,
+            decode_core_steps=sequence.decode_row_steps,
+            queue_s=started - active.submitted,
+            first_token_s=(active.first_token or now) - active.submitted,
+            total_s=now - active.submitted,
+        )
+        if reason in ("stop", "length"):
+            self.counters.finished += 1
+            self._seconds_per_sequence += 0.1 * (now - started - self._seconds_per_sequence)
+        self._emit(active, Event(active.index, token, text, logprobs, self._take_prompt(active), reason, usage))
+
+    def _take_prompt(self, active: _Active) -> list[TokenLogprobs] | None:
+        taken, active.prompt_logprobs = active.prompt_logprobs, None
+        return taken
+
+    def _emit(self, active: _Active, event: Event) -> None:
+        try:
+            active.sink(event)
+        except RuntimeError:  # its event loop is gone: nobody is listening any more
+            logger.debug("listener of sequence %d is gone", active.sequence.id)
+            self.abort([active.sequence.id])

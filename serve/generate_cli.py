@@ -1,0 +1,90 @@
+"""``rdlm generate``: continue a prompt without a server, through the same engine."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from rdlm.config import parse
+from rdlm.decoding_types import SamplingParams
+from rdlm.errors import UserError
+from serve.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
+from serve.settings import EngineSettings
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog='Example: rdlm generate --checkpoint runs/demo/model --prompt "And it came to pass" --num-steps 1,4,16')
+def generate(
+    checkpoint: CheckpointOption,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    num_steps: Annotated[
+        str | None, typer.Option(help="K, or several K with commas; by default the checkpoint's.", show_default=False)
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    kv_cache: CacheOption = "shared",
+) -> None:
+    """Continue a prompt at one or several K, streaming to the terminal, with tokens/s and core steps."""
+    given = {"device": device, "dtype": dtype, "kv_cache": kv_cache, "max_slots": 1}
+    settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
+    ks = _parse_steps(num_steps)
+
+    from serve.engine import Engine
+    from serve.loading import load_served
+
+    engine = Engine(lambda: load_served(checkpoint, settings))
+    with engine:
+        served = engine.served
+        for k in ks or [served.default_steps]:
+            if not 1 <= k <= served.max_steps:
+                raise UserError("--num-steps", k, "is out of range", f"this model takes 1 to {served.max_steps}")
+        for k in ks or [served.default_steps]:
+            _answer(engine, prompt, k, max_tokens, sampling, seed)
+
+
+def _parse_steps(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text is not None else []
+    except ValueError:
+        raise UserError("--num-steps", text, "is not a number or a list of numbers", "write for instance 1,4,16") from None
+
+
+def _answer(engine: object, prompt: str, num_steps: int, max_tokens: int, sampling: SamplingParams, seed: int) -> None:
+    """Stream one answer, then a line with what it cost."""
+    from serve.engine import Engine
+    from serve.events import Event
+    from serve.sequence import Request
+
+    assert isinstance(engine, Engine)
+    served = engine.served
+    tokenizer = served.tokenizer
+    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
+    if not ids or len(ids) + max_tokens > served.max_len:
+        problem = f"its {len(ids)} tokens and --max-tokens {max_tokens} do not fit the context of {served.max_len}"
+        raise UserError("--prompt", prompt, problem if ids else "it has no tokens", "shorten or lengthen it")
+    ends = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    typer.secho(f"K = {num_steps}", bold=True)
+    typer.echo(prompt, nl=False)
+
+    def show(event: Event) -> None:
+        typer.echo(event.text, nl=False)
+
+    began = time.monotonic()
+    events = engine.generate([Request(tuple(ids), num_steps, max_tokens, sampling, seed, stop_ids=ends)], show)[0]
+    seconds, usage = time.monotonic() - began, events[-1].usage
+    assert usage is not None
+    if events[-1].finish not in ("stop", "length"):
+        raise RuntimeError(f"generation ended with {events[-1].finish!r}")
+    core = usage.prefill_core_steps + usage.decode_core_steps
+    typer.secho(
+        f"\n[{usage.completion_tokens} tokens, {usage.completion_tokens / seconds:.1f} tokens/s, {core} core steps]\n", dim=True
+    )

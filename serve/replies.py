@@ -1,0 +1,119 @@
+"""OpenAI-shaped answers from engine events: plain dictionaries ready for JSON."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from rdlm.tokenizer import Tokenizer
+from serve.events import Event, Usage
+from serve.intake import Job
+from serve.sequence import TokenLogprobs
+
+FLOOR = -9999.0
+"""Stands for -inf and NaN, which JSON cannot carry (vLLM's convention)."""
+
+
+def envelope(kind: str, job: Job, prefix: str) -> dict[str, Any]:
+    """id, object, created and model of one answer; every chunk of a stream carries the same."""
+    return {"id": f"{prefix}-{secrets.token_hex(12)}", "object": kind, "created": int(time.time()), "model": job.model}
+
+
+def usage_of(job: Job, usages: Iterable[Usage]) -> dict[str, Any]:
+    """OpenAI's counts, a prompt once however many answers it got, and ``recurrence``: core steps summed over positions."""
+    done = list(usages)
+    prompt = sum(len(job.requests[i].prompt) for i in range(0, len(job.requests), job.n))
+    completion = sum(u.completion_tokens for u in done)
+    prefill, decode = sum(u.prefill_core_steps for u in done), sum(u.decode_core_steps for u in done)
+    return {
+        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+        "recurrence": {
+            "num_steps": job.num_steps, "core_steps": prefill + decode,
+            "prefill_core_steps": prefill, "decode_core_steps": decode,
+        },
+    }  # fmt: skip
+
+
+class TokenNames:
+    """Readable text of single tokens; special tokens by name."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._table = tokenizer.token_bytes()
+        self._special = {i: text for text, i in tokenizer.special_tokens.items()}
+
+    def name(self, token: int) -> str:
+        return self._special[token] if token in self._special else self.raw(token).decode("utf-8", errors="replace")
+
+    def raw(self, token: int) -> bytes:
+        return self._table[token] if token < len(self._table) else b""
+
+    def width(self, token: int) -> int:
+        """Characters the token adds to a text."""
+        return len(self.raw(token).decode("utf-8", errors="replace"))
+
+
+class CompletionLogprobs:
+    """The ``logprobs`` object of one completion choice, grown token by token. Offsets run over prompt (if echoed) and answer."""
+
+    def __init__(self, names: TokenNames) -> None:
+        self._names, self._offset = names, 0
+
+    def add(self, tokens: Iterable[tuple[int, TokenLogprobs | None]]) -> dict[str, list[Any]]:
+        """Entries of ``tokens`` in order; one without log-probabilities (the first of a prompt) gets null."""
+        out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, logprobs in tokens:
+            out["tokens"].append(self._names.name(token))
+            out["token_logprobs"].append(None if logprobs is None else _finite(logprobs.logprob))
+            out["top_logprobs"].append(None if logprobs is None else self._top(token, logprobs))
+            out["text_offset"].append(self._offset)
+            self._offset += self._names.width(token)
+        return out
+
+    def _top(self, token: int, logprobs: TokenLogprobs) -> dict[str, float]:
+        """Text -> log-probability, the chosen token included; where two tokens read the same the likelier one stays."""
+        top: dict[str, float] = {}
+        for other, value in (*logprobs.top, (token, logprobs.logprob)):
+            name = self._names.name(other)
+            top[name] = max(_finite(value), top.get(name, -math.inf))
+        return top
+
+
+def chat_logprobs(names: TokenNames, token: int, logprobs: TokenLogprobs) -> dict[str, Any]:
+    """One entry of a chat choice's ``logprobs.content``."""
+    entry = _chat_entry(names, token, logprobs.logprob)
+    return entry | {"top_logprobs": [_chat_entry(names, other, value) for other, value in logprobs.top]}
+
+
+def _chat_entry(names: TokenNames, token: int, logprob: float) -> dict[str, Any]:
+    return {"token": names.name(token), "logprob": _finite(logprob), "bytes": list(names.raw(token))}
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else FLOOR
+
+
+def completion_piece(job: Job, echo: bool, event: Event, logprobs: CompletionLogprobs | None, is_first: bool) -> dict[str, Any]:
+    """One event as (part of) a completion choice; the first one carries the echoed prompt."""
+    request = job.requests[event.index]
+    text, entries = event.text, []
+    if is_first and echo:
+        text = job.prompts[event.index // job.n] + text
+        scored = [None, *(event.prompt_logprobs or [])]
+        entries = list(zip(request.prompt, scored, strict=True)) if logprobs is not None else []
+    if event.token is not None:
+        entries.append((event.token, event.logprobs))
+    return {
+        "index": event.index, "text": text, "finish_reason": event.finish,
+        "logprobs": None if logprobs is None else logprobs.add(entries),
+    }  # fmt: skip
+
+
+def merge_completion(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """Pieces of one choice, in order, as the choice."""
+    merged = dict(pieces[-1], text="".join(piece["text"] for piece in pieces))
+    if merged["logprobs"] is not None:
+        merged["logprobs"] = {key: [x for piece in pieces for x in piece["logprobs"][key]] for key in merged["logprobs"]}
+    return merged

@@ -1,0 +1,53 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Request, post
+from litestar.datastructures import State
+from litestar.response import Stream
+
+from serve.answering import chunks, collect, until_disconnect
+from serve.events import Event
+from serve.frontend import Frontend
+from serve.intake import chat_job
+from serve.replies import TokenNames, chat_logprobs, envelope
+from serve.schemas import ChatRequest
+from serve.streaming import event_stream
+from serve.subscription import Subscription
+
+
+@post("/v1/chat/completions", status_code=200, summary="Answer a conversation", tags=["generation"])
+async def chat_completions(data: ChatRequest, request: Request[Any, Any, Any], state: State) -> dict[str, Any] | Stream:
+    """OpenAI's chat with ``num_steps``, through the tokenizer's chat template."""
+    frontend: Frontend = state.frontend
+    job = chat_job(data, frontend.name, frontend.served)
+    if data.stream:
+        head = envelope("chat.completion.chunk", job, "chatcmpl")
+        subscription = Subscription(frontend.engine, job.requests)
+        return event_stream(chunks(subscription, job, head, lambda e, first: _delta(frontend.token_names, e, first), data))
+    head = envelope("chat.completion", job, "chatcmpl")
+    work = collect(frontend, job, lambda e, first: _delta(frontend.token_names, e, first), _merge)
+    return head | await until_disconnect(request, work)
+
+
+def _delta(names: TokenNames, event: Event, is_first: bool) -> dict[str, Any]:
+    """The role comes with the first token, not before it: clients time the first chunk as the first token."""
+    role = {"role": "assistant"} if is_first else {}
+    logprobs = None
+    if event.token is not None and event.logprobs is not None:
+        logprobs = {"content": [chat_logprobs(names, event.token, event.logprobs)]}
+    return {
+        "index": event.index, "delta": {**role, "content": event.text}, "logprobs": logprobs, "finish_reason": event.finish,
+    }  # fmt: skip
+
+
+def _merge(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    content = [entry for piece in pieces if piece["logprobs"] is not None for entry in piece["logprobs"]["content"]]
+    return {
+        "index": pieces[-1]["index"],
+        "message": {"role": "assistant", "content": "".join(piece["delta"]["content"] for piece in pieces)},
+        "logprobs": {"content": content} if content else None,
+        "finish_reason": pieces[-1]["finish_reason"],
+    }

@@ -1,0 +1,34 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Request, post
+from litestar.datastructures import State
+from litestar.response import Stream
+
+from serve.answering import chunks, collect, until_disconnect
+from serve.events import Event
+from serve.frontend import Frontend
+from serve.intake import completion_job
+from serve.replies import CompletionLogprobs, completion_piece, envelope, merge_completion
+from serve.schemas import CompletionRequest
+from serve.streaming import event_stream
+from serve.subscription import Subscription
+
+
+@post("/v1/completions", status_code=200, summary="Continue one or several prompts", tags=["generation"])
+async def completions(data: CompletionRequest, request: Request[Any, Any, Any], state: State) -> dict[str, Any] | Stream:
+    """OpenAI's completions with ``num_steps``; with echo and logprobs it also scores prompts."""
+    frontend: Frontend = state.frontend
+    job = completion_job(data, frontend.name, frontend.served)
+    head = envelope("text_completion", job, "cmpl")
+    scribes = [CompletionLogprobs(frontend.token_names) if data.logprobs is not None else None for _ in job.requests]
+
+    def piece(event: Event, is_first: bool) -> dict[str, Any]:
+        return completion_piece(job, bool(data.echo), event, scribes[event.index], is_first)
+
+    if data.stream:
+        return event_stream(chunks(Subscription(frontend.engine, job.requests), job, head, piece, data))
+    return head | await until_disconnect(request, collect(frontend, job, piece, merge_completion))

@@ -1,0 +1,241 @@
+"""The only file of the server with tensors: runs one core step over a ragged pack of rows, and what comes before and after it.
+
+Shapes: S sequences in the pack, N rows (their segments one after another), M rows read out, D d_model, V vocabulary.
+A sequence's rows between two steps live in ``_Live``; the past lives in the KV pool. Nothing here decides who runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rdlm import cache
+from rdlm.config import CheckpointConfig
+from rdlm.decoding import sample, top_logprobs, uniform
+from rdlm.denoiser import Denoiser, Prediction
+from rdlm.randomness import generator
+from rdlm.sampler import StepPlan, renoise, step_plan
+from serve.sequence import Depth, Sequence, StepResult, TokenLogprobs
+
+LOGITS_AT_ONCE = 1 << 24
+"""Scored prompt rows are read out in chunks of at most this many logits (64 MiB of fp32)."""
+NOISE, STATE = 1, 2
+"""Which stream of a request's randomness a generator is for."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """Rows of an open segment. e, state [L, D]; z [D] and sigma of the row being drawn; prior [V] its normalised distribution."""
+
+    e: Tensor
+    state: Tensor
+    z: Tensor | None = None
+    prior: Tensor | None = None
+
+
+class Runner:
+    """A denoiser, its KV pool and the rows in flight. Called by one thread only."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        config: CheckpointConfig,
+        *,
+        num_slots: int,
+        max_len: int,
+        max_steps: int,
+        num_tokens: int,
+        kv_cache: Literal["shared", "full"] = "shared",
+    ) -> None:
+        """kv_cache: shared keeps the keys of each position's last step; full those of every step (exact, larger).
+
+        num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are never drawn.
+        """
+        model, weight = denoiser.model, next(denoiser.model.parameters())
+        self.denoiser, self.config, self.device = denoiser, config, weight.device
+        self._plans = {k: step_plan(config, k) for k in range(1, max_steps + 1)}
+        iterates = config.objective.k_meaning == "thinking"
+        self.pool = cache.KVPool(
+            model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim,
+            max_steps if kv_cache == "full" and iterates else 1, weight.dtype, weight.device,
+        )  # fmt: skip
+        self._num_tokens = num_tokens
+        self._live: dict[int, _Live] = {}
+        self._context: tuple[list[cache.Segment], cache.PackedContext] | None = None
+
+    def depth(self, num_steps: int) -> Depth:
+        """Core steps that each kind of position takes at K = num_steps."""
+        plan = self._plans[num_steps]
+        context = max(i for i, commits in enumerate(plan.commit) if commits) + 1
+        return Depth(num_steps, plan.num_core_steps, context, max(context, _score_step(plan) + 1))
+
+    def release(self, sequence_id: int) -> None:
+        """Forget the rows of a sequence that left."""
+        self._live.pop(sequence_id, None)
+
+    @torch.inference_mode()
+    def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
+        """One core step for the segment of every sequence in ``batch`` -> what came out, by sequence id."""
+        self._enter([s for s in batch if s.segment and s.segment.step == 0])
+        self._core(batch)
+        return self._read([s for s in batch if self._plan(s).readout[_step(s)]])
+
+    def _plan(self, sequence: Sequence) -> StepPlan:
+        return self._plans[sequence.depth.num_steps]
+
+    def _enter(self, entering: list[Sequence]) -> None:
+        """Prelude and initial state of segments that have just opened."""
+        if not entering:
+            return
+        ids = [i for s in entering if s.segment for i in s.token_ids(s.segment)]
+        ctx = cache.PackedContext(self.pool, [seg for s in entering for seg in self._cache_segments(s, once=True)])
+        e = self.denoiser.model.encode(torch.tensor([ids], device=self.device), ctx)  # [1, N, D]
+        for sequence, rows in zip(entering, e[0].split([_length(s) for s in entering]), strict=True):
+            request, start = sequence.request, sequence.segment.start if sequence.segment else 0
+            draw = generator(request.seed, request.choice, start, STATE)
+            self._live[sequence.id] = _Live(rows, self.denoiser.model.initial_state(rows[None], draw)[0])
+
+    def _core(self, batch: list[Sequence]) -> None:
+        lengths = [_length(s) for s in batch]
+        lives = [self._live[s.id] for s in batch]
+        for live, length in zip(lives, lengths, strict=True):
+            if len(live.e) > length:  # the segment has shrunk to the position that is drawn from
+                live.e, live.state = live.e[-length:], live.state[-length:]
+        state, e = (torch.cat([getattr(live, name) for live in lives])[None] for name in ("state", "e"))  # [1, N, D]
+        sigmas = [self._plan(s).sigmas[_step(s)] for s, n in zip(batch, lengths, strict=True) for _ in range(n)]
+        cond = self.denoiser.condition(self._levels(sigmas)[None] if any(x is not None for x in sigmas) else None, state)
+        state = self.denoiser.step(state, e, cond, self._core_context(batch))
+        for live, rows in zip(lives, state[0].split(lengths), strict=True):
+            live.state = rows
+
+    def _levels(self, sigmas: Seq[float | None]) -> Tensor:
+        """fp32 [N]; a row without a noised target reads at sigma_max."""
+        top = self.denoiser.noise.sigma_max
+        return torch.tensor([top if sigma is None else sigma for sigma in sigmas], device=self.device)
+
+    def _core_context(self, batch: list[Sequence]) -> cache.PackedContext:
+        """The context of the core pack, kept while no row moves to another position."""
+        segments = [segment for s in batch for segment in self._cache_segments(s, once=False)]
+        if self._context is None or self._context[0] != segments:
+            self._context = (segments, cache.PackedContext(self.pool, segments))
+        return self._context[1]
+
+    def _cache_segments(self, sequence: Sequence, once: bool) -> list[cache.Segment]:
+        """The sequence's rows as the cache sees them. once: a prelude or coda pass, whose keys do not depend on the step."""
+        segment, plan = sequence.segment, self._plan(sequence)
+        assert segment is not None and sequence.slot is not None
+        commit = plan.commit[segment.step]
+        step = 0 if once or self.pool.depth == 1 else segment.step
+        spans = [(segment.start, segment.length)] if commit else [(segment.start + i, 1) for i in range(segment.length)]
+        return [cache.Segment(sequence.slot, start, n, step, commit, plan.append_own) for start, n in spans]
+
+    def _read(self, readers: list[Sequence]) -> dict[int, StepResult]:
+        """Coda for every row that reads out; head, log-probabilities and a draw for those somebody needs."""
+        if not readers:
+            return {}
+        ctx = cache.PackedContext(self.pool, [seg for s in readers for seg in self._cache_segments(s, once=True)])
+        state = torch.cat([self._live[s.id].state for s in readers])[None]
+        hidden = self.denoiser.model.decode(state, ctx)[0].split([_length(s) for s in readers])
+        results = {s.id: StepResult() for s in readers}
+        for sequence, rows in zip(readers, hidden, strict=True):
+            if sequence.request.prompt_logprobs is not None and _step(sequence) == _score_step(self._plan(sequence)):
+                results[sequence.id].prompt_logprobs = self._score(sequence, rows)
+        drawing = [
+            (s, rows[-1]) for s, rows in zip(readers, hidden, strict=True) if s.draws and _predicts(self._plan(s), _step(s))
+        ]
+        if drawing:
+            self._draw([s for s, _ in drawing], torch.stack([row for _, row in drawing]), results)
+        for sequence in readers:
+            self._start_level(sequence)
+        return results
+
+    def _start_level(self, sequence: Sequence) -> None:
+        """After a read-out that is not the last, the next level starts from z = 0 unless a bridge set it."""
+        plan, step = self._plan(sequence), _step(sequence)
+        if step + 1 < plan.num_core_steps and plan.sigmas[step + 1] is None:
+            self._live[sequence.id].state = torch.zeros_like(self._live[sequence.id].state)
+
+    def _score(self, sequence: Sequence, hidden: Tensor) -> list[TokenLogprobs]:
+        """Log-probabilities of the prompt tokens that follow the segment's rows. hidden [L, D]."""
+        segment, request = sequence.segment, sequence.request
+        assert segment is not None and request.prompt_logprobs is not None
+        targets = request.prompt[segment.start + 1 : segment.start + 1 + segment.length]
+        found: list[TokenLogprobs] = []
+        chunk = max(1, LOGITS_AT_ONCE // self.config.model.vocab_size)
+        for start in range(0, len(targets), chunk):
+            wanted = torch.tensor(targets[start : start + chunk], device=self.device)
+            prior = self.denoiser.predict(hidden[start : start + len(wanted)]).prior
+            found += _logprobs(prior, wanted, request.prompt_logprobs)
+        return found
+
+    def _draw(self, rows: list[Sequence], hidden: Tensor, results: dict[int, StepResult]) -> None:
+        """Draw a token for each row: the last step's is the answer, an earlier one is re-noised. hidden [M, D]."""
+        prediction = self._predict(rows, hidden)
+        for i, sequence in enumerate(rows):
+            if sequence.request.logprobs is not None and _step(sequence) == _score_step(self._plan(sequence)):
+                self._live[sequence.id].prior = prediction.prior[i]
+        uniforms = [uniform(s.request.seed, s.request.choice, s.context_length, _step(s)) for s in rows]
+        params, histories = [s.request.sampling for s in rows], [s.history for s in rows]
+        known = slice(0, self._num_tokens)
+        evidence = None if prediction.evidence is None else prediction.evidence[:, known]
+        ids = sample(prediction.prior[:, known], params, histories, uniforms, evidence)
+        again: list[int] = []
+        for i, (sequence, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
+            if _step(sequence) + 1 < sequence.depth.drawn:
+                again.append(i)
+                continue
+            result, prior = results[sequence.id], self._live[sequence.id].prior
+            result.token = token
+            if prior is not None and sequence.request.logprobs is not None:
+                result.logprobs = _logprobs(prior[None], ids[i : i + 1], sequence.request.logprobs)[0]
+        if again:
+            self._bridge([rows[i] for i in again], ids[again])
+
+    def _predict(self, rows: list[Sequence], hidden: Tensor) -> Prediction:
+        sigmas = [self._plan(s).sigmas[_step(s)] for s in rows]
+        if all(sigma is None for sigma in sigmas):
+            return self.denoiser.predict(hidden)
+        silent = hidden.new_zeros(hidden.shape[1], dtype=torch.float32)
+        z = torch.stack([silent if (kept := self._live[s.id].z) is None else kept for s in rows])
+        return self.denoiser.predict(hidden, z, self._levels(sigmas))
+
+    def _bridge(self, rows: list[Sequence], ids: Tensor) -> None:
+        """Re-noise drawn tokens to each row's next level and put them in the state's place. ids [M]."""
+        sigma = self._levels([self._plan(s).sigmas[_step(s) + 1] for s in rows])
+        draws = [generator(s.request.seed, s.request.choice, s.context_length, _step(s), NOISE) for s in rows]
+        width = self.config.model.d_model
+        noise = torch.stack([torch.randn(width, generator=draw) for draw in draws]).to(self.device)
+        z = renoise(self.denoiser, ids, sigma, noise)  # [M, D]
+        for sequence, row, state in zip(rows, z, self.denoiser.inject(z, sigma), strict=True):
+            live = self._live[sequence.id]
+            live.z, live.state = row, state[None]
+
+
+def _step(sequence: Sequence) -> int:
+    assert sequence.segment is not None
+    return sequence.segment.step
+
+
+def _length(sequence: Sequence) -> int:
+    assert sequence.segment is not None
+    return sequence.segment.length
+
+
+def _predicts(plan: StepPlan, step: int) -> bool:
+    """Whether the step's read-out is a prediction, and not one that only fills the cache."""
+    return plan.readout[step] and sum(plan.readout[:step]) >= plan.num_draws_skipped
+
+
+def _score_step(plan: StepPlan) -> int:
+    """The step whose read-out is the normalised likelihood: the first prediction (rdlm/scoring.py says why)."""
+    return next(step for step in range(plan.num_core_steps) if _predicts(plan, step))
+
+
+def _logprobs(prior: Tensor, chosen: Tensor, count: int) -> list[TokenLogprobs]:
+    """prior [M, V], chosen [M] -> one entry a row, ``count`` alternatives each."""
+    picked, values, ids = (part.tolist() for part in top_logprobs(prior, chosen, count))
+    return [TokenLogprobs(p, tuple(zip(i, v, strict=True))) for p, v, i in zip(picked, values, ids, strict=True)]

@@ -1,0 +1,150 @@
+"""One sequence as the engine sees it: what was asked, which rows are in flight, what came out. No torch here.
+
+A *segment* is the contiguous run of positions of one sequence that steps together: a chunk of the prompt, or the one position
+that is being decoded. Only a segment that ends the context is drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from rdlm.decoding_types import History, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """How many core steps each kind of position takes at one K; the runner derives it from the checkpoint's step plan."""
+
+    num_steps: int
+    """K as the user asked for it."""
+    drawn: int
+    """Steps of a position that a token is drawn from."""
+    context: int
+    """Steps of a prompt position that is only context: up to its last committing step."""
+    scored: int
+    """Steps of a prompt position whose log-probabilities are wanted, at least ``context``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and one choice; every field has been validated."""
+
+    prompt: tuple[int, ...]
+    num_steps: int
+    max_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    seed: int = 0
+    choice: int = 0
+    """Which of the ``n`` answers this is; part of the key of its random draws."""
+    stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+    """Ids that end the text, the end-of-text id included unless the request ignores it."""
+    min_tokens: int = 0
+    logprobs: int | None = None
+    """How many alternatives to report for each output token; None reports nothing."""
+    prompt_logprobs: int | None = None
+
+
+@dataclass(slots=True)
+class Segment:
+    """Positions start .. start + length - 1 of a sequence, about to take core step ``step``."""
+
+    start: int
+    length: int
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of a token under the raw model, and of the most likely ones, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What one sequence got out of one engine step: a token if one was drawn, log-probabilities if they were asked for."""
+
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of prompt tokens start + 1 .. of the segment, in order."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request in the engine. The scheduler moves it; the runner only reads it."""
+
+    id: int
+    request: Request
+    depth: Depth
+    chunk: int
+    """Prompt positions per segment: fixed, so that the cut never depends on what else is running."""
+    slot: int | None = None
+    segment: Segment | None = None
+    next_start: int = 0
+    output: list[int] = field(default_factory=list)
+    prompt_row_steps: int = 0
+    decode_row_steps: int = 0
+
+    @property
+    def context_length(self) -> int:
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def wants_token(self) -> bool:
+        return len(self.output) < self.request.max_tokens
+
+    @property
+    def prompt_steps(self) -> int:
+        return self.depth.context if self.request.prompt_logprobs is None else self.depth.scored
+
+    @property
+    def draws(self) -> bool:
+        """Whether the last position of the current segment is one that a token is drawn from."""
+        segment = self.segment
+        return segment is not None and self.wants_token and segment.start + segment.length == self.context_length
+
+    @property
+    def banned(self) -> Collection[int]:
+        return self.request.stop_ids if len(self.output) < self.request.min_tokens else ()
+
+    @property
+    def history(self) -> History:
+        return History(self.request.prompt, self.output, self.banned)
+
+    def token_ids(self, segment: Segment) -> list[int]:
+        """Input ids of the segment's positions."""
+        boundary = len(self.request.prompt)
+        if segment.start >= boundary:
+            return self.output[segment.start - boundary : segment.start - boundary + segment.length]
+        return list(self.request.prompt[segment.start : segment.start + segment.length])
+
+    def next_length(self) -> int:
+        """Positions of the segment to open next."""
+        remaining = len(self.request.prompt) - self.next_start
+        return min(remaining, self.chunk) if remaining > 0 else 1
+
+    def open(self) -> None:
+        """Put the next segment in flight."""
+        assert self.segment is None
+        self.segment = Segment(self.next_start, self.next_length())
+        self.next_start += self.segment.length
+
+    def advance(self) -> bool:
+        """Record one core step. True when the segment's last position is done, and so the segment is closed."""
+        segment = self.segment
+        assert segment is not None
+        prompt_rows = max(0, min(len(self.request.prompt) - segment.start, segment.length))
+        self.prompt_row_steps += prompt_rows
+        self.decode_row_steps += segment.length - prompt_rows
+        segment.step += 1
+        draws = self.draws
+        if segment.step >= (self.depth.drawn if draws else self.prompt_steps):
+            self.segment = None
+            return True
+        if draws and segment.length > 1 and segment.step >= self.prompt_steps:
+            segment.start, segment.length = segment.start + segment.length - 1, 1  # the rest was only context
+        return False

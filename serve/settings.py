@@ -1,0 +1,47 @@
+"""Settings of a server, validated before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rdlm.config import Strict
+
+
+class EngineSettings(Strict):
+    """How a checkpoint is run; shared by ``rdlm serve``, ``rdlm generate`` and evaluation."""
+
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    kv_cache: Literal["shared", "full"] = "shared"
+    """shared: a position keeps the keys of its last core step, whatever K is. full: those of every step (exact, larger)."""
+    max_slots: int = Field(16, ge=1, le=1024)
+    """Sequences in flight at once; each owns max_len positions of the cache."""
+    max_len: int | None = Field(None, ge=2)
+    """Positions of prompt and answer together; None is the model's max_seq_len."""
+    chunk: int = Field(256, ge=1)
+    """Prompt positions that step together. Part of what a text is computed from in the shared cache, so fixed for a server."""
+    prefill_rows: int = Field(512, ge=1)
+    """Prompt positions in one core step beside the decoding rows."""
+    max_queue: int = Field(1024, ge=0)
+    """Sequences that may wait for a slot before the server answers 429."""
+    default_steps: int | None = Field(None, ge=1)
+    """K where a request names none; None is the checkpoint's."""
+    max_steps: int | None = Field(None, ge=1)
+    """Largest K a request may ask for; None is the checkpoint's."""
+
+
+class HttpSettings(Strict):
+    """How the server meets the network."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    """0 takes a free one."""
+    model_name: str | None = None
+    """Name in /v1/models; None is the checkpoint's."""
+    api_keys: tuple[str, ...] = ()
+    """Bearer tokens that are accepted; none means no check."""
+    max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024)
+    drain_seconds: float = Field(30.0, ge=0)
+    """How long accepted requests may take to finish after SIGTERM."""

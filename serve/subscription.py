@@ -1,0 +1,49 @@
+"""The engine's events on an asyncio loop: one subscription per HTTP request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from serve.engine import Engine
+from serve.errors import ApiError
+from serve.events import Event
+from serve.sequence import Request
+
+
+class Subscription:
+    """Submits requests and iterates over their events until each has finished. ``cancel`` never awaits."""
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        """Raises EngineClosed or QueueFull."""
+        self._engine = engine
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._open = len(requests)
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._ids = engine.submit(requests, deliver)
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Raises ApiError when the engine loses or drops a request; abandons the others on any exception or early exit."""
+        try:
+            while self._open:
+                event = await self._events.get()
+                self._open -= event.finish is not None
+                if event.finish == "error":
+                    raise ApiError(
+                        500, "the model failed on this request; the server goes on", "server_error", code="engine_error"
+                    )
+                if event.finish == "abort":
+                    raise ApiError(503, "the server stopped before the answer was complete", "server_error", code="aborted")
+                yield event
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Free the slots of whatever is unfinished."""
+        if self._open:
+            self._open = 0
+            self._engine.abort(self._ids)

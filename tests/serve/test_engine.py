@@ -1,0 +1,173 @@
+"""The engine on tiny models: what a request gets does not depend on what else runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rdlm.decoding_types import SamplingParams
+from rdlm.scoring import token_logprobs
+from serve.engine import Engine
+from serve.errors import EngineClosed, QueueFull
+from serve.events import Event, Served
+from serve.sequence import Request
+from serve.settings import EngineSettings
+
+OBJECTIVES = ["onestep", "evidence", "single_pass", "paper"]
+WARM = SamplingParams(temperature=0.9, top_p=0.95)
+
+
+def tokens(events: list[Event]) -> list[int]:
+    return [e.token for e in events if e.token is not None]
+
+
+def request(length: int, k: int, seed: int = 0, max_tokens: int = 6, **kwargs: object) -> Request:
+    ids = tuple((7 * i + 3 * length + seed) % 290 + 5 for i in range(length))
+    return Request(ids, k, max_tokens, **{"sampling": WARM, "seed": seed, **kwargs})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "next_token"])
+def test_batched_equals_alone_among_strangers_of_other_k(objective: str, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(objective, family="llama" if objective == "next_token" else "huginn")
+    mixed = [request(length, k, seed) for seed, (length, k) in enumerate([(3, 4), (37, 1), (1, 8), (16, 2), (20, 5), (50, 3)])]
+    alone = [tokens(engine.generate([one])[0]) for one in mixed]
+    together: list[list[Event]] = [[] for _ in mixed]
+    done = threading.Semaphore(0)
+
+    def sink(place: int) -> Callable[[Event], None]:
+        def take(event: Event) -> None:
+            together[place].append(event)
+            if event.finish:
+                done.release()
+
+        return take
+
+    for place, one in enumerate(mixed):  # more than the slots, arriving a step or two apart
+        engine.submit([one], sink(place))
+        time.sleep(0.003)
+    for _ in mixed:
+        assert done.acquire(timeout=30)
+    assert [tokens(events) for events in together] == alone
+    assert all(len(answer) == 6 for answer in alone)
+    assert len({tuple(answer) for answer in alone}) == len(alone)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("k", [1, 3])
+def test_prompt_logprobs_equal_whole_sequence_scoring(objective: str, k: int, make_served: Callable[..., Served]) -> None:
+    """Chunked prefill through the cache against one pass over the whole sequence (K steps exact in the full cache)."""
+    settings = EngineSettings(max_slots=2, chunk=7, prefill_rows=9, kv_cache="full")
+    served = make_served(objective, settings=settings)
+    one = request(24, k, max_tokens=1, logprobs=1, prompt_logprobs=1)
+    with Engine(lambda: served) as engine:
+        events = engine.generate([one])[0]
+    ids = torch.tensor([one.prompt])
+    thinking = served.config.objective.k_meaning == "thinking"
+    steps = k if thinking else 1
+    expected = token_logprobs(served.runner.denoiser, served.config, ids[:, :-1], ids[:, 1:], [steps])[steps][0]  # type: ignore[attr-defined]
+    found = torch.tensor([entry.logprob for entry in events[0].prompt_logprobs or []])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("objective", ["onestep", "single_pass"])
+@pytest.mark.parametrize(("kv_cache", "k"), [("full", 5), ("shared", 1)])
+def test_prefill_equals_step_by_step_decode(objective: str, kv_cache: str, k: int, make_served: Callable[..., Served]) -> None:
+    """Tokens decoded one by one score the same when they are read back as a prompt, within 1e-4."""
+    served = make_served(objective, settings=EngineSettings(max_slots=2, chunk=16, prefill_rows=32, kv_cache=kv_cache))
+    with Engine(lambda: served) as engine:
+        said = engine.generate([request(5, k, max_tokens=30, logprobs=0)])[0]
+        whole = Request((*request(5, k).prompt, *tokens(said)), k, 1, logprobs=0, prompt_logprobs=0)
+        read = engine.generate([whole])[0][0].prompt_logprobs
+    assert read is not None
+    decoded = torch.tensor([e.logprobs.logprob for e in said if e.logprobs is not None])
+    torch.testing.assert_close(torch.tensor([entry.logprob for entry in read[4:]]), decoded, atol=1e-4, rtol=0)
+
+
+def test_k_changes_the_answer_and_the_work(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine("onestep")
+    few, many = (engine.generate([request(20, k, max_tokens=8)])[0] for k in (1, 8))
+    assert tokens(few) != tokens(many)
+    for events, k in ((few, 1), (many, 8)):
+        usage = events[-1].usage
+        assert usage is not None
+        assert (usage.prefill_core_steps, usage.decode_core_steps) == (20 * k, 7 * k)  # the last token is never read back
+
+
+def test_sampling_models_run_the_context_once(make_engine: Callable[..., Engine]) -> None:
+    usage = make_engine("evidence").generate([request(20, 4, max_tokens=8)])[0][-1].usage
+    assert usage is not None
+    assert (usage.prefill_core_steps, usage.decode_core_steps) == (19 + 4, 7 * 4)
+
+
+@pytest.mark.parametrize("objective", ["onestep", "evidence"])
+def test_seeds_decide(objective: str, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(objective)
+    first, again, other, choice = (
+        tokens(engine.generate([request(9, 3, max_tokens=12, seed=0) if s is None else s])[0])
+        for s in (None, None, Request(request(9, 3).prompt, 3, 12, WARM, 5), Request(request(9, 3).prompt, 3, 12, WARM, 0, 1))
+    )
+    assert first == again
+    assert len({tuple(x) for x in (first, other, choice)}) == 3
+
+
+def test_abort_frees_the_slot_and_queue_is_bounded(make_served: Callable[..., Served]) -> None:
+    served = make_served(settings=EngineSettings(max_slots=1, chunk=16, prefill_rows=32))
+    with Engine(lambda: served, max_queue=2) as engine:
+        seen: list[Event] = []
+        ids = engine.submit([request(4, 8, max_tokens=100)], seen.append)
+        while not seen:
+            time.sleep(0.001)
+        waiting = engine.submit([request(4, 1), request(5, 1)], seen.append)
+        with pytest.raises(QueueFull) as refused:
+            engine.submit([request(6, 1)], seen.append)
+        assert refused.value.retry_after is not None and refused.value.retry_after >= 1
+        engine.abort([*ids, waiting[0]])
+        while sum(event.finish == "abort" for event in seen) < 2:
+            time.sleep(0.001)
+        assert len(tokens(engine.generate([request(6, 1)])[0])) == 6
+        reasons = [event.finish for event in seen if event.finish]
+        assert sorted(reasons) == ["abort", "abort", "length"]
+        assert served.scheduler.free_slots == 1
+
+
+def test_drain_finishes_what_was_accepted(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    seen: list[Event] = []
+    engine.submit([request(4, 8, seed=i, max_tokens=10) for i in range(6)], seen.append)
+    assert engine.drain(30)
+    assert [e.finish for e in seen if e.finish] == ["length"] * 6
+    with pytest.raises(EngineClosed):
+        engine.submit([request(4, 1)], seen.append)
+
+
+def test_a_failing_step_ends_its_requests_and_not_the_server(make_served: Callable[..., Served]) -> None:
+    served = make_served()
+    real, calls = served.runner.run, []
+
+    def fails_once(batch: list) -> dict:
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise RuntimeError("injected")
+        return real(batch)
+
+    served.runner.run = fails_once  # type: ignore[method-assign]
+    with Engine(lambda: served) as engine:
+        assert engine.generate([request(4, 2)])[0][-1].finish == "error"
+        assert len(tokens(engine.generate([request(4, 2)])[0])) == 6
+        assert served.scheduler.free_slots == served.scheduler.num_slots
+
+
+def test_loading_failure_reaches_whoever_waits() -> None:
+    def fails() -> Served:
+        raise ValueError("no such model")
+
+    engine = Engine(fails)
+    engine.start()
+    with pytest.raises(ValueError, match="no such model"):
+        engine.wait_ready(5)
+    with pytest.raises(EngineClosed):
+        engine.submit([], lambda event: None)
