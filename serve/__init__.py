@@ -1,0 +1,1 @@
+"""Serving: an engine that batches core steps, and the HTTP interface over it."""

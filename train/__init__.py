@@ -1,0 +1,1 @@
+"""Training under DeepSpeed: the one batch loop, its data and its command line."""
