@@ -1,0 +1,119 @@
+"""Held-out negative log-likelihood against the number of core steps K, from one pass to the largest K (rdlm/scoring.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rdlm.checkpoint import Loaded
+from rdlm.config import CheckpointConfig
+from rdlm.denoiser import Denoiser
+from rdlm.errors import UserError
+from rdlm.objectives import Batch
+from rdlm.scoring import estimator_of, token_logprobs
+
+BOOTSTRAP_SAMPLES = 2000
+PER_WINDOW = ("window_nll", "window_tokens")
+"""Entries of the result with a number for every window: what a paired comparison of two checkpoints needs."""
+USUAL_STEPS = (1, 2, 4, 8, 16, 32)
+
+
+def check_steps(steps: Sequence[int] | None, denoiser: Denoiser, config: CheckpointConfig) -> tuple[int, ...]:
+    """The K to evaluate, ascending; None takes those of USUAL_STEPS the checkpoint allows. UserError for one out of range."""
+    limit = config.recurrence.max_steps
+    if config.objective.k_meaning == "thinking" and not denoiser.model.is_recurrent:
+        limit = 1
+    if steps is None:
+        return tuple(k for k in USUAL_STEPS if k <= limit)
+    for k in steps:
+        if not 1 <= k <= limit:
+            raise UserError("--steps", k, "is out of range", f"this checkpoint takes 1 to {limit}")
+    return tuple(sorted(set(steps)))
+
+
+def evaluate_nll(
+    loaded: Loaded,
+    corpus_windows: Iterable[Batch],
+    steps: Sequence[int],
+    *,
+    seed: int = 0,
+    num_draws: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """NLL (nats per token), perplexity and bits per byte at each K, with bootstrap 95 % intervals over windows.
+
+    corpus_windows: batches [B, T]; a row is one window, the unit that is resampled. ``progress`` is told the rows done.
+    -> {"tokens", "windows", "bytes", "results": [{"K", "nll", "nll_interval", "delta_nll", "delta_nll_interval", "perplexity",
+    "bits_per_byte", "estimator"}], "window_nll": {K: [nats per window]}, "window_tokens"}.
+    delta_nll is against the smallest K, its interval is paired. Bits per byte leave out special tokens, which have no bytes.
+    """
+    num_bytes = _byte_table(loaded)
+    nats: dict[int, list[torch.Tensor]] = {k: [] for k in steps}
+    text_nats = dict.fromkeys(steps, 0.0)
+    tokens, bytes_ = [], 0
+    device = next(loaded.denoiser.parameters()).device
+    for batch in corpus_windows:
+        inputs, targets, mask = (t.to(device) for t in (batch.input_ids, batch.targets, batch.mask))
+        scores = token_logprobs(loaded.denoiser, loaded.config, inputs, targets, steps, seed=seed, num_draws=num_draws)
+        widths = num_bytes.to(device)[targets] * mask
+        for k in steps:
+            nll = -scores[k].double() * mask
+            nats[k].append(nll.sum(1).cpu())
+            text_nats[k] += float(nll[widths > 0].sum())
+        tokens.append(mask.sum(1).cpu())
+        bytes_ += int(widths.sum())
+        if progress:
+            progress(len(targets))
+    sums = {k: torch.cat(parts).numpy() for k, parts in nats.items()}
+    counts = torch.cat(tokens).numpy()
+    results = _summarise(sums, counts, seed)
+    for result in results:
+        k = result["K"]
+        result["bits_per_byte"] = text_nats[k] / math.log(2) / bytes_ if bytes_ else None
+        result["estimator"] = estimator_of(loaded.config, k)
+    return {
+        "tokens": int(counts.sum()),
+        "windows": len(counts),
+        "bytes": bytes_,
+        "results": results,
+        "window_nll": {str(k): [round(x, 4) for x in sums[k].tolist()] for k in steps},
+        "window_tokens": counts.tolist(),
+    }
+
+
+def _byte_table(loaded: Loaded) -> torch.Tensor:
+    """UTF-8 bytes of each id [V]; zeros where the ids are not text."""
+    table = torch.zeros(loaded.config.model.vocab_size, dtype=torch.int64)
+    if loaded.tokenizer is not None:
+        widths = [len(b) for b in loaded.tokenizer.token_bytes()]
+        table[: len(widths)] = torch.tensor(widths)
+    return table
+
+
+def _summarise(sums: dict[int, np.ndarray], counts: np.ndarray, seed: int) -> list[dict[str, Any]]:
+    """sums: nats per window at each K; counts: tokens per window. Percentile bootstrap (Efron 1979) over windows."""
+    base = next(iter(sums))
+    draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), BOOTSTRAP_SAMPLES)
+    resampled = {k: draws @ values / (draws @ counts) for k, values in sums.items()}
+    results = []
+    for k, values in sums.items():
+        nll = float(values.sum() / counts.sum())
+        results.append(
+            {
+                "K": k,
+                "nll": nll,
+                "nll_interval": _interval(resampled[k]),
+                "delta_nll": nll - float(sums[base].sum() / counts.sum()),
+                "delta_nll_interval": _interval(resampled[k] - resampled[base]),
+                "perplexity": math.exp(min(nll, 700.0)),
+            }
+        )
+    return results
+
+
+def _interval(samples: np.ndarray) -> list[float]:
+    return [float(x) for x in np.quantile(samples, (0.025, 0.975))]

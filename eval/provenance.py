@@ -1,0 +1,46 @@
+"""Where a number comes from: command, code, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rdlm import __version__
+
+
+def provenance() -> dict[str, Any]:
+    """JSON facts about this process; ``git_commit`` is None outside a checkout and ends in ``-dirty`` with uncommitted changes."""
+    program = Path(sys.argv[0])
+    return {
+        "command": shlex.join([program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]]),
+        "rdlm": __version__,
+        "git_commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu(),
+        "cpu_cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=20)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return found.stdout.strip() or None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
