@@ -36,9 +36,7 @@ class Loaded:
     tokenizer: Tokenizer | None
 
 
-def save(
-    folder: str | Path, denoiser: Denoiser, config: CheckpointConfig, tokenizer: Tokenizer | None, card: str = ""
-) -> Path:
+def save(folder: str | Path, denoiser: Denoiser, config: CheckpointConfig, tokenizer: Tokenizer | None, card: str = "") -> Path:
     """Write the folder, replacing an earlier one only when the new one is complete. Returns its path.
 
     card: Markdown about data and training, put below what the config itself says. Weights keep the dtype they have.
@@ -89,7 +87,9 @@ def load_config(folder: str | Path) -> CheckpointConfig:
     try:
         data = json.loads(path.read_text())
     except OSError:
-        raise UserError(FIELD, str(folder), f"has no {CONFIG}", "give a folder that `rdlm train` exported (OUTPUT/model)") from None
+        raise UserError(
+            FIELD, str(folder), f"has no {CONFIG}", "give a folder that `rdlm train` exported (OUTPUT/model)"
+        ) from None
     except ValueError:
         raise UserError(FIELD, str(path), "is not JSON", "copy or export the checkpoint again") from None
     version = data.get("schema_version") if isinstance(data, dict) else None

@@ -30,4 +30,3 @@ def held_out_nll(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: 
     sums = sums.to(device)
     dist.all_reduce(sums)
     return {f"K={k}": float(sums[i] / sums[-1]) for i, k in enumerate(ks)}
-

@@ -240,5 +240,7 @@ def _lock(output: Path) -> TextIO:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError("output", str(output), "another run is writing there", "wait for it, or set another output folder") from None
+        raise UserError(
+            "output", str(output), "another run is writing there", "wait for it, or set another output folder"
+        ) from None
     return lock

@@ -54,12 +54,17 @@ class BatchConfig(Strict):
     def accumulation(self, world: int) -> tuple[int, int]:
         """(micro_size, forward passes per update and process); raises UserError where the sizes do not divide."""
         if self.global_size % world:
-            raise UserError("batch.global_size", self.global_size, f"not a multiple of {world} processes", "change it or --num-procs")
+            raise UserError(
+                "batch.global_size", self.global_size, f"not a multiple of {world} processes", "change it or --num-procs"
+            )
         share = self.global_size // world
         micro = self.micro_size or share
         if share % micro:
             raise UserError(
-                "batch.micro_size", micro, f"does not divide the {share} sequences of each of {world} processes", f"use a divisor of {share}"
+                "batch.micro_size",
+                micro,
+                f"does not divide the {share} sequences of each of {world} processes",
+                f"use a divisor of {share}",
             )
         return micro, share // micro
 
@@ -197,7 +202,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
     try:
         data = yaml.safe_load(source.read_text())
     except OSError as error:
-        raise UserError("CONFIG", str(path), error.strerror or "cannot be read", "give the path of a YAML file, see configs/") from None
+        raise UserError(
+            "CONFIG", str(path), error.strerror or "cannot be read", "give the path of a YAML file, see configs/"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError("CONFIG", str(path), f"is not YAML: {' '.join(str(error).split())}", "correct the file") from None
     if not isinstance(data, dict):
