@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+import torch
 from rich.console import Console
 
 from demo.ask import ask, wait_until_ready
@@ -20,7 +21,7 @@ REPO = Path(__file__).resolve().parent.parent
 CONFIG = "configs/demo.yaml"
 DATA, RUN = Path("data/demo"), Path("runs/demo")
 CHECKPOINT = RUN / "model"
-STEPS = "1,2,4,8,16,32"
+QUALITY = RUN / "quality-against-k"
 
 NEXT = f"""Go on with:
   . .venv/bin/activate
@@ -57,23 +58,25 @@ def demo(console: Console, processes: Processes) -> None:
         processes.run("train", ["train", CONFIG])
     with step("held-out NLL against K"):
         processes.run(
-            "eval",
-            ["eval", "nll", "--checkpoint", str(CHECKPOINT), "--data", str(DATA), "--steps", STEPS, "--out", str(RUN / "nll")],
+            "eval", [*checkpoint_of("eval", "nll"), "--data", str(DATA), "--out", f"{QUALITY}.json", "--plot", f"{QUALITY}.png"]
         )
     with step("server and questions"):
         _serve_and_ask(console, processes)
     with step("results"):
-        for path in (RUN / "loss.png", RUN / "quality-against-k.png", RUN / "quality-against-k.json", CHECKPOINT):
+        for path in (RUN / "loss.png", f"{QUALITY}.png", f"{QUALITY}.json", CHECKPOINT):
             console.print(f"  {path}", highlight=False)
     console.print(f"\n{NEXT}", highlight=False)
+
+
+def checkpoint_of(*command: str) -> list[str]:
+    """A command on the demo's checkpoint, on the GPU where there is one."""
+    return [*command, "--checkpoint", str(CHECKPOINT), "--device", "cuda" if torch.cuda.is_available() else "cpu"]
 
 
 def _serve_and_ask(console: Console, processes: Processes) -> None:
     port_file = REPO / RUN / "port"
     port_file.unlink(missing_ok=True)
-    server, log = processes.start(
-        "serve", ["serve", "--checkpoint", str(CHECKPOINT), "--port", "0", "--port-file", str(port_file)]
-    )
+    server, log = processes.start("serve", [*checkpoint_of("serve"), "--port", "0", "--port-file", str(port_file)])
     base = wait_until_ready(server, port_file, log)
     console.print(f"serving {CHECKPOINT} on {base}", highlight=False)
     ask(base, console)
