@@ -12,6 +12,7 @@ from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.handlers.base import BaseRouteHandler
 from litestar.openapi import OpenAPIConfig
+from litestar.plugins.pydantic import PydanticPlugin
 
 from rdlm import __version__
 from rdlm.errors import UserError
@@ -36,6 +37,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
         guards=[_require_key],
         exception_handlers={ApiError: _api_error, UserError: _user_error, HTTPException: _http_error, Exception: _defect},
         request_max_body_size=settings.max_body_bytes,
+        plugins=[PydanticPlugin(validate_strict=True)],
         openapi_config=OpenAPIConfig(
             title="rdlm", version=__version__, path="/schema",
             description="OpenAI-compatible completions and chat from recurrent-depth models; `num_steps` chooses K per request.",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from litestar import Request, post
+from litestar import Request, Response, post
 from litestar.datastructures import State
-from litestar.response import Stream
+from litestar.params import JSONBody
 
 from serve.answering import chunks, collect, until_disconnect
 from serve.events import Event
@@ -19,7 +19,7 @@ from serve.subscription import Subscription
 
 
 @post("/v1/chat/completions", status_code=200, summary="Answer a conversation", tags=["generation"])
-async def chat_completions(data: ChatRequest, request: Request[Any, Any, Any], state: State) -> dict[str, Any] | Stream:
+async def chat_completions(data: JSONBody[ChatRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
     """OpenAI's chat with ``num_steps``, through the tokenizer's chat template."""
     frontend: Frontend = state.frontend
     job = chat_job(data, frontend.name, frontend.served)
@@ -29,7 +29,7 @@ async def chat_completions(data: ChatRequest, request: Request[Any, Any, Any], s
         return event_stream(chunks(subscription, job, head, lambda e, first: _delta(frontend.token_names, e, first), data))
     head = envelope("chat.completion", job, "chatcmpl")
     work = collect(frontend, job, lambda e, first: _delta(frontend.token_names, e, first), _merge)
-    return head | await until_disconnect(request, work)
+    return Response(head | await until_disconnect(request, work))
 
 
 def _delta(names: TokenNames, event: Event, is_first: bool) -> dict[str, Any]:

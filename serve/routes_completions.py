@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from litestar import Request, post
+from litestar import Request, Response, post
 from litestar.datastructures import State
-from litestar.response import Stream
+from litestar.params import JSONBody
 
 from serve.answering import chunks, collect, until_disconnect
 from serve.events import Event
@@ -19,7 +19,7 @@ from serve.subscription import Subscription
 
 
 @post("/v1/completions", status_code=200, summary="Continue one or several prompts", tags=["generation"])
-async def completions(data: CompletionRequest, request: Request[Any, Any, Any], state: State) -> dict[str, Any] | Stream:
+async def completions(data: JSONBody[CompletionRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
     """OpenAI's completions with ``num_steps``; with echo and logprobs it also scores prompts."""
     frontend: Frontend = state.frontend
     job = completion_job(data, frontend.name, frontend.served)
@@ -31,4 +31,4 @@ async def completions(data: CompletionRequest, request: Request[Any, Any, Any], 
 
     if data.stream:
         return event_stream(chunks(Subscription(frontend.engine, job.requests), job, head, piece, data))
-    return head | await until_disconnect(request, collect(frontend, job, piece, merge_completion))
+    return Response(head | await until_disconnect(request, collect(frontend, job, piece, merge_completion)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from litestar import Response, get, post
 from litestar.datastructures import State
+from litestar.params import FromPath, JSONBody
 
 from serve.errors import invalid
 from serve.events import State as EngineState
@@ -39,7 +40,7 @@ async def models(state: State) -> dict[str, Any]:
 
 
 @get("/v1/models/{name:str}", summary="One model or alias", tags=["models"])
-async def model(name: str, state: State) -> dict[str, Any]:
+async def model(name: FromPath[str], state: State) -> dict[str, Any]:
     """Also for aliases that are not listed."""
     frontend: Frontend = state.frontend
     resolve_name(frontend, name)
@@ -69,7 +70,7 @@ def _card(frontend: Frontend, name: str) -> dict[str, Any]:
 
 
 @post("/tokenize", status_code=200, summary="Text to token ids", tags=["tokenizer"])
-async def tokenize(data: TokenizeRequest, state: State) -> dict[str, Any]:
+async def tokenize(data: JSONBody[TokenizeRequest], state: State) -> dict[str, Any]:
     """The text of a special token becomes its single id."""
     served = state.frontend.served
     tokenizer = served.tokenizer
@@ -79,7 +80,7 @@ async def tokenize(data: TokenizeRequest, state: State) -> dict[str, Any]:
 
 
 @post("/detokenize", status_code=200, summary="Token ids to text", tags=["tokenizer"])
-async def detokenize(data: DetokenizeRequest, state: State) -> dict[str, str]:
+async def detokenize(data: JSONBody[DetokenizeRequest], state: State) -> dict[str, str]:
     """Special tokens decode to nothing."""
     tokenizer = state.frontend.served.tokenizer
     if any(token >= tokenizer.vocab_size for token in data.tokens):

@@ -1,0 +1,190 @@
+"""The server as a process on loopback: stock clients, raw sockets, disconnects, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from rdlm.checkpoint import save
+from serve.events import Served
+
+pytestmark = pytest.mark.multiproc
+
+
+@dataclass
+class Live:
+    process: subprocess.Popen[str]
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=30)
+
+
+def launch(checkpoint: Path, folder: Path, *options: str) -> Live:
+    port_file = folder / f"port-{time.monotonic_ns()}"
+    command = [sys.executable, "-m", "rdlm", "serve", "--checkpoint", str(checkpoint), "--port", "0", "--port-file", str(port_file)]
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(process.stdout.read() if process.stdout else "")
+        if port_file.exists():
+            live = Live(process, int(port_file.read_text()))
+            try:
+                if httpx.get(f"{live.url}/ready").status_code == 200:
+                    return live
+            except httpx.TransportError:
+                pass  # bound but not listening yet
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError("the server was not ready within 60 s")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_served: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    served = make_served(max_seq_len=2048)
+    folder = tmp_path_factory.mktemp("live") / "tiny"
+    save(folder, served.runner.denoiser, served.config, served.tokenizer)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def live(checkpoint: Path) -> Iterator[Live]:
+    server = launch(checkpoint, checkpoint.parent)
+    yield server
+    server.process.terminate()
+    server.process.wait(20)
+
+
+def test_openai_client_completions_and_chat(live: Live) -> None:
+    client = live.client()
+    assert "tiny:k4" in [model.id for model in client.models.list()]
+    whole = client.completions.create(model="tiny", prompt="in the", max_tokens=8, temperature=0, extra_body={"num_steps": 4})
+    assert whole.usage is not None and whole.usage.completion_tokens == 8
+    assert whole.usage.model_extra is not None and whole.usage.model_extra["recurrence"]["num_steps"] == 4
+    parts = client.completions.create(
+        model="tiny:k4", prompt="in the", max_tokens=8, temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(parts)
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+    assert chunks[-1].usage is not None and chunks[-1].usage.total_tokens == whole.usage.total_tokens
+    messages: Any = [{"role": "user", "content": "the word"}]
+    chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=6, seed=1, logprobs=True, top_logprobs=3)
+    stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=6, seed=1, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in stream) == chat.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="1 to 8"):
+        client.completions.create(model="tiny", prompt="x", extra_body={"num_steps": 100})
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="x")
+
+
+def test_concurrent_strangers_get_what_they_get_alone(live: Live) -> None:
+    client = live.client()
+
+    def ask(i: int) -> str:
+        body = {"num_steps": 1 + i % 8}
+        return client.completions.create(model="tiny", prompt="the word " * (1 + i), max_tokens=12, seed=i, extra_body=body).choices[0].text
+
+    alone = [ask(i) for i in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(ask, range(12))) == alone
+
+
+def test_two_events_in_one_segment_split_on_a_blank_line(live: Live) -> None:
+    """A client that waits lets events pile up in one read; splitting on "\\n\\n" alone must give them all back."""
+    body = json.dumps({"prompt": "x", "max_tokens": 20, "stream": True, "temperature": 0, "ignore_eos": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", live.port)) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        time.sleep(0.5)
+        raw = b""
+        while received := connection.recv(1 << 16):
+            raw += received
+    payload, rest = b"", raw.partition(b"\r\n\r\n")[2]
+    while rest:  # undo chunked transfer encoding
+        size, _, rest = rest.partition(b"\r\n")
+        payload, rest = payload + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+    events = payload.split(b"\n\n")
+    assert b"\r" not in payload and len(events) == 22 and events[-2:] == [b"data: [DONE]", b""]
+    assert all(json.loads(event.removeprefix(b"data: "))["choices"] for event in events[:-2])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_disconnect_cancels_the_work(live: Live, stream: bool) -> None:
+    """Long answers whose clients leave must not hold the slots: a later request is served at once."""
+    body = {"prompt": "x", "max_tokens": 2000, "num_steps": 8, "stream": stream, "ignore_eos": True, "n": 16}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{live.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.5)) if not stream else _leave(live, body)
+    began = time.monotonic()
+    live.client().completions.create(model="tiny", prompt="x", max_tokens=4)
+    assert time.monotonic() - began < 3
+
+
+def _leave(live: Live, body: dict[str, Any]) -> None:
+    with httpx.stream("POST", f"{live.url}/v1/completions", json=body) as answer:
+        for _ in zip(range(5), answer.iter_lines(), strict=False):
+            pass
+    raise httpx.ReadTimeout("left on purpose")
+
+
+def test_sigterm_lets_accepted_requests_finish(checkpoint: Path, tmp_path: Path) -> None:
+    server = launch(checkpoint, tmp_path)
+    client = server.client()
+
+    def ask(i: int) -> int:
+        parts = client.completions.create(model="tiny:k8", prompt="x", max_tokens=150, stream=True, extra_body={"ignore_eos": True})
+        return sum(1 for part in parts if part.choices)
+
+    with ThreadPoolExecutor(4) as pool:
+        counts = [pool.submit(ask, i) for i in range(4)]
+        time.sleep(0.4)
+        assert not any(count.done() for count in counts)
+        server.process.send_signal(signal.SIGTERM)
+        assert [count.result(30) for count in counts] == [150] * 4
+    assert server.process.wait(10) == 0
+    assert "serving tiny at http://127.0.0.1:" in (server.process.stdout.read() if server.process.stdout else "")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--default-steps", "99"], "default_steps=99"),
+        (["--dtype", "int3"], "dtype='int3'"),
+        (["--port", "70000"], "port=70000"),
+        (["--max-len", "99999"], "max_len=99999"),
+    ],
+)
+def test_bad_options_exit_2_with_one_line(options: list[str], says: str, checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "rdlm", "serve", "--checkpoint", str(checkpoint), "--port", "0", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and says in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
+
+
+def test_generate_command(checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "rdlm", "generate", "--checkpoint", str(checkpoint), "--prompt", "in the"]
+    ended = subprocess.run([*command, "--num-steps", "1,8", "--max-tokens", "6"], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("tokens/s") == 2 and "K = 8" in ended.stdout and "core steps" in ended.stdout
+    wrong = subprocess.run([*command, "--num-steps", "1,900"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and "1 to 8" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1
