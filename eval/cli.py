@@ -27,7 +27,7 @@ def nll(
     data: Annotated[Path, typer.Option(help="Folder made by `rdlm data prepare` with the checkpoint's tokenizer.")],
     split: Annotated[str, typer.Option(help="Split to evaluate.")] = "valid",
     steps: Annotated[
-        str | None, typer.Option(help="Values of K with commas [1,2,4,8,16,32 as far as the checkpoint goes].")
+        str | None, typer.Option(help="Values of K with commas [1,2,4,8,16,32 where they have a likelihood].")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Use the first so many tokens [the whole split].")] = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a window [the model's max_seq_len].")] = None,
@@ -130,7 +130,7 @@ def _show(report: dict[str, Any]) -> None:
     checkpoint, data = report["checkpoint"], report["data"]
     table = Table(
         title=f"{checkpoint['name']} (step {checkpoint['step']:,}) on {data['split']}",
-        caption=f"{report['tokens']:,} tokens in {report['windows']:,} windows of {data['seq_len']}; nats per token, intervals over windows",
+        caption=f"{report['tokens']:,} tokens in {report['windows']:,} windows of {data['seq_len']}; nats per token",
     )
     for name in ("K", "NLL [95 %]", f"against K = {report['results'][0]['K']}", "perplexity", "bits/byte"):
         table.add_column(name, justify="right")

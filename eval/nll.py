@@ -23,12 +23,15 @@ USUAL_STEPS = (1, 2, 4, 8, 16, 32)
 
 
 def check_steps(steps: Sequence[int] | None, denoiser: Denoiser, config: CheckpointConfig) -> tuple[int, ...]:
-    """The K to evaluate, ascending; None takes those of USUAL_STEPS the checkpoint allows. UserError for one out of range."""
+    """The K to evaluate, ascending; UserError for one out of range.
+
+    None takes those with a normalised likelihood: K = 1 of a sampling model, else USUAL_STEPS as far as the checkpoint goes.
+    """
     limit = config.recurrence.max_steps
     if config.objective.k_meaning == "thinking" and not denoiser.model.is_recurrent:
         limit = 1
     if steps is None:
-        return tuple(k for k in USUAL_STEPS if k <= limit)
+        return tuple(k for k in USUAL_STEPS if k <= limit) if config.objective.k_meaning == "thinking" else (1,)
     for k in steps:
         if not 1 <= k <= limit:
             raise UserError("--steps", k, "is out of range", f"this checkpoint takes 1 to {limit}")

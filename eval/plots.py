@@ -32,10 +32,11 @@ def plot_nll(report: dict[str, Any], file: Path) -> None:
                 label="normalised likelihood" if normalised else "mixture over noise draws (biased upward)",
             )
     for r in results:
-        axes.annotate(f"{r['nll']:.3f}", (r["K"], r["nll"]), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        axes.annotate(f"{r['nll']:.3f}", (r["K"], r["nll"]), xytext=(0, 9), textcoords="offset points", fontsize=8, ha="center")
     axes.set_xscale("log", base=2)
     axes.set_xticks(ks, [str(k) for k in ks])
     axes.minorticks_off()
+    axes.margins(x=0.1, y=0.15)
     axes.set_xlabel("core steps K")
     axes.set_ylabel("held-out NLL (nats per token)")
     checkpoint = report["checkpoint"]

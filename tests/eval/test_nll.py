@@ -1,0 +1,157 @@
+"""`rdlm eval nll` against closed forms, and its refusals."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.nll import check_steps, evaluate_nll
+from rdlm.checkpoint import Loaded, save
+from rdlm.cli import app, run
+from rdlm.denoiser import Denoiser
+from rdlm.scoring import token_logprobs
+from rdlm.shards import TokenStore
+from rdlm.tokenizer import Tokenizer
+from train.corpora.prepare import Preparation, prepare
+
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    rows = [{"text": f"Verse {i}: é and {i * i} foxes." * (1 + i % 4)} for i in range(200)]
+    (root / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(Preparation(str(root / "d.jsonl"), root / "out", vocab_size=VOCAB, valid_fraction=0.4), progress=False)
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data: Path) -> Tokenizer:
+    return TokenStore(data, "valid").tokenizer()
+
+
+@pytest.fixture
+def loaded(tiny: Callable[..., Denoiser], tiny_config: Callable, tokenizer: Tokenizer) -> Loaded:
+    return Loaded(
+        tiny("huginn", "onestep", vocab_size=VOCAB).eval(), tiny_config("huginn", "onestep", vocab_size=VOCAB), tokenizer
+    )
+
+
+def test_a_model_that_knows_nothing_scores_log_vocabulary(loaded: Loaded, data: Path) -> None:
+    with torch.no_grad():
+        loaded.denoiser.model.head.weight.zero_()
+    store = TokenStore(data, "valid")
+    report = evaluate_nll(loaded, store.windows(32, None, 7), (1, 4))
+    targets = store.read(1, store.num_windows(32) * 32)
+    text = targets[targets != store.manifest.eos_id]
+    num_bytes = sum(len(loaded.tokenizer.token_bytes()[i]) for i in text)  # type: ignore[union-attr]
+    assert report["tokens"] == len(targets) and report["bytes"] == num_bytes and 0 < len(text) < len(targets)
+    for result in report["results"]:
+        assert result["nll"] == pytest.approx(math.log(VOCAB), abs=1e-5)
+        assert result["perplexity"] == pytest.approx(VOCAB, rel=1e-4)
+        assert result["bits_per_byte"] == pytest.approx(math.log2(VOCAB) * len(text) / num_bytes, rel=1e-5)
+        assert result["nll_interval"] == pytest.approx([math.log(VOCAB)] * 2, abs=1e-5)
+
+
+def test_nll_is_the_mean_of_the_scored_tokens_whatever_the_batch_size(loaded: Loaded, data: Path) -> None:
+    store = TokenStore(data, "valid")
+    rows = store.rows(np.arange(5), 32)
+    expected = -token_logprobs(loaded.denoiser, loaded.config, rows.input_ids, rows.targets, (2,))[2].mean()
+    for batch_size in (1, 5):
+        report = evaluate_nll(loaded, store.windows(32, 160, batch_size), (2,))
+        assert report["results"][0]["nll"] == pytest.approx(float(expected), abs=1e-5)
+        assert report["windows"] == 5 == len(report["window_nll"]["2"])
+
+
+def test_masked_positions_do_not_count(loaded: Loaded, data: Path) -> None:
+    rows = TokenStore(data, "valid").rows(np.arange(4), 32)
+    rows.mask[:, 10:] = False
+    rows.targets[:, 10:] = 5
+    report = evaluate_nll(loaded, [rows], (1,))
+    other = evaluate_nll(
+        loaded, [type(rows)(rows.input_ids, rows.targets.clamp(max=5) * ~rows.mask + rows.targets * rows.mask, rows.mask)], (1,)
+    )
+    assert report["tokens"] == 40 and report["results"] == other["results"]
+
+
+def test_intervals_are_paired_and_shrink_with_more_windows(loaded: Loaded, data: Path) -> None:
+    store = TokenStore(data, "valid")
+    torch.nn.init.normal_(loaded.denoiser.model.adapter.weight, std=0.3)  # type: ignore[union-attr]
+    few, many = (evaluate_nll(loaded, store.windows(16, n, 16), (1, 4))["results"] for n in (160, None))
+    width = [r[1]["nll_interval"][1] - r[1]["nll_interval"][0] for r in (few, many)]
+    assert 0 < width[1] < width[0]
+    for _, last in (few, many):
+        assert last["nll_interval"][0] < last["nll"] < last["nll_interval"][1]
+        low, high = last["delta_nll_interval"]
+        assert low < last["delta_nll"] < high and last["delta_nll"] != 0
+    assert evaluate_nll(loaded, store.windows(16, 160, 16), (1, 4))["results"] == few
+
+
+def test_which_k_are_taken(tiny: Callable[..., Denoiser], tiny_config: Callable) -> None:
+    cases = {("huginn", "onestep"): (1, 2, 4, 8, 16, 32), ("huginn", "evidence"): (1,), ("llama", "next_token"): (1,)}
+    for arguments, expected in cases.items():
+        assert check_steps(None, tiny(*arguments), tiny_config(*arguments)) == expected
+    assert check_steps([4, 1, 4], tiny(), tiny_config()) == (1, 4)
+
+
+@pytest.fixture
+def folder(loaded: Loaded, tmp_path: Path) -> Path:
+    return save(tmp_path / "model", loaded.denoiser, loaded.config, loaded.tokenizer)
+
+
+def _run(*arguments: object) -> int:
+    return run(app, ["eval", "nll", *map(str, arguments)], "rdlm")
+
+
+def test_command_writes_results_with_their_provenance_and_a_figure(
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", folder, "--data", data, "--steps", "4,1", "--max-tokens", 640, "--seed", 3]
+    assert _run(*arguments, "--out", tmp_path / "r" / "nll.json", "--plot", tmp_path / "r" / "nll.png") == 0
+    report = json.loads((tmp_path / "r" / "nll.json").read_text())
+    assert [r["K"] for r in report["results"]] == [1, 4] and report["seed"] == 3 and report["tokens"] == 640
+    assert all(r["estimator"].startswith("normalised") for r in report["results"])
+    assert {"command", "git_commit", "threads", "cpu", "torch"} <= report["provenance"].keys()
+    assert (
+        report["checkpoint"]["weights_sha256"] and report["data"]["manifest_sha256"] == TokenStore(data, "valid").manifest_sha256
+    )
+    assert (tmp_path / "r" / "nll.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(f.name for f in (tmp_path / "r").iterdir()) == ["nll.json", "nll.png"]
+    assert f"{report['results'][1]['nll']:.4f}" in capsys.readouterr().out
+    assert _run(*arguments, "--out", tmp_path / "r" / "nll.json", "--per-window") == 0
+    detailed = json.loads((tmp_path / "r" / "nll.json").read_text())
+    assert detailed["results"] == report["results"] and len(detailed["window_nll"]["4"]) == detailed["windows"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "1,65"], "--steps=65: is out of range; this checkpoint takes 1 to 64"),
+        (["--steps", "0"], "--steps=0"),
+        (["--steps", "one"], "--steps='one'"),
+        (["--split", "nowhere"], "split='nowhere'"),
+        (["--seq-len", "65"], "--seq-len=65"),
+        (["--data", "nowhere"], "there is no manifest.json"),
+        (["--checkpoint", "nowhere"], "config.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    folder: Path, data: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert _run("--checkpoint", folder, "--data", data, *arguments) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0]
+
+
+def test_data_of_another_tokenizer_is_refused(
+    folder: Path, tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "d.txt").write_text("".join(f"Quite another text, line {i}.\n\n" for i in range(3000)))
+    prepare(Preparation(str(tmp_path / "d.txt"), tmp_path / "other", vocab_size=280, valid_fraction=0.4), progress=False)
+    assert _run("--checkpoint", folder, "--data", tmp_path / "other") == 2
+    assert "was not tokenised with the checkpoint's tokenizer" in capfd.readouterr().err
