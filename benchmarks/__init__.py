@@ -1,0 +1,1 @@
+"""Measurements behind docs/results: scripts, not tests. Run from the repository root."""

@@ -1,0 +1,62 @@
+"""What the measurement scripts share: provenance, atomic JSON, and running `rdlm` commands one per core."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from eval.provenance import provenance
+
+__all__ = ["in_parallel", "provenance", "read_json", "run_rdlm", "train", "write_json"]
+
+T = TypeVar("T")
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def run_rdlm(arguments: Sequence[str], log: Path) -> None:
+    """`rdlm ARGUMENTS` with one thread, output to ``log``; raises CalledProcessError with the log's path in its command."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("a") as stream:
+        subprocess.run(
+            [sys.executable, "-m", "rdlm", *arguments], check=True, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
+        )  # fmt: skip
+
+
+def train(folder: Path, config: dict[str, Any]) -> None:
+    """Train ``config`` in ``folder`` with one process; goes on where an interrupted call stopped, returns at once if it is done."""
+    if (folder / "run" / "model").is_dir():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump({**config, "output": str(folder / "run")}, sort_keys=False))
+    run_rdlm(["train", str(file), "--num-procs", "1"], folder / "log.txt")
+
+
+def last_metrics(folder: Path) -> dict[str, Any]:
+    """The final record of a finished run."""
+    return json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def in_parallel(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
+    """Run the calls ``jobs`` at a time (each starts a process of its own); the first failure is raised once all have ended."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(call) for call in calls]
+    return [future.result() for future in futures]

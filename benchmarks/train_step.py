@@ -1,0 +1,159 @@
+"""Cost of one update under every objective, same model and batch, against truncated BPTT.
+
+    OMP_NUM_THREADS=2 python benchmarks/train_step.py --out docs/results/raw/train_step.json
+
+Arms are interleaved in one process (a slow minute of the machine hits all alike), each timed over several rounds after a warm-up;
+the median counts. Random recurrence is replaced by its mean, so that a handful of updates estimates the cost. FLOPs are counted by
+torch, the matmul peak is measured in the same process. Peak memory comes from one fresh process per arm (CPU) or the CUDA allocator.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import provenance, write_json
+from rdlm.config import CheckpointConfig, HuginnConfig, ObjectiveConfig, parse
+from rdlm.denoiser import Denoiser
+from rdlm.objectives import Batch, loss_terms
+from rdlm.registry import build
+
+ARMS: dict[str, dict[str, Any]] = {
+    "bptt 32/8": {"name": "bptt", "depth": {"distribution": "fixed", "mean": 33, "grad_steps": 8}},
+    "bptt 8/4": {"name": "bptt", "depth": {"distribution": "fixed", "mean": 9, "grad_steps": 4}},
+    "paper": {"name": "paper"},
+    "evidence": {"name": "evidence"},
+    "single_pass": {"name": "single_pass", "depth": {"distribution": "fixed", "mean": 3}},
+    "onestep": {"name": "onestep", "depth": {"distribution": "fixed", "mean": 3}},
+    "next_token": {"name": "next_token"},
+}
+"""Fixed r is the mean of the arm's schedule: 1 + 32, 1 + 8 and 1 + 2."""
+
+
+class Arm:
+    """One objective's model, optimizer and batch; ``update`` is one optimizer step."""
+
+    def __init__(self, name: str, shape: dict[str, int], batch_size: int, seq_len: int, device: str) -> None:
+        objective = parse(ObjectiveConfig, ARMS[name], name)
+        model = HuginnConfig(**shape, max_seq_len=seq_len, noise_conditioning=objective.noisy)
+        config = CheckpointConfig(name="bench", model=model, objective=objective)
+        self.denoiser: Denoiser = build(config, seed=0).to(device=device, dtype=torch.bfloat16)
+        self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=1e-4, fused=True)
+        ids = torch.randint(0, shape["vocab_size"], (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(device)
+        self.batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
+        self.device, self.seconds, self.step = device, [], 0
+
+    def update(self) -> float:
+        """Run one update; returns its seconds."""
+        started = time.perf_counter()
+        terms = loss_terms(self.denoiser, self.batch, step=self.step, seed=0)
+        (terms.total / terms.count).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def flops(self) -> int:
+        with FlopCounterMode(display=False) as counter:
+            terms = loss_terms(self.denoiser, self.batch, step=0, seed=0)
+            (terms.total / terms.count).backward()
+        self.optimizer.zero_grad()
+        return counter.get_total_flops()
+
+
+def matmul_peak(device: str, seconds: float = 1.0) -> float:
+    """Measured bf16 matmul rate in FLOP/s, square 2048 (CPU) or 8192 (GPU)."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    best, deadline = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        started = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best
+
+
+def peak_memory(name: str, arguments: list[str]) -> int:
+    """Peak bytes of one update in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--memory-of", name, *arguments]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1])
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="JSON to write.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed updates of each arm.")] = 5,
+    d_model: int = 512,
+    num_heads: int = 8,
+    mlp_width: int = 1792,
+    vocab_size: int = 4096,
+    batch_size: int = 4,
+    seq_len: int = 256,
+    memory_of: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Step time, tokens/s, memory and share of the matmul peak of every objective."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads, "mlp_width": mlp_width}
+    if memory_of is not None:
+        arm = Arm(memory_of, shape, batch_size, seq_len, device)
+        arm.update()
+        arm.update()
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(peak)
+        return
+    passed = [f"--{key.replace('_', '-')}={value}" for key, value in {**shape, "batch_size": batch_size, "seq_len": seq_len}.items()]
+    arms = {name: Arm(name, shape, batch_size, seq_len, device) for name in ARMS}
+    for arm in arms.values():
+        arm.update()
+    peak = matmul_peak(device)
+    for _ in range(rounds):
+        for arm in arms.values():
+            arm.seconds.append(arm.update())
+    rows = {}
+    baseline = statistics.median(arms["bptt 32/8"].seconds)
+    for name, arm in arms.items():
+        median, flops = statistics.median(arm.seconds), arm.flops()
+        rows[name] = {
+            "step_s": median, "all_step_s": arm.seconds, "tokens_per_s": batch_size * seq_len / median, "flops": flops,
+            "bptt_over_this": baseline / median, "share_of_matmul_peak": flops / median / peak, "peak_memory_bytes": peak_memory(name, passed),
+        }  # fmt: skip
+    bptt = rows["bptt 32/8"]
+    for row in rows.values():
+        row["flops_bptt_over_this"] = bptt["flops"] / row["flops"]
+    parameters = sum(p.numel() for p in arms["next_token"].denoiser.parameters())
+    result = {"provenance": provenance(), "shape": {**shape, "batch_size": batch_size, "seq_len": seq_len, "parameters": parameters},
+              "matmul_peak_flops": peak, "arms": rows}  # fmt: skip
+    show(result)
+    if out:
+        write_json(out, result)
+
+
+def show(result: dict[str, Any]) -> None:
+    table = Table(title=f"one update, matmul peak {result['matmul_peak_flops'] / 1e9:.0f} GFLOP/s")
+    for column in ("objective", "s/update", "tokens/s", "BPTT / this", "FLOPs ratio", "share of peak", "peak MiB"):
+        table.add_column(column, justify="left" if column == "objective" else "right")
+    for name, row in result["arms"].items():
+        table.add_row(
+            name, f"{row['step_s']:.3f}", f"{row['tokens_per_s']:.0f}", f"{row['bptt_over_this']:.2f}", f"{row['flops_bptt_over_this']:.2f}",
+            f"{row['share_of_matmul_peak']:.2f}", f"{row['peak_memory_bytes'] / 2**20:.0f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
