@@ -36,16 +36,18 @@ class Scheduler:
             sequence = self.waiting.popleft()
             sequence.slot = self._free.pop()
             self.running[sequence.id] = sequence
-        budget = self.prefill_rows - sum(s.segment.length for s in self.running.values() if s.segment and _is_prefill(s))
+        open_rows = [s.segment.length for s in self.running.values() if s.segment is not None]
+        budget = self.prefill_rows - sum(length for length in open_rows if length > 1)
         blocked = False
         for sequence in self.running.values():
             if sequence.segment is not None:
                 continue
-            if sequence.next_start >= len(sequence.request.prompt):
+            length = sequence.next_length()
+            if length == 1:
                 sequence.open()
-            elif not blocked and sequence.next_length() <= budget:
+            elif not blocked and length <= budget:
                 sequence.open()
-                budget -= sequence.segment.length if sequence.segment else 0
+                budget -= length
             else:
                 blocked = True  # a later, shorter prompt must not overtake
         return [s for s in self.running.values() if s.segment is not None]
@@ -67,8 +69,3 @@ class Scheduler:
     @property
     def free_slots(self) -> int:
         return len(self._free)
-
-
-def _is_prefill(sequence: Sequence) -> bool:
-    segment = sequence.segment
-    return segment is not None and segment.length > 1

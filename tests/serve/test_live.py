@@ -40,9 +40,24 @@ class Live:
 
 def launch(checkpoint: Path, folder: Path, *options: str) -> Live:
     port_file = folder / f"port-{time.monotonic_ns()}"
-    command = [sys.executable, "-m", "rdlm", "serve", "--checkpoint", str(checkpoint), "--port", "0", "--port-file", str(port_file)]
+    command = [
+        sys.executable,
+        "-m",
+        "rdlm",
+        "serve",
+        "--checkpoint",
+        str(checkpoint),
+        "--port",
+        "0",
+        "--port-file",
+        str(port_file),
+    ]
     process = subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [*command, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -103,7 +118,11 @@ def test_concurrent_strangers_get_what_they_get_alone(live: Live) -> None:
 
     def ask(i: int) -> str:
         body = {"num_steps": 1 + i % 8}
-        return client.completions.create(model="tiny", prompt="the word " * (1 + i), max_tokens=12, seed=i, extra_body=body).choices[0].text
+        return (
+            client.completions.create(model="tiny", prompt="the word " * (1 + i), max_tokens=12, seed=i, extra_body=body)
+            .choices[0]
+            .text
+        )
 
     alone = [ask(i) for i in range(12)]
     with ThreadPoolExecutor(12) as pool:
@@ -134,7 +153,9 @@ def test_disconnect_cancels_the_work(live: Live, stream: bool) -> None:
     """Long answers whose clients leave must not hold the slots: a later request is served at once."""
     body = {"prompt": "x", "max_tokens": 2000, "num_steps": 8, "stream": stream, "ignore_eos": True, "n": 16}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{live.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.5)) if not stream else _leave(live, body)
+        httpx.post(f"{live.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.5)) if not stream else _leave(
+            live, body
+        )
     began = time.monotonic()
     live.client().completions.create(model="tiny", prompt="x", max_tokens=4)
     assert time.monotonic() - began < 3
@@ -152,7 +173,9 @@ def test_sigterm_lets_accepted_requests_finish(checkpoint: Path, tmp_path: Path)
     client = server.client()
 
     def ask(i: int) -> int:
-        parts = client.completions.create(model="tiny:k8", prompt="x", max_tokens=150, stream=True, extra_body={"ignore_eos": True})
+        parts = client.completions.create(
+            model="tiny:k8", prompt="x", max_tokens=150, stream=True, extra_body={"ignore_eos": True}
+        )
         return sum(1 for part in parts if part.choices)
 
     with ThreadPoolExecutor(4) as pool:
