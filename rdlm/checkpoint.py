@@ -128,34 +128,26 @@ def _with_ties(denoiser: Denoiser, weights: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _card(config: CheckpointConfig, weights: dict[str, Tensor], notes: str) -> str:
-    objective, recurrence = config.objective, config.recurrence
+    model, objective, depth = config.model, config.objective, config.objective.depth
     count = sum(weight.numel() for weight in weights.values())
     dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
     meaning = {
         "thinking": "K is the number of core steps before the one read-out: more steps, more computation per token",
         "sampling": "K is the number of noise levels a token is drawn through: a setting of the sampler, not more thought",
     }[objective.k_meaning]
-    return f"""# {config.name}
-
-| | |
-|---|---|
-| family | {config.model.family}, d_model {config.model.d_model}, vocabulary {config.model.vocab_size}, up to {config.model.max_seq_len} tokens |
-| parameters | {count:,} ({dtypes}) |
-| objective | `{objective.name}`: core steps {objective.depth.distribution} (mean {objective.depth.mean}), {objective.depth.grad_steps} with gradient; share of noised targets {objective.corruption.share}; read-out {objective.readout} |
-| updates | {config.step:,} |
-| K | {meaning}. Default {recurrence.default_steps}, at most {recurrence.max_steps} |
-| normalised likelihood | {config.estimator} |
-
-{notes.strip()}
-
-## Run it
-
-```
-rdlm serve --checkpoint THIS_FOLDER
-rdlm generate --help
-rdlm eval nll --help
-```
-"""
+    rows = {
+        "family": f"{model.family}, d_model {model.d_model}, vocabulary {model.vocab_size}, up to {model.max_seq_len} tokens",
+        "parameters": f"{count:,} ({dtypes})",
+        "objective": f"`{objective.name}`, read-out {objective.readout}",
+        "core steps in training": f"{depth.distribution}, mean {depth.mean}; the last {depth.grad_steps} with gradient",
+        "noised targets": f"{objective.corruption.share:.0%} of the positions",
+        "updates": f"{config.step:,}",
+        "K": f"{meaning}. Default {config.recurrence.default_steps}, at most {config.recurrence.max_steps}",
+        "normalised likelihood": config.estimator,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    commands = "rdlm serve --checkpoint THIS_FOLDER\nrdlm generate --help\nrdlm eval nll --help"
+    return f"# {config.name}\n\n| | |\n|---|---|\n{table}\n\n{notes.strip()}\n\n## Run it\n\n```\n{commands}\n```\n"
 
 
 def _sync(path: Path) -> None:

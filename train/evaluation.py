@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from rdlm.config import CheckpointConfig
+from rdlm.denoiser import Denoiser
 from rdlm.scoring import token_logprobs
 from train.corpora import Corpus
 from train.settings import TrainConfig
@@ -24,9 +26,17 @@ def held_out_nll(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: 
         batch = batches[min(mine, len(batches) - 1)]  # under ZeRO 3 every process must make the same calls
         inputs, targets = batch.input_ids.to(device), batch.targets.to(device)
         with torch.no_grad():
-            scores = stage(token_logprobs, config.checkpoint_config, inputs, targets, ks)
+            scores = stage(_scores, config.checkpoint_config, inputs, targets, ks)[
+                :, batch.mask.to(device)
+            ]  # [len(ks), positions]
         if mine < len(batches):
-            sums += torch.tensor([*(-float(scores[k].double()[batch.mask].sum()) for k in ks), float(batch.mask.sum())])
+            sums += torch.tensor([*(-scores.double().sum(1)).tolist(), float(batch.mask.sum())], dtype=torch.float64)
     sums = sums.to(device)
     dist.all_reduce(sums)
     return {f"K={k}": float(sums[i] / sums[-1]) for i, k in enumerate(ks)}
+
+
+def _scores(denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, targets: Tensor, ks: tuple[int, ...]) -> Tensor:
+    """One tensor [len(ks), B, T]: DeepSpeed's hooks cannot read a dictionary with integer keys."""
+    scores = token_logprobs(denoiser, config, input_ids, targets, ks)
+    return torch.stack([scores[k] for k in ks])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
-from rdlm.objectives import Batch, LossTerms, loss_terms
+from rdlm.objectives import Batch, loss_terms
 from rdlm.registry import build
 from train import resume
 from train.corpora import Corpus
@@ -48,12 +48,13 @@ class Tally:
     count: float = 0.0
     metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
 
-    def add(self, terms: LossTerms) -> None:
-        self.total += float(terms.total.detach())
-        self.count += float(terms.count)
-        for name, value in terms.metrics.items():
-            total, number = self.metrics.get(name, (0.0, 0))
-            self.metrics[name] = (total + float(value), number + 1)
+    def add(self, total: Tensor, count: Tensor, metrics: dict[str, Tensor]) -> None:
+        """One micro-batch: see rdlm.objectives.LossTerms."""
+        self.total += float(total.detach())
+        self.count += float(count)
+        for name, value in metrics.items():
+            before, number = self.metrics.get(name, (0.0, 0))
+            self.metrics[name] = (before + float(value), number + 1)
 
 
 class Trainer:
@@ -121,9 +122,9 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         for micro, batch in enumerate(batches):
-            terms = self.engine(loss_terms, batch, step=self.step, seed=seed, rank=self.rank, micro=micro)
-            self.engine.backward(terms.total * scale)
-            tally.add(terms)
+            total, count, metrics = self.engine(_loss, batch, step=self.step, seed=seed, rank=self.rank, micro=micro)
+            self.engine.backward(total * scale)
+            tally.add(total, count, metrics)
             if micro == len(batches) - 1:
                 self._own_norm = unreported_grad_norm(self.engine)
             self.engine.step()
@@ -176,6 +177,12 @@ class Trainer:
         nll = held_out_nll(self.engine.module, self.config, self.corpus, self.device)
         if report is not None:
             report.held_out(nll)
+
+
+def _loss(denoiser: Denoiser, batch: Batch, **keys: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The loss terms as a plain tuple: DeepSpeed's hooks look for tensors in tuples and dictionaries only."""
+    terms = loss_terms(denoiser, batch, **keys)
+    return terms.total, terms.count, terms.metrics
 
 
 class Report:

@@ -1,0 +1,80 @@
+"""A tiny training config and, for tests inside this process, a process group of one."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 3,
+    "model": {
+        "family": "huginn", "vocab_size": 8, "d_model": 32, "num_heads": 2, "mlp_width": 48, "max_seq_len": 32,
+        "num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "noise_embed_dim": 16,
+    },
+    "objective": {"name": "single_pass"},
+    "data": {"kind": "group_product", "group": "s3", "length": 12},
+    "batch": {"global_size": 4},
+    "optimizer": {"lr": 0.01, "weight_decay": 0.1},
+    "schedule": {"kind": "cosine", "steps": 6, "warmup_steps": 2},
+    "precision": "bf16",
+    "checkpoint": {"interval_steps": 2, "keep": 2},
+    "log": {"tensorboard": False},
+}  # fmt: skip
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``{"section.field": value}`` put in; a dictionary as value replaces the section."""
+    result = copy.deepcopy(base)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        section = result
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return result
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """``document({"batch.micro_size": 2})`` -> the tiny config as YAML would hold it; its output lies in ``tmp_path/run``."""
+    return lambda changes=None: merged({**TINY, "output": str(tmp_path / "run")}, changes or {})
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """torch.distributed over gloo with this process alone, as DeepSpeed expects to find it."""
+    os.environ.update(DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+    import torch.distributed as dist
+
+    store = tmp_path_factory.mktemp("store") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def trainer(one_process: None, document: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
+    """``trainer({"deepspeed.zero_stage": 0})`` -> a Trainer of the tiny config with these changes, in this process."""
+    import io
+
+    import torch
+
+    from rdlm.config import parse
+    from train.corpora import build_corpus
+    from train.loop import Trainer
+    from train.settings import TrainConfig
+
+    def make(changes: dict[str, Any] | None = None) -> Trainer:
+        config = parse(TrainConfig, document(changes), "test")
+        return Trainer(config, build_corpus(config.data), torch.device("cpu"), io.StringIO())
+
+    return make
