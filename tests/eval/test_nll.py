@@ -152,6 +152,9 @@ def test_data_of_another_tokenizer_is_refused(
     folder: Path, tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "d.txt").write_text("".join(f"Quite another text, line {i}.\n\n" for i in range(3000)))
-    prepare(Preparation(str(tmp_path / "d.txt"), tmp_path / "other", vocab_size=280, valid_fraction=0.4), progress=False)
+    prepare(
+        Preparation(str(tmp_path / "d.txt"), tmp_path / "other", vocab_size=280, valid_fraction=0.4, test_fraction=0.0),
+        progress=False,
+    )
     assert _run("--checkpoint", folder, "--data", tmp_path / "other") == 2
     assert "was not tokenised with the checkpoint's tokenizer" in capfd.readouterr().err

@@ -192,7 +192,12 @@ def _write_splits(
     splits = {split: writer.close() for split, writer in writers.items()}
     for split, info in splits.items():
         if not info.documents:
-            raise UserError("SOURCE", options.source, f"split {split!r} has no documents", "give more text or another fraction")
+            raise UserError(
+                "SOURCE",
+                options.source,
+                f"split {split!r} has no documents",
+                f"give more text or another fraction (--{split}-fraction 0 leaves it out)",
+            )
     return splits
 
 
