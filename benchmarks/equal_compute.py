@@ -9,7 +9,7 @@ but does not take updates from it; the CPU seconds a run really took stand in th
 
 from __future__ import annotations
 
-import statistics
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +19,11 @@ import torch
 import typer
 
 from benchmarks.common import in_parallel, last_metrics, provenance, read_json, run_rdlm, train, write_json
-from benchmarks.train_step import Arm
+from benchmarks.train_step import ARMS as ARM_COSTS
+from benchmarks.train_step import Arm, interleaved_medians
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 SHAPE = {"vocab_size": 4096, "d_model": 128, "num_heads": 4, "mlp_width": 448}
 BATCH_SIZE, SEQ_LEN = 8, 128
@@ -40,19 +41,12 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 """Arm -> (cost model in train_step.py, objective as a user writes it)."""
 
 
-def seconds_per_update(file: Path, rounds: int = 7) -> dict[str, float]:
-    """Median CPU seconds of one update of every arm, interleaved; kept in ``file`` so that all runs share one measurement."""
-    if file.exists():
-        return read_json(file)
-    torch.set_num_threads(1)
-    arms = {name: Arm(cost, SHAPE, BATCH_SIZE, SEQ_LEN, "cpu") for name, (cost, _) in ARMS.items()}
-    for arm in arms.values():
-        arm.update()
-    timed: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, arm in arms.items():
-            timed[name].append(arm.update())
-    write_json(file, {name: statistics.median(values) for name, values in timed.items()})
+def seconds_per_update(file: Path, rounds: int = 9) -> dict[str, float]:
+    """Median CPU seconds of one update of every arm, kept in ``file`` so that all runs share one measurement."""
+    if not file.exists():
+        torch.set_num_threads(1)
+        arms = {name: Arm(ARM_COSTS[cost], SHAPE, BATCH_SIZE, SEQ_LEN, "cpu") for name, (cost, _) in ARMS.items()}
+        write_json(file, interleaved_medians(arms, rounds, time.process_time))
     return read_json(file)
 
 
@@ -89,7 +83,12 @@ def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:
     for row in rows:
         ks, nll = [r["K"] for r in row["results"]], [r["nll"] for r in row["results"]]
         axes.plot(ks, nll, marker="o", label=f"{row['arm']} (seed {row['seed']})")
-    axes.set(xscale="log", xlabel="K, core steps", ylabel="held-out NLL, nats per token", title=f"Equal compute: {minutes:g} CPU minutes an arm")
+    axes.set(
+        xscale="log",
+        xlabel="K, core steps",
+        ylabel="held-out NLL, nats per token",
+        title=f"Equal compute: {minutes:g} CPU minutes an arm",
+    )
     axes.set_xticks([1, 2, 4, 8, 16, 32], labels=["1", "2", "4", "8", "16", "32"])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -121,7 +120,10 @@ def main(
                      "seconds_per_update": cost, "runs": rows})  # fmt: skip
     plot(rows, out.with_suffix(".png"), minutes)
     for row in rows:
-        print(f"{row['arm']:12} seed {row['seed']} {row['updates']:5} updates " + " ".join(f"K={r['K']}:{r['nll']:.4f}" for r in row["results"]))
+        print(
+            f"{row['arm']:12} seed {row['seed']} {row['updates']:5} updates "
+            + " ".join(f"K={r['K']}:{r['nll']:.4f}" for r in row["results"])
+        )
 
 
 if __name__ == "__main__":

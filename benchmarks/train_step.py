@@ -9,12 +9,12 @@ torch, the matmul peak is measured in the same process. Peak memory comes from o
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,19 +45,29 @@ ARMS: dict[str, dict[str, Any]] = {
 class Arm:
     """One objective's model, optimizer and batch; ``update`` is one optimizer step."""
 
-    def __init__(self, name: str, shape: dict[str, int], batch_size: int, seq_len: int, device: str) -> None:
-        objective = parse(ObjectiveConfig, ARMS[name], name)
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        shape: dict[str, Any],
+        batch_size: int,
+        seq_len: int,
+        device: str,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        objective = parse(ObjectiveConfig, settings, "arm")
         model = HuginnConfig(**shape, max_seq_len=seq_len, noise_conditioning=objective.noisy)
         config = CheckpointConfig(name="bench", model=model, objective=objective)
-        self.denoiser: Denoiser = build(config, seed=0).to(device=device, dtype=torch.bfloat16)
+        self.denoiser: Denoiser = build(config, seed=0).to(device=device, dtype=dtype)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=1e-4, fused=True)
-        ids = torch.randint(0, shape["vocab_size"], (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(device)
+        ids = torch.randint(0, shape["vocab_size"], (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(
+            device
+        )
         self.batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
-        self.device, self.seconds, self.step = device, [], 0
+        self.device, self.step = device, 0
 
-    def update(self) -> float:
-        """Run one update; returns its seconds."""
-        started = time.perf_counter()
+    def update(self, clock: Callable[[], float] = time.perf_counter) -> float:
+        """Run one update; returns its seconds on ``clock``."""
+        started = clock()
         terms = loss_terms(self.denoiser, self.batch, step=self.step, seed=0)
         (terms.total / terms.count).backward()
         self.optimizer.step()
@@ -65,7 +75,7 @@ class Arm:
         self.step += 1
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return clock() - started
 
     def flops(self) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -73,6 +83,20 @@ class Arm:
             (terms.total / terms.count).backward()
         self.optimizer.zero_grad()
         return counter.get_total_flops()
+
+
+def interleaved_medians(arms: dict[str, Arm], rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+    """Median seconds of one update of every arm after one warm-up each, the arms taking turns.
+
+    clock: wall time, or time.process_time for CPU seconds, which other processes on the machine disturb less.
+    """
+    for arm in arms.values():
+        arm.update()
+    timed: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            timed[name].append(arm.update(clock))
+    return {name: statistics.median(values) for name, values in timed.items()}
 
 
 def matmul_peak(device: str, seconds: float = 1.0) -> float:
@@ -110,26 +134,25 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads, "mlp_width": mlp_width}
     if memory_of is not None:
-        arm = Arm(memory_of, shape, batch_size, seq_len, device)
+        arm = Arm(ARMS[memory_of], shape, batch_size, seq_len, device)
         arm.update()
         arm.update()
-        peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = (
+            torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
         print(peak)
         return
-    passed = [f"--{key.replace('_', '-')}={value}" for key, value in {**shape, "batch_size": batch_size, "seq_len": seq_len}.items()]
-    arms = {name: Arm(name, shape, batch_size, seq_len, device) for name in ARMS}
-    for arm in arms.values():
-        arm.update()
+    passed = [
+        f"--{key.replace('_', '-')}={value}" for key, value in {**shape, "batch_size": batch_size, "seq_len": seq_len}.items()
+    ]
+    arms = {name: Arm(settings, shape, batch_size, seq_len, device) for name, settings in ARMS.items()}
     peak = matmul_peak(device)
-    for _ in range(rounds):
-        for arm in arms.values():
-            arm.seconds.append(arm.update())
-    rows = {}
-    baseline = statistics.median(arms["bptt 32/8"].seconds)
+    medians = interleaved_medians(arms, rounds)
+    rows, baseline = {}, medians["bptt 32/8"]
     for name, arm in arms.items():
-        median, flops = statistics.median(arm.seconds), arm.flops()
+        median, flops = medians[name], arm.flops()
         rows[name] = {
-            "step_s": median, "all_step_s": arm.seconds, "tokens_per_s": batch_size * seq_len / median, "flops": flops,
+            "step_s": median, "tokens_per_s": batch_size * seq_len / median, "flops": flops,
             "bptt_over_this": baseline / median, "share_of_matmul_peak": flops / median / peak, "peak_memory_bytes": peak_memory(name, passed),
         }  # fmt: skip
     bptt = rows["bptt 32/8"]

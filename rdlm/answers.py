@@ -1,0 +1,60 @@
+"""Answers at every position of a task whose targets are not the input shifted by one (rdlm/tasks.py), against K."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rdlm.config import CheckpointConfig
+from rdlm.context import CausalContext
+from rdlm.denoiser import Denoiser, Prediction
+from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
+from rdlm.randomness import generator
+from rdlm.sampler import hard_bridge_chain, renoise, run, sampling_levels
+
+
+@torch.no_grad()
+def greedy_answers(
+    denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, ks: Sequence[int], seed: int = 0
+) -> dict[int, Tensor]:
+    """Most probable answer at each position: input_ids [B, T] int64 -> {K: [B, T] int64}.
+
+    thinking: arg max after K core steps. sampling: K noise levels, the arg max of all positions re-noised together in between,
+    so that a position may use what earlier positions have answered so far.
+    """
+    if config.objective.k_meaning == "sampling":
+        return {k: _denoised(denoiser, config, input_ids, k, seed) for k in ks}
+    model, out, wanted = denoiser.model, {}, set(ks)
+    ctx = CausalContext(input_ids.shape[1], input_ids.device)
+    e = model.encode(input_ids, ctx)
+    cond = denoiser.condition(None, e)
+
+    def read(k: int, state: Tensor) -> None:
+        if k in wanted:
+            out[k] = denoiser.predict(model.decode(state, ctx)).prior.argmax(-1)
+
+    run(lambda s, _: denoiser.step(s, e, cond, ctx), model.initial_state(e, generator(seed)), max(wanted), on_step=read)
+    return out
+
+
+def _denoised(denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, num_steps: int, seed: int) -> Tensor:
+    rng, width = generator(seed), denoiser.model.wte.weight.shape[1]
+
+    def predict(z: Tensor | None, sigma: float | None) -> Prediction:
+        if z is None or sigma is None:
+            levels, noised = None, None
+        else:
+            levels = torch.full(input_ids.shape, sigma, device=input_ids.device)
+            noised = Noised(z, levels, torch.ones_like(input_ids, dtype=torch.bool))
+        if denoiser.objective.name == "paper":
+            return denoiser.predict(two_stream_hidden(denoiser, input_ids, z, levels), z, levels)
+        return denoiser.predict(in_place_hidden(denoiser, input_ids, noised, 1, rng), z, levels)
+
+    def again(ids: Tensor, sigma: float) -> Tensor:
+        noise = torch.randn((*ids.shape, width), generator=rng).to(ids.device)
+        return renoise(denoiser, ids, torch.full(ids.shape, sigma, device=ids.device), noise)
+
+    ids, _ = hard_bridge_chain(predict, lambda p: p.logits().argmax(-1), again, sampling_levels(config, num_steps))
+    return ids
