@@ -10,6 +10,7 @@ tested at 24. Equal time as in benchmarks/equal_compute.py.
 from __future__ import annotations
 
 import statistics
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -127,9 +128,8 @@ def main(
     timing = root / "seconds_per_update.json"
     if not timing.exists():
         torch.set_num_threads(1)
-        write_json(
-            timing, interleaved_medians({n: Arm(cost, SHAPE, BATCH_SIZE, LENGTH, "cpu") for n, (_, cost) in ARMS.items()}, 15)
-        )
+        timed = {name: Arm(cost, SHAPE, BATCH_SIZE, LENGTH, "cpu", torch.float32) for name, (_, cost) in ARMS.items()}
+        write_json(timing, interleaved_medians(timed, 9, time.process_time))
     cost, names, first, *others = read_json(timing), arms.split(","), *(int(s) for s in seeds.split(","))
 
     def call(name: str, seed: int, lr: float) -> partial[dict[str, Any]]:

@@ -153,7 +153,8 @@ def main(
         median, flops = medians[name], arm.flops()
         rows[name] = {
             "step_s": median, "tokens_per_s": batch_size * seq_len / median, "flops": flops,
-            "bptt_over_this": baseline / median, "share_of_matmul_peak": flops / median / peak, "peak_memory_bytes": peak_memory(name, passed),
+            "bptt_over_this": baseline / median, "share_of_matmul_peak": flops / median / peak,
+            "peak_memory_bytes": peak_memory(name, passed),
         }  # fmt: skip
     bptt = rows["bptt 32/8"]
     for row in rows.values():
@@ -172,7 +173,8 @@ def show(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "objective" else "right")
     for name, row in result["arms"].items():
         table.add_row(
-            name, f"{row['step_s']:.3f}", f"{row['tokens_per_s']:.0f}", f"{row['bptt_over_this']:.2f}", f"{row['flops_bptt_over_this']:.2f}",
+            name, f"{row['step_s']:.3f}", f"{row['tokens_per_s']:.0f}", f"{row['bptt_over_this']:.2f}",
+            f"{row['flops_bptt_over_this']:.2f}",
             f"{row['share_of_matmul_peak']:.2f}", f"{row['peak_memory_bytes'] / 2**20:.0f}",
         )  # fmt: skip
     Console().print(table)
