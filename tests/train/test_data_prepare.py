@@ -135,8 +135,16 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     table = pyarrow.table({"n": list(range(300)), "text": DOCUMENTS})
     pyarrow.parquet.write_table(table, tmp_path / "a" / "docs.parquet", row_group_size=64)
+    large = table.set_column(1, "text", table["text"].cast(pyarrow.large_string()))
+    pyarrow.parquet.write_table(large, tmp_path / "large.parquet")
     (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS))
-    for given in (tmp_path / "a" / "docs.parquet", tmp_path / "a", tmp_path / "*" / "*.parquet", tmp_path / "docs.jsonl"):
+    for given in (
+        tmp_path / "a" / "docs.parquet",
+        tmp_path / "large.parquet",
+        tmp_path / "a",
+        tmp_path / "*" / "*.parquet",
+        tmp_path / "docs.jsonl",
+    ):
         assert list(open_source(str(given), "text", "documents")["train"].documents()) == DOCUMENTS
 
 

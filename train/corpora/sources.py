@@ -137,10 +137,14 @@ def _parquet(file: Path, column: str) -> pyarrow.parquet.ParquetFile:
     except pyarrow.ArrowInvalid as error:
         raise UserError("SOURCE", str(file), f"is not parquet ({error})", "give a parquet file") from None
     schema = table.schema_arrow
-    if column not in schema.names or not pyarrow.types.is_string(schema.field(column).type):
-        texts = [f.name for f in schema if pyarrow.types.is_string(f.type)]
+    if column not in schema.names or not _is_text(schema.field(column).type):
+        texts = [f.name for f in schema if _is_text(f.type)]
         raise UserError("--text-column", column, f"{file} has no such text column", f"use one of {', '.join(texts) or '(none)'}")
     return table
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[str]:
