@@ -178,12 +178,17 @@ class Engine:
         with self._wake:
             if self.state is State.LOADING:
                 self.state = State.READY
-        while self._await_work():
-            self._step(self._served)
-        for active in [*self._active.values(), *self._inbox]:
-            self._finish(active, "abort")
-        self._inbox.clear()
-        self._idle.set()
+        try:
+            while self._await_work():
+                self._step(self._served)
+        except Exception as error:  # a defect outside the model: stop visibly, so that nobody waits for ever
+            logger.exception("the engine stopped")
+            self.error, self.state = error, State.STOPPED
+        with self._wake:
+            for active in [*self._active.values(), *self._inbox]:
+                self._finish(active, "abort")
+            self._inbox.clear()
+            self._idle.set()
 
     def _await_work(self) -> bool:
         """Take in what arrived and drop what was aborted; sleep while there is nothing to do. False when stopped."""

@@ -171,3 +171,17 @@ def test_loading_failure_reaches_whoever_waits() -> None:
         engine.wait_ready(5)
     with pytest.raises(EngineClosed):
         engine.submit([], lambda event: None)
+
+
+def test_a_defect_stops_the_engine_visibly(make_served: Callable[..., Served]) -> None:
+    served = make_served()
+
+    def broken() -> list:
+        raise KeyError("injected")
+
+    served.scheduler.schedule = broken  # type: ignore[method-assign]
+    with Engine(lambda: served) as engine:
+        assert engine.generate([request(4, 2)])[0][-1].finish == "abort"
+        with pytest.raises(EngineClosed):
+            engine.submit([request(4, 2)], lambda event: None)
+        assert isinstance(engine.error, KeyError)
