@@ -22,6 +22,7 @@ CONFIG = "configs/demo.yaml"
 DATA, RUN = Path("data/demo"), Path("runs/demo")
 CHECKPOINT = RUN / "model"
 QUALITY = RUN / "quality-against-k"
+EVAL_TOKENS = 16_384
 
 NEXT = f"""Go on with:
   . .venv/bin/activate
@@ -58,7 +59,18 @@ def demo(console: Console, processes: Processes) -> None:
         processes.run("train", ["train", CONFIG])
     with step("held-out NLL against K"):
         processes.run(
-            "eval", [*checkpoint_of("eval", "nll"), "--data", str(DATA), "--out", f"{QUALITY}.json", "--plot", f"{QUALITY}.png"]
+            "eval",
+            [
+                *checkpoint_of("eval", "nll"),
+                "--data",
+                str(DATA),
+                "--max-tokens",
+                str(EVAL_TOKENS),
+                "--out",
+                f"{QUALITY}.json",
+                "--plot",
+                f"{QUALITY}.png",
+            ],
         )
     with step("server and questions"):
         _serve_and_ask(console, processes)
