@@ -6,6 +6,7 @@ import fcntl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,9 +14,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
+from rdlm.models.blocks import PreNormBlock, SandwichBlock
 from rdlm.objectives import Batch, loss_terms
 from rdlm.registry import build
 from train import resume
@@ -27,6 +30,15 @@ from train.metrics import MetricsLog, Progress, peak_memory, plot_loss, read
 from train.optimizer import build_optimizer
 from train.schedule import learning_rate
 from train.settings import TrainConfig
+
+
+def recompute_layers(denoiser: Denoiser) -> None:
+    """Keep only the inputs of each transformer layer and run it again in the backward pass.
+
+    Re-entrant, because ZeRO 3 gathers weights again through the hooks of the modules inside.
+    """
+    for layer in (m for m in denoiser.modules() if isinstance(m, SandwichBlock | PreNormBlock)):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=True, preserve_rng_state=False)
 
 
 class Stage(nn.Module):
@@ -73,6 +85,8 @@ class Trainer:
             self._lock = _lock(self.output)
             resume.clean(self.checkpoints)
         denoiser = build(config.checkpoint_config, seed=config.seed)
+        if config.activation_checkpointing:
+            recompute_layers(denoiser)
         for scalar in (p for p in denoiser.parameters() if p.dim() == 0):
             scalar.ds_optim_param = True  # DeepSpeed 0.19.8 fails to broadcast 0-d tensors; the seed makes them equal everywhere
         self.engine, *_ = deepspeed.initialize(
@@ -137,6 +151,11 @@ class Trainer:
     def save(self) -> None:
         """Checkpoint the run as it stands."""
         resume.save(self.engine, self.checkpoints, self.step, self.config, self.corpus.identity)
+
+    def close(self) -> None:
+        """Let another run have the output folder."""
+        if self.rank == 0:
+            self._lock.close()
 
     def weights(self) -> dict[str, Tensor] | None:
         """fp32 weights on rank 0, None elsewhere. Collective."""

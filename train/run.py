@@ -37,6 +37,8 @@ def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
     from train.export import export
     from train.loop import Trainer
 
+    # An all-reduce for inference that training never calls: compiling it costs the first run a minute and a C++ compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
     try:
         corpus = check(config, dist.get_world_size())
@@ -45,6 +47,7 @@ def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
         finished = trainer.fit(lambda: stop.received)
         if finished:
             export(trainer)
+        trainer.close()
         return finished
     finally:
         dist.destroy_process_group()

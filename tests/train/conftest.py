@@ -56,6 +56,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in train/run.py
     deepspeed.init_distributed("gloo", verbose=False)
     yield
     dist.destroy_process_group()
@@ -63,7 +64,10 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def trainer(one_process: None, document: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
-    """``trainer({"deepspeed.zero_stage": 0})`` -> a Trainer of the tiny config with these changes, in this process."""
+    """``trainer({"deepspeed.zero_stage": 0})`` -> a Trainer of the tiny config with these changes, in this process.
+
+    The trainers made before let go of their output folders, as if their processes had ended; ``alongside=True`` keeps them.
+    """
     import io
 
     import torch
@@ -73,8 +77,13 @@ def trainer(one_process: None, document: Callable[..., dict[str, Any]]) -> Calla
     from train.loop import Trainer
     from train.settings import TrainConfig
 
-    def make(changes: dict[str, Any] | None = None) -> Trainer:
+    made: list[Trainer] = []
+
+    def make(changes: dict[str, Any] | None = None, alongside: bool = False) -> Trainer:
+        for earlier in () if alongside else made:
+            earlier.close()
         config = parse(TrainConfig, document(changes), "test")
-        return Trainer(config, build_corpus(config.data), torch.device("cpu"), io.StringIO())
+        made.append(Trainer(config, build_corpus(config.data), torch.device("cpu"), io.StringIO()))
+        return made[-1]
 
     return make

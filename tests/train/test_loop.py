@@ -13,7 +13,11 @@ import torch
 from rdlm.objectives import loss_terms
 from train.schedule import learning_rate
 
-PLAIN = {"objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}}, "precision": "fp32", "optimizer.eps": 1e-3}
+PLAIN: dict[str, Any] = {
+    "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}},
+    "precision": "fp32",
+    "optimizer.eps": 1e-3,
+}
 # eps keeps Adam from blowing up rounding errors of gradients that are zero in exact arithmetic (the bias of keys)
 
 
@@ -89,6 +93,19 @@ def test_loss_divides_by_the_global_count_of_masked_positions(trainer) -> None:
     assert run.grad_norm() == pytest.approx(float(norm), rel=1e-5)
 
 
+@pytest.mark.parametrize(("stage", "objective"), [(2, "single_pass"), (2, "paper"), (3, "bptt")])
+def test_activation_checkpointing_changes_nothing(trainer, tmp_path: Path, stage: int, objective: str) -> None:
+    """Recomputed activations are the same activations: losses to the last bit."""
+    changes = {"deepspeed.zero_stage": stage, "objective": {"name": objective}, "schedule.steps": 3}
+    if objective == "bptt":
+        changes["objective"] = PLAIN["objective"]
+    plain = trainer({**changes, "output": str(tmp_path / "plain")})
+    plain.fit()
+    run = trainer({**changes, "activation_checkpointing": True})
+    run.fit()
+    assert losses(run) == losses(plain)
+
+
 @pytest.mark.parametrize("objective", ["next_token", "bptt", "onestep", "evidence", "single_pass", "paper"])
 def test_no_parameter_is_idle(tiny, objective: str) -> None:
     """DeepSpeed fills missing gradients with zeros, and AdamW then decays and moves the parameter: none may be missing."""
@@ -116,7 +133,13 @@ def test_weight_decay_touches_matrices_only(tiny) -> None:
 
 def test_learns_the_task(trainer) -> None:
     """A product of two permutations is learned well above chance (ln 6 = 1.79) within seconds."""
-    changes: dict[str, Any] = {"data.length": 2, "schedule.steps": 150, "batch.global_size": 32, "optimizer.lr": 0.005, "checkpoint.interval_steps": 500}
+    changes: dict[str, Any] = {
+        "data.length": 2,
+        "schedule.steps": 150,
+        "batch.global_size": 32,
+        "optimizer.lr": 0.005,
+        "checkpoint.interval_steps": 500,
+    }
     run = trainer({**changes, "precision": "fp32"})
     run.fit()
     assert sum(losses(run)[-10:]) / 10 < 0.9

@@ -1,0 +1,113 @@
+"""A wrong config is one line that names field, value and remedy, and status 2 before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rdlm.cli import app, run
+from rdlm.errors import UserError
+from train.ds_config import ds_config
+from train.settings import load
+
+
+@pytest.fixture
+def file(tmp_path: Path, document: Callable[..., dict[str, Any]]) -> Callable[..., Path]:
+    """``file({"optimizer.lr": 1})`` -> path of the tiny config with these changes."""
+
+    def make(changes: dict[str, Any] | None = None) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(document(changes)))
+        return path
+
+    return make
+
+
+BAD = [
+    ({"optimiser": 1}, "optimiser"),
+    ({"optimizer.learning_rate": 1}, "optimizer.learning_rate"),
+    ({"optimizer.lr": "fast"}, "optimizer.lr"),
+    ({"optimizer.lr": -1}, "optimizer.lr"),
+    ({"optimizer.betas": [0.9, 1.0]}, "optimizer.betas"),
+    ({"schedule.steps": 0}, "schedule.steps"),
+    ({"schedule.warmup_steps": 7}, "schedule"),
+    ({"schedule.cooldown_steps": 2}, "schedule"),
+    ({"deepspeed.zero_stage": 4}, "deepspeed.zero_stage"),
+    ({"deepspeed.zero_stage": 2, "deepspeed.offload_param": "cpu"}, "deepspeed"),
+    ({"deepspeed.zero_stage": 0, "deepspeed.offload_optimizer": "cpu"}, "deepspeed"),
+    ({"model.num_heads": 5}, "model"),
+    ({"model.noise_conditioning": False}, "model.noise_conditioning"),
+    ({"objective.name": "next_token", "model.noise_conditioning": True}, "model.noise_conditioning"),
+    ({"objective.name": "two_pass"}, "objective.name"),
+    ({"data.length": 33}, "data.seq_len"),
+    ({"data.kind": "images"}, "data"),
+    ({"precision": "fp8"}, "precision"),
+    ({"evaluation": {"interval_steps": 1, "steps": [65]}}, "evaluation.steps"),
+    ({"name": "a b"}, "name"),
+]
+
+
+@pytest.mark.parametrize(("changes", "field"), BAD)
+def test_bad_config_names_the_field(file, changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(file(changes))
+    assert error.value.field == field
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
+        (["optimizer.lr"], ["optimizer.lr", "key.sub=value"]),
+        (["seed.deep=1"], ["seed.deep", "section"]),
+        (["batch.micro_size=3", "--num-procs", "1"], ["batch.micro_size", "3", "divisor of 4"]),
+        (["--num-procs", "3"], ["batch.global_size", "3 processes"]),
+        (["model.vocab_size=5", "--num-procs", "1"], ["model.vocab_size", "5", "6"]),
+        (["data.group=s7", "--num-procs", "1"], ["data.group", "s7"]),
+        (["data={kind: tokens, path: nowhere, seq_len: 8}", "--num-procs", "1"], ["nowhere"]),
+    ],
+)
+def test_command_line_exits_2_with_one_line(file, capsys, arguments: list[str], words: list[str]) -> None:
+    assert run(app, ["train", str(file()), *arguments], "rdlm") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [(None, "No such file"), ("a: [", "not YAML"), ("- 1", "no mapping"), ("\udcff", "YAML")]
+)
+def test_unreadable_file(tmp_path: Path, text: str | None, word: str) -> None:
+    path = tmp_path / "config.yaml"
+    if text is not None:
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=word):
+        load(path)
+
+
+def test_overrides_are_yaml_values(file) -> None:
+    config = load(file(), ["optimizer.lr=3e-4", "optimizer.betas=[0.8, 0.9]", "log.tensorboard=false", "batch.micro_size=null"])
+    assert (config.optimizer.lr, config.optimizer.betas, config.log.tensorboard) == (3e-4, (0.8, 0.9), False)
+    assert config.batch.micro_size is None
+
+
+def test_noise_conditioning_follows_the_objective(file) -> None:
+    assert load(file()).model.noise_conditioning
+    assert not load(file(), ["objective.name=bptt"]).model.noise_conditioning
+
+
+def test_deepspeed_gets_every_number_from_the_config(file) -> None:
+    changes = {
+        "batch": {"global_size": 12, "micro_size": 2},
+        "optimizer.grad_clip": 0.7,
+        "deepspeed": {"zero_stage": 3, "offload_param": "cpu"},
+    }
+    result = ds_config(load(file(changes)), world=2)
+    assert result["train_micro_batch_size_per_gpu"] * result["gradient_accumulation_steps"] * 2 == 12
+    assert (result["gradient_clipping"], result["zero_optimization"]["stage"]) == (0.7, 3)
+    assert result["zero_optimization"]["offload_param"] == {"device": "cpu"}
