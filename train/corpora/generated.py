@@ -12,7 +12,7 @@ from train.corpora.order import row_numbers
 
 
 class GroupProductCorpus:
-    """Running products (rdlm/tasks.py): never the same row twice, held-out rows from a random stream of their own."""
+    """Running products (rdlm/tasks.py): no row number is used twice; held-out rows come from a random stream of their own."""
 
     tokenizer = None
 
