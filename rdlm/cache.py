@@ -98,8 +98,8 @@ class PackedContext:
             out[0, rows] = self._singles.attend(q[0, rows], k[0, rows], v[0, rows], layer)
         for first, segment in zip(self.firsts, self.segments, strict=True):
             if segment.length > 1:
-                rows = slice(first, first + segment.length)
-                out[:, rows] = self._attend_span(q[:, rows], k[:, rows], v[:, rows], layer, segment)
+                span = slice(first, first + segment.length)
+                out[:, span] = self._attend_span(q[:, span], k[:, span], v[:, span], layer, segment)
         return out
 
     def _attend_span(self, q: Tensor, k: Tensor, v: Tensor, layer: int, segment: Segment) -> Tensor:

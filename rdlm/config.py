@@ -5,7 +5,6 @@ Unknown keys are errors everywhere. This file holds no tensors and no training o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -270,8 +269,3 @@ def parse(schema: type[C] | Any, data: Any, where: str) -> C:
         remedy = "remove it or correct its name" if first["type"] == "extra_forbidden" else f"correct it in {where}"
         value = first["input"] if not isinstance(first["input"], dict) else "{...}"
         raise UserError(path, value, first["msg"].removeprefix("Value error, "), remedy) from None
-
-
-def huginn_embed_scale(d_model: int) -> float:
-    """Huginn multiplies token embeddings by sqrt(d_model) (Geiping et al. 2025, "takase" initialisation)."""
-    return math.sqrt(d_model)

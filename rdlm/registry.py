@@ -14,8 +14,11 @@ from rdlm.models.text import TextModel
 
 def build_model(config: ModelConfig) -> TextModel:
     """The network of a family, weights uninitialised."""
-    families: dict[type, type[TextModel]] = {HuginnConfig: Huginn, LlamaConfig: Llama}
-    return families[type(config)](config)  # type: ignore[call-arg]
+    match config:
+        case HuginnConfig():
+            return Huginn(config)
+        case LlamaConfig():
+            return Llama(config)
 
 
 def build(config: CheckpointConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Denoiser:

@@ -133,6 +133,7 @@ def hard_bridge_chain(
         prediction = predict(z, sigma)
         return draw(prediction), prediction
 
-    ids, prediction = run(step, (None, None), len(levels))
+    start: tuple[Tensor | None, Prediction | None] = (None, None)
+    ids, prediction = run(step, start, len(levels))
     assert ids is not None and prediction is not None
     return ids, prediction

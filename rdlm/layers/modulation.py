@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -14,13 +15,14 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.fc_1, self.fc_2 = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, c_noise: Tensor) -> Tensor:
         half = self.width // 2
         frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=c_noise.device) / half)
         angles = 1000.0 * c_noise.float().unsqueeze(-1) * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.fc_1.weight.dtype)
+        return F.silu(self.fc_2(F.silu(self.fc_1(waves))))
 
 
 class Modulation(nn.Module):

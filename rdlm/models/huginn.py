@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rdlm.config import HuginnConfig, huginn_embed_scale
+from rdlm.config import HuginnConfig
 from rdlm.context import AttentionContext
 from rdlm.layers.attention import Attention
 from rdlm.layers.mlp import GatedMLP
@@ -28,7 +28,7 @@ class Huginn(TextModel):
         self.config = config
         self.head_dim, self.num_kv_heads = config.d_model // config.num_heads, config.num_heads
         self.num_cache_layers = config.num_layers
-        self.embed_scale = huginn_embed_scale(config.d_model)
+        self.embed_scale = math.sqrt(config.d_model)
         self.wte = TokenTable(config.vocab_size, config.d_model)
         self.noise_embedding = NoiseEmbedding(config.noise_embed_dim) if config.noise_conditioning else None
         first_core, first_coda = config.num_prelude_layers, config.num_prelude_layers + config.num_core_layers

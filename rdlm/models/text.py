@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 from rdlm.context import AttentionContext
 from rdlm.layers.modulation import NoiseEmbedding
+from rdlm.layers.norm import RMSNorm
 from rdlm.layers.table import TokenTable
 
 
-class TextModel(nn.Module):
+class TextModel(nn.Module, ABC):
     """embed -> encode -> core (any number of times) -> decode -> logits.
 
     Shapes: input_ids [B, T] int64; e, state, hidden [B, T, D]; logits [..., V]; cond [B or 1, T or 1, C].
@@ -22,6 +25,7 @@ class TextModel(nn.Module):
     num_kv_heads: int
     head_dim: int
     wte: TokenTable
+    ln_f: RMSNorm
     lm_head: TokenTable | None
     """None where the read-out is tied to the embedding."""
     noise_embedding: NoiseEmbedding | None
@@ -29,17 +33,21 @@ class TextModel(nn.Module):
     is_recurrent: bool
     """Whether the core may run more than once."""
 
+    @abstractmethod
     def encode(self, input_ids: Tensor, ctx: AttentionContext) -> Tensor:
         """Everything that depends on the tokens alone, computed once for all K steps. -> e [B, T, D]"""
-        raise TypeError(f"{type(self).__name__} must define encode")
 
+    @abstractmethod
     def core(self, state: Tensor, e: Tensor, cond: Tensor | None, ctx: AttentionContext) -> Tensor:
         """One core step. state, e [B, T, D] -> [B, T, D]"""
-        raise TypeError(f"{type(self).__name__} must define core")
 
+    @abstractmethod
     def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
         """Coda and final norm. [B, T, D] -> hidden [B, T, D]"""
-        raise TypeError(f"{type(self).__name__} must define decode")
+
+    @abstractmethod
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw every weight from ``generator`` in fp32; each architecture tables what it draws."""
 
     def initial_state(self, e: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """State before the first step: zeros unless the architecture says otherwise."""
