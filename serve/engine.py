@@ -170,14 +170,14 @@ class Engine:
     def _main(self) -> None:
         try:
             self._served = self._load()
+            with self._wake:
+                if self.state is State.LOADING:
+                    self.state = State.READY
         except BaseException as error:  # handed to wait_ready, whose caller decides what it means
             self.error, self.state = error, State.STOPPED
             return
         finally:
-            self._loaded.set()
-        with self._wake:
-            if self.state is State.LOADING:
-                self.state = State.READY
+            self._loaded.set()  # last: whoever waits for it may submit at once
         try:
             while self._await_work():
                 self._step(self._served)

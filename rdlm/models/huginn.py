@@ -56,9 +56,9 @@ class Huginn(TextModel):
         if self.config.state_init == "zero":
             return torch.zeros_like(e)
         std = initial_std(self.config.d_model)
-        state = torch.empty(e.shape, dtype=torch.float32, device=e.device)
+        state = torch.empty(e.shape, dtype=torch.float32, device=generator.device if generator else e.device)
         nn.init.trunc_normal_(state, 0.0, std, -3 * std, 3 * std, generator=generator)
-        return (state * self.embed_scale).to(e.dtype)
+        return (state * self.embed_scale).to(e)
 
     def core(self, state: Tensor, e: Tensor, cond: Tensor | None, ctx: AttentionContext) -> Tensor:
         x = self.adapter(torch.cat([state, e], dim=-1))  # [B, T, 2D] -> [B, T, D], the state first
