@@ -10,6 +10,7 @@ import sys
 import termios
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,7 +30,7 @@ class StepFailed(Exception):
 
 
 class Processes:
-    """Starts commands, each in its own process group; leaving the ``with`` block stops whatever still runs."""
+    """Starts commands, each in its own session; leaving the ``with`` block stops whatever still runs."""
 
     def __init__(self, repo: Path, logs: Path, program: tuple[str, ...] = (sys.executable, "-m", "rdlm")) -> None:
         self._repo, self._logs, self._program = repo, logs, program
@@ -99,31 +100,33 @@ def _read(reader: int) -> bytes:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its whole group: politely, then after GRACE_SECONDS (or a second Ctrl-C) by force."""
+    """End a process and all its descendants: politely, then after GRACE_SECONDS (or a second Ctrl-C) by force."""
+    family = _descendants(process.pid)
     try:
         if process.poll() is None:
-            _signal(process.pid, signal.SIGTERM)
+            process.terminate()  # it passes the word on to its workers
             deadline = time.monotonic() + GRACE_SECONDS
-            while time.monotonic() < deadline and (process.poll() is None or _members(process.pid)):
+            while time.monotonic() < deadline and (process.poll() is None or any(map(_alive, family))):
+                family |= _descendants(process.pid)  # while the parent lives: an orphan can no longer be found
                 time.sleep(0.1)
     finally:
-        _signal(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for member in filter(_alive, family):  # those in groups of their own: launchers, compilers
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         process.wait()
 
 
-def _signal(group: int, number: signal.Signals) -> None:
+def _descendants(pid: int) -> set[psutil.Process]:
     try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        pass  # already empty: nothing left to stop
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
 
 
-def _members(group: int) -> bool:
-    """Whether a live process of the group exists: a launcher may end before the workers that it started."""
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return False
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

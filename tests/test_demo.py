@@ -15,7 +15,7 @@ from demo.processes import Processes, StepFailed
 STUBBORN_FAMILY = """
 import pathlib, signal, subprocess, sys, time
 if sys.argv[1] == "parent":
-    child = subprocess.Popen([sys.executable, "-c", sys.argv[3], "child", sys.argv[2], ""])
+    child = subprocess.Popen([sys.executable, "-c", sys.argv[3], "child", sys.argv[2], ""], start_new_session=True)
 else:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     pathlib.Path(sys.argv[2]).write_text(str(__import__("os").getpid()))
@@ -46,8 +46,8 @@ def test_failure_names_command_status_and_log(repo: Path, tmp_path: Path) -> Non
     assert caught.value.log.read_text() == "reason\n"
 
 
-def test_leaving_the_block_ends_the_whole_group(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even a grandchild that ignores SIGTERM and outlives its parent is gone, also when the block ends by an exception."""
+def test_leaving_the_block_ends_the_whole_family(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even a grandchild in a session of its own that ignores SIGTERM is gone, also when the block ends by an exception."""
     monkeypatch.setattr(module, "GRACE_SECONDS", 1.0)
     pid_file = tmp_path / "pid"
     with pytest.raises(KeyboardInterrupt), python(repo, tmp_path) as processes:
