@@ -11,9 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from eval.harness_cli import PASS_ON, lm_eval
 from rdlm.errors import UserError
 
 app = typer.Typer(no_args_is_help=True)
+app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 
 
 @app.callback()

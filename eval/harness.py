@@ -1,0 +1,286 @@
+"""lm-eval (EleutherAI's evaluation harness) on a checkpoint in process: the model ``rdlm``. The only file that imports lm_eval.
+
+Log-likelihoods come from rdlm.scoring, texts from the engine that the server runs, so the numbers are those of
+``local-completions`` against ``rdlm serve``. The name of the estimator and its K go into the results' ``config``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
+
+from eval.likelihood import score_continuations
+from eval.nll import check_steps
+from rdlm.checkpoint import WEIGHTS, Loaded, load
+from rdlm.config import parse
+from rdlm.decoding_types import SamplingParams
+from rdlm.errors import UserError
+from rdlm.scoring import estimator_of
+from rdlm.shards import file_sha256
+from rdlm.tokenizer import Tokenizer
+from serve.engine import Engine
+from serve.loading import build_served
+from serve.sequence import Request
+from serve.settings import EngineSettings
+
+logger = logging.getLogger("rdlm.eval")
+
+ARGUMENTS = (
+    "checkpoint", "num_steps", "seed", "estimator", "num_draws", "dtype", "device", "batch_size", "max_length", "kv_cache", "add_bos_token",
+)  # fmt: skip
+MAX_GEN_TOKS = 256
+"""Most tokens of an answer where a task names no limit: lm-eval's own default."""
+LM_EVAL_DEVICE = "cuda:0"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+@register_model("rdlm")
+class RecurrentLM(TemplateLM):
+    """``--model rdlm --model_args checkpoint=FOLDER,num_steps=8,...``; raises UserError for arguments it cannot use.
+
+    num_steps: K, by default the checkpoint's. seed: of noise draws and sampling.
+    estimator: "normalised" (a sampling checkpoint has one at K = 1 only, whatever num_steps is) or "mixture" (sampling checkpoints
+    at K > 1, over ``num_draws`` draws; see eval/likelihood.py on is_greedy).
+    batch_size: rows of a scoring pass and texts in flight. max_length: context, by default the model's.
+    kv_cache: of generation, as in ``rdlm serve``. add_bos_token: put it before every context that is not empty.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        num_steps: int | None = None,
+        seed: int = 0,
+        estimator: str = "normalised",
+        num_draws: int = 8,
+        dtype: str = "float32",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_length: int | None = None,
+        kv_cache: str = "shared",
+        add_bos_token: bool = False,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in unknown.items():
+            raise UserError(f"model_args: {name}", value, "there is no such argument", f"use some of {', '.join(ARGUMENTS)}")
+        if checkpoint is None:
+            raise UserError("model_args: checkpoint", None, "is missing", "write --model_args checkpoint=FOLDER")
+        self.folder, self.add_bos_token = Path(str(checkpoint)), _flag("add_bos_token", add_bos_token)
+        self.seed, self.num_draws = _whole("seed", seed, 0), _whole("num_draws", num_draws, 1)
+        self.batch_size = _whole("batch_size", int(batch_size) if str(batch_size).isdecimal() else batch_size, 1, 1024)
+        given = {"device": _device(device), "dtype": dtype, "kv_cache": kv_cache, "max_slots": self.batch_size}
+        self.settings: EngineSettings = parse(EngineSettings, given, "--model_args")
+        self.loaded, self.text = _load(self.folder, self.settings)
+        self._device = next(self.loaded.denoiser.parameters()).device
+        self.num_steps = self._steps(num_steps)
+        self.scored_steps = self._scored_steps(estimator)
+        logger.info("log-likelihoods are %s", estimator_of(self.loaded.config, self.scored_steps))
+        limit = self.loaded.config.model.max_seq_len
+        self.max_length = limit if max_length is None else _whole("max_length", max_length, 2, limit)
+
+    def _steps(self, asked: object) -> int:
+        """K, checked; the checkpoint's default where none is asked for."""
+        config, recurrent = self.loaded.config, self.loaded.denoiser.model.is_recurrent
+        k = _whole("num_steps", asked, 1) if asked is not None else config.recurrence.default_steps if recurrent else 1
+        try:
+            return check_steps([k], self.loaded.denoiser, config)[0]
+        except UserError as error:
+            raise UserError("model_args: num_steps", k, error.problem, error.remedy) from None
+
+    def _scored_steps(self, estimator: str) -> int:
+        """K of the log-likelihoods, which is not num_steps where that has no normalised likelihood."""
+        if estimator not in ("normalised", "mixture"):
+            raise UserError("model_args: estimator", estimator, "there is no such estimator", "use normalised or mixture")
+        if self.loaded.config.objective.k_meaning == "thinking":
+            if estimator == "mixture":
+                remedy = "leave estimator out: this checkpoint's likelihood is normalised at every K"
+                raise UserError("model_args: estimator", estimator, "only sampling checkpoints have it", remedy)
+            return self.num_steps
+        if estimator == "normalised" and self.num_steps > 1:
+            logger.warning("log-likelihoods are those at K = 1, the normalised ones; num_steps=%d acts on texts", self.num_steps)
+        return self.num_steps if estimator == "mixture" else 1
+
+    # What lm-eval asks about a model ---------------------------------------------------------------------------------
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Goes into the ``config`` of the results."""
+        config = self.loaded.config
+        return {
+            "checkpoint": config.name,
+            "weights_sha256": file_sha256(self.folder / WEIGHTS),
+            "objective": config.objective.name,
+            "training_step": config.step,
+            "num_steps": self.num_steps,
+            "loglikelihood_num_steps": self.scored_steps,
+            "estimator": estimator_of(config, self.scored_steps),
+            "num_draws": self.num_draws,
+            "model_seed": self.seed,
+            "dtype": self.settings.dtype,
+            "kv_cache": self.settings.kv_cache,
+            "model_device": str(self._device),
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+        }
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id before a text without context: end of text, or else beginning of text."""
+        found = self.text.eos_id if self.text.eos_id is not None else self.text.bos_id
+        if found is None:
+            raise UserError("tokenizer", str(self.folder), "names no end of text", "name eos_token in its tokenizer_config.json")
+        return found
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the key of lm-eval's cache of requests."""
+        return f"rdlm-{self.text.fingerprint}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text; bos first if asked for, or if the model argument add_bos_token says so."""
+        with_bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        return ([self.text.bos_id] if with_bos and self.text.bos_id is not None else []) + self.text.encode(string)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """None: this model takes text. UserError where lm-eval asks for a template."""
+        if not chat_template:
+            return None
+        remedy = "serve the checkpoint and use --model local-chat-completions"
+        raise UserError("--apply_chat_template", chat_template, "the model rdlm takes plain text", remedy)
+
+    # Log-likelihoods -------------------------------------------------------------------------------------------------
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts: windows of max_length positions; each token is predicted once, with as much context as fits."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for pair in utils.get_rolling_token_windows(ids, self.eot_token_id, self.max_length, context_len=1):
+                windows.append(utils.make_disjoint_window(pair))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._score(windows, disable_tqdm), strict=True):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        scores = self._score([(context, continuation) for _, context, continuation in requests], disable_tqdm)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, score)
+        return scores
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        with tqdm(total=len(pairs), desc=f"log-likelihoods at K = {self.scored_steps}", disable=disable_tqdm) as bar:
+            return score_continuations(
+                self.loaded,
+                pairs,
+                self.scored_steps,
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                seed=self.seed,
+                num_draws=self.num_draws,
+                progress=bar.update,
+            )
+
+    # Texts -----------------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers without prompt and stop string, from the engine in process."""
+        asked: list[Request] = []
+        seen: Counter[str] = Counter()
+        for context, given in (request.args for request in requests):
+            asked.append(self._request(context, given, seen[context]))
+            seen[context] += 1
+        with (
+            tqdm(total=len(asked), desc=f"texts at K = {self.num_steps}", disable=disable_tqdm) as bar,
+            Engine(
+                lambda: build_served(self.loaded.denoiser, self.loaded.config, self.text, self.settings), len(asked)
+            ) as engine,
+        ):
+            answers = engine.generate(asked, lambda event: bar.update(event.finish is not None))
+        for events in answers:
+            if events[-1].finish not in ("stop", "length"):
+                raise RuntimeError(f"generation ended with {events[-1].finish!r}")
+        texts = ["".join(event.text for event in events) for events in answers]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _request(self, context: str, given: dict[str, Any], choice: int) -> Request:
+        """gen_kwargs as an engine request, ``choice`` telling repeats of a prompt apart; UserError for a setting it does not have."""
+        kwargs = dict(normalize_gen_kwargs(given, MAX_GEN_TOKS))
+        greedy, stop, max_tokens = not kwargs.pop("do_sample"), kwargs.pop("until"), kwargs.pop("max_gen_toks")
+        num_steps = self._steps(kwargs.pop("num_steps", self.num_steps))
+        for name, value in kwargs.items():
+            if name not in SAMPLING:
+                remedy = f"use some of until, max_gen_toks, do_sample, num_steps, {', '.join(SAMPLING)}"
+                raise UserError(f"gen_kwargs: {name}", value, "there is no such setting", remedy)
+        room = self.max_length - max_tokens
+        if room < 1:
+            raise UserError("gen_kwargs: max_gen_toks", max_tokens, f"leaves no room in {self.max_length} positions", "lower it")
+        ids = self.tok_encode(context) or [self.eot_token_id]
+        if len(ids) > room:
+            logger.warning("a prompt of %d tokens loses its start: %d fit beside %d new ones", len(ids), room, max_tokens)
+        sampling = SamplingParams(**{"temperature": 1.0, **kwargs, **({"temperature": 0.0} if greedy else {})})
+        ends = frozenset() if self.text.eos_id is None else frozenset({self.text.eos_id})
+        stops = tuple(s for s in stop if s)
+        return Request(tuple(ids[-room:]), num_steps, max_tokens, sampling, self.seed, choice=choice, stop=stops, stop_ids=ends)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """lm_eval's own command line, which knows the model ``rdlm`` because this module has been imported. It reads sys.argv."""
+    own = sys.argv
+    sys.argv = ["rdlm eval lm-eval", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = own
+
+
+def _load(folder: Path, settings: EngineSettings) -> tuple[Loaded, Tokenizer]:
+    loaded = load(folder, device=settings.device, dtype=getattr(torch, settings.dtype))
+    if loaded.tokenizer is None:
+        remedy = "give a model of text"
+        raise UserError("model_args: checkpoint", str(folder), "it has no tokenizer, so its ids are not text", remedy)
+    return loaded, loaded.tokenizer
+
+
+def _device(name: str | None) -> str:
+    """What lm_eval's --device can be here. Its default is cuda:0, so without a GPU that means the CPU, as in lm-eval's own models."""
+    if name is None or (name == LM_EVAL_DEVICE and not torch.cuda.is_available()):
+        logger.info("no GPU is in use: running on the CPU")
+        return "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        problem = f"cannot be used ({str(error).splitlines()[0]})"
+        raise UserError("--device", name, problem, "use cpu, or cuda:N on a machine with one") from None
+    return name
+
+
+def _whole(name: str, value: object, least: int, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        wanted = f"{least} or more" if most is None else f"{least} to {most}"
+        raise UserError(f"model_args: {name}", value, "is not a whole number in range", f"give {wanted}")
+    return value
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"model_args: {name}", value, "is neither True nor False", "write True or False")
+    return value

@@ -1,0 +1,1 @@
+"""Task definitions for lm-eval that it does not have itself."""
