@@ -77,7 +77,7 @@ def demo(console: Console, processes: Processes) -> None:
     with step("results"):
         for path in (RUN / "loss.png", f"{QUALITY}.png", f"{QUALITY}.json", CHECKPOINT):
             console.print(f"  {path}", highlight=False)
-    console.print(f"\n{NEXT}", highlight=False)
+    console.print(f"\n{NEXT}", highlight=False, soft_wrap=True)
 
 
 def checkpoint_of(*command: str) -> list[str]:
