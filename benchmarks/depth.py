@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib
-import numpy as np
 import torch
 import typer
 
 from benchmarks.common import in_parallel, last_metrics, provenance, read_json, train, write_json
 from benchmarks.train_step import Arm, interleaved_medians
-from rdlm.answers import greedy_answers
+from eval.depth import evaluate_depth
 from rdlm.checkpoint import load
 from rdlm.tasks import GroupProduct
 
@@ -69,11 +68,8 @@ def config_of(name: str, seed: int, steps: int, lr: float) -> dict[str, Any]:
 
 def accuracy(model: Path, length: int, rows: int = 2048) -> dict[str, dict[str, float]]:
     """Held-out share of right answers over all positions and at the last one, at each K."""
-    loaded = load(model, device="cpu", dtype=torch.float32)
-    batch = GroupProduct("s3", length).rows(np.arange(rows), seed=0, split="test")
-    answers = greedy_answers(loaded.denoiser, loaded.config, batch.input_ids, KS)
-    right = {k: (ids == batch.targets).float() for k, ids in answers.items()}
-    return {str(k): {"all": r.mean().item(), "last": r[:, -1].mean().item()} for k, r in right.items()}
+    results = evaluate_depth(load(model), GroupProduct("s3", length), KS, rows=rows)
+    return {str(r["K"]): {"all": r["accuracy"], "last": r["last"]} for r in results}
 
 
 def run_arm(name: str, seed: int, updates: int, lr: float, root: Path) -> dict[str, Any]:

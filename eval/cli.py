@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from eval.depth_cli import depth
 from eval.harness_cli import PASS_ON, lm_eval
 from rdlm.errors import UserError
 
 app = typer.Typer(no_args_is_help=True)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
+app.command(epilog="Example: rdlm eval depth --checkpoint runs/s3/model --group s3 --lengths 16,24 --plot depth.png")(depth)
 
 
 @app.callback()

@@ -177,7 +177,7 @@ class RecurrentLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
         scores = self._score([(context, continuation) for _, context, continuation in requests], disable_tqdm)
         for (texts, _, _), score in zip(requests, scores, strict=True):
