@@ -6,6 +6,9 @@ from typing import Any
 
 from train.settings import TrainConfig
 
+PERSISTENT_ELEMENTS = 10_000
+"""ZeRO 3 keeps parameters of at most this size (norms, biases) whole on every process: gathering them costs more than it saves."""
+
 
 def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
     """The dictionary ``deepspeed.initialize`` takes for ``world`` processes."""
@@ -21,7 +24,7 @@ def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     if spec.zero_stage == 3:
         zero["stage3_prefetch_bucket_size"] = spec.bucket_elements
-        zero["stage3_param_persistence_threshold"] = 10_000
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
         if spec.offload_param == "cpu":
             zero["offload_param"] = {"device": "cpu"}
     result: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,10 +36,10 @@ from train.settings import TrainConfig
 def recompute_layers(denoiser: Denoiser) -> None:
     """Keep only the inputs of each transformer layer and run it again in the backward pass.
 
-    Re-entrant, because ZeRO 3 gathers weights again through the hooks of the modules inside.
+    Not re-entrant: that gives the shared core one gradient per iteration, and ZeRO 3 accepts one per parameter and backward pass.
     """
     for layer in (m for m in denoiser.modules() if isinstance(m, SandwichBlock | PreNormBlock)):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=True, preserve_rng_state=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 class Stage(nn.Module):
@@ -93,7 +94,7 @@ class Trainer:
             model=Stage(denoiser), optimizer=build_optimizer(denoiser, config), config=ds_config(config, self.world)
         )
         self._own_norm: Tensor | None = None
-        self.step = self._resume()
+        self.step = self._saved_step = self._resume()
         """Updates made."""
 
     @property
@@ -114,6 +115,7 @@ class Trainer:
             if self.step % self.config.log.interval_steps == 0 or self.step == self.config.schedule.steps:
                 now, cpu_now = time.perf_counter(), time.process_time()
                 parts = self._gather((tally, cpu_now - cpu))
+                self._check_finite(parts)
                 if report is not None:
                     report.step(parts, positions, now - seconds, self.grad_norm())
                 seconds, cpu = time.perf_counter(), cpu_now
@@ -121,7 +123,7 @@ class Trainer:
             if self.step % self.config.checkpoint.interval_steps == 0 and self.step < self.config.schedule.steps:
                 self.save()
         finished = self.step == self.config.schedule.steps
-        if not (self.checkpoints / f"step_{self.step:06d}").exists():
+        if self._saved_step != self.step:
             self.save()
         if report is not None:
             report.close()
@@ -151,6 +153,7 @@ class Trainer:
     def save(self) -> None:
         """Checkpoint the run as it stands."""
         resume.save(self.engine, self.checkpoints, self.step, self.config, self.corpus.identity)
+        self._saved_step = self.step
 
     def close(self) -> None:
         """Let another run have the output folder."""
@@ -183,6 +186,13 @@ class Trainer:
         both = torch.tensor([positions, float(stop)], device=self.device)
         dist.all_reduce(both)
         return float(both[0]), bool(both[1] > 0)
+
+    def _check_finite(self, parts: list[tuple[Tally, float]]) -> None:
+        """A diverged run must not go on, nor be saved."""
+        loss = sum(tally.total for tally, _ in parts)
+        if not math.isfinite(loss):
+            remedy = "lower optimizer.lr or optimizer.grad_clip, or warm up longer; earlier checkpoints are untouched"
+            raise UserError("loss", loss, f"training diverged at update {self.step}", remedy)
 
     def _gather(self, mine: Any) -> list[Any]:
         parts: list[Any] = [None] * self.world

@@ -157,7 +157,7 @@ def _write(path: Path, text: str) -> None:
 
 def _remove(path: Path) -> None:
     """Rename first: a kill in the middle must not leave half a checkpoint under its proper name."""
-    doomed = path.with_name(f".tmp-{path.name}")
+    doomed = path.with_name(f".tmp-removed-{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     shutil.rmtree(doomed)

@@ -63,7 +63,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def trainer(one_process: None, document: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
+def trainer(one_process: None, document: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """``trainer({"deepspeed.zero_stage": 0})`` -> a Trainer of the tiny config with these changes, in this process.
 
     The trainers made before let go of their output folders, as if their processes had ended; ``alongside=True`` keeps them.
@@ -77,6 +77,7 @@ def trainer(one_process: None, document: Callable[..., dict[str, Any]]) -> Calla
     from train.loop import Trainer
     from train.settings import TrainConfig
 
+    monkeypatch.setattr("train.ds_config.PERSISTENT_ELEMENTS", 0)  # or ZeRO 3 would partition nothing of so small a model
     made: list[Trainer] = []
 
     def make(changes: dict[str, Any] | None = None, alongside: bool = False) -> Trainer:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rdlm.errors import UserError
 from rdlm.objectives import loss_terms
 from train.schedule import learning_rate
 
@@ -93,7 +94,17 @@ def test_loss_divides_by_the_global_count_of_masked_positions(trainer) -> None:
     assert run.grad_norm() == pytest.approx(float(norm), rel=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "objective"), [(2, "single_pass"), (2, "paper"), (3, "bptt")])
+def test_divergence_ends_the_run_without_a_checkpoint(trainer) -> None:
+    run = trainer({"schedule.warmup_steps": 0, "schedule.steps": 20, "checkpoint.interval_steps": 100})
+    with torch.no_grad():
+        for weight in run.denoiser.parameters():
+            weight.mul_(float("nan"))
+    with pytest.raises(UserError, match="diverged at update 1"):
+        run.fit()
+    assert not run.checkpoints.exists()
+
+
+@pytest.mark.parametrize(("stage", "objective"), [(2, "single_pass"), (2, "paper"), (2, "bptt"), (3, "bptt")])
 def test_activation_checkpointing_changes_nothing(trainer, tmp_path: Path, stage: int, objective: str) -> None:
     """Recomputed activations are the same activations: losses to the last bit."""
     changes = {"deepspeed.zero_stage": stage, "objective": {"name": objective}, "schedule.steps": 3}

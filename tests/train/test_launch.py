@@ -1,0 +1,184 @@
+"""The launcher from outside: signals, kills, process counts, and the DeepSpeed command written by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.multiproc
+REPO = Path(__file__).resolve().parents[2]
+CLOCKS = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "peak_memory_bytes")
+
+
+class Run:
+    """One tiny run: its config file and output folder."""
+
+    def __init__(self, folder: Path, document: dict[str, Any]) -> None:
+        self.output = folder / "run"
+        self.config = folder / "config.yaml"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(yaml.safe_dump({**document, "output": str(self.output)}))
+
+    def start(self, processes: int = 1) -> subprocess.Popen[str]:
+        return self._popen(["-m", "rdlm", "train", str(self.config), "--num-procs", str(processes)])
+
+    def by_hand(self, processes: int) -> subprocess.Popen[str]:
+        """What docs/training.md tells users who prefer DeepSpeed's own command."""
+        launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes), "--master_port", "29743"]
+        return self._popen([*launcher, "--module", "train.pretrain", "--config", str(self.config)])
+
+    def _popen(self, arguments: list[str]) -> subprocess.Popen[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "DS_ACCELERATOR": "cpu"}
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def finish(self, processes: int = 1) -> Run:
+        process = self.start(processes)
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == 0, out + err
+        return self
+
+    def steps(self) -> list[int]:
+        return [record["step"] for record in self.records()]
+
+    def records(self) -> list[dict[str, Any]]:
+        path = self.output / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.output / "model" / "model.safetensors")
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 300
+        while not self.steps() or self.steps()[-1] < step:
+            assert time.monotonic() < deadline, "training did not get so far"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def run(tmp_path: Path, document: Callable[..., dict[str, Any]]) -> Callable[..., Run]:
+    return lambda name, changes=None: Run(tmp_path / name, document(changes))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(tmp_path: Path) -> Iterator[None]:
+    """No process with our config on its command line outlives a test."""
+    yield
+    deadline = time.monotonic() + 20
+    while family := [p for p in psutil.process_iter() if any(str(tmp_path) in word for word in _words(p))]:
+        if time.monotonic() > deadline:
+            for process in family:
+                process.kill()
+            pytest.fail(f"left behind: {family}")
+        time.sleep(0.2)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return []
+
+
+def assert_equal(one: Run, other: Run) -> None:
+    assert one.records() == other.records()
+    for name, weight in one.weights().items():
+        assert torch.equal(weight, other.weights()[name]), name
+
+
+LONG = {"schedule.steps": 60, "checkpoint.interval_steps": 4}
+
+
+def test_sigterm_saves_and_resuming_equals_an_uninterrupted_run(run) -> None:
+    whole, stopped = run("whole", LONG).finish(), run("stopped", LONG)
+    process = stopped.start()
+    stopped.wait_for_step(6)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "goes on from the last checkpoint" in err
+    newest = sorted((stopped.output / "checkpoints").iterdir())[-1].name
+    assert newest == f"step_{stopped.steps()[-1]:06d}", "the update under way was finished and saved"
+    assert stopped.steps()[-1] < 60
+    assert_equal(stopped.finish(), whole)
+
+
+def test_kill_9_of_everything_then_resuming_equals_an_uninterrupted_run(run) -> None:
+    """All processes die at once in the middle of training that checkpoints after every update."""
+    changes = {**LONG, "checkpoint.interval_steps": 1}
+    whole, killed = run("whole", changes).finish(), run("killed", changes)
+    process = killed.start()
+    killed.wait_for_step(5)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        victim.kill()
+    process.communicate(timeout=60)
+    assert killed.steps()[-1] < 60
+    assert_equal(killed.finish(), whole)
+    assert killed.steps() == list(range(1, 61))
+
+
+def test_workers_end_when_the_command_is_killed(run) -> None:
+    """The fixture proves that nothing is left behind."""
+    training = run("run", {**LONG, "schedule.steps": 100_000})
+    process = training.start()
+    training.wait_for_step(2)
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def test_two_processes_equal_one(run) -> None:
+    """fp32, objective without noise (noise is keyed by process): losses to 1e-5, the order of additions being the difference."""
+    changes = {"objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}}, "precision": "fp32", "optimizer.eps": 1e-3}
+    one, two = run("one", changes).finish(1), run("two", changes).finish(2)
+    assert [r["loss"] for r in two.records()] == pytest.approx([r["loss"] for r in one.records()], rel=1e-5)
+    for name, weight in two.weights().items():
+        torch.testing.assert_close(weight, one.weights()[name], rtol=1e-3, atol=1e-4)
+
+
+def test_deepspeed_by_hand_equals_rdlm_train(run) -> None:
+    ours, by_hand = run("ours").finish(2), run("by_hand")
+    process = by_hand.by_hand(2)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, out + err
+    assert_equal(by_hand, ours)
+
+
+def test_a_mistake_found_by_the_workers_is_one_line_and_status_2(run) -> None:
+    """Only the workers can see that the checkpoints in the output folder are another run's."""
+    training = run("run").finish()
+    training.config.write_text(training.config.read_text().replace("lr: 0.01", "lr: 0.02"))
+    process = training.start()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert out == "" and err.count("\n") == 1 and "optimizer.lr=0.02" in err, out + err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_cpu_offload_trains_and_resumes(run, stage: int) -> None:
+    """DeepSpeedCPUAdam, compiled at first use (about two minutes); losses stay near those of torch's AdamW (1 %)."""
+    changes: dict[str, Any] = {
+        "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}},
+        "deepspeed.zero_stage": stage,
+    }
+    offload = {**changes, "deepspeed.offload_optimizer": "cpu"}
+    if stage == 3:
+        offload["deepspeed.offload_param"] = "cpu"
+    plain, offloaded = run("plain", changes).finish(), run("offloaded", offload).finish()
+    assert [r["loss"] for r in offloaded.records()] == pytest.approx([r["loss"] for r in plain.records()], rel=1e-2)
