@@ -19,9 +19,10 @@ from rdlm.errors import UserError
 from serve.engine import Engine
 from serve.errors import ApiError, from_user_error, invalid
 from serve.frontend import Frontend
+from serve.logs import RequestLog
 from serve.routes_chat import chat_completions
 from serve.routes_completions import completions
-from serve.routes_info import detokenize, health, model, models, ready, tokenize, tokenizer_info
+from serve.routes_info import detokenize, health, metrics, model, models, ready, tokenize, tokenizer_info
 from serve.settings import HttpSettings
 
 logger = logging.getLogger("rdlm.serve")
@@ -31,8 +32,8 @@ OPEN_PATHS = ("/health", "/ready", "/schema")
 
 def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
     """The application around an engine that may still be loading. Whoever started the engine stops it."""
-    return Litestar(
-        [completions, chat_completions, models, model, health, ready, tokenize, detokenize, tokenizer_info],
+    app = Litestar(
+        [completions, chat_completions, models, model, health, ready, metrics, tokenize, detokenize, tokenizer_info],
         state=State({"frontend": Frontend(engine, settings)}),
         guards=[_require_key],
         exception_handlers={ApiError: _api_error, UserError: _user_error, HTTPException: _http_error, Exception: _defect},
@@ -44,6 +45,8 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
         ),
         logging_config=None,
     )  # fmt: skip
+    app.asgi_handler = RequestLog(app.asgi_handler)  # around everything: Litestar's middleware misses wrong paths and methods
+    return app
 
 
 def _require_key(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
@@ -61,29 +64,30 @@ def _require_key(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHan
         )
 
 
-def _answer(error: ApiError) -> Response[dict[str, Any]]:
+def _answer(request: Request[Any, Any, Any], error: ApiError) -> Response[dict[str, Any]]:
+    request.app.state.frontend.metrics.refusals[error.status] += 1
     headers = {**error.headers, **({"WWW-Authenticate": "Bearer"} if error.status == 401 else {})}
     return Response(error.body(), status_code=error.status, media_type=MediaType.JSON, headers=headers)
 
 
-def _api_error(_: Request[Any, Any, Any], error: ApiError) -> Response[dict[str, Any]]:
-    return _answer(error)
+def _api_error(request: Request[Any, Any, Any], error: ApiError) -> Response[dict[str, Any]]:
+    return _answer(request, error)
 
 
-def _user_error(_: Request[Any, Any, Any], error: UserError) -> Response[dict[str, Any]]:
-    return _answer(from_user_error(error))
+def _user_error(request: Request[Any, Any, Any], error: UserError) -> Response[dict[str, Any]]:
+    return _answer(request, from_user_error(error))
 
 
-def _http_error(_: Request[Any, Any, Any], error: HTTPException) -> Response[dict[str, Any]]:
+def _http_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[dict[str, Any]]:
     """Litestar's own refusals: malformed JSON, unknown fields, wrong path or method, oversized bodies."""
     if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
         first = error.extra[0]
         param = str(first.get("key") or "") or None
-        return _answer(invalid(f"{param}: {first['message']}" if param else str(first["message"]), param))
+        return _answer(request, invalid(f"{param}: {first['message']}" if param else str(first["message"]), param))
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-    return _answer(ApiError(error.status_code, error.detail, kind))
+    return _answer(request, ApiError(error.status_code, error.detail, kind))
 
 
 def _defect(request: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:
     logger.error("a defect while answering %s %s", request.method, request.url.path, exc_info=error)
-    return _answer(ApiError(500, "the server has a defect; its log has the details", "server_error"))
+    return _answer(request, ApiError(500, "the server has a defect; its log has the details", "server_error"))

@@ -41,6 +41,9 @@ def serve(
         list[str] | None,
         typer.Option(envvar="RDLM_API_KEYS", help="Accept this bearer key; may be repeated. None: no check.", show_default=False),
     ] = None,
+    log_format: Annotated[
+        str, typer.Option(help="text: warnings and errors. json: also every answer, one object a line.")
+    ] = "text",
     drain_seconds: Annotated[float, typer.Option(help="Time for accepted requests to finish after SIGTERM.")] = 30.0,
 ) -> None:
     """Serve completions and chat with the number of core steps K chosen per request (num_steps, or model alias NAME:kN)."""
@@ -53,6 +56,7 @@ def serve(
         "model_name": model_name,
         "api_keys": tuple(api_key or ()),
         "drain_seconds": drain_seconds,
+        "log_format": log_format,
     }
     http_settings: HttpSettings = parse(HttpSettings, network, "the options of rdlm serve")
     from serve.process import run_server

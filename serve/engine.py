@@ -35,6 +35,7 @@ class _Active:
     submitted: float
     started: float | None = None
     first_token: float | None = None
+    last_token: float = 0.0
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 
@@ -204,7 +205,6 @@ class Engine:
                 while self._aborts:
                     gone = self._active.get(self._aborts.popleft())
                     if gone is not None:
-                        self.counters.aborted += 1
                         self._finish(gone, "abort")
                 if len(scheduler):
                     return True
@@ -225,38 +225,38 @@ class Engine:
             results = served.runner.run(batch)
         except Exception:  # the sequences of this step are lost, the server is not
             logger.exception("a step over %d rows failed; its %d requests end with an error", rows, len(batch))
-            self.counters.failed += len(batch)
             for sequence in batch:
                 self._finish(self._active[sequence.id], "error")
             return
         after_model = time.monotonic()
-        for sequence in batch:
-            self._settle(self._active[sequence.id], results.get(sequence.id))
         self.counters.steps += 1
-        self.counters.rows += rows
+        self.counters.rows.observe(rows)
         self.counters.model_s += after_model - before_model
-        self.counters.busy_s += time.monotonic() - began
+        self.counters.busy_s += after_model - began
+        for sequence in batch:  # whoever is told of a token finds its step counted
+            self._settle(self._active[sequence.id], results.get(sequence.id))
+        self.counters.busy_s += time.monotonic() - after_model
 
     def _settle(self, active: _Active, result: StepResult | None) -> None:
         """Move a sequence past the step it has just taken."""
         sequence = active.sequence
+        assert sequence.segment is not None
+        steps = sequence.segment.step + 1
         was_last = sequence.next_start >= len(sequence.request.prompt)
         closed = sequence.advance()
         if result is not None and result.prompt_logprobs is not None:
             active.prompt_logprobs = (active.prompt_logprobs or []) + result.prompt_logprobs
         if closed and was_last:
             if result is not None and result.token is not None:
-                self._say(active, result.token, result.logprobs)
+                self._say(active, result.token, steps, result.logprobs)
             else:
                 self._finish(active, "length")  # nothing was to be drawn
 
-    def _say(self, active: _Active, token: int, logprobs: TokenLogprobs | None) -> None:
+    def _say(self, active: _Active, token: int, steps: int, logprobs: TokenLogprobs | None) -> None:
         """Append a token, find out whether it ends the answer, and tell the sink."""
         sequence, request = active.sequence, active.sequence.request
         sequence.output.append(token)
-        self.counters.tokens += 1
-        if active.first_token is None:
-            active.first_token = time.monotonic()
+        self._count_token(active, steps)
         if token in request.stop_ids and len(sequence.output) > request.min_tokens:
             self._finish(active, "stop", active.text.finish(), token, logprobs)
             return
@@ -286,10 +286,31 @@ class Engine:
             first_token_s=(active.first_token or now) - active.submitted,
             total_s=now - active.submitted,
         )
-        if reason in ("stop", "length"):
-            self.counters.finished += 1
-            self._seconds_per_sequence += 0.1 * (now - started - self._seconds_per_sequence)
+        self._count_end(reason, usage)
         self._emit(active, Event(active.index, token, text, logprobs, self._take_prompt(active), reason, usage))
+
+    def _count_token(self, active: _Active, steps: int) -> None:
+        now, counters = time.monotonic(), self.counters
+        counters.tokens += 1
+        counters.token_steps.observe(steps)
+        if active.first_token is None:
+            active.first_token = now
+            counters.first_token_s.observe(now - active.submitted)
+        else:
+            counters.between_tokens_s.observe(now - active.last_token)
+        active.last_token = now
+
+    def _count_end(self, reason: str, usage: Usage) -> None:
+        counters = self.counters
+        counters.stopped += reason == "stop"
+        counters.lengthy += reason == "length"
+        counters.aborted += reason == "abort"
+        counters.failed += reason == "error"
+        if reason in ("stop", "length"):
+            counters.prompt_tokens += usage.prompt_tokens
+            counters.queue_s.observe(usage.queue_s)
+            counters.total_s.observe(usage.total_s)
+            self._seconds_per_sequence += 0.1 * (usage.total_s - usage.queue_s - self._seconds_per_sequence)
 
     def _take_prompt(self, active: _Active) -> list[TokenLogprobs] | None:
         taken, active.prompt_logprobs = active.prompt_logprobs, None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -76,15 +77,45 @@ Sink = Callable[[Event], None]
 """Called in the engine thread for every event; must not block."""
 
 
+class Histogram:
+    """Counts of values up to each bound, and their sum. Written by one thread, read by any: a plain list costs no lock."""
+
+    def __init__(self, *bounds: float) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+def _seconds() -> Histogram:
+    return Histogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+def _powers() -> Histogram:
+    return Histogram(*(2**i for i in range(11)))
+
+
 @dataclass(slots=True)
 class Counters:
-    """Totals since the start; written by the engine thread only."""
+    """Totals since the start; written by the engine thread only. serve/metrics.py names them for Prometheus."""
 
     steps: int = 0
-    rows: int = 0
+    """Core steps of the engine, each one forward over all rows."""
+    prompt_tokens: int = 0
     tokens: int = 0
-    finished: int = 0
+    stopped: int = 0
+    lengthy: int = 0
+    """Sequences that ended at max_tokens; ``stopped`` ones at a stop string or id."""
     aborted: int = 0
     failed: int = 0
     model_s: float = 0.0
     busy_s: float = 0.0
+    rows: Histogram = field(default_factory=_powers)
+    """Rows (positions) of each core step."""
+    token_steps: Histogram = field(default_factory=_powers)
+    """Core steps of the position that each token was drawn from: its mean is the mean K."""
+    queue_s: Histogram = field(default_factory=_seconds)
+    first_token_s: Histogram = field(default_factory=_seconds)
+    between_tokens_s: Histogram = field(default_factory=_seconds)
+    total_s: Histogram = field(default_factory=_seconds)

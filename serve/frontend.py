@@ -6,15 +6,17 @@ from functools import cached_property
 
 from serve.engine import Engine
 from serve.events import Served
+from serve.metrics import Metrics
 from serve.replies import TokenNames
 from serve.settings import HttpSettings
 
 
 class Frontend:
-    """Engine and HTTP settings, seen from a request."""
+    """Engine, HTTP settings and metrics, seen from a request."""
 
     def __init__(self, engine: Engine, settings: HttpSettings) -> None:
         self.engine, self.settings = engine, settings
+        self.metrics = Metrics(engine)
 
     @property
     def served(self) -> Served:

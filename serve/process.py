@@ -15,6 +15,7 @@ import uvicorn
 
 from rdlm.checkpoint import load_config
 from rdlm.errors import UserError
+from serve import logs
 from serve.app import create_app
 from serve.engine import Engine
 from serve.loading import load_served
@@ -46,13 +47,15 @@ class GracefulServer(uvicorn.Server):
 
 def run_server(checkpoint: Path, engine_settings: EngineSettings, settings: HttpSettings, port_file: Path | None) -> None:
     """Serve until a signal. Raises UserError for a checkpoint that cannot be served or an address that cannot be bound."""
+    logs.configure(settings.log_format)
     load_config(checkpoint)  # the cheap part of loading: mistakes end the command before it listens
     engine = Engine(lambda: load_served(checkpoint, engine_settings), engine_settings.max_queue)
     listener = _bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(
         create_app(engine, settings),
-        log_level="warning",
+        log_config=None,
+        access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         timeout_keep_alive=75,

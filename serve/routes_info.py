@@ -13,6 +13,7 @@ from serve.errors import invalid
 from serve.events import State as EngineState
 from serve.frontend import Frontend
 from serve.intake import model_names, resolve_steps
+from serve.metrics import CONTENT_TYPE
 from serve.schemas import DetokenizeRequest, SamplingBody, TokenizeRequest
 
 STARTED = int(time.time())
@@ -30,6 +31,12 @@ async def ready(state: State) -> Response[dict[str, str]]:
     """503 while the model loads and while the server drains."""
     engine = state.frontend.engine
     return Response({"status": engine.state.value}, status_code=200 if engine.state is EngineState.READY else 503)
+
+
+@get("/metrics", summary="Prometheus metrics", tags=["operations"], media_type=CONTENT_TYPE)
+async def metrics(state: State) -> bytes:
+    """Asks for a key where the server has any: figures about traffic are not for everyone."""
+    return state.frontend.metrics.render()
 
 
 @get("/v1/models", summary="Names this server answers to", tags=["models"])

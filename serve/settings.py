@@ -42,6 +42,8 @@ class HttpSettings(Strict):
     """Name in /v1/models; None is the checkpoint's."""
     api_keys: tuple[str, ...] = ()
     """Bearer tokens that are accepted; none means no check."""
+    log_format: Literal["text", "json"] = "text"
+    """text: warnings and errors. json: every answer, one object a line, with request ids."""
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024)
     drain_seconds: float = Field(30.0, ge=0)
     """How long accepted requests may take to finish after SIGTERM."""
