@@ -1,0 +1,30 @@
+"""Percentile bootstrap (Efron 1979) over independent units: prompts, or groups of texts. Every set that shares prompts is resampled
+with the same draws, so comparisons are paired."""
+
+from __future__ import annotations
+
+import numpy as np
+
+SAMPLES = 2000
+FEWEST_UNITS = 5
+"""With fewer units there is no interval: a resample of 2 or 3 things says nothing about their population."""
+
+
+def resamples(count: int, seed: int) -> np.ndarray:
+    """How often each of ``count`` units stands in each resample: fp64 [SAMPLES, count]."""
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), SAMPLES)
+    return drawn.astype(np.float64)
+
+
+def interval(samples: np.ndarray) -> list[float]:
+    """The middle 95 %."""
+    return [float(x) for x in np.quantile(samples, (0.025, 0.975))]
+
+
+def mean_with_interval(values: np.ndarray, seed: int) -> dict[str, object]:
+    """values [units] -> {"value": mean, "interval": 95 % or None with fewer than FEWEST_UNITS}."""
+    few = len(values) < FEWEST_UNITS
+    return {
+        "value": float(values.mean()),
+        "interval": None if few else interval(resamples(len(values), seed) @ values / len(values)),
+    }

@@ -1,0 +1,271 @@
+"""Continuations of held-out text by a checkpoint, through the engine that serves it, kept in files that resume; and what the
+author wrote in their place.
+
+A file is JSONL: a header with everything that decides the texts, then a line per prompt. Its name is a hash of the header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eval.nll import check_steps
+from rdlm import __version__, checkpoint
+from rdlm.decoding_types import SamplingParams
+from rdlm.errors import UserError
+from rdlm.shards import TokenStore, file_sha256
+from rdlm.tokenizer import Tokenizer
+from serve.engine import Engine
+from serve.loading import build_served
+from serve.sequence import Request
+from serve.settings import EngineSettings
+
+CHOICE_SEED = 0
+"""Decides which passages of a split are taken. One for all runs, so that every report continues the same prompts."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A window of held-out text: prompt ids, and the ids its author continued with."""
+
+    window: int
+    """Number of the window among windows of this length; part of the key of the random draws."""
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of decoding: K, temperature (0 is greedy) and top-p (1 is off)."""
+
+    num_steps: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __str__(self) -> str:
+        return f"K {self.num_steps}, T {self.temperature:g}, top-p {self.top_p:g}"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is asked for each prompt: tokens of the prompt, tokens of a continuation, and how many of them.
+
+    across_documents: prompts may contain an end of text and answers may produce one. Otherwise no passage does, and answers have it
+    banned, so that both sides go on for exactly max_tokens.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+    continuations: int = 1
+    across_documents: bool = False
+
+
+def passages(store: TokenStore, shape: Shape) -> Iterator[Passage]:
+    """Windows of prompt + continuation tokens that do not overlap, in a fixed random order; all that qualify."""
+    length, end = shape.prompt_tokens + shape.max_tokens, store.manifest.eos_id
+    for window in np.random.default_rng(CHOICE_SEED).permutation(store.num_windows(length)).tolist():
+        ids = store.read(window * length, length).tolist()
+        if shape.across_documents or end not in ids:
+            yield Passage(window, tuple(ids[: shape.prompt_tokens]), tuple(ids[shape.prompt_tokens :]))
+
+
+def take(found: Iterator[Passage], count: int, shape: Shape, least: int | None = None) -> list[Passage]:
+    """The next ``count`` passages; UserError if there are fewer than ``least`` (by default ``count``) of them."""
+    taken = [passage for _, passage in zip(range(count), found, strict=False)]
+    if len(taken) < (count if least is None else least):
+        whole = "" if shape.across_documents else ", prepare more text, or let prompts span documents with --across-documents"
+        problem = f"the split has only {len(taken)} passages of {shape.prompt_tokens} + {shape.max_tokens} tokens to give"
+        raise UserError("--num-prompts", count, problem, f"ask for fewer or shorter ones{whole}")
+    return taken
+
+
+def to_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of ids; an end of text becomes a blank line. Half a character at either end becomes U+FFFD."""
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if token == tokenizer.eos_id:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return "\n\n".join(tokenizer.decode(part) for part in parts)
+
+
+class Sampler:
+    """Continuations of the same passages at any setting. The engine starts at the first text that no file holds; leaving the ``with``
+    block stops it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        store: TokenStore,
+        found: Sequence[Passage],
+        shape: Shape,
+        engine: EngineSettings,
+        cache: Path,
+        seed: int = 0,
+    ) -> None:
+        """folder: the checkpoint. cache: where the files lie. Raises UserError where checkpoint, data and lengths do not fit."""
+        self._loaded = checkpoint.load(folder, device=usable_device(engine.device), dtype=getattr(torch, engine.dtype))
+        limit = self._loaded.config.model.max_seq_len
+        if shape.prompt_tokens + shape.max_tokens > limit:
+            problem = f"with prompts of {shape.prompt_tokens} tokens it exceeds the model's {limit} positions"
+            raise UserError("--max-tokens", shape.max_tokens, problem, "shorten prompts or continuations")
+        if self._loaded.tokenizer is None:
+            raise UserError("--checkpoint", str(folder), "it has no tokenizer, so its ids are not text", "give a model of text")
+        self.tokenizer = self._loaded.tokenizer
+        if self.tokenizer.fingerprint != store.manifest.tokenizer_fingerprint:
+            remedy = f"prepare it again with --tokenizer {folder / 'tokenizer'}"
+            raise UserError("--data", str(store.folder), "was not tokenised with the checkpoint's tokenizer", remedy)
+        self.passages, self.shape, self.seed, self._cache = list(found), shape, seed, cache
+        self._engine_settings = engine.model_copy(update={"max_len": shape.prompt_tokens + shape.max_tokens})
+        self.origin = self._origin(folder, store)
+        self._engine: Engine | None = None
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def _origin(self, folder: Path, store: TokenStore) -> dict[str, Any]:
+        """What all settings share; together with a setting it decides every token."""
+        config, engine = self._loaded.config, self._engine_settings
+        return {
+            "checkpoint": {
+                "name": config.name,
+                "objective": config.objective.name,
+                "step": config.step,
+                "weights_sha256": file_sha256(folder / checkpoint.WEIGHTS),
+                "config_sha256": file_sha256(folder / checkpoint.CONFIG),
+            },
+            "data": {"source": store.manifest.source, "split": store.split, "manifest_sha256": store.manifest_sha256},
+            "prompts": {"count": len(self.passages), "sha256": _digest([(p.window, p.prompt) for p in self.passages])},
+            "shape": asdict(self.shape),
+            "engine": {"device": engine.device, "dtype": engine.dtype, "kv_cache": engine.kv_cache, "chunk": engine.chunk},
+            "seed": self.seed,
+            "rdlm": __version__,
+        }
+
+    @property
+    def prompts(self) -> list[str]:
+        return [to_text(self.tokenizer, p.prompt) for p in self.passages]
+
+    @property
+    def human(self) -> list[list[str]]:
+        """What the authors wrote, one continuation a prompt."""
+        return [[to_text(self.tokenizer, p.continuation)] for p in self.passages]
+
+    def check(self, settings: Sequence[Setting]) -> None:
+        """UserError for a K or a decoding setting that cannot be used."""
+        check_steps([s.num_steps for s in settings], self._loaded.denoiser, self._loaded.config)
+        for s in settings:
+            SamplingParams(temperature=s.temperature, top_p=s.top_p)
+
+    def file(self, setting: Setting) -> Path:
+        """Where the texts of a setting lie."""
+        return self._cache / f"samples-{_digest(self._header(setting))[:20]}.jsonl"
+
+    def _header(self, setting: Setting) -> dict[str, Any]:
+        return {**self.origin, "setting": asdict(setting)}
+
+    def continuations(self, setting: Setting, progress: Callable[[int], object] | None = None) -> list[list[str]]:
+        """texts[prompt][choice], from the file as far as it goes. ``progress`` is told the prompts done, those found included."""
+        file = self.file(setting)
+        rows = _read(file, self._header(setting))
+        if progress:
+            progress(len(rows))
+        if len(rows) < len(self.passages):
+            with file.open("a") as stream:
+                for batch in self._batches(len(rows)):
+                    rows += self._generate(setting, batch)
+                    stream.writelines(json.dumps(row) + "\n" for row in rows[-len(batch) :])
+                    stream.flush()
+                    if progress:
+                        progress(len(batch))
+        return [row["texts"] for row in rows]
+
+    def _batches(self, start: int) -> Iterator[list[Passage]]:
+        """As many prompts at a time as the engine has slots for: all answers are equally long, so no slot idles."""
+        size = max(1, self._engine_settings.max_slots // self.shape.continuations)
+        for first in range(start, len(self.passages), size):
+            yield self.passages[first : first + size]
+
+    def _generate(self, setting: Setting, batch: Sequence[Passage]) -> list[dict[str, Any]]:
+        params = SamplingParams(temperature=setting.temperature, top_p=setting.top_p)
+        banned = self.tokenizer.eos_id is not None and not self.shape.across_documents
+        requests = [
+            Request(
+                passage.prompt,
+                setting.num_steps,
+                self.shape.max_tokens,
+                params,
+                seed=_stream(self.seed, passage.window),
+                choice=choice,
+                stop_ids=frozenset({self.tokenizer.eos_id}) if banned else frozenset(),
+                min_tokens=self.shape.max_tokens if banned else 0,
+            )
+            for passage in batch
+            for choice in range(self.shape.continuations)
+        ]
+        answers = self._started().generate(requests)
+        lost = next((a[-1].finish for a in answers if a[-1].finish != "length"), None)
+        if lost is not None:
+            raise RuntimeError(f"generation ended with {lost!r}")
+        ids = [[event.token for event in answer if event.token is not None] for answer in answers]
+        n = self.shape.continuations
+        return [
+            {
+                "window": passage.window,
+                "prompt": to_text(self.tokenizer, passage.prompt),
+                "texts": [to_text(self.tokenizer, answer) for answer in ids[i * n : (i + 1) * n]],
+                "ids": ids[i * n : (i + 1) * n],
+            }
+            for i, passage in enumerate(batch)
+        ]
+
+    def _started(self) -> Engine:
+        if self._engine is None:
+            loaded, settings, tokenizer = self._loaded, self._engine_settings, self.tokenizer
+            self._engine = self._exit.enter_context(
+                Engine(lambda: build_served(loaded.denoiser, loaded.config, tokenizer, settings), self.shape.continuations)
+            )
+        return self._engine
+
+
+def usable_device(name: str) -> str:
+    """UserError for a GPU that torch does not see."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device", name, "torch sees no GPU", "use --device cpu")
+    return name
+
+
+def _stream(seed: int, window: int) -> int:
+    """A seed for one prompt: with one for all, every prompt would draw the same numbers at the same place. 63 bits."""
+    return int(hashlib.sha256(f"{seed}:{window}".encode()).hexdigest()[:16], 16) >> 1
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read(file: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of complete lines. Cuts off a line that an interruption left half written; starts the file if there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = file.read_bytes() if file.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if not whole:
+        file.write_text(json.dumps(header, sort_keys=True) + "\n")
+        return []
+    if len(whole) < len(content):
+        with file.open("r+b") as stream:
+            stream.truncate(len(whole))
+    return [json.loads(line) for line in whole.splitlines()[1:]]
