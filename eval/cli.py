@@ -13,11 +13,19 @@ from rich.table import Table
 
 from eval.depth_cli import depth
 from eval.harness_cli import PASS_ON, lm_eval
+from eval.text_cli import gen_ppl, mauve
 from rdlm.errors import UserError
 
 app = typer.Typer(no_args_is_help=True)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 app.command(epilog="Example: rdlm eval depth --checkpoint runs/s3/model --group s3 --lengths 16,24 --plot depth.png")(depth)
+app.command(
+    "gen-ppl",
+    epilog="Example: rdlm eval gen-ppl --checkpoint runs/demo/model --data data/demo --temperature 0.7,1.0 --plot f.png",
+)(gen_ppl)
+app.command(epilog="Example: rdlm eval mauve --checkpoint runs/demo/model --data data/demo --protocol quick --num-steps 1,4")(
+    mauve
+)
 
 
 @app.callback()

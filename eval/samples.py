@@ -201,7 +201,8 @@ class Sampler:
 
     def _generate(self, setting: Setting, batch: Sequence[Passage]) -> list[dict[str, Any]]:
         params = SamplingParams(temperature=setting.temperature, top_p=setting.top_p)
-        banned = self.tokenizer.eos_id is not None and not self.shape.across_documents
+        end = self.tokenizer.eos_id
+        banned = frozenset() if end is None or self.shape.across_documents else frozenset({end})
         requests = [
             Request(
                 passage.prompt,
@@ -210,7 +211,7 @@ class Sampler:
                 params,
                 seed=_stream(self.seed, passage.window),
                 choice=choice,
-                stop_ids=frozenset({self.tokenizer.eos_id}) if banned else frozenset(),
+                stop_ids=banned,
                 min_tokens=self.shape.max_tokens if banned else 0,
             )
             for passage in batch

@@ -1,0 +1,93 @@
+"""Quality against diversity over decoding settings: the plot, and perplexities read off it at the diversity of human text."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+
+def curves(results: list[Row]) -> dict[tuple[int, float], list[Row]]:
+    """Settings that differ in temperature alone, by (K, top-p), coolest first."""
+    found: dict[tuple[int, float], list[Row]] = defaultdict(list)
+    for row in sorted(results, key=lambda r: (r["num_steps"], r["top_p"], r["temperature"])):
+        found[row["num_steps"], row["top_p"]].append(row)
+    return dict(found)
+
+
+def at_equal_diversity(results: list[Row], teacher: str, distinct_2: float) -> list[Row]:
+    """Perplexity of each curve where its distinct-2 is the one given: log-linear between the two settings around it, None where the
+    curve does not reach it. -> [{"num_steps", "top_p", "perplexity"}]."""
+    return [
+        {"num_steps": k, "top_p": top_p, "perplexity": _interpolated(rows, teacher, distinct_2)}
+        for (k, top_p), rows in curves(results).items()
+    ]
+
+
+def _interpolated(rows: list[Row], teacher: str, distinct_2: float) -> float | None:
+    for left, right in pairwise(rows):
+        (x0, y0), (x1, y1) = _point(left, teacher), _point(right, teacher)
+        if x0 != x1 and min(x0, x1) <= distinct_2 <= max(x0, x1):
+            return math.exp(math.log(y0) + (distinct_2 - x0) / (x1 - x0) * (math.log(y1) - math.log(y0)))
+    return None
+
+
+def _point(row: Row, teacher: str) -> tuple[float, float]:
+    return row["diversity"]["distinct_2"]["value"], row["perplexity"][teacher]["value"]
+
+
+def plot_frontier(report: dict[str, Any], file: Path) -> None:
+    """A panel per teacher: perplexity (log) against distinct-2, a marker per setting with its 95 % intervals, human text as a star.
+
+    Colour is K, marker is top-p, and a line joins settings that differ in temperature alone.
+    """
+    names = [teacher["name"] for teacher in report["teachers"]]
+    figure = Figure(figsize=(6.4 * len(names), 4.8), dpi=150, layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        _panel(axes, report, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    FigureCanvasAgg(figure).print_png(partial)
+    os.replace(partial, file)
+
+
+def _panel(axes: Axes, report: dict[str, Any], teacher: str) -> None:
+    found = curves(report["results"])
+    ks, top_ps = sorted({k for k, _ in found}), sorted({p for _, p in found})
+    colours = dict(zip(ks, colormaps["viridis"]([0.9 * i / max(1, len(ks) - 1) for i in range(len(ks))]), strict=True))
+    for (k, top_p), rows in found.items():
+        points = [_point(row, teacher) for row in rows]
+        label = f"K = {k}" + (f", top-p {top_p:g}" if top_p < 1 or len(top_ps) > 1 else "")
+        marker = "osD^vP"[top_ps.index(top_p) % 6]
+        axes.plot(*zip(*points, strict=True), color=colours[k], marker=marker, linewidth=1, label=label)
+        for row, point in zip(rows, points, strict=True):
+            _errors(axes, row, teacher, point, colours[k])
+            axes.annotate(f"T {row['temperature']:g}", point, xytext=(5, 4), textcoords="offset points", fontsize=7)
+    human = _point(report["human"], teacher)
+    _errors(axes, report["human"], teacher, human, "tab:red")
+    axes.plot(*human, marker="*", markersize=14, color="tab:red", linestyle="none", label="human text")
+    axes.axvline(human[0], color="tab:red", linewidth=0.6, alpha=0.5)
+    axes.set_yscale("log")
+    axes.set_xlabel(f"distinct-2 (groups of {report['human']['diversity']['group_texts']} texts)")
+    axes.set_ylabel(f"generative perplexity under {teacher}")
+    origin = report["samples"]
+    title = f"{origin['checkpoint']['name']}, step {origin['checkpoint']['step']:,}: {origin['prompts']['count']} prompts"
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+
+
+def _errors(axes: Axes, row: Row, teacher: str, point: tuple[float, float], colour: Any) -> None:
+    intervals = row["diversity"]["distinct_2"]["interval"], row["perplexity"][teacher]["interval"]
+    x, y = ([[max(0.0, at - i[0])], [max(0.0, i[1] - at)]] if i else None for at, i in zip(point, intervals, strict=True))
+    axes.errorbar(*point, xerr=x, yerr=y, color=colour, capsize=2, linewidth=0.8)
