@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rdlm.config import NoiseConfig, ObjectiveConfig
 from rdlm.context import AttentionContext
 from rdlm.cross_entropy import linear_cross_entropy
+from rdlm.layers.modulation import Condition
 from rdlm.models.text import TextModel
 from rdlm.noise import denoise_scalings
 
@@ -48,10 +49,6 @@ class Denoiser(nn.Module):
         self.model, self.objective, self.noise = model, objective, noise
         self.evidence_scale = nn.Parameter(torch.ones(())) if objective.readout == "evidence" else None
 
-    @property
-    def is_conditioned(self) -> bool:
-        return self.model.noise_embedding is not None
-
     def clean(self, targets: Tensor) -> Tensor:
         """Unit-norm embedding rows of the targets, fp32 [..., D], detached: noise must not train the table to collapse."""
         return self.model.wte(use=lambda weight: F.normalize(F.embedding(targets, weight.detach()).float(), dim=-1))
@@ -65,15 +62,16 @@ class Denoiser(nn.Module):
         c_in = denoise_scalings(sigma, self.noise.sigma_data).c_in
         return (c_in.unsqueeze(-1) * z).to(self.model.ln_f.weight.dtype)
 
-    def condition(self, sigma: Tensor | None, like: Tensor) -> Tensor | None:
-        """AdaLN input [..., C] for levels sigma [...]; None means sigma_max for all rows ([1, 1, C]); None if unconditioned."""
-        if self.model.noise_embedding is None:
-            return None
+    def condition(self, sigma: Tensor | None, like: Tensor) -> Condition | None:
+        """What the core is told about levels sigma [B, T]; None means sigma_max for all rows. None if unconditioned.
+
+        It does not depend on the core step: compute it once per level, not once per step.
+        """
         if sigma is None:
             sigma = torch.full((1, 1), self.noise.sigma_max, device=like.device)
-        return self.model.noise_embedding(denoise_scalings(sigma, self.noise.sigma_data).c_noise)
+        return self.model.condition(denoise_scalings(sigma, self.noise.sigma_data).c_noise)
 
-    def step(self, state: Tensor, e: Tensor, cond: Tensor | None, ctx: AttentionContext) -> Tensor:
+    def step(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         """One core step. state, e [B, T, D] -> [B, T, D]."""
         return self.model.core(state, e, cond, ctx)
 

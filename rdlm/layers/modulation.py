@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+LayerCondition = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""What one layer is told about the noise level of its rows, each [B or 1, T or 1, D]: see Modulation.forward."""
+
+Condition = Sequence[LayerCondition]
+"""One entry per core layer: computed once for a level, used by every core step at it."""
 
 
 class NoiseEmbedding(nn.Module):
@@ -38,10 +45,12 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(cond).chunk(6, dim=-1)
+    def forward(self, cond: Tensor) -> LayerCondition:
+        """-> shift, 1 + scale, 1 + gate of the attention branch, then of the MLP branch."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.linear(cond).chunk(6, dim=-1)
+        return shift_a, 1 + scale_a, 1 + gate_a, shift_m, 1 + scale_m, 1 + gate_m
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift; all [..., D] or broadcastable."""
-    return x * (1 + scale) + shift
+def modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """x * factor + shift; all [..., D] or broadcastable."""
+    return torch.addcmul(shift, x, factor)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rdlm.context import AttentionContext
 from rdlm.layers.attention import Attention
 from rdlm.layers.mlp import GatedMLP
-from rdlm.layers.modulation import Modulation, modulate
+from rdlm.layers.modulation import LayerCondition, Modulation, modulate
 from rdlm.layers.norm import RMSNorm
 
 
@@ -21,14 +21,14 @@ class SandwichBlock(nn.Module):
         self.norm_3, self.norm_4 = RMSNorm(d_model, eps), RMSNorm(d_model, eps)
         self.modulation = Modulation(cond_width, d_model) if cond_width else None
 
-    def forward(self, x: Tensor, ctx: AttentionContext, cond: Tensor | None = None) -> Tensor:
-        """x [B, T, D], cond [B or 1, T or 1, C] or None -> [B, T, D]."""
-        if self.modulation is None or cond is None:
+    def forward(self, x: Tensor, ctx: AttentionContext, cond: LayerCondition | None = None) -> Tensor:
+        """x [B, T, D]; cond from ``self.modulation`` or None -> [B, T, D]."""
+        if cond is None:
             x = self.norm_2(self.attn(self.norm_1(x), ctx) + x)
             return self.norm_4(self.mlp(self.norm_3(x)) + x)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond)
-        x = self.norm_2((1 + gate_a) * self.attn(modulate(self.norm_1(x), shift_a, scale_a), ctx) + x)
-        return self.norm_4((1 + gate_m) * self.mlp(modulate(self.norm_3(x), shift_m, scale_m)) + x)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = cond
+        x = self.norm_2(gate_a * self.attn(modulate(self.norm_1(x), shift_a, scale_a), ctx) + x)
+        return self.norm_4(gate_m * self.mlp(modulate(self.norm_3(x), shift_m, scale_m)) + x)
 
 
 class PreNormBlock(nn.Module):
@@ -40,11 +40,11 @@ class PreNormBlock(nn.Module):
         self.norm_1, self.norm_2 = RMSNorm(d_model, eps), RMSNorm(d_model, eps)
         self.modulation = Modulation(cond_width, d_model) if cond_width else None
 
-    def forward(self, x: Tensor, ctx: AttentionContext, cond: Tensor | None = None) -> Tensor:
-        """x [B, T, D], cond [B or 1, T or 1, C] or None -> [B, T, D]."""
-        if self.modulation is None or cond is None:
+    def forward(self, x: Tensor, ctx: AttentionContext, cond: LayerCondition | None = None) -> Tensor:
+        """x [B, T, D]; cond from ``self.modulation`` or None -> [B, T, D]."""
+        if cond is None:
             x = x + self.attn(self.norm_1(x), ctx)
             return x + self.mlp(self.norm_2(x))
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(cond)
-        x = x + (1 + gate_a) * self.attn(modulate(self.norm_1(x), shift_a, scale_a), ctx)
-        return x + (1 + gate_m) * self.mlp(modulate(self.norm_2(x), shift_m, scale_m))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = cond
+        x = x + gate_a * self.attn(modulate(self.norm_1(x), shift_a, scale_a), ctx)
+        return x + gate_m * self.mlp(modulate(self.norm_2(x), shift_m, scale_m))

@@ -11,7 +11,7 @@ from rdlm.config import HuginnConfig
 from rdlm.context import AttentionContext
 from rdlm.layers.attention import Attention
 from rdlm.layers.mlp import GatedMLP
-from rdlm.layers.modulation import NoiseEmbedding
+from rdlm.layers.modulation import Condition, NoiseEmbedding
 from rdlm.layers.norm import RMSNorm
 from rdlm.layers.table import TokenTable
 from rdlm.models.blocks import SandwichBlock
@@ -45,6 +45,10 @@ class Huginn(TextModel):
         attn = Attention(c.d_model, c.num_heads, c.num_heads, c.rope_base, c.qk_bias, layer)
         return SandwichBlock(attn, GatedMLP(c.d_model, c.mlp_width), c.d_model, c.norm_eps, cond_width)
 
+    @property
+    def core_layers(self) -> nn.ModuleList:
+        return self.core_block
+
     def encode(self, input_ids: Tensor, ctx: AttentionContext) -> Tensor:
         e = self.embed(input_ids)
         for block in self.prelude:
@@ -60,10 +64,10 @@ class Huginn(TextModel):
         nn.init.trunc_normal_(state, 0.0, std, -3 * std, 3 * std, generator=generator)
         return (state * self.embed_scale).to(e)
 
-    def core(self, state: Tensor, e: Tensor, cond: Tensor | None, ctx: AttentionContext) -> Tensor:
+    def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         x = self.adapter(torch.cat([state, e], dim=-1))  # [B, T, 2D] -> [B, T, D], the state first
-        for block in self.core_block:
-            x = block(x, ctx, cond)
+        for i, block in enumerate(self.core_block):
+            x = block(x, ctx, None if cond is None else cond[i])
         return x
 
     def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:

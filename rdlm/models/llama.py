@@ -11,7 +11,7 @@ from rdlm.config import LlamaConfig
 from rdlm.context import AttentionContext
 from rdlm.layers.attention import Attention
 from rdlm.layers.mlp import GatedMLP
-from rdlm.layers.modulation import NoiseEmbedding
+from rdlm.layers.modulation import Condition, NoiseEmbedding
 from rdlm.layers.norm import RMSNorm
 from rdlm.layers.table import TokenTable
 from rdlm.models.blocks import PreNormBlock
@@ -41,13 +41,17 @@ class Llama(TextModel):
         attn = Attention(c.d_model, c.num_heads, self.num_kv_heads, c.rope_base, False, layer)
         return PreNormBlock(attn, GatedMLP(c.d_model, c.mlp_width), c.d_model, c.norm_eps, cond_width)
 
+    @property
+    def core_layers(self) -> nn.ModuleList:
+        return self.layers
+
     def encode(self, input_ids: Tensor, ctx: AttentionContext) -> Tensor:
         return self.embed(input_ids)
 
-    def core(self, state: Tensor, e: Tensor, cond: Tensor | None, ctx: AttentionContext) -> Tensor:
+    def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         x = e if self.adapter is None else self.adapter(torch.cat([state, e], dim=-1))
-        for block in self.layers:
-            x = block(x, ctx, cond)
+        for i, block in enumerate(self.layers):
+            x = block(x, ctx, None if cond is None else cond[i])
         return x
 
     def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from rdlm.context import AttentionContext
-from rdlm.layers.modulation import NoiseEmbedding
+from rdlm.layers.modulation import Condition, Modulation, NoiseEmbedding
 from rdlm.layers.norm import RMSNorm
 from rdlm.layers.table import TokenTable
 
@@ -16,7 +17,7 @@ from rdlm.layers.table import TokenTable
 class TextModel(nn.Module, ABC):
     """embed -> encode -> core (any number of times) -> decode -> logits.
 
-    Shapes: input_ids [B, T] int64; e, state, hidden [B, T, D]; logits [..., V]; cond [B or 1, T or 1, C].
+    Shapes: input_ids [B, T] int64; e, state, hidden [B, T, D]; logits [..., V]; cond: one entry per core layer.
     A subclass sets the attributes below and defines encode, core and decode.
     """
 
@@ -38,7 +39,7 @@ class TextModel(nn.Module, ABC):
         """Everything that depends on the tokens alone, computed once for all K steps. -> e [B, T, D]"""
 
     @abstractmethod
-    def core(self, state: Tensor, e: Tensor, cond: Tensor | None, ctx: AttentionContext) -> Tensor:
+    def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         """One core step. state, e [B, T, D] -> [B, T, D]"""
 
     @abstractmethod
@@ -52,6 +53,18 @@ class TextModel(nn.Module, ABC):
     def initial_state(self, e: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """State before the first step: zeros unless the architecture says otherwise."""
         return torch.zeros_like(e)
+
+    @property
+    @abstractmethod
+    def core_layers(self) -> nn.ModuleList:
+        """The layers of one core step, first one first."""
+
+    def condition(self, c_noise: Tensor) -> Condition | None:
+        """What the core layers are told about levels c_noise [B or 1, T or 1] fp32; None for an unconditioned model."""
+        if self.noise_embedding is None:
+            return None
+        embedded = self.noise_embedding(c_noise)  # [B or 1, T or 1, C]
+        return [cast(Modulation, layer.modulation)(embedded) for layer in self.core_layers]
 
     @property
     def head(self) -> TokenTable:
