@@ -6,9 +6,11 @@ Log-likelihoods come from rdlm.scoring, texts from the engine that the server ru
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections import Counter
+import traceback
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,7 @@ class RecurrentLM(TemplateLM):
         self.num_steps = self._steps(num_steps)
         self.scored_steps = self._scored_steps(estimator)
         logger.info("log-likelihoods are %s", estimator_of(self.loaded.config, self.scored_steps))
+        self.tied_documents = 0
         limit = self.loaded.config.model.max_seq_len
         self.max_length = limit if max_length is None else _whole("max_length", max_length, 2, limit)
 
@@ -126,6 +129,7 @@ class RecurrentLM(TemplateLM):
             "loglikelihood_num_steps": self.scored_steps,
             "estimator": estimator_of(config, self.scored_steps),
             "num_draws": self.num_draws,
+            "tied_documents": self.tied_documents,
             "model_seed": self.seed,
             "dtype": self.settings.dtype,
             "kv_cache": self.settings.kv_cache,
@@ -176,6 +180,19 @@ class RecurrentLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval defines it. Counts documents whose best choice is not unique: lm-eval takes the first one there, in BLiMP always
+        the right one, so a model that cannot tell them apart would score 1."""
+        scores = super().loglikelihood(requests, disable_tqdm)
+        documents: defaultdict[tuple[object, object], list[float]] = defaultdict(list)
+        for request, (logprob, _) in zip(requests, scores, strict=True):
+            documents[request.task_name, request.doc_id].append(logprob)
+        tied = sum(len(values) > 1 and values.count(max(values)) > 1 for values in documents.values())
+        self.tied_documents += tied
+        if tied:
+            logger.warning("%d of %d documents have no unique best choice; lm-eval takes the first one", tied, len(documents))
+        return scores
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
@@ -204,8 +221,9 @@ class RecurrentLM(TemplateLM):
         asked: list[Request] = []
         seen: Counter[str] = Counter()
         for context, given in (request.args for request in requests):
-            asked.append(self._request(context, given, seen[context]))
-            seen[context] += 1
+            question = context + json.dumps(given, sort_keys=True, default=str)
+            asked.append(self._request(context, given, seen[question]))
+            seen[question] += 1
         with (
             tqdm(total=len(asked), desc=f"texts at K = {self.num_steps}", disable=disable_tqdm) as bar,
             Engine(
@@ -243,13 +261,29 @@ class RecurrentLM(TemplateLM):
 
 
 def run(arguments: Sequence[str]) -> None:
-    """lm_eval's own command line, which knows the model ``rdlm`` because this module has been imported. It reads sys.argv."""
+    """lm_eval's own command line, which knows the model ``rdlm`` because this module has been imported. It reads sys.argv.
+
+    UserError for what lm_eval or datasets refuse: unknown tasks, data sets that cannot be reached.
+    """
     own = sys.argv
     sys.argv = ["rdlm eval lm-eval", *arguments]
     try:
         cli_evaluate()
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        if _origin(error) not in ("lm_eval", "datasets", "huggingface_hub"):
+            raise
+        remedy = "see `rdlm eval lm-eval ls tasks`; BLiMP runs without a hub: --blimp FOLDER --tasks blimp_local"
+        raise UserError("lm_eval", " ".join(arguments), f"it refuses ({type(error).__name__}: {error})", remedy) from error
     finally:
         sys.argv = own
+
+
+def _origin(error: BaseException) -> str:
+    """Top-level package of the code that raised it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals["__name__"]).partition(".")[0]
 
 
 def _load(folder: Path, settings: EngineSettings) -> tuple[Loaded, Tokenizer]:

@@ -1,0 +1,297 @@
+"""The lm-eval model: log-likelihoods against sums by hand, rolling windows, texts, ties, the command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from rdlm.checkpoint import Loaded, load, save
+from rdlm.cli import app, run
+from rdlm.config import CheckpointConfig
+from rdlm.errors import UserError
+from rdlm.registry import build
+from rdlm.scoring import token_logprobs
+from rdlm.tokenizer import train_tokenizer
+
+pytest.importorskip("lm_eval", reason="the harness is not installed")
+
+from lm_eval.api.instance import Instance
+
+from eval.harness import RecurrentLM
+from eval.harness_cli import TASKS, expand_blimp
+from eval.likelihood import score_continuations
+
+TEXTS = ["in the beginning was the word and the word was with god", "and it came to pass in those days"] * 20
+MakeModel = Callable[..., RecurrentLM]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``folders(objective)`` -> a checkpoint of an untrained loud model, saved once."""
+    root, tokenizer = tmp_path_factory.mktemp("harness"), train_tokenizer("bpe", iter(TEXTS), 280)
+
+    def make(objective: str) -> Path:
+        if (root / objective).exists():
+            return root / objective
+        shape = {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "max_seq_len": 64, "noise_embed_dim": 16}
+        model = {"family": "huginn", "vocab_size": 280, "d_model": 32, "num_heads": 2, "mlp_width": 64, **shape}
+        config = CheckpointConfig.model_validate(
+            {
+                "name": "tiny",
+                "model": {**model, "noise_conditioning": objective in ("single_pass", "evidence", "paper")},
+                "objective": {"name": objective},
+                "recurrence": {"default_steps": 2, "max_steps": 8},
+            }
+        )
+        denoiser, loud = build(config, seed=1), torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in denoiser.named_parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0, 0.3 if "wte" in name else parameter.shape[1] ** -0.5, generator=loud)
+        return save(root / objective, denoiser, config, tokenizer)
+
+    return make
+
+
+@pytest.fixture
+def make_model(folders: Callable[[str], Path]) -> MakeModel:
+    return lambda objective="onestep", **arguments: RecurrentLM(checkpoint=str(folders(objective)), **arguments)
+
+
+def _ask(kind: str, *arguments: Any, doc: int = 0) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0, metadata=("task", doc, 1))  # type: ignore[arg-type]
+
+
+def _by_hand(loaded: Loaded, context: list[int], continuation: list[int], k: int) -> float:
+    """One row at a time, without padding or batches."""
+    row = torch.tensor([context + continuation])
+    logprobs = token_logprobs(loaded.denoiser, loaded.config, row[:, :-1], row[:, 1:], [k])[k][0]
+    return sum(logprobs.tolist()[len(context) - 1 :])
+
+
+def _greedy(loaded: Loaded, context: list[int], length: int, k: int) -> list[int]:
+    """Arg max token by token: the log-probability of every id is asked for."""
+    ids = list(context)
+    for _ in range(length):
+        rows = torch.tensor([ids] * loaded.config.model.vocab_size)
+        last = torch.arange(loaded.config.model.vocab_size)
+        targets = torch.cat([rows[:, 1:], last[:, None]], 1)
+        ids.append(int(token_logprobs(loaded.denoiser, loaded.config, rows, targets, [k])[k][:, -1].argmax()))
+    return ids[len(context) :]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_loglikelihood_is_the_sum_over_the_continuation(make_model: MakeModel, k: int, batch_size: int) -> None:
+    model = make_model(num_steps=k, batch_size=batch_size)
+    pairs = [("in the", " beginning was"), ("and it came to pass in those", " days"), ("", "the word"), ("with", " god was")]
+    found = model.loglikelihood([_ask("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+    encode = model.text.encode
+    for (context, continuation), (logprob, greedy) in zip(pairs, found, strict=True):
+        before = encode(context) or [model.eot_token_id]
+        after = encode(context + continuation)[len(encode(context)) :]
+        assert logprob == pytest.approx(_by_hand(model.loaded, before, after, k), abs=1e-4)
+        assert greedy == (_greedy(model.loaded, before, len(after), k) == after)
+
+
+@pytest.mark.parametrize(("objective", "k"), [("onestep", 4), ("evidence", 1), ("paper", 1)])
+def test_is_greedy_knows_the_greedy_continuation(folders: Callable[[str], Path], objective: str, k: int) -> None:
+    loaded = load(folders(objective))
+    context = [5, 9, 70]
+    best = _greedy(loaded, context, 3, k)
+    other = [*best[:-1], (best[-1] + 1) % 256]
+    found = score_continuations(loaded, [(context, best), (context, other), (context[:1], [3])], k, batch_size=3, max_length=64)
+    assert [greedy for _, greedy in found][:2] == [True, False]
+    assert found[0][0] == pytest.approx(_by_hand(loaded, context, best, k), abs=1e-4) and found[0][0] > found[1][0]
+
+
+def test_a_context_too_long_loses_its_start(make_model: MakeModel) -> None:
+    model = make_model(num_steps=2, max_length=6)
+    row = list(range(40, 52))
+    found = score_continuations(model.loaded, [(row[:9], row[9:])], 2, batch_size=1, max_length=6)[0][0]
+    assert found == pytest.approx(_by_hand(model.loaded, row[5:9], row[9:], 2), abs=1e-4)
+    with pytest.raises(UserError, match="a continuation has 7 tokens"):
+        score_continuations(model.loaded, [(row[:2], row[2:9])], 2, batch_size=1, max_length=6)
+
+
+def test_rolling_predicts_each_token_once_with_the_most_context(make_model: MakeModel) -> None:
+    model = make_model(num_steps=4, max_length=8, batch_size=2)
+    text = "in the beginning was the word and xyz zyx"
+    ids, k, start = model.text.encode(text), 4, [model.eot_token_id]
+    assert 16 < len(ids) < 24
+    expected = _by_hand(model.loaded, start, ids[:8], k) + _by_hand(model.loaded, ids[7:8], ids[8:16], k)
+    expected += _by_hand(model.loaded, ids[-9:16], ids[16:], k)
+    short = "in the"
+    found = model.loglikelihood_rolling([_ask("loglikelihood_rolling", t) for t in (text, short, "")], disable_tqdm=True)
+    assert found[0] == pytest.approx(expected, abs=1e-4) and found[2] == 0
+    assert found[1] == pytest.approx(_by_hand(model.loaded, start, model.text.encode(short), k), abs=1e-4)
+
+
+def test_sampling_checkpoints_are_scored_where_they_are_normalised(make_model: MakeModel) -> None:
+    ask = [_ask("loglikelihood", "in the", " beginning")]
+    plain, deep = make_model("evidence", num_steps=1), make_model("evidence", num_steps=4)
+    assert deep.loglikelihood(ask, disable_tqdm=True) == plain.loglikelihood(ask, disable_tqdm=True)
+    assert (deep.get_model_info()["num_steps"], deep.get_model_info()["loglikelihood_num_steps"]) == (4, 1)
+    assert deep.get_model_info()["estimator"] == "normalised: logits at sigma_max with z = 0"
+    mixture = make_model("evidence", num_steps=4, estimator="mixture", num_draws=2)
+    assert mixture.get_model_info()["estimator"].startswith("mixture over noise draws at K = 4")
+    assert mixture.loglikelihood(ask, disable_tqdm=True) != plain.loglikelihood(ask, disable_tqdm=True)
+
+
+def test_generate_until_is_greedy_decoding_cut_at_the_stop_string(make_model: MakeModel) -> None:
+    model = make_model(num_steps=4, batch_size=2, kv_cache="full")
+    prompt = "in the beginning"
+    ids = _greedy(model.loaded, model.text.encode(prompt), 12, 4)
+    whole = model.text.decode(ids[: ids.index(model.text.eos_id)] if model.text.eos_id in ids else ids)
+    assert len(whole) > 3
+    stop = whole[2:4]
+    asked = [
+        _ask("generate_until", prompt, {"until": [], "max_gen_toks": 12}),
+        _ask("generate_until", prompt, {"until": [stop], "max_gen_toks": 12, "do_sample": False}),
+        *[_ask("generate_until", prompt, {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0})] * 2,
+    ]
+    greedy, cut, first, second = model.generate_until(asked, disable_tqdm=True)
+    assert greedy == whole and cut == whole[: whole.index(stop)]
+    assert first != second  # repeats of a prompt differ
+    assert model.generate_until(asked[2:], disable_tqdm=True) == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 9}, "num_steps=9: is out of range; this checkpoint takes 1 to 8"),
+        ({"num_steps": "many"}, "num_steps='many'"),
+        ({"estimator": "exact"}, "estimator='exact': there is no such estimator"),
+        ({"estimator": "mixture"}, "only sampling checkpoints have it"),
+        ({"batch_size": "auto"}, "batch_size='auto'"),
+        ({"max_length": 65}, "max_length=65"),
+        ({"steps": 3}, "steps=3: there is no such argument; use some of checkpoint, num_steps"),
+        ({"kv_cache": "none"}, "kv_cache='none'"),
+        ({"device": "cuda:99"}, "device='cuda:99'"),
+        ({"checkpoint": "nowhere"}, "has no config.json"),
+    ],
+)
+def test_bad_model_args_name_field_and_remedy(folders: Callable[[str], Path], arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        RecurrentLM.create_from_arg_obj({"checkpoint": str(folders("onestep")), **arguments})
+    assert message in str(error.value)
+
+
+def test_bad_gen_kwargs_are_refused(make_model: MakeModel) -> None:
+    for given, message in (
+        ({"num_beams": 4}, "num_beams"),
+        ({"max_gen_toks": 64}, "leaves no room"),
+        ({"num_steps": 9}, "1 to 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_model().generate_until([_ask("generate_until", "in", {"until": ["."], "max_gen_toks": 4} | given)])
+
+
+def test_ties_are_counted(make_model: MakeModel) -> None:
+    model = make_model()
+    asked = [_ask("loglikelihood", "in the", text, doc=n) for n, text in ((0, " word"), (0, " word"), (1, " word"), (1, " god"))]
+    model.loglikelihood(asked, disable_tqdm=True)
+    assert model.get_model_info()["tied_documents"] == 1
+
+
+# BLiMP -------------------------------------------------------------------------------------------------------------------
+
+
+def _paradigms() -> list[str]:
+    text = (TASKS / "blimp_local.yaml").read_text().replace("!function ", "")
+    return [task["dataset_kwargs"]["paradigm"] for task in yaml.safe_load(text)["task"]]
+
+
+@pytest.fixture(scope="session")
+def blimp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """67 files of two rows each; the good sentence repeats what the tokenizer knows."""
+    folder = tmp_path_factory.mktemp("blimp")
+    for name in _paradigms():
+        rows = [{"sentence_good": f"the word {i} was", "sentence_bad": f"the word {i} god", "UID": name} for i in range(2)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_blimp_helper_speaks_lm_evals_language(tmp_path: Path) -> None:
+    expanded = expand_blimp(["--tasks", "blimp_local", "--blimp", str(tmp_path)])
+    assert expanded == [
+        "run",
+        "--tasks",
+        "blimp_local",
+        "--include_path",
+        str(TASKS),
+        "--metadata",
+        json.dumps({"blimp": str(tmp_path)}),
+    ]
+    assert expand_blimp(["run", "--model", "hf"]) == ["run", "--model", "hf"]
+    for arguments in (["--blimp", "nowhere"], ["--blimp"], ["--blimp", str(tmp_path), "--include_path", "x"]):
+        with pytest.raises(UserError):
+            expand_blimp(arguments)
+
+
+def test_command_runs_lm_evals_own_with_the_estimator_in_the_results(
+    folders: Callable[[str], Path],
+    blimp: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    common = ["eval", "lm-eval", "--model", "rdlm", "--device", "cpu", "--batch_size", "8", "--blimp", str(blimp)]
+    arguments = ["--model_args", f"checkpoint={folders('onestep')},num_steps=4", "--output_path", str(tmp_path)]
+    assert run(app, [*common, *arguments, "--tasks", "blimp_local", "--bootstrap_iters", "0"], "rdlm") == 0
+    results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())
+    config = results["config"]
+    assert config["estimator"] == "normalised: logits after K = 4 core steps" and config["loglikelihood_num_steps"] == 4
+    assert len(results["group_subtasks"]["blimp_local"]) == 67 and "blimp_local" in results["groups"]
+    model = RecurrentLM(checkpoint=str(folders("onestep")), num_steps=4)
+    rows = [json.loads(line) for line in (blimp / "wh_island.jsonl").read_text().splitlines()]
+    asked = [_ask("loglikelihood", "", row[key]) for row in rows for key in ("sentence_good", "sentence_bad")]
+    scores = [logprob for logprob, _ in model.loglikelihood(asked, disable_tqdm=True)]
+    assert results["results"]["blimp_wh_island"]["acc,none"] == statistics.mean([scores[0] > scores[1], scores[2] > scores[3]])
+    capfd.readouterr()
+    (blimp / "wh_island.jsonl").rename(blimp / "hidden")
+    assert run(app, [*common, *arguments, "--tasks", "blimp_local"], "rdlm") == 2
+    (blimp / "hidden").rename(blimp / "wh_island.jsonl")
+    assert "has no readable wh_island.jsonl; give the folder" in capfd.readouterr().err.splitlines()[-1]
+    assert run(app, [*common, *arguments, "--tasks", "no_such_task"], "rdlm") == 2
+    assert "no_such_task" in capfd.readouterr().err.splitlines()[-1]
+
+
+class Noise(RecurrentLM):
+    """Knows nothing: a hash of the ids decides."""
+
+    def _score(self, pairs: Any, disable_tqdm: bool) -> list[tuple[float, bool]]:
+        digests = [hashlib.sha256(repr(pair).encode()).digest() for pair in pairs]
+        return [(-int.from_bytes(digest[:6], "big") / 2**48, False) for digest in digests]
+
+
+class Constant(RecurrentLM):
+    def _score(self, pairs: Any, disable_tqdm: bool) -> list[tuple[float, bool]]:
+        return [(-1.0, False)] * len(pairs)
+
+
+@pytest.mark.slow
+def test_blimp_gives_ignorance_one_half_and_reports_ties(folders: Callable[[str], Path], shared_data: Path) -> None:
+    """lm-eval resolves ties to the first choice, the right one: a constant model scores 1, and the count of ties says so."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(TASKS), metadata={"blimp": str(shared_data / "blimp")})
+    results = {}
+    for kind in (Noise, Constant):
+        model = kind(checkpoint=str(folders("onestep")))
+        found = simple_evaluate(model=model, tasks=["blimp_local"], task_manager=manager, limit=60, bootstrap_iters=0)
+        results[kind] = found["results"]["blimp_local"]["acc,none"], found["config"]["tied_documents"]
+    rows = 67 * 60
+    assert abs(results[Noise][0] - 0.5) < 4 * 0.5 / math.sqrt(rows) and results[Noise][1] == 0
+    assert results[Constant] == (1.0, rows)
