@@ -12,7 +12,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eval.nll import BOOTSTRAP_SAMPLES, check_steps
+from eval.bootstrap import interval, resamples
+from eval.nll import check_steps
 from rdlm.answers import greedy_answers
 from rdlm.checkpoint import Loaded
 from rdlm.errors import UserError
@@ -71,16 +72,15 @@ def evaluate_depth(
 
 
 def _summarise(right: dict[int, np.ndarray], length: int, seed: int) -> list[dict[str, Any]]:
-    """right: {K: bool [rows, length]}. Percentile bootstrap (Efron 1979), the same draws for every K."""
+    """right: {K: bool [rows, length]}. The same resamples for every K."""
     rows = len(next(iter(right.values())))
-    draws = np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), BOOTSTRAP_SAMPLES) / rows
+    draws = resamples(rows, seed) / rows
     base = next(iter(right.values())).mean(1)
     results = []
     for k, hits in right.items():
         share, result = hits.mean(1), dict[str, Any](length=length, K=k)
         for name, values in (("accuracy", share), ("delta", share - base), ("last", hits[:, -1].astype(float))):
-            interval = np.quantile(draws @ values, (0.025, 0.975))
-            result |= {name: float(values.mean()), f"{name}_interval": [float(x) for x in interval]}
+            result |= {name: float(values.mean()), f"{name}_interval": interval(draws @ values)}
         results.append(result)
     return results
 
