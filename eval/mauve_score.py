@@ -65,8 +65,12 @@ def mauve(p: np.ndarray, q: np.ndarray, scaling_factor: float, seeds: Sequence[i
     import faiss
     from mauve import compute_mauve
 
+    threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)  # sums in another order would move points between clusters
-    runs = [compute_mauve(p_features=p, q_features=q, mauve_scaling_factor=scaling_factor, seed=seed) for seed in seeds]
+    try:
+        runs = [compute_mauve(p_features=p, q_features=q, mauve_scaling_factor=scaling_factor, seed=seed) for seed in seeds]
+    finally:
+        faiss.omp_set_num_threads(threads)
     scores = [float(run.mauve) for run in runs]
     sd = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
     return {"value": float(np.mean(scores)), "sd": sd, "per_seed": scores, "num_buckets": int(runs[0].num_buckets)}
@@ -102,6 +106,9 @@ def evaluate_mauve(
     results = [
         {**asdict(setting), **scored(_features(featuriser, texts, cache, bar, str(setting)))} for setting, texts in generated
     ]
+    for row in results:
+        row["against_ceiling"] = _compare(row, bounds["ceiling"])
+        row["against_first"] = _compare(row, results[0])
     return {
         "protocol": asdict(protocol),
         "featuriser": featuriser.described,
@@ -109,6 +116,14 @@ def evaluate_mauve(
         **bounds,
         "results": results,
     }
+
+
+def _compare(score: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """Difference of two scores. Inside the noise: within two standard deviations of clustering; unknown with one seed."""
+    difference = score["value"] - reference["value"]
+    if score["sd"] is None:
+        return {"difference": difference, "inside_noise": None}
+    return {"difference": difference, "inside_noise": abs(difference) <= 2 * float(np.hypot(score["sd"], reference["sd"]))}
 
 
 def _features(featuriser: Teacher, texts: Texts, cache: Path, bar: Bar, what: str) -> tuple[np.ndarray, int]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder.")]
 Data = Annotated[Path, typer.Option(help="Folder made by `rdlm data prepare` with the checkpoint's tokenizer.")]
 Split = Annotated[str, typer.Option(help="Split whose passages are continued.")]
-Steps = Annotated[str | None, typer.Option("--num-steps", help="K, or several with commas [the checkpoint's].")]
+Steps = Annotated[str | None, typer.Option("--num-steps", help="K, or several with commas; by default the checkpoint's.")]
 Temperatures = Annotated[str, typer.Option("--temperature", help="One or several with commas; 0 is greedy.")]
 TopPs = Annotated[str, typer.Option("--top-p", help="One or several with commas; 1 is off.")]
 Across = Annotated[bool, typer.Option("--across-documents", help="Prompts and answers may contain an end of text.")]
@@ -248,7 +248,7 @@ def _show_mauve(report: dict[str, Any], console: Console) -> None:
         caption=f"{report['references']:,} references, scaling factor {protocol['scaling_factor']:g}, features of "
         f"{report['featuriser']['name']}; the deviation is that of {protocol['seeds']} k-means seeds",
     )
-    for name in ("K", "T", "top-p", "MAUVE", "sd", "texts", "empty"):
+    for name in ("K", "T", "top-p", "MAUVE", "sd", "- ceiling", "- first", "texts", "empty"):
         table.add_column(name, justify="right")
     for label in ("ceiling", "floor"):
         what = {"ceiling": "other human text", "floor": "its words shuffled"}[label]
@@ -263,7 +263,12 @@ def _show_mauve(report: dict[str, Any], console: Console) -> None:
 
 def _scored(entry: dict[str, Any]) -> list[str]:
     sd = "" if entry["sd"] is None else f"{entry['sd']:.4f}"
-    return [f"{entry['value']:.4f}", sd, f"{entry['texts']:,}", str(entry["empty_texts"])]
+    compared = [_difference(entry.get(name)) for name in ("against_ceiling", "against_first")]
+    return [f"{entry['value']:.4f}", sd, *compared, f"{entry['texts']:,}", str(entry["empty_texts"])]
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"{found['difference']:+.4f}" + (" (within noise)" if found["inside_noise"] else "")
 
 
 def _write_json(report: dict[str, Any], file: Path) -> None:

@@ -1,0 +1,155 @@
+"""Teachers: which tokens are scored, with what context; what is kept; which sources are refused. A tiny random model stands in."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.teachers import CHUNK_TEXTS, Teacher, cached, load_teacher, pieces
+from rdlm.errors import UserError
+
+transformers = pytest.importorskip("transformers", reason="teachers need transformers")
+TEXT = "In the beginning God created the heaven and the earth, and the earth was without form and void."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of random weights with a byte-level tokenizer, as a local folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([TEXT] * 5, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    path = tmp_path_factory.mktemp("teacher")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
+        initializer_range=0.3,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(folder: Path) -> Teacher:
+    return load_teacher(str(folder))
+
+
+def _by_hand(teacher: Teacher, text: str, first: int) -> float:
+    ids = torch.tensor([teacher.tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        logp = teacher.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return -float(logp[torch.arange(len(logp)), ids[0, 1:]][first - 1 :].sum())
+
+
+@pytest.mark.parametrize(("length", "window"), [(1, 8), (2, 8), (8, 8), (9, 8), (33, 8), (34, 7), (5, 2)])
+def test_every_token_but_the_first_is_scored_once_with_half_a_window_of_context(length: int, window: int) -> None:
+    scored = []
+    for begin, end, first in pieces(length, window):
+        assert end - begin <= window and first > begin
+        assert begin == 0 or first - begin >= window // 2
+        scored += range(first, end)
+    assert scored == list(range(1, length))
+
+
+def test_a_continuation_is_scored_given_its_prompt(teacher: Teacher) -> None:
+    prompt, continuation = TEXT[:33], TEXT[33:60]
+    num_prompt = len(teacher.tokenizer(prompt)["input_ids"])
+    ids = teacher.tokenizer(prompt + continuation)["input_ids"]
+    assert ids[:num_prompt] == teacher.tokenizer(prompt)["input_ids"]  # the cut lies between tokens
+    nats, tokens = teacher.score([prompt], [continuation])[0]
+    assert tokens == len(ids) - num_prompt
+    assert nats == pytest.approx(_by_hand(teacher, prompt + continuation, num_prompt), rel=1e-5)
+    other = teacher.score(["Quite another start of it: "], [continuation])[0]
+    assert other[0] != pytest.approx(nats, rel=1e-3)
+
+
+def test_a_token_over_the_border_counts_and_the_first_of_a_text_never(teacher: Teacher) -> None:
+    ids = teacher.tokenizer(TEXT[:40])["input_ids"]
+    ends = [end for _, end in teacher.tokenizer(TEXT[:40], return_offsets_mapping=True)["offset_mapping"]]
+    cut = next(e for e, before in zip(ends[1:], ends, strict=False) if e - before > 2) - 1  # inside a token
+    assert teacher.score([TEXT[:cut]], [TEXT[cut:40]])[0, 1] == sum(end > cut for end in ends)
+    assert teacher.score([""], [TEXT[:40]])[0, 1] == len(ids) - 1
+    assert teacher.score([TEXT[:40]], [""])[0].tolist() == [0, 0]
+
+
+def test_scores_and_features_do_not_depend_on_the_batch(teacher: Teacher) -> None:
+    texts = [TEXT[i : i + 5 + 3 * i] for i in range(12)]
+    done: list[int] = []
+    together = teacher.score(texts, [t[::-1] for t in texts], done.append)
+    assert sum(done) == 12
+    alone = np.concatenate([teacher.score([t], [t[::-1]]) for t in texts])
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    features = teacher.features(texts)
+    np.testing.assert_allclose(features, np.concatenate([teacher.features([t]) for t in texts]), rtol=1e-4, atol=1e-5)
+    ids = torch.tensor([teacher.tokenizer(texts[3])["input_ids"]])
+    with torch.no_grad():
+        last = teacher.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+    np.testing.assert_allclose(features[3], last.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_long_texts_are_scored_in_windows(teacher: Teacher) -> None:
+    text = " ".join([TEXT] * 6)
+    ids = teacher.tokenizer(text)["input_ids"]
+    assert len(ids) > 2 * teacher.window == 128  # the model's own limit
+    nats, tokens = teacher.score([text[:1]], [text[1:]])[0]
+    assert tokens == len(ids) - 1
+    by_hand = 0.0
+    for begin, end, first in pieces(len(ids), 64):
+        with torch.no_grad():
+            logp = teacher.model(input_ids=torch.tensor([ids[begin:end]])).logits[0].log_softmax(-1)
+        by_hand -= sum(float(logp[i - 1 - begin, ids[i]]) for i in range(first, end))
+    assert nats == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_equal_weights_have_equal_fingerprints(folder: Path, teacher: Teacher, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    teacher.model.save_pretrained(copy)
+    teacher.tokenizer.save_pretrained(copy)
+    assert load_teacher(str(copy)).fingerprint == teacher.fingerprint
+    with torch.no_grad():
+        teacher.model.model.norm.weight[0] += 1
+    changed = tmp_path / "changed"
+    teacher.model.save_pretrained(changed)
+    teacher.tokenizer.save_pretrained(changed)
+    with torch.no_grad():
+        teacher.model.model.norm.weight[0] -= 1
+    assert load_teacher(str(changed)).fingerprint != teacher.fingerprint
+
+
+def test_what_was_computed_is_not_computed_again(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def lengths(texts: list[str], progress: Callable[[int], object] | None) -> np.ndarray:
+        calls.append(len(texts))
+        return np.array([[len(text)] for text in texts])
+
+    texts = [f"{'x' * (i % 7)}{i}" for i in range(CHUNK_TEXTS + 10)]
+    first = cached(tmp_path, ("kind", "a"), texts, lengths)
+    assert first[:, 0].tolist() == [len(t) for t in texts] and calls == [CHUNK_TEXTS, 10]
+    assert cached(tmp_path, ("kind", "a"), texts, lengths).tolist() == first.tolist() and len(calls) == 2
+    cached(tmp_path, ("kind", "b"), texts, lengths)
+    cached(tmp_path, ("kind", "a"), [*texts[:-1], "other"], lengths)
+    assert calls == [CHUNK_TEXTS, 10, CHUNK_TEXTS, 10, 10]
+    assert all(file.name.startswith("kind-") for file in tmp_path.iterdir())
+
+
+def test_a_hub_name_out_of_reach_is_one_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="smollm2") as caught:
+        load_teacher("GPT2-XL")
+    assert caught.value.field == "--teacher" and "\n" not in str(caught.value)
+
+
+def test_missing_packages_and_empty_folders_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_teacher(str(tmp_path))
+    monkeypatch.setattr("eval.teachers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install transformers==5\.23\.0"):
+        load_teacher("smollm2")
