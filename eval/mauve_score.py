@@ -106,9 +106,10 @@ def evaluate_mauve(
     results = [
         {**asdict(setting), **scored(_features(featuriser, texts, cache, bar, str(setting)))} for setting, texts in generated
     ]
-    for row in results:
+    for i, row in enumerate(results):
         row["against_ceiling"] = _compare(row, bounds["ceiling"])
-        row["against_first"] = _compare(row, results[0])
+        if i:
+            row["against_first"] = _compare(row, results[0])
     return {
         "protocol": asdict(protocol),
         "featuriser": featuriser.described,

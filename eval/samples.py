@@ -166,7 +166,10 @@ class Sampler:
 
     def check(self, settings: Sequence[Setting]) -> None:
         """UserError for a K or a decoding setting that cannot be used."""
-        check_steps([s.num_steps for s in settings], self._loaded.denoiser, self._loaded.config)
+        try:
+            check_steps([s.num_steps for s in settings], self._loaded.denoiser, self._loaded.config)
+        except UserError as error:
+            raise UserError("--num-steps", error.value, error.problem, error.remedy) from None
         for s in settings:
             SamplingParams(temperature=s.temperature, top_p=s.top_p)
 

@@ -165,9 +165,9 @@ def test_complete_files_need_no_engine_and_other_settings_have_files_of_their_ow
 
 def test_what_does_not_fit_is_refused(folder: Path, store: TokenStore, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="64 positions"):
-        _sampler(folder, store, tmp_path, shape=Shape(40, 30), count=1)
+        _sampler(folder, store, tmp_path, shape=Shape(40, 30, across_documents=True), count=1)
     with _sampler(folder, store, tmp_path) as sampler:
-        for bad, field in ((Setting(65), "--steps"), (Setting(1, -1.0), "temperature"), (Setting(1, 1.0, 0.0), "top_p")):
+        for bad, field in ((Setting(65), "--num-steps"), (Setting(1, -1.0), "temperature"), (Setting(1, 1.0, 0.0), "top_p")):
             with pytest.raises(UserError) as caught:
                 sampler.check([WARM, bad])
             assert caught.value.field == field

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.teachers import CHUNK_TEXTS, Teacher, cached, load_teacher, pieces
+from eval.teachers import CHUNK_TEXTS, Teacher, _source, cached, load_teacher, pieces
 from rdlm.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="teachers need transformers")
@@ -58,7 +58,7 @@ def test_every_token_but_the_first_is_scored_once_with_half_a_window_of_context(
 
 
 def test_a_continuation_is_scored_given_its_prompt(teacher: Teacher) -> None:
-    prompt, continuation = TEXT[:33], TEXT[33:60]
+    prompt, continuation = TEXT[:32], TEXT[32:60]
     num_prompt = len(teacher.tokenizer(prompt)["input_ids"])
     ids = teacher.tokenizer(prompt + continuation)["input_ids"]
     assert ids[:num_prompt] == teacher.tokenizer(prompt)["input_ids"]  # the cut lies between tokens
@@ -84,7 +84,7 @@ def test_scores_and_features_do_not_depend_on_the_batch(teacher: Teacher) -> Non
     together = teacher.score(texts, [t[::-1] for t in texts], done.append)
     assert sum(done) == 12
     alone = np.concatenate([teacher.score([t], [t[::-1]]) for t in texts])
-    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
     features = teacher.features(texts)
     np.testing.assert_allclose(features, np.concatenate([teacher.features([t]) for t in texts]), rtol=1e-4, atol=1e-5)
     ids = torch.tensor([teacher.tokenizer(texts[3])["input_ids"]])
@@ -139,12 +139,16 @@ def test_what_was_computed_is_not_computed_again(tmp_path: Path) -> None:
     assert all(file.name.startswith("kind-") for file in tmp_path.iterdir())
 
 
-def test_a_hub_name_out_of_reach_is_one_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_name_out_of_reach_is_one_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(UserError, match="smollm2") as caught:
-        load_teacher("GPT2-XL")
+        load_teacher("rdlm-stack/there-is-no-such-model")
     assert caught.value.field == "--teacher" and "\n" not in str(caught.value)
+
+
+def test_teachers_of_papers_have_short_names() -> None:
+    assert _source("GPT2-XL") == ("openai-community/gpt2-xl", {})
+    assert _source("Llama-2-7B") == ("meta-llama/Llama-2-7b-hf", {})
 
 
 def test_missing_packages_and_empty_folders_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
