@@ -6,6 +6,7 @@ A file is JSONL: a header with everything that decides the texts, then a line pe
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -183,17 +184,18 @@ class Sampler:
     def continuations(self, setting: Setting, progress: Callable[[int], object] | None = None) -> list[list[str]]:
         """texts[prompt][choice], from the file as far as it goes. ``progress`` is told the prompts done, those found included."""
         file = self.file(setting)
-        rows = _read(file, self._header(setting))
-        if progress:
-            progress(len(rows))
-        if len(rows) < len(self.passages):
-            with file.open("a") as stream:
-                for batch in self._batches(len(rows)):
-                    rows += self._generate(setting, batch)
-                    stream.writelines(json.dumps(row) + "\n" for row in rows[-len(batch) :])
-                    stream.flush()
-                    if progress:
-                        progress(len(batch))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)  # another run at the same texts waits here, then finds them
+            rows = _read(file, self._header(setting))
+            if progress:
+                progress(len(rows))
+            for batch in self._batches(len(rows)):
+                rows += self._generate(setting, batch)
+                stream.writelines(json.dumps(row) + "\n" for row in rows[-len(batch) :])
+                stream.flush()
+                if progress:
+                    progress(len(batch))
         return [row["texts"] for row in rows]
 
     def _batches(self, start: int) -> Iterator[list[Passage]]:
@@ -262,9 +264,8 @@ def _digest(value: object) -> str:
 
 
 def _read(file: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of complete lines. Cuts off a line that an interruption left half written; starts the file if there is none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = file.read_bytes() if file.is_file() else b""
+    """Rows of complete lines. Cuts off a line that an interruption left half written; starts an empty file with its header."""
+    content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if not whole:
         file.write_text(json.dumps(header, sort_keys=True) + "\n")
