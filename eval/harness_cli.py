@@ -41,7 +41,7 @@ def expand_blimp(arguments: list[str]) -> list[str]:
             rest.append(item)
     if not found:
         return rest
-    if not Path(folder).is_dir():
+    if not folder or not Path(folder).is_dir():
         raise UserError("--blimp", folder, "is not a folder", "give the folder of BLiMP's 67 JSONL files")
     for taken in ("--include_path", "--metadata"):
         if any(item.partition("=")[0] == taken for item in rest):
