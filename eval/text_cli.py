@@ -186,11 +186,16 @@ def _sampler(
 
 @contextmanager
 def _bars() -> Iterator[Bar]:
-    """Progress bars that close with the block."""
+    """One progress bar at a time: the next one closes the one before it, the block the last."""
     from tqdm import tqdm
 
     with ExitStack() as stack:
-        yield lambda what, total: stack.enter_context(tqdm(total=total, desc=what)).update
+
+        def bar(what: str, total: int) -> Callable[[int], object]:
+            stack.close()
+            return stack.enter_context(tqdm(total=total, desc=what)).update
+
+        yield bar
 
 
 def _origin(sampler: Sampler) -> dict[str, Any]:
@@ -251,7 +256,7 @@ def _show_mauve(report: dict[str, Any], console: Console) -> None:
     for name in ("K", "T", "top-p", "MAUVE", "sd", "- ceiling", "- first", "texts", "empty"):
         table.add_column(name, justify="right")
     for label in ("ceiling", "floor"):
-        what = {"ceiling": "other human text", "floor": "its words shuffled"}[label]
+        what = {"ceiling": "human", "floor": "shuffled"}[label]
         table.add_row(what, "", "", *_scored(report[label]), style="dim")
     for row in report["results"]:
         table.add_row(*_place(row), *_scored(row))

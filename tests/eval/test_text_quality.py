@@ -24,6 +24,7 @@ from rdlm.shards import TokenStore
 from train.corpora.prepare import Preparation, prepare
 
 VOCAB = 300
+SHORT = ["--num-prompts", "3", "--prompt-tokens", "5", "--max-tokens", "5"]
 
 
 class Counting(Teacher):
@@ -128,7 +129,7 @@ def test_mauve_lies_between_its_floor_and_its_ceiling(tmp_path: Path) -> None:
     settings = [(Setting(1), themed(100, 3)), (Setting(4), half)]
     report = evaluate_mauve(PROTOCOLS["quick"], human, others, settings, Counting(), tmp_path, _bar)
     good, mixed = report["results"]
-    assert report["ceiling"]["value"] > 0.85 and report["floor"]["value"] < 0.1
+    assert report["ceiling"]["value"] > 0.85 and report["floor"]["value"] < 0.3
     assert good["value"] > 0.85 and report["floor"]["value"] < mixed["value"] < good["value"] - 0.1
     assert (mixed["texts"], mixed["empty_texts"]) == (99, 1) and len(good["per_seed"]) == 3 and good["sd"] >= 0
     assert evaluate_mauve(PROTOCOLS["quick"], human, others, settings, Counting(), tmp_path, _bar) == report
@@ -187,15 +188,16 @@ def test_mauve_command_reports_ceiling_and_floor(
     report = json.loads((tmp_path / "m.json").read_text())
     assert report["protocol"]["prompts"] == report["references"] == report["ceiling"]["texts"] == 40
     assert "prompts 40" in report["protocol"]["name"] and len(report["results"][0]["per_seed"]) == 2
-    assert "other human text" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f"{report[name]['value']:.4f}" in shown for name in ("ceiling", "floor"))
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("gen-ppl", ["--temperature", "warm"], "--temperature='warm'"),
-        ("gen-ppl", ["--num-steps", "0"], "--num-steps=0"),
-        ("gen-ppl", ["--top-p", "0"], "top_p=0"),
+        ("gen-ppl", ["--num-steps", "0", *SHORT], "--num-steps=0"),
+        ("gen-ppl", ["--top-p", "0", *SHORT], "top_p=0"),
         ("gen-ppl", ["--prompt-tokens", "40", "--max-tokens", "40", "--num-prompts", "2", "--across-documents"], "64 positions"),
         ("gen-ppl", ["--num-prompts", "100000", "--prompt-tokens", "5", "--max-tokens", "5"], "the split has only"),
         ("mauve", ["--split", "nowhere"], "split='nowhere'"),
