@@ -29,6 +29,7 @@ from lm_eval.api.instance import Instance
 from eval.harness import RecurrentLM
 from eval.harness_cli import TASKS, expand_blimp
 from eval.likelihood import score_continuations
+from eval.tasks.blimp import load as load_paradigm
 
 TEXTS = ["in the beginning was the word and the word was with god", "and it came to pass in those days"] * 20
 MakeModel = Callable[..., RecurrentLM]
@@ -248,7 +249,7 @@ def test_command_runs_lm_evals_own_with_the_estimator_in_the_results(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     common = ["eval", "lm-eval", "--model", "rdlm", "--device", "cpu", "--batch_size", "8", "--blimp", str(blimp)]
     arguments = ["--model_args", f"checkpoint={folders('onestep')},num_steps=4", "--output_path", str(tmp_path)]
-    assert run(app, [*common, *arguments, "--tasks", "blimp_local", "--bootstrap_iters", "0"], "rdlm") == 0
+    assert run(app, [*common, *arguments, "--tasks", "blimp_local"], "rdlm") == 0
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())
     config = results["config"]
     assert config["estimator"] == "normalised: logits after K = 4 core steps" and config["loglikelihood_num_steps"] == 4
@@ -258,13 +259,26 @@ def test_command_runs_lm_evals_own_with_the_estimator_in_the_results(
     asked = [_ask("loglikelihood", "", row[key]) for row in rows for key in ("sentence_good", "sentence_bad")]
     scores = [logprob for logprob, _ in model.loglikelihood(asked, disable_tqdm=True)]
     assert results["results"]["blimp_wh_island"]["acc,none"] == statistics.mean([scores[0] > scores[1], scores[2] > scores[3]])
-    capfd.readouterr()
-    (blimp / "wh_island.jsonl").rename(blimp / "hidden")
-    assert run(app, [*common, *arguments, "--tasks", "blimp_local"], "rdlm") == 2
-    (blimp / "hidden").rename(blimp / "wh_island.jsonl")
-    assert "has no readable wh_island.jsonl; give the folder" in capfd.readouterr().err.splitlines()[-1]
-    assert run(app, [*common, *arguments, "--tasks", "no_such_task"], "rdlm") == 2
-    assert "no_such_task" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_unreadable_blimp_files_are_named(blimp: Path, tmp_path: Path) -> None:
+    rows = load_paradigm("wh_island", str(blimp), num_steps=4)["train"]
+    assert rows.num_rows == 2 and rows[0] == {"sentence_good": "the word 0 was", "sentence_bad": "the word 0 god"}
+    (tmp_path / "broken.jsonl").write_text('{"sentence_good": "x"}\n')
+    for paradigm, folder, message in (
+        ("wh_island", None, "need the folder of BLiMP's files; give --blimp FOLDER"),
+        ("wh_island", str(tmp_path), "has no readable wh_island.jsonl"),
+        ("broken", str(tmp_path), "is not a file of BLiMP"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_paradigm(paradigm, folder)
+
+
+@pytest.mark.slow
+def test_what_lm_eval_refuses_is_one_line(folders: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "rdlm", "--model_args", f"checkpoint={folders('onestep')}", "--tasks", "no_such_task"]
+    assert run(app, ["eval", "lm-eval", *arguments], "rdlm") == 2
+    assert "Tasks not found: no_such_task" in capfd.readouterr().err.splitlines()[-1]
 
 
 class Noise(RecurrentLM):
