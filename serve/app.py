@@ -23,6 +23,8 @@ from serve.logs import RequestLog
 from serve.routes_chat import chat_completions
 from serve.routes_completions import completions
 from serve.routes_info import detokenize, health, metrics, model, models, ready, tokenize, tokenizer_info
+from serve.routes_page import page
+from serve.routes_score import score
 from serve.settings import HttpSettings
 
 logger = logging.getLogger("rdlm.serve")
@@ -33,7 +35,7 @@ OPEN_PATHS = ("/health", "/ready", "/schema")
 def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
     """The application around an engine that may still be loading. Whoever started the engine stops it."""
     app = Litestar(
-        [completions, chat_completions, models, model, health, ready, metrics, tokenize, detokenize, tokenizer_info],
+        [page, completions, chat_completions, score, models, model, health, ready, metrics, tokenize, detokenize, tokenizer_info],
         state=State({"frontend": Frontend(engine, settings)}),
         guards=[_require_key],
         exception_handlers={ApiError: _api_error, UserError: _user_error, HTTPException: _http_error, Exception: _defect},
@@ -52,7 +54,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
 def _require_key(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
     """Bearer key, compared in constant time against every accepted one."""
     keys = connection.app.state.frontend.settings.api_keys
-    if not keys or connection.url.path.startswith(OPEN_PATHS):
+    if not keys or connection.url.path == "/" or connection.url.path.startswith(OPEN_PATHS):
         return
     given = connection.headers.get("authorization", "").removeprefix("Bearer ").encode()
     if not any([hmac.compare_digest(given, key.encode()) for key in keys]):
@@ -82,8 +84,8 @@ def _http_error(request: Request[Any, Any, Any], error: HTTPException) -> Respon
     """Litestar's own refusals: malformed JSON, unknown fields, wrong path or method, oversized bodies."""
     if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
         first = error.extra[0]
-        param = str(first.get("key") or "") or None
-        return _answer(request, invalid(f"{param}: {first['message']}" if param else str(first["message"]), param))
+        param, message = str(first.get("key") or "") or None, str(first["message"]).removeprefix("Value error, ")
+        return _answer(request, invalid(f"{param}: {message}" if param else message, param))
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return _answer(request, ApiError(error.status_code, error.detail, kind))
 

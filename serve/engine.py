@@ -14,29 +14,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import replace
 
+from serve.active import Active
 from serve.errors import EngineClosed, QueueFull
-from serve.events import Counters, Event, Served, Sink, State, Usage
-from serve.sequence import Request, Sequence, StepResult, TokenLogprobs
+from serve.events import Counters, Event, Served, Sink, State
+from serve.sequence import Request, Sequence, StepResult
 from serve.text import TextStream
 
 logger = logging.getLogger("rdlm.serve")
-
-
-@dataclass(slots=True, eq=False)
-class _Active:
-    """A sequence with its way back to whoever asked."""
-
-    sequence: Sequence
-    text: TextStream
-    sink: Sink
-    index: int
-    submitted: float
-    started: float | None = None
-    first_token: float | None = None
-    last_token: float = 0.0
-    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class Engine:
@@ -50,9 +36,9 @@ class Engine:
         self.counters = Counters()
         self._served: Served | None = None
         self._ids = itertools.count()
-        self._inbox: deque[_Active] = deque()
+        self._inbox: deque[Active] = deque()
         self._aborts: deque[int] = deque()
-        self._active: dict[int, _Active] = {}
+        self._active: dict[int, Active] = {}
         self._wake = threading.Condition()
         self._loaded = threading.Event()
         self._idle = threading.Event()
@@ -104,8 +90,9 @@ class Engine:
             now, ids = time.monotonic(), []
             for index, request in enumerate(requests):
                 depth = served.runner.depth(request.num_steps)
-                sequence = Sequence(next(self._ids), request, depth, served.scheduler.chunk)
-                self._inbox.append(_Active(sequence, TextStream(served.tokenizer, request.stop), sink, index, now))
+                chunk = len(request.prompt) if request.sweep else served.scheduler.chunk
+                sequence = Sequence(next(self._ids), request, depth, chunk)
+                self._inbox.append(Active(sequence, TextStream(served.tokenizer, request.stop), sink, index, now))
                 ids.append(sequence.id)
             self._idle.clear()
             self._wake.notify()
@@ -237,88 +224,47 @@ class Engine:
             self._settle(self._active[sequence.id], results.get(sequence.id))
         self.counters.busy_s += time.monotonic() - after_model
 
-    def _settle(self, active: _Active, result: StepResult | None) -> None:
+    def _settle(self, active: Active, result: StepResult | None) -> None:
         """Move a sequence past the step it has just taken."""
         sequence = active.sequence
         assert sequence.segment is not None
         steps = sequence.segment.step + 1
         was_last = sequence.next_start >= len(sequence.request.prompt)
-        closed = sequence.advance()
+        closed = sequence.advance(exited=result is not None and result.exited)
         if result is not None and result.prompt_logprobs is not None:
-            active.prompt_logprobs = (active.prompt_logprobs or []) + result.prompt_logprobs
+            active.score(result.prompt_logprobs, steps)
         if closed and was_last:
             if result is not None and result.token is not None:
-                self._say(active, result.token, steps, result.logprobs)
+                self._say(active, result, steps)
             else:
                 self._finish(active, "length")  # nothing was to be drawn
 
-    def _say(self, active: _Active, token: int, steps: int, logprobs: TokenLogprobs | None) -> None:
+    def _say(self, active: Active, result: StepResult, steps: int) -> None:
         """Append a token, find out whether it ends the answer, and tell the sink."""
-        sequence, request = active.sequence, active.sequence.request
-        sequence.output.append(token)
-        self._count_token(active, steps)
-        if token in request.stop_ids and len(sequence.output) > request.min_tokens:
-            self._finish(active, "stop", active.text.finish(), token, logprobs)
-            return
-        text, stopped = active.text.feed(token, len(sequence.output) > request.min_tokens)
-        if stopped:
-            self._finish(active, "stop", text, token, logprobs)
-        elif not sequence.wants_token:
-            self._finish(active, "length", text + active.text.finish(), token, logprobs)
+        text, finish = active.hear(result, steps)
+        now = time.monotonic()
+        self.counters.token(steps, active.clock(now), now - active.submitted)
+        event = Event(active.index, result.token, text, steps, result.logprobs)
+        if finish is None:
+            self._emit(active, event)
         else:
-            self._emit(active, Event(active.index, token, text, logprobs, self._take_prompt(active)))
+            self._finish(active, finish, event)
 
-    def _finish(
-        self, active: _Active, reason: str, text: str = "", token: int | None = None, logprobs: TokenLogprobs | None = None
-    ) -> None:
-        sequence, served, now = active.sequence, self.served, time.monotonic()
-        served.scheduler.remove(sequence.id)
-        served.runner.release(sequence.id)
-        self._active.pop(sequence.id, None)
-        started = active.started or now
-        usage = Usage(
-            prompt_tokens=len(sequence.request.prompt),
-            completion_tokens=len(sequence.output),
-            num_steps=sequence.depth.num_steps,
-            prefill_core_steps=sequence.prompt_row_steps,
-            decode_core_steps=sequence.decode_row_steps,
-            queue_s=started - active.submitted,
-            first_token_s=(active.first_token or now) - active.submitted,
-            total_s=now - active.submitted,
-        )
-        self._count_end(reason, usage)
-        self._emit(active, Event(active.index, token, text, logprobs, self._take_prompt(active), reason, usage))
-
-    def _count_token(self, active: _Active, steps: int) -> None:
-        now, counters = time.monotonic(), self.counters
-        counters.tokens += 1
-        counters.token_steps.observe(steps)
-        if active.first_token is None:
-            active.first_token = now
-            counters.first_token_s.observe(now - active.submitted)
-        else:
-            counters.between_tokens_s.observe(now - active.last_token)
-        active.last_token = now
-
-    def _count_end(self, reason: str, usage: Usage) -> None:
-        counters = self.counters
-        counters.stopped += reason == "stop"
-        counters.lengthy += reason == "length"
-        counters.aborted += reason == "abort"
-        counters.failed += reason == "error"
+    def _finish(self, active: Active, reason: str, event: Event | None = None) -> None:
+        """Forget a sequence and tell its sink why, with the last token if there is one."""
+        self.served.scheduler.remove(active.sequence.id)
+        self.served.runner.release(active.sequence.id)
+        self._active.pop(active.sequence.id, None)
+        usage = active.usage(time.monotonic())
+        self.counters.end(reason, usage)
         if reason in ("stop", "length"):
-            counters.prompt_tokens += usage.prompt_tokens
-            counters.queue_s.observe(usage.queue_s)
-            counters.total_s.observe(usage.total_s)
             self._seconds_per_sequence += 0.1 * (usage.total_s - usage.queue_s - self._seconds_per_sequence)
+        self._emit(active, replace(event or Event(active.index), finish=reason, usage=usage, sweep=active.sweep or None))
 
-    def _take_prompt(self, active: _Active) -> list[TokenLogprobs] | None:
-        taken, active.prompt_logprobs = active.prompt_logprobs, None
-        return taken
-
-    def _emit(self, active: _Active, event: Event) -> None:
+    def _emit(self, active: Active, event: Event) -> None:
+        prompt_logprobs = active.take_prompt_logprobs()
         try:
-            active.sink(event)
+            active.sink(event if prompt_logprobs is None else replace(event, prompt_logprobs=prompt_logprobs))
         except RuntimeError:  # its event loop is gone: nobody is listening any more
             logger.debug("listener of sequence %d is gone", active.sequence.id)
             self.abort([active.sequence.id])

@@ -52,6 +52,12 @@ class Usage:
     num_steps: int
     prefill_core_steps: int
     decode_core_steps: int
+    saved_core_steps: int
+    """What exits spared."""
+    token_steps: int
+    """Core steps of the positions that tokens were drawn from, summed."""
+    exits: int
+    """Tokens whose position left early."""
     queue_s: float
     first_token_s: float
     total_s: float
@@ -64,9 +70,13 @@ class Event:
     index: int
     token: int | None = None
     text: str = ""
+    steps: int | None = None
+    """Core steps of the position the token was drawn from."""
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """With the first event of a request that asked for them: of prompt tokens 1, 2, ..."""
+    sweep: dict[int, list[TokenLogprobs]] | None = None
+    """With the last event of a request that asked for one: K -> the prompt's log-probabilities, as above."""
     finish: str | None = None
     """stop | length | abort | error, on the last event."""
     usage: Usage | None = None
@@ -104,11 +114,9 @@ class Counters:
     """Core steps of the engine, each one forward over all rows."""
     prompt_tokens: int = 0
     tokens: int = 0
-    stopped: int = 0
-    lengthy: int = 0
-    """Sequences that ended at max_tokens; ``stopped`` ones at a stop string or id."""
-    aborted: int = 0
-    failed: int = 0
+    exits: int = 0
+    saved_steps: int = 0
+    ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
     model_s: float = 0.0
     busy_s: float = 0.0
     rows: Histogram = field(default_factory=_powers)
@@ -119,3 +127,22 @@ class Counters:
     first_token_s: Histogram = field(default_factory=_seconds)
     between_tokens_s: Histogram = field(default_factory=_seconds)
     total_s: Histogram = field(default_factory=_seconds)
+
+    def token(self, steps: int, gap_s: float | None, since_submission_s: float) -> None:
+        """A token was drawn; gap_s: since the one before, None for a first one."""
+        self.tokens += 1
+        self.token_steps.observe(steps)
+        if gap_s is None:
+            self.first_token_s.observe(since_submission_s)
+        else:
+            self.between_tokens_s.observe(gap_s)
+
+    def end(self, reason: str, usage: Usage) -> None:
+        """A sequence ended: stop, length, abort or error."""
+        self.ended[reason] += 1
+        if reason in ("stop", "length"):
+            self.prompt_tokens += usage.prompt_tokens
+            self.exits += usage.exits
+            self.saved_steps += usage.saved_core_steps
+            self.queue_s.observe(usage.queue_s)
+            self.total_s.observe(usage.total_s)

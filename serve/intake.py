@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +9,11 @@ from typing import Any
 
 from rdlm.decoding_types import SamplingParams
 from serve.chat import render
-from serve.errors import ApiError, invalid
+from serve.depth import resolve_depth
+from serve.errors import invalid
 from serve.events import Served
-from serve.schemas import ChatRequest, CompletionRequest, SamplingBody
-from serve.sequence import Request
+from serve.schemas import ChatRequest, CompletionRequest, SamplingBody, ScoreRequest
+from serve.sequence import ExitRule, Request
 
 DEFAULT_MAX_TOKENS = 16
 """Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
@@ -27,6 +27,7 @@ class Job:
 
     model: str
     num_steps: int
+    exit: ExitRule | None
     n: int
     prompts: list[str]
     """Text of each prompt, for ``echo``."""
@@ -39,36 +40,12 @@ def model_names(name: str, served: Served) -> list[str]:
     return [name, *(f"{name}:k{k}" for k in sorted(powers | {served.default_steps, served.max_steps}) if k <= served.max_steps)]
 
 
-def resolve_steps(body: SamplingBody, name: str, served: Served) -> int:
-    """K of a request: its ``num_steps``, or its model alias, or the default."""
-    asked: int | None = None
-    if body.model is not None and body.model != name:
-        match = re.fullmatch(re.escape(name) + r":k(\d{1,6})", body.model)
-        if match is None:
-            hint = f"this server has {name!r} and {name!r}:kN with N from 1 to {served.max_steps}"
-            raise ApiError(
-                404, f"the model {body.model!r} does not exist; {hint}", "invalid_request_error", "model", "model_not_found"
-            )
-        asked = int(match[1])
-        _check_steps(asked, "model", served)
-    if body.num_steps is not None:
-        _check_steps(body.num_steps, "num_steps", served)
-        if asked not in (None, body.num_steps):
-            raise invalid(f"model asks for {asked} steps and num_steps for {body.num_steps}; name one of them", "num_steps")
-        asked = body.num_steps
-    return served.default_steps if asked is None else asked
-
-
-def _check_steps(steps: int, param: str, served: Served) -> None:
-    if not 1 <= steps <= served.max_steps:
-        raise invalid(
-            f"{param}: K = {steps} is out of range; this model takes 1 to {served.max_steps}", param, "num_steps_out_of_range"
-        )
-
-
 def completion_job(body: CompletionRequest, name: str, served: Served) -> Job:
     """Raises ApiError."""
-    num_steps = resolve_steps(body, name, served)
+    depth = resolve_depth(body, name, served)
+    if depth[1] is not None and body.echo and body.logprobs is not None:
+        problem = "prompts are scored at a fixed K (a chunk of a prompt leaves as one, so later tokens would decide over earlier)"
+        raise invalid(f"echo: {problem}; name num_steps, or leave logprobs out", "echo")
     prompts = _prompts(body, served)
     max_tokens = body.max_tokens
     if max_tokens == 0 and not body.echo:
@@ -78,17 +55,16 @@ def completion_job(body: CompletionRequest, name: str, served: Served) -> Job:
     requests = []
     for _, ids in prompts:
         room = served.max_len - len(ids)
-        first = _request(
-            body, tuple(ids), num_steps, min(DEFAULT_MAX_TOKENS, max(room, 1)) if max_tokens is None else max_tokens, served
-        )
+        limit = min(DEFAULT_MAX_TOKENS, max(room, 1)) if max_tokens is None else max_tokens
+        first = _request(body, tuple(ids), depth, limit, served)
         scored = replace(first, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
         requests += _choices(scored, body.n or 1)
-    return Job(body.model or name, num_steps, body.n or 1, [text for text, _ in prompts], requests)
+    return Job(body.model or name, *depth, body.n or 1, [text for text, _ in prompts], requests)
 
 
 def chat_job(body: ChatRequest, name: str, served: Served) -> Job:
     """Raises ApiError, also where the tokenizer has no chat template."""
-    num_steps = resolve_steps(body, name, served)
+    depth = resolve_depth(body, name, served)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("max_completion_tokens: it contradicts max_tokens; name one of them", "max_completion_tokens")
     if body.top_logprobs is not None and not body.logprobs:
@@ -98,16 +74,34 @@ def chat_job(body: ChatRequest, name: str, served: Served) -> Job:
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if limit == 0:
         raise invalid("max_tokens: a chat answer has at least one token", "max_tokens")
-    request = _request(body, tuple(ids), num_steps, max(1, served.max_len - len(ids)) if limit is None else limit, served)
+    request = _request(body, tuple(ids), depth, max(1, served.max_len - len(ids)) if limit is None else limit, served)
     first = replace(request, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-    return Job(body.model or name, num_steps, body.n or 1, [text], _choices(first, body.n or 1))
+    return Job(body.model or name, *depth, body.n or 1, [text], _choices(first, body.n or 1))
+
+
+def score_job(body: ScoreRequest, name: str, served: Served) -> tuple[Job, list[int]]:
+    """The job and its K in rising order. Raises ApiError, also where K has no likelihood (rdlm/scoring.py says which have)."""
+    ks = sorted(set(body.num_steps))
+    for k in ks:
+        resolve_depth(SamplingBody(model=body.model, num_steps=k), name, served)
+    thinking = served.config.objective.k_meaning == "thinking"
+    if not thinking and ks != [1]:
+        raise invalid("num_steps: of this model only K = 1 has a normalised likelihood; send [1]", "num_steps")
+    prompts = _prompts(body, served)
+    if len(prompts) > MAX_CHOICES:
+        raise invalid(f"prompt: {len(prompts)} prompts exceed {MAX_CHOICES}", "prompt")
+    requests = []
+    for _, ids in prompts:
+        first = _request(SamplingBody(seed=0), tuple(ids), (ks[-1], None), 0, served)
+        requests.append(replace(first, prompt_logprobs=0, sweep=tuple(ks) if thinking else ()))
+    return Job(body.model or name, ks[-1], None, 1, [text for text, _ in prompts], requests), ks
 
 
 def _choices(first: Request, n: int) -> list[Request]:
     return [replace(first, choice=i) for i in range(n)]
 
 
-def _prompts(body: CompletionRequest, served: Served) -> list[tuple[str, list[int]]]:
+def _prompts(body: CompletionRequest | ScoreRequest, served: Served) -> list[tuple[str, list[int]]]:
     """(text, ids) of each prompt."""
     prompt, tokenizer = body.prompt, served.tokenizer
     items: Sequence[Any] = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
@@ -125,7 +119,9 @@ def _prompts(body: CompletionRequest, served: Served) -> list[tuple[str, list[in
     return found
 
 
-def _request(body: SamplingBody, ids: tuple[int, ...], num_steps: int, max_tokens: int, served: Served) -> Request:
+def _request(
+    body: SamplingBody, ids: tuple[int, ...], depth: tuple[int, ExitRule | None], max_tokens: int, served: Served
+) -> Request:
     if not ids:
         raise invalid("prompt: it has no tokens; send at least one", "prompt")
     if len(ids) + max_tokens > served.max_len:
@@ -146,8 +142,8 @@ def _request(body: SamplingBody, ids: tuple[int, ...], num_steps: int, max_token
         ends.add(served.tokenizer.eos_id)
     seed = secrets.randbits(63) if body.seed is None else body.seed & (1 << 63) - 1
     return Request(
-        ids, num_steps, max_tokens, _sampling(body, served), seed,
-        stop=stop, stop_ids=frozenset(ends), min_tokens=min_tokens,
+        ids, depth[0], max_tokens, _sampling(body, served), seed,
+        stop=stop, stop_ids=frozenset(ends), min_tokens=min_tokens, exit=depth[1],
     )  # fmt: skip
 
 

@@ -54,6 +54,8 @@ class Metrics(Collector):
             "rdlm_core_steps": ("forwards of the core, each over all rows in flight", counters.steps),
             "rdlm_prompt_tokens": ("prompt tokens of finished sequences", counters.prompt_tokens),
             "rdlm_tokens": ("tokens drawn", counters.tokens),
+            "rdlm_exits": ("tokens of finished sequences whose position left before its last step", counters.exits),
+            "rdlm_saved_row_steps": ("core steps of positions that exits spared, finished sequences", counters.saved_steps),
             "rdlm_model_seconds": ("time in the model", counters.model_s),
             "rdlm_busy_seconds": ("time in engine steps, scheduling and bookkeeping included", counters.busy_s),
         }
@@ -62,8 +64,7 @@ class Metrics(Collector):
         ended = CounterMetricFamily(
             "rdlm_sequences", "sequences that ended, by reason; abort is a cancellation", labels=["finish"]
         )
-        reasons = {"stop": counters.stopped, "length": counters.lengthy, "abort": counters.aborted, "error": counters.failed}
-        for reason, count in reasons.items():
+        for reason, count in counters.ended.items():
             ended.add_metric([reason], count)
         yield ended
         refused = CounterMetricFamily("rdlm_refusals", "HTTP answers that are errors, by status", labels=["status"])

@@ -6,6 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from rdlm.tokenizer import Tokenizer
@@ -28,13 +29,35 @@ def usage_of(job: Job, usages: Iterable[Usage]) -> dict[str, Any]:
     prompt = sum(len(job.requests[i].prompt) for i in range(0, len(job.requests), job.n))
     completion = sum(u.completion_tokens for u in done)
     prefill, decode = sum(u.prefill_core_steps for u in done), sum(u.decode_core_steps for u in done)
+    recurrence = {
+        "num_steps": job.num_steps, "core_steps": prefill + decode, "prefill_core_steps": prefill, "decode_core_steps": decode,
+    } | _exits_of(job, done)  # fmt: skip
     return {
-        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-        "recurrence": {
-            "num_steps": job.num_steps, "core_steps": prefill + decode,
-            "prefill_core_steps": prefill, "decode_core_steps": decode,
-        },
+        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, "recurrence": recurrence,
     }  # fmt: skip
+
+
+def _exits_of(job: Job, done: list[Usage]) -> dict[str, Any]:
+    """What an exit rule did, where the request has one: the rule, mean steps of a token, tokens and steps it spared."""
+    if job.exit is None:
+        return {}
+    completion = sum(u.completion_tokens for u in done)
+    return {
+        "exit": asdict(job.exit), "mean_steps": sum(u.token_steps for u in done) / completion if completion else None,
+        "exits": sum(u.exits for u in done), "saved_core_steps": sum(u.saved_core_steps for u in done),
+    }  # fmt: skip
+
+
+def steps_of(job: Job, event: Event) -> dict[str, Any]:
+    """``recurrence.steps`` of a choice: core steps of each token's position, where an exit rule decides them."""
+    return {} if job.exit is None else {"recurrence": {"steps": [] if event.steps is None else [event.steps]}}
+
+
+def merge_steps(pieces: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ``steps_of`` several events as one."""
+    if "recurrence" not in pieces[-1]:
+        return {}
+    return {"recurrence": {"steps": [steps for piece in pieces for steps in piece["recurrence"]["steps"]]}}
 
 
 class TokenNames:
@@ -66,7 +89,7 @@ class CompletionLogprobs:
         out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, logprobs in tokens:
             out["tokens"].append(self._names.name(token))
-            out["token_logprobs"].append(None if logprobs is None else _finite(logprobs.logprob))
+            out["token_logprobs"].append(None if logprobs is None else finite(logprobs.logprob))
             out["top_logprobs"].append(None if logprobs is None else self._top(token, logprobs))
             out["text_offset"].append(self._offset)
             self._offset += self._names.width(token)
@@ -77,7 +100,7 @@ class CompletionLogprobs:
         top: dict[str, float] = {}
         for other, value in (*logprobs.top, (token, logprobs.logprob)):
             name = self._names.name(other)
-            top[name] = max(_finite(value), top.get(name, -math.inf))
+            top[name] = max(finite(value), top.get(name, -math.inf))
         return top
 
 
@@ -88,10 +111,11 @@ def chat_logprobs(names: TokenNames, token: int, logprobs: TokenLogprobs) -> dic
 
 
 def _chat_entry(names: TokenNames, token: int, logprob: float) -> dict[str, Any]:
-    return {"token": names.name(token), "logprob": _finite(logprob), "bytes": list(names.raw(token))}
+    return {"token": names.name(token), "logprob": finite(logprob), "bytes": list(names.raw(token))}
 
 
-def _finite(value: float) -> float:
+def finite(value: float) -> float:
+    """JSON has no infinities."""
     return value if math.isfinite(value) else FLOOR
 
 
@@ -108,12 +132,12 @@ def completion_piece(job: Job, echo: bool, event: Event, logprobs: CompletionLog
     return {
         "index": event.index, "text": text, "finish_reason": event.finish,
         "logprobs": None if logprobs is None else logprobs.add(entries),
-    }  # fmt: skip
+    } | steps_of(job, event)  # fmt: skip
 
 
 def merge_completion(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     """Pieces of one choice, in order, as the choice."""
-    merged = dict(pieces[-1], text="".join(piece["text"] for piece in pieces))
+    merged = dict(pieces[-1], text="".join(piece["text"] for piece in pieces)) | merge_steps(pieces)
     if merged["logprobs"] is not None:
         merged["logprobs"] = {key: [x for piece in pieces for x in piece["logprobs"][key]] for key in merged["logprobs"]}
     return merged

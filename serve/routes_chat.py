@@ -11,8 +11,8 @@ from litestar.params import JSONBody
 from serve.answering import chunks, collect, until_disconnect
 from serve.events import Event
 from serve.frontend import Frontend
-from serve.intake import chat_job
-from serve.replies import TokenNames, chat_logprobs, envelope
+from serve.intake import Job, chat_job
+from serve.replies import TokenNames, chat_logprobs, envelope, merge_steps, steps_of
 from serve.schemas import ChatRequest
 from serve.streaming import event_stream
 from serve.subscription import Subscription
@@ -23,16 +23,19 @@ async def chat_completions(data: JSONBody[ChatRequest], request: Request[Any, An
     """OpenAI's chat with ``num_steps``, through the tokenizer's chat template."""
     frontend: Frontend = state.frontend
     job = chat_job(data, frontend.name, frontend.served)
+
+    def piece(event: Event, is_first: bool) -> dict[str, Any]:
+        return _delta(frontend.token_names, job, event, is_first)
+
     if data.stream:
         head = envelope("chat.completion.chunk", job, "chatcmpl")
         subscription = Subscription(frontend.engine, job.requests)
-        return event_stream(chunks(subscription, job, head, lambda e, first: _delta(frontend.token_names, e, first), data))
+        return event_stream(chunks(subscription, job, head, piece, data))
     head = envelope("chat.completion", job, "chatcmpl")
-    work = collect(frontend, job, lambda e, first: _delta(frontend.token_names, e, first), _merge)
-    return Response(head | await until_disconnect(request, work))
+    return Response(head | await until_disconnect(request, collect(frontend, job, piece, _merge)))
 
 
-def _delta(names: TokenNames, event: Event, is_first: bool) -> dict[str, Any]:
+def _delta(names: TokenNames, job: Job, event: Event, is_first: bool) -> dict[str, Any]:
     """The role comes with the first token, not before it: clients time the first chunk as the first token."""
     role = {"role": "assistant"} if is_first else {}
     logprobs = None
@@ -40,7 +43,7 @@ def _delta(names: TokenNames, event: Event, is_first: bool) -> dict[str, Any]:
         logprobs = {"content": [chat_logprobs(names, event.token, event.logprobs)]}
     return {
         "index": event.index, "delta": {**role, "content": event.text}, "logprobs": logprobs, "finish_reason": event.finish,
-    }  # fmt: skip
+    } | steps_of(job, event)  # fmt: skip
 
 
 def _merge(pieces: list[dict[str, Any]]) -> dict[str, Any]:
@@ -50,4 +53,4 @@ def _merge(pieces: list[dict[str, Any]]) -> dict[str, Any]:
         "message": {"role": "assistant", "content": "".join(piece["delta"]["content"] for piece in pieces)},
         "logprobs": {"content": content} if content else None,
         "finish_reason": pieces[-1]["finish_reason"],
-    }
+    } | merge_steps(pieces)

@@ -9,10 +9,11 @@ from litestar import Response, get, post
 from litestar.datastructures import State
 from litestar.params import FromPath, JSONBody
 
+from serve.depth import THRESHOLDS, efforts, resolve_depth
 from serve.errors import invalid
 from serve.events import State as EngineState
 from serve.frontend import Frontend
-from serve.intake import model_names, resolve_steps
+from serve.intake import model_names
 from serve.metrics import CONTENT_TYPE
 from serve.schemas import DetokenizeRequest, SamplingBody, TokenizeRequest
 
@@ -50,16 +51,11 @@ async def models(state: State) -> dict[str, Any]:
 async def model(name: FromPath[str], state: State) -> dict[str, Any]:
     """Also for aliases that are not listed."""
     frontend: Frontend = state.frontend
-    resolve_name(frontend, name)
     return _card(frontend, name)
 
 
-def resolve_name(frontend: Frontend, name: str) -> int:
-    """K of a served name or alias. Raises ApiError 404 or 400."""
-    return resolve_steps(SamplingBody(model=name), frontend.name, frontend.served)
-
-
 def _card(frontend: Frontend, name: str) -> dict[str, Any]:
+    """Raises ApiError 404 or 400 for a name that is neither the model's nor an alias of it."""
     served, config = frontend.served, frontend.served.config
     meaning = {
         "thinking": "core iterations before each token; likelihoods are those after K iterations",
@@ -69,9 +65,11 @@ def _card(frontend: Frontend, name: str) -> dict[str, Any]:
         "id": name, "object": "model", "created": STARTED, "owned_by": "rdlm", "root": frontend.name,
         "max_model_len": served.max_len,
         "recurrence": {
-            "num_steps": resolve_name(frontend, name), "min_steps": 1, "max_steps": served.max_steps,
-            "default_steps": served.default_steps, "meaning": meaning, "kind": config.objective.k_meaning,
-            "estimator": config.estimator, "objective": config.objective.name, "training_step": config.step,
+            "num_steps": resolve_depth(SamplingBody(model=name), frontend.name, served)[0], "min_steps": 1,
+            "max_steps": served.max_steps, "default_steps": served.default_steps, "reasoning_effort": efforts(served),
+            "exits": list(THRESHOLDS) if config.objective.k_meaning == "thinking" else [],
+            "meaning": meaning, "kind": config.objective.k_meaning, "estimator": config.estimator,
+            "objective": config.objective.name, "training_step": config.step,
         },
     }  # fmt: skip
 

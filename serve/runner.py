@@ -1,4 +1,4 @@
-"""The only file of the server with tensors: runs one core step over a ragged pack of rows, and what comes before and after it.
+"""The file of the server with tensors: runs one core step over a ragged pack of rows, and what comes before and after it.
 
 Shapes: S sequences in the pack, N rows (their segments one after another), M rows read out, D d_model, V vocabulary.
 A sequence's rows between two steps live in ``_Live``; the past lives in the KV pool. Nothing here decides who runs.
@@ -6,8 +6,10 @@ A sequence's rows between two steps live in ``_Live``; the past lives in the KV 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -19,6 +21,7 @@ from rdlm.decoding import sample, top_logprobs, uniform
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.randomness import generator
 from rdlm.sampler import StepPlan, renoise, step_plan
+from serve.exits import divergence, latent_change
 from serve.sequence import Depth, Sequence, StepResult, TokenLogprobs
 
 LOGITS_AT_ONCE = 1 << 24
@@ -29,12 +32,16 @@ NOISE, STATE = 1, 2
 
 @dataclass(slots=True)
 class _Live:
-    """Rows of an open segment. e, state [L, D]; z [D] and sigma of the row being drawn; prior [V] its normalised distribution."""
+    """Rows of an open segment. e, state [L, D]; z [D] and sigma of the row being drawn; prior [V] its normalised distribution.
+
+    seen [V]: log-probabilities after the step before, where a kl exit compares them.
+    """
 
     e: Tensor
     state: Tensor
     z: Tensor | None = None
     prior: Tensor | None = None
+    seen: Tensor | None = None
 
 
 class Runner:
@@ -81,8 +88,8 @@ class Runner:
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
         """One core step for the segment of every sequence in ``batch`` -> what came out, by sequence id."""
         self._enter([s for s in batch if s.segment and s.segment.step == 0])
-        self._core(batch)
-        return self._read([s for s in batch if self._plan(s).readout[_step(s)]])
+        settled = self._core(batch)
+        return self._read([s for s in batch if s.id in settled or self._reads(s) or _watches(s, "kl")], settled)
 
     def _plan(self, sequence: Sequence) -> StepPlan:
         return self._plans[sequence.depth.num_steps]
@@ -99,7 +106,8 @@ class Runner:
             draw = generator(request.seed, request.choice, start, STATE)
             self._live[sequence.id] = _Live(rows, self.denoiser.model.initial_state(rows[None], draw)[0])
 
-    def _core(self, batch: list[Sequence]) -> None:
+    def _core(self, batch: list[Sequence]) -> set[int]:
+        """One core step -> ids of the sequences whose states have settled."""
         lengths = [_length(s) for s in batch]
         lives = [self._live[s.id] for s in batch]
         for live, length in zip(lives, lengths, strict=True):
@@ -108,9 +116,14 @@ class Runner:
         state, e = (torch.cat([getattr(live, name) for live in lives])[None] for name in ("state", "e"))  # [1, N, D]
         sigmas = [self._plan(s).sigmas[_step(s)] for s, n in zip(batch, lengths, strict=True) for _ in range(n)]
         cond = self.denoiser.condition(self._levels(sigmas)[None] if any(x is not None for x in sigmas) else None, state)
-        state = self.denoiser.step(state, e, cond, self._core_context(batch))
-        for live, rows in zip(lives, state[0].split(lengths), strict=True):
+        after = self.denoiser.step(state, e, cond, self._core_context(batch))
+        for live, rows in zip(lives, after[0].split(lengths), strict=True):
             live.state = rows
+        if not any(_watches(s, "latent-diff") for s in batch):
+            return set()
+        changes = iter(latent_change(state[0], after[0]).tolist())
+        largest = [max(islice(changes, length)) for length in lengths]
+        return {s.id for s, change in zip(batch, largest, strict=True) if _watches(s, "latent-diff") and _leaves(s, change)}
 
     def _levels(self, sigmas: Seq[float | None]) -> Tensor:
         """fp32 [N]; a row without a noised target reads at sigma_max."""
@@ -133,30 +146,58 @@ class Runner:
         spans = [(segment.start, segment.length)] if commit else [(segment.start + i, 1) for i in range(segment.length)]
         return [cache.Segment(sequence.slot, start, n, step, commit, plan.append_own) for start, n in spans]
 
-    def _read(self, readers: list[Sequence]) -> dict[int, StepResult]:
-        """Coda for every row that reads out; head, log-probabilities and a draw for those somebody needs."""
+    def _read(self, readers: list[Sequence], settled: set[int]) -> dict[int, StepResult]:
+        """Coda for every row that reads out; head, log-probabilities and a draw for those somebody needs.
+
+        settled: sequences that leave with this step. Those that only compare predictions (kl) either join them or go on.
+        """
         if not readers:
             return {}
         ctx = cache.PackedContext(self.pool, [seg for s in readers for seg in self._cache_segments(s, once=True)])
         state = torch.cat([self._live[s.id].state for s in readers])[None]
         hidden = self.denoiser.model.decode(state, ctx)[0].split([_length(s) for s in readers])
-        results = {s.id: StepResult() for s in readers}
-        for sequence, rows in zip(readers, hidden, strict=True):
-            if sequence.request.prompt_logprobs is not None and _step(sequence) == _score_step(self._plan(sequence)):
+        read = list(zip(readers, hidden, strict=True))
+        settled = settled | self._converged([(s, rows[-1]) for s, rows in read if _watches(s, "kl")])
+        read = [(s, rows) for s, rows in read if s.id in settled or self._reads(s)]
+        results = {s.id: StepResult(exited=s.id in settled) for s, _ in read}
+        for sequence, rows in read:
+            if sequence.request.prompt_logprobs is not None and self._is_likelihood(sequence, results):
                 results[sequence.id].prompt_logprobs = self._score(sequence, rows)
-        drawing = [
-            (s, rows[-1]) for s, rows in zip(readers, hidden, strict=True) if s.draws and _predicts(self._plan(s), _step(s))
-        ]
+        drawing = [(s, rows[-1]) for s, rows in read if s.draws and (s.id in settled or _predicts(self._plan(s), _step(s)))]
         if drawing:
             self._draw([s for s, _ in drawing], torch.stack([row for _, row in drawing]), results)
-        for sequence in readers:
+        for sequence, _ in read:
             self._start_level(sequence)
         return results
+
+    def _reads(self, sequence: Sequence) -> bool:
+        """Whether the step reads out whatever it found: by plan, or for a sweep."""
+        return self._plan(sequence).readout[_step(sequence)] or _step(sequence) + 1 in sequence.request.sweep
+
+    def _is_likelihood(self, sequence: Sequence, results: dict[int, StepResult]) -> bool:
+        """Whether this step's read-out is the normalised likelihood; that of a thinking model always is."""
+        if sequence.request.sweep:
+            return _step(sequence) + 1 in sequence.request.sweep
+        return results[sequence.id].exited or _step(sequence) == _score_step(self._plan(sequence))
+
+    def _converged(self, watching: list[tuple[Sequence, Tensor]]) -> set[int]:
+        """Ids of those whose prediction, read from hidden [D], is the one of the step before (uniform before the first)."""
+        if not watching:
+            return set()
+        prior = self.denoiser.predict(torch.stack([row for _, row in watching])).prior[:, : self._num_tokens]
+        after = prior.log_softmax(-1)
+        uniform = after.new_full(after.shape[1:], -math.log(after.shape[1]))
+        lives = [self._live[s.id] for s, _ in watching]
+        before = torch.stack([uniform if live.seen is None else live.seen for live in lives])
+        for live, row in zip(lives, after, strict=True):
+            live.seen = row
+        moved = divergence(before, after).tolist()
+        return {s.id for (s, _), value in zip(watching, moved, strict=True) if _leaves(s, value)}
 
     def _start_level(self, sequence: Sequence) -> None:
         """After a read-out that is not the last, the next level starts from z = 0 unless a bridge set it."""
         plan, step = self._plan(sequence), _step(sequence)
-        if step + 1 < plan.num_core_steps and plan.sigmas[step + 1] is None:
+        if plan.readout[step] and step + 1 < plan.num_core_steps and plan.sigmas[step + 1] is None:
             self._live[sequence.id].state = torch.zeros_like(self._live[sequence.id].state)
 
     def _score(self, sequence: Sequence, hidden: Tensor) -> list[TokenLogprobs]:
@@ -176,7 +217,7 @@ class Runner:
         """Draw a token for each row: the last step's is the answer, an earlier one is re-noised. hidden [M, D]."""
         prediction = self._predict(rows, hidden)
         for i, sequence in enumerate(rows):
-            if sequence.request.logprobs is not None and _step(sequence) == _score_step(self._plan(sequence)):
+            if sequence.request.logprobs is not None and self._is_likelihood(sequence, results):
                 self._live[sequence.id].prior = prediction.prior[i]
         uniforms = [uniform(s.request.seed, s.request.choice, s.context_length, _step(s)) for s in rows]
         params, histories = [s.request.sampling for s in rows], [s.history for s in rows]
@@ -185,7 +226,7 @@ class Runner:
         ids = sample(prediction.prior[:, known], params, histories, uniforms, evidence)
         again: list[int] = []
         for i, (sequence, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
-            if _step(sequence) + 1 < sequence.depth.drawn:
+            if _step(sequence) + 1 < sequence.depth.drawn and not results[sequence.id].exited:
                 again.append(i)
                 continue
             result, prior = results[sequence.id], self._live[sequence.id].prior
@@ -223,6 +264,20 @@ def _step(sequence: Sequence) -> int:
 def _length(sequence: Sequence) -> int:
     assert sequence.segment is not None
     return sequence.segment.length
+
+
+def _watches(sequence: Sequence, criterion: str) -> bool:
+    """Whether the step now taken may be the sequence's last by ``criterion``, or is the one that kl compares the first such with."""
+    rule, taken = sequence.request.exit, _step(sequence) + 1
+    if rule is None or rule.criterion != criterion or taken >= sequence.depth.drawn:
+        return False
+    return taken >= rule.min_steps - (criterion == "kl")
+
+
+def _leaves(sequence: Sequence, value: float) -> bool:
+    """Whether the criterion's value ends the segment."""
+    rule = sequence.request.exit
+    return rule is not None and value < rule.threshold and _step(sequence) + 1 >= rule.min_steps
 
 
 def _predicts(plan: StepPlan, step: int) -> bool:

@@ -45,7 +45,7 @@ class Scheduler:
             length = sequence.next_length()
             if length == 1:
                 sequence.open()
-            elif not blocked and length <= budget:
+            elif not blocked and (length <= budget or budget == self.prefill_rows):  # a longer segment has a step to itself
                 sequence.open()
                 budget -= length
             else:

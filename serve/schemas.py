@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, StrictStr
 
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[StrictInt, Field(ge=0)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+
+def _steps(value: object) -> object:
+    """One error for the whole field, where a union would report one for each of its members."""
+    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError('it must be an integer of at least 1, or "auto"')
 
 
 class Body(BaseModel):
@@ -23,13 +31,29 @@ class StreamOptions(Body):
     """Carry the usage so far in every chunk."""
 
 
+class ExitBody(Body):
+    """When a position may leave early: once the criterion falls below the threshold."""
+
+    criterion: Literal["latent-diff", "kl"] = "latent-diff"
+    """latent-diff: relative change of the state, free. kl: of the prediction, costs coda and head at every step."""
+    threshold: Annotated[Finite, Field(ge=0)] | None = None
+    """Default 0.03 for latent-diff, 0.001 for kl; 0 never exits."""
+    min_steps: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_steps: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Default ``num_steps``, or the most the server allows."""
+
+
 class SamplingBody(Body):
     """Fields that completions and chat share. ``null`` means the default everywhere."""
 
     model: StrictStr | None = None
     """Served name, or ``name:kN`` to choose N core steps."""
-    num_steps: Annotated[StrictInt, Field(ge=1)] | None = None
-    """Core steps K per token; /v1/models states the range, the default and what K means for this model."""
+    num_steps: Annotated[int | Literal["auto"] | None, PlainValidator(_steps)] = None
+    """Core steps K per token; /v1/models states the range, the default and what K means for this model. auto: see ``exit``."""
+    reasoning_effort: Effort | None = None
+    """OpenAI's name for K: medium is the default K, each level halves or doubles it; /v1/models states the numbers."""
+    exit: ExitBody | None = None
+    """Adaptive depth: each token takes as many steps as it needs. ``num_steps: "auto"`` is this with its defaults."""
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
     """0 is greedy; default 1."""
@@ -64,6 +88,18 @@ class CompletionRequest(SamplingBody):
     """Alternatives to report for each token."""
     add_special_tokens: StrictBool | None = None
     """Put the beginning-of-text token, where the tokenizer has one, before text prompts (default true)."""
+
+
+class ScoreRequest(Body):
+    """POST /v1/score."""
+
+    prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+    """Text or token ids, one or several."""
+    num_steps: list[Annotated[StrictInt, Field(ge=1)]] = Field(min_length=1, max_length=64)
+    """Every K to score at; the pass costs what the largest costs, and a read-out for each."""
+    model: StrictStr | None = None
+    add_special_tokens: StrictBool | None = None
+    """As in completions."""
 
 
 class TextPart(Body):

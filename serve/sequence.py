@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rdlm.decoding_types import History, SamplingParams
 
@@ -27,11 +28,25 @@ class Depth:
 
 
 @dataclass(frozen=True, slots=True)
+class ExitRule:
+    """A position leaves before its K steps once ``criterion`` falls below ``threshold``, after ``min_steps`` at the earliest.
+
+    latent-diff: relative change of the state; a chunk of a prompt leaves when all its positions may. kl: of the prediction,
+    which costs coda and head at every step; a chunk leaves with its last position. A threshold of 0 never exits.
+    """
+
+    criterion: Literal["latent-diff", "kl"]
+    threshold: float
+    min_steps: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt and one choice; every field has been validated."""
 
     prompt: tuple[int, ...]
     num_steps: int
+    """K; with ``exit`` the most steps of a position."""
     max_tokens: int
     sampling: SamplingParams = SamplingParams()
     seed: int = 0
@@ -44,6 +59,11 @@ class Request:
     logprobs: int | None = None
     """How many alternatives to report for each output token; None reports nothing."""
     prompt_logprobs: int | None = None
+    exit: ExitRule | None = None
+    """Of thinking models only: the others need every step."""
+    sweep: tuple[int, ...] = ()
+    """Score the prompt after each of these numbers of steps (thinking models, with ``prompt_logprobs``): it is one segment then,
+    so that step r sees step r everywhere, whatever the cache."""
 
 
 @dataclass(slots=True)
@@ -68,6 +88,8 @@ class StepResult:
     """What one sequence got out of one engine step: a token if one was drawn, log-probabilities if they were asked for."""
 
     token: int | None = None
+    exited: bool = False
+    """Whether the segment leaves with this step, before its last."""
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of prompt tokens start + 1 .. of the segment, in order."""
@@ -88,6 +110,8 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     prompt_row_steps: int = 0
     decode_row_steps: int = 0
+    saved_row_steps: int = 0
+    """Core steps of positions that exits have spared."""
 
     @property
     def context_length(self) -> int:
@@ -133,8 +157,8 @@ class Sequence:
         self.segment = Segment(self.next_start, self.next_length())
         self.next_start += self.segment.length
 
-    def advance(self) -> bool:
-        """Record one core step. True when the segment's last position is done, and so the segment is closed."""
+    def advance(self, exited: bool = False) -> bool:
+        """Record one core step. True when the segment's last position is done, or exits, and so the segment is closed."""
         segment = self.segment
         assert segment is not None
         prompt_rows = max(0, min(len(self.request.prompt) - segment.start, segment.length))
@@ -142,7 +166,9 @@ class Sequence:
         self.decode_row_steps += segment.length - prompt_rows
         segment.step += 1
         draws = self.draws
-        if segment.step >= (self.depth.drawn if draws else self.prompt_steps):
+        needed = self.depth.drawn if draws else self.prompt_steps
+        if exited or segment.step >= needed:
+            self.saved_row_steps += (needed - segment.step) * segment.length
             self.segment = None
             return True
         if draws and segment.length > 1 and segment.step >= self.prompt_steps:

@@ -175,7 +175,7 @@ def test_chat_answers_through_the_template(client: TestClient, tokenizer: Tokeni
 
 REFUSALS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"prompt": "x", "num_steps": 9}, 400, "num_steps", "1 to 8"),
-    ({"prompt": "x", "num_steps": 0}, 400, "num_steps", "greater than or equal to 1"),
+    ({"prompt": "x", "num_steps": 0}, 400, "num_steps", "at least 1"),
     ({"prompt": "x", "num_steps": "4"}, 400, "num_steps", "integer"),
     ({"prompt": "x", "model": "tiny:k99"}, 400, "model", "1 to 8"),
     ({"prompt": "x", "model": "tiny:k2", "num_steps": 3}, 400, "num_steps", "one of them"),

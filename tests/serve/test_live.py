@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -211,3 +212,17 @@ def test_generate_command(checkpoint: Path) -> None:
     assert ended.stdout.count("tokens/s") == 2 and "K = 8" in ended.stdout and "core steps" in ended.stdout
     wrong = subprocess.run([*command, "--num-steps", "1,900"], capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "1 to 8" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_page_runs_in_a_browser(live: Live, tmp_path: Path) -> None:
+    """Headless Chromium runs its script under its own content policy: the model's name and range arrive, nothing fails."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    shot = tmp_path / "page.png"
+    common = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844", "--virtual-time-budget=5000"]
+    seen = subprocess.run([*common, "--dump-dom", f"{live.url}/"], check=True, capture_output=True, text=True, timeout=120).stdout
+    assert '<h1 id="name">tiny</h1>' in seen and "K from 1 to 8" in seen and 'max="8"' in seen
+    subprocess.run([*common, f"--screenshot={shot}", f"{live.url}/"], check=True, capture_output=True, timeout=120)
+    assert shot.stat().st_size > 5000

@@ -1,0 +1,153 @@
+"""Depth by need: exit rules end tokens where they say, alike alone and in a crowd, and the reply says what each token took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from litestar.testing import TestClient
+
+from rdlm.decoding_types import SamplingParams
+from serve.app import create_app
+from serve.engine import Engine
+from serve.events import Event, Served
+from serve.exits import divergence, latent_change
+from serve.sequence import ExitRule, Request
+from serve.settings import EngineSettings, HttpSettings
+
+WARM = SamplingParams(temperature=0.9)
+
+
+def ask(k: int, rule: ExitRule | None, seed: int = 0, length: int = 9, tokens: int = 6) -> Request:
+    ids = tuple((7 * i + 3 * length + seed) % 290 + 5 for i in range(length))
+    return Request(ids, k, tokens, WARM, seed, exit=rule)
+
+
+def said(events: list[Event]) -> list[tuple[int | None, int | None]]:
+    return [(event.token, event.steps) for event in events]
+
+
+def test_criteria_against_their_definitions() -> None:
+    rows = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    expected = [((a - b).norm() / b.norm()).item() for a, b in zip(*rows, strict=True)]
+    assert latent_change(rows[0], rows[1]).tolist() == pytest.approx(expected)
+    assert latent_change(torch.zeros(1, 8), rows[0, :1]).item() == pytest.approx(1)
+    logp = rows.log_softmax(-1)
+    kl = torch.nn.functional.kl_div(logp[1], logp[0], reduction="none", log_target=True).sum(-1)
+    assert divergence(logp[0], logp[1]).tolist() == pytest.approx(kl.tolist(), abs=1e-6)
+    assert divergence(logp[0], logp[0]).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("criterion", ["latent-diff", "kl"])
+def test_huge_thresholds_leave_at_min_steps_and_zero_never(criterion: Any, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    for least in (1, 3, 8):
+        events = engine.generate([ask(8, ExitRule(criterion, 1e9, least), length=20)])[0]
+        assert [event.steps for event in events] == [least] * 6
+        usage = events[-1].usage
+        assert usage is not None
+        assert (usage.prefill_core_steps, usage.decode_core_steps) == (20 * least, 5 * least)  # chunks of the prompt leave too
+        assert usage.saved_core_steps == 25 * (8 - least) and usage.exits == (6 if least < 8 else 0)
+        assert usage.token_steps == 6 * least
+        fixed = engine.generate([ask(least, None, length=20)])[0]
+        assert said(events) == said(fixed)  # leaving after k steps is K = k
+    never = engine.generate([ask(8, ExitRule(criterion, 0.0), length=20)])[0]
+    assert said(never) == said(engine.generate([ask(8, None, length=20)])[0])
+    assert [event.steps for event in never] == [8] * 6
+
+
+def between(criterion: Any, engine: Engine) -> float:
+    """A threshold at which the tiny random model leaves at different steps."""
+    for exponent in range(-14, 8):
+        events = engine.generate([ask(8, ExitRule(criterion, 1.4**exponent), tokens=12)])[0]
+        if len({event.steps for event in events}) > 1:
+            return 1.4**exponent
+    raise AssertionError("no threshold separates tokens")
+
+
+@pytest.mark.parametrize("criterion", ["latent-diff", "kl"])
+@pytest.mark.parametrize("kv_cache", ["shared", "full"])
+def test_batched_equals_alone_with_exits(criterion: Any, kv_cache: str, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(settings=EngineSettings(max_slots=4, chunk=16, prefill_rows=32, kv_cache=kv_cache))
+    threshold = between(criterion, engine)
+    mixed = [ask(8, ExitRule(criterion, threshold, 1 + i % 3), i, 3 + 7 * i) for i in range(5)]
+    mixed += [ask(k, None, k, 11) for k in (1, 5, 8)]
+    alone = [said(engine.generate([one])[0]) for one in mixed]
+    assert [said(events) for events in engine.generate(mixed)] == alone
+    taken = {steps for answer in alone[:5] for _, steps in answer}
+    assert len(taken) > 1 and max(taken) <= 8
+
+
+@pytest.fixture(scope="module")
+def client(make_served: Callable[..., Served]) -> Iterator[TestClient]:
+    settings = EngineSettings(max_slots=4, chunk=16, prefill_rows=32)
+    with Engine(lambda: make_served(settings=settings)) as engine:
+        with TestClient(create_app(engine, HttpSettings()), raise_server_exceptions=False) as client:
+            yield client
+
+
+def complete(client: TestClient, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+    answer = client.post(path, json={"max_tokens": 5, "temperature": 0, "ignore_eos": True, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_the_reply_says_what_each_token_took(client: TestClient) -> None:
+    rule = {"criterion": "kl", "threshold": 1e9, "min_steps": 2, "max_steps": 6}
+    answer = complete(client, prompt=[[5, 6, 7]], exit=rule, n=2)
+    assert [choice["recurrence"] for choice in answer["choices"]] == [{"steps": [2] * 5}] * 2
+    found = answer["usage"]["recurrence"]
+    assert found["num_steps"] == 6 and found["mean_steps"] == 2 and found["exits"] == 10
+    assert found["exit"] == {"criterion": "kl", "threshold": 1e9, "min_steps": 2}
+    assert found["core_steps"] == 2 * (3 + 4) * 2 and found["saved_core_steps"] == 2 * (3 + 4) * 4
+    streamed = client.post("/v1/completions", json={"prompt": [[5]], "exit": rule, "max_tokens": 3, "stream": True})
+    assert streamed.text.count('"recurrence":{"steps":[2]}') == 3
+    chat = complete(client, "/v1/chat/completions", messages=[{"role": "user", "content": "x"}], exit=rule)
+    assert chat["choices"][0]["recurrence"] == {"steps": [2] * 5}
+    assert "recurrence" not in complete(client, prompt=[[5]], num_steps=2)["choices"][0]
+
+
+def test_auto_and_effort(client: TestClient) -> None:
+    auto = complete(client, prompt=[[5, 6, 7]], num_steps="auto")
+    assert auto["usage"]["recurrence"]["exit"] == {"criterion": "latent-diff", "threshold": 0.03, "min_steps": 1}
+    assert auto["usage"]["recurrence"]["num_steps"] == 8
+    assert complete(client, prompt=[[5, 6, 7]], exit={})["choices"] == auto["choices"]
+    capped = complete(client, prompt=[[5]], num_steps=3, exit={"threshold": 0})
+    assert capped["choices"][0]["recurrence"]["steps"] == [3] * 5
+    stated = client.get("/v1/models/tiny").json()["recurrence"]
+    assert stated["reasoning_effort"] == {"none": 1, "minimal": 1, "low": 1, "medium": 2, "high": 4, "xhigh": 8}
+    assert stated["exits"] == ["latent-diff", "kl"]
+    for effort, k in stated["reasoning_effort"].items():
+        assert complete(client, prompt=[[5]], reasoning_effort=effort)["usage"]["recurrence"]["num_steps"] == k
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({"exit": {"criterion": "entropy"}}, "exit.criterion", "latent-diff"),
+        ({"exit": {"threshold": -1}}, "exit.threshold", "greater"),
+        ({"exit": {"threshhold": 1}}, "exit.threshhold", "Extra"),
+        ({"exit": {"max_steps": 9}}, "exit.max_steps", "1 to 8"),
+        ({"exit": {"max_steps": 4}, "num_steps": 3}, "exit.max_steps", "contradicts"),
+        ({"exit": {"min_steps": 4, "max_steps": 3}}, "exit.min_steps", "exceeds"),
+        ({"num_steps": "often"}, "num_steps", "auto"),
+        ({"num_steps": True}, "num_steps", "auto"),
+        ({"num_steps": 3, "reasoning_effort": "high"}, "num_steps", "one of them"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort", "minimal"),
+        ({"num_steps": "auto", "echo": True, "logprobs": 1}, "echo", "fixed K"),
+    ],
+)
+def test_refusals(body: dict[str, Any], param: str, says: str, client: TestClient) -> None:
+    answer = client.post("/v1/completions", json={"prompt": "x", **body})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+    assert says in answer.json()["error"]["message"]
+
+
+def test_models_that_need_every_step_refuse_exits(make_served: Callable[..., Served]) -> None:
+    with Engine(lambda: make_served("evidence")) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+        for body, param in (({"num_steps": "auto"}, "num_steps"), ({"exit": {}}, "exit")):
+            error = client.post("/v1/completions", json={"prompt": "x", **body}).json()["error"]
+            assert error["param"] == param and "noise levels" in error["message"]
+        assert client.get("/v1/models/tiny").json()["recurrence"]["exits"] == []
