@@ -9,7 +9,6 @@ torch, the matmul peak is measured in the same process. Peak memory comes from o
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -113,6 +112,12 @@ def matmul_peak(device: str, seconds: float = 1.0) -> float:
     return 2 * n**3 / best
 
 
+def peak_resident() -> int:
+    """Peak resident bytes of this program. Not ru_maxrss, which a child inherits from the process that started it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
 def peak_memory(name: str, arguments: list[str]) -> int:
     """Peak bytes of one update in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--memory-of", name, *arguments]
@@ -137,10 +142,7 @@ def main(
         arm = Arm(ARMS[memory_of], shape, batch_size, seq_len, device)
         arm.update()
         arm.update()
-        peak = (
-            torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
-        print(peak)
+        print(torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident())
         return
     passed = [
         f"--{key.replace('_', '-')}={value}" for key, value in {**shape, "batch_size": batch_size, "seq_len": seq_len}.items()
