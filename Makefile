@@ -10,14 +10,13 @@ JOBS ?= 2
 
 # torch comes first: the CUDA build where a GPU is seen, else the CPU build. To choose another (after `make clean`):
 #   make install DEVICE=cuda|cpu        make install TORCH=path/to/torch-2.13.0-cp311-cp311-linux_x86_64.whl
+# An index that carries CPU builds can be named in PIP_EXTRA_INDEX_URL; without one the default build is installed, which runs too.
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 ifeq ($(DEVICE),cuda)
 TORCH ?= torch==2.13.0
 else
 TORCH ?= torch==2.13.0+cpu
 endif
-# Where the CPU build lies if the configured package index has none.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # The packages `train` and `eval` have common names: the repository goes first on the path, before site-packages.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
@@ -33,8 +32,8 @@ $(STAMP): requirements.txt pyproject.toml
 	  echo "make: '$(PYTHON)' is not a Python 3.11; install Python 3.11 with its venv module, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "== creating .venv"; $(PYTHON) -m venv --clear .venv; }
 	@echo "== installing $(TORCH) (200 MB for a CPU, 3 GB for a GPU)"
-	@$(PIP) -c requirements.txt "$(TORCH)" || { echo "== looking on $(TORCH_INDEX)"; \
-	  $(PIP) -c requirements.txt "$(TORCH)" --extra-index-url $(TORCH_INDEX); }
+	@$(PIP) -c requirements.txt "$(TORCH)" || { echo "== the package index has no CPU build: installing the larger default build"; \
+	  $(PIP) -c requirements.txt torch==2.13.0; }
 	@echo "== installing the pinned dependencies (150 MB)"
 	@$(PIP) -r requirements.txt
 	@$(PIP) --no-deps --no-build-isolation -e .

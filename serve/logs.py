@@ -44,7 +44,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, note)
         finally:
-            facts = {"method": scope["method"], "path": scope["path"], "status": status}
+            facts = {"method": scope.get("method", ""), "path": scope["path"], "status": status}
             facts["seconds"] = round(time.monotonic() - began, 4)
             logger.info("%(method)s %(path)s %(status)s", facts, extra={"facts": facts})
             request_id.reset(token)

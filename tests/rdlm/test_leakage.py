@@ -79,9 +79,7 @@ def test_thinking_scores_are_normalised_at_every_k(tiny, tiny_config) -> None:
 def test_mixture_is_normalised_too(tiny, tiny_config) -> None:
     denoiser, config = trained_a_little(tiny("huginn", "evidence")), tiny_config("huginn", "evidence")
     ids = torch.randint(0, V, (1, 4))
-    every = torch.stack(
-        [token_logprobs(denoiser, config, ids, torch.full_like(ids, v), [3], num_draws=2)[3] for v in range(V)]
-    )
+    every = torch.stack([token_logprobs(denoiser, config, ids, torch.full_like(ids, v), [3], num_draws=2)[3] for v in range(V)])
     torch.testing.assert_close(every.logsumexp(0), torch.zeros(1, 4), atol=1e-4, rtol=0)
 
 

@@ -116,7 +116,9 @@ def pool_for(denoiser: Denoiser, depth: int, slots: int = 3) -> KVPool:
     return KVPool(m.num_cache_layers, slots, 32, m.num_kv_heads, m.head_dim, depth)
 
 
-def through_cache(denoiser: Denoiser, pool: KVPool, ids: torch.Tensor, num_steps: int, spans: list[int], slot: int) -> torch.Tensor:
+def through_cache(
+    denoiser: Denoiser, pool: KVPool, ids: torch.Tensor, num_steps: int, spans: list[int], slot: int
+) -> torch.Tensor:
     """Logits [T, V] of one sequence fed in pieces of the given lengths, each piece iterated num_steps times."""
     model, start, rows = denoiser.model, 0, []
     for length in spans:
@@ -133,7 +135,9 @@ def through_cache(denoiser: Denoiser, pool: KVPool, ids: torch.Tensor, num_steps
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize(("family", "objective", "num_steps"), [("huginn", "single_pass", 4), ("huginn", "bptt", 1), ("llama", "next_token", 1)])
+@pytest.mark.parametrize(
+    ("family", "objective", "num_steps"), [("huginn", "single_pass", 4), ("huginn", "bptt", 1), ("llama", "next_token", 1)]
+)
 @pytest.mark.parametrize("spans", [[T], [1] * T, [5, 1, 1, 5], [3, 4, 5]])
 @torch.no_grad()
 def test_prefill_equals_decode_with_the_full_cache(tiny, family: str, objective: str, num_steps: int, spans: list[int]) -> None:
@@ -174,7 +178,11 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
     for ids, slot, start, length, step in plans:
         e = model.encode(ids[:, start : start + length], PackedContext(alone, [Segment(slot, start, length)]))
         e_alone.append(e)
-        outs.append(denoiser.step(torch.ones_like(e), e, denoiser.condition(None, e), PackedContext(alone, [Segment(slot, start, length, step)])))
+        outs.append(
+            denoiser.step(
+                torch.ones_like(e), e, denoiser.condition(None, e), PackedContext(alone, [Segment(slot, start, length, step)])
+            )
+        )
     segments = [Segment(slot, start, length) for _, slot, start, length, _ in plans]
     e = model.encode(torch.cat([ids[:, s : s + n] for ids, _, s, n, _ in plans], 1), PackedContext(packed, segments))
     torch.testing.assert_close(e, torch.cat(e_alone, 1), atol=2e-5, rtol=1e-4)

@@ -56,7 +56,8 @@ def test_truncation_reaches_the_parameters(tiny) -> None:
     """One-step and eight-step gradients of a deep recurrence differ; where r = 1 they are the same number."""
     ids, grads = torch.randint(0, V, (B, T + 1)), {}
     for name, depth in {
-        "one": {"mean": 4, "grad_steps": 1}, "all": {"mean": 4, "grad_steps": 4}, "r1": {"mean": 1}, "r1_deep": {"mean": 1, "grad_steps": 8},
+        "one": {"mean": 4, "grad_steps": 1}, "all": {"mean": 4, "grad_steps": 4},
+        "r1": {"mean": 1}, "r1_deep": {"mean": 1, "grad_steps": 8},
     }.items():  # fmt: skip
         denoiser = tiny("huginn", {"name": "onestep", "depth": {"distribution": "fixed", **depth}})
         with torch.no_grad():
