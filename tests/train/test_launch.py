@@ -48,7 +48,7 @@ class Run:
 
     def finish(self, processes: int = 1) -> Run:
         process = self.start(processes)
-        out, err = process.communicate(timeout=500)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 0, out + err
         return self
 
@@ -110,7 +110,7 @@ def test_sigterm_saves_and_resuming_equals_an_uninterrupted_run(run) -> None:
     process = stopped.start()
     stopped.wait_for_step(6)
     process.terminate()
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM
     assert "goes on from the last checkpoint" in err
     newest = sorted((stopped.output / "checkpoints").iterdir())[-1].name
@@ -154,7 +154,7 @@ def test_two_processes_equal_one(run) -> None:
 def test_deepspeed_by_hand_equals_rdlm_train(run) -> None:
     ours, by_hand = run("ours").finish(2), run("by_hand")
     process = by_hand.by_hand(2)
-    out, err = process.communicate(timeout=500)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, out + err
     assert_equal(by_hand, ours)
 
@@ -164,7 +164,7 @@ def test_a_mistake_found_by_the_workers_is_one_line_and_status_2(run) -> None:
     training = run("run").finish()
     training.config.write_text(training.config.read_text().replace("lr: 0.01", "lr: 0.02"))
     process = training.start()
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 2
     assert out == "" and err.count("\n") == 1 and "optimizer.lr=0.02" in err, out + err
 
