@@ -181,17 +181,16 @@ def main(
     prompts = torch.randint(5, tokenizer.vocab_size, (concurrent, prompt_tokens), generator=rng)
     with Engine(lambda: build_served(denoiser, config, tokenizer, settings)) as engine:
         engine_run(engine, prompts, [1] * concurrent, [4] * concurrent)  # warm up
-        naive = [against_naive(denoiser, engine, prompts, k, num_tokens, repeats) for k in (4,)]
+        naive = against_naive(denoiser, engine, prompts, 4, num_tokens, repeats)
+        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in naive["tokens_per_s"].items())
+        print(f"K=4: tokens/s {rates}; engine is {naive['engine_over_naive']:.2f}x naive, {naive['engine_over_limit']:.2f}x the "
+              f"limit; bookkeeping {naive['bookkeeping_share']:.1%}, {naive['rows_per_step']:.1f} rows a step (prompts "
+              f"included); {naive['share_of_equal_tokens']:.1%} of tokens equal", flush=True)  # fmt: skip
         mix = against_mean_k(engine, prompts, max(1, num_tokens // 4), repeats)
+        print(f"K mix {MIX} runs {mix['mix_over_even']:.2f}x the core rows/s of K = {mix['mean_k']} everywhere", flush=True)
         line = along_k(engine, prompts, num_tokens, repeats)
-    for row in naive:
-        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in row["tokens_per_s"].items())
-        print(f"K={row['num_steps']}: tokens/s {rates}; engine is {row['engine_over_naive']:.2f}x naive, "
-              f"{row['engine_over_limit']:.2f}x the limit; bookkeeping {row['bookkeeping_share']:.1%}, "
-              f"{row['rows_per_step']:.1f} rows a step; {row['share_of_equal_tokens']:.1%} of tokens equal")  # fmt: skip
-    print(f"K mix {MIX} runs {mix['mix_over_even']:.2f}x the core rows/s of K = {mix['mean_k']} everywhere")
-    print(f"a token costs {1e3 * line['fixed']:.2f} + {1e3 * line['per_step']:.3f} K ms of the engine; "
-          f"largest deviation {line['largest_relative_deviation']:.1%}")  # fmt: skip
+        print(f"a token costs {1e3 * line['fixed']:.2f} + {1e3 * line['per_step']:.3f} K ms of the engine; "
+              f"largest deviation {line['largest_relative_deviation']:.1%}", flush=True)  # fmt: skip
     shape = {"concurrent": concurrent, "prompt_tokens": prompt_tokens, "num_tokens": num_tokens, "repeats": repeats}
     write_json(out, {"provenance": provenance(), "shape": shape, "model": config.model_dump(mode="json"),
                      "against_naive": naive, "mix": mix, "along_k": line})  # fmt: skip
