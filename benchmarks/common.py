@@ -13,18 +13,12 @@ from typing import Any, TypeVar
 
 import yaml
 
+from eval.output import write_json
 from eval.provenance import provenance
 
 __all__ = ["in_parallel", "provenance", "read_json", "run_rdlm", "train", "write_json"]
 
 T = TypeVar("T")
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
 
 
 def read_json(path: Path) -> Any:

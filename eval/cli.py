@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +11,7 @@ from rich.table import Table
 
 from eval.depth_cli import depth
 from eval.harness_cli import PASS_ON, lm_eval
+from eval.output import write_json
 from eval.text_cli import gen_ppl, mauve
 from rdlm.errors import UserError
 
@@ -74,7 +73,7 @@ def nll(
     report = {**_origin(checkpoint, loaded, store, length), "seed": seed, "num_draws": num_draws, "dtype": dtype, **measured}
     _show(report)
     if out is not None:
-        _write_json(report if per_window else {key: value for key, value in report.items() if key not in PER_WINDOW}, out)
+        write_json(out, report if per_window else {key: value for key, value in report.items() if key not in PER_WINDOW})
     if plot is not None:
         plot_nll(report, plot)
 
@@ -156,10 +155,3 @@ def _show(report: dict[str, Any]) -> None:
     console.print(table)
     for r in report["results"]:
         console.print(f"K = {r['K']}: {r['estimator']}", highlight=False, style="dim")
-
-
-def _write_json(report: dict[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, file)

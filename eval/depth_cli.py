@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from eval.output import write_json
 from rdlm.errors import UserError
 
 
@@ -50,7 +49,7 @@ def depth(
     report = {**_origin(checkpoint, loaded, group, rows, seed), "chance": 1 / tasks[0].vocab_size, "results": results}
     _show(report)
     if out is not None:
-        _write_json(report, out)
+        write_json(out, report)
     if plot is not None:
         plot_depth(report, plot)
 
@@ -97,10 +96,3 @@ def _show(report: dict[str, Any]) -> None:
         delta = "" if r["K"] == smallest else f"{r['delta']:+.3f} [{d_low:+.3f}, {d_high:+.3f}]"
         table.add_row(str(r["length"]), str(r["K"]), f"{r['accuracy']:.3f} [{low:.3f}, {high:.3f}]", delta, f"{r['last']:.3f}")
     Console().print(table)
-
-
-def _write_json(report: dict[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, file)

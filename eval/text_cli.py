@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice, product
@@ -14,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from eval.output import write_json
 from rdlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def gen_ppl(
     report["at_human_distinct_2"] = {name: at_equal_diversity(report["results"], name, human) for name in names}
     _show_gen_ppl(report, Console())
     if out is not None:
-        _write_json(report, out)
+        write_json(out, report)
     if plot is not None:
         plot_frontier(report, plot)
 
@@ -144,7 +143,7 @@ def mauve(
         report = {**_origin(sampler), **evaluate_mauve(chosen, sampler.human, held, generated, model, cache, bar, seed)}
     _show_mauve(report, Console())
     if out is not None:
-        _write_json(report, out)
+        write_json(out, report)
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
@@ -274,10 +273,3 @@ def _scored(entry: dict[str, Any]) -> list[str]:
 
 def _difference(found: dict[str, Any] | None) -> str:
     return "" if found is None else f"{found['difference']:+.4f}" + (" (within noise)" if found["inside_noise"] else "")
-
-
-def _write_json(report: dict[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, file)
