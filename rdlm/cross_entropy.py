@@ -18,7 +18,7 @@ CHUNK_ELEMENTS_GPU = 1 << 26
 """Logits held at once on a GPU, where a chunk must fill the device."""
 
 Evidence = tuple[Tensor, Tensor, Tensor]
-"""(u [N, D], table [V, D], scale []): adds scale * u @ table^T to the logits; u and table carry no gradient."""
+"""(u [N, D], table [V, D], scale of one element): adds scale * u @ table^T to the logits; u and table carry no gradient."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,7 +32,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_grad else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
-        d_scale = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_scale = torch.zeros(1 if scale is None else scale.shape, dtype=torch.float32, device=hidden.device)
         for part in torch.arange(hidden.shape[0], device=hidden.device).split(rows):
             rows_here = slice(int(part[0]), int(part[-1]) + 1)
             logits = F.linear(hidden[rows_here], weight).float()  # [n, V]

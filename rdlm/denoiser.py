@@ -47,7 +47,8 @@ class Denoiser(nn.Module):
     def __init__(self, model: TextModel, objective: ObjectiveConfig, noise: NoiseConfig) -> None:
         super().__init__()
         self.model, self.objective, self.noise = model, objective, noise
-        self.evidence_scale = nn.Parameter(torch.ones(())) if objective.readout == "evidence" else None
+        # One element and not a scalar tensor: DeepSpeed 0.19.8 can neither broadcast nor partition a 0-d parameter.
+        self.evidence_scale = nn.Parameter(torch.ones(1)) if objective.readout == "evidence" else None
 
     def clean(self, targets: Tensor) -> Tensor:
         """Unit-norm embedding rows of the targets, fp32 [..., D], detached: noise must not train the table to collapse."""

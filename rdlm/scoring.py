@@ -79,7 +79,7 @@ def _thinking(denoiser: Denoiser, input_ids: Tensor, targets: Tensor, ks: Sequen
 def _gather(denoiser: Denoiser, hidden: Tensor, targets: Tensor) -> Tensor:
     """log softmax of the prior logits at the targets, a chunk of rows at a time. [B, T, D], [B, T] -> [B, T]."""
     rows, ids = hidden.flatten(0, 1), targets.flatten()
-    chunk = max(1, LOGITS_AT_ONCE // denoiser.model.head.weight.shape[0])
+    chunk = max(1, LOGITS_AT_ONCE // denoiser.model.vocab_size)
     parts = []
     for part, index in zip(rows.split(chunk), ids.split(chunk), strict=True):
         logits = denoiser.predict(part).prior

@@ -89,9 +89,6 @@ class Trainer:
         denoiser = build(config.checkpoint_config, seed=config.seed)
         if config.activation_checkpointing:
             recompute_layers(denoiser)
-        for scalar in (p for p in denoiser.parameters() if p.dim() == 0):
-            # DeepSpeed 0.19.8 fails to broadcast 0-d tensors; the seed makes them equal everywhere.
-            setattr(scalar, "ds_optim_param", True)  # noqa: B010
         self.engine, *_ = deepspeed.initialize(
             model=Stage(denoiser), optimizer=build_optimizer(denoiser, config), config=ds_config(config, self.world)
         )

@@ -25,7 +25,7 @@ class Huginn(TextModel):
 
     def __init__(self, config: HuginnConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.vocab_size = config, config.vocab_size
         self.head_dim, self.num_kv_heads = config.d_model // config.num_heads, config.num_heads
         self.num_cache_layers = config.num_layers
         self.embed_scale = math.sqrt(config.d_model)

@@ -25,7 +25,7 @@ class Llama(TextModel):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.vocab_size = config, config.vocab_size
         self.head_dim, self.num_kv_heads = config.d_model // config.num_heads, config.num_kv_heads or config.num_heads
         self.num_cache_layers = config.num_layers
         self.wte = TokenTable(config.vocab_size, config.d_model)

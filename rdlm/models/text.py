@@ -21,6 +21,7 @@ class TextModel(nn.Module, ABC):
     A subclass sets the attributes below and defines encode, core and decode.
     """
 
+    vocab_size: int
     num_cache_layers: int
     """Layers that keep keys and values: prelude first, then core, then coda."""
     num_kv_heads: int

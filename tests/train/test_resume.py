@@ -30,7 +30,7 @@ def stop_after(steps: int):
 
 # Stage 3 cannot hold the scalar of the evidence read-out: DeepSpeed 0.19.8 does not partition 0-d parameters.
 STAGES = [(0, "bf16", "single_pass"), (0, "fp32", "single_pass"), (1, "bf16", "single_pass"), (2, "bf16", "single_pass"),
-          (2, "fp32", "single_pass"), (3, "bf16", "bptt")]  # fmt: skip
+          (2, "fp32", "single_pass"), (3, "bf16", "bptt"), (3, "bf16", "single_pass")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stage", "precision", "objective"), STAGES)
