@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 20
-"""Logits held at once on a CPU: 4 MiB of fp32, the size of a second-level cache."""
+"""Logits held at once on a CPU: 4 MiB of fp32."""
 CHUNK_ELEMENTS_GPU = 1 << 26
 """Logits held at once on a GPU, where a chunk must fill the device."""
 
