@@ -1,23 +1,19 @@
-"""Does K think? Accuracy against K on generated tasks whose answers need serial computation (rdlm/tasks.py)."""
+"""Does K think? Accuracy against K on generated tasks whose answers need serial or joint computation (rdlm/tasks.py)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from eval.bootstrap import interval, resamples
 from eval.nll import check_steps
 from rdlm.answers import greedy_answers
 from rdlm.checkpoint import Loaded
 from rdlm.errors import UserError
-from rdlm.tasks import GroupProduct
+from rdlm.tasks import Task
 
 USUAL_STEPS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -30,21 +26,22 @@ def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]
     return check_steps(steps, loaded.denoiser, loaded.config)
 
 
-def check_task(loaded: Loaded, task: GroupProduct) -> None:
+def check_task(loaded: Loaded, name: str, task: Task) -> None:
     """UserError where the checkpoint cannot have been trained on the task, or has too few positions for it."""
     model = loaded.config.model
-    if loaded.tokenizer is not None or model.vocab_size != task.vocab_size:
+    if loaded.tokenizer is not None or model.vocab_size < task.vocab_size:
         has = "is a model of text" if loaded.tokenizer is not None else f"has a vocabulary of {model.vocab_size}"
-        problem = f"{has}, the task has {task.vocab_size} elements"
-        raise UserError("--group", task.group, problem, "give a checkpoint trained with data.kind group_product and this group")
+        problem = f"{has}, the task has {task.vocab_size} symbols"
+        raise UserError("--task", name, problem, "give a checkpoint trained on it (see docs/data.md, generated tasks)")
     if task.length > model.max_seq_len:
-        raise UserError("--lengths", task.length, f"the model was built for {model.max_seq_len} positions", "use shorter ones")
+        problem = f"needs {task.length} positions, the model was built for {model.max_seq_len} positions"
+        raise UserError("--lengths", task.size, problem, "use shorter ones")
 
 
 @torch.no_grad()
 def evaluate_depth(
     loaded: Loaded,
-    task: GroupProduct,
+    task: Task,
     steps: Sequence[int],
     *,
     rows: int,
@@ -54,59 +51,41 @@ def evaluate_depth(
 ) -> list[dict[str, Any]]:
     """Share of right answers on the first ``rows`` held-out examples at each K, with bootstrap 95 % intervals over examples.
 
-    -> [{"length", "K", "accuracy", "accuracy_interval", "delta", "delta_interval", "last", "last_interval"}]: over all positions, its
-    difference from the smallest K (paired), and at the last position alone, which needs the longest computation.
+    -> [{"length", "K", "accuracy", "delta", NAME, "by_position"}], the first three figures with "..._interval" beside them:
+    over all positions that count, its difference from the smallest K (paired), and NAME = task.whole, the share of examples that are
+    ``task.solved``. by_position: the share at each position that counts.
     seed: of the examples, of sampling checkpoints' noise and of the bootstrap. ``progress`` is told the examples done.
     """
     device = next(loaded.denoiser.parameters()).device
     right: dict[int, list[np.ndarray]] = {k: [] for k in steps}
+    solved: dict[int, list[np.ndarray]] = {k: [] for k in steps}
+    masks = []
     for start in range(0, rows, batch_size):
         numbers = np.arange(start, min(rows, start + batch_size))
         batch = task.rows(numbers, seed, "test")
         answers = greedy_answers(loaded.denoiser, loaded.config, batch.input_ids.to(device), steps, seed=seed + start)
+        masks.append(batch.mask.numpy())
         for k in steps:
-            right[k].append((answers[k].cpu() == batch.targets).numpy())
+            given = answers[k].cpu()
+            right[k].append(((given == batch.targets) & batch.mask).numpy())
+            solved[k].append(task.solved(batch, given).numpy())
         if progress:
             progress(len(numbers))
-    return _summarise({k: np.concatenate(parts) for k, parts in right.items()}, task.length, seed)
+    joined = {k: (np.concatenate(right[k]), np.concatenate(solved[k])) for k in steps}
+    return _summarise(joined, np.concatenate(masks), task, seed)
 
 
-def _summarise(right: dict[int, np.ndarray], length: int, seed: int) -> list[dict[str, Any]]:
-    """right: {K: bool [rows, length]}. The same resamples for every K."""
-    rows = len(next(iter(right.values())))
+def _summarise(found: dict[int, tuple[np.ndarray, np.ndarray]], mask: np.ndarray, task: Task, seed: int) -> list[dict[str, Any]]:
+    """found: {K: (bool [rows, length], bool [rows])}. The same resamples for every K."""
+    rows = len(mask)
     draws = resamples(rows, seed) / rows
-    base = next(iter(right.values())).mean(1)
+    shares = {k: hits.sum(1) / mask.sum(1) for k, (hits, _) in found.items()}
+    base, counts = next(iter(shares.values())), mask.sum(0)
     results = []
-    for k, hits in right.items():
-        share, result = hits.mean(1), dict[str, Any](length=length, K=k)
-        for name, values in (("accuracy", share), ("delta", share - base), ("last", hits[:, -1].astype(float))):
+    for k, (hits, solved) in found.items():
+        result = dict[str, Any](length=task.size, K=k)
+        for name, values in (("accuracy", shares[k]), ("delta", shares[k] - base), (task.whole, solved.astype(float))):
             result |= {name: float(values.mean()), f"{name}_interval": interval(draws @ values)}
+        result["by_position"] = (hits.sum(0)[counts > 0] / counts[counts > 0]).round(4).tolist()
         results.append(result)
     return results
-
-
-def plot_depth(report: dict[str, Any], file: Path) -> None:
-    """Accuracy against K with its 95 % intervals, a curve for each length, as PNG."""
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    ks = sorted({r["K"] for r in report["results"]})
-    for length in dict.fromkeys(r["length"] for r in report["results"]):
-        chosen = [r for r in report["results"] if r["length"] == length]
-        values = [r["accuracy"] for r in chosen]
-        errors = [[abs(r["accuracy"] - r["accuracy_interval"][side]) for r in chosen] for side in (0, 1)]
-        axes.errorbar([r["K"] for r in chosen], values, yerr=errors, marker="o", capsize=3, label=f"{length} positions")
-    axes.axhline(report["chance"], color="grey", linestyle=":", label="chance")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ks, [str(k) for k in ks])
-    axes.minorticks_off()
-    axes.set_xlabel("K")
-    axes.set_ylabel("right answers, over positions")
-    axes.set_title(
-        f"{report['checkpoint']['name']}, step {report['checkpoint']['step']:,}: products in {report['data']['group']}"
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    FigureCanvasAgg(figure).print_png(partial)
-    os.replace(partial, file)

@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from eval.options import Checkpoint, Device, Out, Plot, Seed, numbers, usable_device
 from eval.output import write_json
-from rdlm.errors import UserError
+from eval.wording import difference, with_interval
 
 
 def depth(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint folder.")],
-    group: Annotated[Literal["s3", "s5"], typer.Option(help="Group whose running products are asked for.")] = "s3",
-    lengths: Annotated[str, typer.Option(help="Positions with commas; longer than in training is extrapolation.")] = "16,24",
+    checkpoint: Checkpoint,
+    task: Annotated[
+        str, typer.Option(help="s3, s5: running products; pointer16: hops over 16 nodes; latin5: blanks of 5 x 5 cells.")
+    ] = "s3",
+    lengths: Annotated[
+        str, typer.Option(help="Positions, hops or blanks with commas; more than in training is extrapolation.")
+    ] = "16,24",
     steps: Annotated[
         str | None, typer.Option(help="Values of K with commas [1,2,4,8,16,32,64 as far as the checkpoint goes].")
     ] = None,
     rows: Annotated[int, typer.Option(min=2, help="Held-out examples of each length.")] = 2048,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of one forward pass.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of examples, noise and bootstrap.")] = 0,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Write the results with their provenance as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a figure of accuracy against K as PNG.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    out: Out = None,
+    plot: Plot = None,
 ) -> None:
-    """Share of right running products against K, with 95 % bootstrap intervals over examples."""
-    import torch
+    """Share of right answers to a generated task against K, with 95 % bootstrap intervals over examples."""
     from tqdm import tqdm
 
-    from eval.depth import check_task, choose_steps, evaluate_depth, plot_depth
+    from eval.depth import check_task, choose_steps, evaluate_depth
+    from eval.plots import plot_depth
+    from eval.provenance import origin
     from rdlm.checkpoint import load
-    from rdlm.tasks import GroupProduct
+    from rdlm.tasks import parse_task
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device", device, "torch sees no GPU", "use --device cpu")
-    tasks = [GroupProduct(group, length) for length in _numbers("--lengths", lengths)]
-    loaded = load(checkpoint, device=device)
-    for task in tasks:
-        check_task(loaded, task)
-    ks = choose_steps(None if steps is None else _numbers("--steps", steps), loaded)
+    tasks = [parse_task(task, length) for length in numbers("--lengths", lengths, int)]
+    loaded = load(checkpoint, device=usable_device(device))
+    for each in tasks:
+        check_task(loaded, task, each)
+    ks = choose_steps(None if steps is None else numbers("--steps", steps, int), loaded)
     results: list[dict[str, Any]] = []
     with tqdm(total=rows * len(tasks), unit="example", desc=f"K = {', '.join(map(str, ks))}") as bar:
-        for task in tasks:
-            results += evaluate_depth(loaded, task, ks, rows=rows, seed=seed, batch_size=batch_size, progress=bar.update)
-    report = {**_origin(checkpoint, loaded, group, rows, seed), "chance": 1 / tasks[0].vocab_size, "results": results}
+        for each in tasks:
+            results += evaluate_depth(loaded, each, ks, rows=rows, seed=seed, batch_size=batch_size, progress=bar.update)
+    first = tasks[0]
+    data = {"task": task, "unit": first.unit, "whole": first.whole, "split": "test", "rows": rows, "seed": seed}
+    report = {**origin("depth", checkpoint, loaded.config), "data": data, "chance": first.chance, "results": results}
     _show(report)
     if out is not None:
         write_json(out, report)
@@ -54,45 +59,18 @@ def depth(
         plot_depth(report, plot)
 
 
-def _numbers(name: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(name, text, "is not a list of whole numbers", "write for instance 16,24") from None
-
-
-def _origin(checkpoint: Path, loaded: Any, group: str, rows: int, seed: int) -> dict[str, Any]:
-    from eval.provenance import provenance
-    from rdlm.checkpoint import WEIGHTS
-    from rdlm.shards import file_sha256
-
-    config = loaded.config
-    return {
-        "provenance": provenance(),
-        "checkpoint": {
-            "name": config.name,
-            "objective": config.objective.name,
-            "step": config.step,
-            "k_meaning": config.objective.k_meaning,
-            "weights_sha256": file_sha256(checkpoint / WEIGHTS),
-        },
-        "data": {"task": "group_product", "group": group, "split": "test", "rows": rows, "seed": seed},
-    }
-
-
 def _show(report: dict[str, Any]) -> None:
     checkpoint, data = report["checkpoint"], report["data"]
     table = Table(
-        title=f"{checkpoint['name']} (step {checkpoint['step']:,}): running products in {data['group']}",
-        caption=f"{data['rows']:,} held-out examples of each length; chance is {report['chance']:.3f}; "
-        "an interval of the difference that holds 0 is no difference",
+        title=f"{checkpoint['name']} (step {checkpoint['step']:,}): {data['task']}",
+        caption=f"{data['rows']:,} held-out examples of each length; chance is {report['chance']:.3f}",
     )
     smallest = report["results"][0]["K"]
-    for name in ("positions", "K", "right [95 %]", f"against K = {smallest}", "last position"):
+    whole = {"last": "last position", "valid": "valid as a whole"}[data["whole"]]
+    for name in (data["unit"], "K", "right [95 %]", f"against K = {smallest}", f"{whole} [95 %]"):
         table.add_column(name, justify="right")
     for r in report["results"]:
-        low, high = r["accuracy_interval"]
-        d_low, d_high = r["delta_interval"]
-        delta = "" if r["K"] == smallest else f"{r['delta']:+.3f} [{d_low:+.3f}, {d_high:+.3f}]"
-        table.add_row(str(r["length"]), str(r["K"]), f"{r['accuracy']:.3f} [{low:.3f}, {high:.3f}]", delta, f"{r['last']:.3f}")
+        delta = "" if r["K"] == smallest else difference(r["delta"], r["delta_interval"])
+        cells = [with_interval(r[name], r[f"{name}_interval"]) for name in ("accuracy", data["whole"])]
+        table.add_row(str(r["length"]), str(r["K"]), cells[0], delta, cells[1])
     Console().print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+
+from eval.plots import heading, new_figure, write_png
 
 Row = dict[str, Any]
 
@@ -52,13 +51,10 @@ def plot_frontier(report: dict[str, Any], file: Path) -> None:
     Colour is K, marker is top-p, and a line joins settings that differ in temperature alone.
     """
     names = [teacher["name"] for teacher in report["teachers"]]
-    figure = Figure(figsize=(6.4 * len(names), 4.8), dpi=150, layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+    figure, panels = new_figure(len(names), height=4.8)
+    for axes, name in zip(panels, names, strict=True):
         _panel(axes, report, name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    FigureCanvasAgg(figure).print_png(partial)
-    os.replace(partial, file)
+    write_png(figure, file)
 
 
 def _panel(axes: Axes, report: dict[str, Any], teacher: str) -> None:
@@ -80,9 +76,7 @@ def _panel(axes: Axes, report: dict[str, Any], teacher: str) -> None:
     axes.set_yscale("log")
     axes.set_xlabel(f"distinct-2 (groups of {report['human']['diversity']['group_texts']} texts)")
     axes.set_ylabel(f"generative perplexity under {teacher}")
-    origin = report["samples"]
-    title = f"{origin['checkpoint']['name']}, step {origin['checkpoint']['step']:,}: {origin['prompts']['count']} prompts"
-    axes.set_title(title, fontsize=10)
+    axes.set_title(f"{heading(report)}: {report['samples']['prompts']['count']} prompts", fontsize=10)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
 

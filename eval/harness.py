@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from eval.likelihood import score_continuations
+from eval.likelihood import Score, score_continuations
 from eval.nll import check_steps
 from rdlm.checkpoint import WEIGHTS, Loaded, load
 from rdlm.config import parse
@@ -46,6 +47,18 @@ MAX_GEN_TOKS = 256
 """Most tokens of an answer where a task names no limit: lm-eval's own default."""
 LM_EVAL_DEVICE = "cuda:0"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+@dataclass
+class Sweep:
+    """The K that one command asks for, each a run of lm_eval of its own, and what the first run has scored for all of them."""
+
+    ks: tuple[int, ...] = ()
+    scores: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, Score]] = field(default_factory=dict)
+
+
+SWEEP = Sweep()
+"""Filled by ``run_sweep``. lm_eval builds models by name from their arguments, so there is no other way to hand it over."""
 
 
 @register_model("rdlm")
@@ -87,7 +100,10 @@ class RecurrentLM(TemplateLM):
         self.loaded, self.text = _load(self.folder, self.settings)
         self._device = next(self.loaded.denoiser.parameters()).device
         self.num_steps = self._steps(num_steps)
-        self.scored_steps = self._scored_steps(estimator)
+        self.estimator = self._estimator(estimator)
+        self.scored_steps = self._scored_steps(self.num_steps)
+        if self.scored_steps != self.num_steps:
+            logger.warning("log-likelihoods are those at K = 1, the normalised ones; num_steps=%d acts on texts", self.num_steps)
         logger.info("log-likelihoods are %s", estimator_of(self.loaded.config, self.scored_steps))
         self.tied_documents = 0
         limit = self.loaded.config.model.max_seq_len
@@ -102,18 +118,19 @@ class RecurrentLM(TemplateLM):
         except UserError as error:
             raise UserError("model_args: num_steps", k, error.problem, error.remedy) from None
 
-    def _scored_steps(self, estimator: str) -> int:
+    def _estimator(self, name: str) -> str:
+        """The estimator, checked."""
+        if name not in ("normalised", "mixture"):
+            raise UserError("model_args: estimator", name, "there is no such estimator", "use normalised or mixture")
+        if self.loaded.config.objective.k_meaning == "thinking" and name == "mixture":
+            remedy = "leave estimator out: this checkpoint's likelihood is normalised at every K"
+            raise UserError("model_args: estimator", name, "only sampling checkpoints have it", remedy)
+        return name
+
+    def _scored_steps(self, num_steps: int) -> int:
         """K of the log-likelihoods, which is not num_steps where that has no normalised likelihood."""
-        if estimator not in ("normalised", "mixture"):
-            raise UserError("model_args: estimator", estimator, "there is no such estimator", "use normalised or mixture")
-        if self.loaded.config.objective.k_meaning == "thinking":
-            if estimator == "mixture":
-                remedy = "leave estimator out: this checkpoint's likelihood is normalised at every K"
-                raise UserError("model_args: estimator", estimator, "only sampling checkpoints have it", remedy)
-            return self.num_steps
-        if estimator == "normalised" and self.num_steps > 1:
-            logger.warning("log-likelihoods are those at K = 1, the normalised ones; num_steps=%d acts on texts", self.num_steps)
-        return self.num_steps if estimator == "mixture" else 1
+        thinking = self.loaded.config.objective.k_meaning == "thinking"
+        return num_steps if thinking or self.estimator == "mixture" else 1
 
     # What lm-eval asks about a model ---------------------------------------------------------------------------------
 
@@ -195,24 +212,33 @@ class RecurrentLM(TemplateLM):
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **options: Any
-    ) -> list[tuple[float, bool]]:
+    ) -> list[Score]:
         scores = self._score([(context, continuation) for _, context, continuation in requests], disable_tqdm)
         for (texts, _, _), score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, score)
         return scores
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        with tqdm(total=len(pairs), desc=f"log-likelihoods at K = {self.scored_steps}", disable=disable_tqdm) as bar:
-            return score_continuations(
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[Score]:
+        """At the K of this model. In a sweep the K to come are scored in the same pass and remembered."""
+        ks = sorted({self.scored_steps, *(self._scored_steps(self._steps(k)) for k in SWEEP.ks)})
+        keys = [(tuple(context), tuple(continuation)) for context, continuation in pairs]
+        missing = list(dict.fromkeys(key for key in keys if key not in SWEEP.scores))
+        with tqdm(total=len(missing), desc=f"log-likelihoods at K = {', '.join(map(str, ks))}", disable=disable_tqdm) as bar:
+            found = score_continuations(
                 self.loaded,
-                pairs,
-                self.scored_steps,
+                [(list(context), list(continuation)) for context, continuation in missing],
+                ks,
                 batch_size=self.batch_size,
                 max_length=self.max_length,
                 seed=self.seed,
                 num_draws=self.num_draws,
                 progress=bar.update,
             )
+        fresh = {key: {k: found[k][i] for k in ks} for i, key in enumerate(missing)}
+        if SWEEP.ks:
+            SWEEP.scores.update(fresh)
+        known = SWEEP.scores if SWEEP.ks else fresh
+        return [known[key][self.scored_steps] for key in keys]
 
     # Texts -----------------------------------------------------------------------------------------------------------
 
@@ -258,6 +284,20 @@ class RecurrentLM(TemplateLM):
         ends = frozenset() if self.text.eos_id is None else frozenset({self.text.eos_id})
         stops = tuple(s for s in stop if s)
         return Request(tuple(ids[-room:]), num_steps, max_tokens, sampling, self.seed, choice=choice, stop=stops, stop_ids=ends)
+
+
+def run_sweep(arguments: Sequence[str], ks: Sequence[int]) -> None:
+    """``run`` for each K: log-likelihoods of all of them are computed in the first run, in one pass."""
+    place = next((i for i, item in enumerate(arguments[:-1]) if item in ("--model_args", "-a")), None)
+    if place is None or "num_steps=" in arguments[place + 1]:
+        raise UserError("--steps", list(ks), "needs --model_args checkpoint=... without num_steps", "correct the model_args")
+    SWEEP.ks = tuple(ks)
+    try:
+        for k in ks:
+            run([*arguments[: place + 1], f"{arguments[place + 1]},num_steps={k}", *arguments[place + 2 :]])
+    finally:
+        SWEEP.ks = ()
+        SWEEP.scores.clear()
 
 
 def run(arguments: Sequence[str]) -> None:

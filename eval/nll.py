@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eval.bootstrap import interval, resamples
 from rdlm.checkpoint import Loaded
 from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser
@@ -16,7 +17,6 @@ from rdlm.errors import UserError
 from rdlm.objectives import Batch
 from rdlm.scoring import estimator_of, token_logprobs
 
-BOOTSTRAP_SAMPLES = 2000
 PER_WINDOW = ("window_nll", "window_tokens")
 """Entries of the result with a number for every window: what a paired comparison of two checkpoints needs."""
 USUAL_STEPS = (1, 2, 4, 8, 16, 32)
@@ -47,17 +47,17 @@ def evaluate_nll(
     num_draws: int = 8,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """NLL (nats per token), perplexity and bits per byte at each K, with bootstrap 95 % intervals over windows.
+    """NLL (nats per token), perplexity, bits per byte and per character at each K, with bootstrap 95 % intervals over windows.
 
     corpus_windows: batches [B, T]; a row is one window, the unit that is resampled. ``progress`` is told the rows done.
-    -> {"tokens", "windows", "bytes", "results": [{"K", "nll", "nll_interval", "delta_nll", "delta_nll_interval", "perplexity",
-    "bits_per_byte", "estimator"}], "window_nll": {K: [nats per window]}, "window_tokens"}.
-    delta_nll is against the smallest K, its interval is paired. Bits per byte leave out special tokens, which have no bytes.
+    -> {"tokens", "windows", "bytes", "characters", "results": [{"K", "nll", "delta_nll", both with "..._interval", "perplexity",
+    "bits_per_byte", "bits_per_character", "estimator"}], "window_nll": {K: [nats per window]}, "window_tokens"}.
+    delta_nll is against the smallest K, its interval is paired. Bits per byte and character leave out special tokens.
     """
-    num_bytes = _byte_table(loaded)
+    num_bytes, num_characters = _text_tables(loaded)
     nats: dict[int, list[torch.Tensor]] = {k: [] for k in steps}
     text_nats = dict.fromkeys(steps, 0.0)
-    tokens, bytes_ = [], 0
+    tokens, bytes_, characters = [], 0, 0
     device = next(loaded.denoiser.parameters()).device
     for batch in corpus_windows:
         inputs, targets, mask = (t.to(device) for t in (batch.input_ids, batch.targets, batch.mask))
@@ -69,6 +69,7 @@ def evaluate_nll(
             text_nats[k] += float(nll[widths > 0].sum())
         tokens.append(mask.sum(1).cpu())
         bytes_ += int(widths.sum())
+        characters += int((num_characters.to(device)[targets] * mask).sum())
         if progress:
             progress(len(targets))
     sums = {k: torch.cat(parts).numpy() for k, parts in nats.items()}
@@ -76,31 +77,35 @@ def evaluate_nll(
     results = _summarise(sums, counts, seed)
     for result in results:
         k = result["K"]
-        result["bits_per_byte"] = text_nats[k] / math.log(2) / bytes_ if bytes_ else None
+        bits = text_nats[k] / math.log(2)
+        result["bits_per_byte"] = bits / bytes_ if bytes_ else None
+        result["bits_per_character"] = bits / characters if characters else None
         result["estimator"] = estimator_of(loaded.config, k)
     return {
         "tokens": int(counts.sum()),
         "windows": len(counts),
         "bytes": bytes_,
+        "characters": characters,
         "results": results,
         "window_nll": {str(k): [round(x, 4) for x in sums[k].tolist()] for k in steps},
         "window_tokens": counts.tolist(),
     }
 
 
-def _byte_table(loaded: Loaded) -> torch.Tensor:
-    """UTF-8 bytes of each id [V]; zeros where the ids are not text."""
-    table = torch.zeros(loaded.config.model.vocab_size, dtype=torch.int64)
+def _text_tables(loaded: Loaded) -> tuple[torch.Tensor, torch.Tensor]:
+    """UTF-8 bytes of each id, and how many characters begin in it, int64 [V] each; zeros where the ids are not text."""
+    tables = torch.zeros((2, loaded.config.model.vocab_size), dtype=torch.int64)
     if loaded.tokenizer is not None:
-        widths = [len(b) for b in loaded.tokenizer.token_bytes()]
-        table[: len(widths)] = torch.tensor(widths)
-    return table
+        for i, content in enumerate(loaded.tokenizer.token_bytes()):
+            tables[0, i] = len(content)
+            tables[1, i] = sum(byte & 0xC0 != 0x80 for byte in content)  # continuation bytes are 10xxxxxx
+    return tables[0], tables[1]
 
 
 def _summarise(sums: dict[int, np.ndarray], counts: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """sums: nats per window at each K; counts: tokens per window. Percentile bootstrap (Efron 1979) over windows."""
+    """sums: nats per window at each K; counts: tokens per window. The same resamples of windows for every K."""
     base = next(iter(sums))
-    draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), BOOTSTRAP_SAMPLES)
+    draws = resamples(len(counts), seed)
     resampled = {k: draws @ values / (draws @ counts) for k, values in sums.items()}
     results = []
     for k, values in sums.items():
@@ -109,14 +114,10 @@ def _summarise(sums: dict[int, np.ndarray], counts: np.ndarray, seed: int) -> li
             {
                 "K": k,
                 "nll": nll,
-                "nll_interval": _interval(resampled[k]),
+                "nll_interval": interval(resampled[k]),
                 "delta_nll": nll - float(sums[base].sum() / counts.sum()),
-                "delta_nll_interval": _interval(resampled[k] - resampled[base]),
+                "delta_nll_interval": interval(resampled[k] - resampled[base]),
                 "perplexity": math.exp(min(nll, 700.0)),
             }
         )
     return results
-
-
-def _interval(samples: np.ndarray) -> list[float]:
-    return [float(x) for x in np.quantile(samples, (0.025, 0.975))]

@@ -1,4 +1,4 @@
-"""Results as files."""
+"""Results as files, each written at once or not at all."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 
-def write_json(file: Path, report: Any) -> None:
-    """Write ``report`` at once or not at all; a number that JSON cannot hold (NaN, infinity) is a ValueError."""
+def write_bytes(file: Path, content: bytes) -> None:
+    """Make the folders and replace the file in one step."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    partial.write_bytes(content)
     partial.replace(file)
+
+
+def write_json(file: Path, report: Any) -> None:
+    """A number that JSON cannot hold (NaN, infinity) is a ValueError."""
+    write_bytes(file, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())

@@ -13,6 +13,26 @@ from typing import Any
 import torch
 
 from rdlm import __version__
+from rdlm.checkpoint import CONFIG, WEIGHTS
+from rdlm.config import CheckpointConfig
+from rdlm.shards import file_sha256
+
+
+def origin(evaluation: str, folder: Path, config: CheckpointConfig) -> dict[str, Any]:
+    """The head of every report: which command made it, where it ran, and which checkpoint it measures."""
+    return {"evaluation": evaluation, "provenance": provenance(), "checkpoint": checkpoint_facts(folder, config)}
+
+
+def checkpoint_facts(folder: Path, config: CheckpointConfig) -> dict[str, Any]:
+    """What names a checkpoint wherever its folder lies."""
+    return {
+        "name": config.name,
+        "objective": config.objective.name,
+        "k_meaning": config.objective.k_meaning,
+        "step": config.step,
+        "weights_sha256": file_sha256(folder / WEIGHTS),
+        "config_sha256": file_sha256(folder / CONFIG),
+    }
 
 
 def provenance() -> dict[str, Any]:

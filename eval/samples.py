@@ -19,10 +19,12 @@ import numpy as np
 import torch
 
 from eval.nll import check_steps
+from eval.provenance import checkpoint_facts, origin
+from eval.windows import check_tokenizer
 from rdlm import __version__, checkpoint
 from rdlm.decoding_types import SamplingParams
 from rdlm.errors import UserError
-from rdlm.shards import TokenStore, file_sha256
+from rdlm.shards import TokenStore
 from rdlm.tokenizer import Tokenizer
 from serve.engine import Engine
 from serve.loading import build_served
@@ -114,20 +116,16 @@ class Sampler:
         seed: int = 0,
     ) -> None:
         """folder: the checkpoint. cache: where the files lie. Raises UserError where checkpoint, data and lengths do not fit."""
-        self._loaded = checkpoint.load(folder, device=usable_device(engine.device), dtype=getattr(torch, engine.dtype))
+        self._loaded = checkpoint.load(folder, device=engine.device, dtype=getattr(torch, engine.dtype))
         limit = self._loaded.config.model.max_seq_len
         if shape.prompt_tokens + shape.max_tokens > limit:
             problem = f"with prompts of {shape.prompt_tokens} tokens it exceeds the model's {limit} positions"
             raise UserError("--max-tokens", shape.max_tokens, problem, "shorten prompts or continuations")
-        if self._loaded.tokenizer is None:
-            raise UserError("--checkpoint", str(folder), "it has no tokenizer, so its ids are not text", "give a model of text")
-        self.tokenizer = self._loaded.tokenizer
-        if self.tokenizer.fingerprint != store.manifest.tokenizer_fingerprint:
-            remedy = f"prepare it again with --tokenizer {folder / 'tokenizer'}"
-            raise UserError("--data", str(store.folder), "was not tokenised with the checkpoint's tokenizer", remedy)
+        self.tokenizer = check_tokenizer(folder, self._loaded, store)
         self.passages, self.shape, self.seed, self._cache = list(found), shape, seed, cache
         self._engine_settings = engine.model_copy(update={"max_len": shape.prompt_tokens + shape.max_tokens})
-        self.origin = self._origin(folder, store)
+        self._folder = folder
+        self._facts = {"checkpoint": checkpoint_facts(folder, self._loaded.config), **self._described(store)}
         self._engine: Engine | None = None
         self._exit = ExitStack()
 
@@ -137,24 +135,23 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         self._exit.close()
 
-    def _origin(self, folder: Path, store: TokenStore) -> dict[str, Any]:
-        """What all settings share; together with a setting it decides every token."""
-        config, engine = self._loaded.config, self._engine_settings
+    def _described(self, store: TokenStore) -> dict[str, Any]:
+        """What all settings share beside the checkpoint; together with a setting it decides every token."""
+        engine = self._engine_settings
         return {
-            "checkpoint": {
-                "name": config.name,
-                "objective": config.objective.name,
-                "step": config.step,
-                "weights_sha256": file_sha256(folder / checkpoint.WEIGHTS),
-                "config_sha256": file_sha256(folder / checkpoint.CONFIG),
-            },
             "data": {"source": store.manifest.source, "split": store.split, "manifest_sha256": store.manifest_sha256},
-            "prompts": {"count": len(self.passages), "sha256": _digest([(p.window, p.prompt) for p in self.passages])},
-            "shape": asdict(self.shape),
-            "engine": {"device": engine.device, "dtype": engine.dtype, "kv_cache": engine.kv_cache, "chunk": engine.chunk},
-            "seed": self.seed,
-            "rdlm": __version__,
+            "samples": {
+                "prompts": {"count": len(self.passages), "sha256": _digest([(p.window, p.prompt) for p in self.passages])},
+                "shape": asdict(self.shape),
+                "engine": {"device": engine.device, "dtype": engine.dtype, "kv_cache": engine.kv_cache, "chunk": engine.chunk},
+                "seed": self.seed,
+                "rdlm": __version__,
+            },
         }
+
+    def origin(self, evaluation: str) -> dict[str, Any]:
+        """The head of a report about these texts."""
+        return {**origin(evaluation, self._folder, self._loaded.config), **self._facts}
 
     @property
     def prompts(self) -> list[str]:
@@ -179,7 +176,7 @@ class Sampler:
         return self._cache / f"samples-{_digest(self._header(setting))[:20]}.jsonl"
 
     def _header(self, setting: Setting) -> dict[str, Any]:
-        return {**self.origin, "setting": asdict(setting)}
+        return {**self._facts, "setting": asdict(setting)}
 
     def continuations(self, setting: Setting, progress: Callable[[int], object] | None = None) -> list[list[str]]:
         """texts[prompt][choice], from the file as far as it goes. ``progress`` is told the prompts done, those found included."""
@@ -245,13 +242,6 @@ class Sampler:
                 Engine(lambda: build_served(loaded.denoiser, loaded.config, tokenizer, settings), self.shape.continuations)
             )
         return self._engine
-
-
-def usable_device(name: str) -> str:
-    """UserError for a GPU that torch does not see."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device", name, "torch sees no GPU", "use --device cpu")
-    return name
 
 
 def _stream(seed: int, window: int) -> int:

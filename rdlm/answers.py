@@ -12,7 +12,8 @@ from rdlm.context import CausalContext
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
 from rdlm.randomness import generator
-from rdlm.sampler import hard_bridge_chain, renoise, run, sampling_levels
+from rdlm.sampler import hard_bridge_chain, renoise, sampling_levels
+from rdlm.scoring import think
 
 
 @torch.no_grad()
@@ -26,16 +27,13 @@ def greedy_answers(
     """
     if config.objective.k_meaning == "sampling":
         return {k: _denoised(denoiser, config, input_ids, k, seed) for k in ks}
-    model, out, wanted = denoiser.model, {}, set(ks)
-    ctx = CausalContext(input_ids.shape[1], input_ids.device)
-    e = model.encode(input_ids, ctx)
-    cond = denoiser.condition(None, e)
+    out, wanted = {}, set(ks)
 
-    def read(k: int, state: Tensor) -> None:
+    def read(k: int, state: Tensor, ctx: CausalContext) -> None:
         if k in wanted:
-            out[k] = denoiser.predict(model.decode(state, ctx)).prior.argmax(-1)
+            out[k] = denoiser.predict(denoiser.model.decode(state, ctx)).prior.argmax(-1)
 
-    run(lambda s, _: denoiser.step(s, e, cond, ctx), model.initial_state(e, generator(seed)), max(wanted), on_step=read)
+    think(denoiser, input_ids, max(wanted), seed, read)
     return out
 
 
@@ -48,13 +46,14 @@ def _denoised(denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, n
         else:
             levels = torch.full(input_ids.shape, sigma, device=input_ids.device)
             noised = Noised(z, levels, torch.ones_like(input_ids, dtype=torch.bool))
+        owner = denoiser.at(sigma)
         if denoiser.objective.name == "paper":
-            return denoiser.predict(two_stream_hidden(denoiser, input_ids, z, levels), z, levels)
-        return denoiser.predict(in_place_hidden(denoiser, input_ids, noised, 1, rng), z, levels)
+            return owner.predict(two_stream_hidden(owner, input_ids, z, levels), z, levels)
+        return owner.predict(in_place_hidden(owner, input_ids, noised, 1, rng), z, levels)
 
     def again(ids: Tensor, sigma: float) -> Tensor:
         noise = torch.randn((*ids.shape, width), generator=rng).to(ids.device)
-        return renoise(denoiser, ids, torch.full(ids.shape, sigma, device=ids.device), noise)
+        return renoise(denoiser.at(sigma), ids, torch.full(ids.shape, sigma, device=ids.device), noise)
 
     ids, _ = hard_bridge_chain(predict, lambda p: p.logits().argmax(-1), again, sampling_levels(config, num_steps))
     return ids

@@ -10,7 +10,8 @@ Which numbers are likelihoods:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,7 +38,40 @@ def estimator_of(config: CheckpointConfig, num_steps: int) -> str:
     )
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """logprobs [B, T] fp32: log p of the targets. is_greedy [B, T] bool: whether the target is the arg max (of a mixture over draws:
+    whether its probability exceeds 1/2, which is enough but not necessary)."""
+
+    logprobs: Tensor
+    is_greedy: Tensor
+
+
 @torch.no_grad()
+def token_scores(
+    denoiser: Denoiser,
+    config: CheckpointConfig,
+    input_ids: Tensor,
+    targets: Tensor,
+    ks: Sequence[int],
+    *,
+    seed: int = 0,
+    num_draws: int = 8,
+) -> dict[int, TokenScores]:
+    """Scores of targets[i] given input_ids[<= i] at each K in ``ks``: input_ids, targets [B, T] int64.
+
+    One pass to max(ks) for thinking models. See the module docstring for what the numbers are; ``estimator_of`` names them.
+    """
+    if config.objective.k_meaning == "thinking":
+        return _thinking(denoiser, input_ids, targets, ks, seed)
+    return {
+        k: _at_prior(denoiser.at(None), input_ids, targets)
+        if k == 1
+        else _mixture(denoiser, config, input_ids, targets, k, seed, num_draws)
+        for k in ks
+    }
+
+
 def token_logprobs(
     denoiser: Denoiser,
     config: CheckpointConfig,
@@ -48,46 +82,51 @@ def token_logprobs(
     seed: int = 0,
     num_draws: int = 8,
 ) -> dict[int, Tensor]:
-    """log p(targets[i] | input_ids[<= i]) at each K in ``ks``: input_ids, targets [B, T] int64 -> {K: [B, T] fp32}.
+    """The ``logprobs`` of ``token_scores`` alone: {K: [B, T] fp32}."""
+    scores = token_scores(denoiser, config, input_ids, targets, ks, seed=seed, num_draws=num_draws)
+    return {k: found.logprobs for k, found in scores.items()}
 
-    One pass to max(ks) for thinking models. See the module docstring for what the numbers are; ``estimator_of`` names them.
+
+@torch.no_grad()
+def think(
+    denoiser: Denoiser, input_ids: Tensor, num_steps: int, seed: int, on_step: Callable[[int, Tensor, CausalContext], None]
+) -> None:
+    """Core steps of a thinking model from z = 0 over whole rows [B, T]; on_step(k, state [B, T, D], ctx) after each, k = 1, 2, ..
+
+    ``denoiser.predict(denoiser.model.decode(state, ctx)).prior`` are the logits at K = k.
     """
-    if config.objective.k_meaning == "thinking":
-        return _thinking(denoiser, input_ids, targets, ks, seed)
-    return {
-        k: _at_prior(denoiser, input_ids, targets)
-        if k == 1
-        else _mixture(denoiser, config, input_ids, targets, k, seed, num_draws)
-        for k in ks
-    }
-
-
-def _thinking(denoiser: Denoiser, input_ids: Tensor, targets: Tensor, ks: Sequence[int], seed: int) -> dict[int, Tensor]:
-    model, wanted, out = denoiser.model, set(ks), {}
+    model = denoiser.model
     ctx = CausalContext(input_ids.shape[1], input_ids.device)
     e = model.encode(input_ids, ctx)
     cond = denoiser.condition(None, e)
+    start = model.initial_state(e, generator(seed))
+    run(lambda s, _: denoiser.step(s, e, cond, ctx), start, num_steps, on_step=lambda k, state: on_step(k, state, ctx))
 
-    def read(k: int, state: Tensor) -> None:
+
+def _thinking(denoiser: Denoiser, input_ids: Tensor, targets: Tensor, ks: Sequence[int], seed: int) -> dict[int, TokenScores]:
+    wanted, out = set(ks), {}
+
+    def read(k: int, state: Tensor, ctx: CausalContext) -> None:
         if k in wanted:
-            out[k] = _gather(denoiser, model.decode(state, ctx), targets)
+            out[k] = _gather(denoiser, denoiser.model.decode(state, ctx), targets)
 
-    run(lambda s, _: denoiser.step(s, e, cond, ctx), model.initial_state(e, generator(seed)), max(wanted), on_step=read)
+    think(denoiser, input_ids, max(wanted), seed, read)
     return {k: out[k] for k in ks}
 
 
-def _gather(denoiser: Denoiser, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log softmax of the prior logits at the targets, a chunk of rows at a time. [B, T, D], [B, T] -> [B, T]."""
+def _gather(denoiser: Denoiser, hidden: Tensor, targets: Tensor) -> TokenScores:
+    """Softmax of the prior logits at the targets, a chunk of rows at a time. [B, T, D], [B, T] -> [B, T]."""
     rows, ids = hidden.flatten(0, 1), targets.flatten()
     chunk = max(1, LOGITS_AT_ONCE // denoiser.model.vocab_size)
-    parts = []
+    parts, hits = [], []
     for part, index in zip(rows.split(chunk), ids.split(chunk), strict=True):
         logits = denoiser.predict(part).prior
         parts.append(logits.gather(1, index.unsqueeze(1)).squeeze(1) - logits.logsumexp(1))
-    return torch.cat(parts).view(targets.shape)
+        hits.append(logits.argmax(1) == index)
+    return TokenScores(torch.cat(parts).view(targets.shape), torch.cat(hits).view(targets.shape))
 
 
-def _at_prior(denoiser: Denoiser, input_ids: Tensor, targets: Tensor) -> Tensor:
+def _at_prior(denoiser: Denoiser, input_ids: Tensor, targets: Tensor) -> TokenScores:
     model = denoiser.model
     if denoiser.objective.name == "paper":
         return _gather(denoiser, two_stream_hidden(denoiser, input_ids, None, None), targets)
@@ -99,7 +138,7 @@ def _at_prior(denoiser: Denoiser, input_ids: Tensor, targets: Tensor) -> Tensor:
 
 def _mixture(
     denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, targets: Tensor, num_steps: int, seed: int, num_draws: int
-) -> Tensor:
+) -> TokenScores:
     """log mean over paths of the last level's posterior of the target. Context is always the clean stream."""
     beside = config.objective.name == "paper"
     paths = []
@@ -108,8 +147,9 @@ def _mixture(
 
         def predict(z: Tensor | None, sigma: float | None) -> Prediction:
             levels = None if sigma is None else torch.full(input_ids.shape, sigma, device=input_ids.device)
-            hidden = two_stream_hidden(denoiser, input_ids, z, levels, sees_own_clean=beside)
-            return denoiser.predict(hidden, z, levels)
+            owner = denoiser.at(sigma)
+            hidden = two_stream_hidden(owner, input_ids, z, levels, sees_own_clean=beside)
+            return owner.predict(hidden, z, levels)
 
         def draw(prediction: Prediction, rng: torch.Generator = rng) -> Tensor:
             logits = prediction.logits()
@@ -118,9 +158,11 @@ def _mixture(
 
         def again(ids: Tensor, sigma: float, rng: torch.Generator = rng) -> Tensor:
             shape = (*ids.shape, denoiser.model.wte.weight.shape[1])
-            return renoise(denoiser, ids, torch.full(ids.shape, sigma), torch.randn(shape, generator=rng).to(ids.device))
+            noise = torch.randn(shape, generator=rng).to(ids.device)
+            return renoise(denoiser.at(sigma), ids, torch.full(ids.shape, sigma), noise)
 
         _, last = hard_bridge_chain(predict, draw, again, sampling_levels(config, num_steps))
         logits = last.logits()
         paths.append(logits.gather(2, targets.unsqueeze(2)).squeeze(2) - logits.logsumexp(2))
-    return torch.stack(paths).logsumexp(0) - math.log(num_draws)
+    logprobs = torch.stack(paths).logsumexp(0) - math.log(num_draws)
+    return TokenScores(logprobs, logprobs > math.log(0.5))

@@ -110,7 +110,9 @@ def test_is_greedy_knows_the_greedy_continuation(folders: Callable[[str], Path],
     context = [5, 9, 70]
     best = _greedy(loaded, context, 3, k)
     other = [*best[:-1], (best[-1] + 1) % 256]
-    found = score_continuations(loaded, [(context, best), (context, other), (context[:1], [3])], k, batch_size=3, max_length=64)
+    found = score_continuations(
+        loaded, [(context, best), (context, other), (context[:1], [3])], [k], batch_size=3, max_length=64
+    )[k]
     assert [greedy for _, greedy in found][:2] == [True, False]
     assert found[0][0] == pytest.approx(_by_hand(loaded, context, best, k), abs=1e-4) and found[0][0] > found[1][0]
 
@@ -118,10 +120,10 @@ def test_is_greedy_knows_the_greedy_continuation(folders: Callable[[str], Path],
 def test_a_context_too_long_loses_its_start(make_model: MakeModel) -> None:
     model = make_model(num_steps=2, max_length=6)
     row = list(range(40, 52))
-    found = score_continuations(model.loaded, [(row[:9], row[9:])], 2, batch_size=1, max_length=6)[0][0]
+    found = score_continuations(model.loaded, [(row[:9], row[9:])], [2], batch_size=1, max_length=6)[2][0][0]
     assert found == pytest.approx(_by_hand(model.loaded, row[5:9], row[9:], 2), abs=1e-4)
     with pytest.raises(UserError, match="a continuation has 7 tokens"):
-        score_continuations(model.loaded, [(row[:2], row[2:9])], 2, batch_size=1, max_length=6)
+        score_continuations(model.loaded, [(row[:2], row[2:9])], [2], batch_size=1, max_length=6)
 
 
 def test_rolling_predicts_each_token_once_with_the_most_context(make_model: MakeModel) -> None:

@@ -1,0 +1,76 @@
+"""Held-out tokens in windows for a checkpoint: what ``rdlm eval nll``, ``ce-by-sigma`` and ``convergence`` read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.options import WindowOptions, usable_device
+from eval.provenance import origin
+from rdlm.checkpoint import Loaded, load
+from rdlm.errors import UserError
+from rdlm.objectives import Batch
+from rdlm.shards import TokenStore
+from rdlm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A checkpoint, and the windows of a split in order, without overlap."""
+
+    loaded: Loaded
+    store: TokenStore
+    options: WindowOptions
+    length: int
+    """Tokens of a window."""
+
+    @property
+    def count(self) -> int:
+        """Windows there are."""
+        total, wanted = self.store.num_windows(self.length), self.options.max_tokens
+        return total if wanted is None else min(total, max(1, wanted // self.length))
+
+    def batches(self) -> Iterator[Batch]:
+        return self.store.windows(self.length, self.options.max_tokens, self.options.batch_size)
+
+    def origin(self, evaluation: str) -> dict[str, Any]:
+        """The head of a report: what was measured, on what, and how."""
+        manifest = self.store.manifest
+        return {
+            **origin(evaluation, self.options.checkpoint, self.loaded.config),
+            "data": {
+                "source": manifest.source,
+                "split": self.store.split,
+                "manifest_sha256": self.store.manifest_sha256,
+                "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+                "seq_len": self.length,
+                "windows": "in order, without overlap: a token sees what precedes it in its window",
+            },
+            "seed": self.options.seed,
+            "dtype": self.options.dtype,
+        }
+
+
+def open_windows(options: WindowOptions) -> HeldOut:
+    """UserError where checkpoint, data and window length do not fit each other."""
+    store = TokenStore(options.data, options.split)
+    loaded = load(options.checkpoint, device=usable_device(options.device), dtype=getattr(torch, options.dtype))
+    check_tokenizer(options.checkpoint, loaded, store)
+    limit = loaded.config.model.max_seq_len
+    if options.seq_len is not None and options.seq_len > limit:
+        raise UserError("--seq-len", options.seq_len, f"the model was built for {limit} positions", f"use {limit} or less")
+    return HeldOut(loaded, store, options, options.seq_len or limit)
+
+
+def check_tokenizer(folder: Path, loaded: Loaded, store: TokenStore) -> Tokenizer:
+    """The checkpoint's tokenizer; UserError where it has none or the data was made with another one."""
+    if loaded.tokenizer is None:
+        raise UserError("--checkpoint", str(folder), "it has no tokenizer, so its ids are not text", "give a model of text")
+    if loaded.tokenizer.fingerprint != store.manifest.tokenizer_fingerprint:
+        remedy = f"prepare it again with --tokenizer {folder / 'tokenizer'}"
+        raise UserError("--data", str(store.folder), "was not tokenised with the checkpoint's tokenizer", remedy)
+    return loaded.tokenizer
