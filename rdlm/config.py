@@ -219,6 +219,37 @@ class LlamaConfig(Strict):
 ModelConfig = Annotated[HuginnConfig | LlamaConfig, Field(discriminator="family")]
 
 
+class BlocksConfig(Strict):
+    """A network cut into blocks that train on their own, each the denoiser of its noise range (DiffusionBlocks Sec. 3)."""
+
+    num_blocks: int = Field(ge=1)
+    layers_per_block: tuple[int, ...] | None = None
+    """Layers of each block, noisiest block first; None splits evenly, earlier blocks take the remainder."""
+    partition: Literal["equi_probability", "uniform", "log_uniform", "equal_information", "explicit"] = "equi_probability"
+    """How the noise range is cut: equal mass of the objective's noise distribution, equal widths of sigma or of log sigma, equal
+    drops of the CE-by-sigma curve, or ``edges``."""
+    edges: tuple[float, ...] | None = None
+    """explicit: the num_blocks - 1 levels between the blocks, falling."""
+    curve: tuple[tuple[float, float], ...] | None = None
+    """equal_information: measured (sigma, cross-entropy in nats) pairs, rising in sigma."""
+    prior_nats: float | None = Field(None, gt=0)
+    """equal_information without a curve: NLL of a next-token model; the curve is then that of an exact denoiser."""
+    overlap: float = Field(0.1, ge=0, le=1)
+    """A block trains on [low / a, high * a] with a = (high / low)^overlap, clipped; the paper takes 0.1 for text."""
+    targets: Literal["frozen", "own"] = "frozen"
+    """Rows that are noised. frozen: unit rows drawn once from ``target_seed``, the same in every block, in no block's memory of
+    gradients. own: each block's input embedding, normalised and detached."""
+    target_seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _fields_of_the_partition(self) -> BlocksConfig:
+        if (self.edges is not None) != (self.partition == "explicit"):
+            raise ValueError("edges belong to partition 'explicit', which needs them")
+        if (self.curve is not None) + (self.prior_nats is not None) != (self.partition == "equal_information"):
+            raise ValueError("partition 'equal_information' takes exactly one of curve and prior_nats, the others neither")
+        return self
+
+
 def _check_heads(d_model: int, num_heads: int) -> None:
     if d_model % num_heads or (d_model // num_heads) % 2:
         raise ValueError(f"d_model ({d_model}) must be an even multiple of num_heads ({num_heads}): RoPE rotates pairs")
@@ -247,6 +278,10 @@ class CheckpointConfig(Strict):
     objective: ObjectiveConfig = ObjectiveConfig()
     noise: NoiseConfig = NoiseConfig()
     recurrence: RecurrenceConfig = RecurrenceConfig()
+    blocks: BlocksConfig | None = None
+    """None: the network is one denoiser of all noise levels."""
+    block: int | None = Field(None, ge=0)
+    """The one block the folder holds; None = all of them."""
     step: int = Field(0, ge=0)
     """Optimizer steps taken."""
 

@@ -5,6 +5,7 @@ Shapes: targets [...] int64; y, z [..., D] fp32; sigma [...] fp32 with the leadi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from rdlm.cross_entropy import linear_cross_entropy
 from rdlm.layers.modulation import Condition
 from rdlm.models.text import TextModel
 from rdlm.noise import denoise_scalings
+from rdlm.partition import Block
 
 EVIDENCE_FLOOR = 0.02
 """Smallest sigma^2 in the evidence term: below it a nearest-neighbour lookup already names the token and logits only grow."""
@@ -44,18 +46,35 @@ class Denoiser(nn.Module):
     the ``evidence`` read-out gives the network this known term with a learned scale instead of making it learn to read z.
     """
 
-    def __init__(self, model: TextModel, objective: ObjectiveConfig, noise: NoiseConfig) -> None:
+    def __init__(
+        self,
+        model: TextModel,
+        objective: ObjectiveConfig,
+        noise: NoiseConfig,
+        block: Block | None = None,
+        targets: Callable[[torch.device], Tensor] | None = None,
+    ) -> None:
+        """block: the noise range it is trained on, None for all levels. targets: device -> frozen unit rows [V, D] that are noised
+        (rdlm/targets.py); None takes the input embedding."""
         super().__init__()
-        self.model, self.objective, self.noise = model, objective, noise
+        self.model, self.objective, self.noise, self.block, self.targets = model, objective, noise, block, targets
         # One element and not a scalar tensor: DeepSpeed 0.19.8 can neither broadcast nor partition a 0-d parameter.
         self.evidence_scale = nn.Parameter(torch.ones(1)) if objective.readout == "evidence" else None
 
+    def at(self, sigma: float | None) -> Denoiser:
+        """The denoiser of a level: this one, unless the network is cut into blocks (rdlm/blockwise.py)."""
+        return self
+
     def clean(self, targets: Tensor) -> Tensor:
-        """Unit-norm embedding rows of the targets, fp32 [..., D], detached: noise must not train the table to collapse."""
+        """Unit-norm target rows of the ids, fp32 [..., D], detached: noise must not train the table to collapse."""
+        if self.targets is not None:
+            return self.unit_table()[targets]
         return self.model.wte(use=lambda weight: F.normalize(F.embedding(targets, weight.detach()).float(), dim=-1))
 
     def unit_table(self) -> Tensor:
-        """All unit-norm embedding rows, fp32 [V, D], detached."""
+        """All unit-norm target rows, fp32 [V, D], detached."""
+        if self.targets is not None:
+            return self.targets(self.model.ln_f.weight.device)
         return self.model.wte(use=lambda weight: F.normalize(weight.detach().float(), dim=-1))
 
     def inject(self, z: Tensor, sigma: Tensor) -> Tensor:

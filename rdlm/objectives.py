@@ -86,7 +86,9 @@ def draw_levels(
     """(sigma [B, T] fp32, is_noised [B, T] bool); sigma is sigma_max where not noised."""
     rows = shape if corruption.per == "position" else (shape[0], 1)
     is_noised = torch.rand(rows, generator=rng) < corruption.share
-    if corruption.distribution == "lognormal":
+    if denoiser.block is not None:
+        sigma = denoiser.block.sample_level(rows, rng)
+    elif corruption.distribution == "lognormal":
         sigma = partition(denoiser.noise, 1, 1).sample_level(0, rows, rng)
     else:
         use_low = torch.rand(rows, generator=rng) < 0.5
@@ -110,8 +112,10 @@ def corrupt(denoiser: Denoiser, targets: Tensor, rng: torch.Generator) -> Noised
 
 
 def loss_terms(denoiser: Denoiser, batch: Batch, *, step: int, seed: int, rank: int = 0, micro: int = 0) -> LossTerms:
-    """The loss of one micro-batch under ``denoiser.objective``; its randomness depends on (seed, step, rank, micro) alone."""
-    noised = corrupt(denoiser, batch.targets, generator(seed, _NOISE_KEY, step, rank, micro))
+    """The loss of one micro-batch under ``denoiser.objective``; its randomness depends on (seed, step, rank, micro)
+    and the block alone."""
+    which = () if denoiser.block is None else (denoiser.block.index,)
+    noised = corrupt(denoiser, batch.targets, generator(seed, _NOISE_KEY, step, rank, micro, *which))
     num_steps = num_recurrences(denoiser.objective.depth, step, seed)
     if denoiser.objective.name == "paper":
         assert noised is not None

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
+from rdlm.blockwise import Blockwise, blocks_of
 from rdlm.config import CheckpointConfig, HuginnConfig, LlamaConfig, ModelConfig
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
 from rdlm.models.huginn import Huginn
 from rdlm.models.llama import Llama
 from rdlm.models.text import TextModel
+from rdlm.partition import Block, partition_of
+from rdlm.randomness import generator
+from rdlm.targets import frozen_rows
+
+_INIT_KEY = 5
 
 
-def build_model(config: ModelConfig) -> TextModel:
-    """The network of a family, weights uninitialised."""
+def build_model(config: ModelConfig, layers: range | None = None) -> TextModel:
+    """The network of a family, weights uninitialised; ``layers``: one block of it, None for all.
+
+    Raises UserError where the family cannot be cut.
+    """
     match config:
         case HuginnConfig():
+            if layers is not None and len(layers) < config.num_layers:
+                problem = "a recurrent core is one denoiser of every level: there is nothing to cut"
+                raise UserError("blocks.num_blocks", "> 1", problem, "use num_blocks 1, or family llama")
             return Huginn(config)
         case LlamaConfig():
-            return Llama(config)
+            return Llama(config, layers)
 
 
 def build(config: CheckpointConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Denoiser:
     """The denoiser a checkpoint describes, in fp32 on ``device``; initialised from ``seed`` where given.
 
-    Raises UserError where objective and model contradict each other.
+    A Blockwise where it has several blocks, one of them where ``config.block`` names one: the others are never allocated, and
+    its weights are the same as when all are built. Raises UserError where objective, model and blocks contradict each other.
     """
     objective, model = config.objective, config.model
     if objective.noisy != model.noise_conditioning:
@@ -33,10 +48,16 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
             f"objective '{objective.name}' has corruption.share {objective.corruption.share}",
             "leave noise_conditioning to the trainer, or set it to whether share is above 0",
         )  # fmt: skip
+    _check_blocks(config)
+    cut = partition_of(config)
+    if cut.num_blocks == 1:
+        places: list[Block | None] = [None]
+    else:
+        places = [Block(cut, b) for b in (range(cut.num_blocks) if config.block is None else [config.block])]
     with torch.device(device):
-        network = build_model(model)
-        denoiser = Denoiser(network, objective, config.noise)
-    if not network.is_recurrent and (objective.depth.mean > 1 or objective.depth.distribution != "fixed"):
+        parts = [_denoiser(config, place) for place in places]
+        denoiser = parts[0] if len(parts) == 1 else Blockwise(parts)
+    if not denoiser.model.is_recurrent and (objective.depth.mean > 1 or objective.depth.distribution != "fixed"):
         raise UserError(
             "objective.depth",
             objective.depth.mean,
@@ -44,5 +65,28 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
             "use depth {distribution: fixed, mean: 1}",
         )
     if seed is not None:
-        network.init_weights(torch.Generator().manual_seed(seed))
+        for part in blocks_of(denoiser):
+            rng = torch.Generator().manual_seed(seed) if part.block is None else generator(seed, _INIT_KEY, part.block.index)
+            part.model.init_weights(rng)
     return denoiser
+
+
+def _denoiser(config: CheckpointConfig, block: Block | None) -> Denoiser:
+    blocks, model = config.blocks, config.model
+    targets = None
+    if blocks is not None and blocks.targets == "frozen":
+        targets = partial(frozen_rows, blocks.target_seed, model.vocab_size, model.d_model)
+    layers = None if block is None else block.partition.layers[block.index]
+    return Denoiser(build_model(model, layers), config.objective, config.noise, block, targets)
+
+
+def _check_blocks(config: CheckpointConfig) -> None:
+    count = 1 if config.blocks is None else config.blocks.num_blocks
+    if config.blocks is not None and not config.objective.noisy:
+        problem = f"objective {config.objective.name!r} has no noise levels to share out"
+        raise UserError("blocks", f"num_blocks {count}", problem, "use objective paper or evidence, or drop the section")
+    if count > 1 and config.objective.k_meaning == "thinking":
+        problem = f"objective {config.objective.name!r} iterates its layers, which blocks do not share"
+        raise UserError("blocks.num_blocks", count, problem, "use objective paper or evidence, or num_blocks 1")
+    if config.block is not None and config.block >= count:
+        raise UserError("block", config.block, f"there are {count} blocks", f"choose 0 to {count - 1}")

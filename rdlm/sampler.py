@@ -16,6 +16,7 @@ from torch import Tensor
 from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.noise import LogNormalSchedule, geometric_grid
+from rdlm.partition import partition_of
 
 S = TypeVar("S")
 
@@ -60,8 +61,10 @@ def sampling_levels(config: CheckpointConfig, num_steps: int) -> list[float | No
     """Noise levels of ``num_steps`` network calls, noisiest first; the first is z = 0 (None).
 
     Band-trained models use a geometric grid over the low band, where almost all information about a token is decided;
-    models trained on the published distribution use its equal-mass grid.
+    models trained on the published distribution use its equal-mass grid; models of blocks spread the levels over their blocks.
     """
+    if config.blocks is not None and config.blocks.num_blocks > 1:
+        return [None, *partition_of(config).grid(num_steps)[1:]]
     corruption = config.objective.corruption
     if corruption.distribution == "bands":
         return [None, *geometric_grid(corruption.low_band[1], corruption.low_band[0], num_steps - 1)]

@@ -157,7 +157,7 @@ def _mixture(
             return (logits - (-uniform.log()).log()).argmax(-1)  # Gumbel-max
 
         def again(ids: Tensor, sigma: float, rng: torch.Generator = rng) -> Tensor:
-            shape = (*ids.shape, denoiser.model.wte.weight.shape[1])
+            shape = (*ids.shape, config.model.d_model)
             noise = torch.randn(shape, generator=rng).to(ids.device)
             return renoise(denoiser.at(sigma), ids, torch.full(ids.shape, sigma), noise)
 

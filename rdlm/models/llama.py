@@ -19,12 +19,17 @@ from rdlm.models.text import TextModel
 
 
 class Llama(TextModel):
-    """hidden = norm(layers(embed(ids))); with noise conditioning the noised target enters through an adapter [z, e]."""
+    """hidden = norm(layers(embed(ids))); with noise conditioning the noised target enters through an adapter [z, e].
+
+    Built from a part of its layers it is a block: embedding, adapter, these layers, norm and read-out, all its own.
+    """
 
     is_recurrent = False
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, layers: range | None = None) -> None:
+        """layers: which of the network's layers, None for all; they keep their places in the cache."""
         super().__init__()
+        places = layers or range(config.num_layers)
         self.config, self.vocab_size = config, config.vocab_size
         self.head_dim, self.num_kv_heads = config.d_model // config.num_heads, config.num_kv_heads or config.num_heads
         self.num_cache_layers = config.num_layers
@@ -32,7 +37,7 @@ class Llama(TextModel):
         noisy, cond_width = config.noise_conditioning, config.noise_embed_dim
         self.noise_embedding = NoiseEmbedding(cond_width) if noisy else None
         self.adapter = nn.Linear(2 * config.d_model, config.d_model, bias=False) if noisy else None
-        self.layers = nn.ModuleList(self._block(i, cond_width if noisy else None) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(self._block(i, cond_width if noisy else None) for i in places)
         self.ln_f = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else TokenTable(config.vocab_size, config.d_model)
 
@@ -69,5 +74,5 @@ class Llama(TextModel):
                 parameter.zero_()
                 parameter[:, self.config.d_model :].fill_diagonal_(1.0)
             else:
-                scale = 1 / math.sqrt(2 * self.config.num_layers) if name.endswith("proj.weight") else 1.0
+                scale = 1 / math.sqrt(2 * len(self.layers)) if name.endswith("proj.weight") else 1.0
                 nn.init.normal_(parameter, 0.0, 0.02 * scale, generator=generator)
