@@ -67,7 +67,7 @@ class CorruptionConfig(Strict):
     low_band: tuple[float, float] = (0.2, 2.0)
     high_band: tuple[float, float] = (2.0, 80.0)
     per: Literal["position", "sequence"] = "position"
-    """Whether each position or each sequence draws its own level."""
+    """Whether each position or each sequence is noised, or not, and draws its level, on its own."""
 
     @model_validator(mode="after")
     def _bands(self) -> CorruptionConfig:
@@ -93,7 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "evidence": {"depth": {}, "corruption": {"share": 0.75}, "readout": "evidence"},
     "single_pass": {
         "depth": {"distribution": "lognormal_poisson", "mean": 2, "grad_steps": 1},
-        "corruption": {"share": 0.25},
+        "corruption": {"share": 0.25, "per": "sequence"},
         "readout": "evidence",
     },
     "paper": {"depth": {}, "corruption": {"share": 1.0, "distribution": "lognormal", "per": "sequence"}, "readout": "edm"},
@@ -177,6 +177,9 @@ class HuginnConfig(Strict):
     """Width of the noise-level embedding that drives AdaLN; small, so that a level per position costs a few per cent."""
     adapter_init: Literal["identity", "random"] = "identity"
     """identity: adapter = [0, I] (state first), so the injected embedding passes and the state starts silent."""
+    residual_init: Literal["scaled", "plain"] = "scaled"
+    """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every other matrix. A small
+    network whose iterations must change its state learns that sooner from plain."""
     state_init: Literal["zero", "normal"] = "zero"
     """Recurrent state before the first iteration; Huginn-0125 uses a truncated normal ("like-init")."""
 

@@ -116,8 +116,9 @@ class Denoiser(nn.Module):
             hidden = self._denoised(hidden, z, sigma)
         evidence = None
         if z is not None and sigma is not None and self.evidence_scale is not None:
-            table = self.unit_table().to(hidden.dtype)
-            evidence = (self._precision_weighted(z, sigma).to(hidden.dtype), table, self.evidence_scale)
+            noised = z.ne(0).any(-1)  # z = 0 says nothing: such rows need no second matmul
+            u = self._precision_weighted(z[noised], sigma[noised]).to(hidden.dtype)
+            evidence = (noised, u, self.unit_table().to(hidden.dtype), self.evidence_scale)
         return self.model.head(use=lambda table: linear_cross_entropy(hidden, table, targets, weight, evidence))
 
     def _precision_weighted(self, z: Tensor, sigma: Tensor) -> Tensor:

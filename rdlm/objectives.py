@@ -8,7 +8,7 @@ Dial two, ``objective.corruption``: which positions start from a noised copy of 
 | next_token  | 1                          | all      | none             | thinking (1)   | logits at K                  |
 | bptt        | 1 + Poisson(LogNormal(32)) | last 8   | none             | thinking       | logits at K                  |
 | onestep     | 1 + Poisson(LogNormal)     | last 1   | none             | thinking       | logits at K                  |
-| single_pass | 1 + Poisson(LogNormal)     | last 1   | a share          | thinking       | logits at K with z = 0       |
+| single_pass | 1 + Poisson(LogNormal)     | last 1   | of some sequences| thinking       | logits at K with z = 0       |
 | evidence    | 1                          | all      | most             | sampling       | logits at sigma_max, z = 0   |
 | paper       | 1                          | all      | all (2 streams)  | sampling       | logits at sigma_max, z = 0   |
 
@@ -135,7 +135,10 @@ def in_place_hidden(denoiser: Denoiser, input_ids: Tensor, noised: Noised | None
     ctx = CausalContext(input_ids.shape[1], input_ids.device)
     e = model.encode(input_ids, ctx)
     state = model.initial_state(e, rng)
-    cond = denoiser.condition(None if noised is None else noised.sigma, e)
+    levels = None if noised is None else noised.sigma
+    if levels is not None and denoiser.objective.corruption.per == "sequence":
+        levels = levels[:, :1]  # one level a sequence: the layers are told once, not at every position
+    cond = denoiser.condition(levels, e)
     if noised is not None:
         state = torch.where(noised.is_noised.unsqueeze(-1), denoiser.inject(noised.z, noised.sigma), state)
     state = run(lambda s, _: denoiser.step(s, e, cond, ctx), state, num_steps, grad_steps=denoiser.objective.depth.grad_steps)

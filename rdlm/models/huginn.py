@@ -83,7 +83,7 @@ class Huginn(TextModel):
         | weight                        | initial value                                               |
         |-------------------------------|-------------------------------------------------------------|
         | wte, lm_head, Wqkv, mlp.fc    | normal, std = sqrt(2 / (5 D))                               |
-        | attn.proj, mlp.proj           | normal, std / sqrt(2 * effective depth)                     |
+        | attn.proj, mlp.proj           | normal, std / sqrt(2 * effective depth) (residual_init)     |
         | adapter                       | [0, I] (config identity) or normal, std                     |
         | norms 1, biases 0, modulation | constants; AdaLN starts at zero                             |
         | noise_embedding               | normal, std 0.02                                            |
@@ -102,7 +102,8 @@ class Huginn(TextModel):
             elif "noise_embedding" in name:
                 nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
             else:
-                scale = 1 / math.sqrt(2 * depth) if name.endswith("proj.weight") else 1.0
+                scaled = config.residual_init == "scaled" and name.endswith("proj.weight")
+                scale = 1 / math.sqrt(2 * depth) if scaled else 1.0
                 nn.init.normal_(parameter, 0.0, std * scale, generator=generator)
 
 

@@ -16,15 +16,18 @@ def test_matches_torch(monkeypatch: pytest.MonkeyPatch, with_evidence: bool, chu
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk)
     rng = torch.Generator().manual_seed(0)
     hidden, weight, u, table = (torch.randn(n, 8, generator=rng) for n in (37, 11, 37, 11))
+    marked = torch.rand(37, generator=rng) < 0.6  # u counts on these rows alone
     targets, item_weight = torch.randint(0, 11, (37,), generator=rng), torch.rand(37, generator=rng)
     scale = torch.tensor(0.7, requires_grad=True)
     hidden.requires_grad_(), weight.requires_grad_()
     inputs = [hidden, weight] + ([scale] if with_evidence else [])
 
-    total, losses = linear_cross_entropy(hidden, weight, targets, item_weight, (u, table, scale) if with_evidence else None)
+    total, losses = linear_cross_entropy(
+        hidden, weight, targets, item_weight, (marked, u[marked], table, scale) if with_evidence else None
+    )
     grads = torch.autograd.grad(3.0 * total, inputs)
 
-    logits = F.linear(hidden, weight) + (scale * F.linear(u, table) if with_evidence else 0.0)
+    logits = F.linear(hidden, weight) + (scale * F.linear(u * marked[:, None], table) if with_evidence else 0.0)
     expected = F.cross_entropy(logits, targets, reduction="none")
     expected_grads = torch.autograd.grad(3.0 * (expected * item_weight).sum(), inputs)
     torch.testing.assert_close(losses, expected.detach())

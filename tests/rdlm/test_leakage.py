@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -39,9 +41,12 @@ def shifted(ids: torch.Tensor) -> Batch:
     return Batch(ids[:, :-1], ids[:, 1:], torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+ALL_NOISED = {"name": "single_pass", "corruption": {"share": 1.0}}
+
+
+@pytest.mark.parametrize("name", [*PRESETS, pytest.param(ALL_NOISED, id="single_pass, all noised")])
 @torch.no_grad()
-def test_no_row_sees_a_later_token(tiny, name: str) -> None:
+def test_no_row_sees_a_later_token(tiny, name: str | dict[str, Any]) -> None:
     """Change token j (a target of row j - 1 and an input of row j): rows before j - 1 must not move at all,
     and row j - 1 may move only through its own noised target."""
     denoiser = trained_a_little(tiny("huginn", name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from rdlm.config import CorruptionConfig, DepthConfig, ObjectiveConfig, parse
 from rdlm.errors import UserError
-from rdlm.objectives import Batch, corrupt, loss_terms, num_recurrences
+from rdlm.objectives import Batch, corrupt, in_place_hidden, loss_terms, num_recurrences
 from rdlm.randomness import generator
 from rdlm.sampler import run
 
@@ -69,7 +70,7 @@ def test_truncation_reaches_the_parameters(tiny) -> None:
 
 
 def test_corruption_share_levels_and_zero_rows(tiny) -> None:
-    denoiser = tiny("huginn", {"name": "single_pass", "corruption": {"share": 0.3}})
+    denoiser = tiny("huginn", {"name": "single_pass", "corruption": {"share": 0.3, "per": "position"}})
     targets = torch.randint(0, V, (200, 100))
     noised = corrupt(denoiser, targets, generator(0))
     assert noised is not None
@@ -86,6 +87,23 @@ def test_noise_per_sequence_is_one_level_a_row(tiny) -> None:
     denoiser = tiny("huginn", "paper")
     noised = corrupt(denoiser, torch.randint(0, V, (50, 8)), generator(0))
     assert noised is not None and bool((noised.sigma == noised.sigma[:, :1]).all()) and noised.sigma[:, 0].unique().numel() == 50
+
+
+def test_one_level_a_sequence_is_told_to_every_position(tiny) -> None:
+    """The layers are told a sequence's level once; telling it at each position gives the same hidden states."""
+    once, each = (
+        tiny("huginn", {"name": "single_pass", "corruption": {"share": 0.5, "per": per}}) for per in ("sequence", "position")
+    )
+    with torch.no_grad():
+        once.model.core_block[0].modulation.linear.weight.normal_(generator=torch.Generator().manual_seed(0))
+    each.load_state_dict(once.state_dict())
+    ids = torch.randint(0, V, (8, T))
+    noised = corrupt(once, ids, generator(0))
+    assert noised is not None and 0 < int(noised.is_noised[:, 0].sum()) < 8
+    hidden = [in_place_hidden(denoiser, ids, noised, 2, generator(1)) for denoiser in (once, each)]
+    torch.testing.assert_close(hidden[0], hidden[1])
+    told_nothing = in_place_hidden(each, ids, replace(noised, sigma=torch.full_like(noised.sigma, 80.0)), 2, generator(1))
+    assert not torch.allclose(told_nothing, hidden[1], atol=1e-3)
 
 
 def test_noise_depends_on_rank_and_micro_batch_and_nothing_else(tiny) -> None:
