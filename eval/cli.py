@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import typer
 
+from eval.convergence_cli import convergence
 from eval.depth_cli import depth
 from eval.harness_cli import PASS_ON, lm_eval
 from eval.nll_cli import nll
+from eval.noise_curve_cli import ce_by_sigma
 from eval.text_cli import gen_ppl, mauve
 
 app = typer.Typer(no_args_is_help=True)
 app.command(epilog="Example: rdlm eval nll --checkpoint runs/demo/model --data data/demo --steps 1,4,16 --plot nll.png")(nll)
+app.command("ce-by-sigma", epilog="Example: rdlm eval ce-by-sigma --checkpoint runs/demo/model --data data/demo --plot ce.png")(
+    ce_by_sigma
+)
 app.command("lm-eval", context_settings=PASS_ON)(lm_eval)
 app.command(epilog="Example: rdlm eval depth --checkpoint runs/s3/model --task s3 --lengths 16,24 --plot depth.png")(depth)
+app.command(epilog="Example: rdlm eval convergence --checkpoint runs/demo/model --data data/demo --plot c.png")(convergence)
 app.command(
     "gen-ppl",
     epilog="Example: rdlm eval gen-ppl --checkpoint runs/demo/model --data data/demo --temperature 0.7,1.0 --plot f.png",

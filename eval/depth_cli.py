@@ -32,8 +32,10 @@ def depth(
     plot: Plot = None,
 ) -> None:
     """Share of right answers to a generated task against K, with 95 % bootstrap intervals over examples."""
+    import numpy as np
     from tqdm import tqdm
 
+    from eval.convergence import evaluate_convergence
     from eval.depth import check_task, choose_steps, evaluate_depth
     from eval.plots import plot_depth
     from eval.provenance import origin
@@ -46,12 +48,17 @@ def depth(
         check_task(loaded, task, each)
     ks = choose_steps(None if steps is None else numbers("--steps", steps, int), loaded)
     results: list[dict[str, Any]] = []
+    settling: dict[str, Any] = {}
     with tqdm(total=rows * len(tasks), unit="example", desc=f"K = {', '.join(map(str, ks))}") as bar:
         for each in tasks:
             results += evaluate_depth(loaded, each, ks, rows=rows, seed=seed, batch_size=batch_size, progress=bar.update)
+            if ks[-1] > 1 and loaded.config.objective.k_meaning == "thinking":
+                shown = each.rows(np.arange(min(rows, batch_size)), seed, "test")
+                settling[str(each.size)] = evaluate_convergence(loaded, [shown], ks[-1], seed=seed)
     first = tasks[0]
     data = {"task": task, "unit": first.unit, "whole": first.whole, "split": "test", "rows": rows, "seed": seed}
     report = {**origin("depth", checkpoint, loaded.config), "data": data, "chance": first.chance, "results": results}
+    report["convergence"] = settling
     _show(report)
     if out is not None:
         write_json(out, report)

@@ -167,7 +167,7 @@ def test_gen_ppl_command_sweeps_and_writes_a_report_and_a_frontier(
     report = json.loads((tmp_path / "g.json").read_text())
     places = [(r["num_steps"], r["temperature"], r["top_p"]) for r in report["results"]]
     assert places == [(k, t, p) for k in (1, 2) for t in (0.7, 1.0) for p in (1.0, 0.9)]
-    assert report["samples"]["prompts"]["count"] == 6 and report["samples"]["checkpoint"]["weights_sha256"]
+    assert report["samples"]["prompts"]["count"] == 6 and report["checkpoint"]["weights_sha256"]
     assert {"command", "git_commit"} <= report["provenance"].keys() and len(report["at_human_distinct_2"]["counting"]) == 4
     assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
@@ -224,7 +224,8 @@ def test_the_plot_of_two_teachers_has_two_panels(tmp_path: Path) -> None:
 
     report = {
         "teachers": [{"name": "a"}, {"name": "b"}],
-        "samples": {"checkpoint": {"name": "m", "step": 1}, "prompts": {"count": 9}},
+        "checkpoint": {"name": "m", "step": 1},
+        "samples": {"prompts": {"count": 9}},
         "human": figures(0.8, 20.0),
         "results": [{"num_steps": 1, "temperature": t, "top_p": 1.0, **figures(t, 9.0)} for t in (0.5, 1.0)],
     }

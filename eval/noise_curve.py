@@ -1,0 +1,171 @@
+"""Cross-entropy of the next token against the noise level of its own noised copy: how well a denoiser reads z, and where on the scale
+of levels a token is decided. NOT a likelihood: z = y + sigma * eps is made from the token that is asked for.
+
+With clean context the best possible denoiser has a closed form, p(x | context, z, sigma) proportional to
+p(x | context) exp(<y_x, z> / sigma^2); with the model's own prediction at z = 0 for p(x | context) it is the reference here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eval.bootstrap import interval, resamples
+from eval.plots import heading, new_figure, with_errors, write_png
+from rdlm.checkpoint import Loaded
+from rdlm.errors import UserError
+from rdlm.objectives import Batch, two_stream_hidden
+from rdlm.randomness import generator
+from rdlm.sampler import renoise
+from rdlm.scoring import think
+
+Curve = Sequence[tuple[float, float]]
+"""(sigma, cross-entropy in nats), in any order."""
+
+
+@torch.no_grad()
+def evaluate_noise_curve(
+    loaded: Loaded,
+    windows: Iterable[Batch],
+    sigmas: Sequence[float],
+    *,
+    num_steps: int = 1,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """Cross-entropy in nats per token at each level, with bootstrap 95 % intervals over windows.
+
+    -> {"tokens", "windows", "prior_num_steps", "prior_ce", "results": [{"sigma", "reference", "ce", "gap"}]}, each figure with its
+    "..._interval". The context is clean (z = 0) and the core runs once. gap = ce - reference, paired; ce and gap are None for a
+    model that was not trained on noised targets: its reference alone says where a token is decided.
+    num_steps: K of the prior. ``progress`` is told the windows done.
+    """
+    device = next(loaded.denoiser.parameters()).device
+    sums: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
+    for number, batch in enumerate(windows):
+        moved = Batch(*(t.to(device) for t in (batch.input_ids, batch.targets, batch.mask)))
+        sums.append(_batch_sums(loaded, moved, sigmas, num_steps, seed, number))
+        counts.append(batch.mask.sum(1).numpy())
+        if progress:
+            progress(len(batch.targets))
+    return _summarise(np.concatenate(sums, axis=1), np.concatenate(counts), sigmas, num_steps, seed, loaded)
+
+
+def _batch_sums(loaded: Loaded, batch: Batch, sigmas: Sequence[float], num_steps: int, seed: int, number: int) -> np.ndarray:
+    """Nats of each window, fp64 [1 + 2 * levels, rows]: of the prior, then of denoiser (zeros if none) and reference by level."""
+    denoiser, ids, targets = loaded.denoiser, batch.input_ids, batch.targets
+    prior = _prior(loaded, ids, num_steps, seed)
+    table, rows = denoiser.unit_table(), [_nats(prior, batch)]
+    for level, sigma in enumerate(sigmas):
+        noise = torch.randn((*ids.shape, table.shape[1]), generator=generator(seed, number, level)).to(ids.device)
+        levels = torch.full(ids.shape, sigma, device=ids.device)
+        z = renoise(denoiser, targets, levels, noise)
+        if loaded.config.objective.noisy:
+            hidden = two_stream_hidden(denoiser, ids, z, levels, sees_own_clean=denoiser.objective.name == "paper")
+            rows.append(_nats(denoiser.predict(hidden, z, levels).logits(), batch))
+        else:
+            rows.append(torch.zeros(len(ids)))
+        rows.append(_nats(prior + F.linear(z, table) / sigma**2, batch))
+    return torch.stack(rows).double().numpy()
+
+
+def _prior(loaded: Loaded, input_ids: Tensor, num_steps: int, seed: int) -> Tensor:
+    """Logits of the next token without z, fp32 [B, T, V]."""
+    denoiser = loaded.denoiser
+    if denoiser.objective.name == "paper":
+        return denoiser.predict(two_stream_hidden(denoiser, input_ids, None, None)).prior
+    found: list[Tensor] = []
+
+    def read(k: int, state: Tensor, ctx: Any) -> None:
+        if k == num_steps:
+            found.append(denoiser.predict(denoiser.model.decode(state, ctx)).prior)
+
+    think(denoiser, input_ids, num_steps, seed, read)
+    return found[0]
+
+
+def _nats(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of each window, fp32 [B] on the CPU."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none").view(batch.targets.shape)
+    return (losses * batch.mask).sum(1).cpu()
+
+
+def _summarise(
+    sums: np.ndarray, counts: np.ndarray, sigmas: Sequence[float], num_steps: int, seed: int, loaded: Loaded
+) -> dict[str, Any]:
+    draws = resamples(len(counts), seed)
+    tokens = draws @ counts
+
+    def figure(name: str, nats: np.ndarray) -> dict[str, Any]:
+        return {name: float(nats.sum() / counts.sum()), f"{name}_interval": interval(draws @ nats / tokens)}
+
+    results = []
+    for level, sigma in enumerate(sigmas):
+        ce, reference = sums[1 + 2 * level], sums[2 + 2 * level]
+        row = {"sigma": sigma, **figure("reference", reference)}
+        if loaded.config.objective.noisy:
+            row |= figure("ce", ce) | figure("gap", ce - reference)
+        else:
+            row |= {name: None for name in ("ce", "ce_interval", "gap", "gap_interval")}
+        results.append(row)
+    totals = {"tokens": int(counts.sum()), "windows": len(counts), "prior_num_steps": num_steps}
+    return {**totals, **figure("prior_ce", sums[0]), "results": results}
+
+
+def equal_information_edges(curve: Curve, num_blocks: int) -> list[float]:
+    """num_blocks + 1 levels, falling from the highest of the curve to its lowest, between which the cross-entropy drops equally.
+
+    Between measured levels it is interpolated linearly in log sigma; where noise of measurement makes the curve fall with rising
+    sigma, it is taken as flat. UserError for fewer than two levels, or a curve without any drop.
+    """
+    points = sorted(curve)
+    if len(points) < 2 or num_blocks < 1:
+        raise UserError(
+            "curve", len(points), "is too short to be split", "measure at least two levels and ask for a block or more"
+        )
+    logs = np.log([sigma for sigma, _ in points])
+    heights = np.maximum.accumulate([ce for _, ce in points])
+    if heights[-1] <= heights[0]:
+        raise UserError("curve", float(heights[0]), "does not drop", "measure lower and higher levels")
+    wanted = heights[-1] + np.arange(1, num_blocks) / num_blocks * (heights[0] - heights[-1])
+    inner = np.exp(_crossings(logs, heights, wanted))
+    return [math.exp(logs[-1]), *inner.tolist(), math.exp(logs[0])]
+
+
+def _crossings(logs: np.ndarray, heights: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where the rising curve reaches each height; the lowest place where it is flat."""
+    right = np.searchsorted(heights, wanted)
+    left = right - 1
+    share = (wanted - heights[left]) / (heights[right] - heights[left])
+    return logs[left] + share * (logs[right] - logs[left])
+
+
+def plot_noise_curve(report: dict[str, Any], file: Path) -> None:
+    """Cross-entropy against sigma for the denoiser and the best one, as PNG."""
+    figure, (axes,) = new_figure()
+    draw_noise_curve(axes, report)
+    axes.set_title(f"{heading(report)}: {report['tokens']:,} tokens of {report['data']['split']}", fontsize=10)
+    axes.legend(fontsize=8)
+    write_png(figure, file)
+
+
+def draw_noise_curve(axes: Any, report: dict[str, Any], name: str = "", color: str = "tab:blue") -> None:
+    """The two curves and the level of the prior."""
+    results = report["results"]
+    if results[0]["ce"] is not None:
+        with_errors(axes, results, "sigma", "ce", marker="o", markersize=4, color=color, label=f"{name}denoiser")
+    style = {"color": color, "linestyle": "--", "linewidth": 1}
+    with_errors(axes, results, "sigma", "reference", label=f"{name}exact for its own prior", **style)
+    axes.axhline(report["prior_ce"], color=color, linestyle=":", linewidth=0.8, label=f"{name}z = 0")
+    axes.set_xscale("log")
+    axes.set_xlabel("noise level sigma")
+    axes.set_ylabel("cross-entropy with z from the truth\n(nats per token; not a likelihood)")
+    axes.grid(alpha=0.3)
