@@ -23,9 +23,24 @@ class Active:
     last_token: float = 0.0
     token_steps: int = 0
     exits: int = 0
+    lowered: int = 0
+    """Segments that took fewer steps than asked for, to meet the deadline."""
+    overdue: bool = False
+    """Whether the deadline ended the answer."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Those the sink has not been told of."""
     sweep: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+    @property
+    def deadline(self) -> float | None:
+        limit = self.sequence.request.max_ms
+        return None if limit is None else self.submitted + limit / 1000
+
+    def give_up(self) -> str:
+        """Note that the deadline has passed -> why the answer ends: "length" with what there is, "expired" with nothing to show."""
+        self.overdue = True
+        scoring = self.sequence.request.prompt_logprobs is not None and not self.sequence.output
+        return "expired" if self.started is None or scoring else "length"
 
     def hear(self, result: StepResult, steps: int) -> tuple[str, str | None]:
         """Take in a drawn token -> text that is now certain, and why the answer ends with it (None: it goes on)."""
@@ -66,12 +81,14 @@ class Active:
         return Usage(
             prompt_tokens=len(sequence.request.prompt),
             completion_tokens=len(sequence.output),
-            num_steps=sequence.depth.num_steps,
+            num_steps=sequence.request.num_steps,
             prefill_core_steps=sequence.prompt_row_steps,
             decode_core_steps=sequence.decode_row_steps,
             saved_core_steps=sequence.saved_row_steps,
             token_steps=self.token_steps,
             exits=self.exits,
+            lowered=self.lowered,
+            overdue=self.overdue,
             queue_s=started - self.submitted,
             first_token_s=(self.first_token or now) - self.submitted,
             total_s=now - self.submitted,

@@ -12,7 +12,7 @@ from serve.errors import ApiError
 from serve.events import Event, Usage
 from serve.frontend import Frontend
 from serve.intake import Job
-from serve.replies import usage_of
+from serve.replies import glimpse_of, timings_of, usage_of
 from serve.schemas import SamplingBody
 from serve.subscription import Subscription
 
@@ -53,13 +53,16 @@ async def collect(
                 usages.append(event.usage)
     finally:
         subscription.cancel()
-    return {"choices": [merge(parts) for parts in pieces], "usage": usage_of(job, usages)}
+    return {"choices": [merge(parts) for parts in pieces], "usage": usage_of(job, usages), "timings": timings_of(usages)}
 
 
 async def chunks(
-    subscription: Subscription, job: Job, head: dict[str, Any], piece: Piece, body: SamplingBody
+    frontend: Frontend, job: Job, head: dict[str, Any], piece: Piece, body: SamplingBody, subscription: Subscription
 ) -> AsyncIterator[dict[str, Any]]:
-    """One chunk a token, the finish reason with the last token's; then, if asked for, one with the usage."""
+    """One chunk a token, the finish reason with the last token's; then, if asked for, one with the usage.
+
+    Between tokens, if asked for, chunks without choices that tell what each core step would have said.
+    """
     options = body.stream_options
     running = options is not None and options.continuous_usage_stats
     started: set[int] = set()
@@ -67,6 +70,9 @@ async def chunks(
     counts = [0] * len(job.requests)
     try:
         async for event in subscription.events():
+            if event.glimpse is not None:
+                yield {**head, "choices": [], "recurrence": glimpse_of(frontend.token_names, event)}
+                continue
             chunk = {**head, "choices": [piece(event, event.index not in started)]}
             started.add(event.index)
             counts[event.index] += event.token is not None
@@ -79,4 +85,4 @@ async def chunks(
     finally:
         subscription.cancel()
     if options is not None and options.include_usage:
-        yield {**head, "choices": [], "usage": usage_of(job, usages)}
+        yield {**head, "choices": [], "usage": usage_of(job, usages), "timings": timings_of(usages)}

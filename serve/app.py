@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 from typing import Any
 
 from litestar import Litestar, MediaType, Request, Response
+from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.datastructures import State
 from litestar.exceptions import HTTPException, ValidationException
@@ -26,6 +28,7 @@ from serve.routes_info import detokenize, health, metrics, model, models, ready,
 from serve.routes_page import page
 from serve.routes_score import score
 from serve.settings import HttpSettings
+from serve.tracing import traced
 
 logger = logging.getLogger("rdlm.serve")
 OPEN_PATHS = ("/health", "/ready", "/schema")
@@ -40,6 +43,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
         guards=[_require_key],
         exception_handlers={ApiError: _api_error, UserError: _user_error, HTTPException: _http_error, Exception: _defect},
         request_max_body_size=settings.max_body_bytes,
+        cors_config=_cors(settings),
         plugins=[PydanticPlugin(validate_strict=True)],
         openapi_config=OpenAPIConfig(
             title="rdlm", version=__version__, path="/schema",
@@ -48,6 +52,8 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
         logging_config=None,
     )  # fmt: skip
     app.asgi_handler = RequestLog(app.asgi_handler)  # around everything: Litestar's middleware misses wrong paths and methods
+    if settings.tracing:
+        app.asgi_handler = traced(app.asgi_handler)
     return app
 
 
@@ -56,14 +62,28 @@ def _require_key(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHan
     keys = connection.app.state.frontend.settings.api_keys
     if not keys or connection.url.path == "/" or connection.url.path.startswith(OPEN_PATHS):
         return
-    given = connection.headers.get("authorization", "").removeprefix("Bearer ").encode()
-    if not any([hmac.compare_digest(given, key.encode()) for key in keys]):
+    given = _digest(connection.headers.get("authorization", "").removeprefix("Bearer "))
+    if not any([hmac.compare_digest(given, _digest(key)) for key in keys]):  # a list: no key is skipped
         raise ApiError(
             401,
             "missing or wrong API key; send it as 'Authorization: Bearer KEY'",
             "authentication_error",
             code="invalid_api_key",
         )
+
+
+def _digest(key: str) -> bytes:
+    """Of equal length for all keys, which a comparison of the keys themselves would give away."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _cors(settings: HttpSettings) -> CORSConfig | None:
+    if not settings.cors_origins:
+        return None
+    return CORSConfig(
+        allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type", "x-request-id"], expose_headers=["x-request-id", "retry-after"],
+    )  # fmt: skip
 
 
 def _answer(request: Request[Any, Any, Any], error: ApiError) -> Response[dict[str, Any]]:

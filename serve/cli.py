@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rdlm.config import parse
+from rdlm.errors import UserError
 from serve.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
 from serve.settings import EngineSettings, HttpSettings
 
@@ -41,6 +42,22 @@ def serve(
         list[str] | None,
         typer.Option(envvar="RDLM_API_KEYS", help="Accept this bearer key; may be repeated. None: no check.", show_default=False),
     ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Accept the keys in this file too, one a line; # begins a comment.", show_default=False)
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Let pages of this origin call the server; may be repeated, * for all.", show_default=False),
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="Larger request bodies are refused.")] = 16 * 1024 * 1024,
+    request_seconds: Annotated[
+        float | None, typer.Option(help="End what takes longer, waiting included; by default nothing.", show_default=False)
+    ] = None,
+    brownout_queue: Annotated[
+        int | None,
+        typer.Option(help="With so many waiting, halve K of requests that name none; by default never.", show_default=False),
+    ] = None,
+    tracing: Annotated[bool, typer.Option(help="OpenTelemetry spans (extra otel; OTEL_* variables say where to).")] = False,
     log_format: Annotated[
         str, typer.Option(help="text: warnings and errors. json: also every answer, one object a line.")
     ] = "text",
@@ -54,7 +71,12 @@ def serve(
         "host": host,
         "port": port,
         "model_name": model_name,
-        "api_keys": tuple(api_key or ()),
+        "api_keys": (*(api_key or ()), *_keys_of(api_key_file)),
+        "cors_origins": tuple(cors_origin or ()),
+        "max_body_bytes": max_body_bytes,
+        "request_seconds": request_seconds,
+        "brownout_queue": brownout_queue,
+        "tracing": tracing,
         "drain_seconds": drain_seconds,
         "log_format": log_format,
     }
@@ -62,3 +84,18 @@ def serve(
     from serve.process import run_server
 
     run_server(checkpoint, engine_settings, http_settings, port_file)
+
+
+def _keys_of(path: Path | None) -> list[str]:
+    """The keys in a file. Raises UserError where it cannot be read or has none: the server would be open to all."""
+    if path is None:
+        return []
+    try:
+        lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
+        raise UserError("--api-key-file", str(path), problem, "name a text file with one key a line") from None
+    keys = [line for line in lines if line]
+    if not keys:
+        raise UserError("--api-key-file", str(path), "has no key", "write at least one, or leave the option out")
+    return keys

@@ -1,16 +1,19 @@
-"""How deep a request wants to think: fields, aliases and efforts to a number of core steps and an exit rule. No torch."""
+"""How deep a request wants to think: fields, aliases and efforts to numbers of core steps, an exit rule, a deadline. No torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from serve.errors import ApiError, invalid
 from serve.events import Served
 from serve.schemas import Effort, SamplingBody
 from serve.sequence import ExitRule
 
-THRESHOLDS = {"latent-diff": 0.03, "kl": 1e-3}
+THRESHOLDS = {
+    "latent-diff": 0.03, "cosine": 1e-3, "kl": 1e-3, "minp-kl": 1e-5, "entropy-diff": 1e-3, "argmax-stability": 5.0,
+}  # fmt: skip
 """Of a request that names none: those of Huginn's reference implementation."""
 EFFORTS: dict[Effort, Callable[[int], int]] = {
     "none": lambda default: 1,
@@ -23,27 +26,73 @@ EFFORTS: dict[Effort, Callable[[int], int]] = {
 """``reasoning_effort`` to K, relative to the server's default: a useful K depends on the depths a model was trained at."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a request is checked against: the model, the name it is served under, and what the server decides."""
+
+    name: str
+    served: Served
+    default_steps: int
+    """K where a request names none: ``served.default_steps``, or fewer while too many wait (brown-out)."""
+    max_ms: int | None = None
+    """Longest any request may take."""
+
+
+@dataclass(frozen=True)
+class DepthChoice:
+    """What a request asks of its depth, checked. Fields as in serve.sequence.Request."""
+
+    num_steps: int
+    exit: ExitRule | None = None
+    schedule: tuple[int, ...] = ()
+    min_steps: int = 1
+    max_ms: int | None = None
+    lowers: bool = False
+    browned_out: bool = False
+    """K is below the server's default because too many wait."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether tokens of one answer may differ in their steps."""
+        return self.exit is not None or bool(self.schedule) or self.lowers
+
+
 def efforts(served: Served) -> dict[str, int]:
     """K of each ``reasoning_effort``, cut to what the model takes."""
     return {name: min(max(1, of(served.default_steps)), served.max_steps) for name, of in EFFORTS.items()}
 
 
-def resolve_depth(body: SamplingBody, name: str, served: Served) -> tuple[int, ExitRule | None]:
-    """(K, or the most steps where an exit rule may end a token earlier; that rule). Raises ApiError."""
-    asked = _fixed_steps(body, name, served)
-    if body.num_steps != "auto" and body.exit is None:
-        return (served.default_steps if asked is None else asked), None
-    if served.config.objective.k_meaning != "thinking":
-        problem = "this model draws each token through K noise levels and needs them all; name a number of steps"
-        raise invalid(f"exit: {problem}", "num_steps" if body.exit is None else "exit", "exits_unsupported")
-    return _exit_rule(body, asked, served)
+def resolve_depth(body: SamplingBody, terms: Terms) -> DepthChoice:
+    """Raises ApiError."""
+    asked = _fixed_steps(body, terms)
+    exits = body.exit is not None or body.num_steps == "auto"
+    if body.schedule is not None and (asked is not None or body.num_steps == "auto"):
+        raise invalid("schedule: it names every K itself; leave num_steps, reasoning_effort and the alias out", "schedule")
+    for param in ("min_steps", "max_steps"):
+        if getattr(body, param) is not None and not exits and (param == "max_steps" or body.max_ms is None):
+            needs = "exit or num_steps 'auto'" + (" or max_ms" if param == "min_steps" else "")
+            raise invalid(f"{param}: it bounds a depth that varies; send it with {needs}", param)
+    schedule = tuple(body.schedule) if isinstance(body.schedule, list) else ()  # validation leaves no other form
+    for k in schedule:
+        _check_range(k, "schedule", terms.served)
+    browned_out = asked is None and not exits and not schedule and terms.default_steps < terms.served.default_steps
+    most = asked or (max(schedule) if schedule else terms.default_steps)
+    rule = None
+    if exits:
+        most, rule = _exit_rule(body, max(schedule) if schedule else asked, terms.served)
+    least = body.min_steps or 1
+    if least > most:
+        raise invalid(f"min_steps: {least} exceeds the most steps ({most})", "min_steps")
+    limits = [limit for limit in (body.max_ms, terms.max_ms) if limit is not None]
+    return DepthChoice(most, rule, schedule, least, min(limits, default=None), body.max_ms is not None, browned_out)
 
 
-def _fixed_steps(body: SamplingBody, name: str, served: Served) -> int | None:
+def _fixed_steps(body: SamplingBody, terms: Terms) -> int | None:
     """The number of steps that model alias, num_steps or reasoning_effort asks for; None where none of them does."""
     found: dict[str, int] = {}
+    name, served = terms.name, terms.served
     if body.model is not None and body.model != name:
-        match = re.fullmatch(re.escape(name) + r":k(\d{1,6})", body.model)
+        match = re.fullmatch(re.escape(name) + r":k([0-9]{1,6})", body.model)
         if match is None:
             hint = f"this server has {name!r} and {name!r}:kN with N from 1 to {served.max_steps}"
             message = f"the model {body.model!r} does not exist; {hint}"
@@ -67,19 +116,30 @@ def _check_range(steps: int, param: str, served: Served) -> None:
         raise invalid(message, param, "num_steps_out_of_range")
 
 
-def _exit_rule(body: SamplingBody, asked: int | None, served: Served) -> tuple[int, ExitRule]:
-    criterion = "latent-diff" if body.exit is None else body.exit.criterion
-    threshold = THRESHOLDS[criterion]
-    most, least = served.max_steps if asked is None else asked, 1
-    if body.exit is not None:
-        threshold = threshold if body.exit.threshold is None else body.exit.threshold
-        least = body.exit.min_steps or 1
-        if body.exit.max_steps is not None:
-            _check_range(body.exit.max_steps, "exit.max_steps", served)
-            if asked not in (None, body.exit.max_steps):
-                message = f"exit.max_steps: {body.exit.max_steps} contradicts the {asked} steps asked for; name one of them"
-                raise invalid(message, "exit.max_steps")
-            most = body.exit.max_steps
-    if least > most:
-        raise invalid(f"exit.min_steps: {least} exceeds the most steps ({most})", "exit.min_steps")
-    return most, ExitRule(criterion, threshold, least)
+def _exit_rule(body: SamplingBody, asked: int | None, served: Served) -> tuple[int, ExitRule | None]:
+    """(most steps, rule); no rule for criterion "none". asked: the most steps as other fields have it."""
+    if served.config.objective.k_meaning != "thinking":
+        problem = "this model draws each token through K noise levels and needs them all; name a number of steps"
+        raise invalid(f"exit: {problem}", "num_steps" if body.exit is None else "exit", "exits_unsupported")
+    bounds = {}
+    for name in ("min_steps", "max_steps"):
+        inside, outside = getattr(body.exit, name, None), getattr(body, name)
+        if None not in (inside, outside) and inside != outside:
+            raise invalid(f"exit.{name}: {inside} contradicts {name} = {outside}; name one of them", f"exit.{name}")
+        bounds[name] = (f"exit.{name}", inside) if inside is not None else (name, outside)
+    (least_param, least), (most_param, most) = bounds["min_steps"], bounds["max_steps"]
+    if most is not None:
+        _check_range(most, most_param, served)
+        if asked not in (None, most):
+            raise invalid(f"{most_param}: {most} contradicts the {asked} steps asked for; name one of them", most_param)
+    most = most or asked or served.max_steps
+    if (least or 1) > most:
+        raise invalid(f"{least_param}: {least} exceeds the most steps ({most})", least_param)
+    given = body.exit
+    criterion = "latent-diff" if given is None else given.criterion
+    if criterion == "none":
+        return most, None
+    threshold = THRESHOLDS[criterion] if given is None or given.threshold is None else given.threshold
+    if given is None:
+        return most, ExitRule(criterion, threshold, least or 1)
+    return most, ExitRule(criterion, threshold, least or 1, given.check_every or 1, given.prefill is not False)

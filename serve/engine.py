@@ -19,6 +19,7 @@ from dataclasses import replace
 from serve.active import Active
 from serve.errors import EngineClosed, QueueFull
 from serve.events import Counters, Event, Served, Sink, State
+from serve.pace import Pace
 from serve.sequence import Request, Sequence, StepResult
 from serve.text import TextStream
 
@@ -39,6 +40,7 @@ class Engine:
         self._inbox: deque[Active] = deque()
         self._aborts: deque[int] = deque()
         self._active: dict[int, Active] = {}
+        self._pace = Pace()
         self._wake = threading.Condition()
         self._loaded = threading.Event()
         self._idle = threading.Event()
@@ -89,7 +91,7 @@ class Engine:
                 raise QueueFull(waiting, self.max_queue, self._retry_after(waiting))
             now, ids = time.monotonic(), []
             for index, request in enumerate(requests):
-                depth = served.runner.depth(request.num_steps)
+                depth = served.runner.depth(request.steps_at(0))
                 chunk = len(request.prompt) if request.sweep else served.scheduler.chunk
                 sequence = Sequence(next(self._ids), request, depth, chunk)
                 self._inbox.append(Active(sequence, TextStream(served.tokenizer, request.stop), sink, index, now))
@@ -188,6 +190,7 @@ class Engine:
                 while self._inbox:
                     active = self._inbox.popleft()
                     self._active[active.sequence.id] = active
+                    self._pace.add(active)
                     scheduler.add(active.sequence)
                 while self._aborts:
                     gone = self._active.get(self._aborts.popleft())
@@ -201,7 +204,12 @@ class Engine:
     def _step(self, served: Served) -> None:
         """One core step of everything that is open, and what follows from it."""
         began = time.monotonic()
+        for late in self._pace.expired(began):
+            self._end_late(late)
+        self._pace.settle(began, len(served.scheduler.running), served.runner.depth)
         batch = served.scheduler.schedule()
+        if not batch:
+            return
         for sequence in batch:
             active = self._active[sequence.id]
             if active.started is None:
@@ -218,6 +226,7 @@ class Engine:
         after_model = time.monotonic()
         self.counters.steps += 1
         self.counters.rows.observe(rows)
+        self._pace.cost.observe(rows, after_model - began)
         self.counters.model_s += after_model - before_model
         self.counters.busy_s += after_model - began
         for sequence in batch:  # whoever is told of a token finds its step counted
@@ -233,6 +242,8 @@ class Engine:
         closed = sequence.advance(exited=result is not None and result.exited)
         if result is not None and result.prompt_logprobs is not None:
             active.score(result.prompt_logprobs, steps)
+        if result is not None and result.glimpse is not None:
+            self._emit(active, Event(active.index, glimpse=result.glimpse))
         if closed and was_last:
             if result is not None and result.token is not None:
                 self._say(active, result, steps)
@@ -250,11 +261,17 @@ class Engine:
         else:
             self._finish(active, finish, event)
 
+    def _end_late(self, active: Active) -> None:
+        """The deadline has passed: end with what has been said."""
+        reason = active.give_up()
+        self._finish(active, reason, Event(active.index, text=active.text.finish()))
+
     def _finish(self, active: Active, reason: str, event: Event | None = None) -> None:
         """Forget a sequence and tell its sink why, with the last token if there is one."""
         self.served.scheduler.remove(active.sequence.id)
         self.served.runner.release(active.sequence.id)
         self._active.pop(active.sequence.id, None)
+        self._pace.remove(active.sequence.id)
         usage = active.usage(time.monotonic())
         self.counters.end(reason, usage)
         if reason in ("stop", "length"):
@@ -262,7 +279,7 @@ class Engine:
         self._emit(active, replace(event or Event(active.index), finish=reason, usage=usage, sweep=active.sweep or None))
 
     def _emit(self, active: Active, event: Event) -> None:
-        prompt_logprobs = active.take_prompt_logprobs()
+        prompt_logprobs = None if event.glimpse is not None else active.take_prompt_logprobs()
         try:
             active.sink(event if prompt_logprobs is None else replace(event, prompt_logprobs=prompt_logprobs))
         except RuntimeError:  # its event loop is gone: nobody is listening any more

@@ -11,7 +11,7 @@ from typing import Protocol
 from rdlm.config import CheckpointConfig
 from rdlm.tokenizer import Tokenizer
 from serve.scheduler import Scheduler
-from serve.sequence import Depth, Sequence, StepResult, TokenLogprobs
+from serve.sequence import Depth, Glimpse, Sequence, StepResult, TokenLogprobs
 
 
 class Runner(Protocol):
@@ -34,6 +34,8 @@ class Served:
     """Positions of prompt and answer together."""
     max_steps: int
     default_steps: int
+    end_ids: frozenset[int] = frozenset()
+    """Ids that end a text unless a request ignores them."""
 
 
 class State(Enum):
@@ -58,6 +60,10 @@ class Usage:
     """Core steps of the positions that tokens were drawn from, summed."""
     exits: int
     """Tokens whose position left early."""
+    lowered: int
+    """Chunks of the prompt and tokens that took fewer steps than asked for, to meet the deadline."""
+    overdue: bool
+    """Whether the deadline ended the answer."""
     queue_s: float
     first_token_s: float
     total_s: float
@@ -65,7 +71,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One token of one submitted request, or its end, or both. ``index`` is its place in the list given to ``submit``."""
+    """One token of one submitted request, or its end, or both; or a glimpse of a token that is not drawn yet.
+
+    ``index`` is the request's place in the list given to ``submit``.
+    """
 
     index: int
     token: int | None = None
@@ -77,8 +86,10 @@ class Event:
     """With the first event of a request that asked for them: of prompt tokens 1, 2, ..."""
     sweep: dict[int, list[TokenLogprobs]] | None = None
     """With the last event of a request that asked for one: K -> the prompt's log-probabilities, as above."""
+    glimpse: Glimpse | None = None
+    """Alone on its event."""
     finish: str | None = None
-    """stop | length | abort | error, on the last event."""
+    """stop | length | abort | error | expired, on the last event."""
     usage: Usage | None = None
     """On the last event."""
 
@@ -116,7 +127,9 @@ class Counters:
     tokens: int = 0
     exits: int = 0
     saved_steps: int = 0
-    ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0))
+    overdue: int = 0
+    lowered: int = 0
+    ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error", "expired"), 0))
     model_s: float = 0.0
     busy_s: float = 0.0
     rows: Histogram = field(default_factory=_powers)
@@ -138,8 +151,10 @@ class Counters:
             self.between_tokens_s.observe(gap_s)
 
     def end(self, reason: str, usage: Usage) -> None:
-        """A sequence ended: stop, length, abort or error."""
+        """A sequence ended: stop, length, abort, error or expired."""
         self.ended[reason] += 1
+        self.overdue += usage.overdue
+        self.lowered += usage.lowered
         if reason in ("stop", "length"):
             self.prompt_tokens += usage.prompt_tokens
             self.exits += usage.exits

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from serve.depth import Terms
 from serve.engine import Engine
 from serve.events import Served
+from serve.intake import Job
 from serve.metrics import Metrics
 from serve.replies import TokenNames
 from serve.settings import HttpSettings
@@ -22,6 +24,19 @@ class Frontend:
     def served(self) -> Served:
         """Raises EngineClosed (503) while the model loads."""
         return self.engine.served
+
+    def terms(self) -> Terms:
+        """What a request that arrives now is checked against."""
+        served, waiting, limit = self.served, self.engine.num_waiting, self.settings.brownout_queue
+        pressure = 0 if limit is None else waiting // limit
+        seconds = self.settings.request_seconds
+        return Terms(
+            self.name, served, max(1, served.default_steps // (1 + pressure)), None if seconds is None else round(1000 * seconds)
+        )
+
+    def note(self, job: Job) -> None:
+        """Count what the metrics say of a request that is about to be submitted."""
+        self.metrics.brownouts += job.depth.browned_out
 
     @property
     def name(self) -> str:

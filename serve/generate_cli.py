@@ -71,7 +71,6 @@ def _answer(engine: object, prompt: str, num_steps: int, max_tokens: int, sampli
     if not ids or len(ids) + max_tokens > served.max_len:
         problem = f"its {len(ids)} tokens and --max-tokens {max_tokens} do not fit the context of {served.max_len}"
         raise UserError("--prompt", prompt, problem if ids else "it has no tokens", "shorten or lengthen it")
-    ends = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     typer.secho(f"K = {num_steps}", bold=True)
     typer.echo(prompt, nl=False)
 
@@ -79,7 +78,7 @@ def _answer(engine: object, prompt: str, num_steps: int, max_tokens: int, sampli
         typer.echo(event.text, nl=False)
 
     began = time.monotonic()
-    events = engine.generate([Request(tuple(ids), num_steps, max_tokens, sampling, seed, stop_ids=ends)], show)[0]
+    events = engine.generate([Request(tuple(ids), num_steps, max_tokens, sampling, seed, stop_ids=served.end_ids)], show)[0]
     seconds, usage = time.monotonic() - began, events[-1].usage
     assert usage is not None
     if events[-1].finish not in ("stop", "length"):

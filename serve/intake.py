@@ -9,11 +9,11 @@ from typing import Any
 
 from rdlm.decoding_types import SamplingParams
 from serve.chat import render
-from serve.depth import resolve_depth
+from serve.depth import DepthChoice, Terms, resolve_depth
 from serve.errors import invalid
 from serve.events import Served
 from serve.schemas import ChatRequest, CompletionRequest, SamplingBody, ScoreRequest
-from serve.sequence import ExitRule, Request
+from serve.sequence import Request, Show
 
 DEFAULT_MAX_TOKENS = 16
 """Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
@@ -26,12 +26,13 @@ class Job:
     """The engine requests of one HTTP request, prompt-major: request i answers prompt i // n."""
 
     model: str
-    num_steps: int
-    exit: ExitRule | None
+    depth: DepthChoice
     n: int
     prompts: list[str]
     """Text of each prompt, for ``echo``."""
     requests: list[Request]
+    reports_prompt: bool = False
+    """Whether choices carry ``prompt_logprobs``."""
 
 
 def model_names(name: str, served: Served) -> list[str]:
@@ -40,16 +41,18 @@ def model_names(name: str, served: Served) -> list[str]:
     return [name, *(f"{name}:k{k}" for k in sorted(powers | {served.default_steps, served.max_steps}) if k <= served.max_steps)]
 
 
-def completion_job(body: CompletionRequest, name: str, served: Served) -> Job:
+def completion_job(body: CompletionRequest, terms: Terms) -> Job:
     """Raises ApiError."""
-    depth = resolve_depth(body, name, served)
-    if depth[1] is not None and body.echo and body.logprobs is not None:
-        problem = "prompts are scored at a fixed K (a chunk of a prompt leaves as one, so later tokens would decide over earlier)"
-        raise invalid(f"echo: {problem}; name num_steps, or leave logprobs out", "echo")
+    depth, served = resolve_depth(body, terms), terms.served
+    scored = body.logprobs if body.echo else None
+    if None not in (scored, body.prompt_logprobs) and scored != body.prompt_logprobs:
+        raise invalid("prompt_logprobs: it contradicts the logprobs that echo reports; send the same number", "prompt_logprobs")
+    scored = body.prompt_logprobs if scored is None else scored
+    _check_scoring(body, depth, scored is not None, "echo" if body.prompt_logprobs is None else "prompt_logprobs")
     prompts = _prompts(body, served)
     max_tokens = body.max_tokens
-    if max_tokens == 0 and not body.echo:
-        raise invalid("max_tokens: 0 is only meaningful with echo", "max_tokens")
+    if max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+        raise invalid("max_tokens: 0 is only meaningful with echo or prompt_logprobs", "max_tokens")
     if (body.n or 1) * len(prompts) > MAX_CHOICES:
         raise invalid(f"prompt: {len(prompts)} prompts times n = {body.n or 1} exceed {MAX_CHOICES} choices", "prompt")
     requests = []
@@ -57,14 +60,15 @@ def completion_job(body: CompletionRequest, name: str, served: Served) -> Job:
         room = served.max_len - len(ids)
         limit = min(DEFAULT_MAX_TOKENS, max(room, 1)) if max_tokens is None else max_tokens
         first = _request(body, tuple(ids), depth, limit, served)
-        scored = replace(first, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
-        requests += _choices(scored, body.n or 1)
-    return Job(body.model or name, *depth, body.n or 1, [text for text, _ in prompts], requests)
+        requests += _choices(replace(first, logprobs=body.logprobs, prompt_logprobs=scored), body.n or 1)
+    texts = [text for text, _ in prompts]
+    return Job(body.model or terms.name, depth, body.n or 1, texts, requests, body.prompt_logprobs is not None)
 
 
-def chat_job(body: ChatRequest, name: str, served: Served) -> Job:
+def chat_job(body: ChatRequest, terms: Terms) -> Job:
     """Raises ApiError, also where the tokenizer has no chat template."""
-    depth = resolve_depth(body, name, served)
+    depth, served = resolve_depth(body, terms), terms.served
+    _check_scoring(body, depth, body.prompt_logprobs is not None, "prompt_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("max_completion_tokens: it contradicts max_tokens; name one of them", "max_completion_tokens")
     if body.top_logprobs is not None and not body.logprobs:
@@ -75,15 +79,16 @@ def chat_job(body: ChatRequest, name: str, served: Served) -> Job:
     if limit == 0:
         raise invalid("max_tokens: a chat answer has at least one token", "max_tokens")
     request = _request(body, tuple(ids), depth, max(1, served.max_len - len(ids)) if limit is None else limit, served)
-    first = replace(request, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-    return Job(body.model or name, *depth, body.n or 1, [text], _choices(first, body.n or 1))
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    first = replace(request, logprobs=top, prompt_logprobs=body.prompt_logprobs)
+    choices = _choices(first, body.n or 1)
+    return Job(body.model or terms.name, depth, body.n or 1, [text], choices, body.prompt_logprobs is not None)
 
 
-def score_job(body: ScoreRequest, name: str, served: Served) -> tuple[Job, list[int]]:
+def score_job(body: ScoreRequest, terms: Terms) -> tuple[Job, list[int]]:
     """The job and its K in rising order. Raises ApiError, also where K has no likelihood (rdlm/scoring.py says which have)."""
-    ks = sorted(set(body.num_steps))
-    for k in ks:
-        resolve_depth(SamplingBody(model=body.model, num_steps=k), name, served)
+    ks, served = sorted(set(body.num_steps)), terms.served
+    depths = [resolve_depth(SamplingBody(model=body.model, num_steps=k), terms) for k in ks]
     thinking = served.config.objective.k_meaning == "thinking"
     if not thinking and ks != [1]:
         raise invalid("num_steps: of this model only K = 1 has a normalised likelihood; send [1]", "num_steps")
@@ -92,9 +97,18 @@ def score_job(body: ScoreRequest, name: str, served: Served) -> tuple[Job, list[
         raise invalid(f"prompt: {len(prompts)} prompts exceed {MAX_CHOICES}", "prompt")
     requests = []
     for _, ids in prompts:
-        first = _request(SamplingBody(seed=0), tuple(ids), (ks[-1], None), 0, served)
+        first = _request(SamplingBody(seed=0), tuple(ids), depths[-1], 0, served)
         requests.append(replace(first, prompt_logprobs=0, sweep=tuple(ks) if thinking else ()))
-    return Job(body.model or name, ks[-1], None, 1, [text for text, _ in prompts], requests), ks
+    return Job(body.model or terms.name, depths[-1], 1, [text for text, _ in prompts], requests), ks
+
+
+def _check_scoring(body: SamplingBody, depth: DepthChoice, scored: bool, param: str) -> None:
+    """Raises ApiError where the prompt's log-probabilities are wanted and cannot be had."""
+    if scored and (depth.lowers or (depth.exit is not None and depth.exit.prefill)):
+        problem = "prompts are scored at a fixed K (a chunk of a prompt leaves as one, so later tokens would decide over earlier)"
+        raise invalid(f"{param}: {problem}; name num_steps, or send exit.prefill = false, and no max_ms", param)
+    if body.stream and body.prompt_logprobs is not None:
+        raise invalid("prompt_logprobs: streams have none; leave stream out, or use echo with logprobs", "prompt_logprobs")
 
 
 def _choices(first: Request, n: int) -> list[Request]:
@@ -119,9 +133,7 @@ def _prompts(body: CompletionRequest | ScoreRequest, served: Served) -> list[tup
     return found
 
 
-def _request(
-    body: SamplingBody, ids: tuple[int, ...], depth: tuple[int, ExitRule | None], max_tokens: int, served: Served
-) -> Request:
+def _request(body: SamplingBody, ids: tuple[int, ...], depth: DepthChoice, max_tokens: int, served: Served) -> Request:
     if not ids:
         raise invalid("prompt: it has no tokens; send at least one", "prompt")
     if len(ids) + max_tokens > served.max_len:
@@ -135,16 +147,27 @@ def _request(
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if "" in stop:
         raise invalid("stop: an empty string would end every text; remove it", "stop")
-    if body.stream_options is not None and not body.stream:
-        raise invalid("stream_options: it needs stream = true", "stream_options")
-    ends = set(body.stop_token_ids or ())
-    if served.tokenizer.eos_id is not None and not body.ignore_eos:
-        ends.add(served.tokenizer.eos_id)
-    seed = secrets.randbits(63) if body.seed is None else body.seed & (1 << 63) - 1
+    ends = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else served.end_ids)
+    sampling = _sampling(body, served)
+    # A greedy answer depends on the seed only through a random initial state: without a seed it shall be the same every time.
+    seed = (0 if sampling.greedy else secrets.randbits(63)) if body.seed is None else body.seed & (1 << 63) - 1
     return Request(
-        ids, depth[0], max_tokens, _sampling(body, served), seed,
-        stop=stop, stop_ids=frozenset(ends), min_tokens=min_tokens, exit=depth[1],
+        ids, depth.num_steps, max_tokens, sampling, seed, stop=stop, stop_ids=ends, min_tokens=min_tokens, exit=depth.exit,
+        schedule=depth.schedule, min_steps=depth.min_steps, max_ms=depth.max_ms, lowers=depth.lowers, show=_show(body),
     )  # fmt: skip
+
+
+def _show(body: SamplingBody) -> Show | None:
+    options = body.stream_options
+    if options is None:
+        return None
+    if not body.stream:
+        raise invalid("stream_options: it needs stream = true", "stream_options")
+    if options.include_steps:
+        return Show(options.steps_every or 1, options.steps_top or 1)
+    if options.steps_every is not None or options.steps_top is not None:
+        raise invalid("stream_options: steps_every and steps_top need include_steps = true", "stream_options")
+    return None
 
 
 def _sampling(body: SamplingBody, served: Served) -> SamplingParams:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from serve.runner import Runner
 from serve.scheduler import Scheduler
 from serve.settings import EngineSettings
 
+GENERATION = "generation_config.json"
+
 
 def load_served(folder: Path, settings: EngineSettings) -> Served:
     """Read a checkpoint and build the parts of an engine. Raises UserError."""
@@ -24,7 +27,28 @@ def load_served(folder: Path, settings: EngineSettings) -> Served:
         raise UserError(
             "checkpoint", str(folder), "it has no tokenizer, so its ids are not text", "serve a model trained on text"
         )
-    return build_served(loaded.denoiser, loaded.config, loaded.tokenizer, settings)
+    return build_served(loaded.denoiser, loaded.config, loaded.tokenizer, settings, _end_ids(folder, loaded.tokenizer))
+
+
+def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokenizer's end of text and what ``generation_config.json`` beside it or in the checkpoint has as ``eos_token_id``.
+
+    Chat models end texts with several ids (Huginn-0125: 65505 and 65508), of which a tokenizer can name one.
+    """
+    ends = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+    for path in (folder / GENERATION, folder / checkpoint.TOKENIZER / GENERATION):
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text()).get("eos_token_id") or []
+        except (ValueError, AttributeError):
+            raise UserError("checkpoint", str(path), "is not a JSON object", "correct or remove it") from None
+        listed = found if isinstance(found, list) else [found]
+        if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in listed):
+            problem = f"must be ids below {tokenizer.vocab_size}"
+            raise UserError(f"{path}: eos_token_id", found, problem, "give one id or a list of them")
+        ends.update(listed)
+    return frozenset(ends)
 
 
 def _device(name: str) -> torch.device:
@@ -38,8 +62,19 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def build_served(denoiser: Denoiser, config: CheckpointConfig, tokenizer: Tokenizer, settings: EngineSettings) -> Served:
-    """The parts of an engine around a model in memory. Raises UserError where settings and checkpoint contradict each other."""
+def build_served(
+    denoiser: Denoiser,
+    config: CheckpointConfig,
+    tokenizer: Tokenizer,
+    settings: EngineSettings,
+    end_ids: frozenset[int] | None = None,
+) -> Served:
+    """The parts of an engine around a model in memory. end_ids: ids that end a text, by default the tokenizer's one.
+
+    Raises UserError where settings and checkpoint contradict each other.
+    """
+    if end_ids is None:
+        end_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     limit = config.model.max_seq_len
     max_len = limit if settings.max_len is None else settings.max_len
     if max_len > limit:
@@ -63,4 +98,4 @@ def build_served(denoiser: Denoiser, config: CheckpointConfig, tokenizer: Tokeni
         num_tokens=tokenizer.vocab_size,
     )
     scheduler = Scheduler(settings.max_slots, settings.prefill_rows, settings.chunk)
-    return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default)
+    return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default, end_ids)

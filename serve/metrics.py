@@ -22,6 +22,7 @@ class Metrics(Collector):
         self._engine = engine
         self.refusals: Counter[int] = Counter()
         """Answers of status 400 and above, by status; written on the event loop."""
+        self.brownouts = 0
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -56,6 +57,12 @@ class Metrics(Collector):
             "rdlm_tokens": ("tokens drawn", counters.tokens),
             "rdlm_exits": ("tokens of finished sequences whose position left before its last step", counters.exits),
             "rdlm_saved_row_steps": ("core steps of positions that exits spared, finished sequences", counters.saved_steps),
+            "rdlm_lowered_tokens": (
+                "tokens and prompt chunks with fewer steps than asked for, to meet a deadline",
+                counters.lowered,
+            ),
+            "rdlm_deadline_hits": ("sequences that a deadline ended", counters.overdue),
+            "rdlm_brownouts": ("requests that got fewer steps than the default because too many waited", self.brownouts),
             "rdlm_model_seconds": ("time in the model", counters.model_s),
             "rdlm_busy_seconds": ("time in engine steps, scheduling and bookkeeping included", counters.busy_s),
         }

@@ -14,6 +14,7 @@ from serve.events import Event, Usage
 from serve.intake import Job
 from serve.sequence import TokenLogprobs
 
+_TIMES = ("queue_s", "first_token_s", "total_s")
 FLOOR = -9999.0
 """Stands for -inf and NaN, which JSON cannot carry (vLLM's convention)."""
 
@@ -30,27 +31,45 @@ def usage_of(job: Job, usages: Iterable[Usage]) -> dict[str, Any]:
     completion = sum(u.completion_tokens for u in done)
     prefill, decode = sum(u.prefill_core_steps for u in done), sum(u.decode_core_steps for u in done)
     recurrence = {
-        "num_steps": job.num_steps, "core_steps": prefill + decode, "prefill_core_steps": prefill, "decode_core_steps": decode,
-    } | _exits_of(job, done)  # fmt: skip
+        "num_steps": job.depth.num_steps, "core_steps": prefill + decode,
+        "prefill_core_steps": prefill, "decode_core_steps": decode,
+    } | _depth_of(job, done)  # fmt: skip
     return {
         "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, "recurrence": recurrence,
     }  # fmt: skip
 
 
-def _exits_of(job: Job, done: list[Usage]) -> dict[str, Any]:
-    """What an exit rule did, where the request has one: the rule, mean steps of a token, tokens and steps it spared."""
-    if job.exit is None:
-        return {}
-    completion = sum(u.completion_tokens for u in done)
-    return {
-        "exit": asdict(job.exit), "mean_steps": sum(u.token_steps for u in done) / completion if completion else None,
-        "exits": sum(u.exits for u in done), "saved_core_steps": sum(u.saved_core_steps for u in done),
-    }  # fmt: skip
+def _depth_of(job: Job, done: list[Usage]) -> dict[str, Any]:
+    """What made the depth vary, and what came of it: mean steps of a token, what exits spared, whether a deadline was met."""
+    depth = job.depth
+    found: dict[str, Any] = {}
+    if depth.varies:
+        completion = sum(u.completion_tokens for u in done)
+        found["mean_steps"] = sum(u.token_steps for u in done) / completion if completion else None
+    if depth.exit is not None:
+        found |= {"exit": asdict(depth.exit), "exits": sum(u.exits for u in done)}
+        found["saved_core_steps"] = sum(u.saved_core_steps for u in done)
+    if depth.schedule:
+        found["schedule"] = depth.schedule
+    if depth.lowers:
+        found |= {"max_ms": depth.max_ms, "min_steps": depth.min_steps, "lowered": sum(u.lowered for u in done)}
+    if depth.max_ms is not None:
+        found["deadline_hit"] = any(u.overdue for u in done)
+    if depth.browned_out:
+        found["brownout"] = True
+    return found
+
+
+def timings_of(usages: Iterable[Usage]) -> dict[str, float]:
+    """Milliseconds from submission of the slowest choice: waiting for a slot, until its first token, all."""
+    done = list(usages)
+    queue, first, total = (1000 * max((getattr(u, name) for u in done), default=0.0) for name in _TIMES)
+    return {"queue_ms": round(queue, 3), "first_token_ms": round(first, 3), "total_ms": round(total, 3)}
 
 
 def steps_of(job: Job, event: Event) -> dict[str, Any]:
-    """``recurrence.steps`` of a choice: core steps of each token's position, where an exit rule decides them."""
-    return {} if job.exit is None else {"recurrence": {"steps": [] if event.steps is None else [event.steps]}}
+    """``recurrence.steps`` of a choice: core steps of each token's position, where they may differ."""
+    return {} if not job.depth.varies else {"recurrence": {"steps": [] if event.steps is None else [event.steps]}}
 
 
 def merge_steps(pieces: list[dict[str, Any]]) -> dict[str, Any]:
@@ -114,6 +133,32 @@ def _chat_entry(names: TokenNames, token: int, logprob: float) -> dict[str, Any]
     return {"token": names.name(token), "logprob": finite(logprob), "bytes": list(names.raw(token))}
 
 
+def prompt_scores(names: TokenNames, job: Job, event: Event) -> dict[str, Any]:
+    """``prompt_logprobs`` of a choice in vLLM's form, where asked for: null, then {id: {logprob, rank, decoded_token}} by token."""
+    request = job.requests[event.index]
+    if not job.reports_prompt or event.prompt_logprobs is None and len(request.prompt) > 1:
+        return {}
+    scored = [_ranked(names, token, entry) for token, entry in zip(request.prompt[1:], event.prompt_logprobs or (), strict=True)]
+    return {"prompt_logprobs": [None, *scored]}
+
+
+def _ranked(names: TokenNames, token: int, entry: TokenLogprobs) -> dict[str, Any]:
+    """rank is null for a prompt token that is not among the alternatives."""
+    ranks = {other: rank for rank, (other, _) in enumerate(entry.top, 1)}
+    values = {token: entry.logprob, **dict(entry.top)}
+    return {
+        str(i): {"logprob": finite(value), "rank": ranks.get(i), "decoded_token": names.name(i)} for i, value in values.items()
+    }
+
+
+def glimpse_of(names: TokenNames, event: Event) -> dict[str, Any]:
+    """``recurrence`` of a chunk between tokens: what choice ``index`` would say after ``step`` steps, and how far it moved."""
+    glimpse = event.glimpse
+    assert glimpse is not None
+    top = [{"id": i, "token": names.name(i), "logprob": finite(value)} for i, value in glimpse.top]
+    return {"index": event.index, "step": glimpse.step, "delta": finite(glimpse.delta), "top": top}
+
+
 def finite(value: float) -> float:
     """JSON has no infinities."""
     return value if math.isfinite(value) else FLOOR
@@ -137,7 +182,7 @@ def completion_piece(job: Job, echo: bool, event: Event, logprobs: CompletionLog
 
 def merge_completion(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     """Pieces of one choice, in order, as the choice."""
-    merged = dict(pieces[-1], text="".join(piece["text"] for piece in pieces)) | merge_steps(pieces)
+    merged = pieces[0] | pieces[-1] | {"text": "".join(piece["text"] for piece in pieces)} | merge_steps(pieces)
     if merged["logprobs"] is not None:
         merged["logprobs"] = {key: [x for piece in pieces for x in piece["logprobs"][key]] for key in merged["logprobs"]}
     return merged

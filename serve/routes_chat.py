@@ -12,7 +12,7 @@ from serve.answering import chunks, collect, until_disconnect
 from serve.events import Event
 from serve.frontend import Frontend
 from serve.intake import Job, chat_job
-from serve.replies import TokenNames, chat_logprobs, envelope, merge_steps, steps_of
+from serve.replies import TokenNames, chat_logprobs, envelope, merge_steps, prompt_scores, steps_of
 from serve.schemas import ChatRequest
 from serve.streaming import event_stream
 from serve.subscription import Subscription
@@ -22,15 +22,17 @@ from serve.subscription import Subscription
 async def chat_completions(data: JSONBody[ChatRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
     """OpenAI's chat with ``num_steps``, through the tokenizer's chat template."""
     frontend: Frontend = state.frontend
-    job = chat_job(data, frontend.name, frontend.served)
+    job = chat_job(data, frontend.terms())
+    frontend.note(job)
 
     def piece(event: Event, is_first: bool) -> dict[str, Any]:
-        return _delta(frontend.token_names, job, event, is_first)
+        scores = prompt_scores(frontend.token_names, job, event) if is_first else {}
+        return _delta(frontend.token_names, job, event, is_first) | scores
 
     if data.stream:
         head = envelope("chat.completion.chunk", job, "chatcmpl")
         subscription = Subscription(frontend.engine, job.requests)
-        return event_stream(chunks(subscription, job, head, piece, data))
+        return event_stream(chunks(frontend, job, head, piece, data, subscription))
     head = envelope("chat.completion", job, "chatcmpl")
     return Response(head | await until_disconnect(request, collect(frontend, job, piece, _merge)))
 
@@ -48,9 +50,13 @@ def _delta(names: TokenNames, job: Job, event: Event, is_first: bool) -> dict[st
 
 def _merge(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     content = [entry for piece in pieces if piece["logprobs"] is not None for entry in piece["logprobs"]["content"]]
-    return {
-        "index": pieces[-1]["index"],
-        "message": {"role": "assistant", "content": "".join(piece["delta"]["content"] for piece in pieces)},
-        "logprobs": {"content": content} if content else None,
-        "finish_reason": pieces[-1]["finish_reason"],
-    } | merge_steps(pieces)
+    return (
+        {
+            "index": pieces[-1]["index"],
+            "message": {"role": "assistant", "content": "".join(piece["delta"]["content"] for piece in pieces)},
+            "logprobs": {"content": content} if content else None,
+            "finish_reason": pieces[-1]["finish_reason"],
+        }
+        | {key: pieces[0][key] for key in ("prompt_logprobs",) if key in pieces[0]}
+        | merge_steps(pieces)
+    )

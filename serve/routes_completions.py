@@ -12,7 +12,7 @@ from serve.answering import chunks, collect, until_disconnect
 from serve.events import Event
 from serve.frontend import Frontend
 from serve.intake import completion_job
-from serve.replies import CompletionLogprobs, completion_piece, envelope, merge_completion
+from serve.replies import CompletionLogprobs, completion_piece, envelope, merge_completion, prompt_scores
 from serve.schemas import CompletionRequest
 from serve.streaming import event_stream
 from serve.subscription import Subscription
@@ -22,13 +22,15 @@ from serve.subscription import Subscription
 async def completions(data: JSONBody[CompletionRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
     """OpenAI's completions with ``num_steps``; with echo and logprobs it also scores prompts."""
     frontend: Frontend = state.frontend
-    job = completion_job(data, frontend.name, frontend.served)
+    job = completion_job(data, frontend.terms())
+    frontend.note(job)
     head = envelope("text_completion", job, "cmpl")
     scribes = [CompletionLogprobs(frontend.token_names) if data.logprobs is not None else None for _ in job.requests]
 
     def piece(event: Event, is_first: bool) -> dict[str, Any]:
-        return completion_piece(job, bool(data.echo), event, scribes[event.index], is_first)
+        scores = prompt_scores(frontend.token_names, job, event) if is_first else {}
+        return completion_piece(job, bool(data.echo), event, scribes[event.index], is_first) | scores
 
     if data.stream:
-        return event_stream(chunks(Subscription(frontend.engine, job.requests), job, head, piece, data))
+        return event_stream(chunks(frontend, job, head, piece, data, Subscription(frontend.engine, job.requests)))
     return Response(head | await until_disconnect(request, collect(frontend, job, piece, merge_completion)))

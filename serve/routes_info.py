@@ -9,7 +9,7 @@ from litestar import Response, get, post
 from litestar.datastructures import State
 from litestar.params import FromPath, JSONBody
 
-from serve.depth import THRESHOLDS, efforts, resolve_depth
+from serve.depth import THRESHOLDS, Terms, efforts, resolve_depth
 from serve.errors import invalid
 from serve.events import State as EngineState
 from serve.frontend import Frontend
@@ -57,6 +57,7 @@ async def model(name: FromPath[str], state: State) -> dict[str, Any]:
 def _card(frontend: Frontend, name: str) -> dict[str, Any]:
     """Raises ApiError 404 or 400 for a name that is neither the model's nor an alias of it."""
     served, config = frontend.served, frontend.served.config
+    terms = Terms(frontend.name, served, served.default_steps)
     meaning = {
         "thinking": "core iterations before each token; likelihoods are those after K iterations",
         "sampling": "noise levels each token is drawn through; likelihoods are those at K = 1",
@@ -65,7 +66,7 @@ def _card(frontend: Frontend, name: str) -> dict[str, Any]:
         "id": name, "object": "model", "created": STARTED, "owned_by": "rdlm", "root": frontend.name,
         "max_model_len": served.max_len,
         "recurrence": {
-            "num_steps": resolve_depth(SamplingBody(model=name), frontend.name, served)[0], "min_steps": 1,
+            "num_steps": resolve_depth(SamplingBody(model=name), terms).num_steps, "min_steps": 1,
             "max_steps": served.max_steps, "default_steps": served.default_steps, "reasoning_effort": efforts(served),
             "exits": list(THRESHOLDS) if config.objective.k_meaning == "thinking" else [],
             "meaning": meaning, "kind": config.objective.k_meaning, "estimator": config.estimator,

@@ -21,7 +21,7 @@ from serve.subscription import Subscription
 async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
     """The trajectory is shared: scoring at K = 1, 4 and 16 costs 16 core steps a position and three read-outs."""
     frontend: Frontend = state.frontend
-    job, ks = score_job(data, frontend.name, frontend.served)
+    job, ks = score_job(data, frontend.terms())
     ends = await until_disconnect(request, _ends(frontend, job))
     scores = [_scores(frontend, job, ks, event) for event in ends]
     body = {"num_steps": ks, "estimator": frontend.served.config.estimator, "scores": scores}

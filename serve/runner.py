@@ -6,10 +6,8 @@ A sequence's rows between two steps live in ``_Live``; the past lives in the KV 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -21,8 +19,8 @@ from rdlm.decoding import sample, top_logprobs, uniform
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.randomness import generator
 from rdlm.sampler import StepPlan, renoise, step_plan
-from serve.exits import divergence, latent_change
-from serve.sequence import Depth, Sequence, StepResult, TokenLogprobs
+from serve.exits import LATENT, PREDICTION, latent_change, settled_predictions, settled_states, watches
+from serve.sequence import Depth, Glimpse, Sequence, StepResult, TokenLogprobs
 
 LOGITS_AT_ONCE = 1 << 24
 """Scored prompt rows are read out in chunks of at most this many logits (64 MiB of fp32)."""
@@ -34,14 +32,14 @@ NOISE, STATE = 1, 2
 class _Live:
     """Rows of an open segment. e, state [L, D]; z [D] and sigma of the row being drawn; prior [V] its normalised distribution.
 
-    seen [V]: log-probabilities after the step before, where a kl exit compares them.
+    before [D]: the state of the last row before the step, where a stream shows how far it moved.
     """
 
     e: Tensor
     state: Tensor
     z: Tensor | None = None
     prior: Tensor | None = None
-    seen: Tensor | None = None
+    before: Tensor | None = None
 
 
 class Runner:
@@ -72,6 +70,7 @@ class Runner:
         )  # fmt: skip
         self._num_tokens = num_tokens
         self._live: dict[int, _Live] = {}
+        self._seen: dict[int, Tensor] = {}
         self._context: tuple[list[cache.Segment], cache.PackedContext] | None = None
 
     def depth(self, num_steps: int) -> Depth:
@@ -83,13 +82,14 @@ class Runner:
     def release(self, sequence_id: int) -> None:
         """Forget the rows of a sequence that left."""
         self._live.pop(sequence_id, None)
+        self._seen.pop(sequence_id, None)
 
     @torch.inference_mode()
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
         """One core step for the segment of every sequence in ``batch`` -> what came out, by sequence id."""
         self._enter([s for s in batch if s.segment and s.segment.step == 0])
         settled = self._core(batch)
-        return self._read([s for s in batch if s.id in settled or self._reads(s) or _watches(s, "kl")], settled)
+        return self._read([s for s in batch if s.id in settled or self._reads(s) or watches(s, PREDICTION) or _shows(s)], settled)
 
     def _plan(self, sequence: Sequence) -> StepPlan:
         return self._plans[sequence.depth.num_steps]
@@ -102,6 +102,7 @@ class Runner:
         ctx = cache.PackedContext(self.pool, [seg for s in entering for seg in self._cache_segments(s, once=True)])
         e = self.denoiser.model.encode(torch.tensor([ids], device=self.device), ctx)  # [1, N, D]
         for sequence, rows in zip(entering, e[0].split([_length(s) for s in entering]), strict=True):
+            self._seen.pop(sequence.id, None)
             request, start = sequence.request, sequence.segment.start if sequence.segment else 0
             draw = generator(request.seed, request.choice, start, STATE)
             self._live[sequence.id] = _Live(rows, self.denoiser.model.initial_state(rows[None], draw)[0])
@@ -117,13 +118,10 @@ class Runner:
         sigmas = [self._plan(s).sigmas[_step(s)] for s, n in zip(batch, lengths, strict=True) for _ in range(n)]
         cond = self.denoiser.condition(self._levels(sigmas)[None] if any(x is not None for x in sigmas) else None, state)
         after = self.denoiser.step(state, e, cond, self._core_context(batch))
-        for live, rows in zip(lives, after[0].split(lengths), strict=True):
+        for sequence, live, rows in zip(batch, lives, after[0].split(lengths), strict=True):
+            live.before = live.state[-1] if _shows(sequence) else None
             live.state = rows
-        if not any(_watches(s, "latent-diff") for s in batch):
-            return set()
-        changes = iter(latent_change(state[0], after[0]).tolist())
-        largest = [max(islice(changes, length)) for length in lengths]
-        return {s.id for s, change in zip(batch, largest, strict=True) if _watches(s, "latent-diff") and _leaves(s, change)}
+        return settled_states(batch, lengths, state[0], after[0]) if any(watches(s, LATENT) for s in batch) else set()
 
     def _levels(self, sigmas: Seq[float | None]) -> Tensor:
         """fp32 [N]; a row without a noised target reads at sigma_max."""
@@ -149,7 +147,7 @@ class Runner:
     def _read(self, readers: list[Sequence], settled: set[int]) -> dict[int, StepResult]:
         """Coda for every row that reads out; head, log-probabilities and a draw for those somebody needs.
 
-        settled: sequences that leave with this step. Those that only compare predictions (kl) either join them or go on.
+        settled: sequences that leave with this step. Those that only compare predictions either join them or go on.
         """
         if not readers:
             return {}
@@ -157,7 +155,8 @@ class Runner:
         state = torch.cat([self._live[s.id].state for s in readers])[None]
         hidden = self.denoiser.model.decode(state, ctx)[0].split([_length(s) for s in readers])
         read = list(zip(readers, hidden, strict=True))
-        settled = settled | self._converged([(s, rows[-1]) for s, rows in read if _watches(s, "kl")])
+        settled = settled | self._converged([(s, rows[-1]) for s, rows in read if watches(s, PREDICTION)])
+        glimpses = self._glimpses([(s, rows[-1]) for s, rows in read if _shows(s) and s.id not in settled])
         read = [(s, rows) for s, rows in read if s.id in settled or self._reads(s)]
         results = {s.id: StepResult(exited=s.id in settled) for s, _ in read}
         for sequence, rows in read:
@@ -168,6 +167,8 @@ class Runner:
             self._draw([s for s, _ in drawing], torch.stack([row for _, row in drawing]), results)
         for sequence, _ in read:
             self._start_level(sequence)
+        for number, glimpse in glimpses.items():
+            results.setdefault(number, StepResult()).glimpse = glimpse
         return results
 
     def _reads(self, sequence: Sequence) -> bool:
@@ -181,18 +182,26 @@ class Runner:
         return results[sequence.id].exited or _step(sequence) == _score_step(self._plan(sequence))
 
     def _converged(self, watching: list[tuple[Sequence, Tensor]]) -> set[int]:
-        """Ids of those whose prediction, read from hidden [D], is the one of the step before (uniform before the first)."""
+        """Ids of those whose prediction, read from hidden [D], satisfies their exit criterion."""
         if not watching:
             return set()
         prior = self.denoiser.predict(torch.stack([row for _, row in watching])).prior[:, : self._num_tokens]
-        after = prior.log_softmax(-1)
-        uniform = after.new_full(after.shape[1:], -math.log(after.shape[1]))
-        lives = [self._live[s.id] for s, _ in watching]
-        before = torch.stack([uniform if live.seen is None else live.seen for live in lives])
-        for live, row in zip(lives, after, strict=True):
-            live.seen = row
-        moved = divergence(before, after).tolist()
-        return {s.id for (s, _), value in zip(watching, moved, strict=True) if _leaves(s, value)}
+        return settled_predictions([s for s, _ in watching], prior, self._seen)
+
+    def _glimpses(self, showing: list[tuple[Sequence, Tensor]]) -> dict[int, Glimpse]:
+        """What rows that go on would say now, by sequence id; from their last hidden [D]."""
+        if not showing:
+            return {}
+        sequences = [s for s, _ in showing]
+        prior = self._predict(sequences, torch.stack([row for _, row in showing])).prior
+        most = max(s.request.show.top for s in sequences if s.request.show)
+        found: dict[int, Glimpse] = {}
+        for sequence, entry in zip(sequences, _logprobs(prior, prior.argmax(-1), most), strict=True):
+            live, show = self._live[sequence.id], sequence.request.show
+            assert show is not None and live.before is not None
+            moved = latent_change(live.before[None], live.state[-1:]).item()
+            found[sequence.id] = Glimpse(_step(sequence) + 1, moved, entry.top[: show.top])
+        return found
 
     def _start_level(self, sequence: Sequence) -> None:
         """After a read-out that is not the last, the next level starts from z = 0 unless a bridge set it."""
@@ -266,18 +275,10 @@ def _length(sequence: Sequence) -> int:
     return sequence.segment.length
 
 
-def _watches(sequence: Sequence, criterion: str) -> bool:
-    """Whether the step now taken may be the sequence's last by ``criterion``, or is the one that kl compares the first such with."""
-    rule, taken = sequence.request.exit, _step(sequence) + 1
-    if rule is None or rule.criterion != criterion or taken >= sequence.depth.drawn:
-        return False
-    return taken >= rule.min_steps - (criterion == "kl")
-
-
-def _leaves(sequence: Sequence, value: float) -> bool:
-    """Whether the criterion's value ends the segment."""
-    rule = sequence.request.exit
-    return rule is not None and value < rule.threshold and _step(sequence) + 1 >= rule.min_steps
+def _shows(sequence: Sequence) -> bool:
+    """Whether a stream is told of the step now taken: one of a position that is drawn from, and not its last."""
+    show, taken = sequence.request.show, _step(sequence) + 1
+    return show is not None and sequence.draws and taken < sequence.depth.drawn and taken % show.every == 0
 
 
 def _predicts(plan: StepPlan, step: int) -> bool:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, S
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[StrictInt, Field(ge=0)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+MAX_SCHEDULE = 4096
 
 
 def _steps(value: object) -> object:
@@ -16,6 +17,20 @@ def _steps(value: object) -> object:
     if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise ValueError('it must be an integer of at least 1, or "auto"')
+
+
+def _schedule(value: Any) -> list[int] | None:
+    """The two forms of a schedule as K of the prompt, then of each further token."""
+    if value is None:
+        return None
+    if isinstance(value, dict) and value.keys() == {"prefill", "decode"}:
+        decode = value["decode"]
+        value = [value["prefill"], *(decode if isinstance(decode, list) else [decode])]
+    fits = isinstance(value, list) and 0 < len(value) <= MAX_SCHEDULE
+    if fits and all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in value):
+        return value
+    problem = f'it must be a list of 1 to {MAX_SCHEDULE} core steps, or {{"prefill": K, "decode": K or a list}}'
+    raise ValueError(problem)
 
 
 class Body(BaseModel):
@@ -29,18 +44,35 @@ class StreamOptions(Body):
     """Send one more chunk with ``usage`` and no choices before the end of the stream."""
     continuous_usage_stats: StrictBool = False
     """Carry the usage so far in every chunk."""
+    include_steps: StrictBool = False
+    """Between tokens, tell what each core step would have said: chunks without choices whose ``recurrence`` has it."""
+    steps_every: Annotated[StrictInt, Field(ge=1)] | None = None
+    """With include_steps: only every so many steps (default 1); each costs coda and head."""
+    steps_top: Annotated[StrictInt, Field(ge=1, le=20)] | None = None
+    """With include_steps: how many likely tokens to name (default 1)."""
 
 
 class ExitBody(Body):
     """When a position may leave early: once the criterion falls below the threshold."""
 
-    criterion: Literal["latent-diff", "kl"] = "latent-diff"
-    """latent-diff: relative change of the state, free. kl: of the prediction, costs coda and head at every step."""
+    criterion: Literal["latent-diff", "cosine", "kl", "minp-kl", "entropy-diff", "argmax-stability", "none"] = "latent-diff"
+    """latent-diff, cosine: change of the state, free. The others look at the prediction: coda and head at every check."""
     threshold: Annotated[Finite, Field(ge=0)] | None = None
-    """Default 0.03 for latent-diff, 0.001 for kl; 0 never exits."""
+    """Default by criterion, those of Huginn's code; 0 never exits. Of argmax-stability: how many repeats suffice."""
     min_steps: Annotated[StrictInt, Field(ge=1)] | None = None
     max_steps: Annotated[StrictInt, Field(ge=1)] | None = None
     """Default ``num_steps``, or the most the server allows."""
+    check_every: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Check only every so many steps; default 1."""
+    prefill: StrictBool | None = None
+    """Whether chunks of the prompt may leave early too; default true."""
+
+
+class Schedule(Body):
+    """K of the prompt (and of the first token, which is drawn from its end), and of the tokens after it."""
+
+    prefill: Annotated[StrictInt, Field(ge=1)]
+    decode: Annotated[StrictInt, Field(ge=1)] | list[Annotated[StrictInt, Field(ge=1)]]
 
 
 class SamplingBody(Body):
@@ -54,6 +86,15 @@ class SamplingBody(Body):
     """OpenAI's name for K: medium is the default K, each level halves or doubles it; /v1/models states the numbers."""
     exit: ExitBody | None = None
     """Adaptive depth: each token takes as many steps as it needs. ``num_steps: "auto"`` is this with its defaults."""
+    min_steps: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Least steps of a token where ``exit`` or ``max_ms`` makes them vary."""
+    max_steps: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Most steps of a token where ``exit`` makes them vary; the same as ``exit.max_steps``."""
+    schedule: Annotated[list[int] | Schedule | None, PlainValidator(_schedule)] = None
+    """K by token: a list, whose first entry is the prompt's (and first token's) and whose last goes on, or prefill and decode."""
+    max_ms: Annotated[StrictInt, Field(ge=1, le=86_400_000)] | None = None
+    """Deadline in milliseconds, waiting included: K is lowered (to ``min_steps`` at least) where max_tokens would not fit it, and
+    the answer ends with what there is when it has passed."""
     max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
     """0 is greedy; default 1."""
@@ -73,6 +114,8 @@ class SamplingBody(Body):
     ignore_eos: StrictBool | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    """Score the prompt and report that many alternatives for each of its tokens, as vLLM does; not in streams."""
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
 

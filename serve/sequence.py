@@ -27,17 +27,32 @@ class Depth:
     """Steps of a prompt position whose log-probabilities are wanted, at least ``context``."""
 
 
+Criterion = Literal["latent-diff", "cosine", "kl", "minp-kl", "entropy-diff", "argmax-stability"]
+
+
 @dataclass(frozen=True, slots=True)
 class ExitRule:
     """A position leaves before its K steps once ``criterion`` falls below ``threshold``, after ``min_steps`` at the earliest.
 
-    latent-diff: relative change of the state; a chunk of a prompt leaves when all its positions may. kl: of the prediction,
-    which costs coda and head at every step; a chunk leaves with its last position. A threshold of 0 never exits.
+    serve/exits.py defines the criteria. Of a chunk of a prompt all positions must satisfy a latent criterion, the last one a
+    criterion on predictions. argmax-stability leaves once it reaches the threshold. A threshold of 0 never exits.
     """
 
-    criterion: Literal["latent-diff", "kl"]
+    criterion: Criterion
     threshold: float
     min_steps: int = 1
+    check_every: int = 1
+    """Only every so many steps: a criterion on predictions pays for each check."""
+    prefill: bool = True
+    """Whether chunks of the prompt may leave early too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """What a stream tells of steps before the last: ``top`` likeliest tokens every ``every`` steps."""
+
+    every: int
+    top: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +61,7 @@ class Request:
 
     prompt: tuple[int, ...]
     num_steps: int
-    """K; with ``exit`` the most steps of a position."""
+    """K; with ``exit``, ``schedule`` or ``max_ms`` the most steps of a position."""
     max_tokens: int
     sampling: SamplingParams = SamplingParams()
     seed: int = 0
@@ -64,6 +79,18 @@ class Request:
     sweep: tuple[int, ...] = ()
     """Score the prompt after each of these numbers of steps (thinking models, with ``prompt_logprobs``): it is one segment then,
     so that step r sees step r everywhere, whatever the cache."""
+    schedule: tuple[int, ...] = ()
+    """K of the prompt (and so of the first token), of the position of the second token, ...; the last one goes on. Empty: all K."""
+    max_ms: int | None = None
+    """Milliseconds from submission after which the answer ends, waiting included."""
+    lowers: bool = False
+    """Whether fewer steps are taken, down to ``min_steps``, where ``max_tokens`` would not fit ``max_ms`` otherwise."""
+    min_steps: int = 1
+    show: Show | None = None
+
+    def steps_at(self, token: int) -> int:
+        """K of the position that token number ``token`` is drawn from; 0 is the prompt's."""
+        return self.schedule[min(token, len(self.schedule) - 1)] if self.schedule else self.num_steps
 
 
 @dataclass(slots=True)
@@ -83,6 +110,17 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Glimpse:
+    """What a position would have said after a step that is not its last."""
+
+    step: int
+    delta: float
+    """Relative change of the state in this step."""
+    top: tuple[tuple[int, float], ...]
+    """(token, log-probability under the raw model), best first."""
+
+
 @dataclass(slots=True)
 class StepResult:
     """What one sequence got out of one engine step: a token if one was drawn, log-probabilities if they were asked for."""
@@ -93,6 +131,7 @@ class StepResult:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of prompt tokens start + 1 .. of the segment, in order."""
+    glimpse: Glimpse | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +141,7 @@ class Sequence:
     id: int
     request: Request
     depth: Depth
+    """Of the open segment; between segments, of the next. ``Request.schedule`` and ``max_ms`` make it change."""
     chunk: int
     """Prompt positions per segment: fixed, so that the cut never depends on what else is running."""
     slot: int | None = None
@@ -145,6 +185,11 @@ class Sequence:
         if segment.start >= boundary:
             return self.output[segment.start - boundary : segment.start - boundary + segment.length]
         return list(self.request.prompt[segment.start : segment.start + segment.length])
+
+    @property
+    def next_token(self) -> int:
+        """Number of the token that is drawn from the segment to open next, or after it (chunks of a prompt): 0, 1, ..."""
+        return max(0, self.next_start - len(self.request.prompt) + 1)
 
     def next_length(self) -> int:
         """Positions of the segment to open next."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -40,10 +40,19 @@ class HttpSettings(Strict):
     """0 takes a free one."""
     model_name: str | None = None
     """Name in /v1/models; None is the checkpoint's."""
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Bearer tokens that are accepted; none means no check."""
     log_format: Literal["text", "json"] = "text"
     """text: warnings and errors. json: every answer, one object a line, with request ids."""
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024)
+    """Larger bodies are refused with 413."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the server; "*" for all. None: browsers allow the server's own page only."""
+    request_seconds: float | None = Field(None, gt=0)
+    """Longest time a request may take, waiting included; then it ends with what there is. None: no limit."""
+    brownout_queue: int | None = Field(None, ge=1)
+    """With so many sequences waiting, requests that name no K get half the default; with twice as many a third, and so on."""
+    tracing: bool = False
+    """A span of OpenTelemetry for every request; needs the extra ``otel``, and its OTEL_* variables say where spans go."""
     drain_seconds: float = Field(30.0, ge=0)
     """How long accepted requests may take to finish after SIGTERM."""

@@ -38,6 +38,14 @@ class Subscription:
                     )
                 if event.finish == "abort":
                     raise ApiError(503, "the server stopped before the answer was complete", "server_error", code="aborted")
+                if event.finish == "expired":
+                    raise ApiError(
+                        504,
+                        "the time for this request was over before its first token",
+                        "server_error",
+                        "max_ms",
+                        "deadline_exceeded",
+                    )
                 yield event
         finally:
             self.cancel()

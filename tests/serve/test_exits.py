@@ -13,7 +13,7 @@ from rdlm.decoding_types import SamplingParams
 from serve.app import create_app
 from serve.engine import Engine
 from serve.events import Event, Served
-from serve.exits import divergence, latent_change
+from serve.exits import argmax_repeats, cosine_change, divergence, entropy_diff, latent_change, minp_kl
 from serve.sequence import ExitRule, Request
 from serve.settings import EngineSettings, HttpSettings
 
@@ -38,6 +38,67 @@ def test_criteria_against_their_definitions() -> None:
     kl = torch.nn.functional.kl_div(logp[1], logp[0], reduction="none", log_target=True).sum(-1)
     assert divergence(logp[0], logp[1]).tolist() == pytest.approx(kl.tolist(), abs=1e-6)
     assert divergence(logp[0], logp[0]).tolist() == [0] * 5
+
+
+def test_further_criteria_against_their_definitions() -> None:
+    rows = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
+    cosine = torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=-1)
+    assert cosine_change(rows[0], rows[1]).tolist() == pytest.approx((1 - cosine).tolist(), abs=1e-6)
+    first, second = (3 * rows).log_softmax(-1)
+    entropies = [torch.distributions.Categorical(logits=x).entropy() for x in (first, second)]
+    values, kept = entropy_diff(first, [None] * 5)
+    assert values.tolist() == pytest.approx((100 - entropies[0]).tolist(), abs=1e-4)
+    values, _ = entropy_diff(second, kept)
+    assert values.tolist() == pytest.approx((entropies[1] - entropies[0]).abs().tolist(), abs=1e-5)
+
+    def kept_by_min_p(logp: torch.Tensor) -> torch.Tensor:
+        p = logp.exp()
+        p = torch.where(p < 0.1 * p.amax(-1, keepdim=True), torch.full_like(p, 1 / 8), p)
+        return p / p.sum(-1, keepdim=True)
+
+    before, after = kept_by_min_p(first), kept_by_min_p(second)
+    values, kept = minp_kl(first, [None] * 5)
+    assert values.tolist() == pytest.approx((torch.tensor(1 / 8) * (1 / (8 * before)).log()).sum(-1).tolist(), abs=1e-5)
+    values, _ = minp_kl(second, kept)
+    assert values.tolist() == pytest.approx((before * (before / after).log()).sum(-1).tolist(), abs=1e-5)
+    one = torch.tensor([[0.0, 1.0]]).log_softmax(-1)
+    seen: list[Any] = [None]
+    counts = []
+    for logp in (one, one, one, one.flip(-1), one.flip(-1)):
+        value, seen = argmax_repeats(logp, seen)
+        counts.append(value.item())
+    assert counts == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("criterion", ["cosine", "minp-kl", "entropy-diff"])
+def test_further_criteria_end_tokens(criterion: Any, make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    events = engine.generate([ask(8, ExitRule(criterion, 1e9, 3), length=20)])[0]
+    assert said(events) == said(engine.generate([ask(3, None, length=20)])[0])
+    never = engine.generate([ask(8, ExitRule(criterion, 0.0))])[0]
+    assert [event.steps for event in never] == [8] * 6
+
+
+def test_argmax_stability_counts_equal_predictions(make_engine: Callable[..., Engine]) -> None:
+    """Against what K = 1 .. 8 would say greedily: the exit is at the first step whose answer has repeated often enough."""
+    engine = make_engine()
+    greedy = SamplingParams(temperature=0)
+    prompt = ask(8, None).prompt
+    by_k = [engine.generate([Request(prompt, k, 1, greedy)])[0][0].token for k in range(1, 9)]
+    for wanted in (1, 2):
+        event = engine.generate([Request(prompt, 8, 1, greedy, exit=ExitRule("argmax-stability", wanted))])[0][0]
+        repeated = (k for k in range(wanted + 1, 8) if len(set(by_k[k - wanted - 1 : k])) == 1)
+        assert event.steps == next(repeated, 8)
+
+
+def test_checks_can_be_rare_and_spare_the_prompt(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+    for criterion in ("latent-diff", "kl"):
+        rare = engine.generate([ask(8, ExitRule(criterion, 1e9, check_every=3), length=20)])[0]  # type: ignore[arg-type]
+        assert [event.steps for event in rare] == [3] * 6
+        spared = engine.generate([ask(8, ExitRule(criterion, 1e9, 2, prefill=False), length=20)])[0]  # type: ignore[arg-type]
+        assert [event.steps for event in spared] == [8] + [2] * 5
+        assert spared[-1].usage is not None and spared[-1].usage.prefill_core_steps == 20 * 8
 
 
 @pytest.mark.parametrize("criterion", ["latent-diff", "kl"])
@@ -100,7 +161,7 @@ def test_the_reply_says_what_each_token_took(client: TestClient) -> None:
     assert [choice["recurrence"] for choice in answer["choices"]] == [{"steps": [2] * 5}] * 2
     found = answer["usage"]["recurrence"]
     assert found["num_steps"] == 6 and found["mean_steps"] == 2 and found["exits"] == 10
-    assert found["exit"] == {"criterion": "kl", "threshold": 1e9, "min_steps": 2}
+    assert found["exit"] == {"criterion": "kl", "threshold": 1e9, "min_steps": 2, "check_every": 1, "prefill": True}
     assert found["core_steps"] == 2 * (3 + 4) * 2 and found["saved_core_steps"] == 2 * (3 + 4) * 4
     streamed = client.post("/v1/completions", json={"prompt": [[5]], "exit": rule, "max_tokens": 3, "stream": True})
     assert streamed.text.count('"recurrence":{"steps":[2]}') == 3
@@ -111,14 +172,15 @@ def test_the_reply_says_what_each_token_took(client: TestClient) -> None:
 
 def test_auto_and_effort(client: TestClient) -> None:
     auto = complete(client, prompt=[[5, 6, 7]], num_steps="auto")
-    assert auto["usage"]["recurrence"]["exit"] == {"criterion": "latent-diff", "threshold": 0.03, "min_steps": 1}
+    rule = {"criterion": "latent-diff", "threshold": 0.03, "min_steps": 1, "check_every": 1, "prefill": True}
+    assert auto["usage"]["recurrence"]["exit"] == rule
     assert auto["usage"]["recurrence"]["num_steps"] == 8
     assert complete(client, prompt=[[5, 6, 7]], exit={})["choices"] == auto["choices"]
     capped = complete(client, prompt=[[5]], num_steps=3, exit={"threshold": 0})
     assert capped["choices"][0]["recurrence"]["steps"] == [3] * 5
     stated = client.get("/v1/models/tiny").json()["recurrence"]
     assert stated["reasoning_effort"] == {"none": 1, "minimal": 1, "low": 1, "medium": 2, "high": 4, "xhigh": 8}
-    assert stated["exits"] == ["latent-diff", "kl"]
+    assert stated["exits"] == ["latent-diff", "cosine", "kl", "minp-kl", "entropy-diff", "argmax-stability"]
     for effort, k in stated["reasoning_effort"].items():
         assert complete(client, prompt=[[5]], reasoning_effort=effort)["usage"]["recurrence"]["num_steps"] == k
 
