@@ -2,9 +2,10 @@
 
     python -m benchmarks.engine --out docs/results/raw/engine.json
 
-Same random model, prompts, K and greedy tokens everywhere; fp32, wall time, medians over interleaved repeats.
-``naive``: plain PyTorch with a key-value cache, one request after the other. ``limit``: the same loop over all requests as one
-dense batch of equal length and equal K, which a server cannot choose: forwards and arg-max only. ``engine``: serve/engine.py.
+One random 8-layer model, greedy, wall time, medians over repeats that are interleaved so that all sides see the same machine.
+``naive``: plain PyTorch with a key-value cache, one request after the other. ``limit``: the same loop over all requests as one dense
+batch of equal length and equal K, which a server cannot choose: forwards and arg-max only. ``engine``: serve/engine.py.
+All three for each dtype, so that a gain of the dtype is not counted as one of the engine; compiled: MLPs through torch.compile.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,7 @@ from rdlm.config import CheckpointConfig
 from rdlm.context import attention
 from rdlm.decoding_types import SamplingParams
 from rdlm.denoiser import Denoiser
+from rdlm.layers.mlp import GatedMLP
 from rdlm.layers.rope import rotary_table
 from rdlm.registry import build
 from rdlm.tokenizer import train_tokenizer
@@ -113,47 +116,54 @@ def engine_run(engine: Engine, prompts: Tensor, ks: Sequence[int], num_tokens: S
     }  # fmt: skip
 
 
-def median_run(engine: Engine, prompts: Tensor, ks: Sequence[int], num_tokens: Sequence[int], repeats: int) -> dict[str, Any]:
-    runs = [engine_run(engine, prompts, ks, num_tokens) for _ in range(repeats)]
+def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "ids"}
 
 
 def against_naive(denoiser: Denoiser, engine: Engine, prompts: Tensor, k: int, num_tokens: int, repeats: int) -> dict[str, Any]:
-    """Engine, naive loop and limit at one K, interleaved so that all see the same machine."""
-    found: dict[str, list[float]] = {"naive": [], "limit": [], "engine": []}
-    runs = []
+    """Engine, naive loop and limit at one K. The naive loop answers a quarter of the prompts: its rate does not depend on how many."""
+    few, seconds, runs = prompts[: max(1, len(prompts) // 4)], {"naive": [], "limit": [], "engine": []}, []
     for _ in range(repeats):
-        seconds, naive = timed(lambda: torch.cat([dense_greedy(denoiser, p[None], k, num_tokens) for p in prompts]))
-        found["naive"].append(seconds)
-        found["limit"].append(timed(lambda: dense_greedy(denoiser, prompts, k, num_tokens))[0])
+        took, naive = timed(lambda: torch.cat([dense_greedy(denoiser, p[None], k, num_tokens) for p in few]))
+        seconds["naive"].append(took)
+        seconds["limit"].append(timed(lambda: dense_greedy(denoiser, prompts, k, num_tokens))[0])
         runs.append(engine_run(engine, prompts, [k] * len(prompts), [num_tokens] * len(prompts)))
-        found["engine"].append(runs[-1]["seconds"])
-    total = len(prompts) * num_tokens
-    rates = {name: total / statistics.median(seconds) for name, seconds in found.items()}
-    same = (torch.tensor(runs[-1]["ids"]) == naive).float().mean().item()
+        seconds["engine"].append(runs[-1]["seconds"])
+    answered = {"naive": len(few), "limit": len(prompts), "engine": len(prompts)}
+    rates = {name: answered[name] * num_tokens / statistics.median(took) for name, took in seconds.items()}
     return {
-        "num_steps": k, "tokens_per_s": rates, "engine_over_naive": rates["engine"] / rates["naive"],
-        "engine_over_limit": rates["engine"] / rates["limit"], "share_of_equal_tokens": same, "seconds": found,
-        "bookkeeping_share": statistics.median(run["bookkeeping_share"] for run in runs),
-        "rows_per_step": runs[-1]["rows_per_step"],
+        "num_steps": k, "tokens_per_s": rates, "seconds": seconds, "engine_over_naive": rates["engine"] / rates["naive"],
+        "engine_over_limit": rates["engine"] / rates["limit"], "limit_over_naive": rates["limit"] / rates["naive"],
+        "share_of_equal_tokens": (torch.tensor(runs[-1]["ids"][: len(few)]) == naive).float().mean().item(),
+        **{name: median(runs)[name] for name in ("bookkeeping_share", "rows_per_step")},
     }  # fmt: skip
 
 
 def against_mean_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: int) -> dict[str, Any]:
-    """A mix of K against its mean K; tokens are dealt out so that all end together and the pack stays full."""
-    lanes, mean = len(prompts), sum(MIX) // len(MIX)
-    ks = [MIX[i % len(MIX)] for i in range(lanes)]
+    """A mix of K against its mean K, tokens a second.
+
+    Each K gets as many tokens, so lanes in proportion to K, as in a queue that never empties: 1, 2, 4 and 8 of them, and all end
+    together. The mean K of the tokens is then 15, and both sides do the same work a token. Prompts of one token keep prefill out.
+    """
+    ks = [k for k in MIX for _ in range(k // min(MIX))]
+    mean, one = sum(MIX) // len(MIX), prompts[: len(ks), :1]
     work = num_tokens * max(MIX)
-    mixed = median_run(engine, prompts, ks, [work // k for k in ks], repeats)
-    even = median_run(engine, prompts, [mean] * lanes, [work // mean] * lanes, repeats)
-    return {"mix": mixed, "mean_k": mean, "even": even, "mix_over_even": mixed["core_rows_per_s"] / even["core_rows_per_s"]}
+    mixed, even = [], []
+    for _ in range(repeats):
+        mixed.append(engine_run(engine, one, ks, [work // k for k in ks]))
+        even.append(engine_run(engine, one, [mean] * len(ks), [round(work / mean)] * len(ks)))
+    found = {"lanes": len(ks), "mix": median(mixed), "mean_k": mean, "even": median(even)}
+    return found | {"mix_over_even": found["mix"]["tokens_per_s"] / found["even"]["tokens_per_s"]}
 
 
 def along_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: int) -> dict[str, Any]:
     """Seconds a token at each K, and the straight line through them: a token costs fixed + per_step K."""
-    ks = [1, 2, 4, 8, 16, 32]
-    lanes = len(prompts)
-    cost = {k: 1 / median_run(engine, prompts, [k] * lanes, [num_tokens] * lanes, repeats)["tokens_per_s"] for k in ks}
+    ks, lanes, one = (1, 2, 4, 8, 16, 32), len(prompts), prompts[:, :1]
+    runs: dict[int, list[dict[str, Any]]] = {k: [] for k in ks}
+    for _ in range(repeats):
+        for k in ks:
+            runs[k].append(engine_run(engine, one, [k] * lanes, [num_tokens] * lanes))
+    cost = {k: 1 / median(runs[k])["tokens_per_s"] for k in ks}
     x = torch.tensor([[1.0, k] for k in ks], dtype=torch.float64)
     y = torch.tensor([cost[k] for k in ks], dtype=torch.float64)
     weight = 1 / y  # relative errors count alike
@@ -162,38 +172,62 @@ def along_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: int) -> d
     return {"seconds_per_token": cost, "fixed": fixed, "per_step": per_step, "largest_relative_deviation": off}
 
 
+def compile_mlps(denoiser: Denoiser) -> None:
+    """torch.compile where rows are all that varies; attention reads its context object and would break the graph anyway."""
+    for module in denoiser.modules():
+        if isinstance(module, GatedMLP):
+            module.compile(dynamic=True)
+
+
+def describe(name: str, found: dict[str, Any]) -> str:
+    rates = ", ".join(f"{side} {rate:.1f}" for side, rate in found["tokens_per_s"].items())
+    return (
+        f"{name}, K = {found['num_steps']}: tokens/s {rates}; engine {found['engine_over_naive']:.2f}x naive and "
+        f"{found['engine_over_limit']:.2f}x the limit; bookkeeping {found['bookkeeping_share']:.1%}, {found['rows_per_step']:.1f} "
+        f"rows a step (prompts included); {found['share_of_equal_tokens']:.1%} of tokens equal"
+    )
+
+
 def main(
     out: Annotated[Path, typer.Option(help="JSON to write.")],
-    concurrent: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    concurrent: Annotated[int, typer.Option(min=15, help="Requests in flight; the mix of K takes 15.")] = 16,
     prompt_tokens: int = 32,
-    num_tokens: int = 32,
+    num_tokens: int = 24,
     repeats: int = 3,
     d_model: int = 512,
     vocab_size: int = 4096,
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
+    device: str = "cpu",
+    compiled: Annotated[bool, typer.Option(help="Measure with compiled MLPs too (needs a C++ compiler on a CPU).")] = True,
 ) -> None:
     """Measure, print the ratios, write everything."""
     torch.set_num_threads(threads)
-    longest = prompt_tokens + num_tokens * max(MIX) // min(MIX)
-    denoiser, config, tokenizer = build_model(d_model, vocab_size, longest)
-    settings = EngineSettings(max_slots=concurrent)
-    rng = torch.Generator().manual_seed(1)
-    prompts = torch.randint(5, tokenizer.vocab_size, (concurrent, prompt_tokens), generator=rng)
-    with Engine(lambda: build_served(denoiser, config, tokenizer, settings)) as engine:
-        engine_run(engine, prompts, [1] * concurrent, [4] * concurrent)  # warm up
-        naive = against_naive(denoiser, engine, prompts, 4, num_tokens, repeats)
-        rates = ", ".join(f"{name} {rate:.1f}" for name, rate in naive["tokens_per_s"].items())
-        print(f"K=4: tokens/s {rates}; engine is {naive['engine_over_naive']:.2f}x naive, {naive['engine_over_limit']:.2f}x the "
-              f"limit; bookkeeping {naive['bookkeeping_share']:.1%}, {naive['rows_per_step']:.1f} rows a step (prompts "
-              f"included); {naive['share_of_equal_tokens']:.1%} of tokens equal", flush=True)  # fmt: skip
-        mix = against_mean_k(engine, prompts, max(1, num_tokens // 4), repeats)
-        print(f"K mix {MIX} runs {mix['mix_over_even']:.2f}x the core rows/s of K = {mix['mean_k']} everywhere", flush=True)
-        line = along_k(engine, prompts, num_tokens, repeats)
-        print(f"a token costs {1e3 * line['fixed']:.2f} + {1e3 * line['per_step']:.3f} K ms of the engine; "
-              f"largest deviation {line['largest_relative_deviation']:.1%}", flush=True)  # fmt: skip
-    shape = {"concurrent": concurrent, "prompt_tokens": prompt_tokens, "num_tokens": num_tokens, "repeats": repeats}
-    write_json(out, {"provenance": provenance(), "shape": shape, "model": config.model_dump(mode="json"),
-                     "against_naive": naive, "mix": mix, "along_k": line})  # fmt: skip
+    denoiser, config, tokenizer = build_model(d_model, vocab_size, prompt_tokens + 32 * num_tokens)
+    prompts = torch.randint(5, tokenizer.vocab_size, (concurrent, prompt_tokens), generator=torch.Generator().manual_seed(1))
+    found: dict[str, Any] = {"against_naive": {}}
+    for name in ["float32", "bfloat16", *["bfloat16, compiled"] * compiled]:
+        denoiser, there = denoiser.to(device=device, dtype=getattr(torch, name.partition(",")[0])), prompts.to(device)
+        if name.endswith("compiled"):
+            compile_mlps(denoiser)
+        with Engine(partial(build_served, denoiser, config, tokenizer, EngineSettings(max_slots=concurrent))) as engine:
+            against_naive(denoiser, engine, there, 1, 2, 1)  # warm up
+            for k in (4, 16):
+                found["against_naive"][f"{name}, K = {k}"] = one = against_naive(denoiser, engine, there, k, num_tokens, repeats)
+                print(describe(name, one), flush=True)
+            if name == "float32":
+                found["mix"] = mix = against_mean_k(engine, there, max(1, num_tokens // 4), repeats)
+                print(f"K mix {MIX} makes {mix['mix_over_even']:.2f}x the tokens/s of K = {mix['mean_k']} everywhere", flush=True)
+                found["along_k"] = line = along_k(engine, there, max(1, num_tokens // 4), repeats)
+                print(f"a token costs {1e3 * line['fixed']:.2f} + {1e3 * line['per_step']:.3f} K ms of the engine; "
+                      f"largest deviation {line['largest_relative_deviation']:.1%}", flush=True)  # fmt: skip
+    shape = {
+        "concurrent": concurrent,
+        "prompt_tokens": prompt_tokens,
+        "num_tokens": num_tokens,
+        "repeats": repeats,
+        "device": device,
+    }
+    write_json(out, {"provenance": provenance(), "seed": 1, "shape": shape, "model": config.model_dump(mode="json")} | found)
 
 
 if __name__ == "__main__":
