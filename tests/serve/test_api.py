@@ -1,0 +1,140 @@
+"""Fields and options that stock clients and operators expect: scored prompts, several ends of text, origins, key files, limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from litestar.testing import TestClient
+
+from rdlm.checkpoint import save
+from rdlm.errors import UserError
+from rdlm.tokenizer import Tokenizer
+from serve.app import create_app
+from serve.cli import _keys_of
+from serve.engine import Engine
+from serve.events import Served
+from serve.loading import load_served
+from serve.settings import EngineSettings, HttpSettings
+from serve.tracing import traced
+
+SMALL = EngineSettings(max_slots=4, chunk=16, prefill_rows=32)
+
+
+@pytest.fixture(scope="module")
+def client(make_served: Callable[..., Served]) -> Iterator[TestClient]:
+    with Engine(lambda: make_served(settings=SMALL)) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+        yield client
+
+
+def complete(client: TestClient, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+    answer = client.post(path, json={"temperature": 0, "max_tokens": 3, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_prompt_logprobs_are_those_of_echo(client: TestClient, tokenizer: Tokenizer) -> None:
+    prompt = [5, 9, 40, 41, 42, 77]
+    scored = complete(client, prompt=[prompt], prompt_logprobs=2, num_steps=3)["choices"][0]
+    echoed = complete(client, prompt=[prompt], echo=True, logprobs=2, num_steps=3)["choices"][0]["logprobs"]
+    entries = scored["prompt_logprobs"]
+    assert entries[0] is None and len(entries) == len(prompt) and scored["logprobs"] is None
+    for token, entry, value in zip(prompt[1:], entries[1:], echoed["token_logprobs"][1:], strict=False):
+        assert entry[str(token)]["logprob"] == pytest.approx(value, abs=1e-5) and len(entry) in (2, 3)
+        ranks = {found["rank"]: found["logprob"] for found in entry.values()}
+        assert ranks[1] > ranks[2] >= ranks.get(None, -1e9)
+    assert "prompt_logprobs" not in complete(client, prompt=[prompt])["choices"][0]
+    only = complete(client, prompt=[prompt], prompt_logprobs=0, max_tokens=0, num_steps=3)["choices"][0]
+    assert only["text"] == "" and [list(entry) for entry in only["prompt_logprobs"][1:]] == [[str(i)] for i in prompt[1:]]
+    assert complete(client, prompt=[[5]], prompt_logprobs=1)["choices"][0]["prompt_logprobs"] == [None]
+    messages = [{"role": "user", "content": "the word"}]
+    chat = complete(client, "/v1/chat/completions", messages=messages, prompt_logprobs=1, n=2)
+    assert all(len(c["prompt_logprobs"]) == chat["usage"]["prompt_tokens"] for c in chat["choices"])
+
+
+def test_exits_may_spare_a_prompt_that_is_scored(client: TestClient) -> None:
+    rule = {"threshold": 1e9, "prefill": False}
+    body = {"prompt": [[5, 9, 40]], "echo": True, "logprobs": 0, "num_steps": 8}
+    left, fixed = (complete(client, **body, **extra)["choices"][0] for extra in ({"exit": rule}, {}))
+    assert left["logprobs"]["token_logprobs"][:3] == pytest.approx(fixed["logprobs"]["token_logprobs"][:3], abs=1e-5, nan_ok=True)
+    assert left["recurrence"]["steps"] == [8, 1, 1]
+
+
+def test_timings_add_up(client: TestClient) -> None:
+    times = complete(client, prompt="x", max_tokens=9)["timings"]
+    assert 0 <= times["queue_ms"] < times["first_token_ms"] < times["total_ms"]
+
+
+def test_greedy_answers_need_no_seed(make_served: Callable[..., Served]) -> None:
+    """Even of a model whose recurrent state starts from noise."""
+    with Engine(lambda: make_served(settings=SMALL, state_init="normal")) as engine:
+        with TestClient(create_app(engine, HttpSettings())) as client:
+            body = {"prompt": [[5, 6, 7]], "num_steps": 1, "max_tokens": 12, "ignore_eos": True, "logprobs": 0}
+            first, again, other = (complete(client, **body, **seed)["choices"] for seed in ({}, {}, {"seed": 1}))
+            assert first == again != other
+
+
+def test_several_ids_end_a_text(make_served: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    served, folder = make_served(), tmp_path / "tiny"
+    save(folder, served.runner.denoiser, served.config, tokenizer)  # type: ignore[attr-defined]
+    assert load_served(folder, SMALL).end_ids == {tokenizer.eos_id}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [77, 78], "temperature": 0.7}))
+    with Engine(lambda: load_served(folder, SMALL)) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+        for end in (77, 78, tokenizer.eos_id):
+            force = {"prompt": [[5]], "max_tokens": 4, "logit_bias": {str(end): 100}}
+            stopped = complete(client, **force)
+            assert (stopped["choices"][0]["finish_reason"], stopped["choices"][0]["text"]) == ("stop", "")
+            assert complete(client, **force, ignore_eos=True)["usage"]["completion_tokens"] == 4
+    for wrong in ({"eos_token_id": 10**6}, {"eos_token_id": "x"}, []):
+        (folder / "generation_config.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="generation_config"):
+            load_served(folder, SMALL)
+
+
+def test_origins_are_allowed_one_by_one(make_served: Callable[..., Served]) -> None:
+    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    keyed = HttpSettings(api_keys=("one",), cors_origins=("https://a.example",))
+    with TestClient(create_app(Engine(make_served), keyed)) as client:
+        asked = client.options("/v1/completions", headers={"origin": "https://a.example", **preflight})
+        assert asked.status_code in (200, 204) and asked.headers["access-control-allow-origin"] == "https://a.example"
+        refused = client.post("/v1/completions", json={}, headers={"origin": "https://a.example"})
+        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://a.example"
+        other = client.get("/health", headers={"origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+    with TestClient(create_app(Engine(make_served), HttpSettings())) as client:
+        assert "access-control-allow-origin" not in client.get("/health", headers={"origin": "https://a.example"}).headers
+
+
+def test_keys_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# team a\none\n\n two  # b\n")
+    assert _keys_of(path) == ["one", "two"] and _keys_of(None) == []
+    path.write_text("# nothing\n")
+    for wrong in (path, tmp_path / "absent", tmp_path):
+        with pytest.raises(UserError, match="--api-key-file"):
+            _keys_of(wrong)
+    with pytest.raises(ValueError, match="at least 1 character"):
+        HttpSettings(api_keys=("",))  # it would let everybody in
+
+
+def test_a_request_is_a_span(make_served: Callable[..., Served]) -> None:
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter", reason="extra otel is not installed")
+    pytest.importorskip("opentelemetry.instrumentation.asgi", reason="extra otel is not installed")
+    exporter = memory.InMemorySpanExporter()
+    app = create_app(Engine(make_served), HttpSettings())
+    app.asgi_handler = traced(app.asgi_handler, exporter)
+    parent = f"00-{'ab' * 16}-{'cd' * 8}-01"
+    with TestClient(app) as client:
+        client.get("/health")
+        client.post("/v1/completions", json={"prompt": "x"}, headers={"traceparent": parent})
+    (span,) = exporter.get_finished_spans()
+    assert span.attributes["http.status_code"] == 503 and f"{span.context.trace_id:032x}" == "ab" * 16
+
+
+def test_tracing_without_its_packages_is_one_clear_line(make_served: Callable[..., Served], monkeypatch: Any) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(UserError, match="extra otel"):
+        create_app(Engine(make_served), HttpSettings(tracing=True))
