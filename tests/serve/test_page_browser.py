@@ -1,0 +1,175 @@
+"""The page at / in headless Chromium: what a person does with it, by mouse and by keyboard, on a phone and in the dark.
+
+Needs playwright (`pip install playwright==1.65.2`) and a Chromium: Debian's `chromium`, Chrome, or `playwright install chromium`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.client import running_server
+from rdlm.checkpoint import save
+from serve.events import Served
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiproc]
+PATIENCE = 120_000
+"""Milliseconds: machines that run other work are slow."""
+
+
+@pytest.fixture(scope="module")
+def url(make_served: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    served = make_served(max_seq_len=512)
+    folder = tmp_path_factory.mktemp("page") / "tiny"
+    save(folder, served.runner.denoiser, served.config, served.tokenizer)  # type: ignore[attr-defined]
+    with running_server(folder, "--max-slots 8") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        found = shutil.which("chromium") or shutil.which("google-chrome")
+        try:
+            chromium = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium to start: {str(error).splitlines()[0]}")
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser: Any, url: str) -> Iterator[Callable[..., Any]]:
+    """``visit(**context_options)`` -> the page, greeted by the server; the script must not have failed by the end of the test."""
+    contexts, problems = [], []
+
+    def open_page(**options: Any) -> Any:
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.goto(url)
+        page.wait_for_function("document.getElementById('steps').max > 1")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
+def ended(page: Any, how: str = "done") -> None:
+    page.wait_for_function("how => document.getElementById('said').textContent === how", arg=how)
+
+
+def tokens(page: Any, panel: int = 0) -> Any:
+    return page.locator("article").nth(panel).locator("p span:not(.prompt)")
+
+
+def test_several_k_side_by_side_stream_and_say_what_the_api_says(visit: Callable[..., Any], url: str) -> None:
+    page = visit()
+    assert page.locator("#name").inner_text() == "tiny" and "K from 1 to 8" in page.locator("#about").inner_text()
+    page.fill("#prompt", "in the beginning")
+    page.fill("#compare", "1, 4 2")
+    page.fill("#tokens", "40")
+    seen: list[int] = []
+    page.expose_function("note", lambda count: seen.append(count))
+    page.evaluate("""new MutationObserver(() => note(document.querySelectorAll("article:last-child p span").length - 1))
+                     .observe(document.getElementById("answers"), { childList: true, subtree: true })""")
+    page.click("#go")
+    ended(page)
+    assert page.locator("article h2").all_inner_texts() == ["K = 1", "K = 2", "K = 4"]
+    assert len({count for count in seen if 0 < count < 40}) > 5, "tokens did not arrive one by one"
+    for i, k in enumerate((1, 2, 4)):
+        body = {"prompt": "in the beginning", "num_steps": k, "max_tokens": 40, "temperature": 0.8, "seed": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
+        assert "".join(tokens(page, i).all_text_contents()) == answer["choices"][0]["text"]
+        count, cost = answer["usage"]["completion_tokens"], answer["usage"]["recurrence"]["core_steps"]
+        note = page.locator("article div").nth(i).inner_text()
+        assert note.startswith(f"{count} tokens · ") and " tokens/s" in note and f"{cost} core steps" in note
+    assert page.locator("#legend").is_hidden()
+
+
+def test_keyboard_alone(visit: Callable[..., Any]) -> None:
+    page = visit()
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.press("Tab")
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#stepsOut").inner_text() == "7"
+    page.fill("#tokens", "400")
+    page.keyboard.press("Control+Enter")
+    tokens(page).nth(3).wait_for(state="attached")
+    page.keyboard.press("Escape")
+    ended(page, "stopped")
+    assert "stopped" in page.locator("article div").inner_text() and tokens(page).count() < 400
+    page.fill("#tokens", "3")
+    page.focus("#go")
+    page.keyboard.press("Enter")
+    ended(page)
+    assert page.evaluate("document.activeElement.id") == "go", "the button keeps the focus, for the next answer"
+
+
+def test_steps_of_each_token_are_shown_as_colour_and_in_words(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.fill("#steps", "8")
+    page.select_option("#exit", "latent-diff")
+    page.fill("#threshold", "0.6")
+    page.fill("#tokens", "30")
+    page.click("#go")
+    ended(page)
+    titles = tokens(page).evaluate_all("spans => spans.map(s => s.title)")
+    colours = tokens(page).evaluate_all("spans => spans.map(s => s.style.background)")
+    assert all(title.partition(" ")[2] in ("step", "steps") for title in titles) and all(colours)
+    assert len(set(colours)) == len(set(titles)) and dict(zip(titles, colours, strict=True)).keys() == set(titles)
+    assert page.locator("#legend").is_visible() and "steps a token" in page.locator("article div").inner_text()
+
+
+def test_mistakes_are_said_where_they_are_made(visit: Callable[..., Any], url: str) -> None:
+    page = visit()
+    for field, value, says in (("#compare", "4, 900", "900 is no K from 1 to 8"), ("#tokens", "", ""), ("#prompt", "", "")):
+        before = page.input_value(field)
+        page.fill(field, value)
+        page.click("#go")
+        assert page.locator("article").count() == 0 and not page.locator(field).evaluate("field => field.checkValidity()")
+        assert says in page.locator(field).evaluate("field => field.validationMessage")
+        page.fill(field, before)
+    refusal = {"error": {"message": "missing or wrong API key"}}
+    page.route("**/v1/completions", lambda route: route.fulfill(status=200, body="data: " + json.dumps(refusal) + "\n\n"))
+    page.click("#go")
+    ended(page)
+    assert page.locator("article .bad").inner_text() == "missing or wrong API key"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phone_in_both_schemes(visit: Callable[..., Any], scheme: str) -> None:
+    page = visit(viewport={"width": 360, "height": 740}, device_scale_factor=2, has_touch=True, color_scheme=scheme)
+    page.fill("#compare", "1, 4")
+    page.fill("#tokens", "12")
+    page.tap("#go")
+    ended(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    boxes = [page.locator("article").nth(i).bounding_box() for i in range(3)]
+    assert all(box["x"] == boxes[0]["x"] and box["width"] > 300 for box in boxes), "one under the other"
+    assert page.locator("#go").bounding_box()["height"] >= 44
+    ratio = page.evaluate(CONTRAST)
+    assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)") == (scheme == "dark")
+    assert all(value >= 4.5 for value in ratio.values()), ratio
+
+
+CONTRAST = """() => {
+  const light = css => { const [r, g, b] = css.match(/[0-9.]+/g).map(Number).map(v => v / 255)
+      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const ratio = (element, behind) => { const [a, b] = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor]
+      .map(light).sort((x, y) => y - x); return (a + 0.05) / (b + 0.05); };
+  const [article, soft, go] = ["article", "article .soft", "#go"].map(name => document.querySelector(name));
+  return { text: ratio(document.body, document.body), card: ratio(article, article), soft: ratio(soft, article), button: ratio(go, go) };
+}"""
+"""WCAG contrast of the page's texts with what is behind them."""
