@@ -9,6 +9,7 @@ from eval.depth_cli import depth
 from eval.harness_cli import PASS_ON, lm_eval
 from eval.nll_cli import nll
 from eval.noise_curve_cli import ce_by_sigma
+from eval.report_cli import report
 from eval.text_cli import gen_ppl, mauve
 
 app = typer.Typer(no_args_is_help=True)
@@ -26,6 +27,7 @@ app.command(
 app.command(epilog="Example: rdlm eval mauve --checkpoint runs/demo/model --data data/demo --protocol quick --num-steps 1,4")(
     mauve
 )
+app.command(epilog="Example: rdlm eval report results/*.json --out report")(report)
 
 
 @app.callback()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -46,37 +47,43 @@ def _point(row: Row, teacher: str) -> tuple[float, float]:
 
 
 def plot_frontier(report: dict[str, Any], file: Path) -> None:
-    """A panel per teacher: perplexity (log) against distinct-2, a marker per setting with its 95 % intervals, human text as a star.
-
-    Colour is K, marker is top-p, and a line joins settings that differ in temperature alone.
-    """
+    """A panel per teacher, as PNG: see ``draw_frontier``."""
     names = [teacher["name"] for teacher in report["teachers"]]
     figure, panels = new_figure(len(names), height=4.8)
     for axes, name in zip(panels, names, strict=True):
-        _panel(axes, report, name)
+        draw_frontier(axes, [("", report)], name)
+        axes.set_title(f"{heading(report)}: {report['samples']['prompts']['count']} prompts", fontsize=10)
     write_png(figure, file)
 
 
-def _panel(axes: Axes, report: dict[str, Any], teacher: str) -> None:
-    found = curves(report["results"])
-    ks, top_ps = sorted({k for k, _ in found}), sorted({p for _, p in found})
-    colours = dict(zip(ks, colormaps["viridis"]([0.9 * i / max(1, len(ks) - 1) for i in range(len(ks))]), strict=True))
-    for (k, top_p), rows in found.items():
+def draw_frontier(axes: Axes, reports: Sequence[tuple[str, dict[str, Any]]], teacher: str) -> None:
+    """Perplexity (log) against distinct-2, a marker per setting with its 95 % intervals, human text as a star.
+
+    reports: (name, report). Colour is name and K, marker is top-p, and a line joins settings that differ in temperature alone.
+    """
+    found = [(name, k, top_p, rows) for name, report in reports for (k, top_p), rows in curves(report["results"]).items()]
+    kinds = list(dict.fromkeys((name, k) for name, k, _, _ in found))
+    top_ps = sorted({top_p for _, _, top_p, _ in found})
+    colours = dict(zip(kinds, colormaps["viridis"]([0.9 * i / max(1, len(kinds) - 1) for i in range(len(kinds))]), strict=True))
+    for name, k, top_p, rows in found:
         points = [_point(row, teacher) for row in rows]
-        label = f"K = {k}" + (f", top-p {top_p:g}" if top_p < 1 or len(top_ps) > 1 else "")
-        marker = "osD^vP"[top_ps.index(top_p) % 6]
-        axes.plot(*zip(*points, strict=True), color=colours[k], marker=marker, linewidth=1, label=label)
+        label = (f"{name}, " if name else "") + f"K = {k}" + (f", top-p {top_p:g}" if top_p < 1 or len(top_ps) > 1 else "")
+        marker, colour = "osD^vP"[top_ps.index(top_p) % 6], colours[name, k]
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1, label=label)
         for row, point in zip(rows, points, strict=True):
-            _errors(axes, row, teacher, point, colours[k])
+            _errors(axes, row, teacher, point, colour)
             axes.annotate(f"T {row['temperature']:g}", point, xytext=(5, 4), textcoords="offset points", fontsize=7)
-    human = _point(report["human"], teacher)
-    _errors(axes, report["human"], teacher, human, "tab:red")
-    axes.plot(*human, marker="*", markersize=14, color="tab:red", linestyle="none", label="human text")
-    axes.axvline(human[0], color="tab:red", linewidth=0.6, alpha=0.5)
+    _frame(axes, reports[0][1]["human"], teacher)
+
+
+def _frame(axes: Axes, human: Row, teacher: str) -> None:
+    point = _point(human, teacher)
+    _errors(axes, human, teacher, point, "tab:red")
+    axes.plot(*point, marker="*", markersize=14, color="tab:red", linestyle="none", label="human text")
+    axes.axvline(point[0], color="tab:red", linewidth=0.6, alpha=0.5)
     axes.set_yscale("log")
-    axes.set_xlabel(f"distinct-2 (groups of {report['human']['diversity']['group_texts']} texts)")
+    axes.set_xlabel(f"distinct-2 (groups of {human['diversity']['group_texts']} texts)")
     axes.set_ylabel(f"generative perplexity under {teacher}")
-    axes.set_title(f"{heading(report)}: {report['samples']['prompts']['count']} prompts", fontsize=10)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
 

@@ -17,9 +17,12 @@ from eval.wording import WITHIN_NOISE, difference, with_interval
 from rdlm.errors import UserError
 
 if TYPE_CHECKING:
-    from eval.gen_ppl import Bar
+    from eval.gen_ppl import Bar, Texts
     from eval.samples import Passage, Sampler, Setting, Shape
     from eval.teachers import Teacher
+
+EXAMPLES = 4
+"""Prompts whose texts stand in the report."""
 
 
 @with_options
@@ -44,7 +47,7 @@ def gen_ppl(
         teachers = [_teacher(name, options) for name in names]
         generated = list(zip(settings, sample_all(sampler, settings, bar), strict=True))
         measured = evaluate_gen_ppl(sampler.prompts, sampler.human, generated, teachers, options.cache, bar, options.seed)
-        report = {**sampler.origin("gen-ppl"), **measured}
+        report = {**sampler.origin("gen-ppl"), **measured, "examples": _examples(sampler, generated)}
     human = report["human"]["diversity"]["distinct_2"]["value"]
     report["at_human_distinct_2"] = {name: at_equal_diversity(report["results"], name, human) for name in names}
     _show_gen_ppl(report, Console())
@@ -88,6 +91,15 @@ def mauve(
     _show_mauve(report, Console())
     if options.out is not None:
         write_json(options.out, report)
+
+
+def _examples(sampler: Sampler, generated: Sequence[tuple[Setting, Texts]]) -> list[dict[str, Any]]:
+    """The first prompts with what the author and each setting wrote."""
+    shown = list(zip(sampler.prompts, sampler.human, strict=True))[:EXAMPLES]
+    return [
+        {"prompt": prompt, "human": human[0], "texts": [texts[i][0] for _, texts in generated]}
+        for i, (prompt, human) in enumerate(shown)
+    ]
 
 
 def _settings(options: TextOptions) -> list[Setting]:

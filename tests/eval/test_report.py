@@ -1,0 +1,193 @@
+"""`rdlm eval report`: what it shows, what it says about differences, and what it refuses to mix."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eval.report_sections import mover
+from rdlm.cli import app, run
+
+Json = dict[str, Any]
+Write = Callable[..., Path]
+
+
+def _head(evaluation: str, name: str) -> Json:
+    origin = {"command": f"rdlm eval {evaluation} | {name}", "git_commit": "abc-dirty", "gpu": None, "cpu": "A <CPU>"}
+    return {
+        "evaluation": evaluation,
+        "provenance": {**origin, "threads": 1, "torch": "2"},
+        "checkpoint": {"name": name, "step": 7, "weights_sha256": "f" * 64},
+        "data": {"source": "books", "split": "valid", "manifest_sha256": "d" * 64, "seq_len": 8},
+        "seed": 3,
+    }
+
+
+def _figure(name: str, value: float, width: float = 0.1) -> Json:
+    return {name: value, f"{name}_interval": [value - width, value + width]}
+
+
+def _nll(name: str, shift: float, per_window: bool = False) -> Json:
+    rng = np.random.default_rng(0)
+    nats = (rng.normal(3, 0.5, 50) * 8 + shift * 8).tolist()
+    fixed = {"perplexity": 20.0, "bits_per_byte": 1.5, "bits_per_character": 1.6, "estimator": "normalised"}
+    rows = [{"K": k, **_figure("nll", 3 + shift), **fixed} for k in (1, 4)]
+    windows = {"window_nll": {"1": nats, "4": nats}, "window_tokens": [8] * 50} if per_window else {}
+    return {**_head("nll", name), "tokens": 400, "results": rows, **windows}
+
+
+def _gen_ppl(name: str) -> Json:
+    def texts(x: float, ppl: float) -> Json:
+        names = ("distinct_1", "distinct_2", "distinct_3", "repetition", "entropy_bits", "mean_words")
+        varied = {name: {"value": x, "interval": None} for name in names}
+        entry = {"value": ppl, "interval": [ppl * 0.9, ppl * 1.1]}
+        return {"perplexity": {"t": entry}, "diversity": {**varied, "group_texts": 5}}
+
+    rows = []
+    for temperature, x, ratio in ((0.5, 0.4, 0.5), (1.0, 0.8, 1.02)):
+        row = {"num_steps": 4, "temperature": temperature, "top_p": 1.0, **texts(x, 40 * ratio)}
+        row["perplexity"]["t"]["against_human"] = {
+            "ratio": ratio,
+            "interval": [ratio - 0.1, ratio + 0.1],
+            "inside_noise": ratio > 1,
+        }
+        rows.append(row)
+    return {
+        **_head("gen-ppl", name),
+        "samples": {"prompts": {"count": 5, "sha256": "p"}, "shape": {"prompt_tokens": 5, "max_tokens": 6, "continuations": 1}, "seed": 0},
+        "teachers": [{"name": "t", "fingerprint": "1", "dtype": "float32", "window": 512}],
+        "human": texts(0.82, 40.0),
+        "results": rows,
+        "at_human_distinct_2": {"t": [{"num_steps": 4, "top_p": 1.0, "perplexity": None}]},
+        "examples": [{"prompt": "In the <b>", "human": "beginning | was", "texts": [f"cool {name}", f"warm {name}"]}],
+    }  # fmt: skip
+
+
+def _depth(name: str, task: str = "s3") -> Json:
+    rows = [
+        {"length": n, "K": k, **_figure("accuracy", 0.2 * k), **_figure("delta", 0.0), **_figure("last", 0.1), "by_position": [0.1] * n}
+        for n in (4, 6) for k in (1, 2)
+    ]  # fmt: skip
+    data = {"task": task, "unit": "positions", "whole": "last", "split": "test", "rows": 9, "seed": 0}
+    return {**_head("depth", name), "data": data, "chance": 1 / 6, "results": rows, "convergence": {}}
+
+
+def _lm_eval(name: str, acc: float, shots: int = 0) -> Json:
+    return {
+        "results": {"blimp_x": {"alias": "x", "acc,none": acc, "acc_stderr,none": 0.02}},
+        "config": {"model": "rdlm", "model_args": {}, "checkpoint": name, "num_steps": 4, "estimator": "normalised", "tied_documents": 0},
+        "versions": {"blimp_x": 1.0}, "n-shot": {"blimp_x": shots}, "n-samples": {"blimp_x": {"effective": 9}},
+        "lm_eval_version": "0.4.13", "git_hash": "abc",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def put(name: str, report: Json) -> Path:
+        (tmp_path / name).write_text(json.dumps(report))
+        return tmp_path / name
+
+    return put
+
+
+def _report(tmp_path: Path, *files: Path) -> int:
+    return run(app, ["eval", "report", *map(str, files), "--out", str(tmp_path / "r"), "--title", "Two <models>"], "rdlm")
+
+
+def _rows(tmp_path: Path, section: str, table: int = 0) -> list[list[str]]:
+    data = json.loads((tmp_path / "r" / "report.json").read_text())
+    return next(s for s in data["sections"] if s["title"] == section)["tables"][table]["rows"]
+
+
+def test_the_page_stands_alone_and_shows_every_kind(tmp_path: Path, write: Write) -> None:
+    reports = (_nll("a", 0), _nll("b", 1), _gen_ppl("a"), _gen_ppl("b"), _depth("a"), _lm_eval("a", 0.6))
+    files = [write(f"{n}.json", report) for n, report in enumerate(reports)]
+    assert _report(tmp_path, *files) == 0
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "Two &lt;models&gt;" in page and "A &lt;CPU&gt;" in page and "<models>" not in page
+    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 3 and "http" not in page and "<script" not in page
+    text = (tmp_path / "r" / "report.md").read_text()
+    for name in (
+        "Held-out likelihood",
+        "Generative perplexity",
+        "Depth",
+        "lm-eval",
+        "Provenance",
+        "warm a",
+        "warm b",
+        "beginning \\| was",
+    ):
+        assert name in text
+    assert "cool a" not in text  # of each K the setting whose diversity is nearest to that of human text
+    written = {"report.html", "report.md", "report.json", "figure-1.png", "figure-2.png", "figure-3.png"}
+    assert {f.name for f in (tmp_path / "r").iterdir()} == written
+    commands = [row[2] for row in _rows(tmp_path, "Provenance")]
+    assert "rdlm eval nll | a" in commands and len(commands) == 6
+    assert [row[-1] for row in _rows(tmp_path, "Generative perplexity and diversity", 1)] == ["-", "-"]
+
+
+def test_differences_inside_the_noise_are_named(tmp_path: Path, write: Write) -> None:
+    files = [write("a.json", _nll("a", 0)), write("b.json", _nll("b", 0.05)), write("c.json", _nll("c", 0.5))]
+    assert _report(tmp_path, *files) == 0
+    against = {row[0]: row[3] for row in _rows(tmp_path, "Held-out likelihood")}
+    assert against["a"] == "" and "within noise" in against["b"] and "within noise" not in against["c"]
+    assert against["c"].startswith("+0.5000")
+
+
+def test_windows_of_both_runs_make_the_difference_paired(tmp_path: Path, write: Write) -> None:
+    """0.05 nats lie inside both intervals, yet every window is worse by exactly as much."""
+    files = [write("a.json", _nll("a", 0, True)), write("b.json", _nll("b", 0.05, True))]
+    assert _report(tmp_path, *files) == 0
+    assert _rows(tmp_path, "Held-out likelihood")[-1][3] == "+0.0500 [+0.0500, +0.0500], paired"
+
+
+def test_lm_eval_scores_are_compared_by_their_standard_errors(tmp_path: Path, write: Write) -> None:
+    files = [write(f"{n}.json", _lm_eval(n, acc)) for n, acc in (("a", 0.60), ("b", 0.63), ("c", 0.75))]
+    assert _report(tmp_path, *files) == 0
+    rows = {row[0]: row[4] for row in _rows(tmp_path, "lm-eval")}
+    assert "within noise" in rows["b K = 4"] and rows["c K = 4"].startswith("+0.1500") and "noise" not in rows["c K = 4"]
+
+
+def test_independent_intervals_add_in_quadrature() -> None:
+    value, (low, high) = mover((3.0, [2.7, 3.4]), (1.0, [0.6, 1.3]))
+    assert (value, low, high) == pytest.approx((2.0, 2 - np.hypot(0.3, 0.3), 2 + np.hypot(0.4, 0.4)))
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path, write: Write) -> None:
+    assert _report(tmp_path, write("early.json", _nll("a", 0)), write("late.json", _nll("a", 1))) == 0
+    assert [row[0].endswith(("early)", "late)")) for row in _rows(tmp_path, "Held-out likelihood")] == [True] * 4
+
+
+def _changed(report: Json, *path: str | int, value: Any) -> Json:
+    changed = copy.deepcopy(report)
+    target: Any = changed
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (_nll("a", 0), _changed(_nll("b", 0), "data", "manifest_sha256", value="e" * 64), "nll: data.manifest_sha256 is eee"),
+        (_nll("a", 0), _changed(_nll("b", 0), "tokens", value=800), "nll: tokens is 800"),
+        (_gen_ppl("a"), _changed(_gen_ppl("b"), "teachers", 0, "fingerprint", value="2"), "gen-ppl: teachers is"),
+        (_gen_ppl("a"), _changed(_gen_ppl("b"), "samples", "shape", "max_tokens", value=9), "gen-ppl: shape is"),
+        (_depth("a"), _depth("b", "s5"), "depth: task is s5"),
+        (_lm_eval("a", 0.5), _lm_eval("b", 0.5, shots=5), "blimp_x: n-shot is 5"),
+        (_nll("a", 0), {"results": []}, "names no evaluation"),
+    ],
+)
+def test_what_was_measured_otherwise_is_refused_in_one_line(
+    tmp_path: Path, write: Write, capfd: pytest.CaptureFixture[str], first: Json, second: Json, message: str
+) -> None:
+    assert _report(tmp_path, write("1.json", first), write("2.json", second)) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0] and "2.json" in lines[0] and not (tmp_path / "r").exists()
