@@ -41,7 +41,34 @@ class GroupProductConfig(Strict):
         return self.length
 
 
-DataConfig = Annotated[TokensConfig | GroupProductConfig, Field(discriminator="kind")]
+class PointerChasingConfig(Strict):
+    """Following a table of pointers, one hop further at every position."""
+
+    kind: Literal["pointer_chasing"] = "pointer_chasing"
+    nodes: int = Field(ge=2)
+    hops: int = Field(ge=1)
+
+    @property
+    def seq_len(self) -> int:
+        return self.nodes + self.hops
+
+
+class LatinSquareConfig(Strict):
+    """Completing Latin squares, whose answers depend on each other."""
+
+    kind: Literal["latin_square"] = "latin_square"
+    side: int = Field(ge=2)
+    fewest_blanks: int = Field(ge=1)
+    most_blanks: int = Field(ge=1)
+
+    @property
+    def seq_len(self) -> int:
+        return 2 * self.side**2
+
+
+DataConfig = Annotated[
+    TokensConfig | GroupProductConfig | PointerChasingConfig | LatinSquareConfig, Field(discriminator="kind")
+]
 
 
 class BatchConfig(Strict):

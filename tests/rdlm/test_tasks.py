@@ -1,4 +1,4 @@
-"""The group-product task against brute-force composition of permutations."""
+"""The generated tasks against brute force."""
 
 from itertools import permutations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rdlm.errors import UserError
-from rdlm.tasks import GroupProduct
+from rdlm.tasks import GroupProduct, LatinSquare, PointerChasing, Task, parse_task
 
 
 @pytest.mark.parametrize(("group", "degree"), [("s3", 3), ("s5", 5)])
@@ -59,3 +59,62 @@ def test_unknown_group_and_length_are_refused() -> None:
         GroupProduct("s4", 8)
     with pytest.raises(UserError, match="data.length=0"):
         GroupProduct("s3", 0)
+
+
+def test_pointers_are_followed_one_hop_further_at_every_position() -> None:
+    nodes, hops = 7, 5
+    batch = PointerChasing(nodes, hops).rows(np.arange(50), seed=1)
+    assert batch.input_ids.shape == (50, nodes + hops) and batch.mask.sum(1).unique().tolist() == [hops]
+    for inputs, targets, mask in zip(batch.input_ids.tolist(), batch.targets.tolist(), batch.mask.tolist(), strict=True):
+        table, here = inputs[:nodes], inputs[nodes]
+        assert sorted(table) == list(range(nodes)) and inputs[nodes + 1 :] == [nodes] * (hops - 1)
+        for j in range(nodes, nodes + hops):
+            here = table[here]
+            assert targets[j] == here and mask[j]
+        assert len(set(targets[nodes:])) == hops  # one cycle: five hops never come back
+    assert len({tuple(row[:nodes]) for row in batch.input_ids.tolist()}) > 40
+
+
+def test_squares_are_latin_and_their_blanks_are_asked_for() -> None:
+    task = LatinSquare(5, 13, 16)
+    batch = task.rows(np.arange(200), seed=2)
+    given, again = batch.input_ids[:, :25], batch.input_ids[:, 25:]
+    assert torch.equal(given, again) and not batch.mask[:, :25].any()
+    assert torch.equal(batch.mask[:, 25:], given == 5)
+    assert sorted(batch.mask.sum(1).unique().tolist()) == [13, 14, 15, 16]
+    whole = torch.where(given == 5, batch.targets[:, 25:], given).view(-1, 5, 5)
+    for square in whole.tolist():
+        for line in (*square, *zip(*square, strict=True)):
+            assert sorted(line) == list(range(5))
+    assert len({str(square) for square in whole.tolist()}) > 150
+
+
+def test_a_square_is_solved_by_any_completion_and_by_nothing_else() -> None:
+    task = LatinSquare(3, 9, 9)  # nothing is given: any Latin square will do
+    batch = task.rows(np.arange(3), seed=0)
+    other = (batch.targets + 1) % 3
+    wrong = batch.targets.clone()
+    wrong[:, 9] = (wrong[:, 9] + 1) % 3
+    assert task.solved(batch, batch.targets).all() and task.solved(batch, other).all() and not task.solved(batch, wrong).any()
+    partly = LatinSquare(3, 1, 1)
+    few = partly.rows(np.arange(3), seed=0)
+    assert partly.solved(few, torch.where(few.mask, few.targets, 99)).all()  # only blanks are read
+
+
+@pytest.mark.parametrize("task", [PointerChasing(6, 3), LatinSquare(4, 2, 9)])
+def test_new_tasks_depend_on_seed_split_and_number_only(task: Task) -> None:
+    whole, part = task.rows(np.arange(10), seed=7), task.rows(np.array([8, 2]), seed=7)
+    assert torch.equal(part.input_ids, whole.input_ids[[8, 2]]) and torch.equal(part.targets, whole.targets[[8, 2]])
+    others = [task.rows(np.arange(10), seed=7, split="test"), task.rows(np.arange(10), seed=8)]
+    assert all(not torch.equal(whole.input_ids, other.input_ids) for other in others)
+
+
+def test_tasks_are_named() -> None:
+    assert [parse_task(name, 8).identity for name in ("s3", "pointer16", "latin5")] == [
+        "group_product:s3:8", "pointer_chasing:16:8", "latin_square:5:8-8",
+    ]  # fmt: skip
+    for name in ("s4", "pointer", "latin", "5", ""):
+        with pytest.raises(UserError, match="--task"):
+            parse_task(name, 8)
+    with pytest.raises(UserError, match=r"data.blanks=\[26, 26\]"):
+        parse_task("latin5", 26)

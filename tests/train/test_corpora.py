@@ -11,7 +11,7 @@ from rdlm.shards import TokenStore
 from train.corpora import Corpus, build_corpus
 from train.corpora.order import permute, shuffled
 from train.corpora.prepare import Preparation, prepare
-from train.settings import GroupProductConfig, TokensConfig
+from train.settings import DataConfig, GroupProductConfig, LatinSquareConfig, PointerChasingConfig, TokensConfig
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-@pytest.fixture(params=["tokens", "group"])
+@pytest.fixture(params=["tokens", "group", "pointer", "latin"])
 def corpus(request: pytest.FixtureRequest, folder: Path) -> Corpus:
-    return build_corpus(
-        TokensConfig(path=str(folder), seq_len=16) if request.param == "tokens" else GroupProductConfig(group="s3", length=6)
-    )
+    configs: dict[str, DataConfig] = {
+        "tokens": TokensConfig(path=str(folder), seq_len=16),
+        "group": GroupProductConfig(group="s3", length=6),
+        "pointer": PointerChasingConfig(nodes=9, hops=4),
+        "latin": LatinSquareConfig(side=5, fewest_blanks=13, most_blanks=16),
+    }
+    corpus = build_corpus(configs[request.param])
+    assert corpus.seq_len == configs[request.param].seq_len
+    return corpus
 
 
 def _global_rows(corpus: Corpus, step: int, world: int, micro_size: int, seed: int = 5) -> torch.Tensor:

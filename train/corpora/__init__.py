@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from rdlm.objectives import Batch
+from rdlm.tasks import GroupProduct, LatinSquare, PointerChasing
 from rdlm.tokenizer import Tokenizer
-from train.corpora.generated import GroupProductCorpus
+from train.corpora.generated import GeneratedCorpus
 from train.corpora.text import TokenCorpus
-from train.settings import DataConfig, GroupProductConfig
+from train.settings import DataConfig, GroupProductConfig, LatinSquareConfig, PointerChasingConfig
 
 
 class Corpus(Protocol):
@@ -44,5 +45,9 @@ class Corpus(Protocol):
 def build_corpus(config: DataConfig) -> Corpus:
     """UserError if the data is missing, damaged or too short."""
     if isinstance(config, GroupProductConfig):
-        return GroupProductCorpus(config.group, config.length)
+        return GeneratedCorpus(GroupProduct(config.group, config.length))
+    if isinstance(config, PointerChasingConfig):
+        return GeneratedCorpus(PointerChasing(config.nodes, config.hops))
+    if isinstance(config, LatinSquareConfig):
+        return GeneratedCorpus(LatinSquare(config.side, config.fewest_blanks, config.most_blanks))
     return TokenCorpus(config.path, config.seq_len)

@@ -7,20 +7,18 @@ from collections.abc import Iterator
 import numpy as np
 
 from rdlm.objectives import Batch
-from rdlm.tasks import GroupProduct
+from rdlm.tasks import Task
 from train.corpora.order import row_numbers
 
 
-class GroupProductCorpus:
-    """Running products (rdlm/tasks.py): no row number is used twice; held-out rows come from a random stream of their own."""
+class GeneratedCorpus:
+    """A task of rdlm/tasks.py: no row number is used twice; held-out rows come from a random stream of their own."""
 
     tokenizer = None
 
-    def __init__(self, group: str, length: int) -> None:
-        """UserError for an unknown group."""
-        self._task = GroupProduct(group, length)
-        self.seq_len, self.vocab_size = length, self._task.vocab_size
-        self.identity = f"group_product:{group}:{length}"
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.seq_len, self.vocab_size, self.identity = task.length, task.vocab_size, task.identity
 
     def batch(
         self, step: int, *, seed: int, global_batch: int, rank: int, world: int, micro_index: int, micro_size: int
@@ -31,7 +29,7 @@ class GroupProductCorpus:
         return self._task.rows(rows, seed)
 
     def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
-        """Held-out examples of seed 0; 65,536 targets where no bound is given."""
+        """Held-out examples of seed 0; 65,536 positions where no bound is given."""
         count = max(1, (max_tokens or 65_536) // self.seq_len)
         for first in range(0, count, batch_size):
             yield self._task.rows(np.arange(first, min(first + batch_size, count)), seed=0, split="valid")
