@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from rdlm.registry import build
 from rdlm.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer", "README.md"
+GENERATION = "generation_config.json"
+"""Optional; imported checkpoints have one. Its ``eos_token_id`` lists every id that ends a text."""
 FIELD = "checkpoint"
 
 
@@ -41,19 +45,47 @@ def save(folder: str | Path, denoiser: Denoiser, config: CheckpointConfig, token
 
     card: Markdown about data and training, put below what the config itself says. Weights keep the dtype they have.
     """
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in denoiser.named_parameters()}
+
+    def fill(temporary: Path) -> None:
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+
+    return write(folder, config, tokenizer, weights, fill, card)
+
+
+def write(
+    folder: str | Path,
+    config: CheckpointConfig,
+    tokenizer: Tokenizer | None,
+    weights: Mapping[str, Tensor],
+    fill: Callable[[Path], None],
+    card: str,
+) -> Path:
+    """``save`` for weights that are not in memory: ``fill(folder)`` writes ``model.safetensors``, ``weights`` may be meta tensors."""
+    with replacing(folder) as temporary:
+        fill(temporary)
+        if tokenizer is not None:
+            tokenizer.save(temporary / TOKENIZER)
+        (temporary / CARD).write_text(_card(config, weights, card))
+        (temporary / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
+    return Path(folder)
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A new folder to fill. It takes the place of ``folder`` once it is complete and on disk, and vanishes if filling it fails."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in denoiser.named_parameters()}
-    save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-    if tokenizer is not None:
-        tokenizer.save(temporary / TOKENIZER)
-    (temporary / CARD).write_text(_card(config, weights, card))
-    (temporary / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
-    for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
     if folder.exists():
         outdated = folder.with_name(f".old-{folder.name}")
         shutil.rmtree(outdated, ignore_errors=True)
@@ -62,7 +94,6 @@ def save(folder: str | Path, denoiser: Denoiser, config: CheckpointConfig, token
         shutil.rmtree(outdated)
     else:
         os.rename(temporary, folder)
-    return folder
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Loaded:
@@ -92,16 +123,22 @@ def load_config(folder: str | Path) -> CheckpointConfig:
         ) from None
     except ValueError:
         raise UserError(FIELD, str(path), "is not JSON", "copy or export the checkpoint again") from None
+    return parse_config(data, str(path))
+
+
+def parse_config(data: Any, where: str) -> CheckpointConfig:
+    """The config of a JSON document; UserError if a field is wrong or a newer version wrote it."""
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise UserError(f"{path}: schema_version", version, f"this version reads up to {SCHEMA_VERSION}", "update rdlm")
-    return parse(CheckpointConfig, data, str(path))
+        raise UserError(f"{where}: schema_version", version, f"this version reads up to {SCHEMA_VERSION}", "update rdlm")
+    return parse(CheckpointConfig, data, where)
 
 
 def _read_weights(path: Path, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            _compare(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, shapes)
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            compare(str(path), found, shapes, f"use the {CONFIG} and {WEIGHTS} of one export")
             return {name: file.get_tensor(name).to(dtype) for name in shapes}
     except FileNotFoundError:
         raise UserError(FIELD, str(path), "is missing", "copy or export the checkpoint again") from None
@@ -109,15 +146,15 @@ def _read_weights(path: Path, shapes: dict[str, torch.Size], device: torch.devic
         raise UserError(FIELD, str(path), f"is damaged ({error})", "copy or export the checkpoint again") from None
 
 
-def _compare(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, torch.Size]) -> None:
-    remedy = f"use the {CONFIG} and {WEIGHTS} of one export"
+def compare(where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], remedy: str) -> None:
+    """UserError for the first weight that only one side has or whose shape differs."""
     for name in sorted(found.keys() - expected.keys()):
-        raise UserError(f"{path}: weight", name, "the model has no such weight", remedy)
+        raise UserError(f"{where}: weight", name, "the model has no such weight", remedy)
     for name in sorted(expected.keys() - found.keys()):
-        raise UserError(f"{path}: weight", name, "is missing", remedy)
+        raise UserError(f"{where}: weight", name, "is missing", remedy)
     for name, shape in expected.items():
         if found[name] != tuple(shape):
-            raise UserError(f"{path}: shape of {name}", found[name], f"the model has {tuple(shape)}", remedy)
+            raise UserError(f"{where}: shape of {name}", found[name], f"the model has {tuple(shape)}", remedy)
 
 
 def _with_ties(denoiser: Denoiser, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,7 +164,7 @@ def _with_ties(denoiser: Denoiser, weights: dict[str, Tensor]) -> dict[str, Tens
     return {name: weights[first[id(parameter)]] for name, parameter in every.items()}
 
 
-def _card(config: CheckpointConfig, weights: dict[str, Tensor], notes: str) -> str:
+def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -> str:
     model, objective, depth = config.model, config.objective, config.objective.depth
     count = sum(weight.numel() for weight in weights.values())
     dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))

@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("serve.generate_cli:app", "Continue a prompt from a checkpoint, without a server."),
     "serve": ("serve.cli:app", "Serve a checkpoint over an OpenAI-compatible HTTP interface."),
     "eval": ("eval.cli:app", "Measure a checkpoint, for instance its held-out NLL against the core steps K."),
+    "import": ("rdlm.interchange.cli:import_app", "Turn a published checkpoint into one of rdlm."),
+    "export": ("rdlm.interchange.cli:export_app", "Write a checkpoint in a published layout."),
 }
 """Command name -> (``module:typer app``, one line of help)."""
 
