@@ -19,6 +19,10 @@ DEFAULT_MAX_TOKENS = 16
 """Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
 MAX_CHOICES = 1024
 """Prompts times ``n`` of one HTTP request."""
+MAX_STOPS, MAX_BIASES = 1024, 1024
+"""Each is looked at for every token, in the thread that serves everybody."""
+MIN_TEMPERATURE = 1e-4
+"""Below, logits leave the range of fp32."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,10 @@ def _request(body: SamplingBody, ids: tuple[int, ...], depth: DepthChoice, max_t
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if "" in stop:
         raise invalid("stop: an empty string would end every text; remove it", "stop")
+    if len(stop) > MAX_STOPS:
+        raise invalid(f"stop: {len(stop)} strings exceed {MAX_STOPS}", "stop")
+    if any(i >= served.tokenizer.vocab_size for i in body.stop_token_ids or ()):  # the runner bans them until min_tokens
+        raise invalid(f"stop_token_ids: ids must lie below {served.tokenizer.vocab_size}", "stop_token_ids")
     ends = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else served.end_ids)
     sampling = _sampling(body, served)
     # A greedy answer depends on the seed only through a random initial state: without a seed it shall be the same every time.
@@ -174,6 +182,10 @@ def _sampling(body: SamplingBody, served: Served) -> SamplingParams:
     names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
     vocab = served.tokenizer.vocab_size
+    if 0 < given.get("temperature", 1) < MIN_TEMPERATURE:
+        raise invalid(f"temperature: it must be 0 (greedy) or at least {MIN_TEMPERATURE}", "temperature")
+    if len(body.logit_bias or {}) > MAX_BIASES:
+        raise invalid(f"logit_bias: {len(body.logit_bias or {})} entries exceed {MAX_BIASES}", "logit_bias")
     bias: dict[int, float] = {}
     for key, value in (body.logit_bias or {}).items():
         if not key.isdecimal() or int(key) >= vocab:
