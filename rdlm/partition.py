@@ -155,7 +155,7 @@ def partition_of(config: CheckpointConfig) -> BlockPartition:
     blocks = config.blocks
     if blocks is None:
         return partition(config.noise, model.num_layers, 1, schedule=schedule)
-    curve = blocks.curve
+    curve: Curve | None = blocks.curve
     if blocks.prior_nats is not None:
         curve = evidence_curve(blocks.prior_nats, *_ends(schedule))
     return partition(

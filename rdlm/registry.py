@@ -88,5 +88,7 @@ def _check_blocks(config: CheckpointConfig) -> None:
     if count > 1 and config.objective.k_meaning == "thinking":
         problem = f"objective {config.objective.name!r} iterates its layers, which blocks do not share"
         raise UserError("blocks.num_blocks", count, problem, "use objective paper or evidence, or num_blocks 1")
+    if config.block is not None and count == 1:
+        raise UserError("block", config.block, "the network is not cut into blocks", "set blocks.num_blocks above 1")
     if config.block is not None and config.block >= count:
         raise UserError("block", config.block, f"there are {count} blocks", f"choose 0 to {count - 1}")

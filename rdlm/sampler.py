@@ -42,6 +42,7 @@ class StepPlan:
 
     sigmas: level of the step; None = z is zero, read at sigma_max. readout: run coda and head after the step.
     commit: the step's keys and values become the position's own in the cache (the last committing step wins).
+    blocks: which block's layers run; each keeps keys of its own, so each one that is used fills the cache at z = 0 first.
     append_own: an uncommitted step sees its own key beside the position's committed one instead of in its place.
     num_draws_skipped: read-outs whose prediction is discarded because they only fill the cache.
     """
@@ -49,6 +50,7 @@ class StepPlan:
     sigmas: tuple[float | None, ...]
     readout: tuple[bool, ...]
     commit: tuple[bool, ...]
+    blocks: tuple[int, ...]
     append_own: bool = False
     num_draws_skipped: int = 0
 
@@ -75,11 +77,19 @@ def step_plan(config: CheckpointConfig, num_steps: int) -> StepPlan:
     """The plan of one token at K = num_steps for this checkpoint (thinking: K iterations; sampling: K noise levels)."""
     k = num_steps
     if config.objective.k_meaning == "thinking":
-        return StepPlan((None,) * k, (False,) * (k - 1) + (True,), (True,) * k)
-    levels = sampling_levels(config, k)
-    if config.objective.name == "paper":  # a clean pass fills the cache, then every level is a noisy row beside it
-        return StepPlan((None, *levels), (True,) * (k + 1), (True,) + (False,) * k, append_own=True, num_draws_skipped=1)
-    return StepPlan(tuple(levels), (True,) * k, (True,) + (False,) * (k - 1))
+        return StepPlan((None,) * k, (False,) * (k - 1) + (True,), (True,) * k, (0,) * k)
+    levels, cut = sampling_levels(config, k), partition_of(config)
+    owners = [cut.block_of(level) for level in levels]
+    # Block 0 comes last: in place its first prediction is itself the pass that fills its cache. In ``paper`` a clean pass fills
+    # every cache, then each level is a noisy row beside it.
+    beside = config.objective.name == "paper"
+    fills = [block for block in sorted(set(owners), reverse=True) if block or beside]
+    committing = len(fills) + (not beside)
+    count = len(fills) + k
+    return StepPlan(
+        (None,) * len(fills) + tuple(levels), (True,) * count, (True,) * committing + (False,) * (count - committing),
+        (*fills, *owners), append_own=beside, num_draws_skipped=len(fills),
+    )  # fmt: skip
 
 
 def renoise(denoiser: Denoiser, token_ids: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:

@@ -75,6 +75,9 @@ def build_served(
     """
     if end_ids is None:
         end_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    if config.block is not None:
+        problem = f"it holds block {config.block} alone, not the network"
+        raise UserError("checkpoint", config.name, problem, "put the blocks together with `rdlm merge`")
     limit = config.model.max_seq_len
     max_len = limit if settings.max_len is None else settings.max_len
     if max_len > limit:

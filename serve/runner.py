@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rdlm import cache
+from rdlm.blockwise import blocks_of
 from rdlm.config import CheckpointConfig
 from rdlm.decoding import sample, top_logprobs, uniform
 from rdlm.denoiser import Denoiser, Prediction
@@ -62,6 +63,9 @@ class Runner:
         """
         model, weight = denoiser.model, next(denoiser.model.parameters())
         self.denoiser, self.config, self.device = denoiser, config, weight.device
+        self._blocks = blocks_of(denoiser)
+        self._owner = self._blocks[0]
+        """The block whose rows are at work."""
         self._plans = {k: step_plan(config, k) for k in range(1, max_steps + 1)}
         iterates = config.objective.k_meaning == "thinking"
         self.pool = cache.KVPool(
@@ -86,38 +90,64 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
-        """One core step for the segment of every sequence in ``batch`` -> what came out, by sequence id."""
-        self._enter([s for s in batch if s.segment and s.segment.step == 0])
+        """One core step for the segment of every sequence in ``batch`` -> what came out, by sequence id.
+
+        Rows at work in different blocks of a network share no forward.
+        """
+        results: dict[int, StepResult] = {}
+        for index, owner in enumerate(self._blocks):
+            here = [s for s in batch if self._block(s) == index]
+            if here:
+                self._owner = owner
+                results |= self._run(here)
+        return results
+
+    def _run(self, batch: list[Sequence]) -> dict[int, StepResult]:
+        self._enter([s for s in batch if _step(s) == 0])
+        self._change_block([s for s in batch if _step(s) and self._block(s, -1) != self._block(s)])
         settled = self._core(batch)
         return self._read([s for s in batch if s.id in settled or self._reads(s) or watches(s, PREDICTION) or _shows(s)], settled)
 
     def _plan(self, sequence: Sequence) -> StepPlan:
         return self._plans[sequence.depth.num_steps]
 
+    def _block(self, sequence: Sequence, later: int = 0) -> int:
+        return self._plan(sequence).blocks[_step(sequence) + later]
+
+    def _encode(self, sequences: list[Sequence]) -> Seq[Tensor]:
+        """Prelude of the segments' rows: [L, D] each."""
+        ids = [i for s in sequences if s.segment for i in s.token_ids(s.segment)]
+        ctx = cache.PackedContext(self.pool, [seg for s in sequences for seg in self._cache_segments(s, once=True)])
+        e = self._owner.model.encode(torch.tensor([ids], device=self.device), ctx)  # [1, N, D]
+        return e[0].split([_length(s) for s in sequences])
+
+    def _change_block(self, changing: list[Sequence]) -> None:
+        """Every block reads the tokens through a stem of its own."""
+        if changing:
+            for sequence, rows in zip(changing, self._encode(changing), strict=True):
+                self._live[sequence.id].e = rows
+
     def _enter(self, entering: list[Sequence]) -> None:
         """Prelude and initial state of segments that have just opened."""
         if not entering:
             return
-        ids = [i for s in entering if s.segment for i in s.token_ids(s.segment)]
-        ctx = cache.PackedContext(self.pool, [seg for s in entering for seg in self._cache_segments(s, once=True)])
-        e = self.denoiser.model.encode(torch.tensor([ids], device=self.device), ctx)  # [1, N, D]
-        for sequence, rows in zip(entering, e[0].split([_length(s) for s in entering]), strict=True):
+        for sequence, rows in zip(entering, self._encode(entering), strict=True):
             self._seen.pop(sequence.id, None)
             request, start = sequence.request, sequence.segment.start if sequence.segment else 0
             draw = generator(request.seed, request.choice, start, STATE)
-            self._live[sequence.id] = _Live(rows, self.denoiser.model.initial_state(rows[None], draw)[0])
+            self._live[sequence.id] = _Live(rows, self._owner.model.initial_state(rows[None], draw)[0])
 
     def _core(self, batch: list[Sequence]) -> set[int]:
         """One core step -> ids of the sequences whose states have settled."""
         lengths = [_length(s) for s in batch]
         lives = [self._live[s.id] for s in batch]
         for live, length in zip(lives, lengths, strict=True):
-            if len(live.e) > length:  # the segment has shrunk to the position that is drawn from
+            if max(len(live.e), len(live.state)) > length:  # the segment has shrunk to the position that is drawn from
                 live.e, live.state = live.e[-length:], live.state[-length:]
         state, e = (torch.cat([getattr(live, name) for live in lives])[None] for name in ("state", "e"))  # [1, N, D]
         sigmas = [self._plan(s).sigmas[_step(s)] for s, n in zip(batch, lengths, strict=True) for _ in range(n)]
-        cond = self.denoiser.condition(self._levels(sigmas)[None] if any(x is not None for x in sigmas) else None, state)
-        after = self.denoiser.step(state, e, cond, self._core_context(batch))
+        cond = self._owner.condition(self._levels(sigmas)[None] if any(x is not None for x in sigmas) else None, state)
+        after = self._owner.step(state, e, cond, self._core_context(batch))
         for sequence, live, rows in zip(batch, lives, after[0].split(lengths), strict=True):
             live.before = live.state[-1] if _shows(sequence) else None
             live.state = rows
@@ -153,7 +183,7 @@ class Runner:
             return {}
         ctx = cache.PackedContext(self.pool, [seg for s in readers for seg in self._cache_segments(s, once=True)])
         state = torch.cat([self._live[s.id].state for s in readers])[None]
-        hidden = self.denoiser.model.decode(state, ctx)[0].split([_length(s) for s in readers])
+        hidden = self._owner.model.decode(state, ctx)[0].split([_length(s) for s in readers])
         read = list(zip(readers, hidden, strict=True))
         settled = settled | self._converged([(s, rows[-1]) for s, rows in read if watches(s, PREDICTION)])
         glimpses = self._glimpses([(s, rows[-1]) for s, rows in read if _shows(s) and s.id not in settled])
@@ -185,7 +215,7 @@ class Runner:
         """Ids of those whose prediction, read from hidden [D], satisfies their exit criterion."""
         if not watching:
             return set()
-        prior = self.denoiser.predict(torch.stack([row for _, row in watching])).prior[:, : self._num_tokens]
+        prior = self._owner.predict(torch.stack([row for _, row in watching])).prior[:, : self._num_tokens]
         return settled_predictions([s for s, _ in watching], prior, self._seen)
 
     def _glimpses(self, showing: list[tuple[Sequence, Tensor]]) -> dict[int, Glimpse]:
@@ -218,7 +248,7 @@ class Runner:
         chunk = max(1, LOGITS_AT_ONCE // self.config.model.vocab_size)
         for start in range(0, len(targets), chunk):
             wanted = torch.tensor(targets[start : start + chunk], device=self.device)
-            prior = self.denoiser.predict(hidden[start : start + len(wanted)]).prior
+            prior = self._owner.predict(hidden[start : start + len(wanted)]).prior
             found += _logprobs(prior, wanted, request.prompt_logprobs)
         return found
 
@@ -248,10 +278,10 @@ class Runner:
     def _predict(self, rows: list[Sequence], hidden: Tensor) -> Prediction:
         sigmas = [self._plan(s).sigmas[_step(s)] for s in rows]
         if all(sigma is None for sigma in sigmas):
-            return self.denoiser.predict(hidden)
+            return self._owner.predict(hidden)
         silent = hidden.new_zeros(hidden.shape[1], dtype=torch.float32)
         z = torch.stack([silent if (kept := self._live[s.id].z) is None else kept for s in rows])
-        return self.denoiser.predict(hidden, z, self._levels(sigmas))
+        return self._owner.predict(hidden, z, self._levels(sigmas))
 
     def _bridge(self, rows: list[Sequence], ids: Tensor) -> None:
         """Re-noise drawn tokens to each row's next level and put them in the state's place. ids [M]."""
@@ -259,8 +289,11 @@ class Runner:
         draws = [generator(s.request.seed, s.request.choice, s.context_length, _step(s), NOISE) for s in rows]
         width = self.config.model.d_model
         noise = torch.stack([torch.randn(width, generator=draw) for draw in draws]).to(self.device)
-        z = renoise(self.denoiser, ids, sigma, noise)  # [M, D]
-        for sequence, row, state in zip(rows, z, self.denoiser.inject(z, sigma), strict=True):
+        z = torch.empty_like(noise)  # [M, D]
+        for index in {self._block(s, 1) for s in rows}:
+            into = torch.tensor([self._block(s, 1) == index for s in rows], device=self.device)
+            z[into] = renoise(self._blocks[index], ids[into], sigma[into], noise[into])
+        for sequence, row, state in zip(rows, z, self._owner.inject(z, sigma), strict=True):
             live = self._live[sequence.id]
             live.z, live.state = row, state[None]
 

@@ -1,0 +1,116 @@
+"""Networks of blocks on the engine: each level asks its own block, and each block has its own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rdlm.blockwise import blocks_of
+from rdlm.config import CheckpointConfig
+from rdlm.decoding import sample, uniform
+from rdlm.decoding_types import History, SamplingParams
+from rdlm.errors import UserError
+from rdlm.objectives import two_stream_hidden
+from rdlm.randomness import generator
+from rdlm.registry import build
+from rdlm.sampler import renoise, sampling_levels
+from rdlm.scoring import token_logprobs
+from rdlm.tokenizer import Tokenizer
+from serve.engine import Engine
+from serve.events import Served
+from serve.loading import build_served
+from serve.runner import NOISE
+from serve.sequence import Request
+from serve.settings import EngineSettings
+
+WARM = SamplingParams(temperature=1.0, top_p=0.9)
+SETTINGS = EngineSettings(max_slots=4, chunk=5, prefill_rows=16)
+
+
+@pytest.fixture(scope="session")
+def cut(tokenizer: Tokenizer) -> Callable[..., Served]:
+    """``cut("paper", "own")``: a loud random llama of 4 layers in 3 blocks."""
+
+    def make(objective: str, targets: str = "frozen") -> Served:
+        shape = {"vocab_size": tokenizer.vocab_size, "d_model": 32, "num_heads": 2, "mlp_width": 64, "max_seq_len": 64}
+        document = {
+            "name": "tiny",
+            "model": {**shape, "family": "llama", "num_layers": 4, "noise_conditioning": True},
+            "objective": {"name": objective},
+            "recurrence": {"default_steps": 3, "max_steps": 6},
+            "blocks": {"num_blocks": 3, "targets": targets},
+        }
+        config = CheckpointConfig.model_validate(document)
+        denoiser = build(config, seed=1)
+        loud = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in denoiser.named_parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0, 0.3 if "wte" in name else parameter.shape[1] ** -0.5, generator=loud)
+        return build_served(denoiser, config, tokenizer, SETTINGS)
+
+    return make
+
+
+def request(length: int, k: int, seed: int = 0, **kwargs: object) -> Request:
+    ids = tuple((7 * i + 3 * length + seed) % 290 + 5 for i in range(length))
+    return Request(ids, k, 5, **{"sampling": WARM, "seed": seed, **kwargs})  # type: ignore[arg-type]
+
+
+def written_out(served: Served, one: Request) -> list[int]:
+    """The answer by whole-sequence forwards without a cache: each level by the block that owns it."""
+    denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
+    paper = config.objective.name == "paper"
+    fills = len({denoiser.partition.block_of(s) for s in sampling_levels(config, one.num_steps)}) - (not paper)
+    for _ in range(one.max_tokens):
+        levels, token = sampling_levels(config, one.num_steps), torch.tensor([0])
+        row = torch.tensor([ids])
+        for k, level in enumerate(levels):
+            step, owner = fills + k, denoiser.at(level)
+            z = sigma = None
+            if level is not None:
+                key = generator(one.seed, one.choice, len(ids), step - 1, NOISE)
+                last = renoise(owner, token, torch.tensor([level]), torch.randn(1, 32, generator=key))
+                z = torch.zeros(1, len(ids), 32)
+                z[0, -1], sigma = last[0], torch.full((1, len(ids)), level)
+            hidden = two_stream_hidden(owner, row, z, sigma, sees_own_clean=paper)[:, -1]
+            prediction = owner.predict(hidden, None if z is None else z[:, -1], None if sigma is None else sigma[:, -1])
+            draw = uniform(one.seed, one.choice, len(ids), step)
+            history = History(one.prompt, out, ())
+            token = sample(prediction.prior, [one.sampling], [history], [draw], prediction.evidence)
+        out.append(int(token))
+        ids.append(int(token))
+    return out
+
+
+@pytest.mark.parametrize(("objective", "targets"), [("evidence", "frozen"), ("evidence", "own"), ("paper", "own")])
+@torch.no_grad()
+def test_the_engine_draws_what_forwards_without_a_cache_draw(cut: Callable[..., Served], objective: str, targets: str) -> None:
+    """Several K in one pack, prompts longer than a chunk: every token is that of each level's own block over its own cache."""
+    served = cut(objective, targets)
+    wanted = [request(7, 1, 1), request(12, 2, 2), request(3, 3, 3), request(8, 5, 4)]
+    with Engine(lambda: served) as engine:
+        answers = engine.generate(wanted)
+    found = [[e.token for e in events if e.token is not None] for events in answers]
+    assert found == [written_out(served, one) for one in wanted]
+
+
+@pytest.mark.parametrize("objective", ["evidence", "paper"])
+def test_scores_over_the_engine_are_those_of_block_0(cut: Callable[..., Served], objective: str) -> None:
+    served = cut(objective)
+    one = request(14, 3, logprobs=1, prompt_logprobs=1)
+    with Engine(lambda: served) as engine:
+        events = engine.generate([one])[0]
+    ids = torch.tensor([one.prompt])
+    first = blocks_of(served.runner.denoiser)[0]  # type: ignore[attr-defined]
+    expected = token_logprobs(first, served.config, ids[:, :-1], ids[:, 1:], [1])[1][0]
+    found = torch.tensor([entry.logprob for entry in events[0].prompt_logprobs or []])
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_block_alone_is_not_served(cut: Callable[..., Served], tokenizer: Tokenizer) -> None:
+    config = cut("evidence").config.model_copy(update={"block": 1})
+    with pytest.raises(UserError, match="holds block 1 alone"):
+        build_served(build(config, seed=0), config, tokenizer, SETTINGS)
