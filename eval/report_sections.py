@@ -258,7 +258,7 @@ def _noise_curve(runs: list[Run]) -> Section:
         "p(x | context) exp(<y_x, z> / sigma^2) with the model's own prediction at z = 0 as p(x | context)."
     )
     table = Table(["run", "sigma", "denoiser [95 %]", "exact for its own prior", "difference"], rows)
-    blocks = [
+    blocks: list[Table | Picture | Sample] = [
         table,
         Picture(png(figure), "Cross-entropy against sigma"),
         Table(["run", "curve", "edges of equal information"], edges),

@@ -26,8 +26,9 @@ pytest.importorskip("lm_eval", reason="the harness is not installed")
 
 from lm_eval.api.instance import Instance
 
-from eval.harness import RecurrentLM
-from eval.harness_cli import TASKS, expand_blimp
+from eval import harness
+from eval.harness import RecurrentLM, run_sweep
+from eval.harness_cli import TASKS, expand_blimp, taken_out
 from eval.likelihood import score_continuations
 from eval.tasks.blimp import load as load_paradigm
 
@@ -261,6 +262,42 @@ def test_command_runs_lm_evals_own_with_the_estimator_in_the_results(
     asked = [_ask("loglikelihood", "", row[key]) for row in rows for key in ("sentence_good", "sentence_bad")]
     scores = [logprob for logprob, _ in model.loglikelihood(asked, disable_tqdm=True)]
     assert results["results"]["blimp_wh_island"]["acc,none"] == statistics.mean([scores[0] > scores[1], scores[2] > scores[3]])
+
+
+def test_a_sweep_over_k_scores_in_one_pass_what_single_runs_score(
+    make_model: MakeModel, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[list[int]] = []
+    found: list[list[tuple[float, bool]]] = []
+    pairs = (("in the", " beginning"), ("and it came", " to pass"), ("in the", " beginning"))
+    asked = [_ask("loglikelihood", *pair) for pair in pairs]
+
+    def counted(loaded: Any, pairs: Any, ks: Any, **options: Any) -> Any:
+        if pairs:
+            passes.append([len(pairs), *ks])
+        return score_continuations(loaded, pairs, ks, **options)
+
+    def one_run(arguments: list[str]) -> None:
+        given = dict(item.split("=") for item in arguments[1].split(","))
+        model = make_model(num_steps=int(given["num_steps"]))
+        found.append(model.loglikelihood(asked, disable_tqdm=True))
+
+    singly = {k: make_model(num_steps=k).loglikelihood(asked, disable_tqdm=True) for k in (1, 4)}
+    monkeypatch.setattr(harness, "score_continuations", counted)
+    monkeypatch.setattr(harness, "run", one_run)
+    run_sweep(["--model_args", f"checkpoint={folders('onestep')}"], [1, 4])
+    assert passes == [[2, 1, 4]] and harness.SWEEP.ks == () and not harness.SWEEP.scores
+    for k, scores in zip((1, 4), found, strict=True):
+        assert [logprob for logprob, _ in scores] == pytest.approx([logprob for logprob, _ in singly[k]], abs=1e-4)
+    assert found[0] != found[1]
+
+
+def test_a_sweep_names_k_once(capfd: pytest.CaptureFixture[str]) -> None:
+    assert taken_out(["a", "--steps", "1,4", "--steps=2", "b"], "--steps") == (["a", "b"], "2")
+    assert taken_out(["a", "--steps"], "--steps") == (["a"], "")
+    for arguments in (["--model_args", "checkpoint=x,num_steps=4"], ["--tasks", "piqa"]):
+        assert run(app, ["eval", "lm-eval", *arguments, "--steps", "1,4"], "rdlm") == 2
+        assert "--steps=[1, 4]" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_unreadable_blimp_files_are_named(blimp: Path, tmp_path: Path) -> None:

@@ -55,6 +55,9 @@ def test_a_model_that_knows_nothing_scores_log_vocabulary(loaded: Loaded, data: 
         assert result["nll"] == pytest.approx(math.log(VOCAB), abs=1e-5)
         assert result["perplexity"] == pytest.approx(VOCAB, rel=1e-4)
         assert result["bits_per_byte"] == pytest.approx(math.log2(VOCAB) * len(text) / num_bytes, rel=1e-5)
+        characters = len(loaded.tokenizer.decode(text.tolist()))  # type: ignore[union-attr]
+        assert characters < num_bytes
+        assert result["bits_per_character"] == pytest.approx(result["bits_per_byte"] * num_bytes / characters, rel=0.01)
         assert result["nll_interval"] == pytest.approx([math.log(VOCAB)] * 2, abs=1e-5)
 
 
