@@ -6,7 +6,6 @@ that the reference keeps as a buffer, follows from the config and is dropped and
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shutil
@@ -97,9 +96,10 @@ def _local(source: str) -> Path:
         return Path(source)
     if not HUB_ID.fullmatch(source) or Path(source).exists():
         raise UserError("SOURCE", source, "is no folder", "give a folder in Hugging Face layout, or a hub id OWNER/NAME")
-    hub = importlib.import_module("huggingface_hub")
+    from huggingface_hub import snapshot_download  # slow to import, and only an id of the hub needs it
+
     try:
-        return Path(hub.snapshot_download(source, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the library raises its own, the HTTP client's and the operating system's exceptions
         problem = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
