@@ -35,7 +35,7 @@ def main(
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
         page.set_default_timeout(300_000)
         page.goto(url)
-        page.wait_for_function("document.getElementById('steps').max > 1")
+        page.wait_for_function("() => document.getElementById('steps').max > 1")
         page.fill("#steps", str(steps))
         fields = {"#prompt": prompt, "#compare": compare, "#tokens": str(tokens)} | (
             {"#threshold": threshold} if threshold else {}
@@ -44,7 +44,7 @@ def main(
         for field, value in fields.items():
             page.fill(field, value)
         page.click("#go")
-        page.wait_for_function("document.getElementById('said').textContent === 'done'")
+        page.wait_for_function("() => document.getElementById('said').textContent === 'done'")
         out.parent.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=str(out), full_page=True)
         browser.close()

@@ -238,7 +238,8 @@ async def soak(
         calm = await closed_loop(calibrate, 2 * slots, friendly)
         capacity = len(calm) / (time.monotonic() - began)
         answered = sum(KINDS[kind] for kind in ("stream", "plain", "slow-reader")) / sum(KINDS.values())
-        rate, series = overload * capacity / answered, []
+        rate = overload * capacity / answered
+        series: list[tuple[float, float]] = []
         watcher = asyncio.ensure_future(watch_memory(live.process.pid, max(0.5, seconds / 400), series))
         with tqdm(desc=f"capacity {capacity:.2f}/s, sending {rate:.2f}/s", unit=" requests", mininterval=5) as bar:
             samples = await open_loop(seconds, rate, traffic.rng, traffic.send, bar.update)

@@ -56,7 +56,7 @@ def visit(browser: Any, url: str) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto(url)
-        page.wait_for_function("document.getElementById('steps').max > 1")
+        page.wait_for_function("() => document.getElementById('steps').max > 1")
         return page
 
     yield open_page
@@ -129,7 +129,10 @@ def test_steps_of_each_token_are_shown_as_colour_and_in_words(visit: Callable[..
     colours = tokens(page).evaluate_all("spans => spans.map(s => s.style.background)")
     assert all(title.partition(" ")[2] in ("step", "steps") for title in titles) and all(colours)
     assert len(set(colours)) == len(set(titles)) and dict(zip(titles, colours, strict=True)).keys() == set(titles)
-    assert page.locator("#legend").is_visible() and "steps a token" in page.locator("article div").inner_text()
+    assert (
+        page.locator("#legend").inner_text().split() == ["1", "step", "8", "steps"]
+        and "steps a token" in page.locator("article div").inner_text()
+    )
 
 
 def test_mistakes_are_said_where_they_are_made(visit: Callable[..., Any], url: str) -> None:
