@@ -18,6 +18,7 @@ from rdlm.errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("train.data_cli:app", "Turn text into tokenised, memory-mapped shards."),
     "train": ("train.cli:app", "Train a model from a config, on one process or under DeepSpeed."),
+    "merge": ("train.merge_cli:app", "Put blocks that were trained alone together into one checkpoint."),
     "generate": ("serve.generate_cli:app", "Continue a prompt from a checkpoint, without a server."),
     "serve": ("serve.cli:app", "Serve a checkpoint over an OpenAI-compatible HTTP interface."),
     "eval": ("eval.cli:app", "Measure a checkpoint, for instance its held-out NLL against the core steps K."),

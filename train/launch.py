@@ -13,36 +13,59 @@ from pathlib import Path
 import psutil
 
 from rdlm.errors import UserError
-from train.process import LAUNCHER_PID, fail
+from train.process import LAUNCHER_PID, die_with_launcher, fail
 from train.settings import TrainConfig, load
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_PROCESSES = 2
 
 
-def launch(path: str, overrides: list[str], num_procs: int | None) -> int:
+def launch(path: str, overrides: list[str], num_procs: int | None, devices: list[int] | None = None) -> int:
     """Train in ``num_procs`` processes (None: one per GPU, or 2 on CPU); returns the exit status. Raises UserError before
-    anything is started.
+    anything is started. devices: the GPUs to use, None for the first ``num_procs``.
 
     A SIGTERM or SIGINT is passed on: training finishes its update, writes a checkpoint, and the status is 128 + signal.
     """
+    if LAUNCHER_PID in os.environ:  # started by train/parallel.py
+        die_with_launcher()
     config = load(path, overrides)
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    available = torch.cuda.device_count() if on_gpu else len(os.sched_getaffinity(0))
+    on_gpu, available = accelerators()
     world = num_procs or (available if on_gpu else min(CPU_PROCESSES, available))
     if on_gpu and world > available:
         raise UserError("--num-procs", world, f"there are {available} GPUs", f"use at most {available}")
+    _check_devices(devices, world, available if on_gpu else 0)
     from train.run import check
 
     check(config, world)
+    # DeepSpeed would ignore CUDA_VISIBLE_DEVICES beside a number: GPUs are chosen by name.
+    which = ["--num_accelerators", str(world)] if devices is None else ["--include", f"localhost:{_listed(devices)}"]
     command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(world), "--master_port", str(_free_port()),
+        sys.executable, "-m", "deepspeed.launcher.runner", *which, "--master_port", str(_free_port()),
         "--log_level", "critical", "--module", "train.pretrain", "--config", path, *overrides,
     ]  # fmt: skip
     status, received = _run(command, _environment(on_gpu))
     return _conclude(config, status, received)
+
+
+def accelerators() -> tuple[bool, int]:
+    """(whether there are GPUs, how many there are, or CPU cores)."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return on_gpu, torch.cuda.device_count() if on_gpu else len(os.sched_getaffinity(0))
+
+
+def _listed(devices: list[int]) -> str:
+    return ",".join(map(str, devices))
+
+
+def _check_devices(devices: list[int] | None, world: int, num_gpus: int) -> None:
+    if devices is None:
+        return
+    if not num_gpus or not all(0 <= d < num_gpus for d in devices):
+        raise UserError("--devices", _listed(devices), f"there are {num_gpus} GPUs", "name GPUs of this machine, or leave it out")
+    if len(set(devices)) != world:
+        raise UserError("--devices", _listed(devices), f"does not name {world} GPUs", "set --num-procs to their number")
 
 
 def _environment(on_gpu: bool) -> dict[str, str]:

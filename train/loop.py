@@ -17,12 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rdlm.blockwise import blocks_of, drawn_block
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
 from rdlm.models.blocks import PreNormBlock, SandwichBlock
 from rdlm.objectives import Batch, loss_terms
 from rdlm.registry import build
 from train import resume
+from train.block_engines import BlockEngines
 from train.corpora import Corpus
 from train.ds_config import ds_config
 from train.engine_state import full_precision_weights, unreported_grad_norm
@@ -86,19 +88,22 @@ class Trainer:
         if self.rank == 0:
             self._lock = _lock(self.output)
             resume.clean(self.checkpoints)
-        denoiser = build(config.checkpoint_config, seed=config.seed)
+        self.denoiser = build(config.checkpoint_config, seed=config.seed)
         if config.activation_checkpointing:
-            recompute_layers(denoiser)
-        self.engine, *_ = deepspeed.initialize(
-            model=Stage(denoiser), optimizer=build_optimizer(denoiser, config), config=ds_config(config, self.world)
-        )
+            recompute_layers(self.denoiser)
+        self.engines = BlockEngines([self._start(part) for part in blocks_of(self.denoiser)])
         self._own_norm: Tensor | None = None
         self.step = self._saved_step = self._resume()
         """Updates made."""
 
     @property
-    def denoiser(self) -> Denoiser:
-        return self.engine.module.denoiser
+    def engine(self) -> deepspeed.DeepSpeedEngine | BlockEngines:
+        """What a checkpoint is made of: the engine, or those of all blocks."""
+        return self.engines.active if len(self.engines) == 1 else self.engines
+
+    def _start(self, denoiser: Denoiser) -> deepspeed.DeepSpeedEngine:
+        optimizer, config = build_optimizer(denoiser, self.config), ds_config(self.config, self.world)
+        return deepspeed.initialize(model=Stage(denoiser), optimizer=optimizer, config=config)[0]
 
     def fit(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end; False if ``should_stop`` cut it short. A checkpoint is written either way."""
@@ -133,21 +138,22 @@ class Trainer:
         # DeepSpeed divides by accumulation and averages over processes; both are undone, so that the global count alone divides.
         scale = self.world * self.accumulation / positions
         tally, seed = Tally(), self.config.seed
+        engine = self.engines.choose(drawn_block(len(self.engines), self.step, seed))
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
-        for group in self.engine.optimizer.param_groups:
+        for group in engine.optimizer.param_groups:
             group["lr"] = rate
         for micro, batch in enumerate(batches):
-            total, count, metrics = self.engine(_loss, batch, step=self.step, seed=seed, rank=self.rank, micro=micro)
-            self.engine.backward(total * scale)
+            total, count, metrics = engine(_loss, batch, step=self.step, seed=seed, rank=self.rank, micro=micro)
+            engine.backward(total * scale)
             tally.add(total, count, metrics)
             if micro == len(batches) - 1:
-                self._own_norm = unreported_grad_norm(self.engine)
-            self.engine.step()
+                self._own_norm = unreported_grad_norm(engine)
+            engine.step()
         return tally
 
     def grad_norm(self) -> float:
-        """Norm of the last update's gradient over all parameters, before clipping."""
-        return float(self.engine.get_global_grad_norm() if self._own_norm is None else self._own_norm)
+        """Norm of the last update's gradient over all parameters that it reached, before clipping."""
+        return float(self.engines.active.get_global_grad_norm() if self._own_norm is None else self._own_norm)
 
     def save(self) -> None:
         """Checkpoint the run as it stands."""
@@ -161,7 +167,10 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor] | None:
         """fp32 weights on rank 0, None elsewhere. Collective."""
-        return full_precision_weights(self.engine, self.denoiser)
+        parts = [full_precision_weights(engine, engine.module.denoiser) for engine in self.engines]
+        if len(parts) == 1 or parts[0] is None:
+            return parts[0]
+        return {f"blocks.{b}.{name}": weight for b, part in enumerate(parts) for name, weight in (part or {}).items()}
 
     def _resume(self) -> int:
         found: list[Path | None] = [None]
@@ -202,7 +211,8 @@ class Trainer:
         interval = self.config.evaluation.interval_steps
         if not interval or (self.step % interval and self.step != self.config.schedule.steps):
             return
-        nll = held_out_nll(self.engine.module, self.config, self.corpus, self.device)
+        stage = self.engines.active.module if len(self.engines) == 1 else Stage(self.denoiser)
+        nll = held_out_nll(stage, self.config, self.corpus, self.device)
         if report is not None:
             report.held_out(nll)
 
@@ -246,6 +256,8 @@ class Report:
             "cpu_seconds": self.cpu_seconds,
             "peak_memory_bytes": peak_memory(trainer.device),
         }
+        if len(trainer.engines) > 1:
+            record["block"] = trainer.engines.index
         for name in sorted({name for tally in tallies for name in tally.metrics}):
             pairs = [tally.metrics[name] for tally in tallies if name in tally.metrics]
             record[name] = sum(total for total, _ in pairs) / sum(number for _, number in pairs)

@@ -108,7 +108,8 @@ def plot_loss(records: list[dict[str, Any]], held_out: list[dict[str, Any]], pat
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1, label="each update")
     axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="smoothed")
-    for k in sorted({key for record in held_out for key in record if key != "step"}, key=lambda key: int(key.removeprefix("K="))):
+    names = {key for record in held_out for key in record if key != "step"}
+    for k in sorted(names, key=lambda name: (len(name), name)):  # K=4 before K=16
         series = [(record["step"], record[k]) for record in held_out if k in record]
         axes.plot(*zip(*series, strict=True), marker="o", markersize=4, linewidth=1, label=f"held out, {k}")
     axes.set(xlabel="updates", ylabel="cross-entropy, nats per token", title=title)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rdlm.config import (
+    BlocksConfig,
     CheckpointConfig,
     ModelConfig,
     NoiseConfig,
@@ -66,9 +67,7 @@ class LatinSquareConfig(Strict):
         return 2 * self.side**2
 
 
-DataConfig = Annotated[
-    TokensConfig | GroupProductConfig | PointerChasingConfig | LatinSquareConfig, Field(discriminator="kind")
-]
+DataConfig = Annotated[TokensConfig | GroupProductConfig | PointerChasingConfig | LatinSquareConfig, Field(discriminator="kind")]
 
 
 class BatchConfig(Strict):
@@ -191,6 +190,10 @@ class TrainConfig(Strict):
     objective: ObjectiveConfig = ObjectiveConfig()
     noise: NoiseConfig = NoiseConfig()
     recurrence: RecurrenceConfig = RecurrenceConfig()
+    blocks: BlocksConfig | None = None
+    """How the network is cut into blocks that train on their own; None: it is not."""
+    block: int | None = Field(None, ge=0)
+    """Train this block alone, in ``output/block_<n>``; None trains all of them, one an update. `rdlm train --block` sets it."""
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
@@ -219,8 +222,9 @@ class TrainConfig(Strict):
     def checkpoint_config(self) -> CheckpointConfig:
         """The part that describes the trained model; ``step`` is 0."""
         return CheckpointConfig(
-            name=self.name, model=self.model, objective=self.objective, noise=self.noise, recurrence=self.recurrence
-        )
+            name=self.name, model=self.model, objective=self.objective, noise=self.noise, recurrence=self.recurrence,
+            blocks=self.blocks, block=self.block,
+        )  # fmt: skip
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
@@ -240,7 +244,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
         _apply(data, override)
     config: TrainConfig = parse(TrainConfig, data, str(path))
     _check(config)
-    return config
+    return config if config.block is None else config.model_copy(update={"output": str(block_folder(config, config.block))})
+
+
+def block_folder(config: TrainConfig, block: int) -> Path:
+    """Where the run of one block lies in the output folder of the whole."""
+    return Path(config.output) / f"block_{block}"
 
 
 def _check(config: TrainConfig) -> None:

@@ -18,6 +18,7 @@ PARAMETERS = {
     "huginn_lm1b_bptt": None,
     "huginn_lm1b_paper": None,
     "ar_lm1b": 109_529_856,
+    "ar_lm1b_blocks": None,
     "huginn_3b5": 3_573_221_921,
 }
 
