@@ -14,7 +14,7 @@ from serve.frontend import Frontend
 from serve.intake import Job
 from serve.replies import glimpse_of, timings_of, usage_of
 from serve.schemas import SamplingBody
-from serve.subscription import Subscription
+from serve.subscription import PING, Subscription
 
 T = TypeVar("T")
 Piece = Callable[[Event, bool], dict[str, Any]]
@@ -61,7 +61,7 @@ async def chunks(
 ) -> AsyncIterator[dict[str, Any]]:
     """One chunk a token, the finish reason with the last token's; then, if asked for, one with the usage.
 
-    Between tokens, if asked for, chunks without choices that tell what each core step would have said.
+    Between tokens, if asked for, chunks without choices that tell what each core step would have said; {} for a PING.
     """
     options = body.stream_options
     running = options is not None and options.continuous_usage_stats
@@ -70,6 +70,9 @@ async def chunks(
     counts = [0] * len(job.requests)
     try:
         async for event in subscription.events():
+            if event is PING:
+                yield {}
+                continue
             if event.glimpse is not None:
                 yield {**head, "choices": [], "recurrence": glimpse_of(frontend.token_names, event)}
                 continue

@@ -17,8 +17,6 @@ from serve.runner import Runner
 from serve.scheduler import Scheduler
 from serve.settings import EngineSettings
 
-GENERATION = "generation_config.json"
-
 
 def load_served(folder: Path, settings: EngineSettings) -> Served:
     """Read a checkpoint and build the parts of an engine. Raises UserError."""
@@ -36,7 +34,7 @@ def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     Chat models end texts with several ids (Huginn-0125: 65505 and 65508), of which a tokenizer can name one.
     """
     ends = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
-    for path in (folder / GENERATION, folder / checkpoint.TOKENIZER / GENERATION):
+    for path in (folder / checkpoint.GENERATION, folder / checkpoint.TOKENIZER / checkpoint.GENERATION):
         if not path.is_file():
             continue
         try:

@@ -14,7 +14,7 @@ from serve.frontend import Frontend
 from serve.intake import Job, chat_job
 from serve.replies import TokenNames, chat_logprobs, envelope, merge_steps, prompt_scores, steps_of
 from serve.schemas import ChatRequest
-from serve.streaming import event_stream
+from serve.streaming import PING_SECONDS, event_stream
 from serve.subscription import Subscription
 
 
@@ -31,7 +31,7 @@ async def chat_completions(data: JSONBody[ChatRequest], request: Request[Any, An
 
     if data.stream:
         head = envelope("chat.completion.chunk", job, "chatcmpl")
-        subscription = Subscription(frontend.engine, job.requests)
+        subscription = Subscription(frontend.engine, job.requests, PING_SECONDS)
         return event_stream(chunks(frontend, job, head, piece, data, subscription))
     head = envelope("chat.completion", job, "chatcmpl")
     return Response(head | await until_disconnect(request, collect(frontend, job, piece, _merge)))

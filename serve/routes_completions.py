@@ -14,7 +14,7 @@ from serve.frontend import Frontend
 from serve.intake import completion_job
 from serve.replies import CompletionLogprobs, completion_piece, envelope, merge_completion, prompt_scores
 from serve.schemas import CompletionRequest
-from serve.streaming import event_stream
+from serve.streaming import PING_SECONDS, event_stream
 from serve.subscription import Subscription
 
 
@@ -32,5 +32,6 @@ async def completions(data: JSONBody[CompletionRequest], request: Request[Any, A
         return completion_piece(job, bool(data.echo), event, scribes[event.index], is_first) | scores
 
     if data.stream:
-        return event_stream(chunks(frontend, job, head, piece, data, Subscription(frontend.engine, job.requests)))
+        subscription = Subscription(frontend.engine, job.requests, PING_SECONDS)
+        return event_stream(chunks(frontend, job, head, piece, data, subscription))
     return Response(head | await until_disconnect(request, collect(frontend, job, piece, merge_completion)))

@@ -13,10 +13,14 @@ from serve.errors import ApiError
 
 logger = logging.getLogger("rdlm.serve")
 DONE = b"data: [DONE]\n\n"
+PING_SECONDS = 15.0
+"""Proxies close connections that say nothing for a minute, which is not long in a queue."""
 
 
 def sse(payload: dict[str, Any]) -> bytes:
-    """One unnamed event: a named one would make strict clients fail the request."""
+    """One unnamed event: a named one would make strict clients fail the request. {} is a comment, which clients skip."""
+    if not payload:
+        return b": ping\n\n"
     return b"data: " + msgspec.json.encode(payload) + b"\n\n"
 
 

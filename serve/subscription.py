@@ -10,27 +10,41 @@ from serve.errors import ApiError
 from serve.events import Event
 from serve.sequence import Request
 
+PING = Event(-1)
+"""Stands for a while without news."""
+
 
 class Subscription:
     """Submits requests and iterates over their events until each has finished. ``cancel`` never awaits."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        """Raises EngineClosed or QueueFull."""
+    def __init__(self, engine: Engine, requests: Sequence[Request], ping_seconds: float | None = None) -> None:
+        """ping_seconds: after so long without an event there is a PING. Raises EngineClosed or QueueFull."""
         self._engine = engine
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._open = len(requests)
         loop = asyncio.get_running_loop()
+        self._quiet = True
+        self._timer: asyncio.TimerHandle | None = None
 
         def deliver(event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, event)
 
+        def tick(seconds: float) -> None:
+            if self._quiet:
+                self._events.put_nowait(PING)
+            self._quiet = True
+            self._timer = loop.call_later(seconds, tick, seconds)
+
         self._ids = engine.submit(requests, deliver)
+        if ping_seconds is not None:
+            self._timer = loop.call_later(ping_seconds, tick, ping_seconds)
 
     async def events(self) -> AsyncIterator[Event]:
         """Raises ApiError when the engine loses or drops a request; abandons the others on any exception or early exit."""
         try:
             while self._open:
                 event = await self._events.get()
+                self._quiet = False
                 self._open -= event.finish is not None
                 if event.finish == "error":
                     raise ApiError(
@@ -52,6 +66,8 @@ class Subscription:
 
     def cancel(self) -> None:
         """Free the slots of whatever is unfinished."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._open:
             self._open = 0
             self._engine.abort(self._ids)
