@@ -99,6 +99,16 @@ def test_command_writes_results_with_their_provenance_and_a_figure(folder: Path,
     assert (tmp_path / "r" / "depth.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("task", "counted", "whole"), [("pointer5", 3, "last"), ("latin5", 25, "valid")])
+def test_command_measures_every_task(folder: Path, tmp_path: Path, task: str, counted: int, whole: str) -> None:
+    out = tmp_path / "depth.json"
+    assert _run("--checkpoint", folder, "--task", task, "--lengths", 3, "--steps", "1,4", "--rows", 40, "--out", out) == 0
+    report = json.loads(out.read_text())
+    assert report["data"]["whole"] == whole and report["chance"] == 1 / 5
+    assert all(len(r["by_position"]) == counted and 0 <= r[whole] <= 1 for r in report["results"])
+    assert [r["K"] for r in report["convergence"]["3"]["results"]] == [2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
