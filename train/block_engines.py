@@ -35,14 +35,16 @@ class BlockEngines:
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         """One engine writes ``folder/tag``, several ``folder/tag/block_<n>``. Collective."""
-        for engine, name in zip(self._engines, self._tags(tag), strict=True):
+        for engine, name in self.parts(tag):
             engine.save_checkpoint(folder, tag=name, save_latest=save_latest)
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
         """What ``save_checkpoint`` wrote: (path or None, the last engine's client state), as DeepSpeed returns it. Collective."""
-        results = [engine.load_checkpoint(folder, tag=name) for engine, name in zip(self._engines, self._tags(tag), strict=True)]
+        results = [engine.load_checkpoint(folder, tag=name) for engine, name in self.parts(tag)]
         path, state = results[-1]
         return (None if any(found is None for found, _ in results) else path), state
 
-    def _tags(self, tag: str) -> list[str]:
-        return [tag] if len(self) == 1 else [f"{tag}/block_{b}" for b in range(len(self))]
+    def parts(self, tag: str) -> list[tuple[deepspeed.DeepSpeedEngine, str]]:
+        """Each engine with the tag of its own files under a checkpoint's ``tag``."""
+        tags = [tag] if len(self) == 1 else [f"{tag}/block_{b}" for b in range(len(self))]
+        return list(zip(self._engines, tags, strict=True))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from litestar.testing import TestClient
 
 from rdlm.blockwise import blocks_of
+from rdlm.checkpoint import save
 from rdlm.config import CheckpointConfig
 from rdlm.decoding import sample, uniform
 from rdlm.decoding_types import History, SamplingParams
@@ -18,12 +21,14 @@ from rdlm.registry import build
 from rdlm.sampler import renoise, sampling_levels
 from rdlm.scoring import token_logprobs
 from rdlm.tokenizer import Tokenizer
+from serve.app import create_app
 from serve.engine import Engine
 from serve.events import Served
-from serve.loading import build_served
+from serve.loading import build_served, load_served
 from serve.runner import NOISE
 from serve.sequence import Request
-from serve.settings import EngineSettings
+from serve.settings import EngineSettings, HttpSettings
+from train.merge import merge
 
 WARM = SamplingParams(temperature=1.0, top_p=0.9)
 SETTINGS = EngineSettings(max_slots=4, chunk=5, prefill_rows=16)
@@ -114,3 +119,20 @@ def test_a_block_alone_is_not_served(cut: Callable[..., Served], tokenizer: Toke
     config = cut("evidence").config.model_copy(update={"block": 1})
     with pytest.raises(UserError, match="holds block 1 alone"):
         build_served(build(config, seed=0), config, tokenizer, SETTINGS)
+
+
+def test_merged_blocks_answer_over_http(cut: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Each block saved alone, merged, loaded, served: the answers of the network in memory, at every K."""
+    served = cut("evidence")
+    for b, part in enumerate(blocks_of(served.runner.denoiser)):  # type: ignore[attr-defined]
+        save(tmp_path / f"block_{b}", part, served.config.model_copy(update={"block": b}), tokenizer)
+    merged = merge([tmp_path / f"block_{b}" for b in (2, 0, 1)], tmp_path / "model")
+    body = {"prompt": "in the beginning", "max_tokens": 6, "seed": 3, "temperature": 0.9}
+    answers = []
+    for load_model in (lambda: served, lambda: load_served(merged, SETTINGS)):
+        with Engine(load_model) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+            replies = [client.post("/v1/completions", json={**body, "num_steps": k}) for k in (1, 3, 6)]
+            assert [reply.status_code for reply in replies] == [200] * 3
+            assert client.post("/v1/completions", json={**body, "num_steps": 7}).status_code == 400
+            answers.append([reply.json()["choices"][0]["text"] for reply in replies])
+    assert answers[0] == answers[1] and len(set(answers[0])) == 3
