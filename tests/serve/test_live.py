@@ -60,7 +60,7 @@ def launch(checkpoint: Path, folder: Path, *options: str) -> Live:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise AssertionError(process.stdout.read() if process.stdout else "")
@@ -73,7 +73,7 @@ def launch(checkpoint: Path, folder: Path, *options: str) -> Live:
                 pass  # bound but not listening yet
         time.sleep(0.05)
     process.kill()
-    raise AssertionError("the server was not ready within 60 s")
+    raise AssertionError("the server was not ready within 180 s")
 
 
 @pytest.fixture(scope="module")
