@@ -7,7 +7,6 @@ p(x | context) exp(<y_x, z> / sigma^2); with the model's own prediction at z = 0
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,11 @@ from torch.nn import functional as F
 from eval.bootstrap import interval, resamples
 from eval.plots import heading, new_figure, with_errors, write_png
 from rdlm.checkpoint import Loaded
-from rdlm.errors import UserError
 from rdlm.objectives import Batch, two_stream_hidden
+from rdlm.partition import Curve, equal_drops
 from rdlm.randomness import generator
 from rdlm.sampler import renoise
 from rdlm.scoring import think
-
-Curve = Sequence[tuple[float, float]]
-"""(sigma, cross-entropy in nats), in any order."""
 
 
 @torch.no_grad()
@@ -61,10 +57,12 @@ def evaluate_noise_curve(
 
 def _batch_sums(loaded: Loaded, batch: Batch, sigmas: Sequence[float], num_steps: int, seed: int, number: int) -> np.ndarray:
     """Nats of each window, fp64 [1 + 2 * levels, rows]: of the prior, then of denoiser (zeros if none) and reference by level."""
-    denoiser, ids, targets = loaded.denoiser, batch.input_ids, batch.targets
+    ids, targets = batch.input_ids, batch.targets
     prior = _prior(loaded, ids, num_steps, seed)
-    table, rows = denoiser.unit_table(), [_nats(prior, batch)]
+    rows = [_nats(prior, batch)]
     for level, sigma in enumerate(sigmas):
+        denoiser = loaded.denoiser.at(sigma)
+        table = denoiser.unit_table()
         noise = torch.randn((*ids.shape, table.shape[1]), generator=generator(seed, number, level)).to(ids.device)
         levels = torch.full(ids.shape, sigma, device=ids.device)
         z = renoise(denoiser, targets, levels, noise)
@@ -123,29 +121,11 @@ def _summarise(
 def equal_information_edges(curve: Curve, num_blocks: int) -> list[float]:
     """num_blocks + 1 levels, falling from the highest of the curve to its lowest, between which the cross-entropy drops equally.
 
-    Between measured levels it is interpolated linearly in log sigma; where noise of measurement makes the curve fall with rising
-    sigma, it is taken as flat. UserError for fewer than two levels, or a curve without any drop.
+    The same cut that a run with ``blocks.partition: equal_information`` makes; UserError as there.
     """
     points = sorted(curve)
-    if len(points) < 2 or num_blocks < 1:
-        raise UserError(
-            "curve", len(points), "is too short to be split", "measure at least two levels and ask for a block or more"
-        )
-    logs = np.log([sigma for sigma, _ in points])
-    heights = np.maximum.accumulate([ce for _, ce in points])
-    if heights[-1] <= heights[0]:
-        raise UserError("curve", float(heights[0]), "does not drop", "measure lower and higher levels")
-    wanted = heights[-1] + np.arange(1, num_blocks) / num_blocks * (heights[0] - heights[-1])
-    inner = np.exp(_crossings(logs, heights, wanted))
-    return [math.exp(logs[-1]), *inner.tolist(), math.exp(logs[0])]
-
-
-def _crossings(logs: np.ndarray, heights: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where the rising curve reaches each height; the lowest place where it is flat."""
-    right = np.searchsorted(heights, wanted)
-    left = right - 1
-    share = (wanted - heights[left]) / (heights[right] - heights[left])
-    return logs[left] + share * (logs[right] - logs[left])
+    low, high = points[0][0], points[-1][0]
+    return [high, *equal_drops(points, num_blocks, low, high), low]
 
 
 def plot_noise_curve(report: dict[str, Any], file: Path) -> None:

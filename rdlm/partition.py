@@ -192,7 +192,7 @@ def _edges(schedule: Schedule, num_blocks: int, kind: PartitionKind, inner: Sequ
     if kind == "explicit":
         return _falling("edges", (high, *inner, low), num_blocks)
     if kind == "equal_information":
-        return _falling("curve", (high, *_equal_drops(curve, num_blocks, low, high), low), num_blocks)
+        return _falling("curve", (high, *equal_drops(curve, num_blocks, low, high), low), num_blocks)
     return tuple(schedule.icdf(torch.tensor([1.0 - f for f in fractions], dtype=torch.float64)).tolist())
 
 
@@ -203,16 +203,23 @@ def _falling(field: str, edges: tuple[float, ...], num_blocks: int) -> tuple[flo
     return edges
 
 
-def _equal_drops(curve: Curve, num_blocks: int, low: float, high: float) -> list[float]:
-    """Inner edges between which the curve, cut to [low, high], falls by the same amount; linear in log sigma between points."""
-    sigmas = np.array([sigma for sigma, _ in curve])
-    if len(sigmas) < 2 or sigmas.min() <= 0 or np.any(np.diff(sigmas) <= 0):
+def equal_drops(curve: Curve, num_blocks: int, low: float, high: float) -> list[float]:
+    """The num_blocks - 1 levels, falling, between which the curve, cut to [low, high], drops by the same amount.
+
+    Linear in log sigma between points; where noise of measurement makes the curve fall with rising sigma, it is taken as flat.
+    UserError for fewer than two points, levels that do not rise, or a curve without any drop.
+    """
+    logs = np.log([max(sigma, 1e-300) for sigma, _ in curve])
+    if len(logs) < 2 or min(sigma for sigma, _ in curve) <= 0 or np.any(np.diff(logs) <= 0):
         raise UserError(
             "curve", list(curve), "needs at least two (sigma, nats) pairs rising in sigma > 0", "sort and complete it"
         )
-    levels = np.linspace(math.log(low), math.log(high), 4096)
-    nats = np.maximum.accumulate(np.interp(levels, np.log(sigmas), [value for _, value in curve]))
+    ends = math.log(low), math.log(high)
+    knots = np.array([ends[0], *logs[(logs > ends[0]) & (logs < ends[1])], ends[1]])
+    nats = np.maximum.accumulate(np.interp(knots, logs, [value for _, value in curve]))
     if nats[-1] <= nats[0]:
         raise UserError("curve", list(curve), f"does not rise inside [{low:g}, {high:g}]", "give nats that rise with sigma")
     wanted = nats[-1] + (nats[0] - nats[-1]) * np.arange(1, num_blocks) / num_blocks
-    return [math.exp(levels[np.searchsorted(nats, value)]) for value in wanted]
+    right = np.searchsorted(nats, wanted)  # the lowest place where the curve is flat
+    share = (wanted - nats[right - 1]) / (nats[right] - nats[right - 1])
+    return np.exp(knots[right - 1] + share * (knots[right] - knots[right - 1])).tolist()

@@ -140,7 +140,7 @@ def test_convergence_command_follows_the_state(command: Callable[..., int], tmp_
     [
         ("ce-by-sigma", "evidence", ["--sigmas", "0,1"], "not positive"),
         ("ce-by-sigma", "evidence", ["--num-steps", "2"], "--num-steps=2"),
-        ("ce-by-sigma", "evidence", ["--sigmas", "1"], "curve=1"),
+        ("ce-by-sigma", "evidence", ["--sigmas", "1"], "at least two"),
         ("convergence", "evidence", [], "not an iteration"),
         ("convergence", "single_pass", ["--num-steps", "65"], "out of range"),
     ],
