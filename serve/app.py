@@ -41,7 +41,9 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
         [page, completions, chat_completions, score, models, model, health, ready, metrics, tokenize, detokenize, tokenizer_info],
         state=State({"frontend": Frontend(engine, settings)}),
         guards=[_require_key],
-        exception_handlers={ApiError: _api_error, UserError: _user_error, HTTPException: _http_error, Exception: _defect},
+        exception_handlers={
+            ApiError: _api_error, UserError: _user_error, HTTPException: _http_error, RecursionError: _too_deep, Exception: _defect
+        },
         request_max_body_size=settings.max_body_bytes,
         cors_config=_cors(settings),
         plugins=[PydanticPlugin(validate_strict=True)],
@@ -108,6 +110,11 @@ def _http_error(request: Request[Any, Any, Any], error: HTTPException) -> Respon
         return _answer(request, invalid(f"{param}: {message}" if param else message, param))
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return _answer(request, ApiError(error.status_code, error.detail, kind))
+
+
+def _too_deep(request: Request[Any, Any, Any], _: RecursionError) -> Response[dict[str, Any]]:
+    """The JSON decoder gives up on brackets within brackets; nothing else here recurses over what a client sent."""
+    return _answer(request, invalid("the body is nested too deeply"))
 
 
 def _defect(request: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:

@@ -219,7 +219,8 @@ def test_refusals_name_the_field_and_the_remedy(
 
 
 def test_malformed_bodies_and_wrong_routes(client: TestClient) -> None:
-    for content, status in ((b"{", 400), (b"[]", 400), (b'{"prompt": NaN}', 400), (b"", 400)):
+    deep = b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}"
+    for content, status in ((b"{", 400), (b"[]", 400), (b'{"prompt": NaN}', 400), (b"", 400), (b"[" * 100_000, 400), (deep, 400)):
         answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
         assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error", content
     assert client.get("/v1/nothing").status_code == 404
