@@ -53,6 +53,10 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"name": "single_pass", "depth": POISSON},
         {"name": "single_pass", "depth": {"distribution": "fixed", "mean": 9}},
     ),
+    "single_pass by position": (
+        {"name": "single_pass", "depth": POISSON, "corruption": {"per": "position"}},
+        {"name": "single_pass", "depth": {"distribution": "fixed", "mean": 9}, "corruption": {"per": "position"}},
+    ),
 }
 """Arm -> (objective trained, the same with r fixed at its mean, which is what is timed)."""
 

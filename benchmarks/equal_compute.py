@@ -37,6 +37,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "evidence": ("evidence", {"name": "evidence"}),
     "onestep": ("onestep", {"name": "onestep"}),
     "single_pass": ("single_pass", {"name": "single_pass"}),
+    "single_pass by position": ("single_pass", {"name": "single_pass", "corruption": {"per": "position"}}),
 }
 """Arm -> (cost model in train_step.py, objective as a user writes it)."""
 
@@ -74,7 +75,7 @@ def run_arm(name: str, seed: int, updates: int, lr: float, data: Path, root: Pat
     return {
         "arm": name, "seed": seed, "lr": lr, "updates": updates, "train_tokens": updates * BATCH_SIZE * SEQ_LEN,
         "cpu_seconds": metrics["cpu_seconds"], "tokens": report["tokens"], "results": report["results"], "data": report["data"],
-        "window_nll": report["window_nll"],
+        "window_nll": report["window_nll"], "git_commit": provenance()["git_commit"],
     }  # fmt: skip
 
 
