@@ -18,6 +18,7 @@ import deepspeed
 import torch.distributed as dist
 
 from rdlm.errors import UserError
+from train.repartition import load_repartitioned
 from train.settings import TrainConfig
 
 FORMAT = 1
@@ -77,19 +78,20 @@ def clean(folder: Path) -> None:
 def load(engine: deepspeed.DeepSpeedEngine, path: Path, config: TrainConfig, data: str) -> int:
     """Restore weights and optimizer; returns the number of updates they have seen. Collective.
 
-    Raises UserError where the checkpoint belongs to another configuration or number of processes.
+    Any number of processes may load what any number saved. Raises UserError where the checkpoint belongs to another configuration.
     """
     manifest = json.loads((path / "manifest.json").read_text())
-    world = dist.get_world_size()
-    if manifest["world"] != world:
-        remedy = f"resume with --num-procs {manifest['world']}, or start anew in another output folder"
-        raise UserError("--num-procs", world, f"{path} was written by {manifest['world']} processes", remedy)
     _check_same(manifest["config"], config.model_dump(mode="json"), path)
     if manifest["data"] != data:
         problem = f"the data is not what {path} was trained on"
         raise UserError("data", config.data.model_dump(), problem, "restore it, or start anew in another output folder")
-    loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
-    assert loaded is not None, f"{path} passed its check but DeepSpeed found nothing in it"
+    if manifest["world"] == dist.get_world_size():
+        loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
+        assert loaded is not None, f"{path} passed its check but DeepSpeed found nothing in it"
+    else:
+        alone = isinstance(engine, deepspeed.DeepSpeedEngine)
+        for one, tag in [(engine, TAG)] if alone else [(one, f"{TAG}/block_{b}") for b, one in enumerate(engine)]:
+            load_repartitioned(one, path, tag, manifest["world"])
     return int(manifest["step"])
 
 

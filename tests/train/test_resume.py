@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -149,16 +148,11 @@ def test_resume_accepts_what_does_not_touch_the_computation(trainer) -> None:
     assert trainer(longer).step == 2
 
 
-def test_resume_refuses_another_number_of_processes_and_other_data(trainer) -> None:
+def test_resume_refuses_other_data(trainer) -> None:
     run = trainer({"schedule.steps": 2})
     run.fit()
-    path = run.checkpoints / "step_000002"
-    manifest = json.loads((path / "manifest.json").read_text())
-    with pytest.raises(UserError, match=re.escape("data")):
-        resume.load(run.engine, path, run.config, "other data")
-    (path / "manifest.json").write_text(json.dumps({**manifest, "world": 4}))
-    with pytest.raises(UserError, match=re.escape("--num-procs 4")):
-        resume.load(run.engine, path, run.config, run.corpus.identity)
+    with pytest.raises(UserError, match="data"):
+        resume.load(run.engine, run.checkpoints / "step_000002", run.config, "other data")
 
 
 def test_two_runs_cannot_share_an_output_folder(trainer) -> None:
