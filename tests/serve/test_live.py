@@ -36,7 +36,7 @@ class Live:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=30)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
 
 
 def launch(checkpoint: Path, folder: Path, *options: str) -> Live:
@@ -170,7 +170,7 @@ def _leave(live: Live, body: dict[str, Any]) -> None:
 
 
 def test_sigterm_lets_accepted_requests_finish(checkpoint: Path, tmp_path: Path) -> None:
-    server = launch(checkpoint, tmp_path)
+    server = launch(checkpoint, tmp_path, "--drain-seconds", "120")
     client = server.client()
 
     def ask(i: int) -> int:
@@ -181,11 +181,13 @@ def test_sigterm_lets_accepted_requests_finish(checkpoint: Path, tmp_path: Path)
 
     with ThreadPoolExecutor(4) as pool:
         counts = [pool.submit(ask, i) for i in range(4)]
-        time.sleep(0.4)
+        while "rdlm_running_sequences 4.0" not in httpx.get(f"{server.url}/metrics").text:  # all of them accepted
+            assert not any(count.done() for count in counts)
+            time.sleep(0.02)
         assert not any(count.done() for count in counts)
         server.process.send_signal(signal.SIGTERM)
-        assert [count.result(30) for count in counts] == [150] * 4
-    assert server.process.wait(10) == 0
+        assert [count.result(120) for count in counts] == [150] * 4
+    assert server.process.wait(60) == 0
     assert "serving tiny at http://127.0.0.1:" in (server.process.stdout.read() if server.process.stdout else "")
 
 
