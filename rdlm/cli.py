@@ -17,6 +17,7 @@ from rdlm.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("train.data_cli:app", "Turn text into tokenised, memory-mapped shards."),
+    "plan": ("train.plan_cli:app", "Predict the memory of a config and suggest how to train it on what there is."),
     "train": ("train.cli:app", "Train a model from a config, on one process or under DeepSpeed."),
     "merge": ("train.merge_cli:app", "Put blocks that were trained alone together into one checkpoint."),
     "generate": ("serve.generate_cli:app", "Continue a prompt from a checkpoint, without a server."),

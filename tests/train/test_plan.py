@@ -1,0 +1,98 @@
+"""`rdlm plan` predicts what training allocates, and suggests the least harmful way that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from rdlm.cli import app
+from rdlm.config import parse
+from rdlm.errors import UserError
+from rdlm.objectives import Batch, loss_terms
+from rdlm.registry import build
+from train.plan import predict
+from train.plan_cli import size
+from train.plan_trace import _LiveBytes, trace
+from train.settings import TrainConfig
+
+LLAMA = {"family": "llama", "vocab_size": 64, "d_model": 64, "num_heads": 2, "mlp_width": 96, "num_layers": 4, "max_seq_len": 32}
+
+
+def config(document: Callable[..., dict[str, Any]], **changes: Any) -> TrainConfig:
+    base = {"model": LLAMA, "objective": {"name": "evidence"}, "data.length": 32, "precision": "fp32", "deepspeed.zero_stage": 0}
+    return parse(TrainConfig, document(base | {key.replace("__", "."): value for key, value in changes.items()}), "test")
+
+
+@pytest.mark.parametrize("objective", ["next_token", "evidence", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trace_equals_what_the_real_objective_allocates(document, objective: str, dtype: torch.dtype) -> None:
+    """The same count on real tensors, real loss included: live bytes after the forward pass and the peak of both passes."""
+    settings = config(document, objective={"name": objective}).checkpoint_config
+    traced = trace(build(settings, device="meta"), 4, 32, dtype, 1)
+    denoiser = build(settings, seed=0).to(dtype)
+    ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
+    batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 32, dtype=torch.bool))
+    with _LiveBytes() as count:
+        total = loss_terms(denoiser, batch, step=0, seed=0).total
+        forward = count.live
+        total.backward()
+    assert traced.forward == pytest.approx(forward, rel=0.05)
+    assert traced.peak == pytest.approx(count.peak, rel=0.05)
+    left = sum(p.grad.nbytes for p in denoiser.parameters() if p.grad is not None)
+    assert traced.gradients == pytest.approx(left, abs=8), "all but the evidence scale's"
+
+
+def test_a_layer_of_the_plain_model_keeps_twelve_widths_and_three_mlp_widths(document) -> None:
+    """The closed form in docs/training.md, per row and layer in fp32: 4 (12 D + 3 W) bytes, and 4 for each head's normaliser."""
+
+    def forward(layers: int) -> int:
+        settings = config(document, objective={"name": "next_token"}, model={**LLAMA, "num_layers": layers}).checkpoint_config
+        return trace(build(settings, device="meta"), 4, 32, torch.float32, 1).forward
+
+    rows = 4 * 32
+    assert forward(3) - forward(2) == pytest.approx(4 * rows * (12 * 64 + 3 * 96), rel=0.01)
+
+
+def test_blocks_and_recomputation_and_zero_lower_what_they_should(document) -> None:
+    whole = predict(config(document), 1)
+    block = predict(config(document, blocks={"num_blocks": 4}, block=0), 1)
+    again = predict(config(document, activation_checkpointing=True), 1)
+    assert block.optimizer < 0.4 * whole.optimizer and block.activations < 0.5 * whole.activations
+    assert again.optimizer == whole.optimizer and again.activations < 0.6 * whole.activations
+    sharded = [predict(config(document, deepspeed__zero_stage=stage, precision="bf16"), 2) for stage in (1, 2, 3)]
+    alone = [predict(config(document, deepspeed__zero_stage=stage, precision="bf16"), 1) for stage in (1, 2, 3)]
+    for many, one in zip(sharded, alone, strict=True):
+        assert 2 * many.optimizer == pytest.approx(one.optimizer, rel=1e-3)
+    weights = [memory.parameters for memory in sharded]
+    assert weights[0] == weights[1] == pytest.approx(2 * weights[2], rel=1e-3), "only stage 3 splits weights"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("24GiB", 24 * 2**30), ("0.5 GB", 5 * 10**8), ("900MiB", 900 * 2**20)])
+def test_sizes(text: str, expected: int) -> None:
+    assert size(text) == expected
+
+
+def test_suggestion_prefers_whole_networks_and_takes_blocks_when_it_must(document, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config(document).model_dump(mode="json")))
+
+    def plan(memory: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["plan", str(file), "--memory", memory], standalone_mode=False)
+        return result.return_value, result.output
+
+    need = predict(config(document), 1).total
+    assert "blocks.num_blocks" not in plan("1GiB")[1]
+    status, text = plan(f"{0.45 * need / 1e6:.3f}MB")
+    assert status == 0 and "blocks.num_blocks=" in text
+    assert plan("0.001MB")[0] == 1
+
+
+def test_a_wrong_size_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="--memory='lots'"):
+        size("lots")

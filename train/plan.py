@@ -1,0 +1,164 @@
+"""How much memory a training config needs, by part, and which way of training fits: ``rdlm plan``.
+
+Weights, gradients and optimizer state are counted (bytes per parameter below); activations are those of the objective's own code on
+tensors without data (train/plan_trace.py). Nothing is fitted. Not included: the fixed cost of a process (libraries, CUDA context).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from rdlm.blockwise import blocks_of
+from rdlm.registry import build
+from train.loop import recompute_layers
+from train.plan_trace import Traced, trace
+from train.settings import TrainConfig
+
+ADAM = 8
+"""Bytes of AdamW's two fp32 moments per parameter."""
+MASTER = 4
+"""Bytes of the fp32 copy of a weight."""
+
+
+SENT_ELEMENTS = 500_000_000
+"""DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: gradients sent in one message at ZeRO 0."""
+
+Mode = Literal["one run", "parallel", "resident"]
+"""Blocks are trained at the same time on devices of their own, or one after the other, the others resting in host memory."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process at the peak of an update."""
+
+    parameters: int
+    optimizer: int
+    """Moments and, where there are any, fp32 masters."""
+    gradients: int
+    """Those that exist when the peak is reached, buffers for sending them included."""
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.optimizer + self.gradients + self.activations
+
+
+@lru_cache(maxsize=256)
+def _traced(text: str, micro_size: int) -> tuple[int, int, Traced]:
+    """(parameters, largest tensor's elements, trace) of one block (of the network where it is whole)."""
+    config = TrainConfig.model_validate_json(text)
+    denoiser = blocks_of(build(config.checkpoint_config, device="meta"))[0]
+    count = sum(p.numel() for p in denoiser.parameters())
+    largest = max(p.numel() for p in denoiser.parameters())
+    if config.activation_checkpointing:
+        recompute_layers(denoiser)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return count, largest, trace(denoiser, micro_size, config.data.seq_len, dtype, config.objective.depth.mean)
+
+
+def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
+    """Memory of each of ``world`` processes. Of blocks it is one that counts: they are trained one by one, or apart.
+
+    The peak is that of the backward pass or of AdamW's step, whichever is higher: a step makes two fp32 temporaries of the tensors
+    it works on (of one weight at ZeRO 0 on a CPU, else of all that a process owns), and ZeRO 1 to 3 flatten the gradients first.
+    """
+    micro, accumulation = config.batch.accumulation(world)
+    count, largest, traced = _traced(_essence(config), micro)
+    width = 2 if config.precision == "bf16" else 4
+    spec, stage = config.deepspeed, config.deepspeed.zero_stage
+    owned = count // world if stage > 0 else count
+    masters = MASTER if stage > 0 or width == 2 else 0
+    gradient = MASTER if width == 2 and stage > 0 else width  # bf16 gradients are summed up in fp32
+    kept = gradient * (owned if stage >= 2 else count)
+    waiting = width * min(spec.bucket_elements, count) if stage >= 2 else 0
+    gathered = width * count if stage == 3 and world > 1 else 0
+    fresh = stage == 0 and accumulation == 1  # gradients come into being during the pass: the trace has seen it
+    backward = gathered + (traced.peak if fresh else max(traced.peak - traced.gradients, traced.forward) + kept + waiting)
+    working = owned if stage > 0 or on_gpu else largest
+    copies = MASTER * owned if stage > 0 or width == 2 else 0
+    if stage == 0:  # DeepSpeed sends gradients in flat copies, before the step
+        step = kept + max(width * min(SENT_ELEMENTS, count), copies + 2 * MASTER * working)
+    else:
+        step = copies + 2 * MASTER * working
+    gradients = kept if not fresh else max(traced.peak - traced.forward, 0)
+    return Memory(
+        parameters=width * (owned if stage == 3 else count),
+        optimizer=(ADAM + masters) * owned,
+        gradients=min(gradients, max(backward, step)),
+        activations=max(backward, step) - min(gradients, max(backward, step)),
+    )
+
+
+def _essence(config: TrainConfig) -> str:
+    """The config as far as the trace depends on it: runs that differ in the rest share one."""
+    alike = {"name": "plan", "output": "plan", "batch": {"global_size": 1}, "deepspeed": {}, "seed": 0}
+    return TrainConfig.model_validate({**config.model_dump(), **alike}).model_dump_json()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train a config, and what it takes."""
+
+    config: TrainConfig
+    num_blocks: int
+    processes: int
+    """That share the run of the network or of one block."""
+    memory: Memory
+    mode: Mode
+
+    @property
+    def settings(self) -> list[str]:
+        """What to write behind ``rdlm train CONFIG``."""
+        c = self.config
+        flags = [f"batch.micro_size={c.batch.micro_size}", f"deepspeed.zero_stage={c.deepspeed.zero_stage}"]
+        flags += [f"activation_checkpointing={str(c.activation_checkpointing).lower()}"]
+        if self.num_blocks > 1:
+            flags += [f"objective.name={c.objective.name}", f"blocks.num_blocks={self.num_blocks}"]
+        return flags
+
+
+def arms(config: TrainConfig, devices: int, on_gpu: bool) -> Iterator[Arm]:
+    """Every way, the least harmful first: fewer blocks (they cost quality), then no recomputation (a third of the time), then a lower
+    ZeRO stage (less communication), then larger micro-batches."""
+    for num_blocks in block_counts(config):
+        apart = num_blocks > 1 and devices >= num_blocks
+        world = devices // num_blocks if apart else devices
+        mode: Mode = "one run" if num_blocks == 1 else "parallel" if apart else "resident"
+        for again in (False, True):
+            for stage in (0, 1, 2, 3) if world > 1 else (0,):
+                for micro in micro_sizes(config, world):
+                    variant = _variant(config, num_blocks, again, stage, micro)
+                    yield Arm(variant, num_blocks, world, predict(variant, world, on_gpu), mode)
+
+
+def block_counts(config: TrainConfig) -> list[int]:
+    """Divisors of the number of layers, up to one layer a block; 1 where the family cannot be cut."""
+    layers = config.model.num_layers
+    return [b for b in range(1, layers + 1) if layers % b == 0] if config.model.family == "llama" else [1]
+
+
+def micro_sizes(config: TrainConfig, world: int) -> list[int]:
+    """From a process' whole share of the update down to one sequence by halves, as far as they divide it."""
+    share, _ = config.batch.model_copy(update={"micro_size": None}).accumulation(world)
+    halves = [share >> n for n in range(share.bit_length())]
+    return [size for size in halves if share % size == 0]
+
+
+def _variant(config: TrainConfig, num_blocks: int, again: bool, stage: int, micro: int) -> TrainConfig:
+    document = config.model_dump()
+    document["batch"]["micro_size"], document["activation_checkpointing"] = micro, again
+    document["deepspeed"] = {**document["deepspeed"], "zero_stage": stage, "offload_optimizer": "none", "offload_param": "none"}
+    if num_blocks == 1:
+        document |= {"blocks": None, "block": None}
+    else:
+        blocks = {**(document["blocks"] or {}), "num_blocks": num_blocks, "layers_per_block": None}
+        document |= {"blocks": blocks, "block": 0}
+        if config.objective.k_meaning != "sampling":  # blocks share out noise levels, which this objective lacks
+            del document["model"]["noise_conditioning"]
+            document["objective"] = {"name": "evidence"}
+    return TrainConfig.model_validate(document)
