@@ -53,9 +53,9 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"name": "single_pass", "depth": POISSON},
         {"name": "single_pass", "depth": {"distribution": "fixed", "mean": 9}},
     ),
-    "single_pass by position": (
-        {"name": "single_pass", "depth": POISSON, "corruption": {"per": "position"}},
-        {"name": "single_pass", "depth": {"distribution": "fixed", "mean": 9}, "corruption": {"per": "position"}},
+    "single_pass by sequence": (
+        {"name": "single_pass", "depth": POISSON, "corruption": {"per": "sequence"}},
+        {"name": "single_pass", "depth": {"distribution": "fixed", "mean": 9}, "corruption": {"per": "sequence"}},
     ),
 }
 """Arm -> (objective trained, the same with r fixed at its mean, which is what is timed)."""

@@ -37,7 +37,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "evidence": ("evidence", {"name": "evidence"}),
     "onestep": ("onestep", {"name": "onestep"}),
     "single_pass": ("single_pass", {"name": "single_pass"}),
-    "single_pass by position": ("single_pass", {"name": "single_pass", "corruption": {"per": "position"}}),
+    "single_pass by sequence": ("single_pass", {"name": "single_pass", "corruption": {"per": "sequence"}}),
 }
 """Arm -> (cost model in train_step.py, objective as a user writes it)."""
 

@@ -93,7 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "evidence": {"depth": {}, "corruption": {"share": 0.75}, "readout": "evidence"},
     "single_pass": {
         "depth": {"distribution": "lognormal_poisson", "mean": 2, "grad_steps": 1},
-        "corruption": {"share": 0.25, "per": "sequence"},
+        "corruption": {"share": 0.25},
         "readout": "evidence",
     },
     "paper": {"depth": {}, "corruption": {"share": 1.0, "distribution": "lognormal", "per": "sequence"}, "readout": "edm"},

@@ -8,7 +8,7 @@ Dial two, ``objective.corruption``: which positions start from a noised copy of 
 | next_token  | 1                          | all      | none             | thinking (1)   | logits at K                  |
 | bptt        | 1 + Poisson(LogNormal(32)) | last 8   | none             | thinking       | logits at K                  |
 | onestep     | 1 + Poisson(LogNormal)     | last 1   | none             | thinking       | logits at K                  |
-| single_pass | 1 + Poisson(LogNormal)     | last 1   | of some sequences| thinking       | logits at K with z = 0       |
+| single_pass | 1 + Poisson(LogNormal)     | last 1   | a share          | thinking       | logits at K with z = 0       |
 | evidence    | 1                          | all      | most             | sampling       | logits at sigma_max, z = 0   |
 | paper       | 1                          | all      | all (2 streams)  | sampling       | logits at sigma_max, z = 0   |
 
