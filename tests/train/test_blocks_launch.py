@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +43,34 @@ def steps_of(folder: Path) -> int:
     return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
-@pytest.fixture
-def alone(trainer: Callable[..., Any], tmp_path: Path) -> list[Path]:
-    """Both blocks trained alone in this process -> their output folders."""
-    torch.set_num_threads(1)
-    folders = [tmp_path / f"alone_{b}" for b in range(2)]
-    for b, folder in enumerate(folders):
-        one = trainer({**BLOCKS, "checkpoint.interval_steps": 100, "block": b, "output": str(folder)})
-        assert one.fit()
-        export(one)
-        one.close()
-    return folders
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "DS_ACCELERATOR": "cpu"}
+TRAIN = [sys.executable, "-m", "rdlm", "train"]
+
+
+def trained_alone(config: Path, output: Path) -> list[Path]:
+    """Both blocks trained by a command each -> their output folders."""
+    for b in range(2):
+        command = [
+            *TRAIN,
+            str(config),
+            f"output={output}",
+            "checkpoint.interval_steps=100",
+            "--block",
+            str(b),
+            "--num-procs",
+            "1",
+        ]
+        subprocess.run(command, cwd=REPO, env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
+    return [output / f"block_{b}" for b in range(2)]
 
 
 @pytest.mark.multiproc
-def test_parallel_blocks_with_one_killed_equal_blocks_trained_alone(document, alone: list[Path], tmp_path: Path) -> None:
+def test_parallel_blocks_with_one_killed_equal_blocks_trained_alone(document, tmp_path: Path) -> None:
     """One command trains both; block 1 is killed -9 with all its processes in the middle, and the merge has the same bits."""
     config, output = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(document(BLOCKS)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "rdlm", "train", str(config), "--parallel", "--num-procs", "1"]
-    process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*TRAIN, str(config), "--parallel", "--num-procs", "1"]
+    process = subprocess.Popen(command, cwd=REPO, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 900
     while steps_of(output / "block_1") < 3:
         assert time.monotonic() < deadline and process.poll() is None, "block 1 did not get so far"
@@ -79,6 +85,7 @@ def test_parallel_blocks_with_one_killed_equal_blocks_trained_alone(document, al
     assert steps_of(output / "block_0") == steps_of(output / "block_1") == 40
     merged = load(output / "model")
     assert isinstance(merged.denoiser, Blockwise) and merged.config.block is None and merged.config.step == 80
+    alone = trained_alone(config, tmp_path / "alone")
     by_hand = merge(alone[::-1], tmp_path / "by_hand")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (output / "model", by_hand))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
