@@ -22,7 +22,8 @@ def main(
     """Each arm against the next better one, nats per token, with bootstrap 95 % intervals over windows."""
     raw = read_json(file)
     nll = {
-        f"{run['arm']} seed {run['seed']} lr {run['lr']:g}": np.array(run["window_nll"].get(str(steps)) or run["window_nll"]["1"]) / raw["seq_len"]
+        f"{run['arm']} seed {run['seed']} lr {run['lr']:g}": np.array(run["window_nll"].get(str(steps)) or run["window_nll"]["1"])
+        / raw["seq_len"]
         for run in raw["runs"]
     }
     ordered = sorted(nll, key=lambda name: nll[name].mean())

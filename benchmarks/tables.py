@@ -23,7 +23,8 @@ def language(raw: dict[str, Any]) -> str:
         nll = {str(r["K"]): r for r in run["results"]}
         first = run["results"][0]
         interval = f"{first['nll_interval'][0]:.3f} to {first['nll_interval'][1]:.3f}"
-        rows.append([run["arm"], str(run["seed"]), f"{run['lr']:g}", f"{run['updates']:,}", f"{run['train_tokens'] / 1e6:.2f}", f"{run['cpu_seconds']:.0f}",
+        rows.append([run["arm"], str(run["seed"]), f"{run['lr']:g}", f"{run['updates']:,}",
+                     f"{run['train_tokens'] / 1e6:.2f}", f"{run['cpu_seconds']:.0f}",
                      *(f"{nll[k]['nll']:.4f}" if k in nll else "" for k in ks), interval])  # fmt: skip
     head = ["objective", "seed", "learning rate", "updates", "M tokens", "CPU s", *(f"K = {k}" for k in ks), "95 % at first K"]
     return table(head, rows)
