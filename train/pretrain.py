@@ -6,6 +6,7 @@ It parses, sets the process up and calls train/loop.py. Nothing imports this fil
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -43,4 +44,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written. Taking the interpreter down beside the threads of gloo and torch now and then aborts, which the
+    # launcher would report as a failed run.
+    os._exit(status)
