@@ -178,8 +178,7 @@ class HuginnConfig(Strict):
     adapter_init: Literal["identity", "random"] = "identity"
     """identity: adapter = [0, I] (state first), so the injected embedding passes and the state starts silent."""
     residual_init: Literal["scaled", "plain"] = "scaled"
-    """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every other matrix. A small
-    network whose iterations must change its state learns that sooner from plain."""
+    """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every other matrix."""
     state_init: Literal["zero", "normal"] = "zero"
     """Recurrent state before the first iteration; Huginn-0125 uses a truncated normal ("like-init")."""
 
