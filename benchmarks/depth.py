@@ -33,8 +33,9 @@ SHAPE = {
     "num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1,
     "rope_base": 100.0, "adapter_init": "random", "residual_init": "plain", "tie_embeddings": False,
 }  # fmt: skip
-"""Chosen on `onestep` and truncated BPTT alone, before the sweep: with the defaults of text models (tied read-out, silent state, scaled
-projections, slow rotations) looped arms learned far more slowly (docs/results/main-job.md); the sequences here have 16 positions, not 2048."""
+"""Chosen on `onestep` and truncated BPTT alone, before the sweep: with the defaults of text models (tied read-out, silent
+state, scaled projections, slow rotations) looped arms learned far more slowly (docs/results/main-job.md); the sequences
+here have 16 positions, not 2048."""
 BATCH_SIZE, LENGTH, LONG = 64, 16, 24
 KS = (1, 2, 4, 8, 16, 32, 64)
 POISSON = {"distribution": "lognormal_poisson", "mean": 8}
