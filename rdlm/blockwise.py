@@ -68,8 +68,12 @@ def blocks_of(denoiser: Denoiser) -> list[Denoiser]:
     return [cast(Denoiser, block) for block in denoiser.blocks] if isinstance(denoiser, Blockwise) else [denoiser]
 
 
-def drawn_block(num_blocks: int, step: int, seed: int) -> int:
-    """Which block joint training visits at ``step``: uniform, a pure function of (step, seed), the same on every process."""
+def drawn_block(num_blocks: int, visit: int, seed: int) -> int:
+    """Which block is trained at ``visit``, a pure function of (visit, seed), the same on every process.
+
+    Every ``num_blocks`` visits train each block once, in shuffled order: no block is behind by more than one visit.
+    """
     if num_blocks == 1:
         return 0
-    return int(np.random.default_rng([seed & 0xFFFF_FFFF_FFFF_FFFF, _BLOCK_KEY, step]).integers(num_blocks))
+    lap, place = divmod(visit, num_blocks)
+    return int(np.random.default_rng([seed & 0xFFFF_FFFF_FFFF_FFFF, _BLOCK_KEY, lap]).permutation(num_blocks)[place])

@@ -97,12 +97,15 @@ def test_the_noise_of_blocks_is_independent(cut, monkeypatch: pytest.MonkeyPatch
     assert abs(float(torch.corrcoef(torch.stack(seen))[0, 1])) < 0.4
 
 
-def test_joint_training_visits_blocks_alike_and_reproducibly() -> None:
-    visits = [drawn_block(4, step, seed=11) for step in range(4000)]
-    assert visits == [drawn_block(4, step, seed=11) for step in range(4000)]
-    assert visits != [drawn_block(4, step, seed=12) for step in range(4000)]
-    counts = [visits.count(b) for b in range(4)]
-    assert sum(counts) == 4000 and min(counts) > 900
+def test_visits_are_shuffled_laps() -> None:
+    visits = [drawn_block(4, visit, seed=11) for visit in range(4000)]
+    assert visits == [drawn_block(4, visit, seed=11) for visit in range(4000)]
+    assert visits != [drawn_block(4, visit, seed=12) for visit in range(4000)]
+    laps = [tuple(visits[i : i + 4]) for i in range(0, 4000, 4)]
+    assert all(sorted(lap) == [0, 1, 2, 3] for lap in laps)
+    assert len(set(laps)) == 24, "every order comes up"
+    for place in range(4):
+        assert all(200 < [lap[place] for lap in laps].count(b) < 300 for b in range(4)), "each place is fair"
 
 
 @pytest.mark.parametrize("objective", ["evidence", "paper"])
