@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from litestar import Request
+from litestar.connection import ASGIConnection
+from litestar.handlers.base import BaseRouteHandler
+from litestar.params import HeaderParameter
 
+from serve.depth import STEPS_HEADER
 from serve.errors import ApiError
 from serve.events import Event, Usage
 from serve.frontend import Frontend
@@ -19,6 +23,15 @@ from serve.subscription import PING, Subscription
 T = TypeVar("T")
 Piece = Callable[[Event, bool], dict[str, Any]]
 """(event, whether it is the first of its choice) -> part of the choice."""
+StepsHeader = Annotated[
+    int | None,
+    HeaderParameter(name=STEPS_HEADER, ge=1, description="Core steps K, as num_steps; for clients that cannot send fields."),
+]
+
+
+def accepts(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    """Guard of routes that submit: refuses before the body is read. Raises EngineClosed (503) or QueueFull (429)."""
+    connection.app.state.frontend.engine.check_room(1)
 
 
 async def until_disconnect(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:

@@ -84,7 +84,7 @@ def _cors(settings: HttpSettings) -> CORSConfig | None:
         return None
     return CORSConfig(
         allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type", "x-request-id"], expose_headers=["x-request-id", "retry-after"],
+        allow_headers=["authorization", "content-type", "x-request-id", "x-num-steps"], expose_headers=["x-request-id", "retry-after"],
     )  # fmt: skip
 
 
@@ -107,6 +107,8 @@ def _http_error(request: Request[Any, Any, Any], error: HTTPException) -> Respon
     if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
         first = error.extra[0]
         param, message = str(first.get("key") or "") or None, str(first["message"]).removeprefix("Value error, ")
+        if param and first.get("source") == "header":
+            param = param.replace("_", "-")  # as it is sent, and not as the handler's argument is called
         return _answer(request, invalid(f"{param}: {message}" if param else message, param))
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return _answer(request, ApiError(error.status_code, error.detail, kind))

@@ -15,6 +15,8 @@ THRESHOLDS = {
     "latent-diff": 0.03, "cosine": 1e-3, "kl": 1e-3, "minp-kl": 1e-5, "entropy-diff": 1e-3, "argmax-stability": 5.0,
 }  # fmt: skip
 """Of a request that names none: those of Huginn's reference implementation."""
+STEPS_HEADER = "X-Num-Steps"
+"""K for clients that can send a header and no field (lm-eval's log-likelihoods)."""
 EFFORTS: dict[Effort, Callable[[int], int]] = {
     "none": lambda default: 1,
     "minimal": lambda default: default // 4,
@@ -36,6 +38,8 @@ class Terms:
     """K where a request names none: ``served.default_steps``, or fewer while too many wait (brown-out)."""
     max_ms: int | None = None
     """Longest any request may take."""
+    header_steps: int | None = None
+    """K as the header X-Num-Steps of the request has it."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def resolve_depth(body: SamplingBody, terms: Terms) -> DepthChoice:
 
 
 def _fixed_steps(body: SamplingBody, terms: Terms) -> int | None:
-    """The number of steps that model alias, num_steps or reasoning_effort asks for; None where none of them does."""
+    """The number of steps that model alias, header, num_steps or reasoning_effort asks for; None where none of them does."""
     found: dict[str, int] = {}
     name, served = terms.name, terms.served
     if body.model is not None and body.model != name:
@@ -98,6 +102,8 @@ def _fixed_steps(body: SamplingBody, terms: Terms) -> int | None:
             message = f"the model {body.model!r} does not exist; {hint}"
             raise ApiError(404, message, "invalid_request_error", "model", "model_not_found")
         found["model"] = int(match[1])
+    if terms.header_steps is not None:
+        found[STEPS_HEADER] = terms.header_steps
     if body.reasoning_effort is not None:
         found["reasoning_effort"] = efforts(served)[body.reasoning_effort]
     if isinstance(body.num_steps, int):

@@ -77,19 +77,23 @@ class Engine:
     def num_running(self) -> int:
         return len(self._served.scheduler.running) if self._served else 0
 
+    def check_room(self, count: int) -> None:
+        """Raises EngineClosed unless the engine is ready, QueueFull if ``count`` more sequences do not all fit the queue."""
+        if self.state is not State.READY:
+            raise EngineClosed(self.state.value)
+        waiting = self.num_waiting
+        free = max(0, self.served.scheduler.num_slots - self.num_running - waiting)
+        if waiting + count > self.max_queue + free:
+            raise QueueFull(waiting, self.max_queue, self._retry_after(waiting))
+
     def submit(self, requests: Seq[Request], sink: Sink) -> list[int]:
         """Queue all of ``requests`` or none; ``sink`` gets their events in the engine thread and must not block.
 
-        Raises EngineClosed unless the engine is ready, QueueFull if they do not all fit the queue.
+        Raises what ``check_room`` raises.
         """
         with self._wake:
-            if self.state is not State.READY:
-                raise EngineClosed(self.state.value)
-            served, waiting = self.served, self.num_waiting
-            free = max(0, served.scheduler.num_slots - self.num_running - waiting)
-            if waiting + len(requests) > self.max_queue + free:
-                raise QueueFull(waiting, self.max_queue, self._retry_after(waiting))
-            now, ids = time.monotonic(), []
+            self.check_room(len(requests))
+            served, now, ids = self.served, time.monotonic(), []
             for index, request in enumerate(requests):
                 depth = served.runner.depth(request.steps_at(0))
                 chunk = len(request.prompt) if request.sweep else served.scheduler.chunk

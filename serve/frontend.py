@@ -25,14 +25,13 @@ class Frontend:
         """Raises EngineClosed (503) while the model loads."""
         return self.engine.served
 
-    def terms(self) -> Terms:
-        """What a request that arrives now is checked against."""
+    def terms(self, header_steps: int | None = None) -> Terms:
+        """What a request that arrives now is checked against; header_steps: of its X-Num-Steps."""
         served, waiting, limit = self.served, self.engine.num_waiting, self.settings.brownout_queue
         pressure = 0 if limit is None else waiting // limit
         seconds = self.settings.request_seconds
-        return Terms(
-            self.name, served, max(1, served.default_steps // (1 + pressure)), None if seconds is None else round(1000 * seconds)
-        )
+        limit_ms = None if seconds is None else round(1000 * seconds)
+        return Terms(self.name, served, max(1, served.default_steps // (1 + pressure)), limit_ms, header_steps)
 
     def note(self, job: Job) -> None:
         """Count what the metrics say of a request that is about to be submitted."""

@@ -8,7 +8,7 @@ from litestar import Request, Response, post
 from litestar.datastructures import State
 from litestar.params import JSONBody
 
-from serve.answering import chunks, collect, until_disconnect
+from serve.answering import StepsHeader, accepts, chunks, collect, until_disconnect
 from serve.events import Event
 from serve.frontend import Frontend
 from serve.intake import Job, chat_job
@@ -18,11 +18,13 @@ from serve.streaming import PING_SECONDS, event_stream
 from serve.subscription import Subscription
 
 
-@post("/v1/chat/completions", status_code=200, summary="Answer a conversation", tags=["generation"])
-async def chat_completions(data: JSONBody[ChatRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
+@post("/v1/chat/completions", status_code=200, summary="Answer a conversation", tags=["generation"], guards=[accepts])
+async def chat_completions(
+    data: JSONBody[ChatRequest], request: Request[Any, Any, Any], state: State, x_num_steps: StepsHeader = None
+) -> Response[Any]:
     """OpenAI's chat with ``num_steps``, through the tokenizer's chat template."""
     frontend: Frontend = state.frontend
-    job = chat_job(data, frontend.terms())
+    job = chat_job(data, frontend.terms(x_num_steps))
     frontend.note(job)
 
     def piece(event: Event, is_first: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from litestar import Request, Response, post
 from litestar.datastructures import State
 from litestar.params import JSONBody
 
-from serve.answering import chunks, collect, until_disconnect
+from serve.answering import StepsHeader, accepts, chunks, collect, until_disconnect
 from serve.events import Event
 from serve.frontend import Frontend
 from serve.intake import completion_job
@@ -18,11 +18,13 @@ from serve.streaming import PING_SECONDS, event_stream
 from serve.subscription import Subscription
 
 
-@post("/v1/completions", status_code=200, summary="Continue one or several prompts", tags=["generation"])
-async def completions(data: JSONBody[CompletionRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
+@post("/v1/completions", status_code=200, summary="Continue one or several prompts", tags=["generation"], guards=[accepts])
+async def completions(
+    data: JSONBody[CompletionRequest], request: Request[Any, Any, Any], state: State, x_num_steps: StepsHeader = None
+) -> Response[Any]:
     """OpenAI's completions with ``num_steps``; with echo and logprobs it also scores prompts."""
     frontend: Frontend = state.frontend
-    job = completion_job(data, frontend.terms())
+    job = completion_job(data, frontend.terms(x_num_steps))
     frontend.note(job)
     head = envelope("text_completion", job, "cmpl")
     scribes = [CompletionLogprobs(frontend.token_names) if data.logprobs is not None else None for _ in job.requests]

@@ -8,7 +8,7 @@ from litestar import Request, Response, post
 from litestar.datastructures import State
 from litestar.params import JSONBody
 
-from serve.answering import until_disconnect
+from serve.answering import accepts, until_disconnect
 from serve.events import Event
 from serve.frontend import Frontend
 from serve.intake import Job, score_job
@@ -17,7 +17,7 @@ from serve.schemas import ScoreRequest
 from serve.subscription import Subscription
 
 
-@post("/v1/score", status_code=200, summary="Log-probabilities of prompts at several K", tags=["scoring"])
+@post("/v1/score", status_code=200, summary="Log-probabilities of prompts at several K", tags=["scoring"], guards=[accepts])
 async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
     """The trajectory is shared: scoring at K = 1, 4 and 16 costs 16 core steps a position and three read-outs."""
     frontend: Frontend = state.frontend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from serve.cli import _keys_of
 from serve.engine import Engine
 from serve.events import Served
 from serve.loading import load_served
+from serve.sequence import Request
 from serve.settings import EngineSettings, HttpSettings
 from serve.tracing import traced
 
@@ -61,6 +63,54 @@ def test_exits_may_spare_a_prompt_that_is_scored(client: TestClient) -> None:
     left, fixed = (complete(client, **body, **extra)["choices"][0] for extra in ({"exit": rule}, {}))
     assert left["logprobs"]["token_logprobs"][:3] == pytest.approx(fixed["logprobs"]["token_logprobs"][:3], abs=1e-5, nan_ok=True)
     assert left["recurrence"]["steps"] == [8, 1, 1]
+
+
+def test_k_can_come_in_a_header(client: TestClient) -> None:
+    """For clients whose bodies are fixed: lm-eval's log-likelihoods take ``header={"X-Num-Steps": ...}``."""
+
+    def post(value: str, path: str = "/v1/completions", **body: Any) -> Any:
+        return client.post(path, json={"prompt": [[5, 6]], "max_tokens": 1, **body}, headers={"x-num-steps": value})
+
+    assert post("7").json()["usage"]["recurrence"]["num_steps"] == 7
+    assert post("7", num_steps=7, model="tiny:k7").json()["usage"]["recurrence"]["num_steps"] == 7
+    chat = client.post(
+        "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, headers={"X-Num-Steps": "3"}
+    )
+    assert chat.json()["usage"]["recurrence"]["num_steps"] == 3
+    for value, body in (("9", {}), ("0", {}), ("many", {}), ("7", {"num_steps": 2}), ("7", {"model": "tiny:k2"})):
+        refused = post(value, **body)
+        assert refused.status_code == 400, value
+        assert "x-num-steps" in refused.json()["error"]["message"].lower(), refused.text
+
+
+def test_what_cannot_be_taken_is_refused_before_its_body_is_read(make_served: Callable[..., Served]) -> None:
+    async def post(app: Any, path: str) -> list[dict[str, Any]]:
+        async def receive() -> Any:
+            raise AssertionError("the body was read")
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        sent: list[dict[str, Any]] = []
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"16000000")]
+        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""}
+        await app(
+            {**scope, "headers": headers, "scheme": "http", "server": ("x", 80), "client": None, "http_version": "1.1"},
+            receive,
+            send,
+        )
+        return sent
+
+    engine = Engine(lambda: make_served(settings=EngineSettings(max_slots=1)), max_queue=0)
+    app = create_app(engine, HttpSettings())
+    paths = ("/v1/completions", "/v1/chat/completions", "/v1/score")
+    assert [asyncio.run(post(app, path))[0]["status"] for path in paths] == [503] * 3, "still loading"
+    with engine:
+        held = engine.submit([Request((5,), 8, 100)], lambda event: None)
+        answers = [asyncio.run(post(app, path))[0] for path in paths]
+        engine.abort(held)
+    assert [answer["status"] for answer in answers] == [429] * 3
+    assert all(b"retry-after" in dict(answer["headers"]) for answer in answers)
 
 
 def test_timings_add_up(client: TestClient) -> None:

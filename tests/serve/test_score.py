@@ -63,6 +63,20 @@ def test_a_sweep_equals_scoring_at_each_k_among_strangers(client: TestClient, se
     assert answer["usage"]["completion_tokens"] == 0
 
 
+def test_a_sweep_runs_the_core_as_often_as_its_largest_k(client: TestClient, served: Served) -> None:
+    """Counted where it happens: forwards of the core, whatever the account says."""
+    model, calls = served.runner.denoiser, []  # type: ignore[attr-defined]
+    step = model.step
+    model.step = lambda *args: (calls.append(args[0].shape[1]), step(*args))[1]
+    try:
+        for ks, times in ((KS, 8), ([8], 8), ([1, 2], 2)):
+            calls.clear()
+            assert client.post("/v1/score", json={"prompt": [ids(40)], "num_steps": ks}).status_code == 200
+            assert calls == [40] * times
+    finally:
+        del model.step
+
+
 def test_text_is_scored_as_completions_score_it(client: TestClient) -> None:
     scores = client.post("/v1/score", json={"prompt": "and it", "num_steps": [1]}).json()["scores"][0]
     body: dict[str, Any] = {"prompt": "and it", "num_steps": 1, "echo": True, "logprobs": 0, "max_tokens": 0}
