@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -54,7 +55,7 @@ def visit(browser: Any, url: str) -> Iterator[Callable[..., Any]]:
         page = contexts[-1].new_page()
         page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("console", lambda message: problems.append(message.text) if _is_defect(message) else None)
         page.goto(url)
         page.wait_for_function("() => document.getElementById('steps').max > 1")
         return page
@@ -65,8 +66,17 @@ def visit(browser: Any, url: str) -> Iterator[Callable[..., Any]]:
     assert not problems
 
 
+def _is_defect(message: Any) -> bool:
+    """A refused request is logged by the browser itself, and is an answer."""
+    return message.type == "error" and not message.text.startswith("Failed to load resource")
+
+
 def ended(page: Any, how: str = "done") -> None:
     page.wait_for_function("how => document.getElementById('said').textContent === how", arg=how)
+
+
+def _fulfill(answer: dict[str, Any], route: Any) -> None:
+    route.fulfill(**answer)
 
 
 def tokens(page: Any, panel: int = 0) -> Any:
@@ -144,11 +154,35 @@ def test_mistakes_are_said_where_they_are_made(visit: Callable[..., Any], url: s
         assert page.locator("article").count() == 0 and not page.locator(field).evaluate("field => field.checkValidity()")
         assert says in page.locator(field).evaluate("field => field.validationMessage")
         page.fill(field, before)
-    refusal = {"error": {"message": "missing or wrong API key"}}
-    page.route("**/v1/completions", lambda route: route.fulfill(status=200, body="data: " + json.dumps(refusal) + "\n\n"))
+
+
+def test_what_goes_wrong_is_said_and_what_came_stays(visit: Callable[..., Any]) -> None:
+    """An error within a stream; a stream that breaks off after comments and a token; a server that is gone."""
+    page = visit()
+    token = "data: " + json.dumps({"choices": [{"index": 0, "text": "so far", "finish_reason": None, "logprobs": None}]})
+    refusal = "data: " + json.dumps({"error": {"message": "the model failed"}})
+    for body, says in ((refusal, "the model failed"), (token, "broke before the answer was complete")):
+        answer = {"status": 200, "body": f": ping\n\n{body}\n\n: ping\n\n"}
+        page.route("**/v1/completions", partial(_fulfill, answer))
+        page.click("#go")
+        ended(page, "failed")
+        assert says in page.locator("article [role=alert].bad").inner_text()
+    assert tokens(page).all_text_contents() == ["so far"]
+    page.unroute("**/v1/completions")
+    page.route("**/v1/completions", lambda route: route.abort())
     page.click("#go")
-    ended(page)
-    assert page.locator("article .bad").inner_text() == "missing or wrong API key"
+    ended(page, "failed")
+    assert page.locator("article .bad").inner_text() == "the server cannot be reached"
+
+
+def test_it_waits_for_a_server_that_loads(visit: Callable[..., Any]) -> None:
+    loading = {"error": {"message": "the server is loading; try again later"}}
+    page = visit()
+    page.route("**/v1/models", lambda route: route.fulfill(status=503, body=json.dumps(loading)), times=1)
+    page.reload()
+    page.wait_for_function("() => document.getElementById('about').textContent.includes('loading')")
+    page.wait_for_function("() => document.getElementById('steps').max > 1")
+    assert "bad" not in (page.locator("#about").get_attribute("class") or "")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -168,11 +202,22 @@ def test_phone_in_both_schemes(visit: Callable[..., Any], scheme: str) -> None:
 
 
 CONTRAST = """() => {
-  const light = css => { const [r, g, b] = css.match(/[0-9.]+/g).map(Number).map(v => v / 255)
+  const numbers = css => css.match(/[0-9.]+/g).map(Number);
+  const light = rgb => { const [r, g, b] = rgb.map(v => v / 255)
       .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const ratio = (element, behind) => { const [a, b] = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor]
-      .map(light).sort((x, y) => y - x); return (a + 0.05) / (b + 0.05); };
+  const between = (one, other) => { const [a, b] = [one, other].map(light).sort((x, y) => y - x); return (a + 0.05) / (b + 0.05); };
+  const colour = element => numbers(getComputedStyle(element).color).slice(0, 3);
+  const behind = element => numbers(getComputedStyle(element).backgroundColor).slice(0, 3);
   const [article, soft, go] = ["article", "article .soft", "#go"].map(name => document.querySelector(name));
-  return { text: ratio(document.body, document.body), card: ratio(article, article), soft: ratio(soft, article), button: ratio(go, go) };
+  const token = document.createElement("span");
+  article.append(token);
+  const shades = Array.from({ length: 21 }, (_, i) => {
+    token.style.background = shade(i / 20);
+    const [r, g, b, alpha] = numbers(getComputedStyle(token).backgroundColor);
+    return between(colour(article), behind(article).map((under, j) => (1 - alpha) * under + alpha * [r, g, b][j]));
+  });
+  token.remove();
+  return { text: between(colour(document.body), behind(document.body)), card: between(colour(article), behind(article)),
+    soft: between(colour(soft), behind(article)), button: between(colour(go), behind(go)), shades: Math.min(...shades) };
 }"""
-"""WCAG contrast of the page's texts with what is behind them."""
+"""WCAG contrast of the page's texts with what is behind them, the shades of steps per token included."""
