@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,7 +46,7 @@ def test_two_replicas_answer_alike(url: str) -> None:
     assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 401
 
     def ask(seed: int) -> dict[str, Any]:
-        body = {"prompt": "in the", "num_steps": 1 + seed % 8, "seed": seed, "max_tokens": 8}
+        body = {"prompt": "in the", "num_steps": 1 + seed % 8, "seed": seed, "max_tokens": 8, "ignore_eos": True}
         answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]
@@ -55,12 +54,9 @@ def test_two_replicas_answer_alike(url: str) -> None:
     alone = [ask(seed) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, range(8))) == alone
-    counts: set[str] = set()
-    deadline = time.monotonic() + 60
-    while len(counts) < 2 and time.monotonic() < deadline:  # each replica has counted its own tokens
-        text = httpx.get(f"{url}/metrics", headers=headers).text
-        counts.add(next(line for line in text.splitlines() if line.startswith("rdlm_tokens_total")))
-    assert len(counts) == 2
+    text = httpx.get(f"{url}/metrics", headers=headers).text  # of one replica, whichever answers
+    drawn = float(next(line for line in text.splitlines() if line.startswith("rdlm_tokens_total")).split()[1])
+    assert 0 < drawn < 2 * 8 * 8, "both replicas have worked"
 
 
 def test_streams_pass_through(url: str) -> None:
