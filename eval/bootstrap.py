@@ -3,7 +3,13 @@ with the same draws, so comparisons are paired."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
+
+Pair = tuple[float, Sequence[float]]
+"""A figure and its interval."""
 
 SAMPLES = 2000
 FEWEST_UNITS = 5
@@ -28,3 +34,9 @@ def mean_with_interval(values: np.ndarray, seed: int) -> dict[str, object]:
         "value": float(values.mean()),
         "interval": None if few else interval(resamples(len(values), seed) @ values / len(values)),
     }
+
+
+def mover(a: Pair, b: Pair) -> Pair:
+    """a - b with its interval, from those of a and b taken as independent (Zou and Donner 2008, "MOVER")."""
+    (x, (x_low, x_high)), (y, (y_low, y_high)) = a, b
+    return x - y, [x - y - math.hypot(x - x_low, y_high - y), x - y + math.hypot(x_high - x, y - y_low)]

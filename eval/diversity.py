@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,21 +53,32 @@ def unigram_entropy(texts: Sequence[Words]) -> float:
     return -sum(c / total * math.log2(c / total) for c in counts.values())
 
 
-def measure(texts: Sequence[Sequence[str]], seed: int = 0, group_texts: int = GROUP_TEXTS) -> dict[str, Any]:
-    """texts[prompt][choice] -> each figure as {"value", "interval"}.
+def blocks(num_prompts: int, group_texts: int = GROUP_TEXTS) -> list[slice]:
+    """The prompts in whole blocks of ``group_texts``, in order (one smaller block where there are fewer); a rest is left out."""
+    size = min(group_texts, num_prompts)
+    return [slice(start, start + size) for start in range(0, num_prompts - size + 1, size)]
 
-    distinct_1..3 and entropy_bits: means over groups of ``group_texts`` texts of different prompts (all prompts' first choices, then
-    their second ones), resampled by group; what fills no group is left out of these four and counted in "texts_outside_groups".
+
+def measure(texts: Sequence[Sequence[str]], seed: int = 0, group_texts: int = GROUP_TEXTS) -> dict[str, Any]:
+    """texts[prompt][choice], equally many for each -> each figure as {"value", "interval"}.
+
+    distinct_1..3 and entropy_bits: means over groups of ``group_texts`` texts, one for each prompt of a block (``blocks``), resampled by
+    block; what fills no group is left out of these four and counted in "texts_outside_groups". "distinct_2" also holds "by_block".
     repetition and mean_words: means over texts, resampled by prompt.
     """
     split = [[words(text) for text in choices] for choices in texts]
-    flat = [choices[c] for c in range(max(map(len, split))) for choices in split if c < len(choices)]
-    size = min(group_texts, len(split))
-    groups = [flat[i : i + size] for i in range(0, len(flat) - size + 1, size)]
-    figures: dict[str, Any] = {
-        f"distinct_{n}": mean_with_interval(np.array([distinct(group, n) for group in groups]), seed) for n in (1, 2, 3)
-    }
-    figures["entropy_bits"] = mean_with_interval(np.array([unigram_entropy(group) for group in groups]), seed)
+    found = blocks(len(split), group_texts)
+    groups = [list(zip(*split[block], strict=True)) for block in found]  # [block][choice][prompt]
+
+    def by_block(of: Callable[[Sequence[Words]], float]) -> np.ndarray:
+        return np.array([np.mean([of(group) for group in choices]) for choices in groups])
+
+    orders = {f"distinct_{n}": by_block(partial(distinct, n=n)) for n in (1, 2, 3)}
+    figures: dict[str, Any] = {name: mean_with_interval(values, seed) for name, values in orders.items()}
+    figures["distinct_2"]["by_block"] = orders["distinct_2"].tolist()
+    figures["entropy_bits"] = mean_with_interval(by_block(unigram_entropy), seed)
     for name, of in (("repetition", repetition), ("mean_words", len)):
         figures[name] = mean_with_interval(np.array([np.mean([of(text) for text in choices]) for choices in split]), seed)
-    return {**figures, "texts": len(flat), "group_texts": size, "texts_outside_groups": len(flat) - size * len(groups)}
+    size, choices = found[0].stop, len(split[0])
+    left_out = (len(split) - size * len(found)) * choices
+    return {**figures, "texts": len(split) * choices, "group_texts": size, "texts_outside_groups": left_out}

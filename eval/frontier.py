@@ -9,9 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
+from eval.bootstrap import FEWEST_UNITS, interval, resamples
 from eval.plots import heading, new_figure, write_png
 
 Row = dict[str, Any]
@@ -25,21 +27,56 @@ def curves(results: list[Row]) -> dict[tuple[int, float], list[Row]]:
     return dict(found)
 
 
-def at_equal_diversity(results: list[Row], teacher: str, distinct_2: float) -> list[Row]:
-    """Perplexity of each curve where its distinct-2 is the one given: log-linear between the two settings around it, None where the
-    curve does not reach it. -> [{"num_steps", "top_p", "perplexity"}]."""
+def at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> list[Row]:
+    """Perplexity of each curve where its distinct-2 is that of human text, and its 95 % interval over blocks of prompts.
+
+    -> [{"num_steps", "top_p", "perplexity", "interval"}]; None where the curve does not get there.
+    """
     return [
-        {"num_steps": k, "top_p": top_p, "perplexity": _interpolated(rows, teacher, distinct_2)}
-        for (k, top_p), rows in curves(results).items()
+        {"num_steps": k, "top_p": top_p, **estimate(found)}
+        for (k, top_p), found in nats_at_equal_diversity(report, teacher, seed).items()
     ]
 
 
-def _interpolated(rows: list[Row], teacher: str, distinct_2: float) -> float | None:
-    for left, right in pairwise(rows):
-        (x0, y0), (x1, y1) = _point(left, teacher), _point(right, teacher)
-        if x0 != x1 and min(x0, x1) <= distinct_2 <= max(x0, x1):
-            return math.exp(math.log(y0) + (distinct_2 - x0) / (x1 - x0) * (math.log(y1) - math.log(y0)))
-    return None
+def nats_at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> dict[tuple[int, float], np.ndarray]:
+    """Of each curve: log perplexity at the distinct-2 of human text, fp64 [1 + resamples], NaN where it is not reached.
+
+    Log-linear between the two temperatures around it. Entry 0 weighs all blocks of prompts alike, the others are bootstrap resamples,
+    the same for every curve, for human text and for other reports on the same prompts: differences of two results are paired.
+    There are none with fewer than FEWEST_UNITS blocks.
+    """
+    human = np.array(report["human"]["diversity"]["distinct_2"]["by_block"])
+    drawn = resamples(len(human), seed)[: None if len(human) >= FEWEST_UNITS else 0]
+    weights = np.concatenate([np.ones((1, len(human))), drawn])
+    at = weights @ human / len(human)
+    found = {}
+    for key, rows in curves(report["results"]).items():
+        x = [weights @ np.array(row["diversity"]["distinct_2"]["by_block"]) / len(human) for row in rows]
+        nats = [weights @ np.array(row["perplexity"][teacher]["by_block"]) for row in rows]
+        found[key] = _interpolated(x, [n[:, 0] / n[:, 1] for n in nats], at)
+    return found
+
+
+def _interpolated(x: list[np.ndarray], y: list[np.ndarray], at: np.ndarray) -> np.ndarray:
+    """y at x = at, linear between the first two neighbours around it; all of one shape."""
+    out = np.full_like(at, np.nan)
+    for (x0, x1), (y0, y1) in zip(pairwise(x), pairwise(y), strict=True):
+        here = np.isnan(out) & (x0 != x1) & (np.minimum(x0, x1) <= at) & (at <= np.maximum(x0, x1))
+        out[here] = (y0 + (at - x0) * (y1 - y0) / np.where(x0 == x1, 1, x1 - x0))[here]
+    return out
+
+
+def estimate(nats: np.ndarray) -> Row:
+    """exp of entry 0 and the middle 95 % of the rest, of ``nats_at_equal_diversity`` or a difference of two (then a ratio).
+
+    -> {"perplexity", "interval"}. No value where entry 0 is NaN; no interval where more than 5 % of the rest are, or there are none.
+    """
+    value, known = nats[0], nats[1:][~np.isnan(nats[1:])]
+    enough = len(known) > 0.95 * (len(nats) - 1)
+    return {
+        "perplexity": None if np.isnan(value) else math.exp(value),
+        "interval": interval(np.exp(known)) if enough and not np.isnan(value) else None,
+    }
 
 
 def _point(row: Row, teacher: str) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from eval.bootstrap import interval, resamples
-from eval.diversity import measure
+from eval.diversity import blocks, measure
 from eval.samples import Sampler, Setting
 from eval.teachers import Progress, Teacher, cached
 
@@ -34,9 +34,10 @@ def evaluate_gen_ppl(
 ) -> dict[str, Any]:  # fmt: skip
     """-> {"teachers": [facts], "human": row, "results": [row per setting]}.
 
-    row: {"perplexity": {teacher: {"value", "interval", "tokens"}}, "diversity": diversity.measure(...)}; rows of settings also hold the
-    setting, and per teacher "against_human" and "against_first" (the first setting): the ratio, its paired interval, and
-    "inside_noise", true where the interval holds 1.
+    row: {"perplexity": {teacher: {"value", "interval", "tokens", "by_block"}}, "diversity": diversity.measure(...)}; by_block holds
+    [nats, tokens] of each block of prompts that diversity is measured on. Rows of settings also hold the setting, and per teacher
+    "against_human" and "against_first" (the first setting): the ratio, its paired interval, and "inside_noise", true where the
+    interval holds 1.
     """
     sides = [human, *(texts for _, texts in generated)]
     scores = {t.name: [_score(t, prompts, texts, cache, bar) for texts in sides] for t in teachers}
@@ -75,6 +76,7 @@ def perplexity(scores: np.ndarray, seed: int) -> dict[str, Any]:
         "value": float(np.exp(_rate(scores))),
         "interval": interval(np.exp(_resampled(scores, seed))),
         "tokens": int(scores[:, 1].sum()),
+        "by_block": [scores[block].sum(0).tolist() for block in blocks(len(scores))],
     }
 
 

@@ -6,6 +6,7 @@ knows local folders only by certain names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.bootstrap import mover
 from eval.gen_ppl import Bar, Texts
 from eval.samples import Setting
 from eval.teachers import Teacher, cached
@@ -50,6 +52,10 @@ PROTOCOLS = {
 spreads good scores, which factor 2 squeezes to .98-.99."""
 
 
+RESAMPLES = 200
+"""Bootstrap resamples of the bucket counts: enough for a standard deviation."""
+
+
 def require_mauve() -> None:
     """UserError if the package is missing."""
     if find_spec("mauve") is None:
@@ -58,9 +64,11 @@ def require_mauve() -> None:
 
 
 def mauve(p: np.ndarray, q: np.ndarray, scaling_factor: float, seeds: Sequence[int]) -> dict[str, Any]:
-    """p, q: features [n, D] -> {"value": mean over k-means seeds, "sd": None with one seed, "per_seed", "num_buckets"}.
+    """p, q: features [n, D] -> {"value": mean over k-means seeds, "interval", "sd", "text_sd", "per_seed", "num_buckets"}.
 
-    Buckets, PCA and k-means are the package's defaults. The standard deviation is that of clustering, not of drawing other texts.
+    Buckets, PCA and k-means are the package's defaults. sd: deviation of clustering (None with one seed). text_sd: of drawing other texts,
+    by bootstrap of the bucket counts. interval: 1.96 times both together, because resampled counts lie too low on average to give
+    the interval by their percentiles.
     """
     import faiss
     from mauve import compute_mauve
@@ -72,8 +80,39 @@ def mauve(p: np.ndarray, q: np.ndarray, scaling_factor: float, seeds: Sequence[i
     finally:
         faiss.omp_set_num_threads(threads)
     scores = [float(run.mauve) for run in runs]
-    sd = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
-    return {"value": float(np.mean(scores)), "sd": sd, "per_seed": scores, "num_buckets": int(runs[0].num_buckets)}
+    value, sd = float(np.mean(scores)), float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+    counts = [(run.p_hist, len(p), run.q_hist, len(q)) for run in runs]
+    text_sd = float(np.mean([_text_sd(*each, scaling_factor, seed) for each, seed in zip(counts, seeds, strict=True)]))
+    half = 1.96 * math.hypot(text_sd, (sd or 0) / math.sqrt(len(scores)))
+    return {
+        "value": value, "interval": [max(0.0, value - half), min(1.0, value + half)], "sd": sd, "text_sd": text_sd,
+        "per_seed": scores, "num_buckets": int(runs[0].num_buckets),
+    }  # fmt: skip
+
+
+def _text_sd(p: np.ndarray, num_p: int, q: np.ndarray, num_q: int, scaling_factor: float, seed: int) -> float:
+    """Standard deviation of the score over resamples of the texts, each kept in its bucket. p, q: shares of the buckets."""
+    rng = np.random.default_rng(seed)
+    drawn_p, drawn_q = (rng.multinomial(n, shares, RESAMPLES) / n for n, shares in ((num_p, p), (num_q, q)))
+    return float(np.std(scores_of_shares(drawn_p, drawn_q, scaling_factor), ddof=1))
+
+
+def scores_of_shares(p: np.ndarray, q: np.ndarray, scaling_factor: float) -> np.ndarray:
+    """The package's score of histograms p, q [rows, buckets] -> [rows]: the area under the divergence curve (Pillutla et al. 2021, Eq. 3),
+    the mean of the areas seen from either axis."""
+    weights = np.linspace(1e-6, 1 - 1e-6, 25)[:, None, None]
+    mixed = weights * p + (1 - weights) * q
+
+    def points(shares: np.ndarray, ends: tuple[float, float]) -> np.ndarray:
+        """exp(-scaling_factor KL(shares, mixed)) between the curve's ends, [27, rows]."""
+        ratio = np.divide(shares, mixed, out=np.ones_like(mixed), where=(mixed > 0) & (shares > 0))
+        inside = np.exp(-scaling_factor * (shares * np.log(ratio)).sum(-1))
+        return np.concatenate([np.full((1, len(p)), ends[0]), inside, np.full((1, len(p)), ends[1])])
+
+    x, y = points(q, (1.0, 0.0)), points(p, (0.0, 1.0))
+    over_x = ((y[1:] + y[:-1]) / 2 * (x[:-1] - x[1:])).sum(0)
+    over_y = ((x[1:] + x[:-1]) / 2 * (y[1:] - y[:-1])).sum(0)
+    return (over_x + over_y) / 2
 
 
 def shuffled_words(texts: Sequence[str], seed: int) -> list[str]:
@@ -120,11 +159,9 @@ def evaluate_mauve(
 
 
 def _compare(score: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """Difference of two scores. Inside the noise: within two standard deviations of clustering; unknown with one seed."""
-    difference = score["value"] - reference["value"]
-    if score["sd"] is None:
-        return {"difference": difference, "inside_noise": None}
-    return {"difference": difference, "inside_noise": abs(difference) <= 2 * float(np.hypot(score["sd"], reference["sd"]))}
+    """Difference of two scores; its interval takes them as independent, too wide for scores against the same references."""
+    difference, (low, high) = mover((score["value"], score["interval"]), (reference["value"], reference["interval"]))
+    return {"difference": difference, "interval": [low, high], "inside_noise": low <= 0 <= high}
 
 
 def _features(featuriser: Teacher, texts: Texts, cache: Path, bar: Bar, what: str) -> tuple[np.ndarray, int]:

@@ -56,6 +56,25 @@ def heading(report: Row) -> str:
     return f"{checkpoint['name']}, step {checkpoint['step']:,}"
 
 
+def colour(i: int) -> str:
+    """Of the i-th run in a figure with several."""
+    return f"C{i % 10}"
+
+
+def against_k(curves: dict[str, list[Row]], what: str, bands: dict[str, tuple[float, float]] | None = None) -> bytes:
+    """PNG with a curve for each name over rows of {"K", "value", "value_interval"}; ``bands``: intervals that do not depend on K."""
+    figure, (axes,) = new_figure()
+    for name, (low, high) in (bands or {}).items():
+        axes.axhspan(low, high, color="grey", alpha=0.3)
+        axes.annotate(name, (0.01, high), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+    for i, (name, rows) in enumerate(curves.items()):
+        with_errors(axes, rows, "K", "value", marker="o", markersize=4, color=colour(i), label=name)
+    k_axis(axes, [row["K"] for rows in curves.values() for row in rows], "K")
+    axes.set_ylabel(what)
+    axes.legend(fontsize=7)
+    return png(figure)
+
+
 def draw_nll(axes: Axes, report: Row, **style: Any) -> None:
     """Held-out NLL against K. Mixture estimates are hollow: they are not the likelihood."""
     results = report["results"]

@@ -6,6 +6,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ STYLE = (
 
 
 def write_report(folder: Path, title: str, sections: Sequence[Section], runs: Sequence[Run]) -> list[Path]:
-    """Write report.html, report.md (with figure-N.png) and report.json into the folder. -> their paths."""
+    """Write report.html, report.md (with a PNG for each figure) and report.json into the folder. -> their paths."""
     page, text, data = folder / "report.html", folder / "report.md", folder / "report.json"
     write_bytes(page, html(title, sections).encode())
     markdown, figures = as_markdown(title, sections)
@@ -63,9 +64,11 @@ def as_markdown(title: str, sections: Sequence[Section]) -> tuple[str, dict[str,
     parts = [f"# {title}\n"]
     for section in sections:
         parts.append(f"## {section.title}\n\n{section.about}\n")
+        stem = "-".join(section.title.lower().split())
+        pictures = count(1)
         for block in section.blocks:
             if isinstance(block, Picture):
-                name = f"figure-{len(figures) + 1}.png"
+                name = f"{stem}-{next(pictures)}.png"
                 figures[name] = block.content
                 parts.append(f"![{block.caption}]({name})\n")
             else:

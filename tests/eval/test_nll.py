@@ -2,17 +2,24 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from eval.nll import check_steps, evaluate_nll
 from rdlm.checkpoint import Loaded, save
 from rdlm.cli import app, run
+from rdlm.context import AttentionContext
 from rdlm.denoiser import Denoiser
+from rdlm.layers.modulation import Condition
+from rdlm.layers.table import TokenTable
+from rdlm.models.text import TextModel
 from rdlm.scoring import token_logprobs
 from rdlm.shards import TokenStore
 from rdlm.tokenizer import Tokenizer
@@ -59,6 +66,52 @@ def test_a_model_that_knows_nothing_scores_log_vocabulary(loaded: Loaded, data: 
         assert characters < num_bytes
         assert result["bits_per_character"] == pytest.approx(result["bits_per_byte"] * num_bytes / characters, rel=0.01)
         assert result["nll_interval"] == pytest.approx([math.log(VOCAB)] * 2, abs=1e-5)
+
+
+class Bigram(TextModel):
+    """Logits are ln(count(token, next) + 1): the state is the one-hot token, the read-out the table of counts. A core step keeps the
+    state, so every K says the same."""
+
+    is_recurrent, noise_embedding, lm_head, core_layers = True, None, None, nn.ModuleList()
+
+    def __init__(self, text: torch.Tensor, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size, self.wte = vocab_size, TokenTable(vocab_size, vocab_size)
+        counts = torch.zeros((vocab_size, vocab_size), dtype=torch.float64)  # [next, token]
+        counts.index_put_((text[1:], text[:-1]), torch.ones(len(text) - 1, dtype=torch.float64), accumulate=True)
+        self.wte.weight.data = (counts + 1).log().float()
+
+    def encode(self, input_ids: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
+        return nn.functional.one_hot(input_ids, self.vocab_size).float()
+
+    def core(self, state: torch.Tensor, e: torch.Tensor, cond: Condition | None, ctx: AttentionContext) -> torch.Tensor:
+        return e
+
+    def decode(self, state: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
+        return state
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        raise NotImplementedError
+
+
+def test_a_bigram_model_scores_what_its_counts_say(tiny_config: Callable, tokenizer: Tokenizer, data: Path) -> None:
+    """p(b | a) = (count(a, b) + 1) / (count(a) + V), multiplied out in plain Python over the same windows."""
+    store = TokenStore(data, "valid")
+    config, train = tiny_config("huginn", "onestep", vocab_size=VOCAB), TokenStore(data, "train").read(0, 3000).tolist()
+    denoiser = Denoiser(Bigram(torch.tensor(train), VOCAB), config.objective, config.noise).eval()
+    report = evaluate_nll(Loaded(denoiser, config, tokenizer), store.windows(32, 640, 8), (1, 4))
+    pairs, singles = Counter(pairwise(train)), Counter(train[:-1])
+    read = store.read(0, 641).tolist()
+    nats = [-math.log((pairs[a, b] + 1) / (singles[a] + VOCAB)) for a, b in pairwise(read)]
+    assert report["tokens"] == len(nats) == 640 and 1 < sum(nats) / 640 < math.log(VOCAB) - 1
+    for result in report["results"]:
+        assert result["nll"] == pytest.approx(sum(nats) / 640, rel=1e-5)
+        assert report["window_nll"][str(result["K"])] == pytest.approx(
+            [sum(nats[i : i + 32]) for i in range(0, 640, 32)], abs=1e-3
+        )
+    text = [i for i, token in enumerate(read[1:]) if token != store.manifest.eos_id]
+    num_bytes = sum(len(tokenizer.token_bytes()[read[i + 1]]) for i in text)
+    assert report["results"][0]["bits_per_byte"] == pytest.approx(sum(nats[i] for i in text) / math.log(2) / num_bytes, rel=1e-5)
 
 
 def test_nll_is_the_mean_of_the_scored_tokens_whatever_the_batch_size(loaded: Loaded, data: Path) -> None:

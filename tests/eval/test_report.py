@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.report_sections import mover
+from eval.bootstrap import mover
 from rdlm.cli import app, run
 
 Json = dict[str, Any]
@@ -42,27 +42,30 @@ def _nll(name: str, shift: float, per_window: bool = False) -> Json:
     return {**_head("nll", name), "tokens": 400, "results": rows, **windows}
 
 
-def _gen_ppl(name: str) -> Json:
+def _gen_ppl(name: str, reach: float = 0.7, factor: float = 1.0) -> Json:
+    """At temperatures 0.5 and 1 distinct-2 is 0.4 and ``reach``, human text has 0.6; perplexity is ``factor`` times 20 and 40."""
+
     def texts(x: float, ppl: float) -> Json:
         names = ("distinct_1", "distinct_2", "distinct_3", "repetition", "entropy_bits", "mean_words")
-        varied = {name: {"value": x, "interval": None} for name in names}
-        entry = {"value": ppl, "interval": [ppl * 0.9, ppl * 1.1]}
+        varied = {name: {"value": x, "interval": None, "by_block": [x - 0.01, x + 0.01] * 5} for name in names}
+        blocks = [[100 * np.log(ppl) + i, 100] for i in (-1, 1)] * 5
+        entry = {"value": ppl, "interval": [ppl * 0.9, ppl * 1.1], "by_block": blocks}
         return {"perplexity": {"t": entry}, "diversity": {**varied, "group_texts": 5}}
 
     rows = []
-    for temperature, x, ratio in ((0.5, 0.4, 0.5), (1.0, 0.8, 1.02)):
-        row = {"num_steps": 4, "temperature": temperature, "top_p": 1.0, **texts(x, 40 * ratio)}
+    for temperature, x, ratio in ((0.5, 0.4, 0.5), (1.0, reach, 1.0)):
+        row = {"num_steps": 4, "temperature": temperature, "top_p": 1.0, **texts(x, 40 * ratio * factor)}
         row["perplexity"]["t"]["against_human"] = {
             "ratio": ratio,
             "interval": [ratio - 0.1, ratio + 0.1],
-            "inside_noise": ratio > 1,
+            "inside_noise": ratio == 1,
         }
         rows.append(row)
     return {
         **_head("gen-ppl", name),
         "samples": {"prompts": {"count": 5, "sha256": "p"}, "shape": {"prompt_tokens": 5, "max_tokens": 6, "continuations": 1}, "seed": 0},
         "teachers": [{"name": "t", "fingerprint": "1", "dtype": "float32", "window": 512}],
-        "human": texts(0.82, 40.0),
+        "human": texts(0.6, 40.0),
         "results": rows,
         "at_human_distinct_2": {"t": [{"num_steps": 4, "top_p": 1.0, "perplexity": None}]},
         "examples": [{"prompt": "In the <b>", "human": "beginning | was", "texts": [f"cool {name}", f"warm {name}"]}],
@@ -111,7 +114,7 @@ def test_the_page_stands_alone_and_shows_every_kind(tmp_path: Path, write: Write
     assert _report(tmp_path, *files) == 0
     page = (tmp_path / "r" / "report.html").read_text()
     assert "Two &lt;models&gt;" in page and "A &lt;CPU&gt;" in page and "<models>" not in page
-    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 3 and "http" not in page and "<script" not in page
+    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 4 and "http" not in page and "<script" not in page
     text = (tmp_path / "r" / "report.md").read_text()
     for name in (
         "Held-out likelihood",
@@ -125,11 +128,11 @@ def test_the_page_stands_alone_and_shows_every_kind(tmp_path: Path, write: Write
     ):
         assert name in text
     assert "cool a" not in text  # of each K the setting whose diversity is nearest to that of human text
-    written = {"report.html", "report.md", "report.json", "figure-1.png", "figure-2.png", "figure-3.png"}
+    texts = [f"generative-perplexity-and-diversity-{n}.png" for n in (1, 2)]
+    written = {"report.html", "report.md", "report.json", "held-out-likelihood-1.png", "depth-1.png", *texts}
     assert {f.name for f in (tmp_path / "r").iterdir()} == written
     commands = [row[2] for row in _rows(tmp_path, "Provenance")]
     assert "rdlm eval nll | a" in commands and len(commands) == 6
-    assert [row[-1] for row in _rows(tmp_path, "Generative perplexity and diversity", 1)] == ["-", "-"]
 
 
 def test_differences_inside_the_noise_are_named(tmp_path: Path, write: Write) -> None:
@@ -152,6 +155,47 @@ def test_lm_eval_scores_are_compared_by_their_standard_errors(tmp_path: Path, wr
     assert _report(tmp_path, *files) == 0
     rows = {row[0]: row[4] for row in _rows(tmp_path, "lm-eval")}
     assert "within noise" in rows["b K = 4"] and rows["c K = 4"].startswith("+0.1500") and "noise" not in rows["c K = 4"]
+
+
+def test_runs_are_compared_at_the_diversity_of_human_text(tmp_path: Path, write: Write) -> None:
+    """Two thirds of the way from one temperature to the other in distinct-2 and in log perplexity; the ratio is paired by blocks."""
+    runs = (_gen_ppl("a"), _gen_ppl("b", factor=1.1), _gen_ppl("c", reach=0.5))
+    assert _report(tmp_path, *(write(f"{n}.json", run) for n, run in enumerate(runs))) == 0
+    first, second, short = _rows(tmp_path, "Generative perplexity and diversity", 1)
+    assert first[3].startswith("31.7 [") and first[4] == ""
+    assert second[3].startswith("34.9 [") and second[4] == "1.100 [1.100, 1.100]"
+    assert short[3] == "-" == short[4]
+
+
+def _mauve(name: str, *values: float) -> Json:
+    def score(value: float) -> Json:
+        return {"value": value, "interval": [value - 0.02, value + 0.02], "texts": 100}
+
+    rows = [{"num_steps": k, "temperature": 1.0, "top_p": 1.0, **score(v)} for k, v in zip((1, 4), values, strict=True)]
+    protocol = {"name": "quick", "scaling_factor": 5.0, "seeds": 3}
+    judge = {"name": "t", "fingerprint": "1", "dtype": "float32", "window": 512}
+    return {
+        **_head("mauve", name), "samples": _gen_ppl(name)["samples"], "protocol": protocol, "featuriser": judge, "references": 100,
+        "ceiling": score(0.95), "floor": score(0.01), "results": rows,
+    }  # fmt: skip
+
+
+def test_mauve_is_compared_with_its_ceiling_the_first_row_and_its_own_first(tmp_path: Path, write: Write) -> None:
+    assert _report(tmp_path, *(write(f"{n}.json", _mauve(n, *v)) for n, v in (("a", (0.5, 0.51)), ("b", (0.6, 0.94))))) == 0
+    rows = _rows(tmp_path, "MAUVE")
+    assert [row[4][:5] for row in rows] == ["0.950", "0.010", "0.500", "0.510", "0.600", "0.940"]
+    assert rows[3][7] == rows[3][8] == "+0.010 [-0.018, +0.038] (within noise)"
+    assert rows[4][7] == "+0.100 [+0.072, +0.128]" and rows[4][8] == "" and rows[5][8].startswith("+0.340")
+    assert "within noise" in rows[5][6] and "within noise" not in rows[4][6]
+    assert (tmp_path / "r" / "mauve-1.png").is_file()
+
+
+def test_scores_of_several_k_are_drawn_against_k(tmp_path: Path, write: Write) -> None:
+    one, four = _lm_eval("a", 0.6), _lm_eval("a", 0.7)
+    one["config"]["num_steps"] = 1
+    assert _report(tmp_path, write("1.json", one), write("4.json", four)) == 0
+    assert (tmp_path / "r" / "lm-eval-1.png").is_file()
+    assert [row[0] for row in _rows(tmp_path, "lm-eval")] == ["a K = 1", "a K = 4"]
 
 
 def test_independent_intervals_add_in_quadrature() -> None:

@@ -1,7 +1,9 @@
 """Teachers: which tokens are scored, with what context; what is kept; which sources are refused. A tiny random model stands in."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 import pytest
@@ -137,6 +139,20 @@ def test_what_was_computed_is_not_computed_again(tmp_path: Path) -> None:
     cached(tmp_path, ("kind", "a"), [*texts[:-1], "other"], lengths)
     assert calls == [CHUNK_TEXTS, 10, CHUNK_TEXTS, 10, 10]
     assert all(file.name.startswith("kind-") for file in tmp_path.iterdir())
+
+
+def test_two_runs_at_the_same_texts_compute_them_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def slow(texts: list[str], progress: Callable[[int], object] | None) -> np.ndarray:
+        calls.append(len(texts))
+        sleep(0.3)
+        return np.array([[len(text)] for text in texts])
+
+    with ThreadPoolExecutor(3) as pool:  # flock is held by an open file, so threads exclude each other like processes
+        found = [pool.submit(cached, tmp_path, ("kind",), ["a", "bb"], slow) for _ in range(3)]
+    assert [each.result().tolist() for each in found] == [[[1], [2]]] * 3 and calls == [2]
+    assert [file.suffix for file in tmp_path.iterdir()] == [".npy"]
 
 
 def test_a_hub_name_out_of_reach_is_one_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from eval.frontier import at_equal_diversity, plot_frontier
 from eval.gen_ppl import compare, evaluate_gen_ppl, perplexity
-from eval.mauve_score import PROTOCOLS, evaluate_mauve, shuffled_words
+from eval.mauve_score import PROTOCOLS, evaluate_mauve, mauve, scores_of_shares, shuffled_words
 from eval.samples import Setting
 from eval.teachers import Progress, Teacher
 from rdlm.checkpoint import save
@@ -86,19 +86,27 @@ def test_perplexity_weighs_tokens_and_its_comparison_is_paired() -> None:
 
 def test_perplexity_at_equal_diversity_is_read_between_temperatures() -> None:
     def row(k: int, temperature: float, x: float, y: float) -> dict[str, Any]:
-        found = {"value": y, "interval": [y * 0.9, y * 1.1]}
         place = {"num_steps": k, "temperature": temperature, "top_p": 1.0}
-        return {
-            **place,
-            "perplexity": {"t": found},
-            "diversity": {"distinct_2": {"value": x, "interval": None}, "group_texts": 50},
-        }
+        found = {"by_block": [[40 * math.log(y), 40]]}
+        return {**place, "perplexity": {"t": found}, "diversity": {"distinct_2": {"by_block": [x]}}}
 
-    rows = [row(1, 1.0, 0.8, 40.0), row(1, 0.5, 0.4, 10.0), row(4, 0.5, 0.3, 9.0), row(4, 1.0, 0.5, 20.0)]
-    first, second = at_equal_diversity(rows, "t", 0.6)
+    def at(human: list[float]) -> list[dict[str, Any]]:
+        rows = [row(1, 1.0, 0.8, 40.0), row(1, 0.5, 0.4, 10.0), row(4, 0.5, 0.3, 9.0), row(4, 1.0, 0.5, 20.0)]
+        for each in rows:
+            for found in (each["diversity"]["distinct_2"], each["perplexity"]["t"]):
+                found["by_block"] *= len(human)
+        return at_equal_diversity({"human": {"diversity": {"distinct_2": {"by_block": human}}}, "results": rows}, "t")
+
+    first, second = at([0.6] * 6)
     assert (first["num_steps"], second["num_steps"]) == (1, 4)
-    assert first["perplexity"] == pytest.approx(20.0) and second["perplexity"] is None
-    assert at_equal_diversity(rows, "t", 0.4)[1]["perplexity"] == pytest.approx(math.sqrt(180))
+    assert first["perplexity"] == pytest.approx(20.0) and first["interval"] == pytest.approx([20.0, 20.0])
+    assert second["perplexity"] is None and second["interval"] is None
+    assert at([0.4] * 6)[1]["perplexity"] == pytest.approx(math.sqrt(180))
+    assert at([0.6] * 4)[0]["perplexity"] == pytest.approx(20.0) and at([0.6] * 4)[0]["interval"] is None  # too few blocks
+    spread = at([0.55, 0.65] * 3)[0]  # human diversity differs by block: 0.6 with a standard error of 0.05 / sqrt(6)
+    width = math.log(4) / 0.4 * 0.05 / math.sqrt(6)
+    assert math.log(spread["interval"][1] / spread["interval"][0]) == pytest.approx(2 * 1.96 * width, rel=0.25)
+    assert at([0.4, 0.8] * 3)[1]["interval"] is None  # most resamples lie outside what the temperatures reach
 
 
 def test_shuffling_keeps_the_words_and_the_length_of_each_text() -> None:
@@ -113,6 +121,33 @@ def test_a_changed_protocol_says_so() -> None:
     assert (paper.prompts, paper.continuations, paper.max_tokens, paper.scaling_factor) == (1000, 5, 50, 2.0)
     assert paper.changed(prompts=None, continuations=5) == paper
     assert paper.changed(prompts=300).name == "paper with prompts 300"
+
+
+@pytest.mark.slow
+def test_the_interval_of_mauve_covers_other_draws_of_the_texts() -> None:
+    """text_sd against the deviation of the score over fresh pairs of samples, of which no one holds the others' texts."""
+    pytest.importorskip("mauve", reason="mauve-text is optional")
+
+    def drawn(seed: int) -> dict[str, Any]:
+        rng = np.random.default_rng(seed)
+        p, q = (
+            np.eye(8, dtype=np.float32)[rng.integers(0, 8, 300)] + rng.normal(0, 0.01, (300, 8)).astype(np.float32)
+            for _ in range(2)
+        )
+        return mauve(p, np.where(rng.random((300, 1)) < 0.3, q[:1], q), 5.0, [0])
+
+    runs = [drawn(seed) for seed in range(12)]
+    spread = float(np.std([run["value"] for run in runs], ddof=1))
+    assert 0.5 * spread < np.mean([run["text_sd"] for run in runs]) < 2 * spread
+
+
+def test_the_package_and_the_resamples_score_shares_alike() -> None:
+    pytest.importorskip("mauve", reason="mauve-text is optional")
+    from mauve import compute_mauve
+
+    rng = np.random.default_rng(0)
+    found = compute_mauve(p_features=rng.normal(0, 1, (200, 4)), q_features=rng.normal(0.5, 1, (200, 4)), mauve_scaling_factor=2)
+    assert scores_of_shares(found.p_hist[None], found.q_hist[None], 2.0) == pytest.approx([found.mauve])
 
 
 def test_mauve_lies_between_its_floor_and_its_ceiling(tmp_path: Path) -> None:
@@ -131,6 +166,9 @@ def test_mauve_lies_between_its_floor_and_its_ceiling(tmp_path: Path) -> None:
     good, mixed = report["results"]
     assert report["ceiling"]["value"] > 0.85 and report["floor"]["value"] < 0.3
     assert good["value"] > 0.85 and report["floor"]["value"] < mixed["value"] < good["value"] - 0.1
+    assert good["interval"][0] < good["value"] < good["interval"][1] <= 1 and good["text_sd"] > 0
+    assert mixed["against_first"]["difference"] == pytest.approx(mixed["value"] - good["value"])
+    assert not mixed["against_first"]["inside_noise"] and good["against_ceiling"]["inside_noise"]
     assert (mixed["texts"], mixed["empty_texts"]) == (99, 1) and len(good["per_seed"]) == 3 and good["sd"] >= 0
     assert evaluate_mauve(PROTOCOLS["quick"], human, others, settings, Counting(), tmp_path, _bar) == report
     with pytest.raises(UserError, match="empty"):
@@ -189,7 +227,7 @@ def test_mauve_command_reports_ceiling_and_floor(
     assert report["protocol"]["prompts"] == report["references"] == report["ceiling"]["texts"] == 40
     assert "prompts 40" in report["protocol"]["name"] and len(report["results"][0]["per_seed"]) == 2
     shown = capsys.readouterr().out
-    assert all(f"{report[name]['value']:.4f}" in shown for name in ("ceiling", "floor"))
+    assert all(f"{report[name]['value']:.3f}" in shown for name in ("ceiling", "floor"))
 
 
 @pytest.mark.parametrize(
