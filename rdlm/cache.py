@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ class Segment:
 class PackedContext:
     """AttentionContext of a pack [1, N, ...]: row p of a sequence sees the pooled positions < p and its own segment up to p.
 
-    Segments of one row (decoding) are attended together in one padded batch, longer ones (prefill) one by one.
+    Segments of one row (decoding) are attended together in one padded batch, longer ones (prefill) one by one. Packs whose
+    segments stand in the order of their slots are fastest: the past of neighbouring slots is read where it lies.
     Uncommitted segments must have length 1. Prelude and coda layers run once per position: their packs have step 0.
     """
 
@@ -76,11 +78,12 @@ class PackedContext:
         assert all(s.commit or s.length == 1 for s in segments), "uncommitted segments have one row"
         self.pool, self.segments = pool, segments
         self.device = pool.k.device
-        self.firsts = [sum(s.length for s in segments[:i]) for i in range(len(segments))]
+        self.firsts = list(accumulate((s.length for s in segments[:-1]), initial=0))
+        self._tables: dict[tuple[int, float], Tensor] = {}
 
     @cached_property
     def _positions(self) -> Tensor:
-        return torch.cat([torch.arange(s.start, s.start + s.length) for s in self.segments]).to(self.device)
+        return torch.tensor([i for s in self.segments for i in range(s.start, s.start + s.length)], device=self.device)
 
     @cached_property
     def _singles(self) -> _Singles | None:
@@ -88,14 +91,19 @@ class PackedContext:
         return _Singles(self.pool, chosen) if chosen else None
 
     def rope(self, head_dim: int, base: float) -> Tensor:
-        return rotary_table(head_dim, base, self.pool.max_len, self.device)[self._positions][None, :, None]
+        key = (head_dim, base)
+        if key not in self._tables:  # every layer asks, at every core step
+            self._tables[key] = rotary_table(head_dim, base, self.pool.max_len, self.device)[self._positions][None, :, None]
+        return self._tables[key]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [1, N, H, Dh], k and v [1, N, Hkv, Dh] -> [1, N, H, Dh]."""
+        singles = self._singles
+        if singles is not None and len(singles.rows) == len(self.segments):
+            return singles.attend(q[0], k[0], v[0], layer)[None]
         out = torch.empty_like(q)
-        if self._singles is not None:
-            rows = self._singles.rows
-            out[0, rows] = self._singles.attend(q[0, rows], k[0, rows], v[0, rows], layer)
+        if singles is not None:
+            out[0, singles.rows] = singles.attend(q[0, singles.rows], k[0, singles.rows], v[0, singles.rows], layer)
         for first, segment in zip(self.firsts, self.segments, strict=True):
             if segment.length > 1:
                 span = slice(first, first + segment.length)
@@ -118,39 +126,40 @@ class _Singles:
 
     def __init__(self, pool: KVPool, chosen: list[tuple[int, Segment]]) -> None:
         segments, device = [s for _, s in chosen], pool.k.device
-        self.pool = pool
-        self.rows = torch.tensor([first for first, _ in chosen], device=device)
-        self.slots = torch.tensor([s.slot for s in segments], device=device)
-        self.starts = torch.tensor([s.start for s in segments], device=device)
-        self.depths = torch.tensor([min(s.step, pool.depth - 1) for s in segments], device=device)
+        self.pool, self.rows = pool, torch.tensor([first for first, _ in chosen], device=device)
+        steps = [min(s.step, pool.depth - 1) for s in segments]
         # Where a row's own key stands among the gathered ones: at its position, or one past it.
-        self.own = self.starts + torch.tensor([int(s.append_own and not s.commit) for s in segments], device=device)
-        self.width = int(self.own.max()) + 1
+        own = [s.start + (s.append_own and not s.commit) for s in segments]
+        self.width = max(own) + 1
+        self.own = torch.tensor(own, device=device)
         self.mask = (torch.arange(self.width, device=device) <= self.own.unsqueeze(1))[:, None, None]  # [S, 1, 1, L]
-        self.committed = [(i, s) for i, s in enumerate(segments) if s.commit]
-        self.keep = torch.tensor([i for i, _ in self.committed], device=device, dtype=torch.long)
+        # A key goes to its own step and the later ones, which read it until they have their own: lanes and flat places in a layer.
+        kept = [
+            (lane, (s.slot * pool.depth + depth) * pool.max_len + s.start)
+            for lane, (s, step) in enumerate(zip(segments, steps, strict=True))
+            if s.commit
+            for depth in range(step, pool.depth)
+        ]
+        self.lanes, self.places = torch.tensor(kept, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
+        self.uncommitted = torch.tensor([i for i, s in enumerate(segments) if not s.commit], dtype=torch.long, device=device)
+        slots = [s.slot for s in segments]
+        if pool.depth == 1 and not len(self.uncommitted) and slots == list(range(slots[0], slots[0] + len(slots))):
+            self.past: tuple[slice | Tensor, int | Tensor] = (slice(slots[0], slots[0] + len(slots)), 0)  # a view, no copy
+        else:
+            self.past = (torch.tensor(slots, device=device), torch.tensor(steps, device=device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [S, H, Dh], k and v [S, Hkv, Dh] -> [S, H, Dh]."""
-        lanes = torch.arange(len(q), device=q.device)
-        gathered = []
-        for store, new in ((self.pool.k[layer], k), (self.pool.v[layer], v)):
-            past = self._past(store)  # [S, L, Hkv, Dh], a copy
-            past[lanes, self.own] = new.to(past.dtype)
-            gathered.append(past)
-            self._commit(store, new)
-        return attention(q.unsqueeze(1), gathered[0].to(q.dtype), gathered[1].to(q.dtype), mask=self.mask).squeeze(1)
+        seen = [self._seen(store[layer], new) for store, new in ((self.pool.k, k), (self.pool.v, v))]
+        return attention(q.unsqueeze(1), seen[0], seen[1], mask=self.mask).squeeze(1)
 
-    def _past(self, store: Tensor) -> Tensor:
-        usable = min(self.width, self.pool.max_len)
-        past = store[self.slots, self.depths, :usable]
-        if usable < self.width:  # the appended own key of a row at the last position
-            past = torch.cat([past, torch.zeros_like(past[:, :1])], dim=1)
+    def _seen(self, store: Tensor, new: Tensor) -> Tensor:
+        """Keep what is committed; keys or values that the rows see: [S, L, Hkv, Dh]. store: one layer's."""
+        if len(self.lanes):
+            store.flatten(0, 2)[self.places] = new[self.lanes]
+        past = store[(*self.past, slice(0, self.width))]
+        if len(self.uncommitted):
+            if past.shape[1] < self.width:  # the appended own key of a row at the last position
+                past = torch.cat([past, torch.zeros_like(past[:, :1])], dim=1)
+            past[self.uncommitted, self.own[self.uncommitted]] = new[self.uncommitted]
         return past
-
-    def _commit(self, store: Tensor, new: Tensor) -> None:
-        if self.pool.depth == 1:
-            store[self.slots[self.keep], 0, self.starts[self.keep]] = new[self.keep].to(store.dtype)
-            return
-        for lane, segment in self.committed:
-            store[segment.slot, min(segment.step, self.pool.depth - 1) :, segment.start] = new[lane].to(store.dtype)

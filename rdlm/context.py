@@ -27,6 +27,9 @@ class AttentionContext(Protocol):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Scaled dot-product attention over the second-last-but-one axis; grouped heads where Hkv < H. [B, T, H, Dh] in and out."""
+    if q.shape[1] == 1 and q.device.type == "cpu" and q.dtype != torch.float32:
+        # Single queries are slow in PyTorch's half-precision CPU kernel: several times the fp32 one with its casts.
+        return attention(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
     grouped = k.shape[2] != q.shape[2]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=is_causal, enable_gqa=grouped

@@ -25,8 +25,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:  # [B, T, D] -> [B, T, D]
         heads = self.Wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 Hkv, Dh]
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
         if self.qk_bias is not None:
-            q, k = (q + self.qk_bias[0]).to(v.dtype), (k + self.qk_bias[1]).to(v.dtype)
-        table = ctx.rope(self.head_dim, self.rope_base)
-        return self.proj(ctx.attend(rotate(q, table), rotate(k, table), v, self.layer).flatten(-2))
+            qk = (qk + self.qk_bias.flatten(0, 2)).to(v.dtype)
+        q, k = rotate(qk, ctx.rope(self.head_dim, self.rope_base)).split([self.num_heads, self.num_kv_heads], dim=2)
+        return self.proj(ctx.attend(q, k, v, self.layer).flatten(-2))
