@@ -18,6 +18,7 @@ from rdlm.blockwise import blocks_of
 from rdlm.config import CheckpointConfig
 from rdlm.decoding import sample, top_logprobs, uniform
 from rdlm.denoiser import Denoiser, Prediction
+from rdlm.layers.modulation import Condition
 from rdlm.randomness import generator
 from rdlm.sampler import StepPlan, renoise, step_plan
 from serve.exits import LATENT, PREDICTION, latent_change, settled_predictions, settled_states, watches
@@ -75,6 +76,7 @@ class Runner:
         self._num_tokens = num_tokens
         self._live: dict[int, _Live] = {}
         self._seen: dict[int, Tensor] = {}
+        self._silent: dict[Denoiser, Condition | None] = {}
         self._context: tuple[list[cache.Segment], cache.PackedContext] | None = None
 
     def depth(self, num_steps: int) -> Depth:
@@ -96,7 +98,7 @@ class Runner:
         """
         results: dict[int, StepResult] = {}
         for index, owner in enumerate(self._blocks):
-            here = [s for s in batch if self._block(s) == index]
+            here = sorted((s for s in batch if self._block(s) == index), key=_slot)  # rdlm/cache.py reads neighbours in place
             if here:
                 self._owner = owner
                 results |= self._run(here)
@@ -117,8 +119,7 @@ class Runner:
     def _encode(self, sequences: list[Sequence]) -> Seq[Tensor]:
         """Prelude of the segments' rows: [L, D] each."""
         ids = [i for s in sequences if s.segment for i in s.token_ids(s.segment)]
-        ctx = cache.PackedContext(self.pool, [seg for s in sequences for seg in self._cache_segments(s, once=True)])
-        e = self._owner.model.encode(torch.tensor([ids], device=self.device), ctx)  # [1, N, D]
+        e = self._owner.model.encode(torch.tensor([ids], device=self.device), self._pack(sequences, once=True))  # [1, N, D]
         return e[0].split([_length(s) for s in sequences])
 
     def _change_block(self, changing: list[Sequence]) -> None:
@@ -146,21 +147,29 @@ class Runner:
                 live.e, live.state = live.e[-length:], live.state[-length:]
         state, e = (torch.cat([getattr(live, name) for live in lives])[None] for name in ("state", "e"))  # [1, N, D]
         sigmas = [self._plan(s).sigmas[_step(s)] for s, n in zip(batch, lengths, strict=True) for _ in range(n)]
-        cond = self._owner.condition(self._levels(sigmas)[None] if any(x is not None for x in sigmas) else None, state)
-        after = self._owner.step(state, e, cond, self._core_context(batch))
+        cond = self._condition(sigmas, state)
+        after = self._owner.step(state, e, cond, self._pack(batch, once=False))
         for sequence, live, rows in zip(batch, lives, after[0].split(lengths), strict=True):
             live.before = live.state[-1] if _shows(sequence) else None
             live.state = rows
         return settled_states(batch, lengths, state[0], after[0]) if any(watches(s, LATENT) for s in batch) else set()
+
+    def _condition(self, sigmas: Seq[float | None], like: Tensor) -> Condition | None:
+        """What the core is told about the rows' levels. Where all are z = 0 it is one constant of the block."""
+        if any(sigma is not None for sigma in sigmas):
+            return self._owner.condition(self._levels(sigmas)[None], like)
+        if self._owner not in self._silent:
+            self._silent[self._owner] = self._owner.condition(None, like)
+        return self._silent[self._owner]
 
     def _levels(self, sigmas: Seq[float | None]) -> Tensor:
         """fp32 [N]; a row without a noised target reads at sigma_max."""
         top = self.denoiser.noise.sigma_max
         return torch.tensor([top if sigma is None else sigma for sigma in sigmas], device=self.device)
 
-    def _core_context(self, batch: list[Sequence]) -> cache.PackedContext:
-        """The context of the core pack, kept while no row moves to another position."""
-        segments = [segment for s in batch for segment in self._cache_segments(s, once=False)]
+    def _pack(self, sequences: list[Sequence], once: bool) -> cache.PackedContext:
+        """The context of the sequences' rows; the last one serves again while no row moves to another position."""
+        segments = [segment for s in sequences for segment in self._cache_segments(s, once)]
         if self._context is None or self._context[0] != segments:
             self._context = (segments, cache.PackedContext(self.pool, segments))
         return self._context[1]
@@ -181,9 +190,8 @@ class Runner:
         """
         if not readers:
             return {}
-        ctx = cache.PackedContext(self.pool, [seg for s in readers for seg in self._cache_segments(s, once=True)])
         state = torch.cat([self._live[s.id].state for s in readers])[None]
-        hidden = self._owner.model.decode(state, ctx)[0].split([_length(s) for s in readers])
+        hidden = self._owner.model.decode(state, self._pack(readers, once=True))[0].split([_length(s) for s in readers])
         read = list(zip(readers, hidden, strict=True))
         settled = settled | self._converged([(s, rows[-1]) for s, rows in read if watches(s, PREDICTION)])
         glimpses = self._glimpses([(s, rows[-1]) for s, rows in read if _shows(s) and s.id not in settled])
@@ -301,6 +309,11 @@ class Runner:
 def _step(sequence: Sequence) -> int:
     assert sequence.segment is not None
     return sequence.segment.step
+
+
+def _slot(sequence: Sequence) -> int:
+    assert sequence.slot is not None
+    return sequence.slot
 
 
 def _length(sequence: Sequence) -> int:
