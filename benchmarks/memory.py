@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import deepspeed
 import torch
@@ -31,6 +31,7 @@ import torch.distributed as dist
 import typer
 
 from benchmarks.common import provenance, write_json
+from rdlm.blockwise import drawn_block
 from rdlm.config import parse
 from rdlm.objectives import Batch
 from train.loop import Trainer, _loss
@@ -50,6 +51,8 @@ class Arm:
     checkpointing: bool = False
     precision: str = "fp32"
     zero_stage: int = 0
+    mode: Literal["alone", "joint", "resident"] = "alone"
+    """Of blocks: the first alone, all on the device, or one at a time with a visit an update."""
 
     def config(self, folder: str, shape: dict[str, int], micro_size: int, seq_len: int) -> TrainConfig:
         document: dict[str, Any] = {
@@ -60,7 +63,9 @@ class Arm:
             "log": {"tensorboard": False},
         }  # fmt: skip
         if self.num_blocks > 1:
-            document |= {"blocks": {"num_blocks": self.num_blocks}, "block": 0}
+            document |= {"blocks": {"num_blocks": self.num_blocks}, "block": 0 if self.mode == "alone" else None}
+        if self.mode == "resident":
+            document |= {"resident": {"visit_steps": 1}}
         return parse(TrainConfig, document, "benchmark")
 
 
@@ -89,7 +94,10 @@ class Run:
     def update(self, between: Callable[[str], None] = lambda _: None) -> None:
         """One update. ``between`` is called after the forward and after the backward pass."""
         trainer = self.trainer
-        (batch,), engine = trainer._batches(trainer.step), trainer.engines.active
+        (batch,), engine = (
+            trainer._batches(trainer.step),
+            trainer.engines.choose(drawn_block(len(trainer.engines), trainer.step, 0)),
+        )
         total, _, _ = engine(_loss, batch, step=trainer.step, seed=0, rank=0, micro=0)
         between("forward")
         engine.backward(total / batch.mask.sum())
@@ -113,7 +121,7 @@ def held(device: torch.device) -> int:
     return status("VmRSS")
 
 
-def peak_of(call: Callable[[], None], device: torch.device) -> int:
+def peak_of(call: Callable[[], object], device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         call()
@@ -136,7 +144,7 @@ def start(folder: str) -> torch.device:
 
 
 def measure(arm: Arm, shape: dict[str, int], micro_size: int, seq_len: int, folder: str) -> dict[str, Any]:
-    """Bytes of one update in the steady state: the second, so that moments exist."""
+    """Bytes of one update of every block there is, in the steady state: the second, so that moments exist."""
     device = start(folder)
     tiny = {"vocab_size": 64, "d_model": 32, "num_heads": 2, "mlp_width": 64, "num_layers": 12}
     warm = Run(arm.config(f"{folder}/warm", tiny, 2, 16), device)
@@ -145,9 +153,11 @@ def measure(arm: Arm, shape: dict[str, int], micro_size: int, seq_len: int, fold
     del warm
     fixed = held(device)
     run = Run(arm.config(folder, shape, micro_size, seq_len), device)
-    run.update()
+    blocks = range(len(run.trainer.engines))
+    for _ in blocks:
+        run.update()
     steady, at = held(device), {}
-    peak = peak_of(lambda: run.update(lambda phase: at.update({phase: held(device)})), device)
+    peak = peak_of(lambda: [run.update(lambda phase: at.update({phase: held(device)})) for _ in blocks], device)
     denoiser = run.trainer.engines.active.module.denoiser
     return {
         **asdict(arm), "fixed": fixed, "peak": peak - fixed, "parameters_and_optimizer": steady - fixed,

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from rdlm.checkpoint import save
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from rdlm.checkpoint import WEIGHTS, compare, write
+from rdlm.interchange import tensors
 from rdlm.registry import build
 from train.loop import Trainer
 from train.metrics import read
 
 
 def export(trainer: Trainer) -> None:
-    """Write ``model/`` from the full-precision weights. Collective; rank 0 writes."""
-    weights = trainer.weights()
-    if weights is None:
-        return
+    """Write ``model/`` from the full-precision weights, one block in memory at a time. Collective; rank 0 writes."""
+    parts = trainer.output / ".tmp-weights"
+    if trainer.rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir()
+    for number, weights in enumerate(trainer.weights_by_block()):
+        if trainer.rank == 0:
+            save_file(weights, parts / f"{number}.safetensors")
+    if trainer.rank == 0:
+        _put_together(trainer, parts)
+        shutil.rmtree(parts)
+
+
+def _put_together(trainer: Trainer, parts: Path) -> None:
     config = trainer.config.checkpoint_config.model_copy(update={"step": trainer.step})
-    denoiser = build(config)
-    denoiser.load_state_dict(weights, strict=True)
-    save(trainer.output / "model", denoiser, config, trainer.corpus.tokenizer, _card(trainer))
+    entries = {name: entry for part in parts.iterdir() for name, entry in tensors.stored(part).items()}
+    weights: dict[str, nn.Parameter] = dict(build(config, device="meta").named_parameters())
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    compare(str(parts), {name: entry.shape for name, entry in entries.items()}, shapes, "report this: it is a defect")
+
+    def fill(folder: Path) -> None:
+        tensors.write(folder / WEIGHTS, entries, lambda size: None)
+
+    write(trainer.output / "model", config, trainer.corpus.tokenizer, weights, fill, _card(trainer))
 
 
 def _card(trainer: Trainer) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rdlm.blockwise import blocks_of, drawn_block
+from rdlm.blockwise import Blockwise, drawn_block
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
 from rdlm.models.blocks import PreNormBlock, SandwichBlock
 from rdlm.objectives import Batch, loss_terms
 from rdlm.registry import build
 from train import resume
-from train.block_engines import BlockEngines
+from train.block_engines import BlockEngines, ResidentEngines
 from train.corpora import Corpus
 from train.ds_config import ds_config
 from train.engine_state import full_precision_weights, unreported_grad_norm
 from train.evaluation import held_out_nll
 from train.metrics import MetricsLog, Progress, peak_memory, plot_loss, read
 from train.optimizer import build_optimizer
+from train.residency import InHost, OnDisk
 from train.schedule import learning_rate
 from train.settings import TrainConfig
 
@@ -88,10 +89,9 @@ class Trainer:
         if self.rank == 0:
             self._lock = _lock(self.output)
             resume.clean(self.checkpoints)
-        self.denoiser = build(config.checkpoint_config, seed=config.seed)
-        if config.activation_checkpointing:
-            recompute_layers(self.denoiser)
-        self.engines = BlockEngines([self._start(part) for part in blocks_of(self.denoiser)])
+        self._built: list[Denoiser] = []
+        self.engines = self._engines()
+        self.denoiser = self._built[0] if len(self._built) == 1 else Blockwise(self._built)
         self._own_norm: Tensor | None = None
         self.step = self._saved_step = self._resume()
         """Updates made."""
@@ -101,7 +101,22 @@ class Trainer:
         """What a checkpoint is made of: the engine, or those of all blocks."""
         return self.engines.active if len(self.engines) == 1 else self.engines
 
-    def _start(self, denoiser: Denoiser) -> deepspeed.DeepSpeedEngine:
+    def _engines(self) -> BlockEngines:
+        blocks, resident = self.config.blocks, self.config.resident
+        count = 1 if blocks is None or self.config.block is not None else blocks.num_blocks
+        if resident is None:
+            return BlockEngines(count, self._start)
+        rest = partial(OnDisk, self.output) if resident.rest == "disk" else InHost
+        return ResidentEngines(count, self._start, rest, self.device)
+
+    def _start(self, block: int) -> deepspeed.DeepSpeedEngine:
+        """Build one block (the network where it is not cut) and its engine; nothing else is allocated."""
+        cut = self.config.block is None and self.config.blocks is not None and self.config.blocks.num_blocks > 1
+        part = self.config.model_copy(update={"block": block}) if cut else self.config
+        denoiser = build(part.checkpoint_config, seed=self.config.seed)
+        self._built.append(denoiser)
+        if self.config.activation_checkpointing:
+            recompute_layers(denoiser)
         optimizer, config = build_optimizer(denoiser, self.config), ds_config(self.config, self.world)
         return deepspeed.initialize(model=Stage(denoiser), optimizer=optimizer, config=config)[0]
 
@@ -138,7 +153,8 @@ class Trainer:
         # DeepSpeed divides by accumulation and averages over processes; both are undone, so that the global count alone divides.
         scale = self.world * self.accumulation / positions
         tally, seed = Tally(), self.config.seed
-        engine = self.engines.choose(drawn_block(len(self.engines), self.step, seed))
+        visit = self.step if self.config.resident is None else self.step // self.config.resident.visit_steps
+        engine = self.engines.choose(drawn_block(len(self.engines), visit, seed))
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
@@ -166,11 +182,16 @@ class Trainer:
             self._lock.close()
 
     def weights(self) -> dict[str, Tensor] | None:
-        """fp32 weights on rank 0, None elsewhere. Collective."""
-        parts = [full_precision_weights(engine, engine.module.denoiser) for engine in self.engines]
-        if len(parts) == 1 or parts[0] is None:
-            return parts[0]
-        return {f"blocks.{b}.{name}": weight for b, part in enumerate(parts) for name, weight in (part or {}).items()}
+        """All fp32 weights on rank 0, None elsewhere. Collective."""
+        whole = {name: weight for part in self.weights_by_block() for name, weight in part.items()}
+        return whole if self.rank == 0 else None
+
+    def weights_by_block(self) -> Iterator[dict[str, Tensor]]:
+        """fp32 weights under their names in the network, one block in memory at a time; empty except on rank 0. Collective."""
+        for block, engine in enumerate(self.engines):
+            prefix = "" if len(self.engines) == 1 else f"blocks.{block}."
+            part = full_precision_weights(engine, engine.module.denoiser) or {}
+            yield {prefix + name: weight for name, weight in part.items()}
 
     def _resume(self) -> int:
         found: list[Path | None] = [None]
@@ -211,7 +232,9 @@ class Trainer:
         interval = self.config.evaluation.interval_steps
         if not interval or (self.step % interval and self.step != self.config.schedule.steps):
             return
-        stage = self.engines.active.module if len(self.engines) == 1 else Stage(self.denoiser)
+        # Resident blocks are asked for K = 1 alone (train/settings.py), which is block 0.
+        one = len(self.engines) == 1 or self.config.resident is not None
+        stage = self.engines.choose(0).module if one else Stage(self.denoiser)
         nll = held_out_nll(stage, self.config, self.corpus, self.device)
         if report is not None:
             report.held_out(nll)
@@ -232,7 +255,7 @@ class Report:
         self.held_out_log = MetricsLog(trainer.output / "held_out.jsonl", trainer.step, config.log.tensorboard)
         self.cpu_seconds = float(self.log.last.get("cpu_seconds", 0.0))
         self.seconds = float(self.log.last.get("seconds", 0.0))
-        self.logged_step = trainer.step
+        self.logged_step, self.swapped = trainer.step, trainer.engines.swap_seconds
         self.progress = Progress(config.schedule.steps, trainer.step, trainer.terminal)
         if trainer.step:
             self.progress.say(f"resumed {config.name} at step {trainer.step}")
@@ -258,6 +281,9 @@ class Report:
         }
         if len(trainer.engines) > 1:
             record["block"] = trainer.engines.index
+        if config.resident is not None:
+            record["swap_share"] = (trainer.engines.swap_seconds - self.swapped) / seconds
+            self.swapped = trainer.engines.swap_seconds
         for name in sorted({name for tally in tallies for name in tally.metrics}):
             pairs = [tally.metrics[name] for tally in tallies if name in tally.metrics]
             record[name] = sum(total for total, _ in pairs) / sum(number for _, number in pairs)

@@ -72,6 +72,8 @@ class Progress:
     def update(self, step: int, record: dict[str, Any]) -> None:
         """After update ``step`` (1-based), with its record."""
         shown = f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s, lr {record['lr']:.2e}"
+        if "swap_share" in record:
+            shown += f", {record['swap_share']:.0%} moving blocks"
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(step - self._bar.n)

@@ -33,6 +33,9 @@ def launch_blocks(path: str, overrides: list[str], num_procs: int | None, at_onc
         raise UserError(
             found, getattr(config, found), "--parallel needs several blocks to train", "set blocks.num_blocks above 1"
         )
+    if config.resident is not None:
+        section = config.resident.model_dump()
+        raise UserError("resident", section, "with --parallel every block is resident in a launch of its own", "drop the section")
     on_gpu, available = accelerators()
     count = config.blocks.num_blocks
     world = num_procs or (max(1, available // count) if on_gpu else 1)

@@ -48,6 +48,13 @@ def tune_cpu(processes_here: int) -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Give the system what glibc keeps of freed memory, by default or because of ``tune_cpu``."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class StopSignal:
     """Remembers that SIGTERM or SIGINT came; the training loop asks between two updates."""
 

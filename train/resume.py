@@ -23,8 +23,8 @@ from train.settings import TrainConfig
 
 FORMAT = 1
 TAG = "state"
-FREE_FIELDS = ("output", "checkpoint", "evaluation", "log")
-"""Sections that may change between the parts of one run: they do not touch what is computed."""
+FREE_FIELDS = ("output", "checkpoint", "evaluation", "log", "resident.rest")
+"""Sections and fields that may change between the parts of one run: they do not touch what is computed."""
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, step: int, config: TrainConfig, data: str) -> Path:
@@ -90,7 +90,7 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path, config: TrainConfig, dat
         assert loaded is not None, f"{path} passed its check but DeepSpeed found nothing in it"
     else:
         alone = isinstance(engine, deepspeed.DeepSpeedEngine)
-        for one, tag in [(engine, TAG)] if alone else [(one, f"{TAG}/block_{b}") for b, one in enumerate(engine)]:
+        for one, tag in [(engine, TAG)] if alone else engine.parts(TAG):
             load_repartitioned(one, path, tag, manifest["world"])
     return int(manifest["step"])
 
@@ -98,7 +98,8 @@ def load(engine: deepspeed.DeepSpeedEngine, path: Path, config: TrainConfig, dat
 def _check_same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
     before, after = _flatten(old), _flatten(new)
     for key in sorted(before.keys() | after.keys()):
-        if key.split(".")[0] in FREE_FIELDS or (key == "schedule.steps" and new["schedule"]["kind"] == "constant"):
+        free = key.split(".")[0] in FREE_FIELDS or key in FREE_FIELDS
+        if free or (key == "schedule.steps" and new["schedule"]["kind"] == "constant"):
             continue
         if before.get(key) != after.get(key):
             problem = f"the run in {path.parent.parent} was started with {before.get(key)!r}"

@@ -17,10 +17,18 @@ def check(config: TrainConfig, world: int) -> Corpus:
     config.batch.accumulation(world)
     build(config.checkpoint_config, device="meta")
     corpus = build_corpus(config.data)
+    if config.resident is not None and config.resident.rest == "host" and not _on_gpu():
+        raise UserError("resident.rest", "host", "without GPUs blocks train in host memory", "set resident.rest=disk")
     if corpus.vocab_size > config.model.vocab_size:
         problem = f"smaller than the data's vocabulary ({corpus.vocab_size})"
         raise UserError("model.vocab_size", config.model.vocab_size, problem, f"set model.vocab_size={corpus.vocab_size}")
     return corpus
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
@@ -29,7 +37,7 @@ def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
     tune_cpu(processes_here)
     import torch
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = _on_gpu()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     import deepspeed
     import torch.distributed as dist

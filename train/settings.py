@@ -152,6 +152,15 @@ class DeepSpeedConfig(Strict):
         return self
 
 
+class ResidentConfig(Strict):
+    """One block on the device at a time: parameters, gradients and optimizer state of the others rest elsewhere."""
+
+    visit_steps: int = Field(100, ge=1)
+    """Updates a block makes in a row. Moving blocks takes a share of the time that falls as visits get longer."""
+    rest: Literal["disk", "host"] = "disk"
+    """Where idle blocks are: on the disk of ``output``, or in host memory (with GPUs)."""
+
+
 class CheckpointingConfig(Strict):
     interval_steps: int = Field(500, ge=1)
     """A checkpoint every so many updates, besides one on SIGTERM and one at the end."""
@@ -194,6 +203,8 @@ class TrainConfig(Strict):
     """How the network is cut into blocks that train on their own; None: it is not."""
     block: int | None = Field(None, ge=0)
     """Train this block alone, in ``output/block_<n>``; None trains all of them, one an update. `rdlm train --block` sets it."""
+    resident: ResidentConfig | None = None
+    """Keep one block on the device at a time; None: all of them."""
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
@@ -266,6 +277,27 @@ def _check(config: TrainConfig) -> None:
     if beyond and config.evaluation.interval_steps:
         problem = f"exceeds recurrence.max_steps ({config.recurrence.max_steps})"
         raise UserError("evaluation.steps", beyond[0], problem, "use smaller K or raise recurrence.max_steps")
+    if config.resident is not None:
+        _check_resident(config, config.resident)
+
+
+def _check_resident(config: TrainConfig, resident: ResidentConfig) -> None:
+    count = 1 if config.blocks is None else config.blocks.num_blocks
+    if count == 1:
+        given = None if config.blocks is None else config.blocks.num_blocks
+        raise UserError(
+            "blocks.num_blocks", given, "resident training needs several blocks", "raise it, or drop the section resident"
+        )
+    if config.block is not None:
+        raise UserError("block", config.block, "a block trained alone is resident already", "drop the section resident")
+    if resident.visit_steps * count > config.schedule.steps:
+        problem = f"with {count} blocks some would not be visited in {config.schedule.steps} steps"
+        remedy = f"use at most {config.schedule.steps // count}"
+        raise UserError("resident.visit_steps", resident.visit_steps, problem, remedy)
+    several = [k for k in config.evaluation.steps if k > 1]
+    if several and config.evaluation.interval_steps:
+        problem = "asks several blocks for every token, and one is on the device"
+        raise UserError("evaluation.steps", several[0], problem, "set evaluation.steps=[1]; rdlm eval takes any K afterwards")
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
