@@ -7,7 +7,7 @@ its layers (rdlm/registry.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.layers.modulation import Condition
 from rdlm.models.text import TextModel
+
+if TYPE_CHECKING:
+    from rdlm.resident import ResidentBlocks
 
 _BLOCK_KEY = 4
 
@@ -25,6 +28,8 @@ class Blockwise(Denoiser):
     def __init__(self, blocks: Sequence[Denoiser]) -> None:
         nn.Module.__init__(self)
         self.blocks = nn.ModuleList(blocks)
+        self.resident: ResidentBlocks | None = None
+        """What decides which blocks have their weights in memory (rdlm/resident.py); None: all have."""
         first = blocks[0]
         assert first.block is not None
         self.objective, self.noise, self.partition = first.objective, first.noise, first.block.partition

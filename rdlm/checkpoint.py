@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rdlm.blockwise import Blockwise
 from rdlm.config import SCHEMA_VERSION, CheckpointConfig, parse
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
 from rdlm.registry import build
+from rdlm.resident import ResidentBlocks, absent
 from rdlm.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer", "README.md"
@@ -96,15 +99,32 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         os.rename(temporary, folder)
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Loaded:
+def load(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    resident_blocks: int | None = None,
+) -> Loaded:
     """Read a checkpoint folder. Raises UserError where a file, a weight or a shape is not what the config says, or where a newer
-    version wrote it."""
+    version wrote it.
+
+    resident_blocks: most blocks whose weights are in memory; the others are read again when they are used (rdlm/resident.py). On a
+    CPU, in the dtype of the file, they are mapped and not copied. UserError where the network is not cut into so many blocks.
+    """
     folder = Path(folder)
     config = load_config(folder)
     denoiser = build(config, device="meta")
     shapes = {name: parameter.shape for name, parameter in denoiser.named_parameters()}
-    weights = _read_weights(folder / WEIGHTS, shapes, torch.device(device), dtype)
-    denoiser.load_state_dict(_with_ties(denoiser, weights), strict=True, assign=True)
+    read = partial(_read_weights, folder / WEIGHTS, shapes, torch.device(device), dtype)
+    if resident_blocks is None:
+        denoiser.load_state_dict(_with_ties(denoiser, read(list(shapes))), strict=True, assign=True)
+    else:
+        _check_resident(resident_blocks, denoiser)
+        outside = [name for name in shapes if ".model." not in name]
+        empty = {name: absent(weight, torch.device(device), dtype) for name, weight in denoiser.named_parameters()}
+        denoiser.load_state_dict(_with_ties(denoiser, {**empty, **read(outside)}), strict=True, assign=True)
+        assert isinstance(denoiser, Blockwise)
+        denoiser.resident = ResidentBlocks(denoiser, resident_blocks, read)
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         problem = f"has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}"
@@ -134,12 +154,24 @@ def parse_config(data: Any, where: str) -> CheckpointConfig:
     return parse(CheckpointConfig, data, where)
 
 
-def _read_weights(path: Path, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _check_resident(count: int, denoiser: Denoiser) -> None:
+    if not isinstance(denoiser, Blockwise):
+        problem = "the checkpoint is not a network of several blocks, which could be in memory one by one"
+        raise UserError("resident_blocks", count, problem, "leave it out")
+    if not 1 <= count <= len(denoiser.blocks):
+        problem = f"the network has {len(denoiser.blocks)} blocks"
+        raise UserError("resident_blocks", count, problem, f"choose 1 to {len(denoiser.blocks)}")
+
+
+def _read_weights(
+    path: Path, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The weights ``names``; the file must hold exactly those of ``shapes``."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             compare(str(path), found, shapes, f"use the {CONFIG} and {WEIGHTS} of one export")
-            return {name: file.get_tensor(name).to(dtype) for name in shapes}
+            return {name: file.get_tensor(name).to(dtype) for name in names}
     except FileNotFoundError:
         raise UserError(FIELD, str(path), "is missing", "copy or export the checkpoint again") from None
     except SafetensorError as error:

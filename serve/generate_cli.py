@@ -31,9 +31,13 @@ def generate(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     kv_cache: CacheOption = "shared",
+    resident_blocks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a network of blocks, keep so many in memory; by default all.", show_default=False),
+    ] = None,
 ) -> None:
     """Continue a prompt at one or several K, streaming to the terminal, with tokens/s and core steps."""
-    given = {"device": device, "dtype": dtype, "kv_cache": kv_cache, "max_slots": 1}
+    given = {"device": device, "dtype": dtype, "kv_cache": kv_cache, "max_slots": 1, "resident_blocks": resident_blocks}
     settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
     ks = _parse_steps(num_steps)

@@ -20,7 +20,8 @@ from serve.settings import EngineSettings
 
 def load_served(folder: Path, settings: EngineSettings) -> Served:
     """Read a checkpoint and build the parts of an engine. Raises UserError."""
-    loaded = checkpoint.load(folder, device=_device(settings.device), dtype=getattr(torch, settings.dtype))
+    device, dtype = _device(settings.device), getattr(torch, settings.dtype)
+    loaded = checkpoint.load(folder, device, dtype, settings.resident_blocks)
     if loaded.tokenizer is None:
         raise UserError(
             "checkpoint", str(folder), "it has no tokenizer, so its ids are not text", "serve a model trained on text"

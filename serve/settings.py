@@ -14,6 +14,8 @@ class EngineSettings(Strict):
 
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    resident_blocks: int | None = Field(None, ge=1)
+    """Most blocks of a network of blocks whose weights are in memory at once; None is all."""
     kv_cache: Literal["shared", "full"] = "shared"
     """shared: a position keeps the keys of its last core step, whatever K is. full: those of every step (exact, larger)."""
     max_slots: int = Field(16, ge=1, le=1024)

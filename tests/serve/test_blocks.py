@@ -11,6 +11,7 @@ from litestar.testing import TestClient
 
 from rdlm.blockwise import blocks_of
 from rdlm.checkpoint import save
+from rdlm.cli import app, run
 from rdlm.config import CheckpointConfig
 from rdlm.decoding import sample, uniform
 from rdlm.decoding_types import History, SamplingParams
@@ -119,6 +120,65 @@ def test_a_block_alone_is_not_served(cut: Callable[..., Served], tokenizer: Toke
     config = cut("evidence").config.model_copy(update={"block": 1})
     with pytest.raises(UserError, match="holds block 1 alone"):
         build_served(build(config, seed=0), config, tokenizer, SETTINGS)
+
+
+def materialised(served: Served) -> set[int]:
+    """Blocks of which any weight takes more memory than a placeholder."""
+    parts = enumerate(blocks_of(served.runner.denoiser))  # type: ignore[attr-defined]
+    return {b for b, part in parts if any(w.untyped_storage().nbytes() > 4 for w in part.model.parameters())}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("objective", "targets"), [("evidence", "own"), ("paper", "frozen")])
+def test_one_block_in_memory_draws_what_all_draw(
+    cut: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective, targets, dtype
+) -> None:
+    made = cut(objective, targets)
+    save(tmp_path / "model", made.runner.denoiser, made.config, tokenizer)  # type: ignore[attr-defined]
+    settings = SETTINGS.model_copy(update={"dtype": dtype})
+    wanted = [request(7, 1, 1), request(12, 3, 3), request(8, 6, 4)]
+
+    def answers(served: Served) -> list[list[int | None]]:
+        with Engine(lambda: served) as engine:
+            return [[e.token for one in wanted for e in engine.generate([one])[0]]]
+
+    expected = answers(load_served(tmp_path / "model", settings))
+    for limit in (1, 2):
+        served = load_served(tmp_path / "model", settings.model_copy(update={"resident_blocks": limit}))
+        resident = served.runner.denoiser.resident  # type: ignore[attr-defined]
+        assert len(materialised(served)) <= limit
+        resident.loads.clear()
+        most, fill = [], resident._fill
+        monkeypatch.setattr(resident, "_fill", lambda block, f=fill, m=most, s=served: (f(block), m.append(materialised(s))))
+        with Engine(lambda served=served: served) as engine:
+            engine.generate([wanted[0]])
+            assert resident.loads == [0] and resident.present[-1] == 0, "K = 1 is block 0"
+        assert answers(served) == expected
+        assert max(map(len, most)) == limit and set(resident.loads) == {0, 1, 2}
+        assert [block in now for block, now in zip(resident.loads, most, strict=True)] == [True] * len(most)
+
+
+def test_blocks_stay_out_of_memory_only_where_there_are_some(
+    cut: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path, capsys
+) -> None:
+    made = cut("evidence")
+    save(tmp_path / "blocks", made.runner.denoiser, made.config, tokenizer)  # type: ignore[attr-defined]
+    whole = CheckpointConfig.model_validate({**made.config.model_dump(), "blocks": None})
+    save(tmp_path / "whole", build(whole, seed=0), whole, tokenizer)
+    ask = ["--prompt", "in the beginning", "--max-tokens", "4", "--num-steps", "3"]
+    texts = []
+    for more in ([], ["--resident-blocks", "1"]):
+        assert run(app, ["generate", "--checkpoint", str(tmp_path / "blocks"), *ask, *more], "rdlm") == 0
+        texts.append(capsys.readouterr().out.partition("\n[")[0])
+    assert texts[0] == texts[1]
+    for folder, count, problem in (
+        ("whole", "1", "not a network of several blocks"),
+        ("blocks", "4", "the network has 3 blocks"),
+    ):
+        command = ["generate", "--checkpoint", str(tmp_path / folder), *ask, "--resident-blocks", count]
+        assert run(app, command, "rdlm") == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and f"resident_blocks={count}: " in err and problem in err
 
 
 def test_merged_blocks_answer_over_http(cut: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path) -> None:
