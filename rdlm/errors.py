@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this". Holds no logic; entry points turn it into exit code 2 or a 4xx."""
+"""The one exception that means "the user can fix this"; entry points turn it into exit code 2 or a 4xx."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ class UserError(ValueError):
         if len(shown) > 120:
             shown = shown[:117] + "..."
         super().__init__(f"{field}={shown}: {problem}; {remedy}")
+
+
+def reason(error: BaseException) -> str:
+    """What a library's exception says, as one line for a ``UserError``: its first line, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -73,18 +73,10 @@ def token_scores(
 
 
 def token_logprobs(
-    denoiser: Denoiser,
-    config: CheckpointConfig,
-    input_ids: Tensor,
-    targets: Tensor,
-    ks: Sequence[int],
-    *,
-    seed: int = 0,
-    num_draws: int = 8,
+    denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, targets: Tensor, ks: Sequence[int], **draws: int
 ) -> dict[int, Tensor]:
-    """The ``logprobs`` of ``token_scores`` alone: {K: [B, T] fp32}."""
-    scores = token_scores(denoiser, config, input_ids, targets, ks, seed=seed, num_draws=num_draws)
-    return {k: found.logprobs for k, found in scores.items()}
+    """The ``logprobs`` of ``token_scores`` alone: {K: [B, T] fp32}. draws: its ``seed`` and ``num_draws``."""
+    return {k: found.logprobs for k, found in token_scores(denoiser, config, input_ids, targets, ks, **draws).items()}
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 
 EOS = "<|endoftext|>"
 """End of document in the tokenizers trained here; it is their beginning of text too."""
@@ -237,7 +237,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(
             "tokenizer",
             str(file),
-            f"cannot be read ({str(error).splitlines()[0]})",
+            f"cannot be read ({reason(error)})",
             "give a byte-level BPE tokenizer.json or a sentencepiece model",
         ) from error
 

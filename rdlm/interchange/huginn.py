@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from rdlm import checkpoint
 from rdlm.config import CheckpointConfig, HuginnConfig
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 from rdlm.interchange import tensors
 from rdlm.interchange.huginn_config import READ, from_published, to_published
 from rdlm.interchange.tensors import DTYPES, Entry
@@ -101,11 +101,10 @@ def _local(source: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
     except Exception as error:  # the library raises its own, the HTTP client's and the operating system's exceptions
-        problem = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             "SOURCE",
             source,
-            f"is no folder here and cannot be downloaded ({problem})",
+            f"is no folder here and cannot be downloaded ({reason(error)})",
             "check name and network, or run `hf download` for it where there is one and give that folder",
         ) from error
 

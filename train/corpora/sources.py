@@ -19,7 +19,7 @@ from typing import Any, Literal
 import pyarrow
 import pyarrow.parquet
 
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 from rdlm.shards import file_sha256
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -228,10 +228,9 @@ def _hub_rows(given: str, wanted: HubDataset, split: str) -> Iterator[str]:
     except KeyError as error:
         raise UserError("--text-column", wanted.column, f"{wanted.path} has no column {error}", "name the text column") from None
     except Exception as error:  # the library raises its own, the hub client's and the HTTP client's exceptions
-        problem = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             "SOURCE",
             given,
-            f"cannot be read from the hub ({problem})",
+            f"cannot be read from the hub ({reason(error)})",
             "check name and network, or download the text elsewhere and give its files",
         ) from error
