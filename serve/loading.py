@@ -13,6 +13,7 @@ from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
 from rdlm.tokenizer import Tokenizer
 from serve.events import Served
+from serve.packing import pack_weights
 from serve.runner import Runner
 from serve.scheduler import Scheduler
 from serve.settings import EngineSettings
@@ -26,7 +27,10 @@ def load_served(folder: Path, settings: EngineSettings) -> Served:
         raise UserError(
             "checkpoint", str(folder), "it has no tokenizer, so its ids are not text", "serve a model trained on text"
         )
-    return build_served(loaded.denoiser, loaded.config, loaded.tokenizer, settings, _end_ids(folder, loaded.tokenizer))
+    served = build_served(loaded.denoiser, loaded.config, loaded.tokenizer, settings, _end_ids(folder, loaded.tokenizer))
+    if settings.resident_blocks is None:  # otherwise weights come and go by name
+        pack_weights(loaded.denoiser)
+    return served
 
 
 def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
