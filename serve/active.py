@@ -76,7 +76,7 @@ class Active:
         taken, self.prompt_logprobs = self.prompt_logprobs, []
         return taken or None
 
-    def usage(self, now: float) -> Usage:
+    def usage(self, now: float, flops: int, position_bytes: int) -> Usage:
         sequence, started = self.sequence, self.started or now
         return Usage(
             prompt_tokens=len(sequence.request.prompt),
@@ -85,6 +85,8 @@ class Active:
             prefill_core_steps=sequence.prompt_row_steps,
             decode_core_steps=sequence.decode_row_steps,
             saved_core_steps=sequence.saved_row_steps,
+            flops=flops,
+            kv_bytes=sequence.next_start * position_bytes,
             token_steps=self.token_steps,
             exits=self.exits,
             lowered=self.lowered,

@@ -273,10 +273,10 @@ class Engine:
     def _finish(self, active: Active, reason: str, event: Event | None = None) -> None:
         """Forget a sequence and tell its sink why, with the last token if there is one."""
         self.served.scheduler.remove(active.sequence.id)
-        self.served.runner.release(active.sequence.id)
+        flops = self.served.runner.release(active.sequence.id)
         self._active.pop(active.sequence.id, None)
         self._pace.remove(active.sequence.id)
-        usage = active.usage(time.monotonic())
+        usage = active.usage(time.monotonic(), flops, self.served.runner.position_bytes)
         self.counters.end(reason, usage)
         if reason in ("stop", "length"):
             self._seconds_per_sequence += 0.1 * (usage.total_s - usage.queue_s - self._seconds_per_sequence)

@@ -17,9 +17,11 @@ from serve.sequence import Depth, Glimpse, Sequence, StepResult, TokenLogprobs
 class Runner(Protocol):
     """What the engine needs of serve.runner.Runner."""
 
+    position_bytes: int
+
     def depth(self, num_steps: int) -> Depth: ...
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]: ...
-    def release(self, sequence_id: int) -> None: ...
+    def release(self, sequence_id: int) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Usage:
     decode_core_steps: int
     saved_core_steps: int
     """What exits spared."""
+    flops: int
+    """Floating-point operations of its rows (serve/cost.py)."""
+    kv_bytes: int
+    """Keys and values of its positions."""
     token_steps: int
     """Core steps of the positions that tokens were drawn from, summed."""
     exits: int
@@ -127,6 +133,7 @@ class Counters:
     tokens: int = 0
     exits: int = 0
     saved_steps: int = 0
+    flops: int = 0
     overdue: int = 0
     lowered: int = 0
     ended: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error", "expired"), 0))
@@ -155,6 +162,7 @@ class Counters:
         self.ended[reason] += 1
         self.overdue += usage.overdue
         self.lowered += usage.lowered
+        self.flops += usage.flops
         if reason in ("stop", "length"):
             self.prompt_tokens += usage.prompt_tokens
             self.exits += usage.exits

@@ -57,6 +57,7 @@ class Metrics(Collector):
             "rdlm_tokens": ("tokens drawn", counters.tokens),
             "rdlm_exits": ("tokens of finished sequences whose position left before its last step", counters.exits),
             "rdlm_saved_row_steps": ("core steps of positions that exits spared, finished sequences", counters.saved_steps),
+            "rdlm_flops": ("floating-point operations of ended sequences' rows", counters.flops),
             "rdlm_lowered_tokens": (
                 "tokens and prompt chunks with fewer steps than asked for, to meet a deadline",
                 counters.lowered,

@@ -25,7 +25,7 @@ def envelope(kind: str, job: Job, prefix: str) -> dict[str, Any]:
 
 
 def usage_of(job: Job, usages: Iterable[Usage]) -> dict[str, Any]:
-    """OpenAI's counts, a prompt once however many answers it got, and ``recurrence``: core steps summed over positions."""
+    """OpenAI's counts, a prompt once however many answers it got, and ``recurrence``: what it took, over all choices."""
     done = list(usages)
     prompt = sum(len(job.requests[i].prompt) for i in range(0, len(job.requests), job.n))
     completion = sum(u.completion_tokens for u in done)
@@ -33,6 +33,7 @@ def usage_of(job: Job, usages: Iterable[Usage]) -> dict[str, Any]:
     recurrence = {
         "num_steps": job.depth.num_steps, "core_steps": prefill + decode,
         "prefill_core_steps": prefill, "decode_core_steps": decode,
+        "flops": sum(u.flops for u in done), "kv_bytes": sum(u.kv_bytes for u in done),
     } | _depth_of(job, done)  # fmt: skip
     return {
         "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, "recurrence": recurrence,

@@ -6,6 +6,7 @@ A sequence's rows between two steps live in ``_Live``; the past lives in the KV 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,7 @@ from rdlm.denoiser import Denoiser, Prediction
 from rdlm.layers.modulation import Condition
 from rdlm.randomness import generator
 from rdlm.sampler import StepPlan, renoise, step_plan
+from serve.cost import Cost, costs_of
 from serve.exits import LATENT, PREDICTION, latent_change, settled_predictions, settled_states, watches
 from serve.sequence import Depth, Glimpse, Sequence, StepResult, TokenLogprobs
 
@@ -67,12 +69,18 @@ class Runner:
         self._blocks = blocks_of(denoiser)
         self._owner = self._blocks[0]
         """The block whose rows are at work."""
+        self._costs = [costs_of(block) for block in self._blocks]
+        self._cost = self._costs[0]
+        self._spent: Counter[int] = Counter()
+        """FLOPs of each sequence so far."""
         self._plans = {k: step_plan(config, k) for k in range(1, max_steps + 1)}
         iterates = config.objective.k_meaning == "thinking"
         self.pool = cache.KVPool(
             model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim,
             max_steps if kv_cache == "full" and iterates else 1, weight.dtype, weight.device,
         )  # fmt: skip
+        self.position_bytes = self.pool.num_bytes // (num_slots * max_len)
+        """Keys and values of one position of one sequence."""
         self._num_tokens = num_tokens
         self._live: dict[int, _Live] = {}
         self._seen: dict[int, Tensor] = {}
@@ -85,10 +93,19 @@ class Runner:
         context = max(i for i, commits in enumerate(plan.commit) if commits) + 1
         return Depth(num_steps, plan.num_core_steps, context, max(context, _score_step(plan) + 1))
 
-    def release(self, sequence_id: int) -> None:
-        """Forget the rows of a sequence that left."""
+    def release(self, sequence_id: int) -> int:
+        """Forget the rows of a sequence that left -> the FLOPs it has taken."""
         self._live.pop(sequence_id, None)
         self._seen.pop(sequence_id, None)
+        return self._spent.pop(sequence_id, 0)
+
+    def _spend(self, sequences: list[Sequence], cost: Cost) -> None:
+        """Charge the rows of the open segments with one pass through a part of the network."""
+        for sequence in sequences:
+            segment, plan = sequence.segment, self._plan(sequence)
+            assert segment is not None
+            beside = plan.append_own and not plan.commit[segment.step]  # it sees the position's clean row too
+            self._spent[sequence.id] += cost.of(segment.start + beside, segment.length)
 
     @torch.inference_mode()
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
@@ -100,7 +117,7 @@ class Runner:
         for index, owner in enumerate(self._blocks):
             here = sorted((s for s in batch if self._block(s) == index), key=_slot)  # rdlm/cache.py reads neighbours in place
             if here:
-                self._owner = owner
+                self._owner, self._cost = owner, self._costs[index]
                 results |= self._run(here)
         return results
 
@@ -118,6 +135,7 @@ class Runner:
 
     def _encode(self, sequences: list[Sequence]) -> Seq[Tensor]:
         """Prelude of the segments' rows: [L, D] each."""
+        self._spend(sequences, self._cost.encode)
         ids = [i for s in sequences if s.segment for i in s.token_ids(s.segment)]
         e = self._owner.model.encode(torch.tensor([ids], device=self.device), self._pack(sequences, once=True))  # [1, N, D]
         return e[0].split([_length(s) for s in sequences])
@@ -147,6 +165,10 @@ class Runner:
                 live.e, live.state = live.e[-length:], live.state[-length:]
         state, e = (torch.cat([getattr(live, name) for live in lives])[None] for name in ("state", "e"))  # [1, N, D]
         sigmas = [self._plan(s).sigmas[_step(s)] for s, n in zip(batch, lengths, strict=True) for _ in range(n)]
+        self._spend(batch, self._cost.core)
+        for sequence, length in zip(batch, lengths, strict=True):
+            if self._plan(sequence).sigmas[_step(sequence)] is not None:
+                self._spent[sequence.id] += length * self._cost.condition
         cond = self._condition(sigmas, state)
         after = self._owner.step(state, e, cond, self._pack(batch, once=False))
         for sequence, live, rows in zip(batch, lives, after[0].split(lengths), strict=True):
@@ -190,6 +212,7 @@ class Runner:
         """
         if not readers:
             return {}
+        self._spend(readers, self._cost.decode)
         state = torch.cat([self._live[s.id].state for s in readers])[None]
         hidden = self._owner.model.decode(state, self._pack(readers, once=True))[0].split([_length(s) for s in readers])
         read = list(zip(readers, hidden, strict=True))
@@ -223,6 +246,7 @@ class Runner:
         """Ids of those whose prediction, read from hidden [D], satisfies their exit criterion."""
         if not watching:
             return set()
+        self._spent.update({s.id: self._cost.head for s, _ in watching})
         prior = self._owner.predict(torch.stack([row for _, row in watching])).prior[:, : self._num_tokens]
         return settled_predictions([s for s, _ in watching], prior, self._seen)
 
@@ -252,6 +276,7 @@ class Runner:
         segment, request = sequence.segment, sequence.request
         assert segment is not None and request.prompt_logprobs is not None
         targets = request.prompt[segment.start + 1 : segment.start + 1 + segment.length]
+        self._spent[sequence.id] += len(targets) * self._cost.head
         found: list[TokenLogprobs] = []
         chunk = max(1, LOGITS_AT_ONCE // self.config.model.vocab_size)
         for start in range(0, len(targets), chunk):
@@ -285,6 +310,8 @@ class Runner:
 
     def _predict(self, rows: list[Sequence], hidden: Tensor) -> Prediction:
         sigmas = [self._plan(s).sigmas[_step(s)] for s in rows]
+        evident = self._owner.evidence_scale is not None  # what z says is a second read-out
+        self._spent.update({s.id: self._cost.head * (1 + (evident and x is not None)) for s, x in zip(rows, sigmas, strict=True)})
         if all(sigma is None for sigma in sigmas):
             return self._owner.predict(hidden)
         silent = hidden.new_zeros(hidden.shape[1], dtype=torch.float32)

@@ -46,11 +46,14 @@ def stream(client: TestClient, path: str = "/v1/completions", **body: Any) -> li
     return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
 
 
-def test_completion_has_openai_shape_and_accounts_core_steps(client: TestClient, tokenizer: Tokenizer) -> None:
+def test_completion_has_openai_shape_and_accounts_for_its_work(client: TestClient, tokenizer: Tokenizer) -> None:
     answer = complete(client, prompt="in the beginning", num_steps=4, model="tiny")
     length = len(tokenizer.encode("in the beginning")) + 1  # and the beginning-of-text token
     assert answer["object"] == "text_completion" and answer["id"].startswith("cmpl-") and answer["model"] == "tiny"
     assert answer["choices"][0]["finish_reason"] == "length" and answer["choices"][0]["logprobs"] is None
+    work = answer["usage"]["recurrence"]
+    assert work.pop("flops") > 0  # tests/serve/test_cost.py
+    assert work.pop("kv_bytes") == (length + 4) * 2 * 4 * 32 * 4  # keys and values of 4 layers of 32 numbers of 4 bytes
     steps = {"num_steps": 4, "core_steps": 4 * (length + 4), "prefill_core_steps": 4 * length, "decode_core_steps": 16}
     usage = {"prompt_tokens": length, "completion_tokens": 5, "total_tokens": length + 5, "recurrence": steps}
     assert answer["usage"] == usage
