@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+import yaml
 
 from rdlm.checkpoint import save
 from rdlm.config import CheckpointConfig
@@ -28,6 +30,7 @@ from lm_eval.api.registry import get_model
 from eval.harness import RecurrentLM
 
 pytestmark = pytest.mark.multiproc
+REPO = Path(__file__).parents[2]
 PAIRS = [
     ("in the", " beginning was"), ("and it came to pass in those", " days"), ("", "the word was with"), ("with", " god"),
     ("in the beginning was the word and the word was " * 4, "with god"), ("xyz", " 123 xyz"), ("it", " came to pass"), ("the", " word"),
@@ -39,6 +42,7 @@ LONG = "in the beginning was the word and the word was with xyz " * 16
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained loud model of 512 positions, twice the server's prefill chunk."""
     tokenizer = train_tokenizer("bpe", iter(["in the beginning was the word and the word was with god"] * 20), 270)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     shape = {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "max_seq_len": 512}
     model = {"family": "huginn", "vocab_size": 270, "d_model": 32, "num_heads": 2, "mlp_width": 64, **shape}
     settings = {"model": model, "objective": {"name": "onestep"}, "recurrence": {"default_steps": 2, "max_steps": 8}}
@@ -82,19 +86,23 @@ def _ready(process: subprocess.Popen[bytes], port_file: Path) -> str:
     raise AssertionError("the server did not become ready")
 
 
-def _client(url: str, folder: Path, k: int, batch_size: int, concurrent: int) -> Any:
-    arguments = {"model": f"tiny:k{k}", "base_url": f"{url}/v1/completions", "tokenizer": str(folder / "tokenizer")}
-    more = {"tokenizer_backend": "huggingface", "num_concurrent": concurrent, "batch_size": batch_size, "max_length": 512}
-    return get_model("local-completions").create_from_arg_obj({**arguments, **more})
+def _client(url: str, folder: Path, model: str = "tiny", kind: str = "local-completions", **more: Any) -> Any:
+    route = "chat/completions" if "chat" in kind else "completions"
+    given = {"model": model, "base_url": f"{url}/v1/{route}", "tokenizer": str(folder / "tokenizer"), "max_length": 512}
+    return get_model(kind).create_from_arg_obj({**given, "tokenizer_backend": "huggingface", **more})
 
 
-def _asked(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+def _asked(kind: str, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
     return [
         Instance(request_type=kind, doc={}, arguments=given, idx=0, metadata=("task", i, 1))  # type: ignore[arg-type]
         for i, given in enumerate(arguments)
     ]
 
 
+UNTIL = {"until": ["\n"], "max_gen_toks": 10}
+SCORED = _asked("loglikelihood", [*PAIRS, (LONG, " god")])
+ROLLED = _asked("loglikelihood_rolling", [("in the beginning",), (LONG * 3,), ("xyz",)])
+WRITTEN = _asked("generate_until", [(text, UNTIL) for text in ("in the", "and the word", "x", LONG, "with")])
 SETTINGS = [pytest.param(4, 4, 1)] + [
     pytest.param(k, batch_size, concurrent, marks=pytest.mark.slow)
     for k in (1, 4, 8)
@@ -105,21 +113,134 @@ SETTINGS = [pytest.param(4, 4, 1)] + [
 
 
 @pytest.mark.parametrize(("k", "batch_size", "concurrent"), SETTINGS)
-def test_scores_in_process_equal_scores_over_http(url: str, folder: Path, k: int, batch_size: int, concurrent: int) -> None:
-    asked = _asked("loglikelihood", PAIRS)
-    far = _client(url, folder, k, batch_size, concurrent).loglikelihood(asked, disable_tqdm=True)
-    near = RecurrentLM(checkpoint=str(folder), num_steps=k, batch_size=4).loglikelihood(asked, disable_tqdm=True)
-    assert [greedy for _, greedy in far] == [greedy for _, greedy in near]
-    for (here, _), (there, _) in zip(near, far, strict=True):
-        assert here == pytest.approx(there, abs=1e-4)
+def test_in_process_equals_http(url: str, folder: Path, k: int, batch_size: int, concurrent: int) -> None:
+    """Log-likelihoods, rolling ones over several windows, and texts; prompts of several prefill chunks among them."""
+    far = _client(url, folder, f"tiny:k{k}", batch_size=batch_size, num_concurrent=concurrent)
+    # lm-eval's HTTP client keeps a position for the token it must ask for, and one for the context of a window.
+    near = RecurrentLM(checkpoint=str(folder), num_steps=k, batch_size=4, kv_cache="full", max_length=510)
+    assert 256 < len(near.text.encode(LONG)) < 500
+    there, here = (model.loglikelihood(SCORED, disable_tqdm=True) for model in (far, near))
+    assert [greedy for _, greedy in there] == [greedy for _, greedy in here]
+    assert [value for value, _ in there] == pytest.approx([value for value, _ in here], abs=1e-4, rel=0)
+    there, here = (model.loglikelihood_rolling(ROLLED, disable_tqdm=True) for model in (far, near))
+    for value, expected, (text,) in zip(there, here, (request.args for request in ROLLED), strict=True):
+        assert value == pytest.approx(expected, abs=1e-4 * max(1, len(near.text.encode(text)) / 100), rel=0)
+    assert far.generate_until(WRITTEN, disable_tqdm=True) == near.generate_until(WRITTEN, disable_tqdm=True)
 
 
-def test_texts_and_long_prompts_too(url: str, folder: Path) -> None:
-    """A prompt of several prefill chunks needs the full cache, which this server has."""
-    client, model = _client(url, folder, 8, 1, 1), RecurrentLM(checkpoint=str(folder), num_steps=8, kv_cache="full")
-    assert 256 < len(model.text.encode(LONG)) < 500
-    asked = _asked("loglikelihood", [(LONG, " god")])
-    far, near = (m.loglikelihood(asked, disable_tqdm=True)[0][0] for m in (client, model))
-    assert far == pytest.approx(near, abs=1e-4)
-    texts = _asked("generate_until", [(p, {"until": ["\n"], "max_gen_toks": 10}) for p in ("in the", "and the word", LONG)])
-    assert client.generate_until(texts, disable_tqdm=True) == model.generate_until(texts, disable_tqdm=True)
+def test_k_by_header_and_by_gen_kwargs(url: str, folder: Path) -> None:
+    """The two other ways to name K: a header for what has a fixed body, a field for texts."""
+    few, many = (RecurrentLM(checkpoint=str(folder), num_steps=k, batch_size=4, kv_cache="full") for k in (2, 7))
+    asked = SCORED[:3]
+    by_header = _client(url, folder, header={"X-Num-Steps": "7"}).loglikelihood(asked, disable_tqdm=True)
+    expected = many.loglikelihood(asked, disable_tqdm=True)
+    assert [value for value, _ in by_header] == pytest.approx([value for value, _ in expected], abs=1e-4, rel=0)
+    assert [value for value, _ in few.loglikelihood(asked, disable_tqdm=True)] != pytest.approx(
+        [v for v, _ in expected], abs=0.01
+    )
+    by_field = _asked("generate_until", [(text, {**UNTIL, "num_steps": 7}) for text in ("in the", "with")])
+    plain = _asked("generate_until", [(text, UNTIL) for text in ("in the", "with")])
+    assert _client(url, folder).generate_until(by_field, disable_tqdm=True) == many.generate_until(plain, disable_tqdm=True)
+
+
+def test_the_remote_tokenizer_is_the_checkpoints(url: str, folder: Path) -> None:
+    """What ``tokenizer_backend=auto``, lm-eval's default, makes of this server."""
+    remote = _client(url, folder, "tiny:k4", tokenizer=None, tokenizer_backend="auto")
+    assert remote.tokenizer_backend == "remote" and remote.eot_token_id == RecurrentLM(checkpoint=str(folder)).eot_token_id
+    local = _client(url, folder, "tiny:k4")
+    assert remote.loglikelihood(SCORED[:3], disable_tqdm=True) == local.loglikelihood(SCORED[:3], disable_tqdm=True)
+
+
+def test_chat_completions_answer_the_rendered_template(url: str, folder: Path) -> None:
+    """local-chat-completions with --apply_chat_template, which sends messages and reads their content."""
+    client = _client(url, folder, "tiny:k4", "local-chat-completions", tokenizer_backend=None)
+    messages = client.apply_chat_template([{"role": "user", "content": "the word"}])
+    asked = _asked("generate_until", [(messages, UNTIL)])
+    model = RecurrentLM(checkpoint=str(folder), num_steps=4, kv_cache="full")
+    rendered = _asked("generate_until", [("<user>the word<assistant>", UNTIL)])
+    assert client.generate_until(asked, disable_tqdm=True) == model.generate_until(rendered, disable_tqdm=True)
+
+
+def test_an_end_of_text_the_model_predicts_does_not_cut_the_score(url: str, folder: Path) -> None:
+    """lm-eval drops the entry of the one drawn token unseen: it must be there even where that token is an end of text."""
+    prompts = [[first, second] for first in range(5, 69) for second in range(5, 21)]
+    body = {"model": "tiny:k4", "prompt": prompts, "max_tokens": 1, "temperature": 0, "logprobs": 0}
+    choices = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()["choices"]
+    ended = [prompts[c["index"]] for c in choices if c["finish_reason"] == "stop"]
+    assert ended, "this random model says no end after any of these"
+    asked = [(("", ""), [first], [second]) for first, second in ended]
+    far = _client(url, folder, "tiny:k4")._loglikelihood_tokens(asked)
+    near = RecurrentLM(checkpoint=str(folder), num_steps=4, batch_size=4)._loglikelihood_tokens(asked, disable_tqdm=True)
+    assert [value for value, _ in far] == pytest.approx([value for value, _ in near], abs=1e-4, rel=0)
+    assert all(value < -0.01 for value, _ in far)
+
+
+TASKS = {
+    "picks": {
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "reads": {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+    "writes": {
+        "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "x",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}, "metric_list": [{"metric": "exact_match"}],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_commands_agree(url: str, folder: Path, tmp_path: Path) -> None:
+    """`lm_eval --model local-completions` as docs/serving.md has it beside `rdlm eval lm-eval` on the same tasks, sample by sample."""
+    rows = [{"question": f"{context or 'the'} ", "choices": [word, "god"], "label": 0} for context, word in PAIRS]
+    (tmp_path / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}}, "test_split": "test"}
+    for name, task in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **task}))
+    given = f"model=tiny:k4,base_url={url}/v1/completions,tokenizer={folder / 'tokenizer'},tokenizer_backend=huggingface"
+    far = ["lm_eval", "--model", "local-completions", "--model_args", f"{given},num_concurrent=8,max_length=512"]
+    near = [
+        "rdlm",
+        "eval",
+        "lm-eval",
+        "--model",
+        "rdlm",
+        "--model_args",
+        f"checkpoint={folder},num_steps=4,kv_cache=full,max_length=510",
+    ]
+    found = []
+    for name, command in (("far", far), ("near", near)):
+        out = [
+            "--output_path",
+            str(tmp_path / name),
+            "--log_samples",
+            "--include_path",
+            str(tmp_path),
+            "--tasks",
+            ",".join(TASKS),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+        ended = subprocess.run(
+            [sys.executable, "-m", *command, *out], capture_output=True, text=True, timeout=300, env=environment, cwd=REPO
+        )
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        found.append({task: _samples(tmp_path / name, task) for task in TASKS})
+    assert all(len(samples) == len(PAIRS) for samples in found[0].values())
+    for task in TASKS:
+        for there, here in zip(found[0][task], found[1][task], strict=True):
+            assert _numbers(there) == pytest.approx(_numbers(here), abs=1e-4, rel=0) if task != "writes" else there == here
+
+
+def _samples(folder: Path, task: str) -> list[Any]:
+    """Responses of a task in the order of its documents."""
+    (file,) = folder.rglob(f"samples_{task}_*.jsonl")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    return [record["resps"] for record in sorted(records, key=lambda record: record["doc_id"])]
+
+
+def _numbers(response: Any) -> list[float]:
+    if isinstance(response, list):
+        return [value for part in response for value in _numbers(part)]
+    return [float(response)] if response not in ("True", "False", True, False) else [float(str(response) == "True")]

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 from litestar.testing import TestClient
+from typer.testing import CliRunner
 
 from rdlm.checkpoint import save
 from rdlm.errors import UserError
 from rdlm.tokenizer import Tokenizer
 from serve.app import create_app
 from serve.cli import _keys_of
+from serve.cli import app as cli
 from serve.engine import Engine
 from serve.events import Served
 from serve.loading import load_served
@@ -168,6 +170,28 @@ def test_keys_come_from_a_file(tmp_path: Path) -> None:
             _keys_of(wrong)
     with pytest.raises(ValueError, match="at least 1 character"):
         HttpSettings(api_keys=("",))  # it would let everybody in
+
+
+def test_keys_come_from_options_environment_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[HttpSettings] = []
+    monkeypatch.setattr("serve.process.run_server", lambda checkpoint, engine, http, port_file: found.append(http))
+    (tmp_path / "keys").write_text("three\n")
+    command = ["--checkpoint", str(tmp_path), "--api-key-file", str(tmp_path / "keys")]
+    for options, environment in (([], {"RDLM_API_KEYS": "one two"}), (["--api-key", "one", "--api-key", "two"], {})):
+        ended = CliRunner().invoke(cli, [*command, *options], env=environment)
+        assert ended.exit_code == 0, ended.output
+    assert [http.api_keys for http in found] == [("one", "two", "three")] * 2
+
+
+def test_text_without_special_tokens_is_scored_as_its_ids(client: TestClient, tokenizer: Tokenizer) -> None:
+    scored = {"max_tokens": 0, "echo": True, "logprobs": 1, "num_steps": 2}
+    ids = tokenizer.encode("in the beginning")
+    for text, same in (({"add_special_tokens": False}, ids), ({}, [tokenizer.bos_id, *ids])):
+        by_text, by_ids = (
+            complete(client, **scored, **prompt) for prompt in ({"prompt": "in the beginning", **text}, {"prompt": [same]})
+        )
+        assert by_text["choices"][0]["logprobs"] == by_ids["choices"][0]["logprobs"]
+        assert by_text["usage"] == by_ids["usage"]
 
 
 def test_a_request_is_a_span(make_served: Callable[..., Served]) -> None:
