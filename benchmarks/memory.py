@@ -31,7 +31,6 @@ import torch.distributed as dist
 import typer
 
 from benchmarks.common import provenance, write_json
-from rdlm.blockwise import drawn_block
 from rdlm.config import parse
 from rdlm.objectives import Batch
 from train.loop import Trainer, _loss
@@ -52,7 +51,8 @@ class Arm:
     precision: str = "fp32"
     zero_stage: int = 0
     mode: Literal["alone", "joint", "resident"] = "alone"
-    """Of blocks: the first alone, all on the device, or one at a time with a visit an update."""
+    """Of blocks: the first alone, all on the device, or one at a time."""
+    visit_steps: int = 1
 
     def config(self, folder: str, shape: dict[str, int], micro_size: int, seq_len: int) -> TrainConfig:
         document: dict[str, Any] = {
@@ -65,7 +65,7 @@ class Arm:
         if self.num_blocks > 1:
             document |= {"blocks": {"num_blocks": self.num_blocks}, "block": 0 if self.mode == "alone" else None}
         if self.mode == "resident":
-            document |= {"resident": {"visit_steps": 1}}
+            document |= {"resident": {"visit_steps": self.visit_steps}}
         return parse(TrainConfig, document, "benchmark")
 
 
@@ -94,10 +94,7 @@ class Run:
     def update(self, between: Callable[[str], None] = lambda _: None) -> None:
         """One update. ``between`` is called after the forward and after the backward pass."""
         trainer = self.trainer
-        (batch,), engine = (
-            trainer._batches(trainer.step),
-            trainer.engines.choose(drawn_block(len(trainer.engines), trainer.step, 0)),
-        )
+        (batch,), engine = trainer._batches(trainer.step), trainer.due()
         total, _, _ = engine(_loss, batch, step=trainer.step, seed=0, rank=0, micro=0)
         between("forward")
         engine.backward(total / batch.mask.sum())

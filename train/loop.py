@@ -153,8 +153,7 @@ class Trainer:
         # DeepSpeed divides by accumulation and averages over processes; both are undone, so that the global count alone divides.
         scale = self.world * self.accumulation / positions
         tally, seed = Tally(), self.config.seed
-        visit = self.step if self.config.resident is None else self.step // self.config.resident.visit_steps
-        engine = self.engines.choose(drawn_block(len(self.engines), visit, seed))
+        engine = self.due()
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
@@ -166,6 +165,11 @@ class Trainer:
                 self._own_norm = unreported_grad_norm(engine)
             engine.step()
         return tally
+
+    def due(self) -> deepspeed.DeepSpeedEngine:
+        """The engine whose block is trained in the next update."""
+        visit = self.step if self.config.resident is None else self.step // self.config.resident.visit_steps
+        return self.engines.choose(drawn_block(len(self.engines), visit, self.config.seed))
 
     def grad_norm(self) -> float:
         """Norm of the last update's gradient over all parameters that it reached, before clipping."""
