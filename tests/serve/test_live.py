@@ -40,7 +40,7 @@ class Live:
 
 
 def launch(checkpoint: Path, folder: Path, *options: str) -> Live:
-    port_file = folder / f"port-{time.monotonic_ns()}"
+    port_file = folder / "port"
     command = [
         sys.executable,
         "-m",
@@ -151,15 +151,19 @@ def test_two_events_in_one_segment_split_on_a_blank_line(live: Live) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnect_cancels_the_work(live: Live, stream: bool) -> None:
-    """Long answers whose clients leave must not hold the slots: a later request is served at once."""
+    """Long answers whose clients leave end before their 2000 tokens: each is counted as cancelled, and none as finished."""
+    before = metric(live, 'rdlm_sequences_total{finish="abort"}')
     body = {"prompt": "x", "max_tokens": 2000, "num_steps": 8, "stream": stream, "ignore_eos": True, "n": 16}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{live.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.5)) if not stream else _leave(
             live, body
         )
-    began = time.monotonic()
-    live.client().completions.create(model="tiny", prompt="x", max_tokens=4)
-    assert time.monotonic() - began < 3
+    deadline = time.monotonic() + 120
+    while metric(live, 'rdlm_sequences_total{finish="abort"}') < before + 16:
+        assert time.monotonic() < deadline, "they run on"
+        time.sleep(0.02)
+    assert metric(live, "rdlm_running_sequences") == 0
+    assert live.client().completions.create(model="tiny", prompt="x", max_tokens=4).choices
 
 
 def _leave(live: Live, body: dict[str, Any]) -> None:
@@ -169,26 +173,73 @@ def _leave(live: Live, body: dict[str, Any]) -> None:
     raise httpx.ReadTimeout("left on purpose")
 
 
-def test_sigterm_lets_accepted_requests_finish(checkpoint: Path, tmp_path: Path) -> None:
-    server = launch(checkpoint, tmp_path, "--drain-seconds", "120")
+def metric(server: Live, name: str) -> float:
+    text = httpx.get(f"{server.url}/metrics").text
+    return float(next(line for line in text.splitlines() if line.startswith(f"{name} ")).split()[-1])
+
+
+def test_sigterm_loses_no_accepted_request(checkpoint: Path, tmp_path: Path) -> None:
+    """Running and still waiting, streamed and in one piece: all are answered in full. Whatever comes later is refused."""
+    server = launch(checkpoint, tmp_path, "--drain-seconds", "120", "--max-slots", "2", "--log-format", "json")
     client = server.client()
 
     def ask(i: int) -> int:
-        parts = client.completions.create(
-            model="tiny:k8", prompt="x", max_tokens=150, stream=True, extra_body={"ignore_eos": True}
-        )
-        return sum(1 for part in parts if part.choices)
+        body: dict[str, Any] = {"model": "tiny:k8", "prompt": "x", "max_tokens": 80, "extra_body": {"ignore_eos": True}}
+        if i % 2:
+            answer = client.completions.create(**body)
+            return answer.usage.completion_tokens if answer.usage else 0
+        return sum(1 for part in client.completions.create(**body, stream=True) if part.choices)
 
-    with ThreadPoolExecutor(4) as pool:
-        counts = [pool.submit(ask, i) for i in range(4)]
-        while "rdlm_running_sequences 4.0" not in httpx.get(f"{server.url}/metrics").text:  # all of them accepted
+    with ThreadPoolExecutor(6) as pool:
+        counts = [pool.submit(ask, i) for i in range(6)]
+        while metric(server, "rdlm_running_sequences") + metric(server, "rdlm_queue_sequences") < 6:
             assert not any(count.done() for count in counts)
             time.sleep(0.02)
         assert not any(count.done() for count in counts)
         server.process.send_signal(signal.SIGTERM)
-        assert [count.result(120) for count in counts] == [150] * 4
+        while True:  # 503 for as long as it listens, then no connection
+            try:
+                late = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+            except httpx.TransportError:
+                break
+            assert late.status_code in (200, 503)
+            if late.status_code == 200:  # sent before the signal arrived
+                continue
+            break
+        assert [count.result(120) for count in counts] == [80] * 6
     assert server.process.wait(60) == 0
-    assert "serving tiny at http://127.0.0.1:" in (server.process.stdout.read() if server.process.stdout else "")
+    said = (server.process.stdout.read() if server.process.stdout else "").splitlines()
+    assert any("serving tiny at http://127.0.0.1:" in line for line in said)
+    logged = [json.loads(line) for line in said if line.startswith("{")]
+    answered = [line for line in logged if line.get("path") == "/v1/completions" and line["status"] == 200]
+    assert len(answered) >= 6 and len({line["request_id"] for line in answered}) == len(answered)
+
+
+def test_after_sigkill_the_same_command_serves_again(checkpoint: Path, tmp_path: Path) -> None:
+    """Nothing of a killed server stands in the way: not its port, not its port file, not its clients' connections."""
+    server = launch(checkpoint, tmp_path)
+
+    def ask(live: Live) -> str:
+        body = {"prompt": "in the", "max_tokens": 12, "seed": 3, "num_steps": 5, "ignore_eos": True}
+        return httpx.post(f"{live.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+
+    expected = ask(server)
+    body = {"prompt": "x", "max_tokens": 2000, "num_steps": 8, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        server.process.kill()
+        with pytest.raises(httpx.TransportError):  # a client sees that the stream broke: no [DONE], no end of the body
+            list(lines)
+    assert server.process.wait(60) == -signal.SIGKILL
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{server.url}/health")
+    again = launch(checkpoint, tmp_path, "--port", str(server.port))
+    try:
+        assert again.port == server.port and ask(again) == expected
+    finally:
+        again.process.terminate()
+        assert again.process.wait(60) == 0
 
 
 @pytest.mark.parametrize(
