@@ -15,30 +15,36 @@ from matplotlib.axes import Axes
 
 from eval.bootstrap import FEWEST_UNITS, interval, resamples
 from eval.plots import heading, new_figure, write_png
+from eval.sweep import setting_of
 
 Row = dict[str, Any]
 
 
-def curves(results: list[Row]) -> dict[tuple[int, float], list[Row]]:
-    """Settings that differ in temperature alone, by (K, top-p), coolest first."""
-    found: dict[tuple[int, float], list[Row]] = defaultdict(list)
-    for row in sorted(results, key=lambda r: (r["num_steps"], r["top_p"], r["temperature"])):
-        found[row["num_steps"], row["top_p"]].append(row)
+Curve = tuple[int, str]
+"""K and what else settings share (``Setting.rest``); along a curve only the temperature changes."""
+
+
+def curves(results: list[Row]) -> dict[Curve, list[Row]]:
+    """Settings that differ in temperature alone, coolest first."""
+    found: dict[Curve, list[Row]] = defaultdict(list)
+    for row in sorted(results, key=lambda r: (setting_of(r).num_steps, setting_of(r).rest, setting_of(r).temperature)):
+        setting = setting_of(row)
+        found[setting.num_steps, setting.rest].append(row)
     return dict(found)
 
 
 def at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> list[Row]:
     """Perplexity of each curve where its distinct-2 is that of human text, and its 95 % interval over blocks of prompts.
 
-    -> [{"num_steps", "top_p", "perplexity", "interval"}]; None where the curve does not get there.
+    -> [{"num_steps", "cut", "perplexity", "interval"}]; None where the curve does not get there.
     """
     return [
-        {"num_steps": k, "top_p": top_p, **estimate(found)}
-        for (k, top_p), found in nats_at_equal_diversity(report, teacher, seed).items()
+        {"num_steps": k, "cut": cut, **estimate(found)}
+        for (k, cut), found in nats_at_equal_diversity(report, teacher, seed).items()
     ]
 
 
-def nats_at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> dict[tuple[int, float], np.ndarray]:
+def nats_at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> dict[Curve, np.ndarray]:
     """Of each curve: log perplexity at the distinct-2 of human text, fp64 [1 + resamples], NaN where it is not reached.
 
     Log-linear between the two temperatures around it. Entry 0 weighs all blocks of prompts alike, the others are bootstrap resamples,
@@ -96,16 +102,17 @@ def plot_frontier(report: dict[str, Any], file: Path) -> None:
 def draw_frontier(axes: Axes, reports: Sequence[tuple[str, dict[str, Any]]], teacher: str) -> None:
     """Perplexity (log) against distinct-2, a marker per setting with its 95 % intervals, human text as a star.
 
-    reports: (name, report). Colour is name and K, marker is top-p, and a line joins settings that differ in temperature alone.
+    reports: (name, report). Colour is name and K, marker is what cuts the distribution, and a line joins settings that differ in
+    temperature alone.
     """
-    found = [(name, k, top_p, rows) for name, report in reports for (k, top_p), rows in curves(report["results"]).items()]
+    found = [(name, k, cut, rows) for name, report in reports for (k, cut), rows in curves(report["results"]).items()]
     kinds = list(dict.fromkeys((name, k) for name, k, _, _ in found))
-    top_ps = sorted({top_p for _, _, top_p, _ in found})
+    cuts = sorted({cut for _, _, cut, _ in found})
     colours = dict(zip(kinds, colormaps["viridis"]([0.9 * i / max(1, len(kinds) - 1) for i in range(len(kinds))]), strict=True))
-    for name, k, top_p, rows in found:
+    for name, k, cut, rows in found:
         points = [_point(row, teacher) for row in rows]
-        label = (f"{name}, " if name else "") + f"K = {k}" + (f", top-p {top_p:g}" if top_p < 1 or len(top_ps) > 1 else "")
-        marker, colour = "osD^vP"[top_ps.index(top_p) % 6], colours[name, k]
+        label = ", ".join(filter(None, (name, f"K = {k}", cut)))
+        marker, colour = "osD^vP"[cuts.index(cut) % 6], colours[name, k]
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1, label=label)
         for row, point in zip(rows, points, strict=True):
             _errors(axes, row, teacher, point, colour)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from eval.bootstrap import interval, resamples
 from eval.diversity import blocks, measure
-from eval.samples import Sampler, Setting
+from eval.samples import Sampler
+from eval.sweep import Setting
 from eval.teachers import Progress, Teacher, cached
 
 Texts = list[list[str]]
@@ -43,7 +45,7 @@ def evaluate_gen_ppl(
     scores = {t.name: [_score(t, prompts, texts, cache, bar) for texts in sides] for t in teachers}
     rows = [_row([scores[t.name][i] for t in teachers], teachers, texts, seed) for i, texts in enumerate(sides)]
     for i, (setting, _) in enumerate(generated, start=1):
-        rows[i] = {"num_steps": setting.num_steps, "temperature": setting.temperature, "top_p": setting.top_p, **rows[i]}
+        rows[i] = {**asdict(setting), **rows[i]}
         for teacher in teachers:
             mine, entry = scores[teacher.name], rows[i]["perplexity"][teacher.name]
             entry["against_human"] = compare(mine[i], mine[0], seed)

@@ -17,7 +17,7 @@ import numpy as np
 
 from eval.bootstrap import mover
 from eval.gen_ppl import Bar, Texts
-from eval.samples import Setting
+from eval.sweep import Setting
 from eval.teachers import Teacher, cached
 from rdlm.errors import UserError
 

@@ -52,6 +52,8 @@ class TextOptions:
     num_steps: Annotated[str | None, typer.Option(help="K, or several with commas; by default the checkpoint's.")] = None
     temperature: Annotated[str, typer.Option(help="One or several with commas; 0 is greedy.")] = "1.0"
     top_p: Annotated[str, typer.Option(help="One or several with commas; 1 is off.")] = "1.0"
+    top_k: Annotated[str, typer.Option(help="One or several with commas; 0 is off.")] = "0"
+    min_p: Annotated[str, typer.Option(help="One or several with commas; 0 is off.")] = "0"
     across_documents: Annotated[
         bool, typer.Option("--across-documents", help="Prompts and answers may contain an end of text.")
     ] = False

@@ -10,6 +10,7 @@ from eval.bootstrap import mover
 from eval.frontier import draw_frontier, estimate, nats_at_equal_diversity
 from eval.plots import Row, against_k, new_figure, png
 from eval.report import Json, Picture, Run, Sample, Section, Table
+from eval.sweep import CELLS, setting_of
 from eval.wording import difference, or_dash, with_interval
 
 
@@ -19,7 +20,7 @@ def gen_ppl(runs: list[Run]) -> Section:
     names = [teacher["name"] for teacher in first.report["teachers"]]
     rows = [row for run in runs for row in _text_rows(run, names, [*run.report["results"]])]
     rows += _text_rows(Run(first.file, "gen-ppl", "human text", {}), names, [first.report["human"]])
-    headers = ["run", "K", "T", "top-p", *(h for n in names for h in (f"perplexity, {n} [95 %]", "/ human"))]
+    headers = ["run", *CELLS, *(h for n in names for h in (f"perplexity, {n} [95 %]", "/ human"))]
     headers += ["distinct-1", "distinct-2", "distinct-3", "repetition", "entropy (bits)", "words"]
     blocks: list[Table | Picture | Sample] = [Table(headers, rows)]
     figure, panels = new_figure(len(names), 4.8)
@@ -50,7 +51,7 @@ def _text_rows(run: Run, names: list[str], results: list[Json]) -> list[list[str
 
 
 def _place(row: Json) -> list[str]:
-    return [str(row["num_steps"]), f"{row['temperature']:g}", f"{row['top_p']:g}"] if "num_steps" in row else ["", "", ""]
+    return setting_of(row).cells if "num_steps" in row else [""] * len(CELLS)
 
 
 def _equal_diversity(runs: list[Run], teacher: str) -> list[Table | Picture]:
@@ -58,28 +59,33 @@ def _equal_diversity(runs: list[Run], teacher: str) -> list[Table | Picture]:
     first = runs[0]
     nats = {run.label: nats_at_equal_diversity(run.report, teacher) for run in runs}
     base, rows, curves = nats[first.label], [], dict[str, list[Row]]()
-    (base_k, base_p), start = next(iter(base.items()))
+    (base_k, base_cut), start = next(iter(base.items()))
     for run in runs:
-        own = {top_p: (k, found) for (k, top_p), found in reversed(nats[run.label].items())}  # the smallest K of each top-p
-        for (k, top_p), found in nats[run.label].items():
+        own = {cut: (k, found) for (k, cut), found in reversed(nats[run.label].items())}  # the smallest K of each cut
+        for (k, cut), found in nats[run.label].items():
             here = estimate(found)
-            cells = [_ratio(found - start) if (run, k, top_p) != (first, base_k, base_p) else ""]
-            cells.append("" if own[top_p][0] == k else _ratio(found - own[top_p][1]))
+            cells = [_ratio(found - start) if (run, k, cut) != (first, base_k, base_cut) else ""]
+            cells.append("" if own[cut][0] == k else _ratio(found - own[cut][1]))
             value = "-" if here["perplexity"] is None else with_interval(here["perplexity"], here["interval"], ".1f")
-            rows.append([run.label, str(k), f"{top_p:g}", value, *cells])
+            rows.append([run.label, str(k), cut, value, *cells])
             if here["interval"] is not None:
                 row = {"K": k, "value": here["perplexity"], "value_interval": here["interval"]}
-                curves.setdefault(f"{run.label}, top-p {top_p:g}", []).append(row)
+                curves.setdefault(_named(run.label, cut), []).append(row)
     size = first.report["human"]["diversity"]["group_texts"]
     note = (
         f"Perplexity under {teacher} where the curve over temperatures has the distinct-2 of human text; a dash where it does not get "
         f"there. Intervals resample blocks of {size} prompts, paired in the ratios; few blocks make them too narrow."
     )
-    headers = ["run", "K", "top-p", "perplexity [95 %]", f"/ {first.label} K = {base_k}, top-p {base_p:g}", "/ own smallest K"]
+    against = "/ " + _named(f"{first.label} K = {base_k}", base_cut)
+    headers = ["run", "K", "cut", "perplexity [95 %]", against, "/ own smallest K"]
     if not curves:
         return [Table(headers, rows, note)]
     figure = against_k(curves, f"perplexity under {teacher}")
     return [Table(headers, rows, note), Picture(figure, f"Perplexity under {teacher} at equal diversity against K")]
+
+
+def _named(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
 
 
 def _ratio(nats: np.ndarray) -> str:
@@ -102,8 +108,7 @@ def _samples(runs: list[Run]) -> list[Sample]:
     for n, example in enumerate(runs[0].report["examples"]):
         answers = [("the author", example["human"])]
         for run, i in chosen:
-            r = run.report["results"][i]
-            who = f"{run.label}, K {r['num_steps']}, T {r['temperature']:g}, top-p {r['top_p']:g}"
+            who = _named(run.label, str(setting_of(run.report["results"][i])))
             answers.append((who, run.report["examples"][n]["texts"][i]))
         out.append(Sample(example["prompt"], answers))
     return out
@@ -120,14 +125,14 @@ def mauve(runs: list[Run]) -> Section:
             others = (first.report["ceiling"], base, run.report["results"][0])
             compared = ["" if other is r else _difference(r, other) for other in others]
             rows.append([run.label, *_place(r), *_score(r), *compared])
-            name = f"{run.label}, T {r['temperature']:g}, top-p {r['top_p']:g}"
+            name = _named(run.label, f"T {r['temperature']:g}", setting_of(r).rest)
             curves.setdefault(name, []).append({"K": r["num_steps"], "value": r["value"], "value_interval": r["interval"]})
     protocol = first.report["protocol"]
     about = (
         f"Protocol {protocol['name']}: {first.report['references']:,} references, scaling factor {protocol['scaling_factor']:g}, "
         f"features of {first.report['featuriser']['name']}. Intervals cover the drawing of texts and of {protocol['seeds']} k-means seeds."
     )
-    headers = ["run", "K", "T", "top-p", "MAUVE [95 %]", "texts", "- ceiling", "- first row", "- own first row"]
+    headers = ["run", *CELLS, "MAUVE [95 %]", "texts", "- ceiling", "- first row", "- own first row"]
     lines = {name: tuple(first.report[name]["interval"]) for name in ("ceiling", "floor")}
     return Section("MAUVE", about, [Table(headers, rows), Picture(against_k(curves, "MAUVE", lines), "MAUVE against K")])
 

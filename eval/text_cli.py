@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice, product
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -13,12 +13,14 @@ from rich.table import Table
 
 from eval.options import SOURCES, Plot, TextOptions, numbers, usable_device, with_options
 from eval.output import write_json
+from eval.sweep import CELLS, setting_of
 from eval.wording import difference, with_interval
 from rdlm.errors import UserError
 
 if TYPE_CHECKING:
     from eval.gen_ppl import Bar, Texts
-    from eval.samples import Passage, Sampler, Setting, Shape
+    from eval.samples import Passage, Sampler, Shape
+    from eval.sweep import Setting
     from eval.teachers import Teacher
 
 EXAMPLES = 4
@@ -103,13 +105,20 @@ def _examples(sampler: Sampler, generated: Sequence[tuple[Setting, Texts]]) -> l
 
 def _settings(options: TextOptions) -> list[Setting]:
     """Every combination, in the order given."""
-    from eval.samples import Setting
+    from eval.sweep import grid
     from rdlm.checkpoint import load_config
 
     default = load_config(options.checkpoint).recurrence.default_steps
     ks = [default] if options.num_steps is None else numbers("--num-steps", options.num_steps, int)
-    grid = product(ks, numbers("--temperature", options.temperature, float), numbers("--top-p", options.top_p, float))
-    return [Setting(*values) for values in grid]
+    return grid(
+        {
+            "num_steps": ks,
+            "temperature": numbers("--temperature", options.temperature, float),
+            "top_p": numbers("--top-p", options.top_p, float),
+            "top_k": numbers("--top-k", options.top_k, int),
+            "min_p": numbers("--min-p", options.min_p, float),
+        }
+    )
 
 
 def _teacher(name: str, options: TextOptions) -> Teacher:
@@ -166,7 +175,7 @@ def _show_gen_ppl(report: dict[str, Any], console: Console) -> None:
         f"{shape['max_tokens']} tokens each; 95 % intervals over prompts; distinct-n and entropy over groups of "
         f"{report['human']['diversity']['group_texts']} texts",
     )
-    headers = ("K", "T", "top-p", *(f"{h} {name}" for name in names for h in ("ppl", "/ human")))
+    headers = (*CELLS, *(f"{h} {name}" for name in names for h in ("ppl", "/ human")))
     for name in (*headers, "distinct-1", "-2", "-3", "repetition", "entropy", "words"):
         table.add_column(name, justify="right")
     for row in [*report["results"], report["human"]]:
@@ -180,12 +189,12 @@ def _show_gen_ppl(report: dict[str, Any], console: Console) -> None:
             value = (
                 with_interval(point["perplexity"], point["interval"], ".1f") if reached else "not reached by these temperatures"
             )
-            place = f"K = {point['num_steps']}, top-p {point['top_p']:g}"
+            place = ", ".join(filter(None, (f"K = {point['num_steps']}", point["cut"])))
             console.print(f"{name}, {place}: perplexity at the distinct-2 of human text: {value}", highlight=False)
 
 
-def _place(row: dict[str, Any]) -> tuple[str, str, str]:
-    return (str(row["num_steps"]), f"{row['temperature']:g}", f"{row['top_p']:g}") if "num_steps" in row else ("human", "", "")
+def _place(row: dict[str, Any]) -> list[str]:
+    return setting_of(row).cells if "num_steps" in row else ["human", "", ""]
 
 
 def _judged(entry: dict[str, Any]) -> tuple[str, str]:
@@ -206,7 +215,7 @@ def _show_mauve(report: dict[str, Any], console: Console) -> None:
         caption=f"{report['references']:,} references, scaling factor {protocol['scaling_factor']:g}, features of "
         f"{report['featuriser']['name']}; 95 % intervals over texts and {protocol['seeds']} k-means seeds",
     )
-    for name in ("K", "T", "top-p", "MAUVE", "- ceiling", "- first", "texts", "empty"):
+    for name in (*CELLS, "MAUVE", "- ceiling", "- first", "texts", "empty"):
         table.add_column(name, justify="right")
     for label in ("ceiling", "floor"):
         what = {"ceiling": "human", "floor": "shuffled"}[label]

@@ -67,7 +67,7 @@ def _gen_ppl(name: str, reach: float = 0.7, factor: float = 1.0) -> Json:
         "teachers": [{"name": "t", "fingerprint": "1", "dtype": "float32", "window": 512}],
         "human": texts(0.6, 40.0),
         "results": rows,
-        "at_human_distinct_2": {"t": [{"num_steps": 4, "top_p": 1.0, "perplexity": None}]},
+        "at_human_distinct_2": {"t": [{"num_steps": 4, "cut": "", "perplexity": None, "interval": None}]},
         "examples": [{"prompt": "In the <b>", "human": "beginning | was", "texts": [f"cool {name}", f"warm {name}"]}],
     }  # fmt: skip
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.samples import Passage, Sampler, Setting, Shape, passages, take, to_text
+from eval.samples import Passage, Sampler, Shape, passages, take, to_text
+from eval.sweep import Setting
 from rdlm.checkpoint import save
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
@@ -178,6 +179,15 @@ def test_more_prompts_extend_the_file_of_fewer(
     file.write_text("".join([header, *rest, first]))
     with _sampler(folder, store, tmp_path / "grown") as sampler, pytest.raises(UserError, match="other passages"):
         sampler.continuations(WARM)
+
+
+def test_what_cuts_the_distribution_changes_the_texts(folder: Path, store: TokenStore, tmp_path: Path) -> None:
+    """top-k 1 and a min-p of 1 leave one token each: greedy decoding by other names."""
+    greedy, free, first, surest = (
+        _texts(folder, store, tmp_path, setting=Setting(2, temperature, top_k=top_k, min_p=min_p))
+        for temperature, top_k, min_p in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1))
+    )
+    assert greedy == first == surest != free
 
 
 def test_what_does_not_fit_is_refused(folder: Path, store: TokenStore, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.teachers import CHUNK_TEXTS, Teacher, _source, cached, load_teacher, pieces
+from eval.teachers import CHUNK_TEXTS, Teacher, cached, load_teacher, pieces, where
 from rdlm.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="teachers need transformers")
@@ -163,8 +163,8 @@ def test_a_hub_name_out_of_reach_is_one_line_with_a_remedy(monkeypatch: pytest.M
 
 
 def test_teachers_of_papers_have_short_names() -> None:
-    assert _source("GPT2-XL") == ("openai-community/gpt2-xl", {})
-    assert _source("Llama-2-7B") == ("meta-llama/Llama-2-7b-hf", {})
+    assert where("GPT2-XL") == ("openai-community/gpt2-xl", {})
+    assert where("Llama-2-7B") == ("meta-llama/Llama-2-7b-hf", {})
 
 
 def test_missing_packages_and_empty_folders_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

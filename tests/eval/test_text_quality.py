@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from eval.frontier import at_equal_diversity, plot_frontier
 from eval.gen_ppl import compare, evaluate_gen_ppl, perplexity
 from eval.mauve_score import PROTOCOLS, evaluate_mauve, mauve, scores_of_shares, shuffled_words
-from eval.samples import Setting
+from eval.sweep import Setting, grid, setting_of
 from eval.teachers import Progress, Teacher
 from rdlm.checkpoint import save
 from rdlm.cli import app, run
@@ -109,6 +110,15 @@ def test_perplexity_at_equal_diversity_is_read_between_temperatures() -> None:
     assert at([0.4, 0.8] * 3)[1]["interval"] is None  # most resamples lie outside what the temperatures reach
 
 
+def test_a_sweep_is_every_combination_and_its_points_are_told_apart() -> None:
+    found = grid({"num_steps": [1, 4], "temperature": [0.5, 1.0], "top_p": [1.0, 0.9], "min_p": [0, 0.05]})
+    assert len(found) == len({str(each) for each in found}) == 16
+    assert found[:2] == [Setting(1, 0.5), Setting(1, 0.5, min_p=0.05)] and str(found[0]) == "K 1, T 0.5"
+    assert found[-1].cells == ["4", "1", "top-p 0.9, min-p 0.05"]
+    assert setting_of({**asdict(found[-1]), "perplexity": {}}) == found[-1]
+    assert Setting(1, top_k=40).rest == "top-k 40"
+
+
 def test_shuffling_keeps_the_words_and_the_length_of_each_text() -> None:
     texts = ["a b c", "d", "e f g h i j"]
     shuffled = shuffled_words(texts, 0)
@@ -199,12 +209,12 @@ def command(
 def test_gen_ppl_command_sweeps_and_writes_a_report_and_a_frontier(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--num-steps", "1,2", "--temperature", "0.7,1.0", "--top-p", "1.0,0.9", "--num-prompts", 6, "--prompt-tokens", 5]
+    options = ["--num-steps", "1,2", "--temperature", "0.7,1.0", "--top-k", "0,3", "--num-prompts", 6, "--prompt-tokens", 5]
     options += ["--max-tokens", 6, "--teacher", "counting", "--out", tmp_path / "g.json", "--plot", tmp_path / "g.png"]
     assert command("gen-ppl", *options) == 0
     report = json.loads((tmp_path / "g.json").read_text())
-    places = [(r["num_steps"], r["temperature"], r["top_p"]) for r in report["results"]]
-    assert places == [(k, t, p) for k in (1, 2) for t in (0.7, 1.0) for p in (1.0, 0.9)]
+    places = [(r["num_steps"], r["temperature"], r["top_k"]) for r in report["results"]]
+    assert places == [(k, t, top_k) for k in (1, 2) for t in (0.7, 1.0) for top_k in (0, 3)]
     assert report["samples"]["prompts"]["count"] == 6 and report["checkpoint"]["weights_sha256"]
     assert {"command", "git_commit"} <= report["provenance"].keys() and len(report["at_human_distinct_2"]["counting"]) == 4
     assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
@@ -236,6 +246,8 @@ def test_mauve_command_reports_ceiling_and_floor(
         ("gen-ppl", ["--temperature", "warm"], "--temperature='warm'"),
         ("gen-ppl", ["--num-steps", "0", *SHORT], "--num-steps=0"),
         ("gen-ppl", ["--top-p", "0", *SHORT], "top_p=0"),
+        ("gen-ppl", ["--top-k", "-1", *SHORT], "top_k=-1"),
+        ("gen-ppl", ["--min-p", "2", *SHORT], "min_p=2"),
         ("gen-ppl", ["--prompt-tokens", "40", "--max-tokens", "40", "--num-prompts", "2", "--across-documents"], "64 positions"),
         ("gen-ppl", ["--num-prompts", "100000", "--prompt-tokens", "5", "--max-tokens", "5"], "the split has only"),
         ("mauve", ["--split", "nowhere"], "split='nowhere'"),
