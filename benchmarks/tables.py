@@ -1,15 +1,16 @@
-"""Markdown tables of docs/results from the raw JSON: python -m benchmarks.tables language|depth|cost|cache FILE"""
+"""Markdown tables of docs/results from the raw JSON: python -m benchmarks.tables language|depth|cost|cache|quality|blockwise FILE"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.common import read_json
+from eval.wording import with_interval
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -62,7 +63,79 @@ def cache(raw: dict[str, Any]) -> str:
     return table(["K", "exact (scoring)", "full cache", "shared cache", "shared - exact"], rows)
 
 
-RENDER: dict[str, Callable[[dict[str, Any]], str]] = {"language": language, "depth": depth, "cost": cost, "cache": cache}
+def quality(raw: dict[str, Any]) -> str:
+    """report.json of benchmarks.quality: everything against K in one table, then the differences its report found."""
+    cells: dict[tuple[str, int], dict[str, str]] = {}
+    for run in raw["runs"]:
+        report, kind = run["report"], run["kind"]
+        name = report["config"]["checkpoint"] if kind == "lm-eval" else report["checkpoint"]["name"]
+        for k, text in _quality_cells(kind, report):
+            cells.setdefault((name, k), {})[kind] = text
+    kinds = ("nll", "gen-ppl", "mauve", "lm-eval")
+    order = list(dict.fromkeys(name for name, _ in cells))
+    rows = [
+        [name, str(k), *(cells[name, k].get(kind, "") for kind in kinds)]
+        for name, k in sorted(cells, key=lambda key: (order.index(key[0]), key[1]))
+    ]
+    head = ["objective", "K", "NLL, nats per token", "perplexity at human distinct-2", "MAUVE", "BLiMP, accuracy"]
+    parts = [table([*head[:2], *(f"{name} [95 %]" for name in head[2:])], rows)]
+    for section in raw["sections"]:
+        for found in section["tables"]:
+            if section["title"] != "Provenance":
+                shown = [row for row in found["rows"] if section["title"] != "lm-eval" or row[1] == "blimp_local"]
+                parts.append(f"### {section['title']}\n\n{table(found['headers'], shown)}\n\n{found['note']}".rstrip())
+    return "\n\n".join(parts)
+
+
+def blockwise(raw: dict[str, Any]) -> str:
+    """Rows of benchmarks.blockwise, by objective and number of blocks; "of minutes" is CPU time over that of next-token training."""
+    budget = next((run["cpu_seconds"] for run in raw["runs"] if run["arm"] == "next_token"), 60 * raw["minutes"])
+    rows = []
+    for run in raw["runs"]:
+        found = run["results"][0]
+        levels = {point["sigma"]: point["ce"] for point in run.get("curve", [])}
+        texts = run.get("texts", [{}])[0]
+        perplexity = next(iter(texts.get("perplexity", {}).values()), None)
+        rows.append([
+            run["arm"], str(run["seed"]), f"{run['lr']:g}", f"{run['updates']:,}", f"{run['updates'] / run['num_blocks']:,.0f}",
+            f"{run['cpu_seconds']:.0f}", f"{run['cpu_seconds'] / budget:.2f}", with_interval(found["nll"], found["nll_interval"]),
+            *(f"{levels[sigma]:.2f}" if sigma in levels else "" for sigma in (0.3, 0.5, 1.0)),
+            "" if perplexity is None else f"{perplexity['value']:.0f}",
+            f"{texts['diversity']['distinct_2']['value']:.3f}" if texts else "",
+        ])  # fmt: skip
+    levels_head = [f"CE at sigma {sigma:g}" for sigma in (0.3, 0.5, 1.0)]
+    return table(
+        ["arm", "seed", "learning rate", "updates", "of a block", "CPU s", "of end to end", "held-out NLL [95 %]", *levels_head,
+         "generative perplexity", "distinct-2"], rows,
+    )  # fmt: skip
+
+
+def _quality_cells(kind: str, report: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """(K, figure) of one file; of generated texts what stands at temperature 1 and top-p 1, or at the diversity of human text."""
+    if kind == "lm-eval":
+        group = report["groups"]["blimp_local"]
+        value, error = group["acc,none"], 1.96 * group["acc_stderr,none"]
+        yield report["config"]["num_steps"], with_interval(value, [value - error, value + error])
+    elif kind == "gen-ppl":
+        for found in report["at_human_distinct_2"].values():
+            for at in found:
+                reached = at["perplexity"] is not None
+                yield at["num_steps"], with_interval(at["perplexity"], at["interval"], ".0f") if reached else "not reached"
+    else:
+        figure = {"nll": "nll", "mauve": "value"}[kind]
+        for r in report["results"]:
+            between = r["interval" if kind == "mauve" else "nll_interval"]
+            yield r.get("K", r.get("num_steps")), with_interval(r[figure], between)
+
+
+RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
+    "language": language,
+    "depth": depth,
+    "cost": cost,
+    "cache": cache,
+    "quality": quality,
+    "blockwise": blockwise,
+}
 
 
 def main(kind: Annotated[str, typer.Argument(help=" | ".join(RENDER))], file: Path) -> None:
