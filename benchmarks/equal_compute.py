@@ -53,9 +53,15 @@ def seconds_per_update(file: Path, rounds: int = 9) -> dict[str, float]:
 
 def config_of(name: str, seed: int, steps: int, lr: float, data: Path) -> dict[str, Any]:
     return {
-        "name": name.replace(" ", "-").replace("/", "-"), "seed": seed,
-        "model": {"family": "huginn", **SHAPE, "max_seq_len": SEQ_LEN},
+        **base_config(name, seed, steps, lr, data), "model": {"family": "huginn", **SHAPE, "max_seq_len": SEQ_LEN},
         "objective": ARMS[name][1], "recurrence": {"default_steps": 4, "max_steps": 64},
+    }  # fmt: skip
+
+
+def base_config(name: str, seed: int, steps: int, lr: float, data: Path) -> dict[str, Any]:
+    """Data, batch, optimizer and schedule, which every arm of every family shares."""
+    return {
+        "name": name.replace(" ", "-").replace("/", "-").replace("=", ""), "seed": seed,
         "data": {"kind": "tokens", "path": str(data), "seq_len": SEQ_LEN}, "batch": {"global_size": BATCH_SIZE},
         "optimizer": {"lr": lr, "weight_decay": 0.1}, "schedule": {"kind": "cosine", "steps": steps, "warmup_steps": min(100, steps // 5)},
         "precision": "bf16", "deepspeed": {"zero_stage": 0}, "checkpoint": {"interval_steps": max(50, steps // 5), "keep": 1},
@@ -66,16 +72,21 @@ def config_of(name: str, seed: int, steps: int, lr: float, data: Path) -> dict[s
 def run_arm(name: str, seed: int, updates: int, lr: float, data: Path, root: Path, max_tokens: int) -> dict[str, Any]:
     folder = root / f"{name.replace(' ', '-').replace('/', '-')}-lr{lr:g}-seed{seed}"
     train(folder, config_of(name, seed, updates, lr, data))
+    wanted = ["--steps", STEPS] if name not in ("paper", "evidence") else []
+    return {"arm": name, "seed": seed, "lr": lr, "updates": updates, **held_out(folder, updates, data, max_tokens, wanted)}
+
+
+def held_out(folder: Path, updates: int, data: Path, max_tokens: int, options: list[str]) -> dict[str, Any]:
+    """What a trained run cost and its held-out NLL (`rdlm eval nll`, made once and kept in ``folder``)."""
     scored = folder / "nll.json"
     if not scored.exists():
-        wanted = ["--steps", STEPS] if name not in ("paper", "evidence") else []
         run_rdlm(["eval", "nll", "--checkpoint", str(folder / "run" / "model"), "--data", str(data), "--max-tokens", str(max_tokens),
-                  "--per-window", "--out", str(scored), *wanted], folder / "log.txt")  # fmt: skip
+                  "--per-window", "--out", str(scored), *options], folder / "log.txt")  # fmt: skip
     metrics, report = last_metrics(folder), read_json(scored)
     return {
-        "arm": name, "seed": seed, "lr": lr, "updates": updates, "train_tokens": updates * BATCH_SIZE * SEQ_LEN,
-        "cpu_seconds": metrics["cpu_seconds"], "tokens": report["tokens"], "results": report["results"], "data": report["data"],
-        "window_nll": report["window_nll"], "git_commit": provenance()["git_commit"],
+        "train_tokens": updates * BATCH_SIZE * SEQ_LEN, "cpu_seconds": metrics["cpu_seconds"], "tokens": report["tokens"],
+        "results": report["results"], "data": report["data"], "window_nll": report["window_nll"],
+        "git_commit": provenance()["git_commit"],
     }  # fmt: skip
 
 
