@@ -4,12 +4,15 @@
 
 One random 8-layer model, greedy, wall time, medians over repeats that are interleaved so that all sides see the same machine.
 ``naive``: plain PyTorch with a key-value cache, one request after the other. ``limit``: the same loop over all requests as one dense
-batch of equal length and equal K, which a server cannot choose: forwards and arg-max only. ``engine``: serve/engine.py.
-All three for each dtype, so that a gain of the dtype is not counted as one of the engine; compiled: MLPs through torch.compile.
+batch of equal length and equal K, which a server cannot choose: forwards and arg-max only. ``engine``: serve/engine.py as ``rdlm
+serve`` builds it. Naive runs the model as it is, the other two the weights that a server packs (serve/packing.py). Tokens a second
+count the time of the prompts too. All three for each dtype, so that a gain of the dtype is not counted as one of the engine;
+compiled: MLPs through torch.compile on all sides, and nothing packed.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +35,8 @@ from rdlm.registry import build
 from rdlm.tokenizer import train_tokenizer
 from serve.engine import Engine
 from serve.loading import build_served
+from serve.packing import pack_weights
+from serve.runner import Runner
 from serve.sequence import Request
 from serve.settings import EngineSettings
 
@@ -123,11 +128,15 @@ def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def against_naive(denoiser: Denoiser, engine: Engine, prompts: Tensor, k: int, num_tokens: int, repeats: int) -> dict[str, Any]:
-    """Engine, naive loop and limit at one K. The naive loop answers a quarter of the prompts: its rate does not depend on how many."""
-    few = prompts[: max(1, len(prompts) // 4)]
+    """Engine, naive loop and limit at one K. The naive loop answers an eighth of the prompts: its rate does not depend on how many.
+
+    denoiser: the model of the naive loop; that of the limit is the engine's own.
+    """
+    assert isinstance(engine.served.runner, Runner)
+    served, few = engine.served.runner.denoiser, prompts[: max(1, len(prompts) // 8)]
     sides: dict[str, tuple[int, Callable[[], Any]]] = {
         "naive": (len(few), lambda: torch.cat([dense_greedy(denoiser, p[None], k, num_tokens) for p in few]).cpu()),
-        "limit": (len(prompts), lambda: dense_greedy(denoiser, prompts, k, num_tokens).cpu()),
+        "limit": (len(prompts), lambda: dense_greedy(served, prompts, k, num_tokens).cpu()),
         "engine": (len(prompts), lambda: engine_run(engine, prompts, [k] * len(prompts), [num_tokens] * len(prompts))),
     }
     runs: dict[str, list[tuple[float, float, Any]]] = {name: [] for name in sides}
@@ -203,11 +212,34 @@ def describe(name: str, found: dict[str, Any]) -> str:
     )
 
 
+def verdicts(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The targets with what was measured; ``met`` says whether ``value`` is at least, or at most, ``bound``."""
+    pairs = found["against_naive"]
+    targets = [(f"engine over naive, {name}", pair["engine_over_naive"], ">=", 8.0) for name, pair in pairs.items()]
+    for k in sorted({pair["num_steps"] for pair in pairs.values()}):
+        best = {
+            side: max((pair["tokens_per_s"][side], name) for name, pair in pairs.items() if pair["num_steps"] == k)
+            for side in ("engine", "naive")
+        }
+        (fast, of_engine), (slow, of_naive) = best["engine"], best["naive"]
+        targets.append((f"engine ({of_engine}) over naive ({of_naive}), each at its best", fast / slow, ">=", 8.0))
+    targets += [(f"bookkeeping's share of a step, {name}", pair["bookkeeping_share"], "<=", 0.1) for name, pair in pairs.items()]
+    targets.append(
+        (f"tokens/s of a mix of K over those of its mean K, {found['dtype']}", found["mix"]["mix_over_even"], ">=", 0.9)
+    )
+    off = found["along_k"]["largest_relative_deviation"]
+    targets.append((f"largest deviation of a token's cost from a line in K, {found['dtype']}", off, "<=", 0.1))
+    return [
+        {"target": name, "value": value, "bound": f"{sign} {bound}", "met": value >= bound if sign == ">=" else value <= bound}
+        for name, value, sign, bound in targets
+    ]
+
+
 def main(
     out: Annotated[Path, typer.Option(help="JSON to write.")],
     concurrent: Annotated[int, typer.Option(min=15, help="Requests in flight; the mix of K takes 15.")] = 16,
     prompt_tokens: int = 32,
-    num_tokens: int = 24,
+    num_tokens: int = 48,
     repeats: int = 3,
     d_model: int = 512,
     vocab_size: int = 4096,
@@ -217,31 +249,37 @@ def main(
 ) -> None:
     """Measure, print the ratios, write everything."""
     torch.set_num_threads(threads)
-    denoiser, config, tokenizer = build_model(d_model, vocab_size, prompt_tokens + 32 * num_tokens)
+    short = max(1, num_tokens // 4)
+    longest = max(num_tokens, short * max(MIX) // min(MIX))
+    denoiser, config, tokenizer = build_model(d_model, vocab_size, prompt_tokens + longest)
     prompts = torch.randint(5, tokenizer.vocab_size, (concurrent, prompt_tokens), generator=torch.Generator().manual_seed(1))
-    found: dict[str, Any] = {"against_naive": {}}
+    found: dict[str, Any] = {"dtype": "float32", "against_naive": {}, "packed_layers": {}}
     for name in ["float32", "bfloat16", *["bfloat16, compiled"] * compiled]:
         denoiser, there = denoiser.to(device=device, dtype=getattr(torch, name.partition(",")[0])), prompts.to(device)
+        served = denoiser
         if name.endswith("compiled"):
             compile_mlps(denoiser)
-        with Engine(partial(build_served, denoiser, config, tokenizer, EngineSettings(max_slots=concurrent))) as engine:
+        else:
+            served = copy.deepcopy(denoiser)
+            found["packed_layers"][name] = pack_weights(served)
+        with Engine(partial(build_served, served, config, tokenizer, EngineSettings(max_slots=concurrent))) as engine:
             against_naive(denoiser, engine, there, 1, 2, 1)  # warm up
             for k in (4, 16):
                 found["against_naive"][f"{name}, K = {k}"] = one = against_naive(denoiser, engine, there, k, num_tokens, repeats)
                 print(describe(name, one), flush=True)
-            if name == "float32":
-                found["mix"] = mix = against_mean_k(engine, there, max(1, num_tokens // 4), repeats)
+            if name == found["dtype"]:
+                found["mix"] = mix = against_mean_k(engine, there, short, repeats)
                 print(f"K mix {MIX} makes {mix['mix_over_even']:.2f}x the tokens/s of K = {mix['mean_k']} everywhere", flush=True)
-                found["along_k"] = line = along_k(engine, there, max(1, num_tokens // 4), repeats)
+                found["along_k"] = line = along_k(engine, there, short, repeats)
                 print(f"a token costs {1e3 * line['fixed']:.2f} + {1e3 * line['per_step']:.3f} K ms of the engine; "
                       f"largest deviation {line['largest_relative_deviation']:.1%}", flush=True)  # fmt: skip
+    found["targets"] = verdicts(found)
+    for target in found["targets"]:
+        print(f"{'met   ' if target['met'] else 'MISSED'} {target['target']}: {target['value']:.3g} ({target['bound']})")
     shape = {
-        "concurrent": concurrent,
-        "prompt_tokens": prompt_tokens,
-        "num_tokens": num_tokens,
-        "repeats": repeats,
-        "device": device,
-    }
+        "concurrent": concurrent, "prompt_tokens": prompt_tokens, "num_tokens": num_tokens, "repeats": repeats, "device": device,
+        "threads": threads,
+    }  # fmt: skip
     write_json(out, {"provenance": provenance(), "seed": 1, "shape": shape, "model": config.model_dump(mode="json")} | found)
 
 
