@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from eval.convergence_cli import convergence
 from eval.depth_cli import depth
 from eval.harness_cli import PASS_ON, lm_eval
-from eval.nll_cli import nll
-from eval.noise_curve_cli import ce_by_sigma
 from eval.report_cli import report
 from eval.text_cli import gen_ppl, mauve
+from eval.windows_cli import ce_by_sigma, convergence, nll
 
 app = typer.Typer(no_args_is_help=True)
 app.command(epilog="Example: rdlm eval nll --checkpoint runs/demo/model --data data/demo --steps 1,4,16 --plot nll.png")(nll)
