@@ -105,12 +105,15 @@ def timed(call: Callable[[], T]) -> tuple[float, float, T]:
     return time.perf_counter() - began, time.process_time() - cpu_began, result
 
 
-def engine_run(engine: Engine, prompts: Tensor, ks: Sequence[int], num_tokens: Sequence[int]) -> dict[str, Any]:
-    """All requests at once, greedy, to their ends."""
+def engine_run(
+    engine: Engine, prompts: Tensor, ks: Sequence[int], num_tokens: Sequence[int], in_step: bool = True
+) -> dict[str, Any]:
+    """All requests at once, greedy, to their ends. Not in_step: their first tokens take 1, 2, ... steps, modulo K."""
     before = engine.counters
     was = (before.steps, before.rows.sum, before.model_s, before.busy_s)
     requests = [
-        Request(tuple(p), k, n, SamplingParams(temperature=0)) for p, k, n in zip(prompts.tolist(), ks, num_tokens, strict=True)
+        Request(tuple(p), k, n, SamplingParams(temperature=0), schedule=() if in_step else (1 + i % k, k))
+        for i, (p, k, n) in enumerate(zip(prompts.tolist(), ks, num_tokens, strict=True))
     ]
     began = time.perf_counter()
     answers = engine.generate(requests)
@@ -157,26 +160,27 @@ def against_naive(denoiser: Denoiser, engine: Engine, prompts: Tensor, k: int, n
 
 
 def against_mean_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: int) -> dict[str, Any]:
-    """A mix of K against its mean K, tokens a second.
+    """A mix of K against its mean K.
 
     Each K gets as many tokens, so lanes in proportion to K, as in a queue that never empties: 1, 2, 4 and 8 of them, and all end
     together. The mean K of the tokens is then 15, and both sides do the same work a token. Prompts of one token keep prefill out.
+    Started together, lanes of one K also share every prelude, coda and read-out, which lanes of a mix cannot; a server's requests
+    do not arrive together, so both sides are measured out of step too: core rows a second there, as first tokens are shorter.
     """
     ks = [k for k in MIX for _ in range(k // min(MIX))]
     mean, one = sum(MIX) // len(MIX), prompts[: len(ks), :1]
     work = num_tokens * max(MIX)
-    mixed, even = [], []
+    sides = {"mix": (ks, [work // k for k in ks]), "even": ([mean] * len(ks), [round(work / mean)] * len(ks))}
+    runs: dict[tuple[str, bool], list[dict[str, Any]]] = {(side, in_step): [] for in_step in (True, False) for side in sides}
     for _ in range(repeats):
-        mixed.append(engine_run(engine, one, ks, [work // k for k in ks]))
-        even.append(engine_run(engine, one, [mean] * len(ks), [round(work / mean)] * len(ks)))
-    mix, other = median(mixed), median(even)
+        for (side, in_step), found in runs.items():
+            found.append(engine_run(engine, one, *sides[side], in_step=in_step))
+    mix, even, mix_apart, even_apart = (median(found) for found in runs.values())
     return {
-        "lanes": len(ks),
-        "mix": mix,
-        "mean_k": mean,
-        "even": other,
-        "mix_over_even": mix["tokens_per_s"] / other["tokens_per_s"],
-    }
+        "lanes": len(ks), "mix": mix, "mean_k": mean, "even": even, "mix_out_of_step": mix_apart, "even_out_of_step": even_apart,
+        "mix_over_even": mix["tokens_per_s"] / even["tokens_per_s"],
+        "mix_over_even_out_of_step": mix_apart["core_rows_per_s"] / even_apart["core_rows_per_s"],
+    }  # fmt: skip
 
 
 def along_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: int) -> dict[str, Any]:
@@ -224,9 +228,8 @@ def verdicts(found: dict[str, Any]) -> list[dict[str, Any]]:
         (fast, of_engine), (slow, of_naive) = best["engine"], best["naive"]
         targets.append((f"engine ({of_engine}) over naive ({of_naive}), each at its best", fast / slow, ">=", 8.0))
     targets += [(f"bookkeeping's share of a step, {name}", pair["bookkeeping_share"], "<=", 0.1) for name, pair in pairs.items()]
-    targets.append(
-        (f"tokens/s of a mix of K over those of its mean K, {found['dtype']}", found["mix"]["mix_over_even"], ">=", 0.9)
-    )
+    for key, when in (("mix_over_even", "all started together"), ("mix_over_even_out_of_step", "out of step")):
+        targets.append((f"rate of a mix of K over that of its mean K, {when}, {found['dtype']}", found["mix"][key], ">=", 0.9))
     off = found["along_k"]["largest_relative_deviation"]
     targets.append((f"largest deviation of a token's cost from a line in K, {found['dtype']}", off, "<=", 0.1))
     return [
@@ -269,7 +272,8 @@ def main(
                 print(describe(name, one), flush=True)
             if name == found["dtype"]:
                 found["mix"] = mix = against_mean_k(engine, there, short, repeats)
-                print(f"K mix {MIX} makes {mix['mix_over_even']:.2f}x the tokens/s of K = {mix['mean_k']} everywhere", flush=True)
+                print(f"K mix {MIX} makes {mix['mix_over_even']:.2f}x the tokens/s of K = {mix['mean_k']} everywhere; "
+                      f"out of step {mix['mix_over_even_out_of_step']:.2f}x", flush=True)  # fmt: skip
                 found["along_k"] = line = along_k(engine, there, short, repeats)
                 print(f"a token costs {1e3 * line['fixed']:.2f} + {1e3 * line['per_step']:.3f} K ms of the engine; "
                       f"largest deviation {line['largest_relative_deviation']:.1%}", flush=True)  # fmt: skip
