@@ -15,15 +15,20 @@ from rdlm.checkpoint import Loaded
 from rdlm.errors import UserError
 from rdlm.tasks import Task
 
-USUAL_STEPS = (1, 2, 4, 8, 16, 32, 64)
+USUAL_STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""The last two are far beyond the steps of training: whether the state stays where it is."""
 
 
 def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]:
-    """The K to evaluate, ascending; None takes USUAL_STEPS as far as the checkpoint goes. UserError for one out of range."""
+    """The K to evaluate, ascending; UserError for one out of range.
+
+    None takes USUAL_STEPS: all of them where K means thinking, else as far as the checkpoint goes.
+    """
     if steps is None:
-        recurrent = loaded.denoiser.model.is_recurrent or loaded.config.objective.k_meaning == "sampling"
-        steps = [k for k in USUAL_STEPS if k <= (loaded.config.recurrence.max_steps if recurrent else 1)]
-    return check_steps(steps, loaded.denoiser, loaded.config)
+        thinking, recurrent = loaded.config.objective.k_meaning == "thinking", loaded.denoiser.model.is_recurrent
+        limit = (USUAL_STEPS[-1] if recurrent else 1) if thinking else loaded.config.recurrence.max_steps
+        steps = [k for k in USUAL_STEPS if k <= limit]
+    return check_steps(steps, loaded.denoiser, loaded.config, beyond=True)
 
 
 def check_task(loaded: Loaded, name: str, task: Task) -> None:
@@ -51,9 +56,9 @@ def evaluate_depth(
 ) -> list[dict[str, Any]]:
     """Share of right answers on the first ``rows`` held-out examples at each K, with bootstrap 95 % intervals over examples.
 
-    -> [{"length", "K", "accuracy", "delta", NAME, "by_position"}], the first three figures with "..._interval" beside them:
-    over all positions that count, its difference from the smallest K (paired), and NAME = task.whole, the share of examples that are
-    ``task.solved``. by_position: the share at each position that counts.
+    -> [{"length", "K", "accuracy", "delta", "change", NAME, "by_position"}], the first four figures with "..._interval" beside them:
+    over all positions that count, its differences from the smallest K and from the K before (both paired), and NAME = task.whole, the
+    share of examples that are ``task.solved``. by_position: the share at each position that counts.
     seed: of the examples, of sampling checkpoints' noise and of the bootstrap. ``progress`` is told the examples done.
     """
     device = next(loaded.denoiser.parameters()).device
@@ -81,11 +86,19 @@ def _summarise(found: dict[int, tuple[np.ndarray, np.ndarray]], mask: np.ndarray
     draws = resamples(rows, seed) / rows
     shares = {k: hits.sum(1) / mask.sum(1) for k, (hits, _) in found.items()}
     base, counts = next(iter(shares.values())), mask.sum(0)
+    before = base
     results = []
     for k, (hits, solved) in found.items():
         result = dict[str, Any](length=task.size, K=k)
-        for name, values in (("accuracy", shares[k]), ("delta", shares[k] - base), (task.whole, solved.astype(float))):
+        figures = {
+            "accuracy": shares[k],
+            "delta": shares[k] - base,
+            "change": shares[k] - before,
+            task.whole: solved.astype(float),
+        }
+        for name, values in figures.items():
             result |= {name: float(values.mean()), f"{name}_interval": interval(draws @ values)}
+        before = shares[k]
         result["by_position"] = (hits.sum(0)[counts > 0] / counts[counts > 0]).round(4).tolist()
         results.append(result)
     return results

@@ -22,7 +22,8 @@ def depth(
         str, typer.Option(help="Positions, hops or blanks with commas; more than in training is extrapolation.")
     ] = "16,24",
     steps: Annotated[
-        str | None, typer.Option(help="Values of K with commas [1,2,4,8,16,32,64 as far as the checkpoint goes].")
+        str | None,
+        typer.Option(help="Values of K with commas [1,2,4,8,16,32,64,128; a sampling checkpoint only goes to its own largest]."),
     ] = None,
     rows: Annotated[int, typer.Option(min=2, help="Held-out examples of each length.")] = 2048,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of one forward pass.")] = 256,
@@ -74,10 +75,10 @@ def _show(report: dict[str, Any]) -> None:
     )
     smallest = report["results"][0]["K"]
     whole = {"last": "last position", "valid": "valid as a whole"}[data["whole"]]
-    for name in (data["unit"], "K", "right [95 %]", f"against K = {smallest}", f"{whole} [95 %]"):
+    for name in (data["unit"], "K", "right [95 %]", f"against K = {smallest}", "against the K before", f"{whole} [95 %]"):
         table.add_column(name, justify="right")
     for r in report["results"]:
-        delta = "" if r["K"] == smallest else difference(r["delta"], r["delta_interval"])
+        compared = ["" if r["K"] == smallest else difference(r[name], r[f"{name}_interval"]) for name in ("delta", "change")]
         cells = [with_interval(r[name], r[f"{name}_interval"]) for name in ("accuracy", data["whole"])]
-        table.add_row(str(r["length"]), str(r["K"]), cells[0], delta, cells[1])
+        table.add_row(str(r["length"]), str(r["K"]), cells[0], *compared, cells[1])
     Console().print(table)

@@ -22,16 +22,23 @@ PER_WINDOW = ("window_nll", "window_tokens")
 USUAL_STEPS = (1, 2, 4, 8, 16, 32)
 
 
-def check_steps(steps: Sequence[int] | None, denoiser: Denoiser, config: CheckpointConfig) -> tuple[int, ...]:
+MOST_STEPS = 1024
+"""Largest K of measurements that go beyond what a checkpoint offers its users; more is a slip of the pen."""
+
+
+def check_steps(
+    steps: Sequence[int] | None, denoiser: Denoiser, config: CheckpointConfig, beyond: bool = False
+) -> tuple[int, ...]:
     """The K to evaluate, ascending; UserError for one out of range.
 
-    None takes those with a normalised likelihood: K = 1 of a sampling model, else USUAL_STEPS as far as the checkpoint goes.
+    beyond: iterations of one state may go past ``recurrence.max_steps``, up to MOST_STEPS. None takes those with a normalised
+    likelihood: K = 1 of a sampling model, else USUAL_STEPS as far as the checkpoint goes.
     """
-    limit = config.recurrence.max_steps
-    if config.objective.k_meaning == "thinking" and not denoiser.model.is_recurrent:
-        limit = 1
+    limit, thinking = config.recurrence.max_steps, config.objective.k_meaning == "thinking"
+    if thinking:
+        limit = 1 if not denoiser.model.is_recurrent else max(limit, MOST_STEPS if beyond else 1)
     if steps is None:
-        return tuple(k for k in USUAL_STEPS if k <= limit) if config.objective.k_meaning == "thinking" else (1,)
+        return tuple(k for k in USUAL_STEPS if k <= limit) if thinking else (1,)
     for k in steps:
         if not 1 <= k <= limit:
             raise UserError("--steps", k, "is out of range", f"this checkpoint takes 1 to {limit}")

@@ -92,7 +92,7 @@ def convergence(
     held_out = open_windows(options)
     loaded = held_out.loaded
     check_iterates(loaded)
-    check_steps([num_steps], loaded.denoiser, loaded.config)
+    check_steps([num_steps], loaded.denoiser, loaded.config, beyond=True)
     with _bar(held_out, f"K = 1 to {num_steps}") as done:
         measured = evaluate_convergence(loaded, held_out.batches(), num_steps, seed=options.seed, progress=done)
     report = {**held_out.origin("convergence"), "tokens": held_out.count * held_out.length, **measured}

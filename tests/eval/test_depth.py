@@ -17,6 +17,7 @@ from rdlm.checkpoint import Loaded, save
 from rdlm.cli import app, run
 from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser
+from rdlm.errors import UserError
 from rdlm.tasks import GroupProduct
 
 Tiny = Callable[..., Denoiser]
@@ -50,7 +51,7 @@ def test_accuracy_counts_positions_and_the_last_one(loaded: Loaded, monkeypatch:
         (4, 8, 1 / 2, 0),
         (8, 8, 1, 1),
     ]
-    assert [r["delta"] for r in results] == [0, 3 / 8, 7 / 8]
+    assert [r["delta"] for r in results] == [0, 3 / 8, 7 / 8] and [r["change"] for r in results] == [0, 3 / 8, 1 / 2]
     assert all(r["accuracy_interval"] == pytest.approx([r["accuracy"]] * 2) for r in results)  # every example is the same
 
 
@@ -68,6 +69,20 @@ def test_interval_is_that_of_a_mean_over_examples(loaded: Loaded, monkeypatch: p
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(rows), rel=0.1)
 
 
+def test_a_state_that_settles_stays_at_128_steps_and_one_that_runs_away_is_seen(loaded: Loaded, tiny_config: TinyConfig) -> None:
+    """The core is made a contraction, then an expansion with its sign turned at every step."""
+    task = GroupProduct("s3", 6)
+
+    def last_change(factor: float) -> tuple[float, float]:
+        model = loaded.denoiser.model
+        model.core = lambda state, e, cond, ctx: factor * state + e  # type: ignore[method-assign]
+        found = evaluate_depth(loaded, task, (1, 64, 127, 128), rows=200)
+        return found[2]["accuracy"] - found[1]["accuracy"], found[3]["change"]
+
+    assert last_change(0.5) == (0, 0)
+    assert abs(last_change(-1.05)[1]) > 0
+
+
 def test_batches_do_not_change_what_a_thinking_model_answers(loaded: Loaded) -> None:
     task = GroupProduct("s3", 12)
     whole, parts = (evaluate_depth(loaded, task, (1, 8), rows=40, batch_size=n) for n in (40, 7))
@@ -75,7 +90,13 @@ def test_batches_do_not_change_what_a_thinking_model_answers(loaded: Loaded) -> 
 
 
 def test_steps_reach_as_far_as_the_checkpoint(loaded: Loaded, tiny: Tiny, tiny_config: TinyConfig) -> None:
-    assert choose_steps(None, loaded) == (1, 2, 4, 8, 16, 32, 64)
+    """Iterations of one state may go on past what the checkpoint offers its users; noise levels may not."""
+    assert choose_steps(None, loaded) == (1, 2, 4, 8, 16, 32, 64, 128)
+    assert loaded.config.recurrence.max_steps == 64 and choose_steps([200, 1], loaded) == (1, 200)
+    sampler = Loaded(tiny("huginn", "evidence", vocab_size=6), tiny_config("huginn", "evidence", vocab_size=6), None)
+    assert choose_steps(None, sampler) == (1, 2, 4, 8, 16, 32, 64)
+    with pytest.raises(UserError, match="takes 1 to 64"):
+        choose_steps([128], sampler)
     once = Loaded(tiny("llama", "next_token", vocab_size=6), tiny_config("llama", "next_token", vocab_size=6), None)
     assert choose_steps(None, once) == (1,)
 
@@ -118,7 +139,7 @@ def test_command_measures_every_task(folder: Path, tmp_path: Path, task: str, co
         (["--task", "s5"], "--task='s5': has a vocabulary of 6, the task has 120 symbols"),
         (["--task", "s4"], "--task='s4': there is no such task"),
         (["--task", "latin3", "--lengths", "10"], "data.blanks=[10, 10]"),
-        (["--steps", "65"], "--steps=65: is out of range; this checkpoint takes 1 to 64"),
+        (["--steps", "1025"], "--steps=1025: is out of range; this checkpoint takes 1 to 1024"),
         (["--checkpoint", "nowhere"], "has no config.json"),
     ],
 )
