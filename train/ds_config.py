@@ -25,6 +25,8 @@ def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
     if spec.zero_stage == 3:
         zero["stage3_prefetch_bucket_size"] = spec.bucket_elements
         zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
+        if spec.live_elements is not None:
+            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = spec.live_elements
         if spec.offload_param == "cpu":
             zero["offload_param"] = {"device": "cpu"}
     result: dict[str, Any] = {

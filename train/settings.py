@@ -142,6 +142,8 @@ class DeepSpeedConfig(Strict):
     offload_param: Literal["none", "cpu"] = "none"
     bucket_elements: int = Field(50_000_000, ge=1)
     """Elements reduced or gathered in one message."""
+    live_elements: int | None = Field(None, ge=1)
+    """ZeRO 3: most elements of gathered weights in memory; fewer are gathered more often. None: DeepSpeed's thousand million."""
 
     @model_validator(mode="after")
     def _possible(self) -> DeepSpeedConfig:
@@ -149,6 +151,8 @@ class DeepSpeedConfig(Strict):
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
         if self.offload_param == "cpu" and self.zero_stage != 3:
             raise ValueError("offload_param needs zero_stage 3")
+        if self.live_elements is not None and self.zero_stage != 3:
+            raise ValueError("live_elements needs zero_stage 3")
         return self
 
 

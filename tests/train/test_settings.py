@@ -39,6 +39,7 @@ BAD = [
     ({"deepspeed.zero_stage": 4}, "deepspeed.zero_stage"),
     ({"deepspeed.zero_stage": 2, "deepspeed.offload_param": "cpu"}, "deepspeed"),
     ({"deepspeed.zero_stage": 0, "deepspeed.offload_optimizer": "cpu"}, "deepspeed"),
+    ({"deepspeed.zero_stage": 2, "deepspeed.live_elements": 1000}, "deepspeed"),
     ({"model.num_heads": 5}, "model"),
     ({"model.noise_conditioning": False}, "model.noise_conditioning"),
     ({"objective.name": "next_token", "model.noise_conditioning": True}, "model.noise_conditioning"),
@@ -105,9 +106,11 @@ def test_deepspeed_gets_every_number_from_the_config(file) -> None:
     changes = {
         "batch": {"global_size": 12, "micro_size": 2},
         "optimizer.grad_clip": 0.7,
-        "deepspeed": {"zero_stage": 3, "offload_param": "cpu"},
+        "deepspeed": {"zero_stage": 3, "offload_param": "cpu", "live_elements": 1234},
     }
     result = ds_config(load(file(changes)), world=2)
     assert result["train_micro_batch_size_per_gpu"] * result["gradient_accumulation_steps"] * 2 == 12
     assert (result["gradient_clipping"], result["zero_optimization"]["stage"]) == (0.7, 3)
-    assert result["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    zero = result["zero_optimization"]
+    assert zero["offload_param"] == {"device": "cpu"}
+    assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == 1234
