@@ -59,7 +59,7 @@ def moving(arm: Arm, visits: int, folder: str) -> dict[str, Any]:
 
 def network(folder: Path, shape: dict[str, int]) -> Path:
     """A random network of blocks as `rdlm generate` takes it."""
-    tokenizer = train_tokenizer("bpe", iter(["in the beginning was the word"] * 9), 300)
+    tokenizer = train_tokenizer("bpe", iter(["in the beginning was the word"] * 9), 270)
     config = CheckpointConfig.model_validate({
         "name": "resident-benchmark", "objective": {"name": "evidence"}, "blocks": {"num_blocks": ANSWERING_BLOCKS},
         "model": {
@@ -83,16 +83,6 @@ def answering(checkpoint: Path, num_steps: int, resident: int | None) -> int:
 
 def main(out: Annotated[Path, typer.Option(help="JSON to write.")]) -> None:
     """Memory of blocks trained alone, jointly and one by one, the time of moving them, and memory of answering."""
-    arms = [Arm("evidence")]
-    arms += [Arm("evidence", blocks, mode=mode) for blocks in (2, 4, 6) for mode in ("alone", "joint", "resident")]
-    memory = []
-    for arm in arms:
-        memory.append(apart(measure, arm, SHAPE, MICRO_SIZE, SEQ_LEN))
-        print(f"{arm.mode} B={arm.num_blocks}: peak {memory[-1]['peak'] / 2**20:.0f} MiB", flush=True)
-    time_of = []
-    for visit_steps, visits in ((1, 8), (10, 4)):
-        time_of.append(apart(moving, Arm("evidence", 4, mode="resident", visit_steps=visit_steps), visits))
-        print(f"visits of {visit_steps}: {time_of[-1]['moving_share_cpu']:.1%} of the CPU time", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         tiny = network(Path(folder) / "tiny", {"d_model": 32, "num_heads": 2, "mlp_width": 64, "num_layers": 12})
         whole = network(Path(folder) / "whole", NETWORK)
@@ -103,6 +93,16 @@ def main(out: Annotated[Path, typer.Option(help="JSON to write.")]) -> None:
             )
             print(f"K={num_steps} resident {resident}: {rows[-1]['peak'] / 2**20:.0f} MiB", flush=True)
         answers = {"fixed": fixed, "weights": (whole / WEIGHTS).stat().st_size, "num_blocks": ANSWERING_BLOCKS, "rows": rows}
+    arms = [Arm("evidence")]
+    arms += [Arm("evidence", blocks, mode=mode) for blocks in (2, 4) for mode in ("alone", "joint", "resident")]
+    memory = []
+    for arm in arms:
+        memory.append(apart(measure, arm, SHAPE, MICRO_SIZE, SEQ_LEN))
+        print(f"{arm.mode} B={arm.num_blocks}: peak {memory[-1]['peak'] / 2**20:.0f} MiB", flush=True)
+    time_of = []
+    for visit_steps, visits in ((1, 8), (10, 4)):
+        time_of.append(apart(moving, Arm("evidence", 4, mode="resident", visit_steps=visit_steps), visits))
+        print(f"visits of {visit_steps}: {time_of[-1]['moving_share_cpu']:.1%} of the CPU time", flush=True)
     write_json(out, {
         "provenance": provenance(), "seed": 0, "threads": torch.get_num_threads(),
         "shape": {**SHAPE, "micro_size": MICRO_SIZE, "seq_len": SEQ_LEN}, "memory": memory, "time": time_of,
