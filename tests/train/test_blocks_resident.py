@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 from rdlm.blockwise import drawn_block
@@ -19,6 +23,7 @@ from rdlm.cli import app, run
 from rdlm.errors import UserError
 from train import resume
 from train.export import export
+from train.parallel import launch_blocks
 from train.residency import InHost, OnDisk, Sleeper
 from train.settings import load as load_config
 
@@ -180,8 +185,6 @@ def test_storages_leave_and_come_back_under_their_views(tmp_path: Path, rest: st
     ],
 )
 def test_mistakes_are_one_line(document, tmp_path: Path, capsys, changes: dict[str, Any], message: str) -> None:
-    import yaml
-
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(document({**residing(), **changes})))
     assert run(app, ["train", str(config), "--num-procs", "1"], "rdlm") == 2
@@ -190,10 +193,6 @@ def test_mistakes_are_one_line(document, tmp_path: Path, capsys, changes: dict[s
 
 
 def test_parallel_launches_have_no_residents(document, tmp_path: Path) -> None:
-    import yaml
-
-    from train.parallel import launch_blocks
-
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(document(residing())))
     assert load_config(config).resident is not None
@@ -207,3 +206,19 @@ def test_a_run_does_not_change_the_length_of_its_visits(trainer) -> None:
         trainer({**residing(), "resident": {"visit_steps": 2}})
     with pytest.raises(UserError, match="resident"):
         trainer(BLOCKS)
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_processes_of_the_launcher_share_a_resident_block(document, tmp_path: Path) -> None:
+    """`rdlm train` with two processes and ZeRO 2: the model of the joint run, bit for bit, and nothing left lying about."""
+    repo, models = Path(__file__).resolve().parents[2], []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo), "DS_ACCELERATOR": "cpu"}
+    for name, changes in (("joint", BLOCKS), ("resident", residing())):
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(document({**changes, "deepspeed.zero_stage": 2, "output": str(tmp_path / name)})))
+        command = [sys.executable, "-m", "rdlm", "train", str(config), "--num-procs", "2"]
+        subprocess.run(command, cwd=repo, env=environment, check=True, capture_output=True, timeout=900)
+        models.append(load_file(tmp_path / name / "model" / "model.safetensors"))
+    assert models[0].keys() == models[1].keys() and all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert sorted(os.listdir(tmp_path / "joint")) == sorted(os.listdir(tmp_path / "resident"))
