@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from eval.likelihood import Score, score_continuations
 from eval.nll import check_steps
+from eval.provenance import machine
 from rdlm.checkpoint import WEIGHTS, Loaded, load
 from rdlm.config import parse
 from rdlm.decoding_types import SamplingParams
@@ -151,6 +152,7 @@ class RecurrentLM(TemplateLM):
             "dtype": self.settings.dtype,
             "kv_cache": self.settings.kv_cache,
             "model_device": str(self._device),
+            "machine": machine(),
             "max_length": self.max_length,
             "add_bos_token": self.add_bos_token,
         }

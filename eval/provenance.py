@@ -35,6 +35,12 @@ def checkpoint_facts(folder: Path, config: CheckpointConfig) -> dict[str, Any]:
     }
 
 
+def machine() -> str:
+    """What ran it, in one line."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
 def provenance() -> dict[str, Any]:
     """JSON facts about this process; ``git_commit`` is None outside a checkout and ends in ``-dirty`` with uncommitted changes."""
     program = Path(sys.argv[0])

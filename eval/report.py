@@ -162,7 +162,14 @@ def provenance(runs: Sequence[Run]) -> Section:
             command = (
                 f"lm_eval {report['lm_eval_version']}: --model {config.get('model')} --model_args {config.get('model_args')}"
             )
-            facts = [command, str(report.get("git_hash")), seeds, str(config.get("weights_sha256"))[:12], "by task", ""]
+            facts = [
+                command,
+                str(report.get("git_hash")),
+                seeds,
+                str(config.get("weights_sha256"))[:12],
+                "by task",
+                config.get("machine", ""),
+            ]
         else:
             origin, data = report["provenance"], report["data"]
             seed = report.get("seed", data.get("seed", report.get("samples", {}).get("seed")))

@@ -256,6 +256,7 @@ def test_command_runs_lm_evals_own_with_the_estimator_in_the_results(
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())
     config = results["config"]
     assert config["estimator"] == "normalised: logits after K = 4 core steps" and config["loglikelihood_num_steps"] == 4
+    assert f"torch {torch.__version__}" in config["machine"]
     assert len(results["group_subtasks"]["blimp_local"]) == 67 and "blimp_local" in results["groups"]
     model = RecurrentLM(checkpoint=str(folders("onestep")), num_steps=4)
     rows = [json.loads(line) for line in (blimp / "wh_island.jsonl").read_text().splitlines()]
