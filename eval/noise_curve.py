@@ -77,7 +77,7 @@ def _batch_sums(loaded: Loaded, batch: Batch, sigmas: Sequence[float], num_steps
 
 def _prior(loaded: Loaded, input_ids: Tensor, num_steps: int, seed: int) -> Tensor:
     """Logits of the next token without z, fp32 [B, T, V]."""
-    denoiser = loaded.denoiser
+    denoiser = loaded.denoiser.at(None)
     if denoiser.objective.name == "paper":
         return denoiser.predict(two_stream_hidden(denoiser, input_ids, None, None)).prior
     found: list[Tensor] = []
