@@ -50,6 +50,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total = logits.exp_().sum(1)
             losses[rows] = total.log() - at_target
             if d_hidden is None or d_weight is None:
+                del logits, known  # or they would live on while the next chunk's are made
                 continue
             row_weight = item_weight[rows]
             d_logits = logits.mul_((row_weight / total).unsqueeze(1))
@@ -59,6 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             narrow = d_logits.to(hidden.dtype)
             d_hidden[rows] = narrow @ weight
             d_weight += narrow.T @ states
+            del logits, known, d_logits, narrow
         ctx.save_for_backward(d_hidden, d_weight, d_scale)
         ctx.dtypes = (weight.dtype, None if scale is None else scale.dtype)
         ctx.mark_non_differentiable(losses)

@@ -16,6 +16,7 @@ import torch
 from rdlm.blockwise import blocks_of
 from rdlm.registry import build
 from train.loop import recompute_layers
+from train.optimizer import parameter_groups
 from train.plan_trace import Traced, trace
 from train.settings import TrainConfig
 
@@ -23,8 +24,10 @@ ADAM = 8
 """Bytes of AdamW's two fp32 moments per parameter."""
 MASTER = 4
 """Bytes of the fp32 copy of a weight."""
-
-
+SUM = 4
+"""Bytes of a gradient summed up in fp32."""
+TEMPORARIES = 8
+"""Bytes per element of AdamW's two fp32 temporaries: of one weight at ZeRO 0 on a CPU, else of all that it works on at once."""
 SENT_ELEMENTS = 500_000_000
 """DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: gradients sent in one message at ZeRO 0."""
 
@@ -48,49 +51,77 @@ class Memory:
         return self.parameters + self.optimizer + self.gradients + self.activations
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Elements of one block (of the network where it is whole): of all its parameters, of the largest one, of the optimizer's larger
+    group; bytes of the frozen rows that are noised."""
+
+    parameters: int
+    largest: int
+    group: int
+    frozen: int
+
+
 @lru_cache(maxsize=256)
-def _traced(text: str, micro_size: int) -> tuple[int, int, Traced]:
-    """(parameters, largest tensor's elements, trace) of one block (of the network where it is whole)."""
+def _traced(text: str, micro_size: int, on_gpu: bool) -> tuple[_Sizes, Traced]:
     config = TrainConfig.model_validate_json(text)
     denoiser = blocks_of(build(config.checkpoint_config, device="meta"))[0]
-    count = sum(p.numel() for p in denoiser.parameters())
-    largest = max(p.numel() for p in denoiser.parameters())
+    counts = [p.numel() for p in denoiser.parameters()]
+    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(denoiser, 0.1)]
+    frozen = 0 if denoiser.targets is None else 4 * config.model.vocab_size * config.model.d_model
     if config.activation_checkpointing:
         recompute_layers(denoiser)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    return count, largest, trace(denoiser, micro_size, config.data.seq_len, dtype, config.objective.depth.mean)
+    traced = trace(denoiser, micro_size, config.data.seq_len, dtype, config.objective.depth.mean, on_gpu)
+    return _Sizes(sum(counts), max(counts), max(groups), frozen), traced
 
 
 def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
     """Memory of each of ``world`` processes. Of blocks it is one that counts: they are trained one by one, or apart.
 
-    The peak is that of the backward pass or of AdamW's step, whichever is higher: a step makes two fp32 temporaries of the tensors
-    it works on (of one weight at ZeRO 0 on a CPU, else of all that a process owns), and ZeRO 1 to 3 flatten the gradients first.
+    The peak is that of the forward pass, of the backward pass or of AdamW's step, whichever is highest, above what is kept between
+    updates. What DeepSpeed 0.19.8 holds and copies in each was found by listing its live tensors (tests/train/test_plan.py repeats it).
     """
     micro, accumulation = config.batch.accumulation(world)
-    count, largest, traced = _traced(_essence(config), micro)
+    sizes, traced = _traced(_essence(config), micro, on_gpu)
     width = 2 if config.precision == "bf16" else 4
-    spec, stage = config.deepspeed, config.deepspeed.zero_stage
-    owned = count // world if stage > 0 else count
+    spec, stage, count = config.deepspeed, config.deepspeed.zero_stage, sizes.parameters
+    shares = world if stage > 0 else 1
+    owned, group = count // shares, sizes.group // shares
     masters = MASTER if stage > 0 or width == 2 else 0
-    gradient = MASTER if width == 2 and stage > 0 else width  # bf16 gradients are summed up in fp32
-    kept = gradient * (owned if stage >= 2 else count)
-    waiting = width * min(spec.bucket_elements, count) if stage >= 2 else 0
+    gradient = width if stage == 0 else SUM  # gradients are summed up in the weights' type, with ZeRO in fp32
+    sums = gradient * (owned if stage >= 2 else count)
+    # A buffer of bucket_elements is allocated whole; host memory is taken up only where it is written to.
+    bucket = width * (spec.bucket_elements if on_gpu else min(spec.bucket_elements, count)) if stage >= 2 else 0
     gathered = width * count if stage == 3 and world > 1 else 0
-    fresh = stage == 0 and accumulation == 1  # gradients come into being during the pass: the trace has seen it
-    backward = gathered + (traced.peak if fresh else max(traced.peak - traced.gradients, traced.forward) + kept + waiting)
-    working = owned if stage > 0 or on_gpu else largest
-    copies = MASTER * owned if stage > 0 or width == 2 else 0
-    if stage == 0:  # DeepSpeed sends gradients in flat copies, before the step
-        step = kept + max(width * min(SENT_ELEMENTS, count), copies + 2 * MASTER * working)
+    kept = {1: sums if width == 2 else 0, 3: sums + bucket}.get(stage, 0)  # stages 1 (bf16) and 3 do not let go of their sums
+
+    if stage == 0:
+        working = count if on_gpu else sizes.largest
+        copies = MASTER * count if width == 2 else 0
+        sent = width * min(SENT_ELEMENTS, count)  # DeepSpeed sends gradients in flat copies, before the step
+        step = sums + max(sent, copies + TEMPORARIES * working)
     else:
-        step = copies + 2 * MASTER * working
-    gradients = kept if not fresh else max(traced.peak - traced.forward, 0)
+        flat = MASTER * group if width == 4 or stage == 3 else 0
+        raw = {1: width * count, 2: sums}.get(stage, 0)  # what of the gradients is still there beside ``kept``
+        step = raw + flat + TEMPORARIES * group
+
+    forward, backward = traced.forward_peak, traced.backward_peak
+    if stage >= 2:
+        backward = max(backward, sums if stage == 2 else 0) + (bucket if stage == 2 else 0)
+    if accumulation > 1:  # earlier micro-batches have left their gradients
+        left = 0 if kept else sums
+        forward, backward = (
+            forward + left,
+            max(backward - traced.gradients, traced.forward) + left + (bucket if stage == 2 else 0),
+        )
+    peak = max(forward + gathered, backward + gathered, step)
+    gradients = min(max(traced.backward_peak - traced.forward, 0) if stage == 0 and accumulation == 1 else sums, kept + peak)
     return Memory(
-        parameters=width * (owned if stage == 3 else count),
+        parameters=width * (owned if stage == 3 else count) + sizes.frozen,
         optimizer=(ADAM + masters) * owned,
-        gradients=min(gradients, max(backward, step)),
-        activations=max(backward, step) - min(gradients, max(backward, step)),
+        gradients=gradients,
+        activations=kept + peak - gradients,
     )
 
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rdlm import cross_entropy
+from rdlm.cross_entropy import CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU
 from rdlm.denoiser import Denoiser
 from rdlm.layers.rope import rotary_table
 from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
@@ -25,12 +25,20 @@ from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
 
 @dataclass(frozen=True)
 class Traced:
-    """Bytes that one pass adds to the weights. forward: live when the loss is known, the activations that the backward pass needs.
-    peak: the most at any time of both passes, gradients included as they come. gradients: what the pass leaves behind."""
+    """Bytes that one pass adds to the weights.
+
+    forward: live when the loss is known, the activations that the backward pass needs. forward_peak, backward_peak: the most at any
+    time of each pass, gradients included as they come. gradients: what the passes leave behind.
+    """
 
     forward: int
-    peak: int
+    forward_peak: int
+    backward_peak: int
     gradients: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward_peak, self.backward_peak)
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -63,25 +71,31 @@ class _LiveBytes(TorchDispatchMode):
 
 
 class _ReadOut(torch.autograd.Function):
-    """Allocates what rdlm.cross_entropy does; its loop over rows depends on data, which there is none of here."""
+    """Allocates what rdlm.cross_entropy does for one chunk of rows: its loop depends on data, which there is none of here."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, u: Tensor | None, table: Tensor | None, chunk_elements: int) -> Tensor:
         d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
-        rows = min(hidden.shape[0], max(16, cross_entropy.CHUNK_ELEMENTS // weight.shape[0]))
-        logits = [torch.empty(rows, weight.shape[0], dtype=torch.float32, device=hidden.device) for _ in range(2)]
-        del logits
+        rows = min(hidden.shape[0], max(16, chunk_elements // weight.shape[0]))
+        states = hidden[:rows] if u is None else hidden[:rows].clone()
+        logits = F.linear(states, weight).float()
+        if u is not None and table is not None:
+            known = F.linear(u[:rows], table).float()
+            logits.add_(known * 1.0)
+        narrow = logits.to(hidden.dtype)
+        d_hidden[:rows] = narrow @ weight
+        d_weight += narrow.T @ states
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * 1.0, (d_weight * 1.0).to(ctx.dtype)
+        return d_hidden * 1.0, (d_weight * 1.0).to(ctx.dtype), None, None, None
 
 
-def trace(denoiser: Denoiser, micro_size: int, seq_len: int, dtype: torch.dtype, core_steps: int) -> Traced:
+def trace(denoiser: Denoiser, micro_size: int, seq_len: int, dtype: torch.dtype, core_steps: int, on_gpu: bool = False) -> Traced:
     """One micro-batch of [micro_size, seq_len] through ``denoiser``, built on the meta device and used up here; weights in ``dtype``."""
     rotary_table.cache_clear()  # it must neither serve nor keep tensors without data
     try:
@@ -89,21 +103,32 @@ def trace(denoiser: Denoiser, micro_size: int, seq_len: int, dtype: torch.dtype,
             for module in denoiser.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
                     setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+            if denoiser.targets is not None:
+                rows = torch.empty(denoiser.model.vocab_size, denoiser.model.ln_f.weight.shape[0])
+                denoiser.targets = lambda device: rows
             ids = torch.empty(micro_size, seq_len, dtype=torch.int64)
-            noised = _noised(denoiser, ids, dtype)
             with _LiveBytes() as count:
-                hidden = _hidden(denoiser, ids, noised, core_steps)
-                loss = denoiser.model.head(use=partial(_ReadOut.apply, hidden.flatten(0, 1)))
-                del hidden
-                forward = count.live
+                loss = _loss(denoiser, ids, core_steps, CHUNK_ELEMENTS_GPU if on_gpu else CHUNK_ELEMENTS)
+                forward, forward_peak = count.live, count.peak
+                count.peak = count.live
                 loss.backward()
             left = sum(p.grad.nbytes for p in denoiser.parameters() if p.grad is not None)
-            return Traced(forward, count.peak, left)
+            return Traced(forward, forward_peak, count.peak, left)
     finally:
         rotary_table.cache_clear()
 
 
-def _noised(denoiser: Denoiser, ids: Tensor, dtype: torch.dtype) -> Noised | None:
+def _loss(denoiser: Denoiser, ids: Tensor, core_steps: int, chunk_elements: int) -> Tensor:
+    noised = _noised(denoiser, ids)
+    hidden = _hidden(denoiser, ids, noised, core_steps).flatten(0, 1)
+    u = table = None
+    if noised is not None and denoiser.evidence_scale is not None:
+        u = (noised.z / noised.sigma.square().unsqueeze(-1)).to(hidden.dtype).flatten(0, 1)
+        table = denoiser.unit_table().to(hidden.dtype)
+    return denoiser.model.head(use=lambda weight: _ReadOut.apply(hidden, weight, u, table, chunk_elements))
+
+
+def _noised(denoiser: Denoiser, ids: Tensor) -> Noised | None:
     if not denoiser.objective.noisy:
         return None
     z = torch.empty(*ids.shape, denoiser.model.ln_f.weight.shape[0])
