@@ -31,6 +31,8 @@ TEMPORARIES = 8
 SENT_ELEMENTS = 500_000_000
 """DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: gradients sent in one message at ZeRO 0."""
 
+VISIT_STEPS = 100
+"""Updates of a visit that a plan proposes for resident blocks: moving them then takes little of the time."""
 Mode = Literal["one run", "parallel", "resident"]
 """Blocks are trained at the same time on devices of their own, or one after the other, the others resting in host memory."""
 
@@ -150,6 +152,10 @@ class Arm:
         flags += [f"activation_checkpointing={str(c.activation_checkpointing).lower()}"]
         if self.num_blocks > 1:
             flags += [f"objective.name={c.objective.name}", f"blocks.num_blocks={self.num_blocks}"]
+        if self.mode == "resident":
+            flags.append(f"resident.visit_steps={max(1, min(VISIT_STEPS, c.schedule.steps // self.num_blocks))}")
+            if c.evaluation.interval_steps:
+                flags.append("evaluation.steps=[1]")
         return flags
 
 

@@ -24,6 +24,7 @@ from rdlm.errors import UserError
 from train import resume
 from train.export import export
 from train.parallel import launch_blocks
+from train.plan import arms
 from train.residency import InHost, OnDisk, Sleeper
 from train.settings import load as load_config
 
@@ -198,6 +199,15 @@ def test_parallel_launches_have_no_residents(document, tmp_path: Path) -> None:
     assert load_config(config).resident is not None
     with pytest.raises(UserError, match="every block is resident in a launch of its own"):
         launch_blocks(str(config), [], 1, None, 0)
+
+
+def test_what_a_plan_suggests_for_one_device_keeps_one_block_on_it(document, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(document({**BLOCKS, "evaluation": {"interval_steps": 2}})))
+    suggested = [arm for arm in arms(load_config(config), 1, False) if arm.num_blocks == 3]
+    assert suggested and {arm.mode for arm in suggested} == {"resident"}
+    planned = load_config(config, suggested[0].settings)
+    assert planned.resident is not None and planned.resident.visit_steps == 2 and planned.block is None
 
 
 def test_a_run_does_not_change_the_length_of_its_visits(trainer) -> None:
