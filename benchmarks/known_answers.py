@@ -96,7 +96,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("docs/results/raw/known_answers.json"),
     teacher: Annotated[str, typer.Option(help="As in `rdlm eval gen-ppl`.")] = "smollm2",
     texts: Annotated[int, typer.Option(min=20, help="Passages of each side.")] = 200,
-    pairs: Annotated[int, typer.Option(min=1, help="First pairs of each paradigm.")] = 30,
+    pairs: Annotated[int, typer.Option(min=2, help="First pairs of each paradigm.")] = 30,
 ) -> None:
     """Measure, write, and fail where an answer is not the known one."""
     with TemporaryDirectory() as work:

@@ -151,7 +151,9 @@ def main(
     prompts: Annotated[int, typer.Option(help="Prompts of generative perplexity; 50 make a block.")] = 250,
     temperatures: Annotated[str, typer.Option(help="Of generative perplexity, with commas.")] = "0.8,1.0,1.3",
     mauve_prompts: Annotated[int, typer.Option(help="Samples and references of MAUVE.")] = 1000,
-    blimp_pairs: Annotated[int, typer.Option(help="First so many of the 1,000 pairs of each of BLiMP's 67 paradigms.")] = 100,
+    blimp_pairs: Annotated[
+        int, typer.Option(min=2, help="First so many of the 1,000 pairs of each of BLiMP's 67 paradigms.")
+    ] = 100,
     jobs: Annotated[int, typer.Option(min=1, help="Commands at a time, one core each.")] = 2,
 ) -> None:
     """Run what is missing, then write the report and copy its figures to ``out``."""
