@@ -103,16 +103,19 @@ class Trainer:
 
     def _engines(self) -> BlockEngines:
         blocks, resident = self.config.blocks, self.config.resident
-        count = 1 if blocks is None or self.config.block is not None else blocks.num_blocks
-        if resident is None:
-            return BlockEngines(count, self._start)
-        rest = partial(OnDisk, self.output) if resident.rest == "disk" else InHost
-        return ResidentEngines(count, self._start, rest, self.device)
+        if blocks is None or blocks.num_blocks == 1 or self.config.block is not None:
+            return BlockEngines(1, lambda _: self._start(self.config))
 
-    def _start(self, block: int) -> deepspeed.DeepSpeedEngine:
-        """Build one block (the network where it is not cut) and its engine; nothing else is allocated."""
-        cut = self.config.block is None and self.config.blocks is not None and self.config.blocks.num_blocks > 1
-        part = self.config.model_copy(update={"block": block}) if cut else self.config
+        def start(block: int) -> deepspeed.DeepSpeedEngine:
+            return self._start(self.config.model_copy(update={"block": block}))
+
+        if resident is None:
+            return BlockEngines(blocks.num_blocks, start)
+        rest = partial(OnDisk, self.output) if resident.rest == "disk" else InHost
+        return ResidentEngines(blocks.num_blocks, start, rest, self.device)
+
+    def _start(self, part: TrainConfig) -> deepspeed.DeepSpeedEngine:
+        """Build the network, or the one block that ``part`` names, and its engine; nothing else is allocated."""
         denoiser = build(part.checkpoint_config, seed=self.config.seed)
         self._built.append(denoiser)
         if self.config.activation_checkpointing:
