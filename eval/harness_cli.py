@@ -16,14 +16,14 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 def lm_eval(context: typer.Context) -> None:
-    """lm-eval on a checkpoint in process: every argument is lm_eval's own, the model is `rdlm`.
+    """lm-eval on a checkpoint in process: every argument is lm_eval's own, the model is `rdlm` unless another is named.
 
     Two are ours: --blimp FOLDER (local BLiMP files) and --steps 1,4,8 (a run for each K, scored in one pass).
 
     Example: rdlm eval lm-eval --model rdlm --model_args checkpoint=runs/demo/model,num_steps=8 --blimp FOLDER --tasks blimp_local
     """
     arguments, steps = taken_out(context.args, "--steps")
-    arguments = expand_blimp(arguments)
+    arguments = with_model(expand_blimp(arguments))
     ks = None if steps is None else numbers("--steps", steps, int)
     try:
         from eval.harness import run, run_sweep
@@ -36,6 +36,13 @@ def lm_eval(context: typer.Context) -> None:
         run(arguments)
     else:
         run_sweep(arguments, ks)
+
+
+def with_model(arguments: list[str]) -> list[str]:
+    """lm_eval's own default is a Hugging Face model; here it is ours, unless the arguments or a config file name another."""
+    named = any(item.partition("=")[0] in ("--model", "-M", "--config", "-C", "--help", "-h") for item in arguments)
+    runs = bool(arguments) and (arguments[0] == "run" or arguments[0].startswith("-"))
+    return [*arguments, "--model", "rdlm"] if runs and not named else arguments
 
 
 def taken_out(arguments: list[str], name: str) -> tuple[list[str], str | None]:

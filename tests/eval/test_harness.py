@@ -28,7 +28,7 @@ from lm_eval.api.instance import Instance
 
 from eval import harness
 from eval.harness import RecurrentLM, run_sweep
-from eval.harness_cli import TASKS, expand_blimp, taken_out
+from eval.harness_cli import TASKS, expand_blimp, taken_out, with_model
 from eval.likelihood import score_continuations
 from eval.tasks.blimp import load as load_paradigm
 
@@ -237,6 +237,9 @@ def test_blimp_helper_speaks_lm_evals_language(tmp_path: Path) -> None:
         json.dumps({"blimp": str(tmp_path)}),
     ]
     assert expand_blimp(["run", "--model", "hf"]) == ["run", "--model", "hf"]
+    assert with_model(["--tasks", "piqa"]) == ["--tasks", "piqa", "--model", "rdlm"]
+    for kept in (["run", "--model=hf"], ["-M", "hf"], ["--config", "x.yaml"], ["ls", "tasks"], []):
+        assert with_model(kept) == kept
     for arguments in (["--blimp", "nowhere"], ["--blimp"], ["--blimp", str(tmp_path), "--include_path", "x"]):
         with pytest.raises(UserError):
             expand_blimp(arguments)
