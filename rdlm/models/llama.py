@@ -17,6 +17,8 @@ from rdlm.layers.table import TokenTable
 from rdlm.models.blocks import PreNormBlock
 from rdlm.models.text import TextModel
 
+INIT_STD = 0.02
+
 
 class Llama(TextModel):
     """hidden = norm(layers(embed(ids))); with noise conditioning the noised target enters through an adapter [z, e].
@@ -54,7 +56,8 @@ class Llama(TextModel):
         return self.embed(input_ids)
 
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
-        x = e if self.adapter is None else self.adapter(torch.cat([state, e], dim=-1))
+        # At one scale with the embedding: coordinates of size 1 drown one that starts at 0.02 as soon as the adapter moves.
+        x = e if self.adapter is None else self.adapter(torch.cat([INIT_STD * state, e], dim=-1))
         for i, block in enumerate(self.layers):
             x = block(x, ctx, None if cond is None else cond[i])
         return x
@@ -75,4 +78,4 @@ class Llama(TextModel):
                 parameter[:, self.config.d_model :].fill_diagonal_(1.0)
             else:
                 scale = 1 / math.sqrt(2 * len(self.layers)) if name.endswith("proj.weight") else 1.0
-                nn.init.normal_(parameter, 0.0, 0.02 * scale, generator=generator)
+                nn.init.normal_(parameter, 0.0, INIT_STD * scale, generator=generator)
