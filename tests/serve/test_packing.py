@@ -15,7 +15,7 @@ from rdlm.decoding_types import SamplingParams
 from serve.engine import Engine
 from serve.events import Served
 from serve.loading import load_served
-from serve.packing import PackedLinear, can_pack, pack_weights
+from serve.packing import PackedLinear, can_pack, pack_weights, padded
 from serve.runner import Runner
 from serve.sequence import Request
 from serve.settings import EngineSettings
@@ -61,3 +61,10 @@ def test_a_loaded_model_is_packed_and_says_the_same(make_served: Callable[..., S
     assert [e.token for e in answers[0]] == [e.token for e in answers[1]] and len(answers[0]) == 16
     expected, found = (torch.tensor([e.logprobs.logprob for e in events if e.logprobs]) for events in answers)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_row_counts_are_few_and_waste_little() -> None:
+    """Kernels are kept by row count: with every count its own, memory grew by half a gigabyte over 300 counts at width 512."""
+    counts = [padded(rows) for rows in range(1, 4097)]
+    assert counts[:16] == list(range(1, 17)) and len(set(counts)) <= 48
+    assert all(rows <= count <= 1.25 * rows for rows, count in enumerate(counts, 1))
