@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from eval.nll import MOST_STEPS
 from eval.noise_curve import equal_information_edges, evaluate_noise_curve
 from rdlm.checkpoint import Loaded, save
 from rdlm.cli import app, run
@@ -142,7 +143,7 @@ def test_convergence_command_follows_the_state(command: Callable[..., int], tmp_
         ("ce-by-sigma", "evidence", ["--num-steps", "2"], "--num-steps=2"),
         ("ce-by-sigma", "evidence", ["--sigmas", "1"], "at least two"),
         ("convergence", "evidence", [], "not an iteration"),
-        ("convergence", "single_pass", ["--num-steps", "129"], "out of range"),
+        ("convergence", "single_pass", ["--num-steps", str(MOST_STEPS + 1)], "out of range"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
