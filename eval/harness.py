@@ -29,8 +29,8 @@ from eval.nll import check_steps
 from eval.provenance import machine
 from rdlm.checkpoint import WEIGHTS, Loaded, load
 from rdlm.config import parse
-from rdlm.decoding_types import SamplingParams
-from rdlm.errors import UserError
+from rdlm.decoding_types import SamplingParams, check_bridge
+from rdlm.errors import UserError, reason
 from rdlm.scoring import estimator_of
 from rdlm.shards import file_sha256
 from rdlm.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ ARGUMENTS = (
 MAX_GEN_TOKS = 256
 """Most tokens of an answer where a task names no limit: lm-eval's own default."""
 LM_EVAL_DEVICE = "cuda:0"
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "bridge")
 
 
 @dataclass
@@ -283,6 +283,7 @@ class RecurrentLM(TemplateLM):
         if len(ids) > room:
             logger.warning("a prompt of %d tokens loses its start: %d fit beside %d new ones", len(ids), room, max_tokens)
         sampling = SamplingParams(**{"temperature": 1.0, **kwargs, **({"temperature": 0.0} if greedy else {})})
+        check_bridge(sampling.bridge, self.loaded.config)
         ends = frozenset() if self.text.eos_id is None else frozenset({self.text.eos_id})
         stops = tuple(s for s in stop if s)
         return Request(tuple(ids[-room:]), num_steps, max_tokens, sampling, self.seed, choice=choice, stop=stops, stop_ids=ends)
@@ -344,7 +345,7 @@ def _device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        problem = f"cannot be used ({str(error).splitlines()[0]})"
+        problem = f"cannot be used ({reason(error)})"
         raise UserError("--device", name, problem, "use cpu, or cuda:N on a machine with one") from None
     return name
 

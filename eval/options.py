@@ -54,6 +54,10 @@ class TextOptions:
     top_p: Annotated[str, typer.Option(help="One or several with commas; 1 is off.")] = "1.0"
     top_k: Annotated[str, typer.Option(help="One or several with commas; 0 is off.")] = "0"
     min_p: Annotated[str, typer.Option(help="One or several with commas; 0 is off.")] = "0"
+    bridge: Annotated[
+        str,
+        typer.Option(help="One or several of hard, euler and multistep with commas; of models that draw through noise levels."),
+    ] = "hard"
     across_documents: Annotated[
         bool, typer.Option("--across-documents", help="Prompts and answers may contain an end of text.")
     ] = False

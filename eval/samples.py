@@ -24,7 +24,7 @@ from eval.provenance import checkpoint_facts, origin
 from eval.sweep import Setting
 from eval.windows import check_tokenizer
 from rdlm import __version__, checkpoint
-from rdlm.decoding_types import SamplingParams
+from rdlm.decoding_types import SamplingParams, check_bridge
 from rdlm.errors import UserError
 from rdlm.shards import TokenStore
 from rdlm.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ class Sampler:
         except UserError as error:
             raise UserError("--num-steps", error.value, error.problem, error.remedy) from None
         for s in settings:
-            _params(s)
+            check_bridge(_params(s).bridge, self._loaded.config)
 
     def file(self, setting: Setting) -> Path:
         """Where the texts of a setting lie."""
@@ -168,7 +168,10 @@ class Sampler:
     def _header(self, setting: Setting) -> dict[str, Any]:
         """What decides every text. The number of prompts does not: they are the first ones of a fixed order (``passages``)."""
         samples = {key: value for key, value in self._facts["samples"].items() if key != "prompts"}
-        return {**self._facts, "samples": samples, "setting": asdict(setting)}
+        chosen = {
+            name: value for name, value in asdict(setting).items() if (name, value) != ("bridge", "hard")
+        }  # as without a choice
+        return {**self._facts, "samples": samples, "setting": chosen}
 
     def continuations(self, setting: Setting, progress: Callable[[int], object] | None = None) -> list[list[str]]:
         """texts[prompt][choice], from the file as far as it goes. ``progress`` is told the prompts done, those found included."""
@@ -240,7 +243,7 @@ class Sampler:
 
 def _params(setting: Setting) -> SamplingParams:
     """UserError for a value out of range."""
-    return SamplingParams(setting.temperature, setting.top_k, setting.top_p, setting.min_p)
+    return SamplingParams(setting.temperature, setting.top_k, setting.top_p, setting.min_p, bridge=setting.bridge)
 
 
 def _stream(seed: int, window: int) -> int:

@@ -7,16 +7,19 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
+from rdlm.decoding_types import Bridge
+
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of decoding: K, temperature (0 is greedy), and what cuts the distribution; the defaults cut nothing."""
+    """One way of decoding: K, temperature (0 is greedy), what cuts the distribution (nothing by default), and the bridge."""
 
     num_steps: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    bridge: Bridge = "hard"
 
     def __str__(self) -> str:
         return ", ".join(filter(None, (f"K {self.num_steps}", f"T {self.temperature:g}", self.rest)))
@@ -25,7 +28,7 @@ class Setting:
     def rest(self) -> str:
         """What is not K, temperature or a default: "top-p 0.9, min-p 0.05". Settings with equal K and rest form a curve."""
         others = [field for field in fields(self)[2:] if getattr(self, field.name) != field.default]
-        return ", ".join(f"{field.name.replace('_', '-')} {getattr(self, field.name):g}" for field in others)
+        return ", ".join(f"{field.name.replace('_', '-')} {_short(getattr(self, field.name))}" for field in others)
 
     @property
     def cells(self) -> list[str]:
@@ -34,6 +37,10 @@ class Setting:
 
 
 CELLS = ("K", "T", "cut")
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def grid(axes: Mapping[str, Iterable[Any]]) -> list[Setting]:

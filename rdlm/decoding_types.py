@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
+from rdlm.config import CheckpointConfig
 from rdlm.errors import UserError
+
+Bridge = Literal["hard", "euler", "multistep"]
+"""How a token goes from one noise level to the next (rdlm/sampler.py): drawn and re-noised, or along the ODE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +22,8 @@ class SamplingParams:
     repetition_penalty: Keskar et al. 2019, over prompt and output, 1 is off.
     presence_penalty, frequency_penalty: OpenAI's, over the output only, 0 is off. logit_bias: token id -> added logit.
     All act on the prior logits W h, never on the evidence of a noised target, so they mean the same at every K.
+    bridge: of models that draw a token through noise levels (``check_bridge``): hard draws at each level and re-noises what it drew,
+    exact at every K; euler and multistep follow the probability-flow ODE from one draw of noise to the last level and draw there.
     """
 
     temperature: float = 1.0
@@ -27,6 +34,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bridge: Bridge = "hard"
 
     def __post_init__(self) -> None:
         self._check(
@@ -38,6 +46,8 @@ class SamplingParams:
         self._check("repetition_penalty", 0 < self.repetition_penalty <= 100, "must lie in (0, 100]", "1 switches it off")
         self._check("presence_penalty", -2 <= self.presence_penalty <= 2, "must lie in [-2, 2]", "0 switches it off")
         self._check("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie in [-2, 2]", "0 switches it off")
+        bridges = get_args(Bridge)
+        self._check("bridge", self.bridge in bridges, "there is no such bridge", f"use some of {', '.join(bridges)}")
         biases_ok = all(math.isfinite(value) and -100 <= value <= 100 for value in self.logit_bias.values())
         self._check("logit_bias", biases_ok, "values must lie in [-100, 100]", "-100 bans a token, 100 forces it")
 
@@ -59,6 +69,19 @@ class SamplingParams:
         """Whether penalties or biases change logits one token at a time."""
         penalised = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
         return penalised or bool(self.logit_bias)
+
+
+def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
+    """Raises UserError where the checkpoint has no levels to bridge, or where its blocks share no space for an ODE to run in."""
+    if bridge == "hard":
+        return
+    if config.objective.k_meaning == "thinking":
+        problem = "this model iterates its core and reads out once: it has no noise levels to go between"
+    elif config.blocks is not None and config.blocks.num_blocks > 1 and config.blocks.targets == "own":
+        problem = "every block of this model has target rows of its own, so no ODE leads from one block to the next"
+    else:
+        return
+    raise UserError("bridge", bridge, problem, "leave bridge out, or send hard")
 
 
 @dataclass(frozen=True, slots=True)

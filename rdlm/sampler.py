@@ -115,14 +115,6 @@ Denoise = Callable[[Tensor, float], Tensor]
 """(z, sigma) -> x0 of z's shape."""
 
 
-def euler_step(denoise: Denoise, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """z + (sigma_next - sigma) (z - D(z)) / sigma; at sigma_next = 0 this is D(z) (Karras et al. 2022, Alg. 1).
-
-    Equations 3-5 of DiffusionBlocks print the opposite sign, under which noise would grow.
-    """
-    return _toward(z, denoise(z, sigma), sigma, sigma_next)
-
-
 def heun_step(denoise: Denoise, z: Tensor, sigma: float, sigma_next: float) -> Tensor:
     """Second-order step, two network calls; Euler where sigma_next is 0 (Karras et al. 2022, Alg. 1)."""
     slope = (z - denoise(z, sigma)) / sigma
@@ -144,24 +136,33 @@ def extrapolated(x0: Tensor, x0_before: Tensor, sigma_before: float, sigma: floa
     return x0 + ahead * (x0 - x0_before)
 
 
+@dataclass(frozen=True)
+class Flow:
+    """z [..., D] under way, and the call before: its estimate x0 [..., D] and its level, None at the first level."""
+
+    z: Tensor
+    before: tuple[Tensor, float] | None = None
+
+
+def flow_step(at: Flow, x0: Tensor, sigma: float, sigma_next: float, multistep: bool = False) -> Flow:
+    """From z at ``sigma``, whose denoised estimate is x0, to z at ``sigma_next``: z + (sigma_next - sigma) (z - x0) / sigma.
+
+    Euler's step (Karras et al. 2022, Alg. 1), which ends in x0 at sigma_next = 0; multistep takes the estimate half a step ahead.
+    Equations 3-5 of DiffusionBlocks print the opposite sign, under which noise would grow.
+    """
+    ahead = extrapolated(x0, *at.before, sigma, sigma_next) if multistep and at.before is not None else x0
+    return Flow(at.z + (sigma_next - sigma) * (at.z - ahead) / sigma, (x0, sigma))
+
+
 def solve(denoise: Denoise, z: Tensor, grid: list[float], solver: Solver = "euler") -> Tensor:
     """Probability-flow ODE from grid[0] down to grid[-1], falling levels of which the last may be 0."""
-    if solver != "multistep":
-        advance = {"euler": euler_step, "heun": heun_step}[solver]
-        return run(lambda state, k: advance(denoise, state, grid[k], grid[k + 1]), z, len(grid) - 1)
+    if solver == "heun":
+        return run(lambda state, k: heun_step(denoise, state, grid[k], grid[k + 1]), z, len(grid) - 1)
 
-    def step(state: tuple[Tensor, Tensor | None], k: int) -> tuple[Tensor, Tensor | None]:
-        at, before = state
-        x0 = denoise(at, grid[k])
-        ahead = x0 if before is None else extrapolated(x0, before, grid[k - 1], grid[k], grid[k + 1])
-        return _toward(at, ahead, grid[k], grid[k + 1]), x0
+    def step(at: Flow, k: int) -> Flow:
+        return flow_step(at, denoise(at.z, grid[k]), grid[k], grid[k + 1], solver == "multistep")
 
-    start: tuple[Tensor, Tensor | None] = (z, None)
-    return run(step, start, len(grid) - 1)[0]
-
-
-def _toward(z: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    return z + (sigma_next - sigma) * (z - x0) / sigma
+    return run(step, Flow(z), len(grid) - 1).z
 
 
 def hard_bridge_chain(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rdlm.config import parse
-from rdlm.decoding_types import SamplingParams
+from rdlm.decoding_types import Bridge, SamplingParams, check_bridge
 from rdlm.errors import UserError
 from serve.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
 from serve.settings import EngineSettings
@@ -27,6 +27,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")] = 0,
+    bridge: Annotated[
+        Bridge, typer.Option(help="Of models that draw through noise levels: draw at each level, or follow the ODE.")
+    ] = "hard",
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -39,7 +42,7 @@ def generate(
     """Continue a prompt at one or several K, streaming to the terminal, with tokens/s and core steps."""
     given = {"device": device, "dtype": dtype, "kv_cache": kv_cache, "max_slots": 1, "resident_blocks": resident_blocks}
     settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, bridge=bridge)
     ks = _parse_steps(num_steps)
 
     from serve.engine import Engine
@@ -48,6 +51,7 @@ def generate(
     engine = Engine(lambda: load_served(checkpoint, settings))
     with engine:
         served = engine.served
+        check_bridge(bridge, served.config)
         for k in ks or [served.default_steps]:
             if not 1 <= k <= served.max_steps:
                 raise UserError("--num-steps", k, "is out of range", f"this model takes 1 to {served.max_steps}")

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rdlm.decoding_types import SamplingParams
+from rdlm.decoding_types import SamplingParams, check_bridge
+from rdlm.errors import UserError
 from serve.chat import render
 from serve.depth import DepthChoice, Terms, resolve_depth
 from serve.errors import invalid
@@ -191,4 +192,8 @@ def _sampling(body: SamplingBody, served: Served) -> SamplingParams:
         if not key.isdecimal() or int(key) >= vocab:
             raise invalid(f"logit_bias: {key!r} is not a token id below {vocab}", "logit_bias")
         bias[int(key)] = value
-    return SamplingParams(**given, top_k=max(0, body.top_k or 0), logit_bias=bias)
+    try:
+        check_bridge(body.bridge or "hard", served.config)
+    except UserError as error:
+        raise invalid(str(error), "bridge", "bridge_unsupported") from None
+    return SamplingParams(**given, top_k=max(0, body.top_k or 0), logit_bias=bias, bridge=body.bridge or "hard")

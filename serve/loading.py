@@ -10,7 +10,7 @@ import torch
 from rdlm import checkpoint
 from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 from rdlm.tokenizer import Tokenizer
 from serve.events import Served
 from serve.packing import pack_weights
@@ -59,9 +59,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            "device", name, f"cannot be used ({str(error).splitlines()[0]})", "use cpu, or cuda on a machine with one"
-        ) from None
+        raise UserError("device", name, f"cannot be used ({reason(error)})", "use cpu, or cuda on a machine with one") from None
     return device
 
 

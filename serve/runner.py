@@ -1,14 +1,13 @@
 """The file of the server with tensors: runs one core step over a ragged pack of rows, and what comes before and after it.
 
 Shapes: S sequences in the pack, N rows (their segments one after another), M rows read out, D d_model, V vocabulary.
-A sequence's rows between two steps live in ``_Live``; the past lives in the KV pool. Nothing here decides who runs.
+A sequence's rows between two steps live in ``Live``; the past lives in the KV pool. Nothing here decides who runs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,33 +16,20 @@ from torch import Tensor
 from rdlm import cache
 from rdlm.blockwise import blocks_of
 from rdlm.config import CheckpointConfig
-from rdlm.decoding import sample, top_logprobs, uniform
+from rdlm.decoding import process, sample, top_logprobs, uniform
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.layers.modulation import Condition
 from rdlm.randomness import generator
-from rdlm.sampler import StepPlan, renoise, step_plan
+from rdlm.sampler import Flow, StepPlan, flow_step, renoise, soft_bridge, step_plan
 from serve.cost import Cost, costs_of
 from serve.exits import LATENT, PREDICTION, latent_change, settled_predictions, settled_states, watches
+from serve.rows import Live, length_of, predicts, score_step, shows, slot_of, step_of
 from serve.sequence import Depth, Glimpse, Sequence, StepResult, TokenLogprobs
 
 LOGITS_AT_ONCE = 1 << 24
 """Scored prompt rows are read out in chunks of at most this many logits (64 MiB of fp32)."""
 NOISE, STATE = 1, 2
 """Which stream of a request's randomness a generator is for."""
-
-
-@dataclass(slots=True)
-class _Live:
-    """Rows of an open segment. e, state [L, D]; z [D] and sigma of the row being drawn; prior [V] its normalised distribution.
-
-    before [D]: the state of the last row before the step, where a stream shows how far it moved.
-    """
-
-    e: Tensor
-    state: Tensor
-    z: Tensor | None = None
-    prior: Tensor | None = None
-    before: Tensor | None = None
 
 
 class Runner:
@@ -82,7 +68,7 @@ class Runner:
         self.position_bytes = self.pool.num_bytes // (num_slots * max_len)
         """Keys and values of one position of one sequence."""
         self._num_tokens = num_tokens
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, Live] = {}
         self._seen: dict[int, Tensor] = {}
         self._silent: dict[Denoiser, Condition | None] = {}
         self._context: tuple[list[cache.Segment], cache.PackedContext] | None = None
@@ -91,7 +77,7 @@ class Runner:
         """Core steps that each kind of position takes at K = num_steps."""
         plan = self._plans[num_steps]
         context = max(i for i, commits in enumerate(plan.commit) if commits) + 1
-        return Depth(num_steps, plan.num_core_steps, context, max(context, _score_step(plan) + 1))
+        return Depth(num_steps, plan.num_core_steps, context, max(context, score_step(plan) + 1))
 
     def release(self, sequence_id: int) -> int:
         """Forget the rows of a sequence that left -> the FLOPs it has taken."""
@@ -115,30 +101,30 @@ class Runner:
         """
         results: dict[int, StepResult] = {}
         for index, owner in enumerate(self._blocks):
-            here = sorted((s for s in batch if self._block(s) == index), key=_slot)  # rdlm/cache.py reads neighbours in place
+            here = sorted((s for s in batch if self._block(s) == index), key=slot_of)  # rdlm/cache.py reads neighbours in place
             if here:
                 self._owner, self._cost = owner, self._costs[index]
                 results |= self._run(here)
         return results
 
     def _run(self, batch: list[Sequence]) -> dict[int, StepResult]:
-        self._enter([s for s in batch if _step(s) == 0])
-        self._change_block([s for s in batch if _step(s) and self._block(s, -1) != self._block(s)])
+        self._enter([s for s in batch if step_of(s) == 0])
+        self._change_block([s for s in batch if step_of(s) and self._block(s, -1) != self._block(s)])
         settled = self._core(batch)
-        return self._read([s for s in batch if s.id in settled or self._reads(s) or watches(s, PREDICTION) or _shows(s)], settled)
+        return self._read([s for s in batch if s.id in settled or self._reads(s) or watches(s, PREDICTION) or shows(s)], settled)
 
     def _plan(self, sequence: Sequence) -> StepPlan:
         return self._plans[sequence.depth.num_steps]
 
     def _block(self, sequence: Sequence, later: int = 0) -> int:
-        return self._plan(sequence).blocks[_step(sequence) + later]
+        return self._plan(sequence).blocks[step_of(sequence) + later]
 
     def _encode(self, sequences: list[Sequence]) -> Seq[Tensor]:
         """Prelude of the segments' rows: [L, D] each."""
         self._spend(sequences, self._cost.encode)
         ids = [i for s in sequences if s.segment for i in s.token_ids(s.segment)]
         e = self._owner.model.encode(torch.tensor([ids], device=self.device), self._pack(sequences, once=True))  # [1, N, D]
-        return e[0].split([_length(s) for s in sequences])
+        return e[0].split([length_of(s) for s in sequences])
 
     def _change_block(self, changing: list[Sequence]) -> None:
         """Every block reads the tokens through a stem of its own."""
@@ -154,25 +140,25 @@ class Runner:
             self._seen.pop(sequence.id, None)
             request, start = sequence.request, sequence.segment.start if sequence.segment else 0
             draw = generator(request.seed, request.choice, start, STATE)
-            self._live[sequence.id] = _Live(rows, self._owner.model.initial_state(rows[None], draw)[0])
+            self._live[sequence.id] = Live(rows, self._owner.model.initial_state(rows[None], draw)[0])
 
     def _core(self, batch: list[Sequence]) -> set[int]:
         """One core step -> ids of the sequences whose states have settled."""
-        lengths = [_length(s) for s in batch]
+        lengths = [length_of(s) for s in batch]
         lives = [self._live[s.id] for s in batch]
         for live, length in zip(lives, lengths, strict=True):
             if max(len(live.e), len(live.state)) > length:  # the segment has shrunk to the position that is drawn from
                 live.e, live.state = live.e[-length:], live.state[-length:]
         state, e = (torch.cat([getattr(live, name) for live in lives])[None] for name in ("state", "e"))  # [1, N, D]
-        sigmas = [self._plan(s).sigmas[_step(s)] for s, n in zip(batch, lengths, strict=True) for _ in range(n)]
+        sigmas = [self._plan(s).sigmas[step_of(s)] for s, n in zip(batch, lengths, strict=True) for _ in range(n)]
         self._spend(batch, self._cost.core)
         for sequence, length in zip(batch, lengths, strict=True):
-            if self._plan(sequence).sigmas[_step(sequence)] is not None:
+            if self._plan(sequence).sigmas[step_of(sequence)] is not None:
                 self._spent[sequence.id] += length * self._cost.condition
         cond = self._condition(sigmas, state)
         after = self._owner.step(state, e, cond, self._pack(batch, once=False))
         for sequence, live, rows in zip(batch, lives, after[0].split(lengths), strict=True):
-            live.before = live.state[-1] if _shows(sequence) else None
+            live.before = live.state[-1] if shows(sequence) else None
             live.state = rows
         return settled_states(batch, lengths, state[0], after[0]) if any(watches(s, LATENT) for s in batch) else set()
 
@@ -214,16 +200,16 @@ class Runner:
             return {}
         self._spend(readers, self._cost.decode)
         state = torch.cat([self._live[s.id].state for s in readers])[None]
-        hidden = self._owner.model.decode(state, self._pack(readers, once=True))[0].split([_length(s) for s in readers])
+        hidden = self._owner.model.decode(state, self._pack(readers, once=True))[0].split([length_of(s) for s in readers])
         read = list(zip(readers, hidden, strict=True))
         settled = settled | self._converged([(s, rows[-1]) for s, rows in read if watches(s, PREDICTION)])
-        glimpses = self._glimpses([(s, rows[-1]) for s, rows in read if _shows(s) and s.id not in settled])
+        glimpses = self._glimpses([(s, rows[-1]) for s, rows in read if shows(s) and s.id not in settled])
         read = [(s, rows) for s, rows in read if s.id in settled or self._reads(s)]
         results = {s.id: StepResult(exited=s.id in settled) for s, _ in read}
         for sequence, rows in read:
             if sequence.request.prompt_logprobs is not None and self._is_likelihood(sequence, results):
                 results[sequence.id].prompt_logprobs = self._score(sequence, rows)
-        drawing = [(s, rows[-1]) for s, rows in read if s.draws and (s.id in settled or _predicts(self._plan(s), _step(s)))]
+        drawing = [(s, rows[-1]) for s, rows in read if s.draws and (s.id in settled or predicts(self._plan(s), step_of(s)))]
         if drawing:
             self._draw([s for s, _ in drawing], torch.stack([row for _, row in drawing]), results)
         for sequence, _ in read:
@@ -234,13 +220,13 @@ class Runner:
 
     def _reads(self, sequence: Sequence) -> bool:
         """Whether the step reads out whatever it found: by plan, or for a sweep."""
-        return self._plan(sequence).readout[_step(sequence)] or _step(sequence) + 1 in sequence.request.sweep
+        return self._plan(sequence).readout[step_of(sequence)] or step_of(sequence) + 1 in sequence.request.sweep
 
     def _is_likelihood(self, sequence: Sequence, results: dict[int, StepResult]) -> bool:
         """Whether this step's read-out is the normalised likelihood; that of a thinking model always is."""
         if sequence.request.sweep:
-            return _step(sequence) + 1 in sequence.request.sweep
-        return results[sequence.id].exited or _step(sequence) == _score_step(self._plan(sequence))
+            return step_of(sequence) + 1 in sequence.request.sweep
+        return results[sequence.id].exited or step_of(sequence) == score_step(self._plan(sequence))
 
     def _converged(self, watching: list[tuple[Sequence, Tensor]]) -> set[int]:
         """Ids of those whose prediction, read from hidden [D], satisfies their exit criterion."""
@@ -262,12 +248,12 @@ class Runner:
             live, show = self._live[sequence.id], sequence.request.show
             assert show is not None and live.before is not None
             moved = latent_change(live.before[None], live.state[-1:]).item()
-            found[sequence.id] = Glimpse(_step(sequence) + 1, moved, entry.top[: show.top])
+            found[sequence.id] = Glimpse(step_of(sequence) + 1, moved, entry.top[: show.top])
         return found
 
     def _start_level(self, sequence: Sequence) -> None:
         """After a read-out that is not the last, the next level starts from z = 0 unless a bridge set it."""
-        plan, step = self._plan(sequence), _step(sequence)
+        plan, step = self._plan(sequence), step_of(sequence)
         if plan.readout[step] and step + 1 < plan.num_core_steps and plan.sigmas[step + 1] is None:
             self._live[sequence.id].state = torch.zeros_like(self._live[sequence.id].state)
 
@@ -286,30 +272,35 @@ class Runner:
         return found
 
     def _draw(self, rows: list[Sequence], hidden: Tensor, results: dict[int, StepResult]) -> None:
-        """Draw a token for each row: the last step's is the answer, an earlier one is re-noised. hidden [M, D]."""
+        """Draw a token for each row: the last step's is the answer, before it a bridge leads on. hidden [M, D]."""
         prediction = self._predict(rows, hidden)
         for i, sequence in enumerate(rows):
             if sequence.request.logprobs is not None and self._is_likelihood(sequence, results):
                 self._live[sequence.id].prior = prediction.prior[i]
-        uniforms = [uniform(s.request.seed, s.request.choice, s.context_length, _step(s)) for s in rows]
+        uniforms = [uniform(s.request.seed, s.request.choice, s.context_length, step_of(s)) for s in rows]
         params, histories = [s.request.sampling for s in rows], [s.history for s in rows]
         known = slice(0, self._num_tokens)
         evidence = None if prediction.evidence is None else prediction.evidence[:, known]
         ids = sample(prediction.prior[:, known], params, histories, uniforms, evidence)
         again: list[int] = []
+        flowing: list[int] = []
         for i, (sequence, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
-            if _step(sequence) + 1 < sequence.depth.drawn and not results[sequence.id].exited:
-                again.append(i)
+            if step_of(sequence) + 1 < sequence.depth.drawn and not results[sequence.id].exited:
+                (again if params[i].bridge == "hard" else flowing).append(i)
                 continue
             result, prior = results[sequence.id], self._live[sequence.id].prior
             result.token = token
             if prior is not None and sequence.request.logprobs is not None:
                 result.logprobs = _logprobs(prior[None], ids[i : i + 1], sequence.request.logprobs)[0]
         if again:
-            self._bridge([rows[i] for i in again], ids[again])
+            self._bridge([rows[i] for i in again], self._renoised([rows[i] for i in again], ids[again]))
+        if flowing:
+            logits = process(prediction.prior[flowing, known], [params[i] for i in flowing], [histories[i] for i in flowing])
+            x0 = soft_bridge(logits if evidence is None else logits + evidence[flowing], self._owner.unit_table()[known])
+            self._bridge([rows[i] for i in flowing], self._flowed([rows[i] for i in flowing], x0))
 
     def _predict(self, rows: list[Sequence], hidden: Tensor) -> Prediction:
-        sigmas = [self._plan(s).sigmas[_step(s)] for s in rows]
+        sigmas = [self._plan(s).sigmas[step_of(s)] for s in rows]
         evident = self._owner.evidence_scale is not None  # what z says is a second read-out
         self._spent.update({s.id: self._cost.head * (1 + (evident and x is not None)) for s, x in zip(rows, sigmas, strict=True)})
         if all(sigma is None for sigma in sigmas):
@@ -318,50 +309,41 @@ class Runner:
         z = torch.stack([silent if (kept := self._live[s.id].z) is None else kept for s in rows])
         return self._owner.predict(hidden, z, self._levels(sigmas))
 
-    def _bridge(self, rows: list[Sequence], ids: Tensor) -> None:
-        """Re-noise drawn tokens to each row's next level and put them in the state's place. ids [M]."""
-        sigma = self._levels([self._plan(s).sigmas[_step(s) + 1] for s in rows])
-        draws = [generator(s.request.seed, s.request.choice, s.context_length, _step(s), NOISE) for s in rows]
-        width = self.config.model.d_model
-        noise = torch.stack([torch.randn(width, generator=draw) for draw in draws]).to(self.device)
-        z = torch.empty_like(noise)  # [M, D]
-        for index in {self._block(s, 1) for s in rows}:
-            into = torch.tensor([self._block(s, 1) == index for s in rows], device=self.device)
-            z[into] = renoise(self._blocks[index], ids[into], sigma[into], noise[into])
+    def _bridge(self, rows: list[Sequence], z: Tensor) -> None:
+        """Put z [M, D] of each row's next level in the state's place."""
+        sigma = self._levels([self._plan(s).sigmas[step_of(s) + 1] for s in rows])
         for sequence, row, state in zip(rows, z, self._owner.inject(z, sigma), strict=True):
             live = self._live[sequence.id]
             live.z, live.state = row, state[None]
 
+    def _noise(self, sequence: Sequence) -> Tensor:
+        """Standard normal [D] of the step now taken."""
+        draw = generator(sequence.request.seed, sequence.request.choice, sequence.context_length, step_of(sequence), NOISE)
+        return torch.randn(self.config.model.d_model, generator=draw).to(self.device)
 
-def _step(sequence: Sequence) -> int:
-    assert sequence.segment is not None
-    return sequence.segment.step
+    def _renoised(self, rows: list[Sequence], ids: Tensor) -> Tensor:
+        """Hard bridge: drawn ids [M] -> z [M, D] at each row's next level."""
+        sigma = self._levels([self._plan(s).sigmas[step_of(s) + 1] for s in rows])
+        noise = torch.stack([self._noise(s) for s in rows])
+        z = torch.empty_like(noise)
+        for index in {self._block(s, 1) for s in rows}:
+            into = torch.tensor([self._block(s, 1) == index for s in rows], device=self.device)
+            z[into] = renoise(self._blocks[index], ids[into], sigma[into], noise[into])
+        return z
 
+    def _flowed(self, rows: list[Sequence], x0: Tensor) -> Tensor:
+        """Soft bridge: estimates x0 [M, D] -> z [M, D] at each row's next level.
 
-def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None
-    return sequence.slot
-
-
-def _length(sequence: Sequence) -> int:
-    assert sequence.segment is not None
-    return sequence.segment.length
-
-
-def _shows(sequence: Sequence) -> bool:
-    """Whether a stream is told of the step now taken: one of a position that is drawn from, and not its last."""
-    show, taken = sequence.request.show, _step(sequence) + 1
-    return show is not None and sequence.draws and taken < sequence.depth.drawn and taken % show.every == 0
-
-
-def _predicts(plan: StepPlan, step: int) -> bool:
-    """Whether the step's read-out is a prediction, and not one that only fills the cache."""
-    return plan.readout[step] and sum(plan.readout[:step]) >= plan.num_draws_skipped
-
-
-def _score_step(plan: StepPlan) -> int:
-    """The step whose read-out is the normalised likelihood: the first prediction (rdlm/scoring.py says why)."""
-    return next(step for step in range(plan.num_core_steps) if _predicts(plan, step))
+        The first level is read at z = 0; the ODE starts from the noise that this stands for: at sigma_max, far above the unit rows,
+        it says nothing about the token.
+        """
+        top = self.denoiser.noise.sigma_max
+        for sequence, estimate in zip(rows, x0, strict=True):
+            live, (sigma, below) = self._live[sequence.id], self._plan(sequence).sigmas[step_of(sequence) :][:2]
+            at = live.flow or Flow(top * self._noise(sequence))
+            assert below is not None
+            live.flow = flow_step(at, estimate, sigma or top, below, sequence.request.sampling.bridge == "multistep")
+        return torch.stack([live.flow.z for s in rows if (live := self._live[s.id]).flow])
 
 
 def _logprobs(prior: Tensor, chosen: Tensor, count: int) -> list[TokenLogprobs]:

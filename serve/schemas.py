@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, StrictStr
 
+from rdlm.decoding_types import Bridge
+
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[StrictInt, Field(ge=0)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -107,6 +109,9 @@ class SamplingBody(Body):
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
     """Token id -> added logit."""
+    bridge: Bridge | None = None
+    """Of models that draw a token through K noise levels: hard (default) draws at each level and re-noises what it drew; euler and
+    multistep follow the ODE from one draw of noise and draw at the last level. /v1/models states what K means for this model."""
     seed: StrictInt | None = None
     """Same seed, same request: same text, whatever else the server is doing."""
     stop: StrictStr | list[StrictStr] | None = None

@@ -116,7 +116,7 @@ def test_a_sweep_is_every_combination_and_its_points_are_told_apart() -> None:
     assert found[:2] == [Setting(1, 0.5), Setting(1, 0.5, min_p=0.05)] and str(found[0]) == "K 1, T 0.5"
     assert found[-1].cells == ["4", "1", "top-p 0.9, min-p 0.05"]
     assert setting_of({**asdict(found[-1]), "perplexity": {}}) == found[-1]
-    assert Setting(1, top_k=40).rest == "top-k 40"
+    assert Setting(1, top_k=40).rest == "top-k 40" and Setting(1, min_p=0.1, bridge="euler").rest == "min-p 0.1, bridge euler"
 
 
 def test_shuffling_keeps_the_words_and_the_length_of_each_text() -> None:
@@ -248,6 +248,8 @@ def test_mauve_command_reports_ceiling_and_floor(
         ("gen-ppl", ["--top-p", "0", *SHORT], "top_p=0"),
         ("gen-ppl", ["--top-k", "-1", *SHORT], "top_k=-1"),
         ("gen-ppl", ["--min-p", "2", *SHORT], "min_p=2"),
+        ("gen-ppl", ["--bridge", "stone", *SHORT], "bridge='stone'"),
+        ("gen-ppl", ["--bridge", "hard,euler", *SHORT], "bridge='euler'"),
         ("gen-ppl", ["--prompt-tokens", "40", "--max-tokens", "40", "--num-prompts", "2", "--across-documents"], "64 positions"),
         ("gen-ppl", ["--num-prompts", "100000", "--prompt-tokens", "5", "--max-tokens", "5"], "the split has only"),
         ("mauve", ["--split", "nowhere"], "split='nowhere'"),

@@ -115,6 +115,14 @@ def test_what_cannot_be_taken_is_refused_before_its_body_is_read(make_served: Ca
     assert all(b"retry-after" in dict(answer["headers"]) for answer in answers)
 
 
+def test_a_thinking_model_has_no_levels_to_bridge(client: TestClient) -> None:
+    body = {"prompt": [5, 9, 40], "max_tokens": 2, "bridge": "euler"}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "bridge"
+    assert client.post("/v1/completions", json={**body, "bridge": "hard"}).status_code == 200
+    assert client.post("/v1/completions", json={**body, "bridge": "stone"}).json()["error"]["param"] == "bridge"
+
+
 def test_timings_add_up(client: TestClient) -> None:
     times = complete(client, prompt="x", max_tokens=9)["timings"]
     assert 0 <= times["queue_ms"] < times["first_token_ms"] < times["total_ms"]

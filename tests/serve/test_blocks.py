@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from rdlm.blockwise import blocks_of
 from rdlm.checkpoint import save
 from rdlm.cli import app, run
 from rdlm.config import CheckpointConfig
-from rdlm.decoding import sample, uniform
-from rdlm.decoding_types import History, SamplingParams
+from rdlm.decoding import process, sample, uniform
+from rdlm.decoding_types import Bridge, History, SamplingParams
+from rdlm.denoiser import Prediction
 from rdlm.errors import UserError
 from rdlm.objectives import two_stream_hidden
 from rdlm.randomness import generator
 from rdlm.registry import build
-from rdlm.sampler import renoise, sampling_levels
+from rdlm.sampler import renoise, sampling_levels, solve
 from rdlm.scoring import token_logprobs
 from rdlm.tokenizer import Tokenizer
 from serve.app import create_app
@@ -66,7 +68,7 @@ def request(length: int, k: int, seed: int = 0, **kwargs: object) -> Request:
 
 
 def written_out(served: Served, one: Request) -> list[int]:
-    """The answer by whole-sequence forwards without a cache: each level by the block that owns it."""
+    """The answer by whole-sequence forwards without a cache: each level by the block that owns it, the hard bridge."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper = config.objective.name == "paper"
     fills = len({denoiser.partition.block_of(s) for s in sampling_levels(config, one.num_steps)}) - (not paper)
@@ -101,6 +103,70 @@ def test_the_engine_draws_what_forwards_without_a_cache_draw(cut: Callable[..., 
         answers = engine.generate(wanted)
     found = [[e.token for e in events if e.token is not None] for events in answers]
     assert found == [written_out(served, one) for one in wanted]
+
+
+def solved(served: Served, one: Request) -> list[int]:
+    """The answer by ``solve`` over whole-sequence forwards: from noise at sigma_max, which the network reads as z = 0."""
+    denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
+    paper, top = config.objective.name == "paper", config.noise.sigma_max
+    levels = [top, *(level for level in sampling_levels(config, one.num_steps) if level is not None)]
+    for _ in range(one.max_tokens):
+        row, history = torch.tensor([ids]), History(one.prompt, out, ())
+        fills = len({denoiser.at(None if level == top else level) for level in levels}) - (not paper)
+
+        def predict(z: torch.Tensor, level: float) -> Prediction:
+            owner = denoiser.at(None if level == top else level)
+            if level == top:
+                return owner.predict(two_stream_hidden(owner, row, None, None, sees_own_clean=paper)[:, -1])  # noqa: B023
+            zs, sigma = torch.zeros(1, len(ids), 32), torch.full((1, len(ids)), level)
+            zs[0, -1] = z[0]
+            hidden = two_stream_hidden(owner, row, zs, sigma, sees_own_clean=paper)[:, -1]  # noqa: B023
+            return owner.predict(hidden, z, sigma[:, -1])
+
+        def denoise(z: torch.Tensor, level: float) -> torch.Tensor:
+            logits = predict(z, level)
+            total = process(logits.prior, [one.sampling], [history])  # noqa: B023
+            total = total if logits.evidence is None else total + logits.evidence
+            return total.softmax(-1) @ denoiser.at(level).unit_table()
+
+        start = top * torch.randn(1, 32, generator=generator(one.seed, one.choice, len(ids), fills, NOISE))
+        assert one.sampling.bridge != "hard"
+        last = predict(solve(denoise, start, levels, one.sampling.bridge), levels[-1])
+        draw = uniform(one.seed, one.choice, len(ids), fills + len(levels) - 1)
+        token = sample(last.prior, [one.sampling], [history], [draw], last.evidence)
+        out.append(int(token))
+        ids.append(int(token))
+    return out
+
+
+@pytest.mark.parametrize("objective", ["evidence", "paper"])
+@torch.no_grad()
+def test_a_soft_bridge_is_the_ode_of_the_whole_sequence(cut: Callable[..., Served], objective: str) -> None:
+    """All bridges in one pack: a row of Euler's or of the multistep rule ends where ``solve`` ends, whoever is beside it."""
+    served = cut(objective)
+    soft = [
+        request(length, k, length, sampling=SamplingParams(temperature, bridge=bridge))
+        for length, k, temperature, bridge in (
+            (7, 1, 1.0, "euler"),
+            (12, 3, 0.7, "euler"),
+            (8, 6, 1.0, "multistep"),
+            (5, 4, 0.0, "multistep"),
+        )
+    ]
+    with Engine(lambda: served) as engine:
+        answers = engine.generate([*soft, request(9, 4)])
+    found = [[e.token for e in events if e.token is not None] for events in answers]
+    assert found == [*(solved(served, one) for one in soft), written_out(served, request(9, 4))]
+
+
+def test_bridges_lead_to_different_texts(cut: Callable[..., Served]) -> None:
+    served = cut("evidence")
+    texts = set()
+    with Engine(lambda: served) as engine:
+        for bridge in get_args(Bridge):
+            answers = engine.generate([request(9, 6, seed, sampling=SamplingParams(bridge=bridge)) for seed in range(6)])
+            texts.add(tuple(e.token for events in answers for e in events if e.token is not None))
+    assert len(texts) == 3
 
 
 @pytest.mark.parametrize("objective", ["evidence", "paper"])
