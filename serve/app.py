@@ -30,6 +30,8 @@ from serve.routes_score import score
 from serve.settings import HttpSettings
 from serve.tracing import traced
 
+CLIENT_LEFT = "client disconnected prematurely"
+"""What Litestar says, as an error of the server's, where a client hangs up in the middle of its body."""
 logger = logging.getLogger("rdlm.serve")
 OPEN_PATHS = ("/health", "/ready", "/schema")
 """Answered without a key: load balancers and people reading the documentation have none."""
@@ -110,6 +112,8 @@ def _http_error(request: Request[Any, Any, Any], error: HTTPException) -> Respon
         if param and first.get("source") == "header":
             param = param.replace("_", "-")  # as it is sent, and not as the handler's argument is called
         return _answer(request, invalid(f"{param}: {message}" if param else message, param))
+    if error.detail == CLIENT_LEFT:
+        return _answer(request, ApiError(499, error.detail, "client_error"))
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return _answer(request, ApiError(error.status_code, error.detail, kind))
 

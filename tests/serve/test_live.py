@@ -166,6 +166,25 @@ def test_disconnect_cancels_the_work(live: Live, stream: bool) -> None:
     assert live.client().completions.create(model="tiny", prompt="x", max_tokens=4).choices
 
 
+def test_half_a_body_is_no_defect_of_the_server(live: Live) -> None:
+    """A client that announces more than it sends and hangs up: counted as one that left (499), by no error of ours."""
+
+    def refused(status: int) -> float:
+        text = httpx.get(f"{live.url}/metrics").text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if f'refusals_total{{status="{status}"}}' in line)
+
+    left, defects = refused(499), refused(500)
+    address = httpx.URL(live.url)
+    with socket.create_connection((address.host, address.port or 80)) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        connection.sendall(head.encode() + b'{"prompt": "x')
+    deadline = time.monotonic() + 60
+    while refused(499) + refused(500) == left + defects:
+        assert time.monotonic() < deadline, "it counts as neither"
+        time.sleep(0.02)
+    assert (refused(499), refused(500)) == (left + 1, defects)
+
+
 def _leave(live: Live, body: dict[str, Any]) -> None:
     with httpx.stream("POST", f"{live.url}/v1/completions", json=body) as answer:
         for _ in zip(range(5), answer.iter_lines(), strict=False):
