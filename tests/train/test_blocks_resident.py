@@ -21,22 +21,13 @@ from rdlm.blockwise import drawn_block
 from rdlm.checkpoint import load
 from rdlm.cli import app, run
 from rdlm.errors import UserError
+from tests.train.test_blocks import BLOCKS
 from train import resume
 from train.export import export
 from train.parallel import launch_blocks
 from train.plan import arms
 from train.residency import InHost, OnDisk, Sleeper
 from train.settings import load as load_config
-
-BLOCKS: dict[str, Any] = {
-    "model": {
-        "family": "llama", "vocab_size": 8, "d_model": 32, "num_heads": 2, "mlp_width": 48, "max_seq_len": 32, "num_layers": 3,
-        "noise_embed_dim": 16, "noise_conditioning": True,
-    },
-    "objective": {"name": "evidence"},
-    "blocks": {"num_blocks": 2},
-    "optimizer.weight_decay": 0.3,
-}  # fmt: skip
 
 
 def residing(steps: int = 1) -> dict[str, Any]:
