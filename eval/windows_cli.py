@@ -64,6 +64,8 @@ def ce_by_sigma(
     levels = sorted(numbers("--sigmas", sigmas, float))
     if levels[0] <= 0 or levels[-1] == float("inf"):
         raise UserError("--sigmas", sigmas, "holds a level that is not positive and finite", "write for instance 0.2,0.5,1,2,80")
+    if len(levels) < 2:
+        raise UserError("--sigmas", sigmas, "a curve needs at least two levels", "write for instance 0.2,0.5,1,2,80")
     held_out = open_windows(options)
     loaded = held_out.loaded
     if loaded.config.objective.k_meaning == "sampling" and num_steps > 1:
@@ -73,7 +75,10 @@ def ce_by_sigma(
         measured = evaluate_noise_curve(loaded, held_out.batches(), levels, num_steps=num_steps, seed=options.seed, progress=done)
     curves = {name: [(r["sigma"], r[name]) for r in measured["results"]] for name in ("ce", "reference")}
     known = {name: curve for name, curve in curves.items() if curve[0][1] is not None}
-    edges = {name: equal_information_edges(curve, blocks) for name, curve in known.items()}
+    rising = {name: curve for name, curve in known.items() if max(nats for _, nats in curve) > curve[0][1]}
+    edges = {
+        name: equal_information_edges(curve, blocks) for name, curve in rising.items()
+    }  # an untrained model's is flat or falls
     report = {**held_out.origin("ce-by-sigma"), **measured, "equal_information_edges": edges}
     _show_noise_curve(report)
     _write(options, report, plot_noise_curve)

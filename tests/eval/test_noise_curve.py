@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +127,21 @@ def test_command_labels_the_curve_and_prints_edges(
     assert [r["sigma"] for r in report["results"]] == [0.3, 2, 80] and plot.read_bytes().startswith(b"\x89PNG")
     edges = report["equal_information_edges"]
     assert set(edges) == {"ce", "reference"} and edges["ce"][0] == pytest.approx(80) and 0.3 < edges["ce"][1] < 80
+
+
+def test_a_curve_that_falls_has_no_edges_and_is_written_all_the_same(
+    command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def falling(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        measured = evaluate_noise_curve(*args, **kwargs)
+        for row in measured["results"]:
+            row["ce"] = 9.0 - row["sigma"] / 100
+        return measured
+
+    monkeypatch.setattr("eval.noise_curve.evaluate_noise_curve", falling)
+    out = tmp_path / "r.json"
+    assert command("ce-by-sigma", "evidence", "--sigmas", "2,0.3,80", "--out", out) == 0
+    assert set(json.loads(out.read_text())["equal_information_edges"]) == {"reference"}
 
 
 def test_convergence_command_follows_the_state(command: Callable[..., int], tmp_path: Path) -> None:
