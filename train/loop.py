@@ -39,8 +39,10 @@ from train.settings import TrainConfig
 def recompute_layers(denoiser: Denoiser) -> None:
     """Keep only the inputs of each transformer layer and run it again in the backward pass.
 
+    Of a noise level that is its embedding, C wide; scales, shifts and gates, 6 D wide at each position, are recomputed with the layer.
     Not re-entrant: that gives the shared core one gradient per iteration, and ZeRO 3 accepts one per parameter and backward pass.
     """
+    denoiser.model.modulates_in_layers = True
     for layer in (m for m in denoiser.modules() if isinstance(m, SandwichBlock | PreNormBlock)):
         plain = layer.forward
         setattr(layer, "forward", partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False))  # noqa: B010

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LayerCondition = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""What one layer is told about the noise level of its rows, each [B or 1, T or 1, D]: see Modulation.forward."""
+LayerModulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Shifts, factors and gates of one layer, each [B or 1, T or 1, D]: see Modulation.forward."""
+
+LayerCondition = LayerModulation | Tensor
+"""What one layer is told about the noise level of its rows: its modulation, or the embedding [B or 1, T or 1, C] to compute it from."""
 
 Condition = Sequence[LayerCondition]
 """One entry per core layer: computed once for a level, used by every core step at it."""
@@ -45,7 +48,7 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, cond: Tensor) -> LayerCondition:
+    def forward(self, cond: Tensor) -> LayerModulation:
         """-> shift, 1 + scale, 1 + gate of the attention branch, then of the MLP branch."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.linear(cond).chunk(6, dim=-1)
         return shift_a, 1 + scale_a, 1 + gate_a, shift_m, 1 + scale_m, 1 + gate_m

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rdlm.context import AttentionContext
 from rdlm.layers.attention import Attention
 from rdlm.layers.mlp import GatedMLP
-from rdlm.layers.modulation import LayerCondition, Modulation, modulate
+from rdlm.layers.modulation import LayerCondition, LayerModulation, Modulation, modulate
 from rdlm.layers.norm import RMSNorm
 
 
@@ -22,11 +22,11 @@ class SandwichBlock(nn.Module):
         self.modulation = Modulation(cond_width, d_model) if cond_width else None
 
     def forward(self, x: Tensor, ctx: AttentionContext, cond: LayerCondition | None = None) -> Tensor:
-        """x [B, T, D]; cond from ``self.modulation`` or None -> [B, T, D]."""
+        """x [B, T, D]; cond: what ``self.modulation`` gave, what it takes, or None -> [B, T, D]."""
         if cond is None:
             x = self.norm_2(self.attn(self.norm_1(x), ctx) + x)
             return self.norm_4(self.mlp(self.norm_3(x)) + x)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = cond
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulated(self.modulation, cond)
         x = self.norm_2(gate_a * self.attn(modulate(self.norm_1(x), shift_a, scale_a), ctx) + x)
         return self.norm_4(gate_m * self.mlp(modulate(self.norm_3(x), shift_m, scale_m)) + x)
 
@@ -41,10 +41,17 @@ class PreNormBlock(nn.Module):
         self.modulation = Modulation(cond_width, d_model) if cond_width else None
 
     def forward(self, x: Tensor, ctx: AttentionContext, cond: LayerCondition | None = None) -> Tensor:
-        """x [B, T, D]; cond from ``self.modulation`` or None -> [B, T, D]."""
+        """x [B, T, D]; cond: what ``self.modulation`` gave, what it takes, or None -> [B, T, D]."""
         if cond is None:
             x = x + self.attn(self.norm_1(x), ctx)
             return x + self.mlp(self.norm_2(x))
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = cond
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulated(self.modulation, cond)
         x = x + gate_a * self.attn(modulate(self.norm_1(x), shift_a, scale_a), ctx)
         return x + gate_m * self.mlp(modulate(self.norm_2(x), shift_m, scale_m))
+
+
+def _modulated(modulation: Modulation | None, cond: LayerCondition) -> LayerModulation:
+    if not isinstance(cond, Tensor):
+        return cond
+    assert modulation is not None
+    return modulation(cond)

@@ -34,6 +34,9 @@ class TextModel(nn.Module, ABC):
     embed_scale: float = 1.0
     is_recurrent: bool
     """Whether the core may run more than once."""
+    modulates_in_layers: bool = False
+    """Whether a core layer computes its modulation itself whenever it runs, instead of once per level for all core steps. A layer that
+    is recomputed then keeps nothing of it."""
 
     @abstractmethod
     def encode(self, input_ids: Tensor, ctx: AttentionContext) -> Tensor:
@@ -65,6 +68,8 @@ class TextModel(nn.Module, ABC):
         if self.noise_embedding is None:
             return None
         embedded = self.noise_embedding(c_noise)  # [B or 1, T or 1, C]
+        if self.modulates_in_layers:
+            return [embedded] * len(self.core_layers)
         return [cast(Modulation, layer.modulation)(embedded) for layer in self.core_layers]
 
     @property

@@ -104,7 +104,7 @@ def test_divergence_ends_the_run_without_a_checkpoint(trainer) -> None:
     assert not run.checkpoints.exists()
 
 
-@pytest.mark.parametrize(("stage", "objective"), [(2, "single_pass"), (2, "paper"), (2, "bptt"), (3, "bptt")])
+@pytest.mark.parametrize(("stage", "objective"), [(2, "single_pass"), (2, "paper"), (2, "bptt"), (3, "bptt"), (3, "single_pass")])
 def test_activation_checkpointing_changes_nothing(trainer, tmp_path: Path, stage: int, objective: str) -> None:
     """Recomputed activations are the same activations: losses to the last bit."""
     changes = {"deepspeed.zero_stage": stage, "objective": {"name": objective}, "schedule.steps": 3}
