@@ -26,10 +26,11 @@ class _SwiGLU(torch.autograd.Function):
         out = torch.empty_like(fused)
         d_gate, d_up = out.chunk(2, dim=-1)
         sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        torch.mul(grads[0], silu, out=d_up)
-        # d silu / d gate = sigmoid + silu * (1 - sigmoid)
-        torch.mul(torch.addcmul(sigmoid, silu, 1 - sigmoid).mul_(up), grads[0], out=d_gate)
+        silu = torch.mul(gate, sigmoid, out=d_up)
+        # d silu / d gate = sigmoid + silu * (1 - sigmoid). All in place: a layer that is recomputed holds the most in this moment.
+        torch.neg(sigmoid, out=d_gate).add_(1.0)
+        torch.addcmul(sigmoid, silu, d_gate, out=d_gate).mul_(up).mul_(grads[0])
+        d_up.mul_(grads[0])
         return out
 
 
