@@ -234,13 +234,14 @@ def main(
     micro_size: int = 2,
     seq_len: int = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Timed updates of each arm.")] = 3,
-    zero: Annotated[bool, typer.Option(help="Also bf16 at every ZeRO stage (one process).")] = True,
+    zero: Annotated[bool, typer.Option(help="Also one of 4 blocks in fp32 and bf16 at every ZeRO stage (one process).")] = True,
 ) -> None:
     """Memory of every arm with its prediction, the table of appendix G, and one run in a memory limit."""
     arms = [Arm("evidence", blocks, again) for again, blocks in itertools.product((False, True), BLOCKS)]
     arms += [Arm("next_token"), Arm("next_token", checkpointing=True)]
     if zero:
-        arms += [Arm("evidence", blocks, False, "bf16", stage) for blocks, stage in itertools.product((4,), (0, 1, 2, 3))]
+        arms += [Arm("evidence", 4, False, "fp32", stage) for stage in (1, 2, 3)]
+        arms += [Arm("evidence", 4, False, "bf16", stage) for stage in (0, 1, 2, 3)]
     sizes = (SHAPE, micro_size, seq_len)
     rows = []
     for arm in arms:

@@ -95,6 +95,10 @@ def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
     sums = gradient * (owned if stage >= 2 else count)
     # A buffer of bucket_elements is allocated whole; host memory is taken up only where it is written to.
     bucket = width * (spec.bucket_elements if on_gpu else min(spec.bucket_elements, count)) if stage >= 2 else 0
+    # On a GPU also at stage 1 in fp32: on a CPU nothing is written to it there before the backward pass is over, and in bf16 it has none.
+    if stage == 1 and width == 4 and on_gpu:
+        bucket = width * spec.bucket_elements
+    beside = bucket if stage in (1, 2) else 0  # ZeRO 3 keeps its bucket
     gathered = width * count if stage == 3 and world > 1 else 0
     kept = {1: sums if width == 2 else 0, 3: sums + bucket}.get(stage, 0)  # stages 1 (bf16) and 3 do not let go of their sums
 
@@ -108,15 +112,10 @@ def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
         raw = {1: width * count, 2: sums}.get(stage, 0)  # what of the gradients is still there beside ``kept``
         step = raw + flat + TEMPORARIES * group
 
-    forward, backward = traced.forward_peak, traced.backward_peak
-    if stage >= 2:
-        backward = max(backward, sums if stage == 2 else 0) + (bucket if stage == 2 else 0)
+    forward, backward = traced.forward_peak, max(traced.backward_peak, sums if stage == 2 else 0) + beside
     if accumulation > 1:  # earlier micro-batches have left their gradients
         left = 0 if kept else sums
-        forward, backward = (
-            forward + left,
-            max(backward - traced.gradients, traced.forward) + left + (bucket if stage == 2 else 0),
-        )
+        forward, backward = forward + left, max(backward - traced.gradients, traced.forward) + left + beside
     peak = max(forward + gathered, backward + gathered, step)
     gradients = min(max(traced.backward_peak - traced.forward, 0) if stage == 0 and accumulation == 1 else sums, kept + peak)
     return Memory(

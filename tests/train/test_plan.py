@@ -55,17 +55,8 @@ def test_trace_equals_what_the_real_objective_allocates(document, objective: str
     assert traced.gradients == pytest.approx(left, abs=8), "all but the evidence scale's"
 
 
-@pytest.mark.parametrize(
-    ("precision", "stage"),
-    [
-        ("fp32", 0),
-        ("bf16", 0),
-        ("bf16", 1),
-        ("bf16", 2),
-        ("bf16", 3),
-        ("fp32", 3),
-    ],  # fp32 at 1 and 2 is 11 % too low at this size
-)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_prediction_equals_the_live_tensors_of_a_real_update(document, trainer, stage: int, precision: str) -> None:
     """Every tensor of DeepSpeed's engine and of the third update, forward pass to optimizer step, of one block among two."""
     changes = {
@@ -84,7 +75,7 @@ def test_prediction_equals_the_live_tensors_of_a_real_update(document, trainer, 
             count._count(storage)
         del mine, storage
         update(running, 2)
-    assert predict(running.config, 1).total == pytest.approx(count.peak, rel=0.1)
+    assert predict(running.config, 1).total == pytest.approx(count.peak, rel=0.03)
 
 
 def update(trainer: Any, step: int) -> None:
@@ -93,9 +84,9 @@ def update(trainer: Any, step: int) -> None:
 
 
 def live_storages() -> dict[int, tuple[torch.UntypedStorage, int]]:
-    """What Python can reach, gradients included: address -> (storage, bytes)."""
+    """What Python can reach, gradients included: address -> (storage, bytes). ZeRO's shapes without data (device meta) take no memory."""
     gc.collect()
-    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     return {s._cdata: (s, s.nbytes()) for s in (t.untyped_storage() for t in tensors)}
 
