@@ -1,4 +1,4 @@
-"""Markdown tables of docs/results from the raw JSON: python -m benchmarks.tables language|depth|cost|cache|quality|blockwise FILE"""
+"""Markdown tables of docs/results from the raw JSON: python -m benchmarks.tables language|depth|cost|cache|quality|blockwise|memory FILE"""
 
 from __future__ import annotations
 
@@ -110,6 +110,57 @@ def blockwise(raw: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def memory(raw: dict[str, Any]) -> str:
+    """benchmarks.memory in MiB: arms at ZeRO 0 in fp32 with the layers' share, arms at other stages, and appendix G."""
+
+    def mib(row: dict[str, Any], *keys: str) -> list[str]:
+        return [f"{row[key] / 2**20:.0f}" for key in keys]
+
+    def predicted(row: dict[str, Any]) -> str:
+        total = row["predicted"]["total"]
+        return f"{total / 2**20:.0f} ({total / row['peak'] - 1:+.1%})"
+
+    def layers(row: dict[str, Any]) -> int:
+        return row["peak"] - 16 * (row["parameter_count"] - row["layer_parameter_count"])
+
+    plain = [row for row in raw["arms"] if (row["precision"], row["zero_stage"]) == ("fp32", 0)]
+    whole = {row["checkpointing"]: row for row in plain if row["num_blocks"] == 1 and row["objective"] == "evidence"}
+    parts = ("parameters_and_optimizer", "activations", "gradients", "peak")
+    rows = []
+    for row in plain:
+        num_blocks, again, own = row["num_blocks"], row["checkpointing"], row["objective"] == "evidence"
+        share = layers(row) / layers(whole[again])
+        rows.append([
+            ("end to end" if num_blocks == 1 else f"one of {num_blocks} blocks") + ("" if own else f", {row['objective']}"),
+            "yes" if again else "no", *mib(row, *parts), f"{row['peak'] / whole[again]['peak']:.2f}",
+            *([f"{share:.3f}", f"{1 / num_blocks:.3f}", f"{share * num_blocks - 1:+.0%}"] if own else ["", "", ""]), predicted(row),
+        ])  # fmt: skip
+    head = ["", "recomputed", "kept", "activations", "gradients", "peak", "peak / end to end", "layers / end to end", "1/B",
+            "above 1/B", "predicted"]  # fmt: skip
+    stages = [
+        [row["precision"], str(row["zero_stage"]), *mib(row, *parts), predicted(row)]
+        for row in raw["arms"]
+        if row["num_blocks"] == 4 and not row["checkpointing"]
+    ]
+    standard = raw["appendix_g"]["standard"]
+    costs = []
+    for name, found in raw["appendix_g"].items():
+        ratio, updates = (
+            found["seconds_per_update"] / standard["seconds_per_update"],
+            1 if name in ("standard", "checkpointing") else 4,
+        )
+        costs.append([name, f"{found['seconds_per_update']:.2f}", f"{ratio:.2f}", f"{ratio * updates:.2f}", *mib(found, "peak"),
+                      f"{found['peak'] / standard['peak']:.2f}"])  # fmt: skip
+    tables = [
+        table(head, rows),
+        table(["one of 4 blocks", "ZeRO", "kept", "activations", "gradients", "peak", "predicted"], stages),
+        table(["", "CPU s an update", "of standard", "for the whole network", "peak MiB", "of standard"], costs),
+    ]
+    return "\n\n".join(
+        [*tables, f"limit: {raw['memory_limit']['bytes'] / 2**20:.0f} MiB, {raw['memory_limit']['updates_made_of_two']}"]
+    )
+
+
 def _quality_cells(kind: str, report: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """(K, figure) of one file; of generated texts what stands at temperature 1 and top-p 1, or at the diversity of human text."""
     if kind == "lm-eval":
@@ -135,6 +186,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "cache": cache,
     "quality": quality,
     "blockwise": blockwise,
+    "memory": memory,
 }
 
 
