@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +40,7 @@ from train.settings import TrainConfig
 
 BLOCKS = (1, 2, 3, 4, 6)
 SHAPE = {"vocab_size": 2048, "d_model": 384, "num_heads": 6, "mlp_width": 1024, "num_layers": 12}
+SMALL = {"vocab_size": 64, "d_model": 48, "num_heads": 6, "mlp_width": 64, "num_layers": 12}
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,13 @@ def measure(arm: Arm, shape: dict[str, int], micro_size: int, seq_len: int, fold
     """Bytes of one update of every block there is, in the steady state: the second, so that moments exist."""
     device = start(folder)
     # The same once before, and freed: what libraries compile for the shapes is the process'. oneDNN's bf16 kernels take 20 MiB at
-    # every size of the model tried, so they must not count as what weights or an optimizer hold. (DeepSpeed's ZeRO 3 keeps what this
-    # engine has allocated: that too is in ``fixed`` and in no difference.)
-    warm = Run(arm.config(f"{folder}/warm", shape, micro_size, seq_len), device)
-    warm.update()
-    warm.trainer.close()
-    del warm
+    # every size of the model tried, so they must not count as what weights or an optimizer hold. The ZeRO stage is warmed up by a
+    # small model: what it imports is the process' too, but DeepSpeed does not free its engines, or frees them while others are measured.
+    for name, before, of in (("kernels", replace(arm, zero_stage=0), shape), ("zero", arm, SMALL)):
+        warm = Run(before.config(f"{folder}/{name}", of, micro_size, seq_len), device)
+        warm.update()
+        warm.trainer.close()
+        del warm
     frozen_rows.cache_clear()
     fixed = held(device)
     run = Run(arm.config(folder, shape, micro_size, seq_len), device)
