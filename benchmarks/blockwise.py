@@ -157,7 +157,8 @@ def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:
     )
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
