@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from eval.depth_cli import depth
+from eval.fid_cli import fid
 from eval.harness_cli import PASS_ON, lm_eval
 from eval.report_cli import report
 from eval.text_cli import gen_ppl, mauve
@@ -25,6 +26,9 @@ app.command(
 app.command(epilog="Example: rdlm eval mauve --checkpoint runs/demo/model --data data/demo --protocol quick --num-steps 1,4")(
     mauve
 )
+app.command(
+    epilog="Example: rdlm eval fid --images samples.npz --reference cifar10/test.parquet --num-images 2000 --out fid.json"
+)(fid)
 app.command(epilog="Example: rdlm eval report results/*.json --out report")(report)
 
 

@@ -19,7 +19,7 @@ class Run:
 
     file: Path
     kind: str
-    """The command that wrote it: nll, depth, gen-ppl, mauve, ce-by-sigma, convergence or lm-eval."""
+    """The command that wrote it: nll, depth, gen-ppl, mauve, ce-by-sigma, convergence, fid or lm-eval."""
     label: str
     report: Json
 
@@ -81,7 +81,7 @@ def _read(file: Path) -> Run:
     except ValueError:
         raise UserError("RUN", str(file), "is not JSON", remedy) from None
     if isinstance(report, dict) and report.get("evaluation") in PROTOCOLS:
-        return Run(file, report["evaluation"], report["checkpoint"]["name"], report)
+        return Run(file, report["evaluation"], report["checkpoint" if "checkpoint" in report else "images"]["name"], report)
     if isinstance(report, dict) and "lm_eval_version" in report and "results" in report:
         config = report["config"]
         k = "" if config.get("num_steps") is None else f" K = {config['num_steps']}"
@@ -122,6 +122,7 @@ PROTOCOLS: dict[str, Callable[[Json], Json]] = {
         "lengths": sorted({row["length"] for row in r["results"]}),
     },
     "gen-ppl": lambda r: {**_texts(r), "teachers": [_judge(teacher) for teacher in r["teachers"]]},
+    "fid": lambda r: {"features": r["features"], "reference": r["reference"], "images, reference": r["result"]["n"]},
     "mauve": lambda r: {**_texts(r), "protocol": r["protocol"], "featuriser": _judge(r["featuriser"])},
 }
 """What must agree between files of a kind before their figures may stand in one table."""
@@ -179,7 +180,7 @@ def provenance(runs: Sequence[Run]) -> Section:
                 origin["command"],
                 str(origin["git_commit"]),
                 str(seed),
-                report["checkpoint"]["weights_sha256"][:12],
+                report.get("checkpoint", {}).get("weights_sha256", "-")[:12],
                 digest[:24],
                 machine,
             ]

@@ -45,7 +45,7 @@ def gen_ppl(
     shape = Shape(prompt_tokens, max_tokens, continuations, options.across_documents)
     settings = _settings(options)
     names = list(dict.fromkeys(teacher or ["smollm2"]))
-    with _sampler(options, shape, num_prompts, settings) as (sampler, _), _bars() as bar:
+    with _sampler(options, shape, num_prompts, settings) as (sampler, _), bars() as bar:
         teachers = [_teacher(name, options) for name in names]
         generated = list(zip(settings, sample_all(sampler, settings, bar), strict=True))
         measured = evaluate_gen_ppl(sampler.prompts, sampler.human, generated, teachers, options.cache, bar, options.seed)
@@ -79,7 +79,7 @@ def mauve(
     )
     shape = Shape(chosen.prompt_tokens, chosen.max_tokens, chosen.continuations, options.across_documents)
     settings = _settings(options)
-    with _sampler(options, shape, chosen.prompts, settings) as (sampler, rest), _bars() as bar:
+    with _sampler(options, shape, chosen.prompts, settings) as (sampler, rest), bars() as bar:
         model = _teacher(featuriser, options)
         others = list(islice(rest, chosen.prompts * chosen.continuations))
         if len(others) < chosen.prompts:
@@ -153,7 +153,7 @@ def _sampler(
 
 
 @contextmanager
-def _bars() -> Iterator[Bar]:
+def bars() -> Iterator[Bar]:
     """One progress bar at a time: the next one closes the one before it, the block the last."""
     from tqdm import tqdm
 

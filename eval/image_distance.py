@@ -1,0 +1,187 @@
+"""Distances between two sets of images in a network's features: Frechet (Heusel et al. 2017, Eq. 6) and kernel (Binkowski et al. 2018).
+
+The Frechet distance of finite sets lies above that of their distributions, by more for fewer images, and needs more images than
+features. The kernel distance has no bias. Both stand beside a floor: the same distances between disjoint parts of the reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.bootstrap import mover
+from eval.gen_ppl import Bar
+from eval.image_features import Extractor
+from eval.image_sets import ImageSet, digests
+from eval.teachers import cached
+from rdlm.errors import UserError
+
+FEWEST = 20
+"""Images of a set: below this a half says nothing about the spread."""
+HALVES = 20
+"""Random halves behind an interval of the Frechet distance: its width is then known to about a sixth."""
+SUBSETS, SUBSET_SIZE = 100, 1000
+"""Of the kernel distance (Binkowski et al. 2018, App.)."""
+BLOCK = 2048
+"""Rows of a kernel matrix that exist at once."""
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, D] -> mean [D], and a factor A with A^T A = covariance (unbiased): [min(n, D), D]."""
+    centred = (x - x.mean(0)) / math.sqrt(len(x) - 1)
+    return x.mean(0), torch.linalg.qr(centred, mode="r").R if len(x) > x.shape[1] else centred
+
+
+def frechet(x: Tensor, y: Tensor) -> float:
+    """|mean difference|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)) of features fp64 [n, D] and [m, D].
+
+    The last trace is the sum of the singular values of A_x A_y^T: no root of a matrix is taken, so none can fail to exist.
+    """
+    (mean_x, a), (mean_y, b) = _moments(x), _moments(y)
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    return float((mean_x - mean_y).square().sum() + a.square().sum() + b.square().sum() - 2 * cross)
+
+
+def frechet_with_interval(x: Tensor, y: Tensor, seed: int, progress: Callable[[int], object] | None = None) -> dict[str, Any]:
+    """-> {"frechet", "frechet_interval"}: 1.96 standard deviations over random halves of both sets.
+
+    Halves drawn without replacement vary as the whole does (delete-half jackknife, Shao and Wu 1989). It covers the drawing of images, not
+    the bias. Both are None where a set has no more images than features: its covariance is then not known.
+    """
+    if min(len(x), len(y)) <= x.shape[1]:
+        return {"frechet": None, "frechet_interval": None}
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(HALVES):
+        halves = [each[torch.from_numpy(rng.permutation(len(each))[: len(each) // 2]).to(each.device)] for each in (x, y)]
+        found.append(frechet(halves[0], halves[1]))
+        if progress:
+            progress(1)
+    value, half = frechet(x, y), 1.96 * float(np.std(found, ddof=1))
+    return {"frechet": value, "frechet_interval": [value - half, value + half]}
+
+
+def kernel_distance(x: Tensor, y: Tensor, seed: int) -> dict[str, Any]:
+    """Unbiased squared MMD of features fp64 [n, D] and [m, D] under (x.y / D + 1)^3 -> {"kernel", "kernel_interval", "kernel_subset_sd",
+    "subset_size"}.
+
+    subset_sd: over SUBSETS random subsets of both sets, as published. The interval is theirs, scaled to the whole sets (delete-d jackknife,
+    Shao and Wu 1989): s of n images drawn without replacement vary n/s - 1 times as much as n images do.
+    """
+    rng, fewest = np.random.default_rng(seed), min(len(x), len(y))
+    size = min(SUBSET_SIZE, fewest // 2)
+    use_x, use_y = (_membership(rng, len(each), size).to(each) for each in (x, y))
+    counts = use_x.sum(0), use_y.sum(0)
+    own = [_sums(each, each, use, use) - _diagonal(each, use) for each, use in ((x, use_x), (y, use_y))]
+    within = [total / (n * (n - 1)) for total, n in zip(own, counts, strict=True)]
+    found = (within[0] + within[1] - 2 * _sums(x, y, use_x, use_y) / (counts[0] * counts[1])).cpu().numpy()
+    value, sd = float(found[0]), float(np.std(found[1:], ddof=1))
+    half = 1.96 * sd * math.sqrt(size / (fewest - size))
+    return {"kernel": value, "kernel_interval": [value - half, value + half], "kernel_subset_sd": sd, "subset_size": size}
+
+
+def _membership(rng: np.random.Generator, count: int, size: int) -> Tensor:
+    """fp64 [count, 1 + SUBSETS]: who belongs to the whole set (first column) and to each random subset."""
+    use = np.zeros((count, 1 + SUBSETS))
+    use[:, 0] = 1
+    for column in range(1, 1 + SUBSETS):
+        use[rng.permutation(count)[:size], column] = 1
+    return torch.from_numpy(use)
+
+
+def _sums(x: Tensor, y: Tensor, use_x: Tensor, use_y: Tensor) -> Tensor:
+    """Sum of k(x_i, y_j) over the pairs of each subset: [1 + SUBSETS]."""
+    total = torch.zeros_like(use_x[0])
+    for first in range(0, len(x), BLOCK):
+        rows = slice(first, first + BLOCK)
+        total += (use_x[rows] * ((x[rows] @ y.T / x.shape[1] + 1) ** 3 @ use_y)).sum(0)
+    return total
+
+
+def _diagonal(x: Tensor, use: Tensor) -> Tensor:
+    """Sum of k(x_i, x_i) over each subset."""
+    return ((x.square().sum(1) / x.shape[1] + 1) ** 3) @ use
+
+
+def distances(
+    x: np.ndarray, y: np.ndarray, device: str, seed: int, progress: Callable[[int], object] | None = None
+) -> dict[str, Any]:
+    """Both distances of features [n, D] and [m, D] in fp64, and n and m."""
+    a, b = (torch.from_numpy(each).to(device, torch.float64) for each in (x, y))
+    return {"n": [len(x), len(y)], **frechet_with_interval(a, b, seed, progress), **kernel_distance(a, b, seed)}
+
+
+def evaluate_images(
+    images: ImageSet, reference: ImageSet, extractor: Extractor, cache: Path, bar: Bar, num_images: int | None = None, seed: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Distances of ``images`` from ``reference``, and the floor, with what names both sets and the features.
+
+    num_images: draw so many of each set (seeded); None takes all. Figures do not depend on the order of images in a set that is used whole.
+    """
+    wanted = [each.count if num_images is None else num_images for each in (images, reference)]
+    for each, count in zip((images, reference), wanted, strict=True):
+        if count > each.count:
+            raise UserError("--num-images", count, f"{each.option} holds only {each.count:,} images", "ask for fewer")
+        if count < FEWEST:
+            raise UserError(
+                each.option, str(each.path), f"{count} images are too few for any distance", f"give at least {FEWEST}"
+            )
+    held = min(wanted[0], reference.count // 2)  # of the floor
+    pool = min(reference.count, wanted[1] + held)
+    rng = np.random.default_rng((seed, 1))  # of the reference alone: sets of any size meet the same one
+    drawn, size = [], None
+    for each, count, draws in ((images, wanted[0], np.random.default_rng(seed)), (reference, pool, rng)):
+        chosen = draws.permutation(each.count)[:count].tolist()
+        first = each.read(int(chosen[0]))
+        size = size or first.shape[:2]
+        found = digests(each, chosen, size, bar(f"reading {each.option}", count))
+        drawn.append(sorted(zip(found, chosen, strict=True)))  # from here on the order of the files is gone
+    mixed = rng.permutation(pool)
+    mine = _features(extractor, images, drawn[0], cache, bar)
+    theirs = _features(extractor, reference, drawn[1], cache, bar)[mixed]
+    smallest = (min(wanted), min(held, wanted[1], pool - held))
+    done = bar("Frechet distance", HALVES * sum(n > extractor.dimensions for n in smallest))
+    result = distances(mine, theirs[: wanted[1]], extractor.device, seed, done)
+    floor = distances(theirs[pool - held :], theirs[: min(wanted[1], pool - held)], extractor.device, seed, done)
+    used = sorted(drawn[1][i][0] for i in mixed[: wanted[1]])
+    sha256 = _sha256(used)
+    return {
+        "figures": {"frechet": extractor.figures[0], "kernel": extractor.figures[1]},
+        "comparable_with_published": extractor.published,
+        "features": {
+            "name": extractor.name, "dimensions": extractor.dimensions, "resize": extractor.resize, "fingerprint": extractor.fingerprint,
+        },
+        "images": {"name": images.name, "count": wanted[0], "of": images.count, "sha256": _sha256([d for d, _ in drawn[0]])},
+        "reference": {"name": reference.name, "count": wanted[1], "of": reference.count, "sha256": sha256, "size": list(size or ())},
+        "data": {"source": reference.name, "manifest_sha256": sha256},
+        "result": {**result, **{f"{name}_against_floor": _against(result, floor, name) for name in ("frechet", "kernel")}},
+        "floor": {**floor, "same_n": floor["n"] == result["n"]},
+    }  # fmt: skip
+
+
+def _against(result: dict[str, Any], floor: dict[str, Any], name: str) -> dict[str, Any] | None:
+    if result[name] is None or floor[name] is None:
+        return None
+    difference, interval = mover(*((each[name], each[f"{name}_interval"]) for each in (result, floor)))
+    return {"difference": difference, "interval": list(interval), "inside_noise": interval[0] <= 0 <= interval[1]}
+
+
+def _features(extractor: Extractor, images: ImageSet, drawn: Sequence[tuple[str, int]], cache: Path, bar: Bar) -> np.ndarray:
+    """[images, D], kept under the hash of their pixels."""
+    where = dict(drawn)
+    key = ("image-features", extractor.fingerprint, extractor.resize)
+
+    def compute(chunk: Sequence[str], progress: Callable[[int], object] | None) -> np.ndarray:
+        return extractor.features(np.stack([images.read(where[digest]) for digest in chunk]), progress)
+
+    return cached(cache, key, [digest for digest, _ in drawn], compute, bar(f"features of {images.option}", len(drawn)))
+
+
+def _sha256(names: Sequence[str]) -> str:
+    return hashlib.sha256("".join(names).encode()).hexdigest()
