@@ -23,7 +23,7 @@ def fid(
         Literal["efficientnet-lite0", "inception"],
         typer.Option(help="Network whose features are compared; only inception gives what is published as FID."),
     ] = "efficientnet-lite0",
-    num_images: Annotated[int | None, typer.Option(min=1, help="Draw so many of each set [all].")] = None,
+    num_images: Annotated[int | None, typer.Option(min=1, help="Draw so many of each set; by default all.")] = None,
     seed: Seed = 0,
     cache: Annotated[Path, typer.Option(help="Where features are kept; a run resumes from it.")] = Path("runs/eval"),
     device: Device = "cpu",
