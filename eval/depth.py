@@ -33,6 +33,7 @@ def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]
 
 def check_task(loaded: Loaded, name: str, task: Task) -> None:
     """UserError where the checkpoint cannot have been trained on the task, or has too few positions for it."""
+    loaded.config.check_next_token("an answer at each position")
     model = loaded.config.model
     if loaded.tokenizer is not None or model.vocab_size < task.vocab_size:
         has = "is a model of text" if loaded.tokenizer is not None else f"has a vocabulary of {model.vocab_size}"

@@ -331,6 +331,7 @@ def _origin(error: BaseException) -> str:
 
 def _load(folder: Path, settings: EngineSettings) -> tuple[Loaded, Tokenizer]:
     loaded = load(folder, device=settings.device, dtype=getattr(torch, settings.dtype))
+    loaded.config.check_next_token("lm-eval")
     if loaded.tokenizer is None:
         remedy = "give a model of text"
         raise UserError("model_args: checkpoint", str(folder), "it has no tokenizer, so its ids are not text", remedy)

@@ -20,6 +20,8 @@ from rdlm.scoring import estimator_of, token_logprobs
 PER_WINDOW = ("window_nll", "window_tokens")
 """Entries of the result with a number for every window: what a paired comparison of two checkpoints needs."""
 USUAL_STEPS = (1, 2, 4, 8, 16, 32)
+USUAL_BOUNDS = (1, 4, 16, 64, 256, 1024)
+"""K of bounds: each costs the same, and the limit is what continuous time would give."""
 
 
 MOST_STEPS = 1024
@@ -32,9 +34,12 @@ def check_steps(
     """The K to evaluate, ascending; UserError for one out of range.
 
     beyond: iterations of one state may go past ``recurrence.max_steps``, up to MOST_STEPS. None takes those with a normalised
-    likelihood: K = 1 of a sampling model, else USUAL_STEPS as far as the checkpoint goes.
+    likelihood: K = 1 of a sampling model, else USUAL_STEPS as far as the checkpoint goes. A masked model's bound takes any K up to
+    MOST_STEPS, by default USUAL_BOUNDS.
     """
     limit, thinking = config.recurrence.max_steps, config.objective.k_meaning == "thinking"
+    if config.objective.masking is not None:
+        steps, limit = steps or USUAL_BOUNDS, MOST_STEPS
     if thinking:
         limit = 1 if not denoiser.model.is_recurrent else max(limit, MOST_STEPS if beyond else 1)
     if steps is None:
@@ -87,7 +92,7 @@ def evaluate_nll(
         bits = text_nats[k] / math.log(2)
         result["bits_per_byte"] = bits / bytes_ if bytes_ else None
         result["bits_per_character"] = bits / characters if characters else None
-        result["estimator"] = estimator_of(loaded.config, k)
+        result["estimator"] = estimator_of(loaded.config, k, num_draws)
     return {
         "tokens": int(counts.sum()),
         "windows": len(counts),

@@ -78,7 +78,7 @@ def against_k(curves: dict[str, list[Row]], what: str, bands: dict[str, tuple[fl
 
 
 def draw_nll(axes: Axes, report: Row, **style: Any) -> None:
-    """Held-out NLL against K. Mixture estimates are hollow: they are not the likelihood."""
+    """Held-out NLL against K. Mixture estimates and bounds are hollow: they are not the likelihood."""
     results = report["results"]
     style = {"color": "tab:blue", **style}
     axes.plot([r["K"] for r in results], [r["nll"] for r in results], color=style["color"], linewidth=1.5)
@@ -86,7 +86,10 @@ def draw_nll(axes: Axes, report: Row, **style: Any) -> None:
     for normalised in (True, False):
         chosen = [r for r in results if r["estimator"].startswith("normalised") == normalised]
         if chosen:
-            kind = "normalised likelihood" if normalised else "mixture over noise draws (biased upward)"
+            other = (
+                "upper bound" if chosen[0]["estimator"].startswith("upper bound") else "mixture over noise draws (biased upward)"
+            )
+            kind = "normalised likelihood" if normalised else other
             face = style["color"] if normalised else "white"
             label = f"{name}: {kind}" if name else kind
             with_errors(axes, chosen, "K", "nll", fmt="o", markerfacecolor=face, label=label, **style)

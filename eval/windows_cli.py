@@ -28,12 +28,13 @@ Report = dict[str, Any]
 def nll(
     options: WindowOptions,
     steps: Annotated[
-        str | None, typer.Option(help="Values of K with commas [1,2,4,8,16,32 where they have a likelihood].")
+        str | None,
+        typer.Option(help="Values of K with commas [1,2,4,8,16,32 where they have a likelihood; bounds: 1,4,16,..,1024]."),
     ] = None,
-    num_draws: Annotated[int, typer.Option(min=1, help="Noise draws of a mixture estimate.")] = 8,
+    num_draws: Annotated[int, typer.Option(min=1, help="Noise draws of a mixture estimate, levels drawn of a bound.")] = 8,
     per_window: Annotated[bool, typer.Option("--per-window", help="Add the nats of every window to the JSON.")] = False,
 ) -> None:
-    """Held-out NLL per token, perplexity and bits per byte against K, with 95 % bootstrap intervals over windows."""
+    """Held-out NLL per token (of masked models a bound), perplexity and bits per byte against K, with 95 % bootstrap intervals."""
     from eval.nll import PER_WINDOW, check_steps, evaluate_nll
     from eval.plots import plot_nll
     from eval.windows import open_windows
@@ -68,6 +69,7 @@ def ce_by_sigma(
         raise UserError("--sigmas", sigmas, "a curve needs at least two levels", "write for instance 0.2,0.5,1,2,80")
     held_out = open_windows(options)
     loaded = held_out.loaded
+    loaded.config.check_next_token("the cross-entropy by sigma")
     if loaded.config.objective.k_meaning == "sampling" and num_steps > 1:
         raise UserError("--num-steps", num_steps, "the prior of a sampling checkpoint is that of K = 1", "leave the option out")
     check_steps([num_steps], loaded.denoiser, loaded.config)

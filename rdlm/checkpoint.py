@@ -204,18 +204,26 @@ def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -
         "thinking": "K is the number of core steps before the one read-out: more steps, more computation per token",
         "sampling": "K is the number of noise levels a token is drawn through: a setting of the sampler, not more thought",
     }[objective.k_meaning]
+    masked = objective.masking is not None
+    if masked:
+        meaning = "K is the number of steps in which hidden tokens come into sight: a setting of the sampler, not more thought"
     rows = {
         "family": f"{model.family}, d_model {model.d_model}, vocabulary {model.vocab_size}, up to {model.max_seq_len} tokens",
         "parameters": f"{count:,} ({dtypes})",
         "objective": f"`{objective.name}`, read-out {objective.readout}",
         "core steps in training": f"{depth.distribution}, mean {depth.mean}; the last {depth.grad_steps} with gradient",
-        "noised targets": f"{objective.corruption.share:.0%} of the positions",
+        "noised targets": "none: tokens are hidden" if masked else f"{objective.corruption.share:.0%} of the positions",
         "updates": f"{config.step:,}",
         "K": f"{meaning}. Default {config.recurrence.default_steps}, at most {config.recurrence.max_steps}",
         "normalised likelihood": config.estimator,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    commands = "rdlm serve --checkpoint THIS_FOLDER\nrdlm generate --help\nrdlm eval nll --help"
+    first = (
+        "rdlm generate --checkpoint THIS_FOLDER --prompt ''"
+        if masked
+        else "rdlm serve --checkpoint THIS_FOLDER\nrdlm generate --help"
+    )
+    commands = f"{first}\nrdlm eval nll --help"
     return f"# {config.name}\n\n| | |\n|---|---|\n{table}\n\n{notes.strip()}\n\n## Run it\n\n```\n{commands}\n```\n"
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is: the model's shape, its objective and its noise, as frozen pydantic models.
+"""What a checkpoint is: its objective, its noise and how it is cut, as frozen pydantic models; shapes are in rdlm/model_config.py.
 
 Unknown keys are errors everywhere. This file holds no tensors and no training or serving settings.
 """
@@ -6,19 +6,14 @@ Unknown keys are errors everywhere. This file holds no tensors and no training o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from rdlm.errors import UserError
+from rdlm.model_config import FAMILIES, ModelConfig, Strict
 
 SCHEMA_VERSION = 1
-
-
-class Strict(BaseModel):
-    """Base of every config: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class NoiseConfig(Strict):
@@ -78,6 +73,15 @@ class CorruptionConfig(Strict):
         return self
 
 
+class MaskingConfig(Strict):
+    """Tokens that are hidden instead of noised (MD4, Shi et al. 2024): at level t in (0, 1] each one is, with probability t."""
+
+    schedule: Literal["linear"] = "linear"
+    """linear: alpha(t) = 1 - t is the probability of staying in sight."""
+    t_min: float = Field(1e-3, gt=0, lt=1)
+    """Lowest level in training: the weight of a hidden token is 1 / t there."""
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "next_token": {"depth": {}, "corruption": {"share": 0.0}, "readout": "plain"},
     "bptt": {
@@ -97,10 +101,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "readout": "evidence",
     },
     "paper": {"depth": {}, "corruption": {"share": 1.0, "distribution": "lognormal", "per": "sequence"}, "readout": "edm"},
+    "masked": {"depth": {}, "corruption": {"share": 0.0}, "readout": "plain", "masking": {}},
 }
-"""Where each named objective sits on the dials. ``single_pass`` is the default; docs/architecture.md says why."""
+"""Where each named objective sits on the dials; ``masked`` has one of its own. ``single_pass`` is the default, for the reasons in
+docs/architecture.md."""
 
-ObjectiveName = Literal["single_pass", "onestep", "evidence", "paper", "bptt", "next_token"]
+ObjectiveName = Literal["single_pass", "onestep", "evidence", "paper", "bptt", "next_token", "masked"]
 
 
 class ObjectiveConfig(Strict):
@@ -113,6 +119,8 @@ class ObjectiveConfig(Strict):
     """plain: logits = W h. evidence: W h + a <E, z> / sigma^2. edm: logits of c_skip z + c_out h (the published form)."""
     loss_weighting: Literal["none", "edm"] = "none"
     """Per-position weight of the cross-entropy; edm is w(sigma) of Karras et al. 2022, applied per position."""
+    masking: MaskingConfig | None = None
+    """Set for objective ``masked`` alone."""
 
     @model_validator(mode="before")
     @classmethod
@@ -132,6 +140,10 @@ class ObjectiveConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:
         noisy, readout = self.corruption.share > 0, self.readout
+        if (self.masking is not None) != (self.name == "masked"):
+            raise ValueError("masking belongs to objective 'masked', which needs it")
+        if self.masking is not None and (noisy or readout != "plain" or self.loss_weighting != "none"):
+            raise ValueError("objective 'masked' hides tokens: corruption, readout and loss_weighting are not its dials")
         if noisy and readout == "plain":
             raise ValueError("corruption.share > 0 needs readout 'evidence' or 'edm': a plain read-out ignores the noised target")
         if self.name == "paper" and (readout != "edm" or self.depth.mean != 1):
@@ -144,81 +156,14 @@ class ObjectiveConfig(Strict):
 
     @property
     def noisy(self) -> bool:
-        """True when the model is noise-conditioned."""
-        return self.corruption.share > 0
+        """True when the model is told a level."""
+        return self.corruption.share > 0 or self.masking is not None
 
     @property
     def k_meaning(self) -> Literal["thinking", "sampling"]:
-        """thinking: K core iterations, then one read-out. sampling: K noise levels, a read-out and a bridge at each."""
+        """thinking: K core iterations, then one read-out. sampling: K levels of noise or masking, a read-out at each."""
         fixed_single = self.depth.distribution == "fixed" and self.depth.mean == 1
         return "sampling" if fixed_single and self.noisy else "thinking"
-
-
-class HuginnConfig(Strict):
-    """Prelude, core applied K times, coda: the shape of Geiping et al. 2025 (sandwich norms, RoPE, qk-bias, gated MLP)."""
-
-    family: Literal["huginn"] = "huginn"
-    vocab_size: int = Field(ge=2)
-    d_model: int = Field(ge=8)
-    num_heads: int = Field(ge=1)
-    mlp_width: int = Field(ge=8)
-    """Width of the gated MLP (Huginn-0125: 17920 for d_model 5280)."""
-    num_prelude_layers: int = Field(2, ge=0)
-    num_core_layers: int = Field(4, ge=1)
-    num_coda_layers: int = Field(2, ge=0)
-    max_seq_len: int = Field(ge=2)
-    rope_base: float = Field(50_000.0, gt=0)
-    norm_eps: float = Field(1e-6, gt=0)
-    qk_bias: bool = True
-    tie_embeddings: bool = True
-    noise_conditioning: bool = False
-    """AdaLN on the core layers, zero-initialised. Set by the trainer from the objective."""
-    noise_embed_dim: int = Field(64, ge=8)
-    """Width of the noise-level embedding that drives AdaLN; small, so that a level per position costs a few per cent."""
-    adapter_init: Literal["identity", "random"] = "identity"
-    """identity: adapter = [0, I] (state first), so the injected embedding passes and the state starts silent."""
-    residual_init: Literal["scaled", "plain"] = "scaled"
-    """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every other matrix."""
-    state_init: Literal["zero", "normal"] = "zero"
-    """Recurrent state before the first iteration; Huginn-0125 uses a truncated normal ("like-init")."""
-
-    @model_validator(mode="after")
-    def _heads(self) -> HuginnConfig:
-        _check_heads(self.d_model, self.num_heads)
-        return self
-
-    @property
-    def num_layers(self) -> int:
-        return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
-
-
-class LlamaConfig(Strict):
-    """Pre-norm autoregressive transformer with RoPE, grouped-query attention and a gated MLP; its layers are the core."""
-
-    family: Literal["llama"] = "llama"
-    vocab_size: int = Field(ge=2)
-    d_model: int = Field(ge=8)
-    num_heads: int = Field(ge=1)
-    num_kv_heads: int | None = Field(None, ge=1)
-    """Key-value heads; None means num_heads."""
-    mlp_width: int = Field(ge=8)
-    num_layers: int = Field(ge=1)
-    max_seq_len: int = Field(ge=2)
-    rope_base: float = Field(10_000.0, gt=0)
-    norm_eps: float = Field(1e-5, gt=0)
-    tie_embeddings: bool = True
-    noise_conditioning: bool = False
-    noise_embed_dim: int = Field(64, ge=8)
-
-    @model_validator(mode="after")
-    def _heads(self) -> LlamaConfig:
-        _check_heads(self.d_model, self.num_heads)
-        if self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
-        return self
-
-
-ModelConfig = Annotated[HuginnConfig | LlamaConfig, Field(discriminator="family")]
 
 
 class BlocksConfig(Strict):
@@ -240,7 +185,7 @@ class BlocksConfig(Strict):
     """A block trains on [low / a, high * a] with a = (high / low)^overlap, clipped; the paper takes 0.1 for text."""
     targets: Literal["frozen", "own"] = "frozen"
     """Rows that are noised. frozen: unit rows drawn once from ``target_seed``, the same in every block, in no block's memory of
-    gradients. own: each block's input embedding, normalised and detached."""
+    gradients. own: each block's input embedding, normalised and detached. Objective ``masked`` noises none."""
     target_seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
@@ -250,11 +195,6 @@ class BlocksConfig(Strict):
         if (self.curve is not None) + (self.prior_nats is not None) != (self.partition == "equal_information"):
             raise ValueError("partition 'equal_information' takes exactly one of curve and prior_nats, the others neither")
         return self
-
-
-def _check_heads(d_model: int, num_heads: int) -> None:
-    if d_model % num_heads or (d_model // num_heads) % 2:
-        raise ValueError(f"d_model ({d_model}) must be an even multiple of num_heads ({num_heads}): RoPE rotates pairs")
 
 
 class RecurrenceConfig(Strict):
@@ -290,7 +230,15 @@ class CheckpointConfig(Strict):
     @property
     def estimator(self) -> str:
         """Which of the model's token likelihoods is normalised: see rdlm/scoring.py."""
+        if self.objective.masking is not None:
+            return "none by token; `rdlm eval nll` gives an upper bound of the NLL"
         return "logits after K iterations" if self.objective.k_meaning == "thinking" else "logits at sigma_max with z = 0 (K = 1)"
+
+    def check_next_token(self, what: str) -> None:
+        """Raises UserError where the model has no next token, which ``what`` needs: masked diffusion fills all positions at once."""
+        if self.objective.masking is not None:
+            problem = f"a masked diffusion model has no next token, which {what} needs"
+            raise UserError("checkpoint", self.name, problem, "use `rdlm generate` or `rdlm eval nll`")
 
 
 C = TypeVar("C")
@@ -302,7 +250,7 @@ def parse(schema: type[C] | Any, data: Any, where: str) -> C:
         return TypeAdapter(schema).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in first["loc"] if part not in ("huginn", "llama")) or where
+        path = ".".join(str(part) for part in first["loc"] if part not in FAMILIES) or where
         remedy = "remove it or correct its name" if first["type"] == "extra_forbidden" else f"correct it in {where}"
         value = first["input"] if not isinstance(first["input"], dict) else "{...}"
         raise UserError(path, value, first["msg"].removeprefix("Value error, "), remedy) from None

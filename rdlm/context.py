@@ -40,6 +40,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_ca
 class CausalContext:
     """Rows are positions 0..T-1 of whole sequences; row i sees rows j <= i."""
 
+    is_causal = True
+
     def __init__(self, length: int, device: torch.device | str = "cpu") -> None:
         self.length, self.device = length, torch.device(device)
 
@@ -47,7 +49,13 @@ class CausalContext:
         return rotary_table(head_dim, base, self.length, self.device)[None, :, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        return attention(q, k, v, is_causal=True)
+        return attention(q, k, v, is_causal=self.is_causal)
+
+
+class BidirectionalContext(CausalContext):
+    """Rows are positions 0..T-1 of whole sequences; every row sees all of them."""
+
+    is_causal = False
 
 
 class TwoStreamContext:

@@ -77,6 +77,8 @@ def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
         return
     if config.objective.k_meaning == "thinking":
         problem = "this model iterates its core and reads out once: it has no noise levels to go between"
+    elif config.objective.masking is not None:
+        problem = "this model hides tokens instead of noising them: there is no ODE"
     elif config.blocks is not None and config.blocks.num_blocks > 1 and config.blocks.targets == "own":
         problem = "every block of this model has target rows of its own, so no ODE leads from one block to the next"
     else:

@@ -44,6 +44,11 @@ class LogNormalSchedule:
 
     noise: NoiseConfig
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """(lowest, highest) level."""
+        return self.noise.sigma_min, self.noise.sigma_max
+
     def _normal_cdf(self, sigma: Tensor) -> Tensor:
         return torch.special.ndtr((sigma.double().log() - self.noise.p_mean) / self.noise.p_std)
 

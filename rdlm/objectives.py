@@ -11,9 +11,12 @@ Dial two, ``objective.corruption``: which positions start from a noised copy of 
 | single_pass | 1 + Poisson(LogNormal)     | last 1   | a share          | thinking       | logits at K with z = 0       |
 | evidence    | 1                          | all      | most             | sampling       | logits at sigma_max, z = 0   |
 | paper       | 1                          | all      | all (2 streams)  | sampling       | logits at sigma_max, z = 0   |
+| masked      | 1                          | all      | some are hidden  | sampling       | none; a bound on sequences   |
 
 Each makes one backward pass through at most ``grad_steps`` core runs and minimises the cross-entropy of the next token given
 clean context (and, where noised, z = y + sigma eps of that token): a mixture over sigma and r of proper scoring rules.
+
+``masked`` is no next-token objective: see ``masked_terms``.
 
 Shapes: B sequences, T positions, D width. Row i predicts targets[i] and may see targets[j >= i] in no way but through its own z_i.
 """
@@ -29,6 +32,8 @@ from torch import Tensor
 from rdlm.config import CorruptionConfig, DepthConfig
 from rdlm.context import CausalContext, TwoStreamContext
 from rdlm.denoiser import Denoiser
+from rdlm.masked_denoiser import MaskedDenoiser
+from rdlm.masking import LinearMasking, hide, spread
 from rdlm.noise import edm_weight
 from rdlm.partition import partition
 from rdlm.randomness import generator
@@ -115,7 +120,10 @@ def loss_terms(denoiser: Denoiser, batch: Batch, *, step: int, seed: int, rank: 
     """The loss of one micro-batch under ``denoiser.objective``; its randomness depends on (seed, step, rank, micro)
     and the block alone."""
     which = () if denoiser.block is None else (denoiser.block.index,)
-    noised = corrupt(denoiser, batch.targets, generator(seed, _NOISE_KEY, step, rank, micro, *which))
+    noise_rng = generator(seed, _NOISE_KEY, step, rank, micro, *which)
+    if isinstance(denoiser, MaskedDenoiser):
+        return masked_terms(denoiser, batch, noise_rng)
+    noised = corrupt(denoiser, batch.targets, noise_rng)
     num_steps = num_recurrences(denoiser.objective.depth, step, seed)
     if denoiser.objective.name == "paper":
         assert noised is not None
@@ -124,6 +132,25 @@ def loss_terms(denoiser: Denoiser, batch: Batch, *, step: int, seed: int, rank: 
         state_rng = generator(seed, _STATE_KEY, step, rank, micro)
         hidden = in_place_hidden(denoiser, batch.input_ids, noised, num_steps, state_rng)
     return _reduce(denoiser, hidden, batch, noised, num_steps)
+
+
+def masked_terms(denoiser: MaskedDenoiser, batch: Batch, rng: torch.Generator) -> LossTerms:
+    """Masked diffusion (MD4, Shi et al. 2024, Eq. 4; DiffusionBlocks Eq. 8): -alpha'/(1 - alpha) times the cross-entropy of each hidden
+    token, one level a sequence. Over all levels its expectation is the bound in continuous time, in nats, less what lies below t_min.
+
+    What is modelled is the sequence ``targets`` itself, all T of them at once: ``input_ids`` are not looked at, so the first target has
+    no predecessor in sight. Positions outside ``batch.mask`` are never hidden and never count.
+    """
+    masking = denoiser.objective.masking
+    assert masking is not None
+    schedule, uniform = LinearMasking(masking), spread(len(batch.targets), rng)
+    level = schedule.icdf(uniform).float() if denoiser.block is None else denoiser.block.levels_at(uniform)
+    hidden_ones = hide(level, batch.mask, rng)
+    hidden = denoiser.hidden(batch.targets.masked_fill(hidden_ones, denoiser.mask_id), level)
+    weight = schedule.weight(level).to(hidden.device).unsqueeze(1).expand(hidden_ones.shape)
+    total, losses = denoiser.loss(hidden[hidden_ones], batch.targets[hidden_ones], weight[hidden_ones])
+    metrics = {"core_steps": torch.ones(()), "ce": losses.sum() / max(1, len(losses))}  # a tiny batch may hide nothing
+    return LossTerms(total, batch.mask.sum().float(), metrics)
 
 
 def in_place_hidden(denoiser: Denoiser, input_ids: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rdlm.config import CheckpointConfig, CorruptionConfig, NoiseConfig
 from rdlm.errors import UserError
+from rdlm.masking import LinearMasking
 from rdlm.noise import LogNormalSchedule
 
 PartitionKind = Literal["equi_probability", "uniform", "log_uniform", "equal_information", "explicit"]
@@ -52,12 +53,13 @@ class BandSchedule:
         return max(low / factor, self.ends[0]), min(high * factor, self.ends[1])
 
 
-Schedule = LogNormalSchedule | BandSchedule
+Schedule = LogNormalSchedule | BandSchedule | LinearMasking
 
 
 @dataclass(frozen=True)
 class BlockPartition:
-    """edges: num_blocks + 1 levels, descending from sigma_max to sigma_min; block b owns (edges[b + 1], edges[b]].
+    """edges: num_blocks + 1 levels, descending from sigma_max to sigma_min; block b owns (edges[b + 1], edges[b]]. Levels are sigma, or
+    of a masked model t: what is said of sigma_max holds for t = 1.
 
     layers: the contiguous layers of each block. overlap widens a block's training range, never its ownership.
     """
@@ -82,8 +84,11 @@ class BlockPartition:
 
     def sample_level(self, block: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Levels of ``block`` under the training distribution: fp32 ``shape``, by inverse CDF."""
+        return self.levels_at(block, torch.rand(shape, generator=generator, dtype=torch.float64))
+
+    def levels_at(self, block: int, uniform: Tensor) -> Tensor:
+        """The levels of ``block`` at quantiles ``uniform`` [...] of its training mass: fp32 [...]."""
         low, high = (self.schedule.cdf(torch.tensor(level, dtype=torch.float64)) for level in self.training_range(block))
-        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         return self.schedule.icdf(low + uniform * (high - low)).float()
 
     def grid(self, num_steps: int) -> list[float]:
@@ -112,6 +117,10 @@ class Block:
     def sample_level(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Levels that train this block: fp32 ``shape``."""
         return self.partition.sample_level(self.index, shape, generator)
+
+    def levels_at(self, uniform: Tensor) -> Tensor:
+        """Levels at quantiles ``uniform`` [...] of the mass that trains this block: fp32 [...]."""
+        return self.partition.levels_at(self.index, uniform)
 
 
 def partition(
@@ -150,18 +159,24 @@ def partition(
 
 def partition_of(config: CheckpointConfig) -> BlockPartition:
     """The partition of a checkpoint's layers and of its objective's noise levels; one block where it has no ``blocks``."""
-    corruption, model = config.objective.corruption, config.model
-    schedule = BandSchedule(corruption) if corruption.distribution == "bands" else LogNormalSchedule(config.noise)
-    blocks = config.blocks
+    blocks, model, schedule = config.blocks, config.model, schedule_of(config)
     if blocks is None:
         return partition(config.noise, model.num_layers, 1, schedule=schedule)
     curve: Curve | None = blocks.curve
     if blocks.prior_nats is not None:
-        curve = evidence_curve(blocks.prior_nats, *_ends(schedule))
+        curve = evidence_curve(blocks.prior_nats, *schedule.ends)
     return partition(
         config.noise, model.num_layers, blocks.num_blocks, blocks.partition, blocks.layers_per_block, blocks.overlap, schedule,
         blocks.edges, curve,
     )  # fmt: skip
+
+
+def schedule_of(config: CheckpointConfig) -> Schedule:
+    """The distribution of levels that an objective trains on."""
+    objective = config.objective
+    if objective.masking is not None:
+        return LinearMasking(objective.masking)
+    return BandSchedule(objective.corruption) if objective.corruption.distribution == "bands" else LogNormalSchedule(config.noise)
 
 
 def evidence_curve(prior_nats: float, low: float, high: float, num_levels: int = 256) -> list[tuple[float, float]]:
@@ -177,13 +192,8 @@ def evidence_curve(prior_nats: float, low: float, high: float, num_levels: int =
     return list(zip(levels.tolist(), entropy.tolist(), strict=True))
 
 
-def _ends(schedule: Schedule) -> tuple[float, float]:
-    """(lowest, highest) level."""
-    return schedule.ends if isinstance(schedule, BandSchedule) else (schedule.noise.sigma_min, schedule.noise.sigma_max)
-
-
 def _edges(schedule: Schedule, num_blocks: int, kind: PartitionKind, inner: Sequence[float], curve: Curve) -> tuple[float, ...]:
-    low, high = _ends(schedule)
+    low, high = schedule.ends
     fractions = [b / num_blocks for b in range(num_blocks + 1)]  # 0 = noisiest edge
     if kind == "uniform":
         return tuple(high + f * (low - high) for f in fractions)

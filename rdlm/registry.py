@@ -7,11 +7,14 @@ from functools import partial
 import torch
 
 from rdlm.blockwise import Blockwise, blocks_of
-from rdlm.config import CheckpointConfig, HuginnConfig, LlamaConfig, ModelConfig
+from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
+from rdlm.masked_denoiser import MaskedDenoiser
+from rdlm.model_config import HuginnConfig, LlamaConfig, MaskedConfig, ModelConfig
 from rdlm.models.huginn import Huginn
 from rdlm.models.llama import Llama
+from rdlm.models.masked import Masked
 from rdlm.models.text import TextModel
 from rdlm.partition import Block, partition_of
 from rdlm.randomness import generator
@@ -29,10 +32,12 @@ def build_model(config: ModelConfig, layers: range | None = None) -> TextModel:
         case HuginnConfig():
             if layers is not None and len(layers) < config.num_layers:
                 problem = "a recurrent core is one denoiser of every level: there is nothing to cut"
-                raise UserError("blocks.num_blocks", "> 1", problem, "use num_blocks 1, or family llama")
+                raise UserError("blocks.num_blocks", "> 1", problem, "use num_blocks 1, or family llama or masked")
             return Huginn(config)
         case LlamaConfig():
             return Llama(config, layers)
+        case MaskedConfig():
+            return Masked(config, layers)
 
 
 def build(config: CheckpointConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Denoiser:
@@ -42,11 +47,14 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
     its weights are the same as when all are built. Raises UserError where objective, model and blocks contradict each other.
     """
     objective, model = config.objective, config.model
+    if (objective.masking is not None) != isinstance(model, MaskedConfig):
+        problem = f"family {model.family!r} cannot be trained with it: the family masked and the objective masked need each other"
+        raise UserError("objective.name", objective.name, problem, "use both or neither")
     if objective.noisy != model.noise_conditioning:
         raise UserError(
             "model.noise_conditioning", model.noise_conditioning,
-            f"objective '{objective.name}' has corruption.share {objective.corruption.share}",
-            "leave noise_conditioning to the trainer, or set it to whether share is above 0",
+            f"objective '{objective.name}' {'has' if objective.noisy else 'has no'} levels to be told",
+            "leave noise_conditioning to the trainer",
         )  # fmt: skip
     _check_blocks(config)
     cut = partition_of(config)
@@ -73,10 +81,12 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
 
 def _denoiser(config: CheckpointConfig, block: Block | None) -> Denoiser:
     blocks, model = config.blocks, config.model
+    layers = None if block is None else block.partition.layers[block.index]
+    if config.objective.masking is not None:
+        return MaskedDenoiser(build_model(model, layers), config.objective, config.noise, block)
     targets = None
     if blocks is not None and blocks.targets == "frozen":
         targets = partial(frozen_rows, blocks.target_seed, model.vocab_size, model.d_model)
-    layers = None if block is None else block.partition.layers[block.index]
     return Denoiser(build_model(model, layers), config.objective, config.noise, block, targets)
 
 
@@ -84,10 +94,13 @@ def _check_blocks(config: CheckpointConfig) -> None:
     count = 1 if config.blocks is None else config.blocks.num_blocks
     if config.blocks is not None and not config.objective.noisy:
         problem = f"objective {config.objective.name!r} has no noise levels to share out"
-        raise UserError("blocks", f"num_blocks {count}", problem, "use objective paper or evidence, or drop the section")
+        raise UserError("blocks", f"num_blocks {count}", problem, "use objective paper, evidence or masked, or drop the section")
     if count > 1 and config.objective.k_meaning == "thinking":
         problem = f"objective {config.objective.name!r} iterates its layers, which blocks do not share"
         raise UserError("blocks.num_blocks", count, problem, "use objective paper or evidence, or num_blocks 1")
+    if config.blocks is not None and config.blocks.partition == "equal_information" and config.objective.masking is not None:
+        problem = "its curve is one over sigma, and objective 'masked' has none"
+        raise UserError("blocks.partition", config.blocks.partition, problem, "use equi_probability, which cuts alpha evenly")
     if config.block is not None and count == 1:
         raise UserError("block", config.block, "the network is not cut into blocks", "set blocks.num_blocks above 1")
     if config.block is not None and config.block >= count:

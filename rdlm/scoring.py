@@ -5,6 +5,7 @@ Which numbers are likelihoods:
 - sampling models (evidence, paper): softmax of the logits at sigma_max with z = 0 is normalised and deterministic; that is K = 1.
   For K > 1 the law of the token drawn last is a mixture over noise and earlier draws, which ``num_draws`` paths estimate. The
   estimate is normalised but biased (by Jensen its logarithm is too low), so it is reported as a mixture, never as the likelihood.
+- masked models: a bound on the likelihood of a whole row (rdlm/unmasking.py); a token has none of its own.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from rdlm.denoiser import Denoiser, Prediction
 from rdlm.objectives import two_stream_hidden
 from rdlm.randomness import generator
 from rdlm.sampler import hard_bridge_chain, renoise, run, sampling_levels
+from rdlm.unmasking import bound
 
 LOGITS_AT_ONCE = 1 << 24
 """Read-out rows are processed in chunks of at most this many logits (64 MiB of fp32)."""
 
 
-def estimator_of(config: CheckpointConfig, num_steps: int) -> str:
+def estimator_of(config: CheckpointConfig, num_steps: int, num_draws: int | None = None) -> str:
     """Name of what ``token_logprobs`` returns at K = num_steps."""
+    if config.objective.masking is not None:
+        drawn = "exact" if num_steps == 1 else "stratified draws" if num_draws is None else f"{num_draws} stratified draws"
+        return f"upper bound of the NLL, not its value: K = {num_steps} unmasking steps, {drawn}"
     if config.objective.k_meaning == "thinking":
         return f"normalised: logits after K = {num_steps} core steps"
     return (
@@ -61,7 +66,9 @@ def token_scores(
     """Scores of targets[i] given input_ids[<= i] at each K in ``ks``: input_ids, targets [B, T] int64.
 
     One pass to max(ks) for thinking models. See the module docstring for what the numbers are; ``estimator_of`` names them.
+    UserError for masked models, whose tokens have no probabilities of their own.
     """
+    config.check_next_token("a score of each token")
     if config.objective.k_meaning == "thinking":
         return _thinking(denoiser, input_ids, targets, ks, seed)
     return {
@@ -75,7 +82,12 @@ def token_scores(
 def token_logprobs(
     denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, targets: Tensor, ks: Sequence[int], **draws: int
 ) -> dict[int, Tensor]:
-    """The ``logprobs`` of ``token_scores`` alone: {K: [B, T] fp32}. draws: its ``seed`` and ``num_draws``."""
+    """The ``logprobs`` of ``token_scores`` alone: {K: [B, T] fp32}. draws: its ``seed`` and ``num_draws``.
+
+    Of masked models: terms whose sum over a row is an estimate of a lower bound of log p(targets); they do not see ``input_ids``.
+    """
+    if config.objective.masking is not None:
+        return {k: -bound(denoiser, targets, k, **draws) for k in ks}
     return {k: found.logprobs for k, found in token_scores(denoiser, config, input_ids, targets, ks, **draws).items()}
 
 

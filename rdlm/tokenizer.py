@@ -247,8 +247,9 @@ def train_tokenizer(kind: Kind, texts: Iterator[str], vocab_size: int) -> Tokeni
 
     UserError if the texts cannot fill the vocabulary.
     """
-    if vocab_size < 258:
-        raise UserError("vocab_size", vocab_size, "256 bytes and the special tokens do not fit", "ask for 258 or more")
+    least = 257 if kind == "bpe" else 258
+    if vocab_size < least:
+        raise UserError("vocab_size", vocab_size, "256 bytes and the special tokens do not fit", f"ask for {least} or more")
     ends = {"bos_token": EOS, "eos_token": EOS}
     if kind == "sentencepiece":
         return SentencePieceTokenizer(_train_sentencepiece(texts, vocab_size), ends)

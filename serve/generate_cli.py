@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from rdlm.checkpoint import load_config
 from rdlm.config import parse
 from rdlm.decoding_types import Bridge, SamplingParams, check_bridge
 from rdlm.errors import UserError
@@ -27,6 +28,10 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")] = 0,
+    order: Annotated[
+        Literal["random", "confidence"] | None,
+        typer.Option(help="Of masked models: which tokens come into sight first [random].", show_default=False),
+    ] = None,
     bridge: Annotated[
         Bridge, typer.Option(help="Of models that draw through noise levels: draw at each level, or follow the ODE.")
     ] = "hard",
@@ -39,11 +44,34 @@ def generate(
         typer.Option(min=1, help="Of a network of blocks, keep so many in memory; by default all.", show_default=False),
     ] = None,
 ) -> None:
-    """Continue a prompt at one or several K, streaming to the terminal, with tokens/s and core steps."""
+    """Continue a prompt at one or several K, streaming to the terminal, with tokens/s and core steps.
+
+    A masked model fills in --max-tokens tokens behind the prompt in K steps.
+    """
     given = {"device": device, "dtype": dtype, "kv_cache": kv_cache, "max_slots": 1, "resident_blocks": resident_blocks}
     settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, bridge=bridge)
     ks = _parse_steps(num_steps)
+
+    config = load_config(checkpoint)
+    if config.objective.masking is not None:
+        from serve.unmasking import Writer
+
+        check_bridge(bridge, config)
+        if kv_cache != "shared":
+            raise UserError("--kv-cache", kv_cache, "a masked model keeps no keys", "leave the option out")
+        wanted = check_range(ks or [config.recurrence.default_steps], config.recurrence.max_steps)
+        writer = Writer(checkpoint, settings)
+        for k in wanted:
+            typer.secho(f"K = {k}", bold=True)
+            typer.echo(prompt, nl=False)
+            answer = writer.answer(prompt, k, max_tokens, sampling, seed, order or "random")
+            typer.echo(answer.text)
+            rate = answer.num_tokens / answer.seconds
+            typer.secho(f"[{answer.num_tokens} tokens, {rate:.1f} tokens/s, {k} unmasking steps]\n", dim=True)
+        return
+    if order is not None:
+        raise UserError("--order", order, "this model draws one token after the other", "leave the option out")
 
     from serve.engine import Engine
     from serve.loading import load_served
@@ -52,10 +80,7 @@ def generate(
     with engine:
         served = engine.served
         check_bridge(bridge, served.config)
-        for k in ks or [served.default_steps]:
-            if not 1 <= k <= served.max_steps:
-                raise UserError("--num-steps", k, "is out of range", f"this model takes 1 to {served.max_steps}")
-        for k in ks or [served.default_steps]:
+        for k in check_range(ks or [served.default_steps], served.max_steps):
             _answer(engine, prompt, k, max_tokens, sampling, seed)
 
 
@@ -64,6 +89,14 @@ def _parse_steps(text: str | None) -> list[int]:
         return [int(part) for part in text.split(",")] if text is not None else []
     except ValueError:
         raise UserError("--num-steps", text, "is not a number or a list of numbers", "write for instance 1,4,16") from None
+
+
+def check_range(ks: list[int], most: int) -> list[int]:
+    """``ks``; UserError for one out of range."""
+    for k in ks:
+        if not 1 <= k <= most:
+            raise UserError("--num-steps", k, "is out of range", f"this model takes 1 to {most}")
+    return ks
 
 
 def _answer(engine: object, prompt: str, num_steps: int, max_tokens: int, sampling: SamplingParams, seed: int) -> None:

@@ -21,16 +21,22 @@ from serve.settings import EngineSettings
 
 def load_served(folder: Path, settings: EngineSettings) -> Served:
     """Read a checkpoint and build the parts of an engine. Raises UserError."""
+    loaded, tokenizer, ends = load_text(folder, settings)
+    served = build_served(loaded.denoiser, loaded.config, tokenizer, settings, ends)
+    if settings.resident_blocks is None:  # otherwise weights come and go by name
+        pack_weights(loaded.denoiser)
+    return served
+
+
+def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded, Tokenizer, frozenset[int]]:
+    """A checkpoint of text, its tokenizer, and the ids that end a text. Raises UserError."""
     device, dtype = _device(settings.device), getattr(torch, settings.dtype)
     loaded = checkpoint.load(folder, device, dtype, settings.resident_blocks)
     if loaded.tokenizer is None:
         raise UserError(
             "checkpoint", str(folder), "it has no tokenizer, so its ids are not text", "serve a model trained on text"
         )
-    served = build_served(loaded.denoiser, loaded.config, loaded.tokenizer, settings, _end_ids(folder, loaded.tokenizer))
-    if settings.resident_blocks is None:  # otherwise weights come and go by name
-        pack_weights(loaded.denoiser)
-    return served
+    return loaded, loaded.tokenizer, _end_ids(folder, loaded.tokenizer)
 
 
 def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
@@ -63,6 +69,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
+def check_whole(config: CheckpointConfig) -> None:
+    """Raises UserError for a checkpoint that holds one block of a network."""
+    if config.block is not None:
+        problem = f"it holds block {config.block} alone, not the network"
+        raise UserError("checkpoint", config.name, problem, "put the blocks together with `rdlm merge`")
+
+
 def build_served(
     denoiser: Denoiser,
     config: CheckpointConfig,
@@ -76,9 +89,8 @@ def build_served(
     """
     if end_ids is None:
         end_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
-    if config.block is not None:
-        problem = f"it holds block {config.block} alone, not the network"
-        raise UserError("checkpoint", config.name, problem, "put the blocks together with `rdlm merge`")
+    config.check_next_token("the engine")
+    check_whole(config)
     limit = config.model.max_seq_len
     max_len = limit if settings.max_len is None else settings.max_len
     if max_len > limit:

@@ -20,6 +20,7 @@ REPO = Path(__file__).resolve().parent.parent
 TINY_SHAPES: dict[str, dict[str, object]] = {
     "huginn": {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1},
     "llama": {"num_layers": 2},
+    "masked": {"num_layers": 2},
 }
 
 

@@ -60,12 +60,11 @@ def _fingerprint(part: Loaded) -> str | None:
 
 
 def _card(config: CheckpointConfig, parts: Sequence[Loaded]) -> str:
-    cut = partition_of(config)
-    lines = ["## Blocks", "", f"Trained alone and merged; targets {config.blocks.targets if config.blocks else ''}.", ""]
+    cut, masked = partition_of(config), config.objective.masking is not None
+    noised = "tokens are hidden" if masked else f"targets {config.blocks.targets if config.blocks else ''}"
+    lines = ["## Blocks", "", f"Trained alone and merged; {noised}.", ""]
     for b, part in enumerate(parts):
         layers = cut.layers[b]
-        lines.append(
-            f"- Block {b}: sigma in ({cut.edges[b + 1]:.4g}, {cut.edges[b]:.4g}], layers {layers[0]} to {layers[-1]}, "
-            f"{part.config.step:,} updates."
-        )
+        owned = f"{'t' if masked else 'sigma'} in ({cut.edges[b + 1]:.4g}, {cut.edges[b]:.4g}]"
+        lines.append(f"- Block {b}: {owned}, layers {layers[0]} to {layers[-1]}, {part.config.step:,} updates.")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from rdlm.cross_entropy import CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU
 from rdlm.denoiser import Denoiser
 from rdlm.layers.rope import rotary_table
+from rdlm.masked_denoiser import MaskedDenoiser
 from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
 
 
@@ -129,13 +130,15 @@ def _loss(denoiser: Denoiser, ids: Tensor, core_steps: int, chunk_elements: int)
 
 
 def _noised(denoiser: Denoiser, ids: Tensor) -> Noised | None:
-    if not denoiser.objective.noisy:
+    if not denoiser.objective.noisy or isinstance(denoiser, MaskedDenoiser):
         return None
     z = torch.empty(*ids.shape, denoiser.model.ln_f.weight.shape[0])
     return Noised(z, torch.ones(ids.shape), torch.ones(ids.shape, dtype=torch.bool))
 
 
 def _hidden(denoiser: Denoiser, ids: Tensor, noised: Noised | None, core_steps: int) -> Tensor:
+    if isinstance(denoiser, MaskedDenoiser):
+        return denoiser.hidden(ids, torch.ones(len(ids)))
     if denoiser.objective.name == "paper":
         assert noised is not None
         return two_stream_hidden(denoiser, ids, noised.z, noised.sigma)

@@ -277,6 +277,9 @@ def _check(config: TrainConfig) -> None:
     if config.data.seq_len > config.model.max_seq_len:
         problem = f"longer than model.max_seq_len ({config.model.max_seq_len})"
         raise UserError("data.seq_len", config.data.seq_len, problem, "shorten the sequences or raise model.max_seq_len")
+    if objective.masking is not None and config.data.kind != "tokens":
+        problem = "objective 'masked' models a sequence by itself: it has no inputs beside its answers"
+        raise UserError("data.kind", config.data.kind, problem, "use tokens, or another objective")
     beyond = [k for k in config.evaluation.steps if k > config.recurrence.max_steps]
     if beyond and config.evaluation.interval_steps:
         problem = f"exceeds recurrence.max_steps ({config.recurrence.max_steps})"

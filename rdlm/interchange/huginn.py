@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rdlm import checkpoint
-from rdlm.config import CheckpointConfig, HuginnConfig
+from rdlm.config import CheckpointConfig
 from rdlm.errors import UserError, reason
 from rdlm.interchange import tensors
 from rdlm.interchange.huginn_config import READ, from_published, to_published
 from rdlm.interchange.tensors import DTYPES, Entry
 from rdlm.layers.rope import rotary_table
+from rdlm.model_config import HuginnConfig
 from rdlm.registry import build
 from rdlm.tokenizer import Tokenizer, load_tokenizer
 

@@ -10,8 +10,9 @@ import math
 from typing import Any
 
 from rdlm.checkpoint import parse_config
-from rdlm.config import CheckpointConfig, HuginnConfig, parse
+from rdlm.config import CheckpointConfig, parse
 from rdlm.errors import UserError
+from rdlm.model_config import HuginnConfig
 from rdlm.models.huginn import initial_std
 
 ONLY: dict[str, Any] = {

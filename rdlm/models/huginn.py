@@ -7,13 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rdlm.config import HuginnConfig
 from rdlm.context import AttentionContext
 from rdlm.layers.attention import Attention
 from rdlm.layers.mlp import GatedMLP
 from rdlm.layers.modulation import Condition, NoiseEmbedding
 from rdlm.layers.norm import RMSNorm
 from rdlm.layers.table import TokenTable
+from rdlm.model_config import HuginnConfig
 from rdlm.models.blocks import SandwichBlock
 from rdlm.models.text import TextModel
 

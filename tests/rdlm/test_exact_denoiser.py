@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rdlm.config import CheckpointConfig, HuginnConfig, NoiseConfig, ObjectiveConfig
+from rdlm.config import CheckpointConfig, NoiseConfig, ObjectiveConfig
 from rdlm.denoiser import Denoiser, Prediction
+from rdlm.model_config import HuginnConfig
 from rdlm.noise import LogNormalSchedule, geometric_grid
 from rdlm.registry import build
 from rdlm.sampler import Solver, hard_bridge_chain, heun_step, renoise, sampling_levels, soft_bridge, solve, step_plan

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from rdlm.cache import KVPool, PackedContext, Segment
-from rdlm.config import HuginnConfig, LlamaConfig
 from rdlm.context import CausalContext
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
+from rdlm.model_config import HuginnConfig, LlamaConfig
 from rdlm.models.huginn import Huginn
 from rdlm.registry import build_model
 from rdlm.sampler import run

@@ -19,6 +19,8 @@ PARAMETERS = {
     "huginn_lm1b_paper": None,
     "ar_lm1b": 109_529_856,
     "ar_lm1b_blocks": None,
+    "masked_demo": None,
+    "masked_text8": None,
     "huginn_3b5": 3_573_221_921,
 }
 

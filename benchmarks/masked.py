@@ -1,0 +1,103 @@
+"""Masked diffusion against next-token prediction at equal CPU time: the bound, whole and in blocks, beside the likelihood, and samples.
+
+    python -m benchmarks.masked --data data/books-4096 --minutes 2.5 --out docs/results/raw/masked.json
+
+Every arm gets as many updates as fit into ``--minutes`` of one core at what an update costs, measured interleaved in one process
+(benchmarks/train_step.py). Blocks train jointly; an update is one of one block. Interrupted runs go on when started again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.blockwise import SHAPE
+from benchmarks.common import provenance, read_json, train, write_json
+from benchmarks.equal_compute import BATCH_SIZE, SEQ_LEN, base_config, held_out
+from benchmarks.train_step import Arm, interleaved_medians
+from rdlm.cli import run
+from rdlm.decoding_types import SamplingParams
+from serve.settings import EngineSettings
+from serve.unmasking import Writer
+
+ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "next_token": ("next_token", None),
+    "masked": ("masked", None),
+    "masked B=3": ("masked", {"num_blocks": 3, "overlap": 0.05}),
+}
+"""Arm -> (objective, how it is cut)."""
+BOUNDS = "1,4,16,64,256,1024"
+PROMPT, ANSWER, SAMPLED = "The old man looked at the sea and", 48, (1, 4, 16, 48)
+
+
+def shape_of(objective: str) -> dict[str, Any]:
+    return {**SHAPE, "family": "masked" if objective == "masked" else "llama"}
+
+
+def seconds_per_update(file: Path, rounds: int) -> dict[str, float]:
+    """Median CPU seconds of an update, of block 0 where there are blocks; kept in ``file`` for all later calls."""
+    if not file.exists():
+        torch.set_num_threads(1)
+        timed = {
+            name: Arm({"name": objective}, shape_of(objective), BATCH_SIZE, SEQ_LEN, "cpu", blocks=blocks)
+            for name, (objective, blocks) in ARMS.items()
+        }
+        write_json(file, interleaved_medians(timed, rounds, time.process_time))
+    return read_json(file)
+
+
+def run_arm(name: str, updates: int, lr: float, data: Path, root: Path, max_tokens: int) -> dict[str, Any]:
+    """Train, score and, where masked, sample."""
+    objective, blocks = ARMS[name]
+    base = base_config(name, 0, updates, lr, data)
+    warmup = min(100 * (1 if blocks is None else blocks["num_blocks"]), updates // 5)
+    folder = root / f"{base['name']}-{updates}-lr{lr:g}"
+    train(
+        folder,
+        {
+            **base, "model": {**shape_of(objective), "max_seq_len": SEQ_LEN}, "objective": {"name": objective},
+            "schedule": {**base["schedule"], "warmup_steps": warmup},
+            "recurrence": {"default_steps": 1 if objective == "next_token" else 16, "max_steps": 64}, "blocks": blocks,
+        },
+    )  # fmt: skip
+    steps = ["--steps", BOUNDS if objective == "masked" else "1"]
+    row = {"arm": name, "lr": lr, "updates": updates, **held_out(folder, updates, data, max_tokens, steps)}
+    if objective == "masked":
+        writer, sampling = Writer(folder / "run" / "model", EngineSettings()), SamplingParams(temperature=0.8, top_p=0.95)
+        row["samples"] = {str(k): writer.answer(PROMPT, k, ANSWER, sampling).text for k in SAMPLED}
+    return row
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of `rdlm data prepare` with a vocabulary of 4096.")],
+    out: Annotated[Path, typer.Option(help="JSON to write.")],
+    minutes: Annotated[float, typer.Option(help="CPU minutes of one core an arm.")] = 2.5,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed updates of each arm.")] = 9,
+    root: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs/masked"),
+    max_tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 65_536,
+) -> int:
+    """Train and score every arm; the file is written anew as each ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    cost, runs = seconds_per_update(root / "seconds_per_update.json", rounds), []
+    head = {"minutes": minutes, "shape": SHAPE, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "seconds_per_update": cost,
+            "prompt": PROMPT, "answer_tokens": ANSWER}  # fmt: skip
+    for name in ARMS:
+        runs.append(run_arm(name, int(60 * minutes / cost[name]), lr, data, root, max_tokens))
+        write_json(out, {"provenance": provenance(), **head, "runs": runs})
+        found = ", ".join(f"K={r['K']} {r['nll']:.3f} ({r['bits_per_character']:.3f} BPC)" for r in runs[-1]["results"])
+        print(f"{name:12} {runs[-1]['updates']} updates, {runs[-1]['cpu_seconds']:.0f} CPU s: {found}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(app, sys.argv[1:], "masked"))

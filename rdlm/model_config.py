@@ -1,0 +1,102 @@
+"""The shapes of the families, as frozen pydantic models. No tensors; what is trained with them is in rdlm/config.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """Base of every config: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class HuginnConfig(Strict):
+    """Prelude, core applied K times, coda: the shape of Geiping et al. 2025 (sandwich norms, RoPE, qk-bias, gated MLP)."""
+
+    family: Literal["huginn"] = "huginn"
+    vocab_size: int = Field(ge=2)
+    d_model: int = Field(ge=8)
+    num_heads: int = Field(ge=1)
+    mlp_width: int = Field(ge=8)
+    """Width of the gated MLP (Huginn-0125: 17920 for d_model 5280)."""
+    num_prelude_layers: int = Field(2, ge=0)
+    num_core_layers: int = Field(4, ge=1)
+    num_coda_layers: int = Field(2, ge=0)
+    max_seq_len: int = Field(ge=2)
+    rope_base: float = Field(50_000.0, gt=0)
+    norm_eps: float = Field(1e-6, gt=0)
+    qk_bias: bool = True
+    tie_embeddings: bool = True
+    noise_conditioning: bool = False
+    """AdaLN on the core layers, zero-initialised. Set by the trainer from the objective."""
+    noise_embed_dim: int = Field(64, ge=8)
+    """Width of the noise-level embedding that drives AdaLN; small, so that a level per position costs a few per cent."""
+    adapter_init: Literal["identity", "random"] = "identity"
+    """identity: adapter = [0, I] (state first), so the injected embedding passes and the state starts silent."""
+    residual_init: Literal["scaled", "plain"] = "scaled"
+    """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every other matrix."""
+    state_init: Literal["zero", "normal"] = "zero"
+    """Recurrent state before the first iteration; Huginn-0125 uses a truncated normal ("like-init")."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> HuginnConfig:
+        _check_heads(self.d_model, self.num_heads)
+        return self
+
+    @property
+    def num_layers(self) -> int:
+        return self.num_prelude_layers + self.num_core_layers + self.num_coda_layers
+
+
+class PreNormConfig(Strict):
+    """Pre-norm transformer with RoPE and a gated MLP; its layers are the core."""
+
+    family: str
+    vocab_size: int = Field(ge=2)
+    d_model: int = Field(ge=8)
+    num_heads: int = Field(ge=1)
+    mlp_width: int = Field(ge=8)
+    num_layers: int = Field(ge=1)
+    max_seq_len: int = Field(ge=2)
+    rope_base: float = Field(10_000.0, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+    tie_embeddings: bool = True
+    noise_conditioning: bool = False
+    noise_embed_dim: int = Field(64, ge=8)
+
+    @model_validator(mode="after")
+    def _heads(self) -> PreNormConfig:
+        _check_heads(self.d_model, self.num_heads)
+        return self
+
+
+class LlamaConfig(PreNormConfig):
+    """Autoregressive, with grouped-query attention."""
+
+    family: Literal["llama"] = "llama"
+    num_kv_heads: int | None = Field(None, ge=1)
+    """Key-value heads; None means num_heads."""
+
+    @model_validator(mode="after")
+    def _groups(self) -> LlamaConfig:
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        return self
+
+
+class MaskedConfig(PreNormConfig):
+    """Bidirectional: fills in hidden tokens (MD4, Shi et al. 2024). The input knows one id more than the read-out, the mask."""
+
+    family: Literal["masked"] = "masked"
+
+
+ModelConfig = Annotated[HuginnConfig | LlamaConfig | MaskedConfig, Field(discriminator="family")]
+FAMILIES = ("huginn", "llama", "masked")
+
+
+def _check_heads(d_model: int, num_heads: int) -> None:
+    if d_model % num_heads or (d_model // num_heads) % 2:
+        raise ValueError(f"d_model ({d_model}) must be an even multiple of num_heads ({num_heads}): RoPE rotates pairs")

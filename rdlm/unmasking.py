@@ -1,0 +1,130 @@
+"""Text from a masked denoiser in K steps, and the bound on the likelihood of just that sampler.
+
+K steps have the levels K/K, (K-1)/K, .., 1/K (times the share that is hidden at the start). At step k, counted down from K, a hidden token
+comes into sight with probability (alpha_s - alpha_t) / (1 - alpha_t) = 1/k, drawn from the denoiser (MD4, Shi et al. 2024, Alg. 2);
+one that is in sight never changes.
+
+Shapes: ids [B, T] int64, ``mask_id`` where hidden; levels [B] fp32.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from rdlm.decoding import sample, uniform
+from rdlm.decoding_types import History, SamplingParams
+from rdlm.denoiser import Denoiser
+from rdlm.masked_denoiser import MaskedDenoiser
+from rdlm.randomness import generator
+from rdlm.sampler import run
+
+Order = Literal["random", "confidence"]
+"""Which tokens come into sight first. random: the sampler that ``bound`` bounds. confidence: those whose draw is the most probable
+(MaskGIT, Chang et al. 2022): often better text at few steps, and no likelihood is known for it."""
+
+_BOUND_KEY, _TURN, _TOKEN = 6, 0, 1
+
+
+@torch.no_grad()
+def bound(denoiser: Denoiser, targets: Tensor, num_steps: int, *, seed: int = 0, num_draws: int = 8) -> Tensor:
+    """Nats [B, T] fp32 whose sum over a row is an unbiased estimate of a bound: E sum >= -log p(row) of the sampler with K = num_steps.
+
+    The negative ELBO of discrete time (MD4 Eq. 3): sum over k of 1/k times the expected cross-entropies of the tokens hidden at level
+    k/K; it has no other terms, since all is hidden at level 1 and nothing at 0. ``num_draws`` of its K terms are evaluated, one of each
+    of as many equal parts of 1 .. K, on a hiding of its own. Draws depend on (seed, the row's ids, draw): not on the batch, and
+    the same for all K. At K = 1 nothing is random. How the nats fall on positions is the draw's doing; only sums mean something.
+    """
+    draws = num_draws if num_steps > 1 else 1
+    keys = [zlib.crc32(row.numpy().tobytes()) for row in targets.cpu()]
+    nats = torch.zeros(targets.shape, device=targets.device)
+    for draw in range(draws):
+        rngs = [generator(seed, _BOUND_KEY, key, draw) for key in keys]
+        places = [(draw + float(torch.rand((), generator=rng, dtype=torch.float64))) / draws for rng in rngs]
+        k = [1 + int(num_steps * place) for place in places]
+        level = torch.tensor([each / num_steps for each in k])
+        rand = torch.stack([torch.rand(targets.shape[1], generator=rng) for rng in rngs])
+        hidden = (rand < level.unsqueeze(1)).to(targets.device)
+        lowest, highest = 1 + num_steps * draw // draws, min(num_steps, 1 + num_steps * (draw + 1) // draws)
+        possible = [each / num_steps for each in range(lowest, highest + 1)]
+        for owner, rows in _by_owner(denoiser, [each / num_steps for each in k], possible):
+            here = hidden[rows]
+            states = owner.hidden(targets[rows].masked_fill(here, owner.mask_id), level[rows])[here]
+            losses = owner.loss(states, targets[rows][here], torch.ones(len(states), device=states.device))[1]
+            weight = torch.tensor([num_steps / k[row] / draws for row in rows.tolist()], device=targets.device)
+            nats[rows] += torch.zeros_like(nats[rows]).masked_scatter(here, losses) * weight.unsqueeze(1)
+    return nats
+
+
+@torch.no_grad()
+def unmask(
+    denoiser: Denoiser,
+    ids: Tensor,
+    num_steps: int,
+    params: SamplingParams,
+    *,
+    seed: int = 0,
+    order: Order = "random",
+    num_tokens: int | None = None,
+) -> Tensor:
+    """Fill in the hidden tokens of ids [B, T] in ``num_steps`` steps -> ids [B, T]; tokens in sight stay what they are.
+
+    params: temperature, top-k, top-p and min-p act on every draw. num_tokens: ids from there on are never drawn. Draws depend on
+    (seed, row, position, step). A row with a clean prompt starts at the level that its hidden share is in training. Steps at which
+    nothing comes into sight call no network.
+    """
+    mask_id = cast(MaskedDenoiser, denoiser.at(1.0)).mask_id
+    start = (ids == mask_id).float().mean(1).tolist()
+    turn = torch.tensor([[uniform(seed, _TURN, b, i) for i in range(ids.shape[1])] for b in range(len(ids))])
+    due = (num_steps * turn).long().to(ids.device)  # the step at which a position's turn comes: 0 is the first
+
+    def step(ids: Tensor, k: int) -> Tensor:
+        hidden = ids == mask_id
+        wanted = hidden & (due == k) if order == "random" else hidden
+        if not bool(wanted.any()):
+            return ids
+        levels = [max(share * (num_steps - k) / num_steps, 1e-6) for share in start]
+        out = ids.clone()
+        for owner, rows in _by_owner(denoiser, levels):
+            chosen = wanted[rows]
+            if not bool(chosen.any()):
+                continue
+            states = owner.hidden(ids[rows], torch.tensor([levels[row] for row in rows.tolist()]))[chosen]
+            logits = owner.predict(states).logits()[:, :num_tokens]
+            places = [(int(rows[b]), int(i)) for b, i in chosen.nonzero().tolist()]
+            uniforms = [uniform(seed, _TOKEN, *place, k) for place in places]
+            drawn = sample(logits, [params] * len(places), [History()] * len(places), uniforms)
+            filled = ids[rows].masked_scatter(chosen, drawn)
+            if order == "confidence":
+                score = logits.log_softmax(-1).gather(1, drawn.unsqueeze(1)).squeeze(1)
+                scores = torch.full(chosen.shape, -torch.inf, device=ids.device).masked_scatter(chosen, score)
+                filled = torch.where(_best(scores, chosen, num_steps - k), filled, ids[rows])
+            out[rows] = filled
+        return out
+
+    return run(step, ids, num_steps)
+
+
+def _best(scores: Tensor, hidden: Tensor, steps_left: int) -> Tensor:
+    """The share 1 / steps_left, rounded up, of the hidden positions of each row that score highest: bool [B, T]."""
+    count = (hidden.sum(1, keepdim=True) / steps_left).ceil()
+    rank = scores.argsort(stable=True, dim=1, descending=True).argsort(1)
+    return (rank < count) & hidden
+
+
+def _by_owner(
+    denoiser: Denoiser, levels: Sequence[float], possible: Sequence[float] = ()
+) -> Iterator[tuple[MaskedDenoiser, Tensor]]:
+    """The denoisers that own the rows' levels, each with its rows' numbers.
+
+    Owners of ``possible`` levels come in any case, without rows: every process then makes the same calls, which ZeRO 3 needs.
+    """
+    rows: dict[Denoiser, list[int]] = {denoiser.at(level): [] for level in possible}
+    for row, level in enumerate(levels):
+        rows.setdefault(denoiser.at(level), []).append(row)
+    for owner, mine in rows.items():
+        yield cast(MaskedDenoiser, owner), torch.tensor(mine, dtype=torch.long)
