@@ -31,7 +31,7 @@ ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "masked B=3": ("masked", {"num_blocks": 3, "overlap": 0.05}),
 }
 """Arm -> (objective, how it is cut)."""
-BOUNDS = "1,4,16,64,256,1024"
+BOUNDS = "1,16,128,1024"
 PROMPT, ANSWER, SAMPLED = "The old man looked at the sea and", 48, (1, 4, 16, 48)
 
 
