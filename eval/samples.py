@@ -107,7 +107,6 @@ class Sampler:
     ) -> None:
         """folder: the checkpoint. cache: where the files lie. Raises UserError where checkpoint, data and lengths do not fit."""
         self._loaded = checkpoint.load(folder, device=engine.device, dtype=getattr(torch, engine.dtype))
-        self._loaded.config.check_next_token("the engine")
         limit = self._loaded.config.model.max_seq_len
         if shape.prompt_tokens + shape.max_tokens > limit:
             problem = f"with prompts of {shape.prompt_tokens} tokens it exceeds the model's {limit} positions"
