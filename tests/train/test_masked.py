@@ -15,11 +15,14 @@ from rdlm.blockwise import drawn_block
 from rdlm.checkpoint import load
 from rdlm.cli import app, run
 from rdlm.errors import UserError
+from rdlm.objectives import Batch, loss_terms
+from rdlm.registry import build
 from rdlm.unmasking import bound
 from train.corpora.prepare import Preparation, prepare
 from train.export import export
 from train.merge import merge
-from train.plan import predict
+from train.plan import block_counts, predict
+from train.plan_trace import _LiveBytes, trace
 from train.settings import TrainConfig
 from train.settings import load as load_config
 
@@ -113,16 +116,38 @@ def test_a_task_with_inputs_beside_its_answers_is_refused(document, tmp_path: Pa
         load_config(tmp_path / "c.yaml")
 
 
-def test_memory_is_planned_from_the_objective_itself(document, corpus: Path) -> None:
+@pytest.mark.parametrize("vocab_size", [64, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_planned_from_what_the_objective_allocates(
+    document, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vocab_size: int
+) -> None:
+    """The plan takes every token as hidden, the most there can be; then the same count on real tensors."""
+    shape = {**MASKED["model"], "vocab_size": vocab_size, "d_model": 64, "mlp_width": 96}
+    settings = TrainConfig.model_validate(document({**MASKED, "model": shape})).checkpoint_config
+    traced = trace(build(settings, device="meta"), 4, 32, dtype, 1)
+    denoiser = build(settings, seed=0).to(dtype)
+    monkeypatch.setattr("rdlm.objectives.hide", lambda level, countable, rng: countable)
+    ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
+    with _LiveBytes() as count:
+        total = loss_terms(denoiser, Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 32, dtype=torch.bool)), step=0, seed=0).total
+        forward = count.live
+        total.backward()
+    print(traced.forward / forward, traced.peak / count.peak)
+    assert traced.forward == pytest.approx(forward, rel=0.05)
+    assert traced.peak == pytest.approx(count.peak, rel=0.05)
+
+
+def test_blocks_and_batches_are_planned(document) -> None:
     """More blocks, less memory; more sequences, more activations."""
 
     def planned(**changes: Any) -> Any:
-        data = {"kind": "tokens", "path": str(corpus), "seq_len": 32}
-        return predict(TrainConfig.model_validate(document({**MASKED, "data": data, **changes})), 1)
+        return predict(TrainConfig.model_validate(document({**MASKED, **changes})), 1)
 
     whole, block = planned(), planned(blocks={"num_blocks": 3}, block=0)
     assert block.parameters < whole.parameters and block.activations < whole.activations
     assert planned(batch={"global_size": 8}).activations > 1.5 * whole.activations
+    counts = block_counts(TrainConfig.model_validate(document(MASKED)))
+    assert counts == [1, 3]
 
 
 @pytest.mark.multiproc
