@@ -1,6 +1,7 @@
 """Masked diffusion against next-token prediction at equal CPU time: the bound, whole and in blocks, beside the likelihood, and samples.
 
-    python -m benchmarks.masked --data data/books-4096 --minutes 2.5 --out docs/results/raw/masked.json
+    rdlm data prepare embedded --vocab-size 257 --out data/demo-bytes      # one token a byte; any other data will do
+    python -m benchmarks.masked --data data/demo-bytes --minutes 3 --out docs/results/raw/masked_bytes.json
 
 Every arm gets as many updates as fit into ``--minutes`` of one core at what an update costs, measured interleaved in one process
 (benchmarks/train_step.py). Blocks train jointly; an update is one of one block. Interrupted runs go on when started again.
@@ -22,6 +23,7 @@ from benchmarks.equal_compute import BATCH_SIZE, SEQ_LEN, base_config, held_out
 from benchmarks.train_step import Arm, interleaved_medians
 from rdlm.cli import run
 from rdlm.decoding_types import SamplingParams
+from rdlm.shards import read_manifest
 from serve.settings import EngineSettings
 from serve.unmasking import Writer
 
@@ -35,16 +37,16 @@ BOUNDS = "1,16,128,1024"
 PROMPT, ANSWER, SAMPLED = "The old man looked at the sea and", 48, (1, 4, 16, 48)
 
 
-def shape_of(objective: str) -> dict[str, Any]:
-    return {**SHAPE, "family": "masked" if objective == "masked" else "llama"}
+def shape_of(objective: str, vocab_size: int) -> dict[str, Any]:
+    return {**SHAPE, "vocab_size": vocab_size, "family": "masked" if objective == "masked" else "llama"}
 
 
-def seconds_per_update(file: Path, rounds: int) -> dict[str, float]:
+def seconds_per_update(file: Path, rounds: int, vocab_size: int) -> dict[str, float]:
     """Median CPU seconds of an update, of block 0 where there are blocks; kept in ``file`` for all later calls."""
     if not file.exists():
         torch.set_num_threads(1)
         timed = {
-            name: Arm({"name": objective}, shape_of(objective), BATCH_SIZE, SEQ_LEN, "cpu", blocks=blocks)
+            name: Arm({"name": objective}, shape_of(objective, vocab_size), BATCH_SIZE, SEQ_LEN, "cpu", blocks=blocks)
             for name, (objective, blocks) in ARMS.items()
         }
         write_json(file, interleaved_medians(timed, rounds, time.process_time))
@@ -53,14 +55,14 @@ def seconds_per_update(file: Path, rounds: int) -> dict[str, float]:
 
 def run_arm(name: str, updates: int, lr: float, data: Path, root: Path, max_tokens: int) -> dict[str, Any]:
     """Train, score and, where masked, sample."""
-    objective, blocks = ARMS[name]
+    (objective, blocks), vocab_size = ARMS[name], read_manifest(data).vocab_size
     base = base_config(name, 0, updates, lr, data)
     warmup = min(100 * (1 if blocks is None else blocks["num_blocks"]), updates // 5)
     folder = root / f"{base['name']}-{updates}-lr{lr:g}"
     train(
         folder,
         {
-            **base, "model": {**shape_of(objective), "max_seq_len": SEQ_LEN}, "objective": {"name": objective},
+            **base, "model": {**shape_of(objective, vocab_size), "max_seq_len": SEQ_LEN}, "objective": {"name": objective},
             "schedule": {**base["schedule"], "warmup_steps": warmup},
             "recurrence": {"default_steps": 1 if objective == "next_token" else 16, "max_steps": 64}, "blocks": blocks,
         },
@@ -78,7 +80,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    data: Annotated[Path, typer.Option(help="Folder of `rdlm data prepare` with a vocabulary of 4096.")],
+    data: Annotated[Path, typer.Option(help="Folder of `rdlm data prepare`.")],
     out: Annotated[Path, typer.Option(help="JSON to write.")],
     minutes: Annotated[float, typer.Option(help="CPU minutes of one core an arm.")] = 2.5,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
@@ -88,8 +90,10 @@ def main(
 ) -> int:
     """Train and score every arm; the file is written anew as each ends."""
     root.mkdir(parents=True, exist_ok=True)
-    cost, runs = seconds_per_update(root / "seconds_per_update.json", rounds), []
-    head = {"minutes": minutes, "shape": SHAPE, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "seconds_per_update": cost,
+    vocab_size = read_manifest(data).vocab_size
+    cost, runs = seconds_per_update(root / "seconds_per_update.json", rounds, vocab_size), []
+    shape = {**SHAPE, "vocab_size": vocab_size}
+    head = {"minutes": minutes, "shape": shape, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "seconds_per_update": cost,
             "prompt": PROMPT, "answer_tokens": ANSWER}  # fmt: skip
     for name in ARMS:
         runs.append(run_arm(name, int(60 * minutes / cost[name]), lr, data, root, max_tokens))

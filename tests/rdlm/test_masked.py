@@ -159,6 +159,39 @@ def test_every_parameter_learns(config) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in denoiser.parameters())
 
 
+def test_it_learns_what_one_token_says_of_another() -> None:
+    """Arithmetic sequences modulo 12: tokens alone are uniform, so only context can lower the bound, and only beyond K = 1."""
+    rng = torch.Generator().manual_seed(0)
+
+    def rows(count: int) -> Batch:
+        start, stride = torch.randint(12, (count, 1), generator=rng), torch.randint(1, 4, (count, 1), generator=rng)
+        ids = (start + stride * torch.arange(16)) % 12
+        return Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool))
+
+    shape = {
+        "family": "masked",
+        "vocab_size": 12,
+        "d_model": 64,
+        "num_heads": 2,
+        "mlp_width": 128,
+        "num_layers": 3,
+        "max_seq_len": 16,
+    }
+    document = {"name": "toy", "model": {**shape, "noise_conditioning": True}, "objective": {"name": "masked"}}
+    denoiser = build(CheckpointConfig.model_validate(document), seed=0)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, step / 50)
+        terms = loss_terms(denoiser, rows(16), step=step, seed=0)
+        (terms.total / terms.count).backward()
+        nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    held_out = rows(64).targets
+    alone, four, many = (float(bound(denoiser, held_out, k).sum(1).mean()) for k in (1, 4, 64))
+    assert alone > 0.98 * 16 * math.log(12) and many < four < 0.75 * alone and many < 0.6 * alone, (alone, four, many)
+
+
 def test_a_batch_in_which_nothing_is_hidden_costs_nothing(config) -> None:
     denoiser = build(config(), seed=0)
     terms = loss_terms(denoiser, batch(mask=torch.zeros(4, T, dtype=torch.bool)), step=0, seed=0)
