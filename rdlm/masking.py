@@ -15,7 +15,7 @@ from rdlm.config import MaskingConfig
 
 @dataclass(frozen=True)
 class LinearMasking:
-    """alpha(t) = 1 - t, and levels drawn evenly in t, that is in alpha (MD4 Table 1). Same questions as LogNormalSchedule."""
+    """alpha(t) = 1 - t, and levels drawn evenly in t, that is in alpha (MD4 Sec. 2). Same questions as LogNormalSchedule."""
 
     masking: MaskingConfig
 
@@ -35,18 +35,18 @@ class LinearMasking:
         return low + q.double() * (high - low)
 
     def widen(self, low: float, high: float, overlap: float) -> tuple[float, float]:
-        """Longer by the share ``overlap`` at each end, in alpha, clipped to the ends (DiffusionBlocks Sec. 3.3 widens log sigma so)."""
+        """Longer by the share ``overlap`` at each end, in alpha, clipped to the ends (as DiffusionBlocks App. C widens log sigma)."""
         more = overlap * (high - low)
         return max(low - more, self.ends[0]), min(high + more, self.ends[1])
 
     def weight(self, level: Tensor) -> Tensor:
-        """-alpha'(t) / (1 - alpha(t)), the weight of a hidden token's cross-entropy (MD4 Eq. 4; DiffusionBlocks Eq. 8)."""
+        """-alpha'(t) / (1 - alpha(t)), the weight of a hidden token's cross-entropy (MD4 Sec. 3; DiffusionBlocks Eq. 8)."""
         return 1 / level
 
 
 def spread(count: int, rng: torch.Generator) -> Tensor:
     """``count`` uniform numbers, fp64, at equal distances on the circle [0, 1): levels of one batch then cover all levels evenly
-    (Kingma et al. 2021, App. I.1; MD4 App. on training)."""
+    (the low-discrepancy sampler of Kingma et al. 2021, as in MD4)."""
     return (torch.rand(1, generator=rng, dtype=torch.float64) + torch.arange(count, dtype=torch.float64) / count) % 1.0
 
 

@@ -135,7 +135,7 @@ def loss_terms(denoiser: Denoiser, batch: Batch, *, step: int, seed: int, rank: 
 
 
 def masked_terms(denoiser: MaskedDenoiser, batch: Batch, rng: torch.Generator) -> LossTerms:
-    """Masked diffusion (MD4, Shi et al. 2024, Eq. 4; DiffusionBlocks Eq. 8): -alpha'/(1 - alpha) times the cross-entropy of each hidden
+    """Masked diffusion (MD4, Shi et al. 2024, Sec. 3; DiffusionBlocks Eq. 8): -alpha'/(1 - alpha) times the cross-entropy of each hidden
     token, one level a sequence. Over all levels its expectation is the bound in continuous time, in nats, less what lies below t_min.
 
     What is modelled is the sequence ``targets`` itself, all T of them at once: ``input_ids`` are not looked at, so the first target has

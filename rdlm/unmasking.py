@@ -1,7 +1,7 @@
 """Text from a masked denoiser in K steps, and the bound on the likelihood of just that sampler.
 
 K steps have the levels K/K, (K-1)/K, .., 1/K (times the share that is hidden at the start). At step k, counted down from K, a hidden token
-comes into sight with probability (alpha_s - alpha_t) / (1 - alpha_t) = 1/k, drawn from the denoiser (MD4, Shi et al. 2024, Alg. 2);
+comes into sight with probability (alpha_s - alpha_t) / (1 - alpha_t) = 1/k, drawn from the denoiser (MD4, Shi et al. 2024, Sec. 4);
 one that is in sight never changes.
 
 Shapes: ids [B, T] int64, ``mask_id`` where hidden; levels [B] fp32.
@@ -34,7 +34,7 @@ _BOUND_KEY, _TURN, _TOKEN = 6, 0, 1
 def bound(denoiser: Denoiser, targets: Tensor, num_steps: int, *, seed: int = 0, num_draws: int = 8) -> Tensor:
     """Nats [B, T] fp32 whose sum over a row is an unbiased estimate of a bound: E sum >= -log p(row) of the sampler with K = num_steps.
 
-    The negative ELBO of discrete time (MD4 Eq. 3): sum over k of 1/k times the expected cross-entropies of the tokens hidden at level
+    The negative ELBO of discrete time (MD4 Sec. 3): sum over k of 1/k times the expected cross-entropies of the tokens hidden at level
     k/K; it has no other terms, since all is hidden at level 1 and nothing at 0. ``num_draws`` of its K terms are evaluated, one of each
     of as many equal parts of 1 .. K, on a hiding of its own. Draws depend on (seed, the row's ids, draw): not on the batch, and
     the same for all K. At K = 1 nothing is random. How the nats fall on positions is the draw's doing; only sums mean something.
@@ -74,8 +74,8 @@ def unmask(
     """Fill in the hidden tokens of ids [B, T] in ``num_steps`` steps -> ids [B, T]; tokens in sight stay what they are.
 
     params: temperature, top-k, top-p and min-p act on every draw. num_tokens: ids from there on are never drawn. Draws depend on
-    (seed, row, position, step). A row with a clean prompt starts at the level that its hidden share is in training. Steps at which
-    nothing comes into sight call no network.
+    (seed, row, position, step). A row with a clean prompt starts at the level that its hidden share is in training, so with a long one
+    the first block may never be asked. Steps at which nothing comes into sight call no network.
     """
     mask_id = cast(MaskedDenoiser, denoiser.at(1.0)).mask_id
     start = (ids == mask_id).float().mean(1).tolist()
