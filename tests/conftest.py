@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,3 +87,29 @@ def tiny(tiny_config: Callable[..., CheckpointConfig]) -> Callable[..., Denoiser
         return build(tiny_config(family, objective, **model), seed=0)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def masked_config(tiny_config: Callable[..., CheckpointConfig]) -> Callable[..., CheckpointConfig]:
+    """``masked_config(num_blocks=2)`` -> a tiny masked model of 4 layers, in blocks where asked for."""
+
+    def make(block: int | None = None, model: dict[str, Any] | None = None, **blocks: Any) -> CheckpointConfig:
+        whole = tiny_config("masked", "masked", num_layers=4, **(model or {}))
+        return CheckpointConfig.model_validate({**whole.model_dump(), "blocks": blocks or None, "block": block})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def awake() -> Callable[[Denoiser], Denoiser]:
+    """``awake(denoiser)`` -> the same with AdaLN that does something: it starts at zero."""
+
+    def wake(denoiser: Denoiser) -> Denoiser:
+        rng = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in denoiser.named_parameters():
+                if "modulation" in name:
+                    parameter.normal_(0.0, 0.2, generator=rng)
+        return denoiser
+
+    return wake

@@ -1,0 +1,222 @@
+"""Sampling from a masked denoiser and the bound on its likelihood: against brute force, exact denoisers, and the batch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rdlm.blockwise import blocks_of
+from rdlm.decoding_types import SamplingParams
+from rdlm.denoiser import Denoiser, Prediction
+from rdlm.errors import UserError
+from rdlm.masked_denoiser import MaskedDenoiser
+from rdlm.objectives import Batch
+from rdlm.registry import build
+from rdlm.scoring import estimator_of, token_logprobs, token_scores
+from rdlm.unmasking import bound, unmask
+
+V, T = 64, 12
+
+
+def batch(rows: int) -> Batch:
+    ids = torch.randint(0, V, (rows, T + 1), generator=torch.Generator().manual_seed(1))
+    return Batch(ids[:, :-1], ids[:, 1:], torch.ones(rows, T, dtype=torch.bool))
+
+
+class Exact(nn.Module):
+    """The exact denoiser of a joint law p [V, .., V] over T tokens, which asks about all positions at once; at any level the same."""
+
+    def __init__(self, law: Tensor) -> None:
+        super().__init__()
+        self.law, self.mask_id, self.calls = law, law.shape[0], 0
+        self.known: dict[tuple[int, ...], Tensor] = {}
+
+    def at(self, sigma: float | None) -> Exact:
+        return self
+
+    def hidden(self, ids: Tensor, level: Tensor) -> Tensor:
+        """Log-probabilities of each position given the tokens in sight: [B, T, V]."""
+        self.calls += 1
+        rows = [self._marginals(tuple(row)) for row in ids.tolist()]
+        return torch.stack(rows) if rows else torch.zeros(0, ids.shape[1], self.mask_id)
+
+    def _marginals(self, row: tuple[int, ...]) -> Tensor:
+        if row not in self.known:
+            law, dims = self.law, range(len(row))
+            for position, token in enumerate(row):
+                if token != self.mask_id:
+                    index = torch.tensor([token])
+                    law = torch.zeros_like(law).index_copy_(position, index, law.index_select(position, index))
+            law = law / law.sum()
+            self.known[row] = torch.stack([law.sum([d for d in dims if d != i]) if len(row) > 1 else law for i in dims]).log()
+        return self.known[row]
+
+    def predict(self, states: Tensor) -> Prediction:
+        return Prediction(states.clamp(min=-1e4).float())
+
+    def loss(self, states: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        losses = -states.gather(1, targets.unsqueeze(1)).squeeze(1).float()
+        return (losses * weight).sum(), losses
+
+
+def joint(vocab: int, length: int, seed: int = 0) -> Tensor:
+    law = torch.rand((vocab,) * length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
+    return law / law.sum()
+
+
+def expected_bound(denoiser: Any, row: Tensor, num_steps: int) -> float:
+    """The bound in full: all levels, all 2^T ways to hide."""
+    ways = torch.tensor(list(itertools.product([False, True], repeat=len(row))))
+    total = 0.0
+    for k in range(1, num_steps + 1):
+        level = k / num_steps
+        share = torch.where(ways, level, 1 - level).prod(1)
+        ids = row.expand(ways.shape)
+        states = denoiser.hidden(ids.masked_fill(ways, denoiser.mask_id), torch.full((len(ways),), level))[ways]
+        losses = denoiser.loss(states, ids[ways], torch.ones(len(states)))[1]
+        total += float((torch.zeros(ways.shape).masked_scatter(ways, losses).sum(1) * share).sum()) / k
+    return total
+
+
+# The bound --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_no_model_gives_more_than_all_probability(masked_config, awake, num_steps: int) -> None:
+    """Sum over all 3^3 sequences of exp(-bound) <= 1: an untrained network whose output depends on everything."""
+    denoiser = awake(build(masked_config(model={"vocab_size": 3}, num_blocks=2), seed=0))
+    whole: Any = _Levels(denoiser, 3)
+    with torch.no_grad():
+        mass = sum(math.exp(-expected_bound(whole, torch.tensor(x), num_steps)) for x in itertools.product(range(3), repeat=3))
+    assert 0.5 < mass <= 1 + 1e-6
+    if num_steps == 1:
+        assert mass == pytest.approx(1, abs=1e-5), "independent tokens: a likelihood"
+
+
+class _Levels(nn.Module):
+    """Asks the block that owns the level."""
+
+    def __init__(self, denoiser: Denoiser, mask_id: int) -> None:
+        super().__init__()
+        self.denoiser, self.mask_id = denoiser, mask_id
+
+    def hidden(self, ids: Tensor, level: Tensor) -> Tensor:
+        self.owner: Any = self.denoiser.at(float(level[0]))
+        return self.owner.hidden(ids, level)
+
+    def loss(self, *args: Tensor) -> tuple[Tensor, Tensor]:
+        return self.owner.loss(*args)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 8])
+def test_draws_agree_with_the_bound_in_full(num_steps: int) -> None:
+    denoiser: Any = Exact(joint(3, 3))
+    row = torch.tensor([2, 0, 1])
+    drawn = [bound(denoiser, row[None], num_steps, seed=seed, num_draws=4).sum() for seed in range(120)]
+    error = float(torch.stack(drawn).std()) / math.sqrt(120)
+    assert float(torch.stack(drawn).mean()) == pytest.approx(expected_bound(denoiser, row, num_steps), abs=4 * error + 1e-5)
+
+
+def test_bound_of_an_exact_denoiser_falls_to_the_likelihood() -> None:
+    """With one token at every K, with three as K grows (each step then brings at most one of them into sight)."""
+    one: Any = Exact(joint(5, 1))
+    assert float(bound(one, torch.tensor([[3]]), 1)) == pytest.approx(-math.log(one.law[3]), rel=1e-5)
+    for k in (1, 7, 64):
+        assert expected_bound(one, torch.tensor([3]), k) == pytest.approx(-math.log(one.law[3]), rel=1e-5)
+    law = joint(3, 3, seed=4)
+    exact: Any = Exact(law)
+    gaps = []
+    for k in (1, 4, 16, 64):
+        mean = sum(float(law[x]) * expected_bound(exact, torch.tensor(x), k) for x in itertools.product(range(3), repeat=3))
+        gaps.append(mean + float((law * law.log()).sum()))
+    assert gaps == sorted(gaps, reverse=True) and gaps[-1] > 0 and gaps[-1] < gaps[0] / 15, gaps
+
+
+def test_bound_does_not_depend_on_the_batch_and_asks_the_owners(masked_config, awake) -> None:
+    data = batch(6).targets
+    denoiser = awake(build(masked_config(num_blocks=4), seed=0))
+    together = bound(denoiser, data, 16, seed=2)
+    apart = torch.cat([bound(denoiser, row[None], 16, seed=2) for row in data.flip(0)]).flip(0)
+    torch.testing.assert_close(together, apart)
+    assert not torch.equal(together, bound(denoiser, data, 16, seed=3))
+    first = bound(denoiser, data, 1)
+    with torch.no_grad():
+        for part in blocks_of(denoiser)[1:]:
+            part.model.head.weight.mul_(-1.5)
+    assert torch.equal(first, bound(denoiser, data, 1)), "all hidden is block 0's"
+    assert not torch.equal(together, bound(denoiser, data, 16, seed=2))
+
+
+def test_scores_are_named_a_bound_and_tokens_have_none(masked_config) -> None:
+    shape, data = masked_config(), batch(2)
+    denoiser = build(shape, seed=0)
+    found = token_logprobs(denoiser, shape, data.input_ids, data.targets, [1, 4], num_draws=3)
+    assert found[4].shape == (2, T) and torch.equal(-found[4], bound(denoiser, data.targets, 4, num_draws=3))
+    assert estimator_of(shape, 4, 3) == "upper bound of the NLL, not its value: K = 4 unmasking steps, 3 stratified draws"
+    with pytest.raises(UserError, match="no next token"):
+        token_scores(denoiser, shape, data.input_ids, data.targets, [1])
+
+
+# Sampling ---------------------------------------------------------------------------------------------------------------------
+
+
+def law_of(drawn: Tensor) -> dict[tuple[int, ...], float]:
+    counts = Counter(map(tuple, drawn.tolist()))
+    return {x: n / len(drawn) for x, n in counts.items()}
+
+
+def distance(law: Tensor, drawn: Tensor) -> float:
+    """Total variation."""
+    found = law_of(drawn)
+    return sum(abs(float(law[x]) - found.get(x, 0.0)) for x in itertools.product(range(law.shape[0]), repeat=law.dim())) / 2
+
+
+def test_samples_of_an_exact_denoiser_follow_its_law_at_many_steps() -> None:
+    law = joint(2, 3, seed=2)
+    law = (law + torch.eye(2, dtype=torch.float64)[:, :, None] * 2).div(
+        (law + torch.eye(2, dtype=torch.float64)[:, :, None] * 2).sum()
+    )
+    denoiser: Any = Exact(law)
+    start = torch.full((4000, 3), 2)
+    far, near = (distance(law, unmask(denoiser, start, k, SamplingParams(), seed=1)) for k in (1, 64))
+    assert near < 0.04 < 0.1 < far, (near, far)
+    assert denoiser.calls <= 65, "one call a step"
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+@pytest.mark.parametrize("num_steps", [1, 4, 30])
+def test_a_token_in_sight_never_changes_and_none_stays_hidden(masked_config, awake, order: Any, num_steps: int) -> None:
+    denoiser = awake(build(masked_config(num_blocks=3, layers_per_block=(2, 1, 1)), seed=0))
+    ids = torch.full((3, T), V)
+    ids[1, :5], ids[2] = torch.arange(5), torch.arange(T)
+    states = [ids]
+    real = MaskedDenoiser.hidden
+
+    def spy(self: MaskedDenoiser, ids: Tensor, level: Tensor) -> Tensor:
+        if len(ids) == 3:
+            states.append(ids)
+        return real(self, ids, level)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedDenoiser, "hidden", spy)
+        out = unmask(denoiser, ids, num_steps, SamplingParams(), seed=5, order=order, num_tokens=40)
+    for before, after in itertools.pairwise([*states, out]):
+        assert torch.equal(before[before != V], after[before != V])
+    assert (out != V).all() and out[ids == V].max() < 40
+    assert torch.equal(out, unmask(denoiser, ids, num_steps, SamplingParams(), seed=5, order=order, num_tokens=40))
+    assert not torch.equal(out, unmask(denoiser, ids, num_steps, SamplingParams(), seed=6, order=order, num_tokens=40))
+
+
+def test_temperature_zero_takes_the_most_probable() -> None:
+    law = joint(4, 1)
+    denoiser: Any = Exact(law)
+    drawn = unmask(denoiser, torch.full((20, 1), 4), 3, SamplingParams(temperature=0))
+    assert (drawn == law.argmax()).all()
+    top = unmask(denoiser, torch.full((200, 1), 4), 1, SamplingParams(top_k=2))
+    assert set(top.flatten().tolist()) == set(law.topk(2).indices.tolist())
