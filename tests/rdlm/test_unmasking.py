@@ -178,15 +178,47 @@ def distance(law: Tensor, drawn: Tensor) -> float:
 
 
 def test_samples_of_an_exact_denoiser_follow_its_law_at_many_steps() -> None:
-    law = joint(2, 3, seed=2)
-    law = (law + torch.eye(2, dtype=torch.float64)[:, :, None] * 2).div(
-        (law + torch.eye(2, dtype=torch.float64)[:, :, None] * 2).sum()
-    )
+    law = joint(2, 3, seed=2) + 2 * torch.eye(2, dtype=torch.float64)[:, :, None]
+    law = law / law.sum()
     denoiser: Any = Exact(law)
     start = torch.full((4000, 3), 2)
     far, near = (distance(law, unmask(denoiser, start, k, SamplingParams(), seed=1)) for k in (1, 64))
     assert near < 0.04 < 0.1 < far, (near, far)
     assert denoiser.calls <= 65, "one call a step"
+
+
+def test_the_bound_is_that_of_the_very_sampler(masked_config, awake) -> None:
+    """Of a network that is no exact denoiser, in blocks: the law of three steps by recursion over which tokens are hidden is what
+    ``unmask`` draws from, and no sequence is more probable under the bound than under it."""
+    denoiser, num_steps = awake(build(masked_config(model={"vocab_size": 3}, num_blocks=2), seed=0)), 3
+    with torch.no_grad():
+        for part in blocks_of(denoiser):
+            part.model.wte.weight.mul_(20)  # tied: predictions far from uniform
+
+    def probability(x: tuple[int, ...], k: int, hidden: frozenset[int]) -> float:
+        """Of drawing x at the hidden positions in the steps k, k - 1, .., 1."""
+        if not hidden:
+            return 1.0
+        ids = torch.tensor([[3 if i in hidden else token for i, token in enumerate(x)]])
+        owner: Any = denoiser.at(k / num_steps)
+        chances = owner.predict(owner.hidden(ids, torch.tensor([k / num_steps]))[0]).logits().softmax(-1)
+        total = 0.0
+        for size in range(len(hidden) + 1):
+            for shown in itertools.combinations(sorted(hidden), size):
+                share = (1 / k) ** size * (1 - 1 / k) ** (len(hidden) - size)
+                if share:
+                    drawn = math.prod(float(chances[i, x[i]]) for i in shown)
+                    total += share * drawn * probability(x, k - 1, hidden - set(shown))
+        return total
+
+    whole: Any = _Levels(denoiser, 3)
+    with torch.no_grad():
+        law = torch.zeros(3, 3, 3, dtype=torch.float64)
+        for x in itertools.product(range(3), repeat=3):
+            law[x] = probability(x, num_steps, frozenset(range(3)))
+            assert expected_bound(whole, torch.tensor(x), num_steps) >= -math.log(law[x]) - 1e-5
+    assert float(law.sum()) == pytest.approx(1, abs=1e-5) and float(law.max() / law.min()) > 3
+    assert distance(law, unmask(denoiser, torch.full((6000, 3), 3), num_steps, SamplingParams(), seed=4)) < 0.04
 
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
