@@ -33,7 +33,7 @@ from rdlm.errors import UserError
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-SHAPE = {"family": "llama", "vocab_size": 4096, "d_model": 128, "num_heads": 4, "mlp_width": 448, "num_layers": 8}
+SHAPE: dict[str, Any] = {"family": "llama", "vocab_size": 4096, "d_model": 128, "num_heads": 4, "mlp_width": 448, "num_layers": 8}
 SIGMAS = "0.2,0.3,0.4,0.5,0.63,1,2,8"
 """Levels at which cross-entropies are compared, from what nearly names the token to what says nothing."""
 CURVE_TOKENS = 16_384
@@ -47,6 +47,7 @@ class Arm:
     num_blocks: int = 1
     equal: Literal["evaluations", "time"] = "time"
     blocks: dict[str, Any] = field(default_factory=dict)
+    num_layers: int = SHAPE["num_layers"]
 
     @property
     def cost(self) -> str:
@@ -62,19 +63,23 @@ MAIN = {"next_token": Arm("next_token")} | {
     f"{objective} B={blocks} {equal}": Arm(objective, blocks, equal)
     for objective in OBJECTIVES for blocks in BLOCKS for equal in ("evaluations", "time")
 }  # fmt: skip
+DEPTH = {f"next_token {layers} layers": Arm("next_token", equal="evaluations", num_layers=layers) for layers in (2, 4)}
+"""A likelihood is asked of block 0 alone: what do its layers reach when they are the whole network, in as many updates?"""
+CUTS: dict[str, dict[str, Any]] = {
+    "uniform": {"partition": "uniform"},
+    "log-uniform": {"partition": "log_uniform"},
+    "overlap 0": {"overlap": 0.0},
+    "own rows": {"targets": "own"},
+    "overlap 0.05": {"overlap": 0.05},
+    "equal information": {"partition": "equal_information", "prior_nats": 4.5},
+    "layers 5-1-1-1": {"layers_per_block": [5, 1, 1, 1]},
+}
+"""Against the arm of the same objective with equal probability, overlap 0.1, frozen rows and two layers a block."""
 ABLATION = {
-    f"evidence B=4 {name}": Arm("evidence", 4, "time", blocks)
-    for name, blocks in {
-        "uniform": {"partition": "uniform"},
-        "log-uniform": {"partition": "log_uniform"},
-        "equal information": {"partition": "equal_information", "prior_nats": 4.5},
-        "overlap 0": {"overlap": 0.0},
-        "overlap 0.05": {"overlap": 0.05},
-        "own rows": {"targets": "own"},
-        "layers 5-1-1-1": {"layers_per_block": [5, 1, 1, 1]},
-    }.items()
-} | {"paper B=4 own rows": Arm("paper", 4, "time", {"targets": "own"})}  # fmt: skip
-ARMS = MAIN | ABLATION
+    f"{objective} B=4 {name}": Arm(objective, 4, "time", CUTS[name])
+    for objective, names in {"evidence": list(CUTS), "paper": list(CUTS)[:4]}.items() for name in names
+}  # fmt: skip
+ARMS = MAIN | DEPTH | ABLATION
 
 
 def seconds_per_update(file: Path, rounds: int = 9) -> dict[str, float]:
@@ -99,7 +104,7 @@ def config_of(name: str, seed: int, steps: int, lr: float, data: Path) -> dict[s
     base = base_config(name, seed, steps, lr, data)
     warmup = min(100 * arm.num_blocks, steps // 5)  # as many of each block's own updates as the whole network gets
     return {
-        **base, "model": {**SHAPE, "max_seq_len": SEQ_LEN}, "objective": {"name": arm.objective},
+        **base, "model": {**SHAPE, "num_layers": arm.num_layers, "max_seq_len": SEQ_LEN}, "objective": {"name": arm.objective},
         "schedule": {**base["schedule"], "warmup_steps": warmup},
         "recurrence": {"default_steps": 1 if arm.objective == "next_token" else 4, "max_steps": 64},
         **({"blocks": cut} if (cut := arm.cut()) else {}),
@@ -114,7 +119,7 @@ def run_arm(
     train(folder, config)
     row = {
         "arm": name, "seed": seed, "lr": lr, "objective": arm.objective, "num_blocks": arm.num_blocks, "equal": arm.equal,
-        "updates": updates, **held_out(folder, updates, data, max_tokens, ["--steps", "1"]),
+        "updates": updates, "commit": provenance()["git_commit"], **held_out(folder, updates, data, max_tokens, ["--steps", "1"]),
     }  # fmt: skip
     common = ["--checkpoint", str(folder / "run" / "model"), "--data", str(data)]
     if arm.objective != "next_token":
@@ -133,9 +138,9 @@ def run_arm(
 
 
 def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:
-    """Left: held-out NLL against B, the best learning rate of each arm. Right: cross-entropy by sigma of the arms with most blocks."""
+    """Left: held-out NLL against B. Right: cross-entropy by sigma of the main arms with most blocks. First seed, best learning rate."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    best = best_rows(rows)
+    best = [row for row in best_rows(rows) if row["seed"] == min(r["seed"] for r in rows)]
     for objective in OBJECTIVES:
         for equal, style in (("evaluations", "-"), ("time", "--")):
             points = [
@@ -146,15 +151,18 @@ def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:
             if points:
                 left.plot(*zip(*sorted(points), strict=True), style, marker="o", label=f"{objective}, equal {equal}")
     for row in best:
-        if row["arm"] == "next_token":
-            left.axhline(row["results"][0]["nll"], color="grey", linestyle=":", label="next_token, end to end")
-        elif row["num_blocks"] == max(BLOCKS):
+        if row["objective"] == "next_token":
+            nll, layers = row["results"][0]["nll"], ARMS[row["arm"]].num_layers
+            left.axhline(nll, color="grey", linewidth=layers / 4, linestyle=":", label=f"next_token, {layers} layers")
+        elif row["num_blocks"] == max(BLOCKS) and row["arm"] in MAIN:
             right.plot([p["sigma"] for p in row["curve"]], [p["ce"] for p in row["curve"]], marker=".", label=row["arm"])
     left.set(xlabel="B, blocks", ylabel="held-out NLL, nats per token", title=f"{minutes:g} CPU minutes of next-token training")
     left.set_xticks(BLOCKS, labels=[str(b) for b in BLOCKS])
     right.set(
         xscale="log", xlabel="noise level sigma", ylabel="cross-entropy with z from the truth, nats", title="Not a likelihood"
     )
+    right.set_xticks([float(sigma) for sigma in SIGMAS.split(",")], labels=SIGMAS.split(","))
+    right.minorticks_off()
     for axes in (left, right):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -195,7 +203,9 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of `rdlm data prepare` with a vocabulary of 4096.")],
     out: Annotated[Path, typer.Option(help="JSON to write; a PNG of the same name stands beside it.")],
     minutes: Annotated[float, typer.Option(help="CPU minutes of one core that next-token training gets.")] = 2.5,
-    arms: Annotated[str, typer.Option(help="Arms with commas, or main, or ablation.")] = "main,ablation",
+    arms: Annotated[
+        str, typer.Option(help="Arms with commas; main, depth and ablation stand for several.")
+    ] = "main,depth,ablation",
     seeds: Annotated[str, typer.Option(help="Seeds with commas.")] = "0",
     lrs: Annotated[str, typer.Option(help="Learning rates with commas.")] = "0.002",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 1,
@@ -205,16 +215,19 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only measure costs and print what each run takes.")] = False,
 ) -> int:
     """Train and score every arm; each row is written when its run ends."""
-    names = [name for part in arms.split(",") for name in {"main": MAIN, "ablation": ABLATION}.get(part, [part])]
+    names = [name for part in arms.split(",") for name in {"main": MAIN, "depth": DEPTH, "ablation": ABLATION}.get(part, [part])]
     for name in names:
         if name not in ARMS:
-            raise UserError("--arms", name, "there is no such arm", f"choose among main, ablation, {', '.join(ARMS)}")
+            raise UserError("--arms", name, "there is no such arm", f"choose among main, depth, ablation, {', '.join(ARMS)}")
     root.mkdir(parents=True, exist_ok=True)
     cost = seconds_per_update(root / "seconds_per_update.json")
     wanted = [(name, int(seed), float(lr)) for seed in seeds.split(",") for lr in lrs.split(",") for name in names]
     updates = {name: updates_of(ARMS[name], minutes, cost) for name in names}
     for name in names:
-        print(f"{name:28} {updates[name]:6} updates, {updates[name] * cost[ARMS[name].cost] / 60:5.1f} CPU minutes", flush=True)
+        print(
+            f"{name:28} {updates[name]:6} updates, at most {updates[name] * cost[ARMS[name].cost] / 60:5.1f} CPU minutes",
+            flush=True,
+        )
     if dry_run:
         return 0
     head = {"minutes": minutes, "shape": SHAPE, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "curve_tokens": CURVE_TOKENS,

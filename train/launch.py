@@ -116,11 +116,27 @@ def _conclude(config: TrainConfig, status: int, received: int | None) -> int:
     output = Path(config.output)
     if received is not None and status == 0:
         print(f"stopped; the same command goes on from the last checkpoint in {output / 'checkpoints'}", file=sys.stderr)
+    elif killed := _signal_of(status):
+        fail(
+            f"a training process {_death(killed)}; the same command goes on from the last checkpoint, logs are in {output / 'logs'}"
+        )
     elif status not in (0, 2):
         fail(f"training ended with status {status}; what its processes wrote is in {output / 'logs'}")
     if received is not None:
         return 128 + received
-    return status if 0 <= status < 256 else 1
+    return 128 + killed if (killed := _signal_of(status)) else status
+
+
+def _signal_of(status: int) -> int:
+    """The signal that ended a process, 0 for none. DeepSpeed's launcher exits with the negative status of its worker, modulo 256."""
+    number = -status if status < 0 else 256 - status
+    return number if 0 < number < signal.NSIG else 0
+
+
+def _death(number: int) -> str:
+    if number == signal.SIGKILL:
+        return "was killed (SIGKILL): where nobody did, memory ran out; `rdlm plan CONFIG --memory ...` says what would fit"
+    return f"ended by {signal.Signals(number).name}"
 
 
 def _free_port() -> int:

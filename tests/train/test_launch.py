@@ -18,6 +18,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from train.launch import _conclude
+from train.settings import load
+
 pytestmark = pytest.mark.multiproc
 REPO = Path(__file__).resolve().parents[2]
 CLOCKS = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "peak_memory_bytes")
@@ -131,6 +134,25 @@ def test_kill_9_of_everything_then_resuming_equals_an_uninterrupted_run(run) -> 
     assert killed.steps()[-1] < 60
     assert_equal(killed.finish(), whole)
     assert killed.steps() == list(range(1, 61))
+
+
+@pytest.mark.parametrize(
+    ("of_launcher", "status", "words"),
+    [
+        (256 - signal.SIGKILL, 128 + signal.SIGKILL, "was killed (SIGKILL): where nobody did, memory ran out; `rdlm plan"),
+        (256 - signal.SIGSEGV, 128 + signal.SIGSEGV, "ended by SIGSEGV"),
+        (-signal.SIGKILL, 128 + signal.SIGKILL, "was killed"),
+        (3, 3, "ended with status 3"),
+        (2, 2, ""),
+        (0, 0, ""),
+    ],
+)
+def test_how_a_training_process_ended_is_said(run, capsys, of_launcher: int, status: int, words: str) -> None:
+    """DeepSpeed's launcher exits with its worker's negative status, modulo 256."""
+    config = load(str(run("one").config))
+    assert _conclude(config, of_launcher, None) == status
+    err = capsys.readouterr().err
+    assert words in err and bool(err) == bool(words)
 
 
 def test_workers_end_when_the_command_is_killed(run) -> None:
