@@ -138,19 +138,19 @@ def run_arm(
 
 
 def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:
-    """Left: held-out NLL against B. Right: cross-entropy by sigma of the main arms with most blocks. First seed, best learning rate."""
+    """Left: held-out NLL against B. Right: cross-entropy by sigma of the main arms with most blocks. First seed and learning rate."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    best = [row for row in best_rows(rows) if row["seed"] == min(r["seed"] for r in rows)]
+    first = [row for row in rows if row["seed"] == min(r["seed"] for r in rows) and row["lr"] == min(r["lr"] for r in rows)]
     for objective in OBJECTIVES:
         for equal, style in (("evaluations", "-"), ("time", "--")):
             points = [
                 (r["num_blocks"], r["results"][0]["nll"])
-                for r in best
+                for r in first
                 if r["arm"] in MAIN and (r["objective"], r["equal"]) == (objective, equal)
             ]
             if points:
                 left.plot(*zip(*sorted(points), strict=True), style, marker="o", label=f"{objective}, equal {equal}")
-    for row in best:
+    for row in first:
         if row["objective"] == "next_token":
             nll, layers = row["results"][0]["nll"], ARMS[row["arm"]].num_layers
             left.axhline(nll, color="grey", linewidth=layers / 4, linestyle=":", label=f"next_token, {layers} layers")
@@ -169,14 +169,6 @@ def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:
             axes.legend(fontsize=7)
     figure.savefig(file, dpi=150)
     plt.close(figure)
-
-
-def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each arm and seed the learning rate with the lowest NLL."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda r: r["results"][0]["nll"]):
-        found.setdefault((row["arm"], row["seed"]), row)
-    return list(found.values())
 
 
 def merge(out: Path, row: dict[str, Any], head: dict[str, Any]) -> list[dict[str, Any]]:

@@ -97,6 +97,6 @@ def environment() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_SIZE", 1))
 
 
-def fail(message: str, terminal: TextIO = sys.stderr) -> None:
-    """One line on the terminal."""
-    print(f"rdlm train: error: {' '.join(message.split())}", file=terminal, flush=True)
+def fail(message: str, terminal: TextIO | None = None) -> None:
+    """One line on the terminal, by default stderr as it is when called."""
+    print(f"rdlm train: error: {' '.join(message.split())}", file=terminal or sys.stderr, flush=True)
