@@ -1,5 +1,5 @@
-"""Continuations of held-out text by a checkpoint, through the engine that serves it, kept in files that resume; and what the
-author wrote in their place.
+"""Continuations of held-out text by a checkpoint, through the engine that serves it (of masked models: through rdlm/unmasking.py), kept
+in files that resume; and what the author wrote in their place.
 
 A file is JSONL: a header with everything that decides the texts, then a line per prompt. Its name is a hash of the header. Prompts are
 taken in one fixed order, so a run that asks for more of them goes on where a smaller one ended.
@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from rdlm.decoding_types import SamplingParams, check_bridge
 from rdlm.errors import UserError
 from rdlm.shards import TokenStore
 from rdlm.tokenizer import Tokenizer
+from rdlm.unmasking import unmask
 from serve.engine import Engine
 from serve.loading import build_served
 from serve.sequence import Request
@@ -199,9 +200,30 @@ class Sampler:
             yield self.passages[first : first + size]
 
     def _generate(self, setting: Setting, batch: Sequence[Passage]) -> list[dict[str, Any]]:
-        params = _params(setting)
+        masked = self._loaded.config.objective.masking is not None
+        answers = (
+            [ids for passage in batch for ids in self._filled(setting, passage)] if masked else self._continued(setting, batch)
+        )
+        n = self.shape.continuations
+        return [
+            {
+                "window": passage.window,
+                "prompt": to_text(self.tokenizer, passage.prompt),
+                "texts": [to_text(self.tokenizer, answer) for answer in answers[i * n : (i + 1) * n]],
+                "ids": answers[i * n : (i + 1) * n],
+            }
+            for i, passage in enumerate(batch)
+        ]
+
+    @property
+    def _banned(self) -> frozenset[int]:
+        """The end of text, where no passage holds one."""
         end = self.tokenizer.eos_id
-        banned = frozenset() if end is None or self.shape.across_documents else frozenset({end})
+        return frozenset() if end is None or self.shape.across_documents else frozenset({end})
+
+    def _continued(self, setting: Setting, batch: Sequence[Passage]) -> list[list[int]]:
+        """Ids of all continuations, drawn one token after the other."""
+        params, banned = _params(setting), self._banned
         requests = [
             Request(
                 passage.prompt,
@@ -220,17 +242,19 @@ class Sampler:
         lost = next((a[-1].finish for a in answers if a[-1].finish != "length"), None)
         if lost is not None:
             raise RuntimeError(f"generation ended with {lost!r}")
-        ids = [[event.token for event in answer if event.token is not None] for answer in answers]
-        n = self.shape.continuations
-        return [
-            {
-                "window": passage.window,
-                "prompt": to_text(self.tokenizer, passage.prompt),
-                "texts": [to_text(self.tokenizer, answer) for answer in ids[i * n : (i + 1) * n]],
-                "ids": ids[i * n : (i + 1) * n],
-            }
-            for i, passage in enumerate(batch)
-        ]
+        return [[event.token for event in answer if event.token is not None] for answer in answers]
+
+    def _filled(self, setting: Setting, passage: Passage) -> list[list[int]]:
+        """Ids of a passage's continuations by a masked model: all their tokens at once, in K steps, in random order."""
+        params = replace(_params(setting), logit_bias=dict.fromkeys(self._banned, -100.0))
+        model = self._loaded.config.model
+        row = [*passage.prompt, *[model.vocab_size] * self.shape.max_tokens]
+        ids = torch.tensor([row] * self.shape.continuations, device=self._engine_settings.device)
+        filled = unmask(
+            self._loaded.denoiser, ids, setting.num_steps, params,
+            seed=_stream(self.seed, passage.window), num_tokens=self.tokenizer.vocab_size,
+        )  # fmt: skip
+        return filled[:, len(passage.prompt) :].tolist()
 
     def _started(self) -> Engine:
         if self._engine is None:

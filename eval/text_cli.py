@@ -136,7 +136,6 @@ def _sampler(
 ) -> Iterator[tuple[Sampler, Iterator[Passage]]]:
     """-> the sampler, and the passages that are left."""
     from eval.samples import Sampler, passages, take
-    from rdlm.checkpoint import load_config
     from rdlm.config import parse
     from rdlm.shards import TokenStore
     from serve.settings import EngineSettings
@@ -144,7 +143,6 @@ def _sampler(
     engine = {
         "device": usable_device(options.device), "dtype": options.dtype, "kv_cache": options.kv_cache, "max_slots": options.batch_size,
     }  # fmt: skip
-    load_config(options.checkpoint).check_next_token("a continuation token by token")
     store = TokenStore(options.data, options.split)
     found = passages(store, shape)
     parsed: EngineSettings = parse(EngineSettings, engine, "the options of rdlm eval")

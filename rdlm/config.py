@@ -238,7 +238,7 @@ class CheckpointConfig(Strict):
         """Raises UserError where the model has no next token, which ``what`` needs: masked diffusion fills all positions at once."""
         if self.objective.masking is not None:
             problem = f"a masked diffusion model has no next token, which {what} needs"
-            raise UserError("checkpoint", self.name, problem, "use `rdlm generate` or `rdlm eval nll`")
+            raise UserError("checkpoint", self.name, problem, "use `rdlm generate`, or `rdlm eval` nll, gen-ppl and mauve")
 
 
 C = TypeVar("C")

@@ -9,9 +9,12 @@ import torch
 
 from eval.samples import Passage, Sampler, Shape, passages, take, to_text
 from eval.sweep import Setting
+from rdlm.blockwise import blocks_of
 from rdlm.checkpoint import save
+from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
+from rdlm.registry import build
 from rdlm.shards import TokenStore
 from serve.engine import Engine
 from serve.settings import EngineSettings
@@ -198,3 +201,31 @@ def test_what_does_not_fit_is_refused(folder: Path, store: TokenStore, tmp_path:
             with pytest.raises(UserError) as caught:
                 sampler.check([WARM, bad])
             assert caught.value.field == field
+
+
+def test_a_masked_model_fills_in_continuations_alike_in_any_batch(
+    store: TokenStore, tmp_path: Path, masked_config: Callable[..., CheckpointConfig], awake: Callable[[Denoiser], Denoiser]
+) -> None:
+    """Two blocks, so that the steps ask both; texts of full length without an end of text, others at another K, resumed from the file."""
+    config = masked_config(num_blocks=2, model={"vocab_size": VOCAB})
+    denoiser = awake(build(config, seed=0))
+    end = store.manifest.eos_id
+    with torch.no_grad():
+        for block in blocks_of(denoiser):  # what answers look like to the read-out: it would nearly always be drawn
+            hidden = block.hidden(torch.full((1, 14), block.mask_id), torch.ones(1))
+            block.model.wte.weight[end] = hidden.mean((0, 1))
+    folder = save(tmp_path / "masked", denoiser, config, store.tokenizer())
+    texts = _texts(folder, store, tmp_path / "a", 2)
+    assert texts == _texts(folder, store, tmp_path / "b", 8) and len({text for both in texts for text in both}) > 5
+    assert texts != _texts(folder, store, tmp_path / "b", 8, setting=Setting(1, 1.0, 0.9))
+    (file,) = (tmp_path / "a").glob("*.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    assert all(len(ids) == 8 and end not in ids for row in rows for ids in row["ids"])
+    across = Shape(6, 8, 2, across_documents=True)
+    with _sampler(folder, store, tmp_path / "c", shape=across) as sampler:
+        sampler.continuations(WARM)
+    (free,) = (tmp_path / "c").glob("*.jsonl")
+    assert any(end in ids for line in free.read_text().splitlines()[1:] for ids in json.loads(line)["ids"])
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3]))  # interrupted
+    assert texts == _texts(folder, store, tmp_path / "a", 2)
