@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rdlm.decoding import sample, uniform
-from rdlm.decoding_types import History, SamplingParams
+from rdlm.decoding_types import History, Order, SamplingParams
 from rdlm.denoiser import Denoiser
 from rdlm.masked_denoiser import MaskedDenoiser
 from rdlm.randomness import generator
 from rdlm.sampler import run
-
-Order = Literal["random", "confidence"]
-"""Which tokens come into sight first. random: the sampler that ``bound`` bounds. confidence: those whose draw is the most probable
-(MaskGIT, Chang et al. 2022): often better text at few steps, and no likelihood is known for it."""
 
 _BOUND_KEY, _TURN, _TOKEN = 6, 0, 1
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from rdlm.checkpoint import load_config
 from rdlm.config import parse
-from rdlm.decoding_types import Bridge, SamplingParams, check_bridge
+from rdlm.decoding_types import Bridge, Order, SamplingParams, check_bridge
 from rdlm.errors import UserError
 from serve.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
 from serve.settings import EngineSettings
@@ -29,7 +28,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")] = 0,
     order: Annotated[
-        Literal["random", "confidence"] | None,
+        Order | None,
         typer.Option(help="Of masked models: which tokens come into sight first [random].", show_default=False),
     ] = None,
     bridge: Annotated[
@@ -52,6 +51,8 @@ def generate(
     settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, bridge=bridge)
     ks = _parse_steps(num_steps)
+
+    from rdlm.checkpoint import load_config
 
     config = load_config(checkpoint)
     if config.objective.masking is not None:

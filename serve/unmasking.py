@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from rdlm.decoding_types import SamplingParams
+from rdlm.decoding_types import Order, SamplingParams
 from rdlm.errors import UserError
-from rdlm.unmasking import Order, unmask
+from rdlm.unmasking import unmask
 from serve.loading import check_whole, load_text
 from serve.settings import EngineSettings
 

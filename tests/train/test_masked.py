@@ -189,12 +189,13 @@ def test_from_a_config_to_text_and_figures_on_the_command_line(
     assert first["bits_per_byte"] == pytest.approx(first["bits_per_character"]) and first["nll_interval"][0] < first["nll"]
     assert (tmp_path / "p.png").exists() and "upper bound" in out
 
+    short = ("--num-prompts", 2, "--prompt-tokens", 4, "--max-tokens", 4, "--cache", tmp_path / "cache")
     for command, problem in (
         (["serve", *given], "no next token, which the server needs"),
         (["eval", "ce-by-sigma", *given, "--data", corpus], "no next token"),
         (["eval", "convergence", *given, "--data", corpus], "not an iteration of one state"),
         (["eval", "depth", *given, "--task", "s3", "--lengths", "4"], "no next token"),
-        (["eval", "gen-ppl", *given, "--data", corpus, "--bridge", "euler"], "there is no ODE"),
+        (["eval", "gen-ppl", *given, "--data", corpus, *short, "--bridge", "euler"], "there is no ODE"),
         (["eval", "nll", *given, "--data", corpus, "--steps", "4000"], "is out of range"),
         (["generate", *given, "--prompt", "a", "--bridge", "euler"], "there is no ODE"),
         (["generate", *given, "--prompt", "a", "--kv-cache", "full"], "keeps no keys"),
