@@ -1,7 +1,8 @@
 """lm-eval (EleutherAI's evaluation harness) on a checkpoint in process: the model ``rdlm``. The only file that imports lm_eval.
 
 Log-likelihoods come from rdlm.scoring, texts from the engine that the server runs, so the numbers are those of
-``local-completions`` against ``rdlm serve``. The name of the estimator and its K go into the results' ``config``.
+``local-completions`` against ``rdlm serve``. Masked models have bounds instead, and fill texts in (rdlm/unmasking.py). The name of the
+estimator and its K go into the results' ``config``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import logging
 import sys
 import traceback
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,17 +27,19 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from eval.likelihood import Score, score_continuations
+from eval.model_args import flag, usable_device, whole_number
 from eval.nll import check_steps
 from eval.provenance import machine
 from rdlm.checkpoint import WEIGHTS, Loaded, load
 from rdlm.config import parse
 from rdlm.decoding_types import SamplingParams, check_bridge
-from rdlm.errors import UserError, reason
+from rdlm.errors import UserError
 from rdlm.scoring import estimator_of
 from rdlm.shards import file_sha256
 from rdlm.tokenizer import Tokenizer
+from rdlm.unmasking import unmask
 from serve.engine import Engine
-from serve.loading import build_served
+from serve.loading import build_served, check_whole
 from serve.sequence import Request
 from serve.settings import EngineSettings
 
@@ -46,8 +50,8 @@ ARGUMENTS = (
 )  # fmt: skip
 MAX_GEN_TOKS = 256
 """Most tokens of an answer where a task names no limit: lm-eval's own default."""
-LM_EVAL_DEVICE = "cuda:0"
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "bridge")
+MASKED_SAMPLING = SAMPLING[:4]
 
 
 @dataclass
@@ -68,7 +72,7 @@ class RecurrentLM(TemplateLM):
 
     num_steps: K, by default the checkpoint's. seed: of noise draws and sampling.
     estimator: "normalised" (a sampling checkpoint has one at K = 1 only, whatever num_steps is) or "mixture" (sampling checkpoints
-    at K > 1, over ``num_draws`` draws; see eval/likelihood.py on is_greedy).
+    at K > 1, over ``num_draws`` draws; see eval/likelihood.py on is_greedy); masked checkpoints have "bound" alone, at num_steps.
     batch_size: rows of a scoring pass and texts in flight. max_length: context, by default the model's.
     kv_cache: of generation, as in ``rdlm serve``. add_bos_token: put it before every context that is not empty.
     """
@@ -78,7 +82,7 @@ class RecurrentLM(TemplateLM):
         checkpoint: str | None = None,
         num_steps: int | None = None,
         seed: int = 0,
-        estimator: str = "normalised",
+        estimator: str | None = None,
         num_draws: int = 8,
         dtype: str = "float32",
         device: str | None = None,
@@ -93,12 +97,13 @@ class RecurrentLM(TemplateLM):
             raise UserError(f"model_args: {name}", value, "there is no such argument", f"use some of {', '.join(ARGUMENTS)}")
         if checkpoint is None:
             raise UserError("model_args: checkpoint", None, "is missing", "write --model_args checkpoint=FOLDER")
-        self.folder, self.add_bos_token = Path(str(checkpoint)), _flag("add_bos_token", add_bos_token)
-        self.seed, self.num_draws = _whole("seed", seed, 0), _whole("num_draws", num_draws, 1)
-        self.batch_size = _whole("batch_size", int(batch_size) if str(batch_size).isdecimal() else batch_size, 1, 1024)
-        given = {"device": _device(device), "dtype": dtype, "kv_cache": kv_cache, "max_slots": self.batch_size}
+        self.folder, self.add_bos_token = Path(str(checkpoint)), flag("add_bos_token", add_bos_token)
+        self.seed, self.num_draws = whole_number("seed", seed, 0), whole_number("num_draws", num_draws, 1)
+        self.batch_size = whole_number("batch_size", int(batch_size) if str(batch_size).isdecimal() else batch_size, 1, 1024)
+        given = {"device": usable_device(device), "dtype": dtype, "kv_cache": kv_cache, "max_slots": self.batch_size}
         self.settings: EngineSettings = parse(EngineSettings, given, "--model_args")
         self.loaded, self.text = _load(self.folder, self.settings)
+        self.masked = self.loaded.config.objective.masking is not None
         self._device = next(self.loaded.denoiser.parameters()).device
         self.num_steps = self._steps(num_steps)
         self.estimator = self._estimator(estimator)
@@ -107,21 +112,27 @@ class RecurrentLM(TemplateLM):
             logger.warning("log-likelihoods are those at K = 1, the normalised ones; num_steps=%d acts on texts", self.num_steps)
         logger.info("log-likelihoods are %s", estimator_of(self.loaded.config, self.scored_steps))
         self.tied_documents = 0
-        limit = self.loaded.config.model.max_seq_len
-        self.max_length = limit if max_length is None else _whole("max_length", max_length, 2, limit)
+        # lm-eval's length leaves out the last token, which a causal model need not see.
+        limit = self.loaded.config.model.max_seq_len - self.masked
+        self.max_length = limit if max_length is None else whole_number("max_length", max_length, 2, limit)
 
     def _steps(self, asked: object) -> int:
         """K, checked; the checkpoint's default where none is asked for."""
-        config, recurrent = self.loaded.config, self.loaded.denoiser.model.is_recurrent
-        k = _whole("num_steps", asked, 1) if asked is not None else config.recurrence.default_steps if recurrent else 1
+        config, deep = self.loaded.config, self.loaded.denoiser.model.is_recurrent or self.masked
+        k = whole_number("num_steps", asked, 1) if asked is not None else config.recurrence.default_steps if deep else 1
         try:
             return check_steps([k], self.loaded.denoiser, config)[0]
         except UserError as error:
             raise UserError("model_args: num_steps", k, error.problem, error.remedy) from None
 
-    def _estimator(self, name: str) -> str:
-        """The estimator, checked."""
-        if name not in ("normalised", "mixture"):
+    def _estimator(self, name: str | None) -> str:
+        """The estimator, checked; the checkpoint's own where none is asked for."""
+        if name is None:
+            return "bound" if self.masked else "normalised"
+        if self.masked != (name == "bound"):
+            problem = "a masked checkpoint has bounds alone" if self.masked else "only masked checkpoints have it"
+            raise UserError("model_args: estimator", name, problem, "leave estimator out")
+        if name not in ("normalised", "mixture", "bound"):
             raise UserError("model_args: estimator", name, "there is no such estimator", "use normalised or mixture")
         if self.loaded.config.objective.k_meaning == "thinking" and name == "mixture":
             remedy = "leave estimator out: this checkpoint's likelihood is normalised at every K"
@@ -131,7 +142,7 @@ class RecurrentLM(TemplateLM):
     def _scored_steps(self, num_steps: int) -> int:
         """K of the log-likelihoods, which is not num_steps where that has no normalised likelihood."""
         thinking = self.loaded.config.objective.k_meaning == "thinking"
-        return num_steps if thinking or self.estimator == "mixture" else 1
+        return num_steps if thinking or self.estimator in ("mixture", "bound") else 1
 
     # What lm-eval asks about a model ---------------------------------------------------------------------------------
 
@@ -245,13 +256,36 @@ class RecurrentLM(TemplateLM):
     # Texts -----------------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers without prompt and stop string, from the engine in process."""
+        """Answers without prompt and stop string."""
         asked: list[Request] = []
         seen: Counter[str] = Counter()
         for context, given in (request.args for request in requests):
             question = context + json.dumps(given, sort_keys=True, default=str)
             asked.append(self._request(context, given, seen[question]))
             seen[question] += 1
+        texts = self._filled(asked, disable_tqdm) if self.masked else self._continued(asked, disable_tqdm)
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _filled(self, asked: Sequence[Request], disable_tqdm: bool) -> list[str]:
+        """All tokens of an answer at once, in K steps in random order, up to an end of text or a stop string."""
+        texts = []
+        for request in tqdm(asked, desc=f"texts at K = {self.num_steps}", disable=disable_tqdm):
+            row = [*request.prompt, *[self.loaded.config.model.vocab_size] * request.max_tokens]
+            ids = torch.tensor([row], device=self._device)
+            key = zlib.crc32(f"{request.seed} {request.choice} {request.prompt}".encode())
+            filled = unmask(
+                self.loaded.denoiser, ids, request.num_steps, request.sampling, seed=key, num_tokens=self.text.vocab_size
+            )
+            drawn = filled[0, len(request.prompt) :].tolist()
+            end = next((i for i, token in enumerate(drawn) if token in request.stop_ids), len(drawn))
+            text = self.text.decode(drawn[:end])
+            texts.append(text[: min((text.find(stop) for stop in request.stop if stop in text), default=len(text))])
+        return texts
+
+    def _continued(self, asked: Sequence[Request], disable_tqdm: bool) -> list[str]:
+        """Answers of the engine."""
         with (
             tqdm(total=len(asked), desc=f"texts at K = {self.num_steps}", disable=disable_tqdm) as bar,
             Engine(
@@ -262,19 +296,17 @@ class RecurrentLM(TemplateLM):
         for events in answers:
             if events[-1].finish not in ("stop", "length"):
                 raise RuntimeError(f"generation ended with {events[-1].finish!r}")
-        texts = ["".join(event.text for event in events) for events in answers]
-        for request, text in zip(requests, texts, strict=True):
-            self.cache_hook.add_partial("generate_until", request.args, text)
-        return texts
+        return ["".join(event.text for event in events) for events in answers]
 
     def _request(self, context: str, given: dict[str, Any], choice: int) -> Request:
         """gen_kwargs as an engine request, ``choice`` telling repeats of a prompt apart; UserError for a setting it does not have."""
         kwargs = dict(normalize_gen_kwargs(given, MAX_GEN_TOKS))
         greedy, stop, max_tokens = not kwargs.pop("do_sample"), kwargs.pop("until"), kwargs.pop("max_gen_toks")
         num_steps = self._steps(kwargs.pop("num_steps", self.num_steps))
+        known = MASKED_SAMPLING if self.masked else SAMPLING
         for name, value in kwargs.items():
-            if name not in SAMPLING:
-                remedy = f"use some of until, max_gen_toks, do_sample, num_steps, {', '.join(SAMPLING)}"
+            if name not in known:
+                remedy = f"use some of until, max_gen_toks, do_sample, num_steps, {', '.join(known)}"
                 raise UserError(f"gen_kwargs: {name}", value, "there is no such setting", remedy)
         room = self.max_length - max_tokens
         if room < 1:
@@ -331,34 +363,8 @@ def _origin(error: BaseException) -> str:
 
 def _load(folder: Path, settings: EngineSettings) -> tuple[Loaded, Tokenizer]:
     loaded = load(folder, device=settings.device, dtype=getattr(torch, settings.dtype))
-    loaded.config.check_next_token("lm-eval")
+    check_whole(loaded.config)
     if loaded.tokenizer is None:
         remedy = "give a model of text"
         raise UserError("model_args: checkpoint", str(folder), "it has no tokenizer, so its ids are not text", remedy)
     return loaded, loaded.tokenizer
-
-
-def _device(name: str | None) -> str:
-    """What lm_eval's --device can be here. Its default is cuda:0, so without a GPU that means the CPU, as in lm-eval's own models."""
-    if name is None or (name == LM_EVAL_DEVICE and not torch.cuda.is_available()):
-        logger.info("no GPU is in use: running on the CPU")
-        return "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        problem = f"cannot be used ({reason(error)})"
-        raise UserError("--device", name, problem, "use cpu, or cuda:N on a machine with one") from None
-    return name
-
-
-def _whole(name: str, value: object, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
-        wanted = f"{least} or more" if most is None else f"{least} to {most}"
-        raise UserError(f"model_args: {name}", value, "is not a whole number in range", f"give {wanted}")
-    return value
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise UserError(f"model_args: {name}", value, "is neither True nor False", "write True or False")
-    return value

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import torch
 
 from rdlm.checkpoint import Loaded
 from rdlm.errors import UserError
 from rdlm.scoring import token_scores
+from rdlm.unmasking import bound
 
 logger = logging.getLogger("rdlm.eval")
 
@@ -30,7 +33,8 @@ def score_continuations(
     """{K: (log p(continuation | context) in nats, whether each of its tokens is greedy), in the order given}, in one pass.
 
     pairs: (context ids, at least one; continuation ids). What exceeds max_length positions is cut from the start of the context.
-    rdlm/scoring.py says what is greedy in a mixture.
+    rdlm/scoring.py says what is greedy in a mixture. Of masked models log p is a lower bound (rdlm/unmasking.py), for a continuation
+    whose length is known, and greedy means that the bound exceeds 1/2, which is enough but not necessary.
     Raises UserError where a continuation alone is too long. ``progress`` is told the rows done.
     """
     rows = [(context + continuation)[-(max_length + 1) :] for context, continuation in pairs]
@@ -42,12 +46,15 @@ def score_continuations(
         logger.warning("%d of %d contexts exceed %d tokens and lose their start", cut, len(pairs), max_length)
     scores: dict[int, list[Score]] = {k: [(0.0, True)] * len(rows) for k in ks}
     longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), rows[i]))
-    for start in range(0, len(rows), batch_size):
-        chosen = longest_first[start : start + batch_size]
-        found = _score_batch(loaded, [rows[i] for i in chosen], [wanted[i] for i in chosen], ks, seed, num_draws)
+    masked = loaded.config.objective.masking is not None
+    score = _bound_batch if masked else _score_batch
+    # A masked model would see the padding of a shorter row.
+    groups = [list(group) for _, group in groupby(longest_first, key=lambda i: len(rows[i]) if masked else 0)]
+    for chosen in (group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)):
+        found = score(loaded, [rows[i] for i in chosen], [wanted[i] for i in chosen], ks, seed, num_draws)
         for k in ks:
-            for i, score in zip(chosen, found[k], strict=True):
-                scores[k][i] = score
+            for i, found_score in zip(chosen, found[k], strict=True):
+                scores[k][i] = found_score
         if progress:
             progress(len(chosen))
     return scores
@@ -68,4 +75,17 @@ def _score_batch(
     for k in ks:
         logprobs, hits = scores[k].logprobs.double().cpu(), scores[k].is_greedy.cpu()
         out[k] = [(float(logprobs[place].sum()), bool(hits[place].all())) for place in spans]
+    return out
+
+
+def _bound_batch(
+    loaded: Loaded, rows: list[list[int]], wanted: list[int], ks: Sequence[int], seed: int, num_draws: int
+) -> dict[int, list[Score]]:
+    """Rows of one length; the last ``wanted`` ids of each are modelled, those before stay in sight."""
+    ids = torch.tensor(rows, device=next(loaded.denoiser.parameters()).device)
+    places = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - torch.tensor(wanted, device=ids.device).unsqueeze(1)
+    out = {}
+    for k in ks:
+        nats = bound(loaded.denoiser, ids, k, mask=places, seed=seed, num_draws=num_draws).double().sum(1)
+        out[k] = [(-total, -total > math.log(0.5)) for total in nats.tolist()]
     return out

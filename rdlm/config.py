@@ -238,7 +238,9 @@ class CheckpointConfig(Strict):
         """Raises UserError where the model has no next token, which ``what`` needs: masked diffusion fills all positions at once."""
         if self.objective.masking is not None:
             problem = f"a masked diffusion model has no next token, which {what} needs"
-            raise UserError("checkpoint", self.name, problem, "use `rdlm generate`, or `rdlm eval` nll, gen-ppl and mauve")
+            raise UserError(
+                "checkpoint", self.name, problem, "use `rdlm generate`, or `rdlm eval` nll, gen-ppl, mauve and lm-eval"
+            )
 
 
 C = TypeVar("C")

@@ -80,15 +80,23 @@ def token_scores(
 
 
 def token_logprobs(
-    denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, targets: Tensor, ks: Sequence[int], **draws: int
+    denoiser: Denoiser,
+    config: CheckpointConfig,
+    input_ids: Tensor,
+    targets: Tensor,
+    ks: Sequence[int],
+    *,
+    seed: int = 0,
+    num_draws: int = 8,
 ) -> dict[int, Tensor]:
-    """The ``logprobs`` of ``token_scores`` alone: {K: [B, T] fp32}. draws: its ``seed`` and ``num_draws``.
+    """The ``logprobs`` of ``token_scores`` alone: {K: [B, T] fp32}.
 
     Of masked models: terms whose sum over a row is an estimate of a lower bound of log p(targets); they do not see ``input_ids``.
     """
     if config.objective.masking is not None:
-        return {k: -bound(denoiser, targets, k, **draws) for k in ks}
-    return {k: found.logprobs for k, found in token_scores(denoiser, config, input_ids, targets, ks, **draws).items()}
+        return {k: -bound(denoiser, targets, k, seed=seed, num_draws=num_draws) for k in ks}
+    found = token_scores(denoiser, config, input_ids, targets, ks, seed=seed, num_draws=num_draws)
+    return {k: scores.logprobs for k, scores in found.items()}
 
 
 @torch.no_grad()

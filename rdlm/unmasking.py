@@ -27,28 +27,35 @@ _BOUND_KEY, _TURN, _TOKEN = 6, 0, 1
 
 
 @torch.no_grad()
-def bound(denoiser: Denoiser, targets: Tensor, num_steps: int, *, seed: int = 0, num_draws: int = 8) -> Tensor:
+def bound(
+    denoiser: Denoiser, targets: Tensor, num_steps: int, *, mask: Tensor | None = None, seed: int = 0, num_draws: int = 8
+) -> Tensor:
     """Nats [B, T] fp32 whose sum over a row is an unbiased estimate of a bound: E sum >= -log p(row) of the sampler with K = num_steps.
 
     The negative ELBO of discrete time (MD4 Sec. 3): sum over k of 1/k times the expected cross-entropies of the tokens hidden at level
     k/K; it has no other terms, since all is hidden at level 1 and nothing at 0. ``num_draws`` of its K terms are evaluated, one of each
     of as many equal parts of 1 .. K, on a hiding of its own. Draws depend on (seed, the row's ids, draw): not on the batch, and
     the same for all K. At K = 1 nothing is random. How the nats fall on positions is the draw's doing; only sums mean something.
+
+    mask: bool [B, T], True where a token is modelled. The others are in sight all along, and what is bounded is the likelihood of the
+    modelled ones given these, as ``unmask`` draws them.
     """
     draws = num_draws if num_steps > 1 else 1
     keys = [zlib.crc32(row.numpy().tobytes()) for row in targets.cpu()]
     nats = torch.zeros(targets.shape, device=targets.device)
+    shares = [1.0] * len(targets) if mask is None else mask.float().mean(1).tolist()
     for draw in range(draws):
         rngs = [generator(seed, _BOUND_KEY, key, draw) for key in keys]
         places = [(draw + float(torch.rand((), generator=rng, dtype=torch.float64))) / draws for rng in rngs]
         k = [1 + int(num_steps * place) for place in places]
-        level = torch.tensor([each / num_steps for each in k])
+        levels = [share * each / num_steps for share, each in zip(shares, k, strict=True)]
+        level, rate = torch.tensor(levels), torch.tensor([each / num_steps for each in k])
         rand = torch.stack([torch.rand(targets.shape[1], generator=rng) for rng in rngs])
-        hidden = (rand < level.unsqueeze(1)).to(targets.device)
+        hidden = (rand < rate.unsqueeze(1)).to(targets.device)
         lowest, highest = 1 + num_steps * draw // draws, min(num_steps, 1 + num_steps * (draw + 1) // draws)
-        possible = [each / num_steps for each in range(lowest, highest + 1)]
-        for owner, rows in _by_owner(denoiser, [each / num_steps for each in k], possible):
-            here = hidden[rows]
+        possible = [each / num_steps for each in range(lowest, highest + 1)] if mask is None else []
+        for owner, rows in _by_owner(denoiser, levels, possible):
+            here = hidden[rows] if mask is None else hidden[rows] & mask[rows]
             states = owner.hidden(targets[rows].masked_fill(here, owner.mask_id), level[rows])[here]
             losses = owner.loss(states, targets[rows][here], torch.ones(len(states), device=states.device))[1]
             weight = torch.tensor([num_steps / k[row] / draws for row in rows.tolist()], device=targets.device)

@@ -46,10 +46,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             return root / objective
         shape = {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "max_seq_len": 64, "noise_embed_dim": 16}
         model = {"family": "huginn", "vocab_size": 280, "d_model": 32, "num_heads": 2, "mlp_width": 64, **shape}
+        if objective == "masked":
+            model = {**{k: v for k, v in model.items() if "layers" not in k}, "family": "masked", "num_layers": 2}
         config = CheckpointConfig.model_validate(
             {
                 "name": "tiny",
-                "model": {**model, "noise_conditioning": objective in ("single_pass", "evidence", "paper")},
+                "model": {**model, "noise_conditioning": objective in ("single_pass", "evidence", "paper", "masked")},
                 "objective": {"name": objective},
                 "recurrence": {"default_steps": 2, "max_steps": 8},
             }
@@ -188,6 +190,48 @@ def test_bad_model_args_name_field_and_remedy(folders: Callable[[str], Path], ar
     with pytest.raises(UserError) as error:
         RecurrentLM.create_from_arg_obj({"checkpoint": str(folders("onestep")), **arguments})
     assert message in str(error.value)
+
+
+def test_a_masked_model_bounds_continuations_alike_in_any_batch(make_model: MakeModel) -> None:
+    """At K = 1 the bound is the log-probability of one pass in which the continuation is hidden; rows of other lengths change nothing."""
+    pairs = [("in the", " beginning was"), ("and it came to pass in those", " days"), ("", "the word"), ("with", " god was")]
+    asked = [_ask("loglikelihood", *pair) for pair in pairs]
+    model = make_model("masked", num_steps=1, batch_size=4)
+    assert model.estimator == "bound" and "upper bound" in model.get_model_info()["estimator"]
+    denoiser: Any = model.loaded.denoiser
+    for (context, continuation), (logprob, _) in zip(pairs, model.loglikelihood(asked, disable_tqdm=True), strict=True):
+        before = model.text.encode(context) or [model.eot_token_id]
+        after = model.text.encode(context + continuation)[len(model.text.encode(context)) :]
+        row = torch.tensor([[*before, *[denoiser.mask_id] * len(after)]])
+        with torch.no_grad():
+            states = denoiser.hidden(row, torch.tensor([len(after) / row.shape[1]]))[0, len(before) :]
+            table = denoiser.predict(states).logits().log_softmax(-1)
+        assert logprob == pytest.approx(float(table[range(len(after)), after].sum()), abs=1e-4)
+    many, alone = (make_model("masked", num_steps=8, batch_size=n).loglikelihood(asked, disable_tqdm=True) for n in (4, 1))
+    assert [each for each, _ in many] == pytest.approx([each for each, _ in alone], abs=1e-4)
+
+
+def test_a_masked_model_fills_texts_in_and_rolls(make_model: MakeModel) -> None:
+    model = make_model("masked", num_steps=4, max_length=12)
+    (whole,) = model.loglikelihood_rolling([_ask("loglikelihood_rolling", " ".join(["word"] * 9))], disable_tqdm=True)
+    assert math.isfinite(whole) and whole < 0
+    with_all = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    prompts = ["in the", "and it", "god", "was", "days", "in the"]
+    texts = model.generate_until([_ask("generate_until", prompt, with_all) for prompt in prompts], disable_tqdm=True)
+    assert texts[0] != texts[-1], "another choice"
+    longest = max(range(5), key=lambda i: len(texts[i]))
+    text, stop = texts[longest], texts[longest][2:4]
+    again = [_ask("generate_until", prompts[longest], {**with_all, "until": until}) for until in ([], [stop])]
+    assert model.generate_until(again[:1], disable_tqdm=True) == [text] and len(stop) == 2
+    assert model.generate_until(again[1:], disable_tqdm=True) == [text[: text.index(stop)]]
+    with pytest.raises(UserError, match="no such setting"):
+        model.generate_until([_ask("generate_until", "a", {**with_all, "repetition_penalty": 1.2})], disable_tqdm=True)
+
+
+@pytest.mark.parametrize(("objective", "estimator"), [("masked", "normalised"), ("masked", "mixture"), ("onestep", "bound")])
+def test_bounds_and_likelihoods_are_not_mixed_up(make_model: MakeModel, objective: str, estimator: str) -> None:
+    with pytest.raises(UserError, match="leave estimator out"):
+        make_model(objective, estimator=estimator)
 
 
 def test_bad_gen_kwargs_are_refused(make_model: MakeModel) -> None:

@@ -153,6 +153,32 @@ def test_bound_does_not_depend_on_the_batch_and_asks_the_owners(masked_config, a
     assert not torch.equal(together, bound(denoiser, data, 16, seed=2))
 
 
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_bound_of_a_continuation_is_that_of_the_law_given_its_context(num_steps: int) -> None:
+    """Two hidden tokens behind one in sight against the bound in full of the conditional law."""
+    law = joint(3, 3, seed=2)
+    whole: Any = Exact(law)
+    given: Any = Exact(law[1] / law[1].sum())
+    row, mask = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, True]])
+    drawn = torch.stack([bound(whole, row, num_steps, mask=mask, seed=seed, num_draws=2).sum() for seed in range(200)])
+    error = float(drawn.std()) / math.sqrt(200)
+    assert float(drawn.mean()) == pytest.approx(expected_bound(given, row[0, 1:], num_steps), abs=4 * error + 1e-5)
+
+
+def test_bound_of_a_continuation_tells_the_layers_the_share_that_is_hidden(masked_config, awake) -> None:
+    """As the sampler does: K = 1 with a third hidden is one pass at level 1/3, whose owner may be another block."""
+    data, mask = batch(3).targets, torch.arange(T).expand(3, T) >= T - 4
+    denoiser = awake(build(masked_config(num_blocks=4), seed=0))
+    found = bound(denoiser, data, 1, mask=mask)
+    owner: Any = denoiser.at(1 / 3)
+    with torch.no_grad():
+        states = owner.hidden(data.masked_fill(mask, owner.mask_id), torch.full((3,), 1 / 3))
+        logprobs = owner.predict(states).logits().log_softmax(-1).gather(2, data.unsqueeze(2)).squeeze(2)
+    assert owner is not denoiser.at(1.0)
+    torch.testing.assert_close(found, torch.where(mask, -logprobs, 0.0))
+    assert torch.equal(bound(denoiser, data[1:2], 1, mask=mask[1:2]), found[1:2])
+
+
 def test_scores_are_named_a_bound_and_tokens_have_none(masked_config) -> None:
     shape, data = masked_config(), batch(2)
     denoiser = build(shape, seed=0)
