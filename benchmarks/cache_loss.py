@@ -54,10 +54,10 @@ def main(
     """Exact, full and shared NLL at each K."""
     loaded = load(checkpoint, device="cpu", dtype=torch.float32)
     batch = next(iter(TokenStore(data, "valid").windows(seq_len, num_windows * seq_len, num_windows)))
-    windows = torch.cat([batch.input_ids, batch.targets[:, -1:]], 1)
+    windows = torch.cat([batch.inputs, batch.targets[:, -1:]], 1)
     rows: dict[str, Any] = {}
     for k in (int(part) for part in steps.split(",")):
-        exact = -token_logprobs(loaded.denoiser, loaded.config, batch.input_ids, batch.targets, [k])[k].mean().item()
+        exact = -token_logprobs(loaded.denoiser, loaded.config, batch.inputs, batch.targets, [k])[k].mean().item()
         rows[str(k)] = {"exact": exact, **{kind: engine_nll(checkpoint, windows, k, kind) for kind in ("full", "shared")}}
         print(f"K={k}: " + ", ".join(f"{name} {value:.5f}" for name, value in rows[str(k)].items()), flush=True)
     write_json(

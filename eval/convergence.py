@@ -42,7 +42,7 @@ def evaluate_convergence(
     device = next(loaded.denoiser.parameters()).device
     parts, masks = [], []
     for batch in batches:
-        parts.append(_changes(loaded, batch.input_ids.to(device), num_steps, seed))
+        parts.append(_changes(loaded, batch.inputs.to(device), num_steps, seed))
         masks.append(batch.mask.numpy())
         if progress:
             progress(len(masks[-1]))

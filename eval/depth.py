@@ -69,7 +69,7 @@ def evaluate_depth(
     for start in range(0, rows, batch_size):
         numbers = np.arange(start, min(rows, start + batch_size))
         batch = task.rows(numbers, seed, "test")
-        answers = greedy_answers(loaded.denoiser, loaded.config, batch.input_ids.to(device), steps, seed=seed + start)
+        answers = greedy_answers(loaded.denoiser, loaded.config, batch.inputs.to(device), steps, seed=seed + start)
         masks.append(batch.mask.numpy())
         for k in steps:
             given = answers[k].cpu()

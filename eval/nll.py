@@ -72,7 +72,7 @@ def evaluate_nll(
     tokens, bytes_, characters = [], 0, 0
     device = next(loaded.denoiser.parameters()).device
     for batch in corpus_windows:
-        inputs, targets, mask = (t.to(device) for t in (batch.input_ids, batch.targets, batch.mask))
+        inputs, targets, mask = (t.to(device) for t in (batch.inputs, batch.targets, batch.mask))
         scores = token_logprobs(loaded.denoiser, loaded.config, inputs, targets, steps, seed=seed, num_draws=num_draws)
         widths = num_bytes.to(device)[targets] * mask
         for k in steps:

@@ -47,7 +47,7 @@ def evaluate_noise_curve(
     sums: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     for number, batch in enumerate(windows):
-        moved = Batch(*(t.to(device) for t in (batch.input_ids, batch.targets, batch.mask)))
+        moved = batch.to(device)
         sums.append(_batch_sums(loaded, moved, sigmas, num_steps, seed, number))
         counts.append(batch.mask.sum(1).numpy())
         if progress:
@@ -57,7 +57,7 @@ def evaluate_noise_curve(
 
 def _batch_sums(loaded: Loaded, batch: Batch, sigmas: Sequence[float], num_steps: int, seed: int, number: int) -> np.ndarray:
     """Nats of each window, fp64 [1 + 2 * levels, rows]: of the prior, then of denoiser (zeros if none) and reference by level."""
-    ids, targets = batch.input_ids, batch.targets
+    ids, targets = batch.inputs, batch.targets
     prior = _prior(loaded, ids, num_steps, seed)
     rows = [_nats(prior, batch)]
     for level, sigma in enumerate(sigmas):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rdlm.config import CheckpointConfig
-from rdlm.context import CausalContext
+from rdlm.context import AttentionContext
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
 from rdlm.randomness import generator
@@ -29,7 +29,7 @@ def greedy_answers(
         return {k: _denoised(denoiser, config, input_ids, k, seed) for k in ks}
     out, wanted = {}, set(ks)
 
-    def read(k: int, state: Tensor, ctx: CausalContext) -> None:
+    def read(k: int, state: Tensor, ctx: AttentionContext) -> None:
         if k in wanted:
             out[k] = denoiser.predict(denoiser.model.decode(state, ctx)).prior.argmax(-1)
 
@@ -47,7 +47,7 @@ def _denoised(denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, n
             levels = torch.full(input_ids.shape, sigma, device=input_ids.device)
             noised = Noised(z, levels, torch.ones_like(input_ids, dtype=torch.bool))
         owner = denoiser.at(sigma)
-        if denoiser.objective.name == "paper":
+        if owner.two_streams:
             return owner.predict(two_stream_hidden(owner, input_ids, z, levels), z, levels)
         return owner.predict(in_place_hidden(owner, input_ids, noised, 1, rng), z, levels)
 

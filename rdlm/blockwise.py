@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.layers.modulation import Condition
-from rdlm.models.text import TextModel
+from rdlm.models.backbone import Backbone
 
 if TYPE_CHECKING:
     from rdlm.resident import ResidentBlocks
@@ -35,7 +35,7 @@ class Blockwise(Denoiser):
         self.objective, self.noise, self.partition = first.objective, first.noise, first.block.partition
 
     @property
-    def model(self) -> TextModel:  # type: ignore[override]
+    def model(self) -> Backbone:  # type: ignore[override]
         return self.first.model
 
     @property

@@ -16,7 +16,7 @@ from rdlm.config import NoiseConfig, ObjectiveConfig
 from rdlm.context import AttentionContext
 from rdlm.cross_entropy import linear_cross_entropy
 from rdlm.layers.modulation import Condition
-from rdlm.models.text import TextModel
+from rdlm.models.backbone import Backbone
 from rdlm.noise import denoise_scalings
 from rdlm.partition import Block
 
@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
 
     def __init__(
         self,
-        model: TextModel,
+        model: Backbone,
         objective: ObjectiveConfig,
         noise: NoiseConfig,
         block: Block | None = None,
@@ -64,6 +64,11 @@ class Denoiser(nn.Module):
     def at(self, sigma: float | None) -> Denoiser:
         """The denoiser of a level: this one, unless the network is cut into blocks (rdlm/blockwise.py)."""
         return self
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether noised rows run beside the clean ones (DiffusionBlocks App. E.4): only a causal model's targets are its inputs, too."""
+        return self.objective.name == "paper" and self.model.is_causal
 
     def clean(self, targets: Tensor) -> Tensor:
         """Unit-norm target rows of the ids, fp32 [..., D], detached: noise must not train the table to collapse."""

@@ -10,7 +10,6 @@ from typing import NoReturn, cast
 import torch
 from torch import Tensor
 
-from rdlm.context import BidirectionalContext
 from rdlm.denoiser import Denoiser
 from rdlm.layers.modulation import Condition
 from rdlm.models.masked import Masked
@@ -30,7 +29,7 @@ class MaskedDenoiser(Denoiser):
 
     def hidden(self, ids: Tensor, level: Tensor) -> Tensor:
         """Hidden states [B, T, D], of which ``predict`` and ``loss`` read the rows that are asked for."""
-        ctx = BidirectionalContext(ids.shape[1], ids.device)
+        ctx = self.model.context(ids)
         e = self.model.encode(ids, ctx)
         cond = self.condition(level.float().to(ids.device).unsqueeze(1), e)
         return self.model.decode(self.step(self.model.initial_state(e), e, cond, ctx), ctx)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from rdlm.config import CorruptionConfig, DepthConfig
-from rdlm.context import CausalContext, TwoStreamContext
+from rdlm.context import TwoStreamContext
 from rdlm.denoiser import Denoiser
 from rdlm.masked_denoiser import MaskedDenoiser
 from rdlm.masking import LinearMasking, hide, spread
@@ -44,11 +44,15 @@ _DEPTH_KEY, _NOISE_KEY, _STATE_KEY = 1, 2, 3
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: input_ids, targets [B, T] int64; mask [B, T] bool, True where the target counts."""
+    """One micro-batch. Text: inputs, targets [B, T] int64, ids. Images: inputs fp32 [B, C, H, W] in [-1, 1], targets [B, 1] int64, classes.
+    mask: bool of the targets' shape, True where a target counts."""
 
-    input_ids: Tensor
+    inputs: Tensor
     targets: Tensor
     mask: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.inputs.to(device), self.targets.to(device), self.mask.to(device))
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,12 @@ def loss_terms(denoiser: Denoiser, batch: Batch, *, step: int, seed: int, rank: 
         return masked_terms(denoiser, batch, noise_rng)
     noised = corrupt(denoiser, batch.targets, noise_rng)
     num_steps = num_recurrences(denoiser.objective.depth, step, seed)
-    if denoiser.objective.name == "paper":
+    if denoiser.two_streams:
         assert noised is not None
-        hidden = two_stream_hidden(denoiser, batch.input_ids, noised.z, noised.sigma)
+        hidden = two_stream_hidden(denoiser, batch.inputs, noised.z, noised.sigma)
     else:
         state_rng = generator(seed, _STATE_KEY, step, rank, micro)
-        hidden = in_place_hidden(denoiser, batch.input_ids, noised, num_steps, state_rng)
+        hidden = in_place_hidden(denoiser, batch.inputs, noised, num_steps, state_rng)
     return _reduce(denoiser, hidden, batch, noised, num_steps)
 
 
@@ -153,14 +157,14 @@ def masked_terms(denoiser: MaskedDenoiser, batch: Batch, rng: torch.Generator) -
     return LossTerms(total, batch.mask.sum().float(), metrics)
 
 
-def in_place_hidden(denoiser: Denoiser, input_ids: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:
+def in_place_hidden(denoiser: Denoiser, inputs: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:
     """Hidden states [B, T, D] after r core steps, the noised target standing in the recurrent state's place at the start.
 
     z_j of a past position reveals only token j + 1, which position i > j reads in clean form anyway: nothing leaks.
     """
     model = denoiser.model
-    ctx = CausalContext(input_ids.shape[1], input_ids.device)
-    e = model.encode(input_ids, ctx)
+    ctx = model.context(inputs)
+    e = model.encode(inputs, ctx)
     state = model.initial_state(e, rng)
     levels = None if noised is None else noised.sigma
     if levels is not None and denoiser.objective.corruption.per == "sequence":
@@ -181,7 +185,7 @@ def two_stream_hidden(
     z, sigma: [B, T, D] and [B, T], or None for z = 0 at sigma_max.
     """
     model, length = denoiser.model, input_ids.shape[1]
-    e = model.encode(input_ids, CausalContext(length, input_ids.device))
+    e = model.encode(input_ids, model.context(input_ids))
     quiet = torch.zeros_like(e)
     noisy = quiet if z is None or sigma is None else denoiser.inject(z, sigma)
     ctx = TwoStreamContext(length, sees_own_clean, input_ids.device)

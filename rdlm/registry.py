@@ -12,10 +12,10 @@ from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
 from rdlm.masked_denoiser import MaskedDenoiser
 from rdlm.model_config import HuginnConfig, LlamaConfig, MaskedConfig, ModelConfig
+from rdlm.models.backbone import Backbone
 from rdlm.models.huginn import Huginn
 from rdlm.models.llama import Llama
 from rdlm.models.masked import Masked
-from rdlm.models.text import TextModel
 from rdlm.partition import Block, partition_of
 from rdlm.randomness import generator
 from rdlm.targets import frozen_rows
@@ -23,7 +23,7 @@ from rdlm.targets import frozen_rows
 _INIT_KEY = 5
 
 
-def build_model(config: ModelConfig, layers: range | None = None) -> TextModel:
+def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
     """The network of a family, weights uninitialised; ``layers``: one block of it, None for all.
 
     Raises UserError where the family cannot be cut.

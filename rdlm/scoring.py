@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rdlm.config import CheckpointConfig
-from rdlm.context import CausalContext
+from rdlm.context import AttentionContext
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.objectives import two_stream_hidden
 from rdlm.randomness import generator
@@ -101,28 +101,28 @@ def token_logprobs(
 
 @torch.no_grad()
 def think(
-    denoiser: Denoiser, input_ids: Tensor, num_steps: int, seed: int, on_step: Callable[[int, Tensor, CausalContext], None]
+    denoiser: Denoiser, inputs: Tensor, num_steps: int, seed: int, on_step: Callable[[int, Tensor, AttentionContext], None]
 ) -> None:
     """Core steps of a thinking model from z = 0 over whole rows [B, T]; on_step(k, state [B, T, D], ctx) after each, k = 1, 2, ..
 
     ``denoiser.predict(denoiser.model.decode(state, ctx)).prior`` are the logits at K = k.
     """
     model = denoiser.model
-    ctx = CausalContext(input_ids.shape[1], input_ids.device)
-    e = model.encode(input_ids, ctx)
+    ctx = model.context(inputs)
+    e = model.encode(inputs, ctx)
     cond = denoiser.condition(None, e)
     start = model.initial_state(e, generator(seed))
     run(lambda s, _: denoiser.step(s, e, cond, ctx), start, num_steps, on_step=lambda k, state: on_step(k, state, ctx))
 
 
-def _thinking(denoiser: Denoiser, input_ids: Tensor, targets: Tensor, ks: Sequence[int], seed: int) -> dict[int, TokenScores]:
+def _thinking(denoiser: Denoiser, inputs: Tensor, targets: Tensor, ks: Sequence[int], seed: int) -> dict[int, TokenScores]:
     wanted, out = set(ks), {}
 
-    def read(k: int, state: Tensor, ctx: CausalContext) -> None:
+    def read(k: int, state: Tensor, ctx: AttentionContext) -> None:
         if k in wanted:
             out[k] = _gather(denoiser, denoiser.model.decode(state, ctx), targets)
 
-    think(denoiser, input_ids, max(wanted), seed, read)
+    think(denoiser, inputs, max(wanted), seed, read)
     return {k: out[k] for k in ks}
 
 
@@ -138,12 +138,12 @@ def _gather(denoiser: Denoiser, hidden: Tensor, targets: Tensor) -> TokenScores:
     return TokenScores(torch.cat(parts).view(targets.shape), torch.cat(hits).view(targets.shape))
 
 
-def _at_prior(denoiser: Denoiser, input_ids: Tensor, targets: Tensor) -> TokenScores:
+def _at_prior(denoiser: Denoiser, inputs: Tensor, targets: Tensor) -> TokenScores:
     model = denoiser.model
-    if denoiser.objective.name == "paper":
-        return _gather(denoiser, two_stream_hidden(denoiser, input_ids, None, None), targets)
-    ctx = CausalContext(input_ids.shape[1], input_ids.device)
-    e = model.encode(input_ids, ctx)
+    if denoiser.two_streams:
+        return _gather(denoiser, two_stream_hidden(denoiser, inputs, None, None), targets)
+    ctx = model.context(inputs)
+    e = model.encode(inputs, ctx)
     state = denoiser.step(model.initial_state(e), e, denoiser.condition(None, e), ctx)
     return _gather(denoiser, model.decode(state, ctx), targets)
 

@@ -176,7 +176,7 @@ class LatinSquare:
     def solved(self, batch: Batch, answers: Tensor) -> Tensor:
         """Whether the completed square has every symbol once in each row and column."""
         n = self.side
-        filled = torch.where(batch.mask, answers, batch.input_ids)[:, n * n :].view(-1, n, n)
+        filled = torch.where(batch.mask, answers, batch.inputs)[:, n * n :].view(-1, n, n)
         wanted = torch.arange(n)
         return ((filled.sort(1).values == wanted[:, None]).all((1, 2))) & ((filled.sort(2).values == wanted).all((1, 2)))
 

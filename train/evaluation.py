@@ -27,12 +27,12 @@ def held_out_nll(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: 
     for first in range(0, len(batches), world):
         mine = first + rank
         batch = batches[min(mine, len(batches) - 1)]  # under ZeRO 3 every process must make the same calls
-        here = Batch(batch.input_ids.to(device), batch.targets.to(device), batch.mask.to(device))
+        here = batch.to(device)
         with torch.no_grad():
             if config.block is not None:
                 totals = stage(_denoising, here, config.seed, mine).double()  # [1]
             else:
-                scores = stage(_scores, config.checkpoint_config, here.input_ids, here.targets, ks)[:, here.mask]
+                scores = stage(_scores, config.checkpoint_config, here.inputs, here.targets, ks)[:, here.mask]
                 totals = -scores.double().sum(1)  # [len(ks)]
         if mine < len(batches):
             sums += torch.tensor([*totals.tolist(), float(batch.mask.sum())], dtype=torch.float64)

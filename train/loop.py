@@ -217,7 +217,7 @@ class Trainer:
             )
             for micro in range(self.accumulation)
         ]  # fmt: skip
-        return [Batch(b.input_ids.to(self.device), b.targets.to(self.device), b.mask.to(self.device)) for b in batches]
+        return [batch.to(self.device) for batch in batches]
 
     def _agree(self, positions: float, stop: bool) -> tuple[float, bool]:
         """Positions of all processes, and whether any of them was asked to stop."""

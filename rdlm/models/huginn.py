@@ -14,11 +14,11 @@ from rdlm.layers.modulation import Condition, NoiseEmbedding
 from rdlm.layers.norm import RMSNorm
 from rdlm.layers.table import TokenTable
 from rdlm.model_config import HuginnConfig
+from rdlm.models.backbone import Backbone
 from rdlm.models.blocks import SandwichBlock
-from rdlm.models.text import TextModel
 
 
-class Huginn(TextModel):
+class Huginn(Backbone):
     """e = prelude(embed(ids)); state = core(adapter([state, e])) K times; hidden = ln_f(coda(ln_f(state)))."""
 
     is_recurrent = True
@@ -49,8 +49,8 @@ class Huginn(TextModel):
     def core_layers(self) -> nn.ModuleList:
         return self.core_block
 
-    def encode(self, input_ids: Tensor, ctx: AttentionContext) -> Tensor:
-        e = self.embed(input_ids)
+    def encode(self, inputs: Tensor, ctx: AttentionContext) -> Tensor:
+        e = self.embed(inputs)
         for block in self.prelude:
             e = block(e, ctx)
         return e

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rdlm.context import AttentionContext
+from rdlm.context import AttentionContext, BidirectionalContext
 from rdlm.layers.modulation import Condition
 from rdlm.layers.table import TokenTable
 from rdlm.model_config import MaskedConfig, PreNormConfig
@@ -18,6 +18,8 @@ class Masked(PreNormModel):
     def __init__(self, config: MaskedConfig, layers: range | None = None) -> None:
         """layers: see PreNormModel."""
         super().__init__(config, config.num_heads, layers)
+
+    is_causal = False
 
     def _add_stem(self, config: PreNormConfig) -> None:
         # A table of its own, so that the read-out, tied to the other one, has no mask among its answers.
@@ -32,6 +34,9 @@ class Masked(PreNormModel):
         hidden = input_ids == self.mask_id
         rows = self.wte(input_ids.masked_fill(hidden, 0))
         return torch.where(hidden.unsqueeze(-1), self.mask_row(torch.zeros_like(input_ids)), rows)
+
+    def context(self, inputs: Tensor) -> AttentionContext:
+        return BidirectionalContext(inputs.shape[1], inputs.device)
 
     def initial_state(self, e: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The embedded rows."""

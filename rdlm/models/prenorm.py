@@ -14,13 +14,13 @@ from rdlm.layers.modulation import Condition, NoiseEmbedding
 from rdlm.layers.norm import RMSNorm
 from rdlm.layers.table import TokenTable
 from rdlm.model_config import PreNormConfig
+from rdlm.models.backbone import Backbone
 from rdlm.models.blocks import PreNormBlock
-from rdlm.models.text import TextModel
 
 INIT_STD = 0.02
 
 
-class PreNormModel(TextModel):
+class PreNormModel(Backbone):
     """Built from a part of its layers it is a block: embedding, stem, these layers, norm and read-out, all its own."""
 
     is_recurrent = False
@@ -51,8 +51,8 @@ class PreNormModel(TextModel):
     def core_layers(self) -> nn.ModuleList:
         return self.layers
 
-    def encode(self, input_ids: Tensor, ctx: AttentionContext) -> Tensor:
-        return self.embed(input_ids)
+    def encode(self, inputs: Tensor, ctx: AttentionContext) -> Tensor:
+        return self.embed(inputs)
 
     def through_layers(self, x: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         for i, block in enumerate(self.layers):

@@ -19,7 +19,7 @@ from rdlm.context import AttentionContext
 from rdlm.denoiser import Denoiser
 from rdlm.layers.modulation import Condition
 from rdlm.layers.table import TokenTable
-from rdlm.models.text import TextModel
+from rdlm.models.backbone import Backbone
 from rdlm.scoring import token_logprobs
 from rdlm.shards import TokenStore
 from rdlm.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def test_a_model_that_knows_nothing_scores_log_vocabulary(loaded: Loaded, data: 
         assert result["nll_interval"] == pytest.approx([math.log(VOCAB)] * 2, abs=1e-5)
 
 
-class Bigram(TextModel):
+class Bigram(Backbone):
     """Logits are ln(count(token, next) + 1): the state is the one-hot token, the read-out the table of counts. A core step keeps the
     state, so every K says the same."""
 
@@ -117,7 +117,7 @@ def test_a_bigram_model_scores_what_its_counts_say(tiny_config: Callable, tokeni
 def test_nll_is_the_mean_of_the_scored_tokens_whatever_the_batch_size(loaded: Loaded, data: Path) -> None:
     store = TokenStore(data, "valid")
     rows = store.rows(np.arange(5), 32)
-    expected = -token_logprobs(loaded.denoiser, loaded.config, rows.input_ids, rows.targets, (2,))[2].mean()
+    expected = -token_logprobs(loaded.denoiser, loaded.config, rows.inputs, rows.targets, (2,))[2].mean()
     for batch_size in (1, 5):
         report = evaluate_nll(loaded, store.windows(32, 160, batch_size), (2,))
         assert report["results"][0]["nll"] == pytest.approx(float(expected), abs=1e-5)
@@ -130,7 +130,7 @@ def test_masked_positions_do_not_count(loaded: Loaded, data: Path) -> None:
     rows.targets[:, 10:] = 5
     report = evaluate_nll(loaded, [rows], (1,))
     other = evaluate_nll(
-        loaded, [type(rows)(rows.input_ids, rows.targets.clamp(max=5) * ~rows.mask + rows.targets * rows.mask, rows.mask)], (1,)
+        loaded, [type(rows)(rows.inputs, rows.targets.clamp(max=5) * ~rows.mask + rows.targets * rows.mask, rows.mask)], (1,)
     )
     assert report["tokens"] == 40 and report["results"] == other["results"]
 

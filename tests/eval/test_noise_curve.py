@@ -66,7 +66,7 @@ def test_the_reference_is_bayes_with_the_prior_at_zero(tiny: Callable[..., Denoi
     table = F.normalize(denoiser.model.wte.weight.detach(), dim=-1)
     z = table[batch.targets[0, 0]] + sigma * torch.randn((1, 1, table.shape[1]), generator=generator(0, 0, 0))[0, 0]
     every = torch.arange(64)[:, None]
-    prior = token_logprobs(denoiser, loaded.config, batch.input_ids.expand(64, 1), every, [3])[3][:, 0]
+    prior = token_logprobs(denoiser, loaded.config, batch.inputs.expand(64, 1), every, [3])[3][:, 0]
     density = -(z - table).square().sum(1) / (2 * sigma**2)
     posterior = (prior + density).log_softmax(0)
     assert found["reference"] == pytest.approx(-float(posterior[batch.targets[0, 0]]), abs=1e-4)

@@ -117,7 +117,7 @@ def test_scoring_asks_the_owner_of_each_level(cut, objective: str, targets: str)
     data = batch()
 
     def scores(ks: list[int]) -> dict[int, torch.Tensor]:
-        return token_logprobs(whole, config, data.input_ids, data.targets, ks, num_draws=2)
+        return token_logprobs(whole, config, data.inputs, data.targets, ks, num_draws=2)
 
     def spoil(b: int) -> None:
         with torch.no_grad():
@@ -125,7 +125,7 @@ def test_scoring_asks_the_owner_of_each_level(cut, objective: str, targets: str)
 
     before = scores([1, 2])
     alone = build(cut(objective, num_blocks=4, targets=targets, block=0), seed=0)
-    assert torch.equal(before[1], token_logprobs(alone, config, data.input_ids, data.targets, [1])[1])
+    assert torch.equal(before[1], token_logprobs(alone, config, data.inputs, data.targets, [1])[1])
     assert [partition_of(config).block_of(s) for s in sampling_levels(config, 4)] == [0, 1, 2, 3]
     assert [partition_of(config).block_of(s) for s in sampling_levels(config, 2)] == [0, 2]
     for b in (1, 3):

@@ -31,9 +31,9 @@ def row_losses(denoiser: Denoiser, batch: Batch) -> torch.Tensor:
     noised = corrupt(denoiser, batch.targets, generator(0, 1))
     z, sigma = (None, None) if noised is None else (noised.z, noised.sigma)
     if denoiser.objective.name == "paper":
-        hidden = two_stream_hidden(denoiser, batch.input_ids, z, sigma)
+        hidden = two_stream_hidden(denoiser, batch.inputs, z, sigma)
     else:
-        hidden = in_place_hidden(denoiser, batch.input_ids, noised, 3, generator(0, 2))
+        hidden = in_place_hidden(denoiser, batch.inputs, noised, 3, generator(0, 2))
     return denoiser.predict(hidden, z, sigma).logits()
 
 

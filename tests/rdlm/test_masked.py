@@ -68,7 +68,7 @@ def test_the_loss_hides_what_it_asks_and_touches_nothing_else(masked_config, awa
     assert torch.equal(terms.total, loss_terms(denoiser, data, step=2, seed=9).total)
     for other in ({"step": 3}, {"seed": 8}, {"rank": 1}, {"micro": 1}):
         assert not torch.equal(terms.total, loss_terms(denoiser, data, **{"step": 2, "seed": 9, **other}).total)
-    unseen = Batch((data.input_ids + 1) % V, data.targets, mask)
+    unseen = Batch((data.inputs + 1) % V, data.targets, mask)
     assert torch.equal(terms.total, loss_terms(denoiser, unseen, step=2, seed=9).total), "it models the targets themselves"
 
 

@@ -131,12 +131,12 @@ def test_edm_weighting_scales_each_position_by_its_own_level(tiny) -> None:
 def test_mask_removes_positions(tiny) -> None:
     denoiser, ids = tiny("huginn", "next_token"), torch.randint(0, V, (B, T + 1))
     batch = batch_of(ids)
-    half = Batch(batch.input_ids, batch.targets, torch.arange(T).expand(B, T) < T // 2)
+    half = Batch(batch.inputs, batch.targets, torch.arange(T).expand(B, T) < T // 2)
     other = batch.targets.clone()
     other[:, T // 2 :] = 0
     terms = loss_terms(denoiser, half, step=0, seed=0)
     assert terms.count.item() == B * T // 2
-    assert terms.total.item() == loss_terms(denoiser, Batch(batch.input_ids, other, half.mask), step=0, seed=0).total.item()
+    assert terms.total.item() == loss_terms(denoiser, Batch(batch.inputs, other, half.mask), step=0, seed=0).total.item()
 
 
 @pytest.mark.parametrize("family", ["huginn", "llama"])

@@ -14,7 +14,7 @@ from rdlm.tasks import GroupProduct, LatinSquare, PointerChasing, Task, parse_ta
 def test_targets_are_running_products(group: str, degree: int) -> None:
     batch = GroupProduct(group, 9).batch(20, seed=3)
     elements = list(permutations(range(degree)))
-    for inputs, targets in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
+    for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
         product = tuple(range(degree))
         for factor, target in zip(inputs, targets, strict=True):
             product = tuple(product[elements[factor][x]] for x in range(degree))  # (a * b)(x) = a(b(x))
@@ -33,7 +33,7 @@ def test_the_table_is_a_group_that_does_not_commute(group: str) -> None:
 
 
 def test_every_element_is_equally_likely_at_every_position() -> None:
-    inputs = GroupProduct("s3", 4).batch(6000, seed=0).input_ids.numpy()
+    inputs = GroupProduct("s3", 4).batch(6000, seed=0).inputs.numpy()
     counts = np.stack([np.bincount(inputs[:, i], minlength=6) for i in range(4)])
     assert (abs(counts - 1000) < 150).all()  # five standard deviations
     pairs = np.bincount(inputs[:, 0] * 6 + inputs[:, 1], minlength=36)
@@ -44,12 +44,12 @@ def test_rows_depend_on_seed_split_and_number_only() -> None:
     task = GroupProduct("s5", 12)
     whole = task.batch(10, seed=7)
     part = task.rows(np.array([8, 2]), seed=7)
-    assert torch.equal(part.input_ids, whole.input_ids[[8, 2]]) and torch.equal(part.targets, whole.targets[[8, 2]])
+    assert torch.equal(part.inputs, whole.inputs[[8, 2]]) and torch.equal(part.targets, whole.targets[[8, 2]])
     rows = [
         tuple(r)
         for split in ("train", "valid", "test")
         for seed in (0, 1, 7)
-        for r in task.rows(np.arange(50), seed, split).input_ids.tolist()
+        for r in task.rows(np.arange(50), seed, split).inputs.tolist()
     ]  # type: ignore[arg-type]
     assert len(set(rows)) == len(rows)
 
@@ -64,21 +64,21 @@ def test_unknown_group_and_length_are_refused() -> None:
 def test_pointers_are_followed_one_hop_further_at_every_position() -> None:
     nodes, hops = 7, 5
     batch = PointerChasing(nodes, hops).rows(np.arange(50), seed=1)
-    assert batch.input_ids.shape == (50, nodes + hops) and batch.mask.sum(1).unique().tolist() == [hops]
-    for inputs, targets, mask in zip(batch.input_ids.tolist(), batch.targets.tolist(), batch.mask.tolist(), strict=True):
+    assert batch.inputs.shape == (50, nodes + hops) and batch.mask.sum(1).unique().tolist() == [hops]
+    for inputs, targets, mask in zip(batch.inputs.tolist(), batch.targets.tolist(), batch.mask.tolist(), strict=True):
         table, here = inputs[:nodes], inputs[nodes]
         assert sorted(table) == list(range(nodes)) and inputs[nodes + 1 :] == [nodes] * (hops - 1)
         for j in range(nodes, nodes + hops):
             here = table[here]
             assert targets[j] == here and mask[j]
         assert len(set(targets[nodes:])) == hops  # one cycle: five hops never come back
-    assert len({tuple(row[:nodes]) for row in batch.input_ids.tolist()}) > 40
+    assert len({tuple(row[:nodes]) for row in batch.inputs.tolist()}) > 40
 
 
 def test_squares_are_latin_and_their_blanks_are_asked_for() -> None:
     task = LatinSquare(5, 13, 16)
     batch = task.rows(np.arange(200), seed=2)
-    given, again = batch.input_ids[:, :25], batch.input_ids[:, 25:]
+    given, again = batch.inputs[:, :25], batch.inputs[:, 25:]
     assert torch.equal(given, again) and not batch.mask[:, :25].any()
     assert torch.equal(batch.mask[:, 25:], given == 5)
     assert sorted(batch.mask.sum(1).unique().tolist()) == [13, 14, 15, 16]
@@ -104,9 +104,9 @@ def test_a_square_is_solved_by_any_completion_and_by_nothing_else() -> None:
 @pytest.mark.parametrize("task", [PointerChasing(6, 3), LatinSquare(4, 2, 9)])
 def test_new_tasks_depend_on_seed_split_and_number_only(task: Task) -> None:
     whole, part = task.rows(np.arange(10), seed=7), task.rows(np.array([8, 2]), seed=7)
-    assert torch.equal(part.input_ids, whole.input_ids[[8, 2]]) and torch.equal(part.targets, whole.targets[[8, 2]])
+    assert torch.equal(part.inputs, whole.inputs[[8, 2]]) and torch.equal(part.targets, whole.targets[[8, 2]])
     others = [task.rows(np.arange(10), seed=7, split="test"), task.rows(np.arange(10), seed=8)]
-    assert all(not torch.equal(whole.input_ids, other.input_ids) for other in others)
+    assert all(not torch.equal(whole.inputs, other.inputs) for other in others)
 
 
 def test_tasks_are_named() -> None:

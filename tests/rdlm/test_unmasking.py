@@ -182,11 +182,11 @@ def test_bound_of_a_continuation_tells_the_layers_the_share_that_is_hidden(maske
 def test_scores_are_named_a_bound_and_tokens_have_none(masked_config) -> None:
     shape, data = masked_config(), batch(2)
     denoiser = build(shape, seed=0)
-    found = token_logprobs(denoiser, shape, data.input_ids, data.targets, [1, 4], num_draws=3)
+    found = token_logprobs(denoiser, shape, data.inputs, data.targets, [1, 4], num_draws=3)
     assert found[4].shape == (2, T) and torch.equal(-found[4], bound(denoiser, data.targets, 4, num_draws=3))
     assert estimator_of(shape, 4, 3) == "upper bound of the NLL, not its value: K = 4 unmasking steps, 3 stratified draws"
     with pytest.raises(UserError, match="no next token"):
-        token_scores(denoiser, shape, data.input_ids, data.targets, [1])
+        token_scores(denoiser, shape, data.inputs, data.targets, [1])
 
 
 # Sampling ---------------------------------------------------------------------------------------------------------------------

@@ -42,9 +42,7 @@ def corpus(request: pytest.FixtureRequest, folder: Path) -> Corpus:
 def _global_rows(corpus: Corpus, step: int, world: int, micro_size: int, seed: int = 5) -> torch.Tensor:
     return torch.cat(
         [
-            corpus.batch(
-                step, seed=seed, global_batch=8, rank=rank, world=world, micro_index=micro, micro_size=micro_size
-            ).input_ids
+            corpus.batch(step, seed=seed, global_batch=8, rank=rank, world=world, micro_index=micro, micro_size=micro_size).inputs
             for rank in range(world)
             for micro in range(8 // world // micro_size)
         ]
@@ -65,7 +63,7 @@ def test_each_window_comes_once_an_epoch_in_another_order(folder: Path) -> None:
     store = TokenStore(folder, "train")
     count = store.num_windows(16)
     rows = torch.cat([_global_rows(corpus, step, 2, 2) for step in range(2 * count // 8 + 1)])
-    ordered = store.rows(np.arange(count), 16).input_ids
+    ordered = store.rows(np.arange(count), 16).inputs
     for epoch in (rows[:count], rows[count : 2 * count]):
         assert sorted(epoch.tolist()) == sorted(ordered.tolist())
     assert not torch.equal(rows[:count], rows[count : 2 * count]) and not torch.equal(rows[:count], ordered)
@@ -87,7 +85,7 @@ def test_targets_are_the_next_tokens_across_shards(folder: Path) -> None:
     stream = np.concatenate([np.fromfile(folder / s.file, dtype="<u2") for s in store.info.shards])
     assert len(stream) == len(store) == store.info.tokens
     windows = list(store.windows(16, None, batch_size=5))
-    inputs, targets = (torch.cat([getattr(w, name) for w in windows]).flatten() for name in ("input_ids", "targets"))
+    inputs, targets = (torch.cat([getattr(w, name) for w in windows]).flatten() for name in ("inputs", "targets"))
     assert inputs.tolist() == stream[: len(inputs)].tolist() and targets.tolist() == stream[1 : len(inputs) + 1].tolist()
     assert (len(store) - 1) // 16 * 16 == len(inputs)
     assert sum(w.targets.numel() for w in store.windows(16, 100, batch_size=4)) == 96
@@ -95,7 +93,7 @@ def test_targets_are_the_next_tokens_across_shards(folder: Path) -> None:
 
 
 def test_held_out_windows_repeat_and_share_nothing_with_training(corpus: Corpus) -> None:
-    first, second = ([w.input_ids for w in corpus.windows(320, 4)] for _ in range(2))
+    first, second = ([w.inputs for w in corpus.windows(320, 4)] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     trained = {tuple(r) for step in range(20) for r in _global_rows(corpus, step, 1, 8).tolist()}
     held_out = [tuple(r) for w in first for r in w.tolist()]

@@ -1,4 +1,4 @@
-"""What every text architecture answers to, and the parts that do not differ between them."""
+"""What every architecture that names something (tokens, classes) answers to, and the parts that do not differ between them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rdlm.context import AttentionContext
+from rdlm.context import AttentionContext, CausalContext
 from rdlm.layers.modulation import Condition, Modulation, NoiseEmbedding
 from rdlm.layers.norm import RMSNorm
 from rdlm.layers.table import TokenTable
 
 
-class TextModel(nn.Module, ABC):
-    """embed -> encode -> core (any number of times) -> decode -> logits.
+class Backbone(nn.Module, ABC):
+    """encode -> core (any number of times) -> decode -> logits.
 
-    Shapes: input_ids [B, T] int64; e, state, hidden [B, T, D]; logits [..., V]; cond: one entry per core layer.
+    Shapes: inputs, of text, [B, T] int64; e, state, hidden [B, T, D]; logits [..., V]; cond: one entry per core layer.
     A subclass sets the attributes below and defines encode, core and decode.
     """
 
@@ -34,13 +34,15 @@ class TextModel(nn.Module, ABC):
     embed_scale: float = 1.0
     is_recurrent: bool
     """Whether the core may run more than once."""
+    is_causal: bool = True
+    """Whether rows of whole sequences see only what precedes them."""
     modulates_in_layers: bool = False
     """Whether a core layer computes its modulation itself whenever it runs, instead of once per level for all core steps. A layer that
     is recomputed then keeps nothing of it."""
 
     @abstractmethod
-    def encode(self, input_ids: Tensor, ctx: AttentionContext) -> Tensor:
-        """Everything that depends on the tokens alone, computed once for all K steps. -> e [B, T, D]"""
+    def encode(self, inputs: Tensor, ctx: AttentionContext) -> Tensor:
+        """Everything that depends on the inputs alone, computed once for all K steps. -> e [B, T, D]"""
 
     @abstractmethod
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
@@ -53,6 +55,10 @@ class TextModel(nn.Module, ABC):
     @abstractmethod
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw every weight from ``generator`` in fp32; each architecture tables what it draws."""
+
+    def context(self, inputs: Tensor) -> AttentionContext:
+        """How the rows of whole sequences see each other where nothing is cached."""
+        return CausalContext(inputs.shape[1], inputs.device)
 
     def initial_state(self, e: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """State before the first step: zeros unless the architecture says otherwise."""
