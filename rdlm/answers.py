@@ -1,4 +1,4 @@
-"""Answers at every position of a task whose targets are not the input shifted by one (rdlm/tasks.py), against K."""
+"""Answers to what is asked all at once, against K: every position of a task (rdlm/tasks.py), or the class of an image."""
 
 from __future__ import annotations
 
@@ -9,51 +9,60 @@ from torch import Tensor
 
 from rdlm.config import CheckpointConfig
 from rdlm.context import AttentionContext
+from rdlm.decoding_types import Bridge
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
 from rdlm.randomness import generator
-from rdlm.sampler import hard_bridge_chain, renoise, sampling_levels
+from rdlm.sampler import hard_bridge_chain, renoise, sampling_levels, soft_bridge, soft_bridge_chain
 from rdlm.scoring import think
 
 
 @torch.no_grad()
 def greedy_answers(
-    denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, ks: Sequence[int], seed: int = 0
+    denoiser: Denoiser, config: CheckpointConfig, inputs: Tensor, ks: Sequence[int], seed: int = 0, bridge: Bridge = "hard"
 ) -> dict[int, Tensor]:
-    """Most probable answer at each position: input_ids [B, T] int64 -> {K: [B, T] int64}.
+    """Most probable answer to each target: inputs [B, T] int64 -> {K: [B, T] int64}, images [B, C, H, W] -> {K: [B, 1]}.
 
-    thinking: arg max after K core steps. sampling: K noise levels, the arg max of all positions re-noised together in between,
-    so that a position may use what earlier positions have answered so far.
+    thinking: arg max after K core steps. sampling: K noise levels, over hard bridges the arg max of all positions re-noised together
+    in between, so that a position may use what earlier positions have answered so far; over soft ones the ODE (``check_bridge``).
     """
     if config.objective.k_meaning == "sampling":
-        return {k: _denoised(denoiser, config, input_ids, k, seed) for k in ks}
+        return {k: _denoised(denoiser, config, inputs, k, seed, bridge) for k in ks}
     out, wanted = {}, set(ks)
 
     def read(k: int, state: Tensor, ctx: AttentionContext) -> None:
         if k in wanted:
             out[k] = denoiser.predict(denoiser.model.decode(state, ctx)).prior.argmax(-1)
 
-    think(denoiser, input_ids, max(wanted), seed, read)
+    think(denoiser, inputs, max(wanted), seed, read)
     return out
 
 
-def _denoised(denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, num_steps: int, seed: int) -> Tensor:
-    rng, width = generator(seed), denoiser.model.wte.weight.shape[1]
+def _denoised(denoiser: Denoiser, config: CheckpointConfig, inputs: Tensor, num_steps: int, seed: int, bridge: Bridge) -> Tensor:
+    rng, shape = generator(seed), denoiser.model.target_shape(inputs)
+    levels, top = sampling_levels(config, num_steps), config.noise.sigma_max
 
     def predict(z: Tensor | None, sigma: float | None) -> Prediction:
         if z is None or sigma is None:
-            levels, noised = None, None
+            told, noised = None, None
         else:
-            levels = torch.full(input_ids.shape, sigma, device=input_ids.device)
-            noised = Noised(z, levels, torch.ones_like(input_ids, dtype=torch.bool))
+            told = torch.full(shape, sigma, device=inputs.device)
+            noised = Noised(z, told, torch.ones(shape, dtype=torch.bool, device=inputs.device))
         owner = denoiser.at(sigma)
         if owner.two_streams:
-            return owner.predict(two_stream_hidden(owner, input_ids, z, levels), z, levels)
-        return owner.predict(in_place_hidden(owner, input_ids, noised, 1, rng), z, levels)
+            return owner.predict(two_stream_hidden(owner, inputs, z, told), z, told)
+        return owner.predict(in_place_hidden(owner, inputs, noised, 1, rng), z, told)
+
+    def noise() -> Tensor:
+        return torch.randn((*shape, config.model.d_model), generator=rng).to(inputs.device)
 
     def again(ids: Tensor, sigma: float) -> Tensor:
-        noise = torch.randn((*ids.shape, width), generator=rng).to(ids.device)
-        return renoise(denoiser.at(sigma), ids, torch.full(ids.shape, sigma, device=ids.device), noise)
+        return renoise(denoiser.at(sigma), ids, torch.full(shape, sigma, device=ids.device), noise())
 
-    ids, _ = hard_bridge_chain(predict, lambda p: p.logits().argmax(-1), again, sampling_levels(config, num_steps))
-    return ids
+    if bridge == "hard":
+        return hard_bridge_chain(predict, lambda p: p.logits().argmax(-1), again, levels)[0]
+
+    def estimate(prediction: Prediction, sigma: float | None) -> Tensor:
+        return soft_bridge(prediction.logits(), denoiser.at(sigma).unit_table())
+
+    return soft_bridge_chain(predict, estimate, top * noise(), levels, top, bridge == "multistep").logits().argmax(-1)

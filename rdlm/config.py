@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from rdlm.errors import UserError
-from rdlm.model_config import FAMILIES, ModelConfig, Strict
+from rdlm.model_config import FAMILIES, ImageConfig, ModelConfig, Strict
 
 SCHEMA_VERSION = 1
 
@@ -102,11 +102,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "paper": {"depth": {}, "corruption": {"share": 1.0, "distribution": "lognormal", "per": "sequence"}, "readout": "edm"},
     "masked": {"depth": {}, "corruption": {"share": 0.0}, "readout": "plain", "masking": {}},
+    "classify": {"depth": {}, "corruption": {"share": 0.0}, "readout": "plain"},
+    "edm": {
+        "depth": {},
+        "corruption": {"share": 1.0, "distribution": "lognormal", "per": "sequence"},
+        "readout": "edm",
+        "loss_weighting": "edm",
+        "label_dropout": 0.1,
+    },
 }
-"""Where each named objective sits on the dials; ``masked`` has one of its own. ``single_pass`` is the default, for the reasons in
-docs/architecture.md."""
+"""Where each named objective sits on the dials. ``masked`` has one of its own, ``classify`` and ``edm`` are of images.
+``single_pass`` is the default, for the reasons in docs/architecture.md."""
 
-ObjectiveName = Literal["single_pass", "onestep", "evidence", "paper", "bptt", "next_token", "masked"]
+ObjectiveName = Literal["single_pass", "onestep", "evidence", "paper", "bptt", "next_token", "masked", "classify", "edm"]
 
 
 class ObjectiveConfig(Strict):
@@ -118,7 +126,9 @@ class ObjectiveConfig(Strict):
     readout: Literal["plain", "evidence", "edm"] = "plain"
     """plain: logits = W h. evidence: W h + a <E, z> / sigma^2. edm: logits of c_skip z + c_out h (the published form)."""
     loss_weighting: Literal["none", "edm"] = "none"
-    """Per-position weight of the cross-entropy; edm is w(sigma) of Karras et al. 2022, applied per position."""
+    """Per-position weight of the loss; edm is w(sigma) of Karras et al. 2022, applied per position."""
+    label_dropout: float = Field(0.0, ge=0, lt=1)
+    """Objective ``edm``: share of the images whose class is not told, which guidance needs."""
     masking: MaskingConfig | None = None
     """Set for objective ``masked`` alone."""
 
@@ -150,8 +160,16 @@ class ObjectiveConfig(Strict):
             raise ValueError(
                 "objective 'paper' is one forward pass with the edm read-out; use single_pass or evidence to vary the dials"
             )
-        if readout == "edm" and self.name != "paper":
-            raise ValueError("readout 'edm' belongs to objective 'paper'")
+        if (readout == "edm") != (self.name in ("paper", "edm")):
+            raise ValueError("readout 'edm' belongs to objectives 'paper' and 'edm', which need it")
+        if self.name == "edm" and (self.depth.mean != 1 or self.corruption.share != 1 or self.corruption.per != "sequence"):
+            raise ValueError(
+                "objective 'edm' noises every image at one level and runs once: depth and corruption.share are not its dials"
+            )
+        if self.name == "classify" and noisy:
+            raise ValueError("objective 'classify' noises nothing: use paper or evidence")
+        if self.label_dropout and self.name != "edm":
+            raise ValueError("label_dropout belongs to objective 'edm'")
         return self
 
     @property
@@ -230,12 +248,28 @@ class CheckpointConfig(Strict):
     @property
     def estimator(self) -> str:
         """Which of the model's token likelihoods is normalised: see rdlm/scoring.py."""
+        if self.objective.name == "edm":
+            return "none: it denoises images"
         if self.objective.masking is not None:
             return "none by token; `rdlm eval nll` gives an upper bound of the NLL"
         return "logits after K iterations" if self.objective.k_meaning == "thinking" else "logits at sigma_max with z = 0 (K = 1)"
 
+    def check_text(self, what: str) -> None:
+        """Raises UserError for a model of images."""
+        if isinstance(self.model, ImageConfig):
+            problem = f"a model of images has no tokens, which {what} needs"
+            remedy = "use `rdlm eval accuracy`" if self.model.family == "vit" else "use `rdlm images` or `rdlm eval fid`"
+            raise UserError("checkpoint", self.name, problem, remedy)
+
+    def check_family(self, what: str, family: str) -> None:
+        """Raises UserError for a model of another family than ``what`` is about."""
+        if self.model.family != family:
+            problem = f"family {self.model.family!r} is not {family!r}, which {what} is about"
+            raise UserError("checkpoint", self.name, problem, f"give a checkpoint of family {family!r}")
+
     def check_next_token(self, what: str) -> None:
         """Raises UserError where the model has no next token, which ``what`` needs: masked diffusion fills all positions at once."""
+        self.check_text(what)
         if self.objective.masking is not None:
             problem = f"a masked diffusion model has no next token, which {what} needs"
             raise UserError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -136,3 +137,16 @@ class Denoiser(nn.Module):
             return hidden * denoise_scalings(sigma_max, self.noise.sigma_data).c_out.to(hidden.dtype)
         c = denoise_scalings(sigma, self.noise.sigma_data)
         return (c.c_skip.unsqueeze(-1) * z + c.c_out.unsqueeze(-1) * hidden.float()).to(hidden.dtype)
+
+
+class Rowless(Denoiser):
+    """A denoiser of what is not a row of a table: tokens that are hidden, pixels."""
+
+    def clean(self, targets: Tensor) -> NoReturn:
+        raise TypeError("this denoiser noises no rows")
+
+    def unit_table(self) -> NoReturn:
+        raise TypeError("this denoiser noises no rows")
+
+    def inject(self, z: Tensor, sigma: Tensor) -> NoReturn:
+        raise TypeError("this denoiser noises no rows")

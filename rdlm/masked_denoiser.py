@@ -5,17 +5,17 @@ Shapes: ids [B, T] int64 with ``mask_id`` where hidden; level [B] fp32 in (0, 1]
 
 from __future__ import annotations
 
-from typing import NoReturn, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from rdlm.denoiser import Denoiser
+from rdlm.denoiser import Rowless
 from rdlm.layers.modulation import Condition
 from rdlm.models.masked import Masked
 
 
-class MaskedDenoiser(Denoiser):
+class MaskedDenoiser(Rowless):
     """What Denoiser is, without rows that are noised: ids are hidden instead. The read-out is plain."""
 
     @property
@@ -33,12 +33,3 @@ class MaskedDenoiser(Denoiser):
         e = self.model.encode(ids, ctx)
         cond = self.condition(level.float().to(ids.device).unsqueeze(1), e)
         return self.model.decode(self.step(self.model.initial_state(e), e, cond, ctx), ctx)
-
-    def clean(self, targets: Tensor) -> NoReturn:
-        raise TypeError("masked diffusion noises no rows")
-
-    def unit_table(self) -> NoReturn:
-        raise TypeError("masked diffusion noises no rows")
-
-    def inject(self, z: Tensor, sigma: Tensor) -> NoReturn:
-        raise TypeError("masked diffusion noises no rows")

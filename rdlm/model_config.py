@@ -52,18 +52,14 @@ class HuginnConfig(Strict):
 
 
 class PreNormConfig(Strict):
-    """Pre-norm transformer with RoPE and a gated MLP; its layers are the core."""
+    """A stack of pre-norm transformer layers with gated MLPs; the layers are the core."""
 
     family: str
-    vocab_size: int = Field(ge=2)
     d_model: int = Field(ge=8)
     num_heads: int = Field(ge=1)
     mlp_width: int = Field(ge=8)
     num_layers: int = Field(ge=1)
-    max_seq_len: int = Field(ge=2)
-    rope_base: float = Field(10_000.0, gt=0)
     norm_eps: float = Field(1e-5, gt=0)
-    tie_embeddings: bool = True
     noise_conditioning: bool = False
     noise_embed_dim: int = Field(64, ge=8)
 
@@ -73,7 +69,46 @@ class PreNormConfig(Strict):
         return self
 
 
-class LlamaConfig(PreNormConfig):
+class TextConfig(PreNormConfig):
+    """Of rows of tokens, with RoPE."""
+
+    vocab_size: int = Field(ge=2)
+    max_seq_len: int = Field(ge=2)
+    rope_base: float = Field(10_000.0, gt=0)
+    tie_embeddings: bool = True
+
+
+class ImageConfig(PreNormConfig):
+    """Of square images with a class each, cut into square patches."""
+
+    image_size: int = Field(ge=2)
+    """Pixels of a side."""
+    patch_size: int = Field(ge=1)
+    num_channels: int = Field(3, ge=1)
+    num_classes: int = Field(ge=2)
+
+    @model_validator(mode="after")
+    def _patches(self) -> ImageConfig:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size ({self.patch_size}) must divide image_size ({self.image_size})")
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def vocab_size(self) -> int:
+        """What a class is one of."""
+        return self.num_classes
+
+    @property
+    def max_seq_len(self) -> int:
+        """Targets of an example: its class."""
+        return 1
+
+
+class LlamaConfig(TextConfig):
     """Autoregressive, with grouped-query attention."""
 
     family: Literal["llama"] = "llama"
@@ -87,14 +122,29 @@ class LlamaConfig(PreNormConfig):
         return self
 
 
-class MaskedConfig(PreNormConfig):
+class MaskedConfig(TextConfig):
     """Bidirectional: fills in hidden tokens (MD4, Shi et al. 2024). The input knows one id more than the read-out, the mask."""
 
     family: Literal["masked"] = "masked"
 
 
-ModelConfig = Annotated[HuginnConfig | LlamaConfig | MaskedConfig, Field(discriminator="family")]
-FAMILIES = ("huginn", "llama", "masked")
+class VitConfig(ImageConfig):
+    """Names the class of an image (Dosovitskiy et al. 2021): the noised class row, if there is one, is a row beside the patches."""
+
+    family: Literal["vit"] = "vit"
+
+
+class DitConfig(ImageConfig):
+    """Denoises images given their class (Peebles and Xie 2023)."""
+
+    family: Literal["dit"] = "dit"
+    noise_conditioning: bool = True
+    noise_embed_dim: int = Field(256, ge=8)
+    """Width of what drives AdaLN, level and class added up; one vector an image, so it may be wide."""
+
+
+ModelConfig = Annotated[HuginnConfig | LlamaConfig | MaskedConfig | VitConfig | DitConfig, Field(discriminator="family")]
+FAMILIES = ("huginn", "llama", "masked", "vit", "dit")
 
 
 def _check_heads(d_model: int, num_heads: int) -> None:

@@ -1,4 +1,4 @@
-"""Training objectives for text: one function with two dials, and the published two-stream form. No loop, no optimizer.
+"""Training objectives: one function with two dials, and the published two-stream form. No loop, no optimizer.
 
 Dial one, ``objective.depth``: how often the core runs (r) and how many of those runs carry gradient.
 Dial two, ``objective.corruption``: which positions start from a noised copy of their target, and at which level sigma.
@@ -16,7 +16,8 @@ Dial two, ``objective.corruption``: which positions start from a noised copy of 
 Each makes one backward pass through at most ``grad_steps`` core runs and minimises the cross-entropy of the next token given
 clean context (and, where noised, z = y + sigma eps of that token): a mixture over sigma and r of proper scoring rules.
 
-``masked`` is no next-token objective: see ``masked_terms``.
+``masked`` is no next-token objective: see ``masked_terms``. Of images, ``classify`` is ``next_token`` with the class of an image as the
+one target, ``paper`` and ``evidence`` noise the row of that class, and ``edm`` denoises the image: see ``edm_terms``.
 
 Shapes: B sequences, T positions, D width. Row i predicts targets[i] and may see targets[j >= i] in no way but through its own z_i.
 """
@@ -32,6 +33,7 @@ from torch import Tensor
 from rdlm.config import CorruptionConfig, DepthConfig
 from rdlm.context import TwoStreamContext
 from rdlm.denoiser import Denoiser
+from rdlm.image_denoiser import ImageDenoiser
 from rdlm.masked_denoiser import MaskedDenoiser
 from rdlm.masking import LinearMasking, hide, spread
 from rdlm.noise import edm_weight
@@ -127,6 +129,8 @@ def loss_terms(denoiser: Denoiser, batch: Batch, *, step: int, seed: int, rank: 
     noise_rng = generator(seed, _NOISE_KEY, step, rank, micro, *which)
     if isinstance(denoiser, MaskedDenoiser):
         return masked_terms(denoiser, batch, noise_rng)
+    if isinstance(denoiser, ImageDenoiser):
+        return edm_terms(denoiser, batch, noise_rng)
     noised = corrupt(denoiser, batch.targets, noise_rng)
     num_steps = num_recurrences(denoiser.objective.depth, step, seed)
     if denoiser.two_streams:
@@ -155,6 +159,25 @@ def masked_terms(denoiser: MaskedDenoiser, batch: Batch, rng: torch.Generator) -
     total, losses = denoiser.loss(hidden[hidden_ones], batch.targets[hidden_ones], weight[hidden_ones])
     metrics = {"core_steps": torch.ones(()), "ce": losses.sum() / max(1, len(losses))}  # a tiny batch may hide nothing
     return LossTerms(total, batch.mask.sum().float(), metrics)
+
+
+def edm_terms(denoiser: ImageDenoiser, batch: Batch, rng: torch.Generator) -> LossTerms:
+    """Weighted squared error of the denoised image, mean over its values (Karras et al. 2022, Eq. 8; DiffusionBlocks Eq. 6).
+
+    One level an image. ``label_dropout`` of the images are denoised without their class (Ho and Salimans 2022).
+    """
+    images, classes = batch.inputs, batch.targets[:, 0]
+    sigma = draw_levels(denoiser.objective.corruption, denoiser, (len(images), 1), rng)[0][:, 0].to(images.device)
+    untold = torch.rand(len(images), generator=rng) < denoiser.objective.label_dropout
+    classes = classes.masked_fill(untold.to(classes.device), denoiser.no_class)
+    noise = torch.randn(images.shape, generator=rng).to(images.device)
+    x0 = denoiser.estimate(images + sigma.view(-1, 1, 1, 1) * noise, sigma, classes)
+    losses = (x0 - images).square().flatten(1).mean(1)  # [B]
+    weight = batch.mask[:, 0].float()
+    if denoiser.objective.loss_weighting == "edm":
+        weight = weight * edm_weight(sigma, denoiser.noise.sigma_data)
+    metrics = {"core_steps": torch.ones(()), "squared_error": losses.detach().mean()}
+    return LossTerms((losses * weight).sum(), batch.mask.sum().float(), metrics)
 
 
 def in_place_hidden(denoiser: Denoiser, inputs: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:

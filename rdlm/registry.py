@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -10,17 +11,31 @@ from rdlm.blockwise import Blockwise, blocks_of
 from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
+from rdlm.image_denoiser import ImageDenoiser
 from rdlm.masked_denoiser import MaskedDenoiser
-from rdlm.model_config import HuginnConfig, LlamaConfig, MaskedConfig, ModelConfig
+from rdlm.model_config import DitConfig, HuginnConfig, LlamaConfig, MaskedConfig, ModelConfig, VitConfig
 from rdlm.models.backbone import Backbone
+from rdlm.models.dit import Dit
 from rdlm.models.huginn import Huginn
 from rdlm.models.llama import Llama
 from rdlm.models.masked import Masked
+from rdlm.models.vit import Vit
 from rdlm.partition import Block, partition_of
 from rdlm.randomness import generator
 from rdlm.targets import frozen_rows
 
 _INIT_KEY = 5
+
+
+OF_TEXT = ("single_pass", "onestep", "evidence", "paper", "bptt", "next_token")
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "huginn": OF_TEXT,
+    "llama": OF_TEXT,
+    "masked": ("masked",),
+    "vit": ("classify", "paper", "evidence"),
+    "dit": ("edm",),
+}
+"""What each family can be trained with."""
 
 
 def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
@@ -32,12 +47,17 @@ def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
         case HuginnConfig():
             if layers is not None and len(layers) < config.num_layers:
                 problem = "a recurrent core is one denoiser of every level: there is nothing to cut"
-                raise UserError("blocks.num_blocks", "> 1", problem, "use num_blocks 1, or family llama or masked")
+                raise UserError("blocks.num_blocks", "> 1", problem, "use num_blocks 1, or another family")
             return Huginn(config)
         case LlamaConfig():
             return Llama(config, layers)
         case MaskedConfig():
             return Masked(config, layers)
+        case VitConfig():
+            return Vit(config, layers)
+        case DitConfig():
+            # It shares with the others what trainers and checkpoints ask of a network; only an ImageDenoiser runs it.
+            return cast(Backbone, Dit(config, layers))
 
 
 def build(config: CheckpointConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Denoiser:
@@ -47,9 +67,11 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
     its weights are the same as when all are built. Raises UserError where objective, model and blocks contradict each other.
     """
     objective, model = config.objective, config.model
-    if (objective.masking is not None) != isinstance(model, MaskedConfig):
-        problem = f"family {model.family!r} cannot be trained with it: the family masked and the objective masked need each other"
-        raise UserError("objective.name", objective.name, problem, "use both or neither")
+    if objective.name not in OBJECTIVES[model.family]:
+        problem = f"family {model.family!r} cannot be trained with it"
+        raise UserError(
+            "objective.name", objective.name, problem, f"use {' or '.join(OBJECTIVES[model.family])}, or another family"
+        )
     if objective.noisy != model.noise_conditioning:
         raise UserError(
             "model.noise_conditioning", model.noise_conditioning,
@@ -84,6 +106,8 @@ def _denoiser(config: CheckpointConfig, block: Block | None) -> Denoiser:
     layers = None if block is None else block.partition.layers[block.index]
     if config.objective.masking is not None:
         return MaskedDenoiser(build_model(model, layers), config.objective, config.noise, block)
+    if isinstance(model, DitConfig):
+        return ImageDenoiser(build_model(model, layers), config.objective, config.noise, block)
     targets = None
     if blocks is not None and blocks.targets == "frozen":
         targets = partial(frozen_rows, blocks.target_seed, model.vocab_size, model.d_model)
@@ -94,7 +118,9 @@ def _check_blocks(config: CheckpointConfig) -> None:
     count = 1 if config.blocks is None else config.blocks.num_blocks
     if config.blocks is not None and not config.objective.noisy:
         problem = f"objective {config.objective.name!r} has no noise levels to share out"
-        raise UserError("blocks", f"num_blocks {count}", problem, "use objective paper, evidence or masked, or drop the section")
+        raise UserError(
+            "blocks", f"num_blocks {count}", problem, "use objective paper, evidence, masked or edm, or drop the section"
+        )
     if count > 1 and config.objective.k_meaning == "thinking":
         problem = f"objective {config.objective.name!r} iterates its layers, which blocks do not share"
         raise UserError("blocks.num_blocks", count, problem, "use objective paper or evidence, or num_blocks 1")

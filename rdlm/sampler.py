@@ -183,3 +183,29 @@ def hard_bridge_chain(
     ids, prediction = run(step, start, len(levels))
     assert ids is not None and prediction is not None
     return ids, prediction
+
+
+def soft_bridge_chain(
+    predict: Callable[[Tensor | None, float | None], Prediction],
+    estimate: Callable[[Prediction, float | None], Tensor],
+    start: Tensor,
+    levels: list[float | None],
+    top: float,
+    multistep: bool = False,
+) -> Prediction:
+    """Follow the ODE through K levels and read out at the last. start: z [..., D] at level ``top``, which stands for z = 0 (None).
+
+    estimate: prediction and its level -> x0 [..., D], ``soft_bridge`` of its logits and the table of the level's owner.
+    """
+
+    def step(carry: tuple[Flow, Prediction | None], k: int) -> tuple[Flow, Prediction | None]:
+        at, sigma = carry[0], levels[k]
+        prediction = predict(None if sigma is None else at.z, sigma)
+        if k + 1 < len(levels):
+            at = flow_step(at, estimate(prediction, sigma), sigma or top, levels[k + 1] or 0.0, multistep)
+        return at, prediction
+
+    begin: tuple[Flow, Prediction | None] = (Flow(start), None)
+    prediction = run(step, begin, len(levels))[1]
+    assert prediction is not None
+    return prediction

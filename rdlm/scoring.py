@@ -100,6 +100,12 @@ def token_logprobs(
 
 
 @torch.no_grad()
+def class_scores(denoiser: Denoiser, images: Tensor, classes: Tensor) -> TokenScores:
+    """Log p of the classes [B, 1] of images [B, C, H, W] after one pass at z = 0: normalised, that is K = 1."""
+    return _at_prior(denoiser.at(None), images, classes)
+
+
+@torch.no_grad()
 def think(
     denoiser: Denoiser, inputs: Tensor, num_steps: int, seed: int, on_step: Callable[[int, Tensor, AttentionContext], None]
 ) -> None:

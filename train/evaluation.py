@@ -1,39 +1,40 @@
-"""Held-out NLL against K during training, through rdlm/scoring.py; the processes share the windows."""
+"""Held-out figures during training, through the code that evaluates checkpoints; the processes share the windows."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rdlm.answers import greedy_answers
 from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser
+from rdlm.model_config import VitConfig
 from rdlm.objectives import Batch, loss_terms
-from rdlm.scoring import token_logprobs
+from rdlm.scoring import class_scores, token_logprobs
 from train.corpora import Corpus
 from train.settings import TrainConfig
 
 
-def held_out_nll(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: torch.device) -> dict[str, float]:
-    """{"K=4": nats per token} on the first ``evaluation.max_tokens`` of the validation split. Collective.
+def held_out(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: torch.device) -> dict[str, float]:
+    """Means over the first ``evaluation.max_tokens`` targets of the validation split. Collective.
 
-    stage: train.loop.Stage. rdlm/scoring.py says which of the values is a normalised likelihood. A block alone has no likelihood:
-    it reports {"denoising": cross-entropy} of its own noise levels, with the same noise at every call.
+    Text: {"K=4": nats per token}; rdlm/scoring.py says which of the values is a normalised likelihood. ViT: {"K=1": nats per image,
+    "accuracy, K=4": share}. A block alone and DiT have neither: {"denoising": loss} of their own noise levels, with the same noise at
+    every call. stage: train.loop.Stage.
     """
-    rank, world, ks = dist.get_rank(), dist.get_world_size(), config.evaluation.steps
-    names = ["denoising"] if config.block is not None else [f"K={k}" for k in ks]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    names, function = _asked(config)
     batches = list(corpus.windows(config.evaluation.max_tokens, config.batch.micro_size or 8))
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
     for first in range(0, len(batches), world):
         mine = first + rank
         batch = batches[min(mine, len(batches) - 1)]  # under ZeRO 3 every process must make the same calls
-        here = batch.to(device)
         with torch.no_grad():
-            if config.block is not None:
-                totals = stage(_denoising, here, config.seed, mine).double()  # [1]
-            else:
-                scores = stage(_scores, config.checkpoint_config, here.inputs, here.targets, ks)[:, here.mask]
-                totals = -scores.double().sum(1)  # [len(ks)]
+            totals = stage(function, batch.to(device), mine).double()  # [len(names)]
         if mine < len(batches):
             sums += torch.tensor([*totals.tolist(), float(batch.mask.sum())], dtype=torch.float64)
     sums = sums.to(device)
@@ -41,13 +42,28 @@ def held_out_nll(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: 
     return {name: float(sums[i] / sums[-1]) for i, name in enumerate(names)}
 
 
-def _denoising(denoiser: Denoiser, batch: Batch, seed: int, index: int) -> Tensor:
-    """Sum of the batch's cross-entropies at the objective's levels: [1]."""
+def _asked(config: TrainConfig) -> tuple[list[str], Callable[[Denoiser, Batch, int], Tensor]]:
+    """Names, and a function of (denoiser, batch, its number) to their sums over the batch. It returns one tensor: DeepSpeed's hooks
+    cannot read a dictionary with integer keys."""
+    ks = config.evaluation.steps
+    if config.block is not None or config.objective.name == "edm":
+        return ["denoising"], partial(_denoising, config.seed)
+    if isinstance(config.model, VitConfig):
+        return ["K=1", *(f"accuracy, K={k}" for k in ks)], partial(_classes, config.checkpoint_config, ks)
+    return [f"K={k}" for k in ks], partial(_tokens, config.checkpoint_config, ks)
+
+
+def _denoising(seed: int, denoiser: Denoiser, batch: Batch, index: int) -> Tensor:
     terms = loss_terms(denoiser, batch, step=0, seed=seed, micro=index)
-    return (terms.metrics["ce"] * terms.count).unsqueeze(0)
+    return (terms.metrics["ce"] * terms.count if "ce" in terms.metrics else terms.total).unsqueeze(0)
 
 
-def _scores(denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, targets: Tensor, ks: tuple[int, ...]) -> Tensor:
-    """One tensor [len(ks), B, T]: DeepSpeed's hooks cannot read a dictionary with integer keys."""
-    scores = token_logprobs(denoiser, config, input_ids, targets, ks)
-    return torch.stack([scores[k] for k in ks])
+def _classes(config: CheckpointConfig, ks: tuple[int, ...], denoiser: Denoiser, batch: Batch, index: int) -> Tensor:
+    answers = greedy_answers(denoiser, config, batch.inputs, ks, seed=index)
+    right = [(answers[k] == batch.targets).sum() for k in ks]
+    return torch.stack([-class_scores(denoiser, batch.inputs, batch.targets).logprobs.sum(), *right])
+
+
+def _tokens(config: CheckpointConfig, ks: tuple[int, ...], denoiser: Denoiser, batch: Batch, index: int) -> Tensor:
+    scores = token_logprobs(denoiser, config, batch.inputs, batch.targets, ks)
+    return torch.stack([-scores[k][batch.mask].double().sum() for k in ks])

@@ -28,7 +28,7 @@ from train.block_engines import BlockEngines, ResidentEngines
 from train.corpora import Corpus
 from train.ds_config import ds_config
 from train.engine_state import full_precision_weights, unreported_grad_norm
-from train.evaluation import held_out_nll
+from train.evaluation import held_out
 from train.metrics import MetricsLog, Progress, peak_memory, plot_loss, read
 from train.optimizer import build_optimizer
 from train.residency import InHost, OnDisk
@@ -244,9 +244,9 @@ class Trainer:
         # Resident blocks are asked for K = 1 alone (train/settings.py), which is block 0.
         one = len(self.engines) == 1 or self.config.resident is not None
         stage = self.engines.choose(0).module if one else Stage(self.denoiser)
-        nll = held_out_nll(stage, self.config, self.corpus, self.device)
+        found = held_out(stage, self.config, self.corpus, self.device)
         if report is not None:
-            report.held_out(nll)
+            report.held_out(found)
 
 
 def _loss(denoiser: Denoiser, batch: Batch, **keys: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -265,7 +265,7 @@ class Report:
         self.cpu_seconds = float(self.log.last.get("cpu_seconds", 0.0))
         self.seconds = float(self.log.last.get("seconds", 0.0))
         self.logged_step, self.swapped = trainer.step, trainer.engines.swap_seconds
-        self.progress = Progress(config.schedule.steps, trainer.step, trainer.terminal)
+        self.progress = Progress(config.schedule.steps, trainer.step, trainer.terminal, trainer.corpus.unit)
         if trainer.step:
             self.progress.say(f"resumed {config.name} at step {trainer.step}")
 
@@ -282,7 +282,7 @@ class Report:
             "loss": sum(t.total for t in tallies) / positions,
             "lr": learning_rate(config.schedule, config.optimizer.lr, trainer.step - 1),
             "grad_norm": grad_norm,
-            "tokens_per_s": positions * steps / seconds,
+            f"{trainer.corpus.unit}s_per_s": positions * steps / seconds,
             "step_s": seconds / steps,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
@@ -300,10 +300,11 @@ class Report:
         self.log.write(record)
         self.progress.update(trainer.step, record)
 
-    def held_out(self, nll: dict[str, float]) -> None:
-        """Record the held-out NLL (nats per token) at each K."""
-        self.held_out_log.write({"step": self.trainer.step, **nll})
-        self.progress.say(f"step {self.trainer.step}: held-out NLL " + ", ".join(f"{k} {v:.3f}" for k, v in nll.items()))
+    def held_out(self, found: dict[str, float]) -> None:
+        """Record what train/evaluation.py measured."""
+        self.held_out_log.write({"step": self.trainer.step, **found})
+        kind = "NLL " if any(name.startswith("K=") for name in found) else ""
+        self.progress.say(f"step {self.trainer.step}: held-out {kind}" + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
 
     def close(self) -> None:
         self.log.close()
@@ -312,7 +313,9 @@ class Report:
         output = self.trainer.output
         records = read(output / "metrics.jsonl")
         if records:
-            plot_loss(records, read(output / "held_out.jsonl"), output / "loss.png", self.trainer.config.name)
+            loss = "weighted squared error" if self.trainer.config.objective.name == "edm" else "cross-entropy, nats"
+            what = f"{loss} per {self.trainer.corpus.unit}"
+            plot_loss(records, read(output / "held_out.jsonl"), output / "loss.png", self.trainer.config.name, what)
 
 
 def _lock(output: Path) -> TextIO:

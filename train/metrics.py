@@ -64,14 +64,15 @@ def peak_memory(device: torch.device) -> int:
 class Progress:
     """A bar on a terminal; elsewhere a plain line now and then."""
 
-    def __init__(self, total: int, done: int, terminal: TextIO) -> None:
-        self.total, self.terminal = total, terminal
+    def __init__(self, total: int, done: int, terminal: TextIO, unit: str) -> None:
+        """unit: what a target is, see train.corpora.Corpus."""
+        self.total, self.terminal, self.unit = total, terminal, unit
         self._bar = tqdm(total=total, initial=done, file=terminal, unit="step", dynamic_ncols=True) if terminal.isatty() else None
         self._first, self._started, self._printed = done, time.monotonic(), 0.0
 
     def update(self, step: int, record: dict[str, Any]) -> None:
         """After update ``step`` (1-based), with its record."""
-        shown = f"loss {record['loss']:.3f}, {record['tokens_per_s']:,.0f} tokens/s, lr {record['lr']:.2e}"
+        shown = f"loss {record['loss']:.3f}, {record[f'{self.unit}s_per_s']:,.0f} {self.unit}s/s, lr {record['lr']:.2e}"
         if "swap_share" in record:
             shown += f", {record['swap_share']:.0%} moving blocks"
         now = time.monotonic()
@@ -95,8 +96,11 @@ class Progress:
             self._bar.close()
 
 
-def plot_loss(records: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training loss against updates: raw, and an exponential mean over about 2 % of the run (at least 10 points)."""
+def plot_loss(records: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path, title: str, what: str) -> None:
+    """Training loss against updates: raw, and an exponential mean over about 2 % of the run (at least 10 points).
+
+    what: the loss and its unit. Held-out accuracies have an axis of their own.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,10 +115,15 @@ def plot_loss(records: list[dict[str, Any]], held_out: list[dict[str, Any]], pat
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1, label="each update")
     axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="smoothed")
     names = {key for record in held_out for key in record if key != "step"}
+    shares = axes.twinx() if any(name.startswith("accuracy") for name in names) else None
     for k in sorted(names, key=lambda name: (len(name), name)):  # K=4 before K=16
         series = [(record["step"], record[k]) for record in held_out if k in record]
-        axes.plot(*zip(*series, strict=True), marker="o", markersize=4, linewidth=1, label=f"held out, {k}")
-    axes.set(xlabel="updates", ylabel="cross-entropy, nats per token", title=title)
+        panel, line = (shares, ":") if shares is not None and k.startswith("accuracy") else (axes, "-")
+        panel.plot(*zip(*series, strict=True), line, marker="o", markersize=4, linewidth=1, label=f"held out, {k}")
+    if shares is not None:
+        shares.set_ylabel("accuracy")
+        shares.legend(loc="center right")
+    axes.set(xlabel="updates", ylabel=what, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_suffix(".tmp.png")

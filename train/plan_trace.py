@@ -19,8 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from rdlm.cross_entropy import CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU
 from rdlm.denoiser import Denoiser
+from rdlm.image_denoiser import ImageDenoiser
 from rdlm.layers.rope import rotary_table
 from rdlm.masked_denoiser import MaskedDenoiser
+from rdlm.models.dit import Dit
+from rdlm.models.vit import Vit
 from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
 
 
@@ -97,7 +100,7 @@ class _ReadOut(torch.autograd.Function):
 
 
 def trace(denoiser: Denoiser, micro_size: int, seq_len: int, dtype: torch.dtype, core_steps: int, on_gpu: bool = False) -> Traced:
-    """One micro-batch of [micro_size, seq_len] through ``denoiser``, built on the meta device and used up here; weights in ``dtype``."""
+    """One micro-batch (of text, [micro_size, seq_len]) through ``denoiser``, built on the meta device and used up; weights in ``dtype``."""
     rotary_table.cache_clear()  # it must neither serve nor keep tensors without data
     try:
         with FakeTensorMode():
@@ -107,9 +110,9 @@ def trace(denoiser: Denoiser, micro_size: int, seq_len: int, dtype: torch.dtype,
             if denoiser.targets is not None:
                 rows = torch.empty(denoiser.model.vocab_size, denoiser.model.ln_f.weight.shape[0])
                 denoiser.targets = lambda device: rows
-            ids = torch.empty(micro_size, seq_len, dtype=torch.int64)
+            inputs = _inputs(denoiser, micro_size, seq_len)
             with _LiveBytes() as count:
-                loss = _loss(denoiser, ids, core_steps, CHUNK_ELEMENTS_GPU if on_gpu else CHUNK_ELEMENTS)
+                loss = _loss(denoiser, inputs, core_steps, CHUNK_ELEMENTS_GPU if on_gpu else CHUNK_ELEMENTS)
                 forward, forward_peak = count.live, count.peak
                 count.peak = count.live
                 loss.backward()
@@ -119,9 +122,21 @@ def trace(denoiser: Denoiser, micro_size: int, seq_len: int, dtype: torch.dtype,
         rotary_table.cache_clear()
 
 
-def _loss(denoiser: Denoiser, ids: Tensor, core_steps: int, chunk_elements: int) -> Tensor:
-    noised = _noised(denoiser, ids)
-    hidden = _hidden(denoiser, ids, noised, core_steps).flatten(0, 1)
+def _inputs(denoiser: Denoiser, micro_size: int, seq_len: int) -> Tensor:
+    shape = denoiser.model.config if isinstance(denoiser.model, Vit | Dit) else None
+    if shape is None:
+        return torch.empty(micro_size, seq_len, dtype=torch.int64)
+    return torch.empty(micro_size, shape.num_channels, shape.image_size, shape.image_size)
+
+
+def _loss(denoiser: Denoiser, inputs: Tensor, core_steps: int, chunk_elements: int) -> Tensor:
+    if isinstance(denoiser, ImageDenoiser):
+        z, sigma = inputs + torch.empty_like(inputs), torch.ones(len(inputs))
+        return (
+            (denoiser.estimate(z, sigma, torch.zeros(len(inputs), dtype=torch.int64)) - inputs).square().flatten(1).mean(1).sum()
+        )
+    noised = _noised(denoiser, inputs)
+    hidden = _hidden(denoiser, inputs, noised, core_steps).flatten(0, 1)
     u = table = None
     if noised is not None and denoiser.evidence_scale is not None:
         u = (noised.z / noised.sigma.square().unsqueeze(-1)).to(hidden.dtype).flatten(0, 1)
@@ -129,17 +144,18 @@ def _loss(denoiser: Denoiser, ids: Tensor, core_steps: int, chunk_elements: int)
     return denoiser.model.head(use=lambda weight: _ReadOut.apply(hidden, weight, u, table, chunk_elements))
 
 
-def _noised(denoiser: Denoiser, ids: Tensor) -> Noised | None:
+def _noised(denoiser: Denoiser, inputs: Tensor) -> Noised | None:
     if not denoiser.objective.noisy or isinstance(denoiser, MaskedDenoiser):
         return None
-    z = torch.empty(*ids.shape, denoiser.model.ln_f.weight.shape[0])
-    return Noised(z, torch.ones(ids.shape), torch.ones(ids.shape, dtype=torch.bool))
+    shape = denoiser.model.target_shape(inputs)
+    z = torch.empty(*shape, denoiser.model.ln_f.weight.shape[0])
+    return Noised(z, torch.ones(shape), torch.ones(shape, dtype=torch.bool))
 
 
-def _hidden(denoiser: Denoiser, ids: Tensor, noised: Noised | None, core_steps: int) -> Tensor:
+def _hidden(denoiser: Denoiser, inputs: Tensor, noised: Noised | None, core_steps: int) -> Tensor:
     if isinstance(denoiser, MaskedDenoiser):
-        return denoiser.hidden(ids, torch.ones(len(ids)))
-    if denoiser.objective.name == "paper":
+        return denoiser.hidden(inputs, torch.ones(len(inputs)))
+    if denoiser.two_streams:
         assert noised is not None
-        return two_stream_hidden(denoiser, ids, noised.z, noised.sigma)
-    return in_place_hidden(denoiser, ids, noised, core_steps, torch.Generator())
+        return two_stream_hidden(denoiser, inputs, noised.z, noised.sigma)
+    return in_place_hidden(denoiser, inputs, noised, core_steps, torch.Generator())

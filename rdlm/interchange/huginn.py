@@ -166,6 +166,7 @@ def _ours(key: str) -> str:
 def _rotations(config: CheckpointConfig) -> Tensor:
     """``freqs_cis`` [1, T, 1, head_dim / 2, 2] fp32, cosine and sine, as the published files hold it."""
     model = config.model
+    assert isinstance(model, HuginnConfig)
     table = rotary_table(model.d_model // model.num_heads, model.rope_base, model.max_seq_len, torch.device("cpu"))
     return torch.view_as_real(table)[None, :, None]
 

@@ -12,10 +12,12 @@ from rdlm.layers.rope import rotate
 class Attention(nn.Module):
     """Fused q|k|v projection, optional learned bias on q and k before RoPE (Huginn's qk_bias), grouped key-value heads.
 
-    ``layer`` is the cache index of this layer; the layer itself holds no keys.
+    ``layer`` is the cache index of this layer; the layer itself holds no keys. ``rope_base`` None: rows carry their places themselves.
     """
 
-    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int, rope_base: float, qk_bias: bool, layer: int) -> None:
+    def __init__(
+        self, d_model: int, num_heads: int, num_kv_heads: int, rope_base: float | None, qk_bias: bool, layer: int
+    ) -> None:
         super().__init__()
         self.head_dim, self.num_heads, self.num_kv_heads = d_model // num_heads, num_heads, num_kv_heads
         self.rope_base, self.layer = rope_base, layer
@@ -28,5 +30,7 @@ class Attention(nn.Module):
         qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
         if self.qk_bias is not None:
             qk = (qk + self.qk_bias.flatten(0, 2)).to(v.dtype)
-        q, k = rotate(qk, ctx.rope(self.head_dim, self.rope_base)).split([self.num_heads, self.num_kv_heads], dim=2)
+        if self.rope_base is not None:
+            qk = rotate(qk, ctx.rope(self.head_dim, self.rope_base))
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
         return self.proj(ctx.attend(q, k, v, self.layer).flatten(-2))

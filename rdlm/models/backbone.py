@@ -60,6 +60,10 @@ class Backbone(nn.Module, ABC):
         """How the rows of whole sequences see each other where nothing is cached."""
         return CausalContext(inputs.shape[1], inputs.device)
 
+    def target_shape(self, inputs: Tensor) -> tuple[int, int]:
+        """(B, targets of an example)."""
+        return inputs.shape[0], inputs.shape[1]
+
     def initial_state(self, e: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """State before the first step: zeros unless the architecture says otherwise."""
         return torch.zeros_like(e)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rdlm.context import AttentionContext
 from rdlm.layers.modulation import Condition
-from rdlm.model_config import LlamaConfig, PreNormConfig
+from rdlm.model_config import LlamaConfig, TextConfig, VitConfig
 from rdlm.models.prenorm import INIT_STD, PreNormModel
 
 
@@ -16,9 +16,9 @@ class Llama(PreNormModel):
 
     def __init__(self, config: LlamaConfig, layers: range | None = None) -> None:
         """layers: see PreNormModel."""
-        super().__init__(config, config.num_kv_heads or config.num_heads, layers)
+        super().__init__(config, layers, config.num_kv_heads)
 
-    def _add_stem(self, config: PreNormConfig) -> None:
+    def _add_stem(self, config: TextConfig | VitConfig) -> None:
         self.adapter = nn.Linear(2 * config.d_model, config.d_model, bias=False) if config.noise_conditioning else None
 
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:

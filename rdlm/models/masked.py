@@ -8,7 +8,7 @@ from torch import Tensor
 from rdlm.context import AttentionContext, BidirectionalContext
 from rdlm.layers.modulation import Condition
 from rdlm.layers.table import TokenTable
-from rdlm.model_config import MaskedConfig, PreNormConfig
+from rdlm.model_config import MaskedConfig, TextConfig, VitConfig
 from rdlm.models.prenorm import PreNormModel
 
 
@@ -17,11 +17,11 @@ class Masked(PreNormModel):
 
     def __init__(self, config: MaskedConfig, layers: range | None = None) -> None:
         """layers: see PreNormModel."""
-        super().__init__(config, config.num_heads, layers)
+        super().__init__(config, layers)
 
     is_causal = False
 
-    def _add_stem(self, config: PreNormConfig) -> None:
+    def _add_stem(self, config: TextConfig | VitConfig) -> None:
         # A table of its own, so that the read-out, tied to the other one, has no mask among its answers.
         self.mask_row = TokenTable(1, config.d_model)
 

@@ -20,7 +20,12 @@ class Corpus(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def seq_len(self) -> int: ...
+    def seq_len(self) -> int:
+        """Targets of an example."""
+
+    @property
+    def unit(self) -> str:
+        """What a target is of: "token", "image"."""
 
     @property
     def identity(self) -> str:

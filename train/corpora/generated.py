@@ -14,7 +14,7 @@ from train.corpora.order import row_numbers
 class GeneratedCorpus:
     """A task of rdlm/tasks.py: no row number is used twice; held-out rows come from a random stream of their own."""
 
-    tokenizer = None
+    tokenizer, unit = None, "token"
 
     def __init__(self, task: Task) -> None:
         self._task = task

@@ -16,6 +16,8 @@ class TokenCorpus:
     Windows cross document ends; every target counts. Held-out windows come from ``valid``.
     """
 
+    unit = "token"
+
     def __init__(self, path: str | Path, seq_len: int, split: str = "train", held_out: str = "valid") -> None:
         """UserError if the shards are missing or damaged, or a split is shorter than one window (valid: when first used)."""
         self._store = TokenStore(path, split)
