@@ -67,7 +67,23 @@ class LatinSquareConfig(Strict):
         return 2 * self.side**2
 
 
-DataConfig = Annotated[TokensConfig | GroupProductConfig | PointerChasingConfig | LatinSquareConfig, Field(discriminator="kind")]
+class ImagesConfig(Strict):
+    """Prepared images of ``rdlm data images``."""
+
+    kind: Literal["images"] = "images"
+    path: str = Field(min_length=1)
+    augment: Literal["none", "flip", "flip_crop"] = "flip"
+    """flip: mirrored with p = 1/2. flip_crop: then moved by up to 4 pixels within its reflection."""
+
+    @property
+    def seq_len(self) -> int:
+        """Targets of a row: its class."""
+        return 1
+
+
+DataConfig = Annotated[
+    TokensConfig | ImagesConfig | GroupProductConfig | PointerChasingConfig | LatinSquareConfig, Field(discriminator="kind")
+]
 
 
 class BatchConfig(Strict):
