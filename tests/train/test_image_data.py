@@ -1,4 +1,4 @@
-"""Labelled images: the same pixels and labels from every kind of source, the same bytes, and batches that depend on their place alone."""
+"""Labelled images: the same pixels and labels from every kind of source, the same bytes, and one clear line for bad input."""
 
 from __future__ import annotations
 
@@ -20,12 +20,9 @@ from rdlm.errors import UserError
 from rdlm.image_store import ImageStore
 from rdlm.images import open_images
 from rdlm.prepared import file_sha256
-from train.corpora import build_corpus
 from train.corpora.image_sources import PRESETS
 from train.corpora.images import ImagePreparation, prepare_images
-from train.corpora.pictures import PAD, ImageCorpus, augmented
 from train.data_cli import app
-from train.settings import ImagesConfig
 
 Image = pytest.importorskip("PIL.Image")
 COUNT, NAMES = 60, ["ant", "bee", "train"]  # a class may be called as a split is
@@ -77,12 +74,6 @@ def _expected(indices: Any = range(COUNT)) -> dict[bytes, str]:
 
 def _files(folder: Path) -> dict[str, str]:
     return {str(f.relative_to(folder)): file_sha256(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    _prepare(_parquet(tmp_path / "all.parquet"), tmp_path / "out", valid_fraction=0.2)
-    return tmp_path / "out"
 
 
 def test_every_kind_of_source_gives_the_same_images_under_the_same_names(tmp_path: Path) -> None:
@@ -301,87 +292,6 @@ def test_commands_show_the_counts_and_info_finds_a_changed_byte(tmp_path: Path, 
     data[-1] ^= 1
     (out / "train" / "images.npy").write_bytes(data)
     assert run(app, ["info", str(out)], "rdlm data") == 2 and "does not match its hash" in capfd.readouterr().err
-
-
-def _rows(
-    corpus: ImageCorpus, step: int, world: int = 1, micro_size: int = 8, seed: int = 5
-) -> tuple[torch.Tensor, torch.Tensor]:
-    place = [(rank, micro) for rank in range(world) for micro in range(8 // world // micro_size)]
-    batches = [
-        corpus.batch(step, seed=seed, global_batch=8, rank=rank, world=world, micro_index=micro, micro_size=micro_size)
-        for rank, micro in place
-    ]
-    return torch.cat([batch.inputs for batch in batches]), torch.cat([batch.targets for batch in batches])
-
-
-@pytest.mark.parametrize("augment", ["none", "flip", "flip_crop"])
-def test_rows_do_not_depend_on_processes_or_micro_batches(out: Path, augment: Any) -> None:
-    corpus = build_corpus(ImagesConfig(path=str(out), augment=augment))
-    assert isinstance(corpus, ImageCorpus) and ImagesConfig(path=str(out)).augment == "flip"
-    assert (corpus.vocab_size, corpus.seq_len, corpus.image_size, corpus.tokenizer) == (3, 1, (8, 8), None)
-    assert corpus.identity == file_sha256(out / "manifest.json")
-    for step in (0, 3, 1000):
-        inputs, targets = _rows(corpus, step)
-        assert inputs.shape == (8, 3, 8, 8) and targets.shape == (8, 1)
-        for world, micro_size in ((1, 2), (2, 4), (2, 1), (4, 2), (8, 1)):
-            others = _rows(corpus, step, world, micro_size)
-            assert torch.equal(others[0], inputs) and torch.equal(others[1], targets)
-    assert not torch.equal(_rows(corpus, 0)[0], _rows(corpus, 0, seed=6)[0])
-
-
-def test_each_image_comes_once_an_epoch_with_its_class_in_an_order_of_its_own(out: Path) -> None:
-    corpus, expected = ImageCorpus(out, "none"), _content(out, "train")
-    steps = [_rows(corpus, step) for step in range(12)]  # 96 rows: two epochs of 48
-    inputs, targets = torch.cat([each[0] for each in steps]), torch.cat([each[1] for each in steps])
-    pixels = ((inputs + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-    seen = [each.tobytes() for each in pixels]
-    for epoch in (seen[:48], seen[48:]):
-        assert len(set(epoch)) == 48 and set(epoch) == set(expected)
-    assert seen[:48] != seen[48:] and [NAMES[i] for i in targets[:, 0].tolist()] == [expected[each] for each in seen]
-
-
-def test_held_out_images_come_in_order_as_they_are(out: Path, tmp_path: Path) -> None:
-    corpus, expected = ImageCorpus(out, "flip_crop"), list(_content(out, "valid"))
-    for limit, count in ((None, 12), (7, 7), (1, 1), (0, 1), (99, 12)):
-        batches = list(corpus.windows(limit, 5))
-        inputs = torch.cat([batch.inputs for batch in batches])
-        pixels = ((inputs + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-        assert [each.tobytes() for each in pixels] == expected[:count] and len(batches[0].inputs) == min(5, count)
-    _prepare(tmp_path / "all.parquet", tmp_path / "whole", valid_fraction=0.0)
-    with pytest.raises(UserError, match="split='valid'"):
-        next(ImageCorpus(tmp_path / "whole").windows(None, 4))
-
-
-def test_flips_are_exact_mirror_images_of_about_half() -> None:
-    rows = np.arange(4000)
-    pixels = np.random.default_rng(2).integers(0, 256, (4000, 2, 3, 3), dtype=np.uint8)
-    found = augmented(pixels, rows, 7, "flip")
-    mirrored, same = ((found == other).all((1, 2, 3)) for other in (pixels[:, :, ::-1], pixels))
-    assert (mirrored | same).all() and 1870 < (mirrored & ~same).sum() < 2130  # four standard deviations
-    assert (augmented(pixels[::-1], rows[::-1], 7, "flip") == found[::-1]).all()  # the place in the batch is nothing
-    assert (augmented(pixels, rows, 8, "flip") != found).any() and (augmented(pixels, rows + 4000, 7, "flip") != found).any()
-
-
-def test_crops_are_windows_of_the_reflected_image_and_all_of_them_occur() -> None:
-    """Against numpy's own reflection: every result is one of 2 x 81 windows, and each of these is drawn."""
-    image = np.random.default_rng(3).integers(0, 256, (6, 11, 3), dtype=np.uint8)
-    windows = {}
-    for flip in (0, 1):
-        padded = np.pad(image[:, ::-1] if flip else image, ((PAD, PAD), (PAD, PAD), (0, 0)), mode="reflect")
-        windows |= {padded[y : y + 6, x : x + 11].tobytes(): (flip, y, x) for y in range(2 * PAD + 1) for x in range(2 * PAD + 1)}
-    assert len(windows) == 162
-    found = augmented(np.broadcast_to(image, (20_000, *image.shape)), np.arange(20_000), 0, "flip_crop")
-    counts = np.zeros((2, 9, 9))
-    for each in found:
-        counts[windows[each.tobytes()]] += 1
-    assert counts.min() > 123 - 5 * 11.1 and counts.max() < 123 + 5 * 11.1
-
-
-def test_images_too_small_to_reflect_are_refused(tmp_path: Path) -> None:
-    _prepare(_parquet(tmp_path / "in.parquet"), tmp_path / "out", size=PAD)
-    with pytest.raises(UserError, match="data.augment='flip_crop': reflects 4 pixels.*use flip or none"):
-        ImageCorpus(tmp_path / "out", "flip_crop")
-    ImageCorpus(tmp_path / "out", "flip")
 
 
 @pytest.mark.slow
