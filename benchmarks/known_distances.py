@@ -16,7 +16,7 @@ from tqdm import tqdm
 from benchmarks.common import provenance, write_json
 from eval.image_distance import evaluate_images
 from eval.image_features import load_extractor
-from eval.image_sets import ImageSet, open_images
+from rdlm.images import ImageSet, open_images
 
 NOISE = (0.0, 0.05, 0.1, 0.2)
 """Standard deviation of Gaussian noise on pixels, as a share of 255."""

@@ -33,10 +33,10 @@ def fid(
     """Frechet and kernel distance between two sets of images, beside the floor between parts of the reference."""
     from eval.image_distance import evaluate_images
     from eval.image_features import load_extractor
-    from eval.image_sets import open_images
     from eval.provenance import provenance
     from eval.report_images import plot_images
     from eval.text_cli import bars
+    from rdlm.images import open_images
 
     sets = open_images(images, "--images"), open_images(reference, "--reference")
     extractor = load_extractor(features, usable_device(device))

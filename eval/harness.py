@@ -34,8 +34,8 @@ from rdlm.checkpoint import WEIGHTS, Loaded, load
 from rdlm.config import parse
 from rdlm.decoding_types import SamplingParams, check_bridge
 from rdlm.errors import UserError
+from rdlm.prepared import file_sha256
 from rdlm.scoring import estimator_of
-from rdlm.shards import file_sha256
 from rdlm.tokenizer import Tokenizer
 from rdlm.unmasking import unmask
 from serve.engine import Engine

@@ -19,9 +19,9 @@ from torch import Tensor
 from eval.bootstrap import mover
 from eval.gen_ppl import Bar
 from eval.image_features import Extractor
-from eval.image_sets import ImageSet, digests
 from eval.teachers import cached
 from rdlm.errors import UserError
+from rdlm.images import ImageSet
 
 FEWEST = 20
 """Images of a set: below this a half says nothing about the spread."""
@@ -140,7 +140,7 @@ def evaluate_images(
         chosen = draws.permutation(each.count)[:count].tolist()
         first = each.read(int(chosen[0]))
         size = size or first.shape[:2]
-        found = digests(each, chosen, size, bar(f"reading {each.option}", count))
+        found = _digests(each, chosen, size, bar(f"reading {each.option}", count))
         drawn.append(sorted(zip(found, chosen, strict=True)))  # from here on the order of the files is gone
     mixed = rng.permutation(pool)
     mine = _features(extractor, images, drawn[0], cache, bar)
@@ -170,6 +170,24 @@ def _against(result: dict[str, Any], floor: dict[str, Any], name: str) -> dict[s
         return None
     difference, interval = mover(*((each[name], each[f"{name}_interval"]) for each in (result, floor)))
     return {"difference": difference, "interval": list(interval), "inside_noise": interval[0] <= 0 <= interval[1]}
+
+
+def _digests(
+    images: ImageSet, indices: Sequence[int], size: tuple[int, ...] | None, progress: Callable[[int], object] | None
+) -> list[str]:
+    """sha256 of the pixels of each image; UserError where one has not ``size`` (H, W), or without it not that of the first."""
+    out = []
+    for index in indices:
+        pixels = images.read(index)
+        size = size or pixels.shape[:2]
+        if pixels.shape[:2] != size:
+            found, others = (f"{width}x{height}" for height, width in (pixels.shape[:2], size))
+            problem = f"image {index} is {found}, others are {others}, and a resize would decide the distance"
+            raise UserError(images.option, str(images.path), problem, "bring both sets to the size that is generated")
+        out.append(hashlib.sha256(pixels.tobytes()).hexdigest())
+        if progress:
+            progress(1)
+    return out
 
 
 def _features(extractor: Extractor, images: ImageSet, drawn: Sequence[tuple[str, int]], cache: Path, bar: Bar) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rdlm.errors import UserError, reason
-from rdlm.shards import file_sha256
+from rdlm.prepared import file_sha256
 
 BATCH = 32
 """Images of one forward pass."""

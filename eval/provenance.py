@@ -15,7 +15,7 @@ import torch
 from rdlm import __version__
 from rdlm.checkpoint import CONFIG, WEIGHTS
 from rdlm.config import CheckpointConfig
-from rdlm.shards import file_sha256
+from rdlm.prepared import file_sha256
 
 
 def origin(evaluation: str, folder: Path, config: CheckpointConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rdlm import __version__
 from rdlm.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "data": ("train.data_cli:app", "Turn text into tokenised, memory-mapped shards."),
+    "data": ("train.data_cli:app", "Turn text into tokenised shards and labelled images into arrays, both memory-mapped."),
     "plan": ("train.plan_cli:app", "Predict the memory of a config and suggest how to train it on what there is."),
     "train": ("train.cli:app", "Train a model from a config, on one process or under DeepSpeed."),
     "merge": ("train.merge_cli:app", "Put blocks that were trained alone together into one checkpoint."),

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from rdlm.errors import UserError
-from rdlm.model_config import FAMILIES, ImageConfig, ModelConfig, Strict
+from rdlm.model_config import ImageConfig, ModelConfig, Strict
 
 SCHEMA_VERSION = 1
 
@@ -286,7 +286,21 @@ def parse(schema: type[C] | Any, data: Any, where: str) -> C:
         return TypeAdapter(schema).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        path = ".".join(str(part) for part in first["loc"] if part not in FAMILIES) or where
+        path = ".".join(_written(first["loc"], first["type"] == "missing", data)) or where
         remedy = "remove it or correct its name" if first["type"] == "extra_forbidden" else f"correct it in {where}"
         value = first["input"] if not isinstance(first["input"], dict) else "{...}"
         raise UserError(path, value, first["msg"].removeprefix("Value error, "), remedy) from None
+
+
+def _written(loc: tuple[str | int, ...], missing: bool, data: Any) -> list[str]:
+    """The place of an error as the user wrote it: pydantic puts in which member of a union was meant (a family, a kind)."""
+    parts = []
+    for i, part in enumerate(loc):
+        if isinstance(data, dict) and part not in data and not (missing and i == len(loc) - 1):
+            continue
+        parts.append(str(part))
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            data = None
+    return parts

@@ -144,7 +144,6 @@ class DitConfig(ImageConfig):
 
 
 ModelConfig = Annotated[HuginnConfig | LlamaConfig | MaskedConfig | VitConfig | DitConfig, Field(discriminator="family")]
-FAMILIES = ("huginn", "llama", "masked", "vit", "dit")
 
 
 def _check_heads(d_model: int, num_heads: int) -> None:

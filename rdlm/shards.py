@@ -6,10 +6,8 @@ the end-of-text token. Training and evaluation both read it here; only ``train``
 
 from __future__ import annotations
 
-import hashlib
-import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +18,10 @@ from pydantic import Field
 from rdlm.config import Strict, parse
 from rdlm.errors import UserError
 from rdlm.objectives import Batch
+from rdlm.prepared import AGAIN, MANIFEST, file_sha256, no_split, read_kind
 from rdlm.tokenizer import Tokenizer, load_tokenizer
 
 SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-SPLITS = ("train", "valid", "test")
 
 
 class Shard(Strict):
@@ -61,33 +58,8 @@ class Manifest(Strict):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """UserError if there is none, it is not ours, or it is newer than this code."""
-    file = folder / MANIFEST
-    if not file.is_file():
-        raise UserError("data", str(folder), f"there is no {MANIFEST}", "prepare it with rdlm data prepare")
-    try:
-        document: dict[str, Any] = parse(dict[str, Any], json.loads(file.read_text()), str(file))
-    except ValueError as error:
-        raise UserError("data", str(file), f"is not a manifest ({error})", "prepare the data again with --force") from None
-    if document.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(
-            "schema_version",
-            document.get("schema_version"),
-            f"this version reads {SCHEMA_VERSION}",
-            "use the version that wrote it, or prepare the data again",
-        )
-    return parse(Manifest, document, str(file))
-
-
-def file_sha256(file: Path, progress: Callable[[int], object] | None = None) -> str:
-    """Hex digest; ``progress`` is told the bytes of each piece read."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
-            if progress:
-                progress(len(piece))
-    return digest.hexdigest()
+    """UserError if there is none, it is not ours or not of text, or it is newer than this code."""
+    return parse(Manifest, read_kind(folder, "tokens", SCHEMA_VERSION), str(folder / MANIFEST))
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -98,7 +70,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
         found = file.stat().st_size if file.is_file() else None
         if found != shard.tokens * width:
             problem = "is missing" if found is None else f"has {found} bytes, the manifest says {shard.tokens * width}"
-            raise UserError("data", str(file), problem, "prepare the data again with --force")
+            raise UserError("data", str(file), problem, AGAIN)
 
 
 class TokenStore:
@@ -110,7 +82,7 @@ class TokenStore:
         self.manifest = read_manifest(self.folder)
         check_sizes(self.folder, self.manifest)
         if split not in self.manifest.splits:
-            raise UserError("split", split, f"the data has only {', '.join(self.manifest.splits)}", "choose one of these")
+            raise no_split(split, ", ".join(self.manifest.splits))
         self.split, self.info = split, self.manifest.splits[split]
         self._maps = [
             np.memmap(self.folder / s.file, dtype=f"<{_code(self.manifest.dtype)}", mode="r")
@@ -135,7 +107,7 @@ class TokenStore:
                 "tokenizer",
                 str(self.folder / "tokenizer"),
                 "is not the one the data was made with",
-                "prepare the data again with --force",
+                AGAIN,
             )
         return tokenizer
 

@@ -1,4 +1,4 @@
-"""``rdlm data``: prepare and inspect token shards."""
+"""``rdlm data``: prepare and inspect token shards and images."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from rdlm.errors import UserError
-from rdlm.shards import Manifest, check_sizes, file_sha256, read_manifest
+from rdlm.prepared import check_hashes, kind_of, read_document
+from rdlm.shards import Manifest, check_sizes, read_manifest
 from train.corpora.prepare import Preparation, prepare
 from train.corpora.sources import PRESETS
+from train.image_data_cli import EXAMPLE, check_images, images_command, show_images
 
 app = typer.Typer(
-    help="Turn text into tokenised, memory-mapped shards.",
+    help="Turn text into tokenised shards and labelled images into arrays, both memory-mapped.",
     epilog="Example: rdlm data prepare embedded --out data/demo",
     no_args_is_help=True,
 )
@@ -78,20 +79,20 @@ def prepare_command(
 @app.command(epilog="Example: rdlm data info data/demo")
 def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> None:
     """Check every hash of a prepared folder and print its counts."""
-    manifest = read_manifest(folder)
-    check_sizes(folder, manifest)
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    total = sum((folder / shard.file).stat().st_size for shard in shards)
+    images = kind_of(read_document(folder)) == "images"
+    if images:
+        hashes = check_images(folder)
+    else:
+        manifest = read_manifest(folder)
+        check_sizes(folder, manifest)
+        hashes = {shard.file: shard.sha256 for split in manifest.splits.values() for shard in split.shards}
+    total = sum((folder / file).stat().st_size for file in hashes)
     with tqdm(total=total, unit="B", unit_scale=True, desc="check hashes", leave=False) as bar:
-        for shard in shards:
-            if file_sha256(folder / shard.file, bar.update) != shard.sha256:
-                raise UserError(
-                    "data",
-                    str(folder / shard.file),
-                    "does not match its hash in the manifest",
-                    "prepare the data again with --force",
-                )
-    _show(folder, manifest, "all hashes match")
+        check_hashes(folder, hashes, bar.update)
+    show_images(folder, "all hashes match") if images else _show(folder, manifest, "all hashes match")
+
+
+app.command("images", epilog=EXAMPLE)(images_command)
 
 
 def _show(folder: Path, manifest: Manifest, state: str) -> None:

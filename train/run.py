@@ -6,8 +6,10 @@ import os
 from typing import TextIO
 
 from rdlm.errors import UserError
+from rdlm.model_config import ImageConfig, ModelConfig
 from rdlm.registry import build
 from train.corpora import Corpus, build_corpus
+from train.corpora.pictures import ImageCorpus
 from train.process import StopSignal, environment, tune_cpu
 from train.settings import TrainConfig
 
@@ -19,10 +21,26 @@ def check(config: TrainConfig, world: int) -> Corpus:
     corpus = build_corpus(config.data)
     if config.resident is not None and config.resident.rest == "host" and not _on_gpu():
         raise UserError("resident.rest", "host", "without GPUs blocks train in host memory", "set resident.rest=disk")
-    if corpus.vocab_size > config.model.vocab_size:
+    if corpus.vocab_size > config.model.vocab_size and not isinstance(corpus, ImageCorpus):
         problem = f"smaller than the data's vocabulary ({corpus.vocab_size})"
         raise UserError("model.vocab_size", config.model.vocab_size, problem, f"set model.vocab_size={corpus.vocab_size}")
+    if isinstance(corpus, ImageCorpus):
+        _check_images(config.model, corpus)
     return corpus
+
+
+def _check_images(model: ModelConfig, corpus: ImageCorpus) -> None:
+    assert isinstance(model, ImageConfig)
+    height, width = corpus.image_size
+    found = {"image_size": (model.image_size,) * 2, "num_channels": model.num_channels, "num_classes": model.num_classes}
+    wanted = {"image_size": corpus.image_size, "num_channels": 3, "num_classes": corpus.vocab_size}
+    for field, given in found.items():
+        if given != wanted[field]:
+            problem = f"the data's images are {width}x{height} in 3 channels and {corpus.vocab_size} classes"
+            remedy = (
+                f"set model.{field}={wanted[field]}" if field != "image_size" else "prepare the data with --size, or change it"
+            )
+            raise UserError(f"model.{field}", getattr(model, field), problem, remedy)
 
 
 def _on_gpu() -> bool:

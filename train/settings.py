@@ -19,6 +19,7 @@ from rdlm.config import (
     parse,
 )
 from rdlm.errors import UserError
+from rdlm.model_config import ImageConfig
 
 
 class TokensConfig(Strict):
@@ -67,7 +68,23 @@ class LatinSquareConfig(Strict):
         return 2 * self.side**2
 
 
-DataConfig = Annotated[TokensConfig | GroupProductConfig | PointerChasingConfig | LatinSquareConfig, Field(discriminator="kind")]
+class ImagesConfig(Strict):
+    """Prepared images of ``rdlm data images``."""
+
+    kind: Literal["images"] = "images"
+    path: str = Field(min_length=1)
+    augment: Literal["none", "flip", "flip_crop"] = "flip"
+    """flip: mirrored with p = 1/2. flip_crop: then moved by up to 4 pixels within its reflection."""
+
+    @property
+    def seq_len(self) -> int:
+        """Targets of a row: its class."""
+        return 1
+
+
+DataConfig = Annotated[
+    TokensConfig | ImagesConfig | GroupProductConfig | PointerChasingConfig | LatinSquareConfig, Field(discriminator="kind")
+]
 
 
 class BatchConfig(Strict):
@@ -274,6 +291,10 @@ def _check(config: TrainConfig) -> None:
         verb = "noises" if objective.noisy else "does not noise"
         problem = f"objective {objective.name!r} {verb} its targets"
         raise UserError("model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective")
+    of_images = isinstance(config.model, ImageConfig)
+    if of_images != isinstance(config.data, ImagesConfig):
+        problem = f"family {config.model.family!r} learns from {'images' if of_images else 'rows of ids'}"
+        raise UserError("data.kind", config.data.kind, problem, "use images" if of_images else "use tokens or a generated task")
     if config.data.seq_len > config.model.max_seq_len:
         problem = f"longer than model.max_seq_len ({config.model.max_seq_len})"
         raise UserError("data.seq_len", config.data.seq_len, problem, "shorten the sequences or raise model.max_seq_len")

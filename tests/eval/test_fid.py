@@ -17,9 +17,9 @@ import torch
 from eval import image_features
 from eval.image_distance import SUBSET_SIZE, distances, evaluate_images, frechet, kernel_distance
 from eval.image_features import Extractor, inception_weights
-from eval.image_sets import open_images
 from rdlm.cli import app, run
 from rdlm.errors import UserError
+from rdlm.images import open_images
 
 RNG = np.random.default_rng
 

@@ -22,6 +22,8 @@ PARAMETERS = {
     "masked_demo": None,
     "masked_text8": None,
     "huginn_3b5": 3_573_221_921,
+    "vit_cifar10": None,
+    "dit_cifar10": None,
 }
 
 

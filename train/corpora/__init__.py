@@ -9,8 +9,9 @@ from rdlm.objectives import Batch
 from rdlm.tasks import GroupProduct, LatinSquare, PointerChasing
 from rdlm.tokenizer import Tokenizer
 from train.corpora.generated import GeneratedCorpus
+from train.corpora.pictures import ImageCorpus
 from train.corpora.text import TokenCorpus
-from train.settings import DataConfig, GroupProductConfig, LatinSquareConfig, PointerChasingConfig
+from train.settings import DataConfig, GroupProductConfig, ImagesConfig, LatinSquareConfig, PointerChasingConfig
 
 
 class Corpus(Protocol):
@@ -55,4 +56,6 @@ def build_corpus(config: DataConfig) -> Corpus:
         return GeneratedCorpus(PointerChasing(config.nodes, config.hops))
     if isinstance(config, LatinSquareConfig):
         return GeneratedCorpus(LatinSquare(config.side, config.fewest_blanks, config.most_blanks))
+    if isinstance(config, ImagesConfig):
+        return ImageCorpus(config.path, config.augment)
     return TokenCorpus(config.path, config.seq_len)

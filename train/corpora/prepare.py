@@ -6,7 +6,6 @@ The bytes written depend only on the documents, the tokenizer, the seed and the 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from rdlm.errors import UserError
-from rdlm.shards import MANIFEST, SCHEMA_VERSION, SPLITS, Manifest, Split, check_sizes, read_manifest
+from rdlm.prepared import SPLITS
+from rdlm.shards import SCHEMA_VERSION, Manifest, Split, check_sizes, read_manifest
 from rdlm.tokenizer import Kind, Tokenizer, load_tokenizer, train_tokenizer
 from train.corpora.sources import Rows, Source, open_source
-from train.corpora.writer import SplitWriter, building
+from train.corpora.writer import SplitWriter, building, check_same_request, write_manifest
 
 SHARD_TOKENS = 1 << 27
 _BATCH_CHARS = 1 << 22
@@ -77,7 +77,7 @@ def prepare(options: Preparation, *, force: bool = False, progress: bool = True)
             tokenizer_fingerprint=tokenizer.fingerprint,
             splits=splits,
         )
-        (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n")
+        write_manifest(folder, manifest)
     return manifest, True
 
 
@@ -87,20 +87,27 @@ def _sources(options: Preparation) -> tuple[dict[str, Source], dict[str, float]]
     for split, given in (("valid", options.valid), ("test", options.test)):
         if given is not None:
             sources[split] = open_source(given, options.text_column, options.rows, f"--{split}")["train"]
-    default, fractions = (0.05 if set(sources) == {"train"} else 0.0), {}
-    for split, fraction in (("valid", options.valid_fraction), ("test", options.test_fraction)):
-        if split in sources and fraction is not None:
+    default = 0.05 if set(sources) == {"train"} else 0.0
+    given_fractions = {"valid": options.valid_fraction, "test": options.test_fraction}
+    return sources, held_out_fractions(sources, given_fractions, {"valid": default, "test": default})
+
+
+def held_out_fractions(own: Iterable[str], given: dict[str, float | None], default: dict[str, float]) -> dict[str, float]:
+    """Shares of ``train`` for the splits that have no source of their own; what is not given is ``default``."""
+    own, fractions = set(own), {}
+    for split, fraction in given.items():
+        if split in own and fraction is not None:
             raise UserError(f"--{split}-fraction", fraction, f"the {split} split has a source of its own", "drop one of the two")
-        if split not in sources and (fraction := default if fraction is None else fraction):
+        if split not in own and (fraction := default[split] if fraction is None else fraction):
             fractions[split] = fraction
-    if min(fractions.values(), default=0) < 0 or sum(fractions.values()) >= 1:
+    if min(fractions.values(), default=0) < 0 or not sum(fractions.values()) < 1:
         raise UserError(
             "--valid-fraction, --test-fraction",
             tuple(fractions.values()),
-            "they must leave text to train on",
+            "they must leave something to train on",
             "use for instance 0.05",
         )
-    return sources, fractions
+    return fractions
 
 
 def _request(
@@ -121,14 +128,8 @@ def _request(
 
 
 def _existing(out: Path, request: dict[str, Any]) -> Manifest:
-    if not (out / MANIFEST).is_file():
-        raise UserError("--out", str(out), "exists and is not a finished preparation", "choose another folder, or add --force")
+    check_same_request(out, request)
     manifest = read_manifest(out)
-    if manifest.request != request:
-        differs = ", ".join(key for key in request if manifest.request.get(key) != request[key])
-        raise UserError(
-            "--out", str(out), f"holds a different preparation (other {differs})", "choose another folder, or add --force"
-        )
     check_sizes(out, manifest)
     return manifest
 

@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from rdlm.errors import UserError, reason
-from rdlm.shards import file_sha256
+from rdlm.prepared import file_sha256
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_DOCUMENT_CHARS = 8192
@@ -212,15 +212,7 @@ def _hub_documents(given: str, wanted: HubDataset, split: str) -> Iterator[str]:
 
 
 def _hub_rows(given: str, wanted: HubDataset, split: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError:
-        raise UserError(
-            "SOURCE",
-            given,
-            "the package datasets is not installed",
-            "pip install datasets, or download the text elsewhere and give its files",
-        ) from None
+    load_dataset = hub_loader(given, "the text")
     try:
         rows = load_dataset(wanted.path, wanted.name, split=split, streaming=True)
         for row in rows:
@@ -228,9 +220,19 @@ def _hub_rows(given: str, wanted: HubDataset, split: str) -> Iterator[str]:
     except KeyError as error:
         raise UserError("--text-column", wanted.column, f"{wanted.path} has no column {error}", "name the text column") from None
     except Exception as error:  # the library raises its own, the hub client's and the HTTP client's exceptions
-        raise UserError(
-            "SOURCE",
-            given,
-            f"cannot be read from the hub ({reason(error)})",
-            "check name and network, or download the text elsewhere and give its files",
-        ) from error
+        raise unreachable(given, "the text", error) from error
+
+
+def hub_loader(given: str, what: str) -> Callable[..., Any]:
+    """``datasets.load_dataset``; UserError if the package is not installed."""
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError:
+        remedy = f"pip install datasets, or download {what} elsewhere and give its files"
+        raise UserError("SOURCE", given, "the package datasets is not installed", remedy) from None
+    return load_dataset
+
+
+def unreachable(given: str, what: str, error: Exception) -> UserError:
+    remedy = f"check name and network, or download {what} elsewhere and give its files"
+    return UserError("SOURCE", given, f"cannot be read from the hub ({reason(error)})", remedy)

@@ -1,21 +1,24 @@
-"""Writing shards: one split's files, and the folder that appears only when it is complete."""
+"""Writing prepared data: one split's shards, and the folder that appears only when it is complete."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from rdlm.errors import UserError
-from rdlm.shards import Shard, Split
+from rdlm.image_store import ImageManifest
+from rdlm.prepared import MANIFEST, read_document
+from rdlm.shards import Manifest, Shard, Split
 
 
 class SplitWriter:
@@ -79,3 +82,20 @@ def building(out: Path) -> Iterator[Path]:
             os.replace(out, old)
         os.replace(folder, out)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n")
+
+
+def check_same_request(out: Path, request: dict[str, Any]) -> None:
+    """UserError unless ``out`` is a preparation that was asked for in the same words."""
+    if not (out / MANIFEST).is_file():
+        raise UserError("--out", str(out), "exists and is not a finished preparation", "choose another folder, or add --force")
+    found = read_document(out).get("request")
+    if found != request:
+        old = found if isinstance(found, dict) else {}
+        differs = ", ".join(key for key in (request | old) if key not in old or key not in request or old[key] != request[key])
+        raise UserError(
+            "--out", str(out), f"holds a different preparation (other {differs})", "choose another folder, or add --force"
+        )

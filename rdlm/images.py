@@ -1,13 +1,14 @@
-"""Sets of images: a folder of PNG and JPEG files, an array file, or a parquet file with an image column."""
+"""Sets of images, labelled where the source says what they show: a folder of PNG and JPEG files, an array file, or a parquet file."""
 
 from __future__ import annotations
 
-import hashlib
 import io
+import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,11 @@ class ImageSet:
     count: int
     read: Callable[[int], np.ndarray]
     """Index -> uint8 [H, W, 3]; UserError for one that cannot be decoded."""
+    labels: np.ndarray | None = None
+    """int64 [count], places in ``classes``; None where the source does not say."""
+    classes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    """What was read, in order of their paths."""
 
     @property
     def name(self) -> str:
@@ -33,8 +39,12 @@ class ImageSet:
         return self.path.resolve().name
 
 
-def open_images(path: Path, option: str) -> ImageSet:
-    """UserError for anything that is not KINDS, and for a set without images."""
+def open_images(path: Path, option: str, label_column: str = "label") -> ImageSet:
+    """UserError for anything that is not KINDS, and for a set without images.
+
+    Labels come from the integer column ``label_column`` of a parquet file (names from its Hugging Face metadata, else the numbers), or
+    from the subfolders of a folder, sorted, if every image lies in one.
+    """
     if path.is_dir():
         found = _folder(path, option)
     elif not path.exists():
@@ -42,7 +52,7 @@ def open_images(path: Path, option: str) -> ImageSet:
     elif path.suffix in (".npy", ".npz"):
         found = _array(path, option)
     elif path.suffix == ".parquet":
-        found = _parquet(path, option)
+        found = _parquet(path, option, label_column)
     else:
         raise UserError(option, str(path), "is no set of images", f"give {KINDS}")
     if found.count == 0:
@@ -50,40 +60,45 @@ def open_images(path: Path, option: str) -> ImageSet:
     return found
 
 
-def digests(
-    images: ImageSet, indices: Sequence[int], size: tuple[int, ...] | None, progress: Callable[[int], object] | None
-) -> list[str]:
-    """sha256 of the pixels of each image; UserError where one has not ``size`` (H, W), or without it not that of the first."""
-    out = []
-    for index in indices:
-        pixels = images.read(index)
-        size = size or pixels.shape[:2]
-        if pixels.shape[:2] != size:
-            problem = f"image {index} is {_by(pixels.shape[:2])}, others are {_by(size)}, and a resize would decide the distance"
-            raise UserError(images.option, str(images.path), problem, "bring both sets to the size that is generated")
-        out.append(hashlib.sha256(pixels.tobytes()).hexdigest())
-        if progress:
-            progress(1)
-    return out
+def numbered(labels: np.ndarray) -> tuple[str, ...]:
+    """The numbers as names, up to the largest label: labels stay what they are in the source."""
+    return tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
 
 
-def _by(size: Sequence[int]) -> str:
-    return f"{size[1]}x{size[0]}"
+def pillow(option: str, name: str) -> Any:
+    """The module PIL.Image."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError:
+        raise UserError(option, name, "decoding images needs pillow", "run `pip install 'pillow>=12'`") from None
+    return Image
 
 
 def _decoded(option: str, name: str, source: Path | io.BytesIO) -> np.ndarray:
-    from PIL import Image
-
+    image_module = pillow(option, name)
     try:
-        with Image.open(source) as image:
+        with image_module.open(source) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:  # SyntaxError: a broken PNG chunk
         raise UserError(option, name, f"cannot be decoded ({reason(error)})", "remove or replace this image") from None
 
 
 def _folder(path: Path, option: str) -> ImageSet:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    return ImageSet(option, path, len(files), lambda i: _decoded(option, str(files[i]), files[i]))
+    files = tuple(sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()))
+    parts = [file.relative_to(path).parts for file in files]
+    labels, classes = None, tuple(sorted({part[0] for part in parts}))
+    if all(len(part) > 1 for part in parts):
+        place = {name: i for i, name in enumerate(classes)}
+        labels = np.array([place[part[0]] for part in parts], dtype=np.int64)
+    return ImageSet(
+        option,
+        path,
+        len(files),
+        lambda i: _decoded(option, str(files[i]), files[i]),
+        labels,
+        () if labels is None else classes,
+        files,
+    )
 
 
 def _array(path: Path, option: str) -> ImageSet:
@@ -102,10 +117,10 @@ def _array(path: Path, option: str) -> ImageSet:
         raise UserError(
             option, str(path), f"holds {loaded.dtype} {list(loaded.shape)}", "images are uint8 [N, H, W, 3], 0 to 255"
         )
-    return ImageSet(option, path, len(loaded), lambda i: np.asarray(loaded[i]))
+    return ImageSet(option, path, len(loaded), lambda i: np.asarray(loaded[i]), files=(path,))
 
 
-def _parquet(path: Path, option: str) -> ImageSet:
+def _parquet(path: Path, option: str, label_column: str) -> ImageSet:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -117,9 +132,11 @@ def _parquet(path: Path, option: str) -> ImageSet:
         columns = structs or [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
         if len(columns) != 1:
             raise UserError(option, str(path), f"has {len(columns)} image columns {columns}", "give a file with exactly one")
-        column = pq.read_table(path, columns=columns)[columns[0]]
+        labelled = label_column in schema.names and pa.types.is_integer(schema.field(label_column).type)
+        table = pq.read_table(path, columns=columns + [label_column] * labelled)
     except (OSError, pa.ArrowException) as error:
         raise UserError(option, str(path), f"cannot be read as parquet ({reason(error)})", f"give {KINDS}") from None
+    column = table[columns[0]]
 
     def read(index: int) -> np.ndarray:
         value = column[index].as_py()
@@ -130,4 +147,17 @@ def _parquet(path: Path, option: str) -> ImageSet:
             )
         return _decoded(option, f"{path}, row {index}", io.BytesIO(content))
 
-    return ImageSet(option, path, len(column), read)
+    labels = None
+    if labelled and not table[label_column].null_count:
+        labels = table[label_column].to_numpy().astype(np.int64)
+    names = () if labels is None else _class_names(schema.metadata, label_column) or numbered(labels)
+    return ImageSet(option, path, len(column), read, labels, names, (path,))
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:
+    """Names of a ``ClassLabel`` column, which the library ``datasets`` writes into the schema; () where there are none."""
+    try:
+        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
+        return tuple(names) if all(isinstance(name, str) for name in names) else ()
+    except (KeyError, ValueError, TypeError):
+        return ()
