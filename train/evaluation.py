@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rdlm.answers import greedy_answers
+from rdlm.blockwise import blocks_of
 from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser
 from rdlm.model_config import VitConfig
@@ -23,7 +24,7 @@ def held_out(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: torc
     """Means over the first ``evaluation.max_tokens`` targets of the validation split. Collective.
 
     Text: {"K=4": nats per token}; rdlm/scoring.py says which of the values is a normalised likelihood. ViT: {"K=1": nats per image,
-    "accuracy, K=4": share}. A block alone and DiT have neither: {"denoising": loss} of their own noise levels, with the same noise at
+    "accuracy at K=4": share}. A block alone and DiT have neither: {"denoising": loss} of their own noise levels, with the same noise at
     every call. stage: train.loop.Stage.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -49,13 +50,15 @@ def _asked(config: TrainConfig) -> tuple[list[str], Callable[[Denoiser, Batch, i
     if config.block is not None or config.objective.name == "edm":
         return ["denoising"], partial(_denoising, config.seed)
     if isinstance(config.model, VitConfig):
-        return ["K=1", *(f"accuracy, K={k}" for k in ks)], partial(_classes, config.checkpoint_config, ks)
+        return ["K=1", *(f"accuracy at K={k}" for k in ks)], partial(_classes, config.checkpoint_config, ks)
     return [f"K={k}" for k in ks], partial(_tokens, config.checkpoint_config, ks)
 
 
 def _denoising(seed: int, denoiser: Denoiser, batch: Batch, index: int) -> Tensor:
-    terms = loss_terms(denoiser, batch, step=0, seed=seed, micro=index)
-    return (terms.metrics["ce"] * terms.count if "ce" in terms.metrics else terms.total).unsqueeze(0)
+    """Mean over the blocks."""
+    parts = [loss_terms(block, batch, step=0, seed=seed, micro=index) for block in blocks_of(denoiser)]
+    totals = [terms.metrics["ce"] * terms.count if "ce" in terms.metrics else terms.total for terms in parts]
+    return torch.stack(totals).mean(0, keepdim=True)
 
 
 def _classes(config: CheckpointConfig, ks: tuple[int, ...], denoiser: Denoiser, batch: Batch, index: int) -> Tensor:
