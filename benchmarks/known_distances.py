@@ -46,25 +46,25 @@ def main(
     ] = 250,
 ) -> None:
     """Measure, write, and fail where an answer is not the known one."""
-    reference, extractor, rows = open_images(train, "--train"), load_extractor(features), list[dict[str, Any]]()
+    reference, extractor = open_images(train, "--train"), load_extractor(features)
     with TemporaryDirectory() as work:
-        for noise in NOISE:
-            images = noisy(open_images(test, "--test"), noise, Path(work), num_images)
-            rows.append(
-                {"noise": noise, **evaluate_images(images, reference, extractor, Path(work) / "cache", _bar, num_images, SEED)}
-            )
+        sets = [noisy(open_images(test, "--test"), noise, Path(work), num_images) for noise in NOISE]
+        measured = evaluate_images(sets, reference, extractor, Path(work) / "cache", _bar, num_images, SEED)
+    rows = measured["results"]
+    for row, noise in zip(rows, NOISE, strict=True):
+        row["noise"] = noise
     origin = provenance()
     for path, name in ((train, "TRAIN"), (test, "TEST")):  # files of this machine
         origin["command"] = origin["command"].replace(str(path), name)
-    write_json(out, {"provenance": origin, "seed": SEED, "results": rows})
+    write_json(out, {"provenance": origin, "seed": SEED, **measured})
     right = []
-    for kind, name in rows[0]["figures"].items():
-        found = [row["result"][kind] for row in rows]
+    for kind, name in measured["figures"].items():
+        found = [row[kind] for row in rows]
         if None in found:
             continue
         print(f"{name}: " + ", ".join(f"noise {row['noise']:g}: {value:.5g}" for row, value in zip(rows, found, strict=True)))
-        print(f"  floor {rows[0]['floor'][kind]:.5g}")
-        apart = [not row["result"][f"{kind}_against_floor"]["inside_noise"] for row in rows]
+        print(f"  floor {measured['floor'][kind]:.5g}")
+        apart = [not row[f"{kind}_against_floor"]["inside_noise"] for row in rows]
         right += [found == sorted(found), not apart[0], apart[-1]]
     if not all(right):
         print(f"not as known: {right}")

@@ -39,7 +39,7 @@ from rdlm.scoring import estimator_of
 from rdlm.tokenizer import Tokenizer
 from rdlm.unmasking import unmask
 from serve.engine import Engine
-from serve.loading import build_served, check_whole
+from serve.loading import build_served
 from serve.sequence import Request
 from serve.settings import EngineSettings
 
@@ -363,7 +363,7 @@ def _origin(error: BaseException) -> str:
 
 def _load(folder: Path, settings: EngineSettings) -> tuple[Loaded, Tokenizer]:
     loaded = load(folder, device=settings.device, dtype=getattr(torch, settings.dtype))
-    check_whole(loaded.config)
+    loaded.config.check_whole()
     if loaded.tokenizer is None:
         remedy = "give a model of text"
         raise UserError("model_args: checkpoint", str(folder), "it has no tokenizer, so its ids are not text", remedy)

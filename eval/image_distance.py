@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,51 +118,73 @@ def distances(
 
 
 def evaluate_images(
-    images: ImageSet, reference: ImageSet, extractor: Extractor, cache: Path, bar: Bar, num_images: int | None = None, seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Distances of ``images`` from ``reference``, and the floor, with what names both sets and the features.
+    sets: Iterable[ImageSet],
+    reference: ImageSet,
+    extractor: Extractor,
+    cache: Path,
+    bar: Bar,
+    num_images: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Distances of each of ``sets``, which are equally large, from ``reference``, and the floor, with what names all and the features.
 
     num_images: draw so many of each set (seeded); None takes all. Figures do not depend on the order of images in a set that is used whole.
     """
-    wanted = [each.count if num_images is None else num_images for each in (images, reference)]
-    for each, count in zip((images, reference), wanted, strict=True):
-        if count > each.count:
-            raise UserError("--num-images", count, f"{each.option} holds only {each.count:,} images", "ask for fewer")
-        if count < FEWEST:
-            raise UserError(
-                each.option, str(each.path), f"{count} images are too few for any distance", f"give at least {FEWEST}"
-            )
-    held = min(wanted[0], reference.count // 2)  # of the floor
-    pool = min(reference.count, wanted[1] + held)
+    results: list[dict[str, Any]] = []
+    size, count = None, 0
+    features: list[np.ndarray] = []
+    for images in sets:
+        count = _wanted(images, num_images)
+        chosen = np.random.default_rng(seed).permutation(images.count)[:count].tolist()
+        size = size or images.read(int(chosen[0])).shape[:2]
+        drawn = _digested(images, chosen, size, bar)
+        features.append(_features(extractor, images, drawn, cache, bar))
+        named = {"name": images.name, "count": count, "of": images.count, "sha256": _sha256([digest for digest, _ in drawn])}
+        results.append({"images": named})
+    wanted = _wanted(reference, num_images)
+    held = min(count, reference.count // 2)  # of the floor
+    pool = min(reference.count, wanted + held)
     rng = np.random.default_rng((seed, 1))  # of the reference alone: sets of any size meet the same one
-    drawn, size = [], None
-    for each, count, draws in ((images, wanted[0], np.random.default_rng(seed)), (reference, pool, rng)):
-        chosen = draws.permutation(each.count)[:count].tolist()
-        first = each.read(int(chosen[0]))
-        size = size or first.shape[:2]
-        found = _digests(each, chosen, size, bar(f"reading {each.option}", count))
-        drawn.append(sorted(zip(found, chosen, strict=True)))  # from here on the order of the files is gone
+    drawn = _digested(reference, rng.permutation(reference.count)[:pool].tolist(), size, bar)
     mixed = rng.permutation(pool)
-    mine = _features(extractor, images, drawn[0], cache, bar)
-    theirs = _features(extractor, reference, drawn[1], cache, bar)[mixed]
-    smallest = (min(wanted), min(held, wanted[1], pool - held))
-    done = bar("Frechet distance", HALVES * sum(n > extractor.dimensions for n in smallest))
-    result = distances(mine, theirs[: wanted[1]], extractor.device, seed, done)
-    floor = distances(theirs[pool - held :], theirs[: min(wanted[1], pool - held)], extractor.device, seed, done)
-    used = sorted(drawn[1][i][0] for i in mixed[: wanted[1]])
-    sha256 = _sha256(used)
+    theirs = _features(extractor, reference, drawn, cache, bar)[mixed]
+    known = HALVES * (
+        len(features) * (min(count, wanted) > extractor.dimensions) + (min(held, wanted, pool - held) > extractor.dimensions)
+    )
+    done = bar("Frechet distance", known)
+    floor = distances(theirs[pool - held :], theirs[: min(wanted, pool - held)], extractor.device, seed, done)
+    for row, mine in zip(results, features, strict=True):
+        found = distances(mine, theirs[:wanted], extractor.device, seed, done)
+        row |= {**found, **{f"{name}_against_floor": _against(found, floor, name) for name in ("frechet", "kernel")}}
+    sha256 = _sha256(sorted(drawn[i][0] for i in mixed[:wanted]))
     return {
         "figures": {"frechet": extractor.figures[0], "kernel": extractor.figures[1]},
         "comparable_with_published": extractor.published,
         "features": {
             "name": extractor.name, "dimensions": extractor.dimensions, "resize": extractor.resize, "fingerprint": extractor.fingerprint,
         },
-        "images": {"name": images.name, "count": wanted[0], "of": images.count, "sha256": _sha256([d for d, _ in drawn[0]])},
-        "reference": {"name": reference.name, "count": wanted[1], "of": reference.count, "sha256": sha256, "size": list(size or ())},
+        "reference": {"name": reference.name, "count": wanted, "of": reference.count, "sha256": sha256, "size": list(size or ())},
         "data": {"source": reference.name, "manifest_sha256": sha256},
-        "result": {**result, **{f"{name}_against_floor": _against(result, floor, name) for name in ("frechet", "kernel")}},
-        "floor": {**floor, "same_n": floor["n"] == result["n"]},
+        "results": results,
+        "floor": {**floor, "same_n": floor["n"] == [count, wanted]},
     }  # fmt: skip
+
+
+def _wanted(images: ImageSet, num_images: int | None) -> int:
+    count = images.count if num_images is None else num_images
+    if count > images.count:
+        raise UserError("--num-images", count, f"{images.option} holds only {images.count:,} images", "ask for fewer")
+    if count < FEWEST:
+        raise UserError(
+            images.option, str(images.path), f"{count} images are too few for any distance", f"give at least {FEWEST}"
+        )
+    return count
+
+
+def _digested(images: ImageSet, chosen: Sequence[int], size: tuple[int, ...] | None, bar: Bar) -> list[tuple[str, int]]:
+    """(hash of the pixels, number) of the images chosen, sorted: from here on the order of the files is gone."""
+    found = _digests(images, chosen, size, bar(f"reading {images.option}", len(chosen)))
+    return sorted(zip(found, chosen, strict=True))
 
 
 def _against(result: dict[str, Any], floor: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -81,12 +81,16 @@ def _read(file: Path) -> Run:
     except ValueError:
         raise UserError("RUN", str(file), "is not JSON", remedy) from None
     if isinstance(report, dict) and report.get("evaluation") in PROTOCOLS:
-        return Run(file, report["evaluation"], report["checkpoint" if "checkpoint" in report else "images"]["name"], report)
+        return Run(file, report["evaluation"], _name(report), report)
     if isinstance(report, dict) and "lm_eval_version" in report and "results" in report:
         config = report["config"]
         k = "" if config.get("num_steps") is None else f" K = {config['num_steps']}"
         return Run(file, "lm-eval", f"{config.get('checkpoint') or report.get('model_name', config.get('model'))}{k}", report)
     raise UserError("RUN", str(file), "names no evaluation that this version knows", f"{remedy} (of this version)")
+
+
+def _name(report: Json) -> str:
+    return report["checkpoint"]["name"] if "checkpoint" in report else report["results"][0]["images"]["name"]
 
 
 def _common(report: Json) -> Json:
@@ -122,7 +126,7 @@ PROTOCOLS: dict[str, Callable[[Json], Json]] = {
         "lengths": sorted({row["length"] for row in r["results"]}),
     },
     "gen-ppl": lambda r: {**_texts(r), "teachers": [_judge(teacher) for teacher in r["teachers"]]},
-    "fid": lambda r: {"features": r["features"], "reference": r["reference"], "images, reference": r["result"]["n"]},
+    "fid": lambda r: {"features": r["features"], "reference": r["reference"], "images, reference": r["results"][0]["n"]},
     "mauve": lambda r: {**_texts(r), "protocol": r["protocol"], "featuriser": _judge(r["featuriser"])},
 }
 """What must agree between files of a kind before their figures may stand in one table."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.bootstrap import mover
-from eval.plots import colour, new_figure, png, write_png
+from eval.drawn_images import Setting
+from eval.plots import colour, k_axis, new_figure, png, with_errors, write_png
 from eval.report import Json, Picture, Run, Section, Table
 from eval.wording import difference, with_interval
 
@@ -19,7 +21,7 @@ def notes(report: Json) -> list[str]:
     name, kernel = report["figures"]["frechet"], report["figures"]["kernel"]
     out = [] if report["comparable_with_published"] else [f"{name} and {kernel} are not comparable with published FID and KID."]
     dimensions = report["features"]["dimensions"]
-    if report["result"]["frechet"] is None:
+    if report["results"][0]["frechet"] is None:
         out.append(f"{name} needs more than {dimensions:,} images in each set, one per feature: rely on {kernel}.")
     elif report["floor"]["frechet"] is None:
         out.append(f"No floor of {name}: half of the reference is not more than {dimensions:,} images.")
@@ -30,27 +32,25 @@ def notes(report: Json) -> list[str]:
 
 def fid(runs: list[Run]) -> Section:
     """A row for each set of images, and the floor."""
-    first = runs[0]
+    report, base = runs[0].report, runs[0].report["results"][0]
+    first = _label(runs[0], base)
     cells = []
     for run in runs:
-        row = [run.label, _counts(run.report["result"])]
-        for name in DIGITS:
-            row += [
-                *_value(run.report["result"], name),
-                _against(run, first.report["floor"], name),
-                _against(run, first.report["result"], name),
-            ]
-        cells.append(row)
-    floor = ["floor: parts of the reference", _counts(first.report["floor"])]
+        for result in run.report["results"]:
+            row = [_label(run, result), _counts(result)]
+            for name in DIGITS:
+                row += [_value(result, name), _against(result, report["floor"], name), _against(result, base, name)]
+            cells.append(row)
+    floor = ["floor: parts of the reference", _counts(report["floor"])]
     for name in DIGITS:
-        floor += [*_value(first.report["floor"], name), "", ""]
-    headers = ["run", "images, reference"]
-    for name in first.report["figures"].values():
-        headers += [f"{name} [95 %]", "- floor", f"- {first.label}"]
-    used, size = first.report["features"], first.report["reference"]["size"]
+        floor += [_value(report["floor"], name), "", ""]
+    headers = ["images", "images, reference"]
+    for name in report["figures"].values():
+        headers += [f"{name} [95 %]", "- floor", f"- {first}"]
+    used, size = report["features"], report["reference"]["size"]
     about = (
-        f"Reference {first.report['reference']['name']}, {size[1]}x{size[0]}; features of {used['name']} ({used['dimensions']:,}), "
-        f"{used['resize']}. Intervals cover the drawing of images. " + " ".join(notes(first.report))
+        f"Reference {report['reference']['name']}, {size[1]}x{size[0]}; features of {used['name']} ({used['dimensions']:,}), "
+        f"{used['resize']}. Intervals cover the drawing of images. " + " ".join(notes(report))
     )
     return Section(
         "Distance between sets of images",
@@ -59,43 +59,73 @@ def fid(runs: list[Run]) -> Section:
     )
 
 
+def _label(run: Run, result: Json) -> str:
+    """Images of a checkpoint are named by how they were drawn."""
+    return f"{run.label}, {Setting(**result['setting'])}" if "setting" in result else run.label
+
+
 def _counts(row: Json) -> str:
     return ", ".join(f"{n:,}" for n in row["n"])
 
 
-def _value(row: Json, name: str) -> list[str]:
-    return ["-" if row[name] is None else with_interval(row[name], row[f"{name}_interval"], DIGITS[name])]
+def _value(row: Json, name: str) -> str:
+    return "-" if row[name] is None else with_interval(row[name], row[f"{name}_interval"], DIGITS[name])
 
 
-def _against(run: Run, other: Json, name: str) -> str:
-    mine = run.report["result"]
+def _against(mine: Json, other: Json, name: str) -> str:
     if mine is other or mine[name] is None or other[name] is None:
         return ""
     return difference(*mover(*((each[name], each[f"{name}_interval"]) for each in (mine, other))), f"+{DIGITS[name]}")
 
 
 def plot_images(report: Json, file: Path) -> None:
-    """Both distances beside their floors, as PNG."""
-    write_png(_figure([Run(file, "fid", report["images"]["name"], report)]), file)
+    """Both distances beside their floors, as PNG; of a checkpoint against K."""
+    name = report["checkpoint"]["name"] if "checkpoint" in report else report["results"][0]["images"]["name"]
+    write_png(_figure([Run(file, "fid", name, report)]), file)
 
 
 def _figure(runs: list[Run]) -> Figure:
     figure, panels = new_figure(2)
+    drawn = [(run, [r for r in run.report["results"] if "setting" in r]) for run in runs]
     for axes, (name, title) in zip(panels, runs[0].report["figures"].items(), strict=True):
-        sides = [("floor", runs[0].report["floor"]), *((run.label, run.report["result"]) for run in runs)]
-        for i, (_, row) in enumerate(sides):
-            if row[name] is not None:
-                low, high = row[f"{name}_interval"]
-                axes.errorbar(
-                    [i],
-                    [row[name]],
-                    yerr=[[row[name] - low], [high - row[name]]],
-                    fmt="o",
-                    capsize=3,
-                    color="grey" if i == 0 else colour(i - 1),
-                )
-        axes.set_xticks(range(len(sides)), [label for label, _ in sides], rotation=20, ha="right", fontsize=7)
-        axes.set_xlim(-0.5, len(sides) - 0.5)
+        if any(rows for _, rows in drawn):
+            _against_k(axes, runs, name)
+        else:
+            _side_by_side(axes, runs, name)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
     return figure
+
+
+def _against_k(axes: Axes, runs: list[Run], name: str) -> None:
+    """A line for each way of drawing, a level line for each set of images and for the floor."""
+    curves: dict[str, list[Json]] = {}
+    levels = [("floor", runs[0].report["floor"])]
+    for run in runs:
+        for r in run.report["results"]:
+            if "setting" not in r:
+                levels.append((run.label, r))
+            elif r[name] is not None:
+                setting = Setting(**r["setting"])
+                curves.setdefault(f"{run.label}, {setting.rest}", []).append({**r, "K": setting.num_steps})
+    for i, (label, rows) in enumerate(curves.items()):
+        with_errors(axes, sorted(rows, key=lambda r: r["K"]), "K", name, marker="o", markersize=4, color=colour(i), label=label)
+    for label, row in levels:
+        if row[name] is not None:
+            axes.axhline(row[name], color="grey", linestyle=":", linewidth=1)
+            axes.annotate(label, (1, row[name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+    ks = [r["K"] for rows in curves.values() for r in rows]
+    if ks:
+        k_axis(axes, ks, "steps K")
+        axes.legend(fontsize=7)
+
+
+def _side_by_side(axes: Axes, runs: list[Run], name: str) -> None:
+    sides = [("floor", runs[0].report["floor"]), *((run.label, run.report["results"][0]) for run in runs)]
+    for i, (_, row) in enumerate(sides):
+        if row[name] is not None:
+            low, high = row[f"{name}_interval"]
+            error = [[row[name] - low], [high - row[name]]]
+            axes.errorbar([i], [row[name]], yerr=error, fmt="o", capsize=3, color="grey" if i == 0 else colour(i - 1))
+    axes.set_xticks(range(len(sides)), [label for label, _ in sides], rotation=20, ha="right", fontsize=7)
+    axes.set_xlim(-0.5, len(sides) - 0.5)

@@ -24,6 +24,7 @@ from rdlm.blockwise import Blockwise
 from rdlm.config import SCHEMA_VERSION, CheckpointConfig, parse
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
+from rdlm.model_config import ImageConfig
 from rdlm.registry import build
 from rdlm.resident import ResidentBlocks, absent
 from rdlm.tokenizer import Tokenizer, load_tokenizer
@@ -200,31 +201,49 @@ def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -
     model, objective, depth = config.model, config.objective, config.objective.depth
     count = sum(weight.numel() for weight in weights.values())
     dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
-    meaning = {
-        "thinking": "K is the number of core steps before the one read-out: more steps, more computation per token",
-        "sampling": "K is the number of noise levels a token is drawn through: a setting of the sampler, not more thought",
-    }[objective.k_meaning]
-    masked = objective.masking is not None
-    if masked:
-        meaning = "K is the number of steps in which hidden tokens come into sight: a setting of the sampler, not more thought"
+    if isinstance(model, ImageConfig):
+        shape = f"images of {model.image_size}x{model.image_size} in patches of {model.patch_size}, {model.num_classes} classes"
+    else:
+        shape = f"vocabulary {model.vocab_size}, up to {model.max_seq_len} tokens"
+    noised = f"{objective.corruption.share:.0%} of the positions"
+    if objective.masking is not None:
+        noised = "none: tokens are hidden"
+    elif isinstance(model, ImageConfig):
+        noised = "the images" if objective.name == "edm" else f"the class rows of {objective.corruption.share:.0%} of the images"
     rows = {
-        "family": f"{model.family}, d_model {model.d_model}, vocabulary {model.vocab_size}, up to {model.max_seq_len} tokens",
+        "family": f"{model.family}, d_model {model.d_model}, {shape}",
         "parameters": f"{count:,} ({dtypes})",
         "objective": f"`{objective.name}`, read-out {objective.readout}",
         "core steps in training": f"{depth.distribution}, mean {depth.mean}; the last {depth.grad_steps} with gradient",
-        "noised targets": "none: tokens are hidden" if masked else f"{objective.corruption.share:.0%} of the positions",
+        "noised targets": noised,
         "updates": f"{config.step:,}",
-        "K": f"{meaning}. Default {config.recurrence.default_steps}, at most {config.recurrence.max_steps}",
+        "K": f"{_meaning(config)}. Default {config.recurrence.default_steps}, at most {config.recurrence.max_steps}",
         "normalised likelihood": config.estimator,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    first = (
-        "rdlm generate --checkpoint THIS_FOLDER --prompt ''"
-        if masked
-        else "rdlm serve --checkpoint THIS_FOLDER\nrdlm generate --help"
-    )
-    commands = f"{first}\nrdlm eval nll --help"
+    commands = "\n".join(_commands(config))
     return f"# {config.name}\n\n| | |\n|---|---|\n{table}\n\n{notes.strip()}\n\n## Run it\n\n```\n{commands}\n```\n"
+
+
+def _meaning(config: CheckpointConfig) -> str:
+    if config.objective.k_meaning == "thinking":
+        return "K is the number of core steps before the one read-out: more steps, more computation per answer"
+    if config.objective.masking is not None:
+        return "K is the number of steps in which hidden tokens come into sight: a setting of the sampler, not more thought"
+    if config.objective.name == "edm":
+        return "K is the number of steps from noise to an image"
+    what = "class" if isinstance(config.model, ImageConfig) else "token"
+    return f"K is the number of noise levels a {what} is drawn through: a setting of the sampler, not more thought"
+
+
+def _commands(config: CheckpointConfig) -> tuple[str, ...]:
+    if config.objective.name == "edm":
+        return "rdlm images --checkpoint THIS_FOLDER --out samples.png", "rdlm eval fid --help"
+    if isinstance(config.model, ImageConfig):
+        return ("rdlm eval accuracy --checkpoint THIS_FOLDER --data PREPARED_IMAGES",)
+    if config.objective.masking is not None:
+        return "rdlm generate --checkpoint THIS_FOLDER --prompt ''", "rdlm eval nll --help"
+    return "rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help"
 
 
 def _sync(path: Path) -> None:

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train.cli:app", "Train a model from a config, on one process or under DeepSpeed."),
     "merge": ("train.merge_cli:app", "Put blocks that were trained alone together into one checkpoint."),
     "generate": ("serve.generate_cli:app", "Continue a prompt from a checkpoint, without a server."),
+    "images": ("serve.images_cli:app", "Draw images from a checkpoint of family dit."),
     "serve": ("serve.cli:app", "Serve a checkpoint over an OpenAI-compatible HTTP interface."),
     "eval": ("eval.cli:app", "Measure a checkpoint, for instance its held-out NLL against the core steps K."),
     "import": ("rdlm.interchange.cli:import_app", "Turn a published checkpoint into one of rdlm."),

@@ -267,6 +267,12 @@ class CheckpointConfig(Strict):
             problem = f"family {self.model.family!r} is not {family!r}, which {what} is about"
             raise UserError("checkpoint", self.name, problem, f"give a checkpoint of family {family!r}")
 
+    def check_whole(self) -> None:
+        """Raises UserError for a checkpoint that holds one block of a network."""
+        if self.block is not None:
+            problem = f"it holds block {self.block} alone, not the network"
+            raise UserError("checkpoint", self.name, problem, "put the blocks together with `rdlm merge`")
+
     def check_next_token(self, what: str) -> None:
         """Raises UserError where the model has no next token, which ``what`` needs: masked diffusion fills all positions at once."""
         self.check_text(what)

@@ -30,7 +30,7 @@ def load_served(folder: Path, settings: EngineSettings) -> Served:
 
 def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded, Tokenizer, frozenset[int]]:
     """A checkpoint of text, its tokenizer, and the ids that end a text. Raises UserError."""
-    device, dtype = _device(settings.device), getattr(torch, settings.dtype)
+    device, dtype = usable_device(settings.device), getattr(torch, settings.dtype)
     loaded = checkpoint.load(folder, device, dtype, settings.resident_blocks)
     if loaded.tokenizer is None:
         raise UserError(
@@ -60,20 +60,13 @@ def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(ends)
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError("device", name, f"cannot be used ({reason(error)})", "use cpu, or cuda on a machine with one") from None
     return device
-
-
-def check_whole(config: CheckpointConfig) -> None:
-    """Raises UserError for a checkpoint that holds one block of a network."""
-    if config.block is not None:
-        problem = f"it holds block {config.block} alone, not the network"
-        raise UserError("checkpoint", config.name, problem, "put the blocks together with `rdlm merge`")
 
 
 def build_served(
@@ -90,7 +83,7 @@ def build_served(
     if end_ids is None:
         end_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     config.check_next_token("the engine")
-    check_whole(config)
+    config.check_whole()
     limit = config.model.max_seq_len
     max_len = limit if settings.max_len is None else settings.max_len
     if max_len > limit:

@@ -11,7 +11,7 @@ import torch
 from rdlm.decoding_types import Order, SamplingParams
 from rdlm.errors import UserError
 from rdlm.unmasking import unmask
-from serve.loading import check_whole, load_text
+from serve.loading import load_text
 from serve.settings import EngineSettings
 
 
@@ -30,7 +30,7 @@ class Writer:
     def __init__(self, folder: Path, settings: EngineSettings) -> None:
         """UserError for a checkpoint that is not text, or not whole."""
         self._loaded, self._tokenizer, self._ends = load_text(folder, settings)
-        check_whole(self._loaded.config)
+        self._loaded.config.check_whole()
 
     def answer(
         self, prompt: str, num_steps: int, max_tokens: int, sampling: SamplingParams, seed: int = 0, order: Order = "random"

@@ -48,7 +48,7 @@ def _measure(folder: Path, images: np.ndarray, reference: np.ndarray, **options:
     for name, content in (("images", images), ("reference", reference)):
         np.save(folder / f"{name}.npy", content)
     sets = [open_images(folder / f"{name}.npy", f"--{name}") for name in ("images", "reference")]
-    return evaluate_images(*sets, _identity(), folder / "cache", _bar, **options)
+    return evaluate_images(sets[:1], sets[1], _identity(), folder / "cache", _bar, **options)
 
 
 def test_frechet_distance_of_two_gaussians_is_the_closed_form() -> None:
@@ -107,12 +107,12 @@ def test_noise_raises_both_distances_and_the_floor_is_of_the_same_n(tmp_path: Pa
     reference = _pixels(400, seed=1)
     rows = [_measure(tmp_path, _pixels(400, noise), reference, num_images=200) for noise in (0, 0.05, 0.1)]
     for name in ("frechet", "kernel"):
-        values = [row["result"][name] for row in rows]
-        assert values == sorted(values) and not rows[2]["result"][f"{name}_against_floor"]["inside_noise"]
-        assert rows[0]["result"][f"{name}_against_floor"]["inside_noise"]
+        values = [row["results"][0][name] for row in rows]
+        assert values == sorted(values) and not rows[2]["results"][0][f"{name}_against_floor"]["inside_noise"]
+        assert rows[0]["results"][0][f"{name}_against_floor"]["inside_noise"]
     assert rows[0]["floor"]["n"] == [200, 200] and rows[0]["floor"]["same_n"] and not rows[0]["comparable_with_published"]
     halves = _measure(tmp_path, _pixels(400), reference)
-    assert halves["result"]["n"] == [400, 400] and halves["floor"]["n"] == [200, 200] and not halves["floor"]["same_n"]
+    assert halves["results"][0]["n"] == [400, 400] and halves["floor"]["n"] == [200, 200] and not halves["floor"]["same_n"]
 
 
 def test_order_of_images_changes_nothing(tmp_path: Path) -> None:
@@ -123,11 +123,11 @@ def test_order_of_images_changes_nothing(tmp_path: Path) -> None:
 
 def test_too_few_images_for_the_covariance_leave_the_kernel_distance(tmp_path: Path) -> None:
     found = _measure(tmp_path, _pixels(20, size=2), _pixels(60, seed=1))
-    assert found["result"]["frechet"] is not None
+    assert found["results"][0]["frechet"] is not None
     wide = Extractor("Wide", 24, "none", "g", lambda batch: (batch.flatten(1).float() - 120).repeat(1, 2) / 20)
     sets = [open_images(tmp_path / f"{name}.npy", f"--{name}") for name in ("images", "reference")]
-    found = evaluate_images(*sets, wide, tmp_path / "cache", _bar)
-    assert found["result"]["frechet"] is None and found["result"]["kernel"] is not None
+    found = evaluate_images(sets[:1], sets[1], wide, tmp_path / "cache", _bar)
+    assert found["results"][0]["frechet"] is None and found["results"][0]["kernel"] is not None
 
 
 def test_features_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_command_writes_json_figure_and_a_section_of_the_report(tmp_path: Path, 
     shown = capsys.readouterr().out
     assert "FD-Pixels" in shown and "KD-Pixels" in shown and "not comparable with published FID" in shown
     report = json.loads((tmp_path / "noisy.json").read_text())
-    assert report["evaluation"] == "fid" and report["images"]["count"] == 50 and report["images"]["of"] == 100
+    assert report["evaluation"] == "fid" and (images := report["results"][0]["images"])["count"] == 50 and images["of"] == 100
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     files = [str(tmp_path / f"{name}.json") for name in ("clean", "noisy")]
     assert run(app, ["eval", "report", *files, "--out", str(tmp_path / "report")], "rdlm") == 0

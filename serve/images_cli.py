@@ -1,0 +1,119 @@
+"""``rdlm images``: draw images from a checkpoint of family dit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from rdlm.errors import UserError
+from serve.options import CheckpointOption, DeviceOption, DtypeOption
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(epilog="Example: rdlm images --checkpoint runs/dit_cifar10/model --guidance 2 --out samples.png")
+def images(
+    checkpoint: CheckpointOption,
+    out: Annotated[Path, typer.Option(help="A .png picture of all, or an .npz array for `rdlm eval fid`.", show_default=False)],
+    classes: Annotated[
+        str | None, typer.Option(help="Numbers of classes with commas, taken in turn; by default all.", show_default=False)
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
+    num_steps: Annotated[
+        int | None, typer.Option(help="K, steps from noise to image; by default the checkpoint's.", show_default=False)
+    ] = None,
+    guidance: Annotated[float, typer.Option(min=0, max=100, help="1 is none; more is truer to the class and less varied.")] = 1.0,
+    solver: Annotated[
+        Literal["euler", "heun", "multistep"], typer.Option(help="Of the ODE; heun calls the network twice a step.")
+    ] = "euler",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one network call; changes no image.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same images.")] = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Draw images of the classes asked for, in K steps of the probability-flow ODE."""
+    if out.suffix not in (".png", ".npz"):
+        raise UserError("--out", str(out), "is neither a picture nor an array", "name a .png or .npz file")
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from rdlm.checkpoint import load, load_config
+    from rdlm.image_sampler import draw_images, pixels
+    from rdlm.model_config import DitConfig
+    from serve.loading import usable_device
+
+    config = load_config(checkpoint)
+    config.check_family("rdlm images", "dit")
+    config.check_whole()
+    assert isinstance(config.model, DitConfig)
+    k, most = num_steps or config.recurrence.default_steps, config.recurrence.max_steps
+    if not 1 <= k <= most:
+        raise UserError("--num-steps", num_steps, "is out of range", f"this model takes 1 to {most}")
+    wanted = _classes(classes, config.model.num_classes)
+    loaded = load(checkpoint, usable_device(device), _dtype(dtype))
+    parts = []
+    with tqdm(total=num_images, unit="image", desc=f"K = {k}") as bar:
+        for first in range(0, num_images, batch_size):
+            numbers = range(first, min(first + batch_size, num_images))
+            asked = torch.tensor([wanted[i % len(wanted)] for i in numbers], device=usable_device(device))
+            drawn = draw_images(loaded.denoiser, config, asked, k, first=first, guidance=guidance, solver=solver, seed=seed)
+            parts.append(pixels(drawn).numpy())
+            bar.update(len(asked))
+    found = np.concatenate(parts)
+    _write(out, found, [wanted[i % len(wanted)] for i in range(num_images)], len(wanted))
+    typer.echo(f"{num_images} images in {out}")
+
+
+def _classes(text: str | None, count: int) -> list[int]:
+    try:
+        wanted = list(range(count)) if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError("--classes", text, "is not a number or a list of numbers", f"write for instance 0,{count - 1}") from None
+    for each in wanted:
+        if not 0 <= each < count:
+            raise UserError("--classes", each, "there is no such class", f"this model knows 0 to {count - 1}")
+    return wanted
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    if name not in ("float32", "bfloat16"):
+        raise UserError("--dtype", name, "there is no such precision", "use float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def _write(file: Path, found: np.ndarray, classes: list[int], columns: int) -> None:
+    """One file, at once or not at all. A picture has a column a class where it fits."""
+    import numpy as np
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
+    if file.suffix == ".npz":
+        np.savez(partial, found, classes=np.array(classes))
+    else:
+        from matplotlib.image import imsave
+
+        imsave(partial, tiled(found, columns if 4 <= columns <= 16 else 8))
+    partial.replace(file)
+
+
+def tiled(found: np.ndarray, columns: int) -> np.ndarray:
+    """uint8 [N, H, W, C] -> one picture, row by row, with a white line between images."""
+    import numpy as np
+
+    rows = -(-len(found) // columns)
+    height, width, channels = found.shape[1:]
+    picture = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, dtype=np.uint8)
+    for i, image in enumerate(found):
+        y, x = (i // columns) * (height + 1), (i % columns) * (width + 1)
+        picture[y : y + height, x : x + width] = image
+    return picture
