@@ -17,9 +17,12 @@ import torch
 from eval import image_features
 from eval.image_distance import SUBSET_SIZE, distances, evaluate_images, frechet, kernel_distance
 from eval.image_features import Extractor, inception_weights
+from rdlm.checkpoint import save
 from rdlm.cli import app, run
+from rdlm.config import CheckpointConfig
 from rdlm.errors import UserError
 from rdlm.images import open_images
+from rdlm.registry import build
 
 RNG = np.random.default_rng
 
@@ -269,3 +272,78 @@ def test_efficientnet_gives_its_features() -> None:
     found = extractor.features(_pixels(3, size=32))
     assert found.shape == (3, 1280) and found.dtype == np.float32 and np.isfinite(found).all() and found.std(0).max() > 0
     assert extractor.figures == ("FD-EfficientNetLite0", "KD-EfficientNetLite0")
+
+
+SHAPE = {"image_size": 4, "patch_size": 2, "num_classes": 3, "d_model": 16, "num_heads": 2, "mlp_width": 16, "num_layers": 1}
+
+
+def _dit(folder: Path, name: str) -> Path:
+    model = {"family": "dit", **SHAPE, "noise_embed_dim": 8}
+    document = {"name": name, "model": model, "objective": {"name": "edm"}, "recurrence": {"default_steps": 2, "max_steps": 9}}
+    config = CheckpointConfig.model_validate(document)
+    denoiser = build(config, seed=0)
+    for name, weight in denoiser.named_parameters():  # which start at zero
+        if name == "model.pixels.weight" or "modulation" in name:
+            weight.data.normal_(0.0, 0.3)
+    return save(folder / name, denoiser, config, None)
+
+
+def test_a_checkpoint_is_judged_over_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same figures as of the images that `rdlm images` writes; images and features are made once."""
+    model, reference = _dit(tmp_path, "dit"), tmp_path / "reference.npy"
+    np.save(reference, _pixels(100, seed=1, size=4))
+    files = {"reference": str(reference), "cache": str(tmp_path / "c"), "num-images": "30"}
+    shared = [part for name, value in files.items() for part in (f"--{name}", value)]
+    sweep = ["--checkpoint", str(model), "--steps", "1,3", "--guidance", "1,2", "--solver", "euler,heun"]
+    out = tmp_path / "sweep.json"
+    command = ["eval", "fid", *shared, *sweep, "--out", str(out), "--plot", str(tmp_path / "p.png")]
+    assert run(app, command, "rdlm") == 0
+    report = json.loads(out.read_text())
+    assert [row["setting"] for row in report["results"]][:3] == [
+        {"num_steps": 1, "guidance": 1.0, "solver": "euler"},
+        {"num_steps": 3, "guidance": 1.0, "solver": "euler"},
+        {"num_steps": 1, "guidance": 2.0, "solver": "euler"},
+    ]
+    assert (
+        len(report["results"]) == 8
+        and report["checkpoint"]["name"] == "dit"
+        and "K 3, guidance 2" in report["results"][3]["images"]["name"]
+    )
+    one = report["results"][3]
+    drawn = ["--num-images", "30", "--num-steps", "3", "--guidance", "2", "--out", str(tmp_path / "drawn.npz")]
+    assert run(app, ["images", "--checkpoint", str(model), *drawn], "rdlm") == 0
+    alone = tmp_path / "alone.json"
+    assert run(app, ["eval", "fid", *shared, "--images", str(tmp_path / "drawn.npz"), "--out", str(alone)], "rdlm") == 0
+    found = json.loads(alone.read_text())["results"][0]
+    assert one["images"]["sha256"] == found["images"]["sha256"] and one["kernel"] == found["kernel"]
+    with monkeypatch.context() as patched:
+        patched.setattr("eval.drawn_images.draw_images", lambda *_, **__: pytest.fail("drawn again"))
+        assert run(app, command, "rdlm") == 0
+    assert json.loads(out.read_text())["results"] == report["results"]
+    assert run(app, ["eval", "report", str(out), str(alone), "--out", str(tmp_path / "report")], "rdlm") == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "dit, K 3, guidance 2, heun" in text and "drawn.npz" in text
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "one of --images and --checkpoint"),
+        (["--images", "IMAGES", "--checkpoint", "DIT"], "one of --images and --checkpoint"),
+        (["--images", "IMAGES", "--steps", "4"], "are of a checkpoint"),
+        (["--checkpoint", "DIT", "--steps", "10"], "this checkpoint takes 1 to 9"),
+        (["--checkpoint", "DIT", "--solver", "rk4"], "no such solver"),
+        (["--checkpoint", "DIT", "--guidance", "-1"], "must lie in"),
+        (["--checkpoint", "NONE"], "has no config.json"),
+    ],
+)
+def test_what_is_judged_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
+    np.save(tmp_path / "images.npy", _pixels(40, size=4))
+    known = {"IMAGES": str(tmp_path / "images.npy"), "DIT": str(_dit(tmp_path, "dit")), "NONE": str(tmp_path)}
+    given = [known.get(option, option) for option in options]
+    arguments = ["eval", "fid", "--reference", known["IMAGES"], "--cache", str(tmp_path / "c"), *given]
+    assert run(app, arguments, "rdlm") == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
