@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from eval.accuracy_cli import accuracy
 from eval.depth_cli import depth
 from eval.fid_cli import fid
 from eval.harness_cli import PASS_ON, lm_eval
@@ -27,8 +28,11 @@ app.command(epilog="Example: rdlm eval mauve --checkpoint runs/demo/model --data
     mauve
 )
 app.command(
-    epilog="Example: rdlm eval fid --images samples.npz --reference cifar10/test.parquet --num-images 2000 --out fid.json"
+    epilog="Example: rdlm eval fid --checkpoint runs/dit_cifar10/model --reference data/cifar10/test/images.npy --steps 10,50"
 )(fid)
+app.command(
+    epilog="Example: rdlm eval accuracy --checkpoint runs/vit_cifar10/model --data data/cifar10 --steps 1,4 --plot a.png"
+)(accuracy)
 app.command(epilog="Example: rdlm eval report results/*.json --out report")(report)
 
 

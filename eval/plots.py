@@ -127,3 +127,25 @@ def plot_depth(report: Row, file: Path) -> None:
     axes.set_title(f"{heading(report)}: {report['data']['task']}")
     axes.legend(fontsize=8)
     write_png(figure, file)
+
+
+def draw_accuracy(axes: Axes, report: Row, name: str = "", first_colour: int = 0) -> int:
+    """Accuracy against K, a curve for each bridge; -> how many."""
+    bridges = list(dict.fromkeys(r["bridge"] for r in report["results"]))
+    for i, bridge in enumerate(bridges):
+        chosen = [r for r in report["results"] if r["bridge"] == bridge]
+        with_errors(
+            axes, chosen, "K", "accuracy", marker="o", markersize=4, color=colour(first_colour + i), label=f"{name}{bridge}"
+        )
+    axes.set_ylabel("accuracy")
+    return len(bridges)
+
+
+def plot_accuracy(report: Row, file: Path) -> None:
+    """Accuracy against K with its 95 % intervals, as PNG."""
+    figure, (axes,) = new_figure()
+    draw_accuracy(axes, report)
+    k_axis(axes, [r["K"] for r in report["results"]], "K")
+    axes.set_title(f"{heading(report)}: {report['images']:,} images of {report['data']['split']}")
+    axes.legend(fontsize=8)
+    write_png(figure, file)

@@ -126,6 +126,7 @@ PROTOCOLS: dict[str, Callable[[Json], Json]] = {
         "lengths": sorted({row["length"] for row in r["results"]}),
     },
     "gen-ppl": lambda r: {**_texts(r), "teachers": [_judge(teacher) for teacher in r["teachers"]]},
+    "accuracy": lambda r: {**_common(r), "images": r["images"]},
     "fid": lambda r: {"features": r["features"], "reference": r["reference"], "images, reference": r["results"][0]["n"]},
     "mauve": lambda r: {**_texts(r), "protocol": r["protocol"], "featuriser": _judge(r["featuriser"])},
 }

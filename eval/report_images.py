@@ -1,19 +1,50 @@
-"""The section of a report, and the figure, on distances between sets of images."""
+"""The sections of a report on images: what is classified, and distances between sets of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eval.bootstrap import mover
+from eval.bootstrap import interval, mover, resamples
 from eval.drawn_images import Setting
-from eval.plots import colour, k_axis, new_figure, png, with_errors, write_png
+from eval.plots import colour, draw_accuracy, k_axis, new_figure, png, with_errors, write_png
 from eval.report import Json, Picture, Run, Section, Table
 from eval.wording import difference, with_interval
 
 DIGITS = {"frechet": ".2f", "kernel": ".5f"}
+
+
+def accuracy(runs: list[Run]) -> Section:
+    """A row for each run, bridge and K, against the first row of all."""
+    base, rows = runs[0].report["results"][0], []
+    named = f"{runs[0].label}, K = {base['K']}"
+    figure, (axes,) = new_figure()
+    curves = 0
+    for run in runs:
+        nll = with_interval(run.report["nll"], run.report["nll_interval"], ".4f")
+        for r in run.report["results"]:
+            compared = "" if r is base else _accuracy_difference(r, base)
+            figures = [with_interval(r["accuracy"], r["accuracy_interval"], ".4f"), compared]
+            rows.append([run.label, r["bridge"], str(r["K"]), *figures, nll if r["K"] == 1 else ""])
+        curves += draw_accuracy(axes, run.report, f"{run.label}, ", curves)
+    k_axis(axes, [r["K"] for run in runs for r in run.report["results"]], "K")
+    axes.legend(fontsize=7)
+    data = runs[0].report["data"]
+    about = (
+        f"{runs[0].report['images']:,} images of {data['source']}, split {data['split']}. The NLL is that of the class at K = 1."
+    )
+    headers = ["run", "bridge", "K", "accuracy [95 %]", f"against {named}", "NLL, nats per image [95 %]"]
+    return Section("Classification", about, [Table(headers, rows), Picture(png(figure), "Accuracy against K")])
+
+
+def _accuracy_difference(mine: Json, base: Json) -> str:
+    if "right" not in mine or "right" not in base:
+        return difference(*mover(*((each["accuracy"], each["accuracy_interval"]) for each in (mine, base))), "+.4f")
+    a, b = (np.array(list(each["right"]), dtype=float) / each["draws"] for each in (mine, base))
+    return difference(float((a - b).mean()), interval(resamples(len(a), 0) @ (a - b) / len(a)), "+.4f") + ", paired"
 
 
 def notes(report: Json) -> list[str]:

@@ -17,7 +17,7 @@ from eval.convergence import draw_convergence, draw_picture
 from eval.noise_curve import draw_noise_curve
 from eval.plots import Row, against_k, colour, draw_depth, draw_nll, k_axis, new_figure, png
 from eval.report import Json, Picture, Run, Sample, Section, Table
-from eval.report_images import fid
+from eval.report_images import accuracy, fid
 from eval.report_texts import gen_ppl, mauve
 from eval.wording import difference, or_dash, with_interval
 
@@ -236,5 +236,6 @@ SECTIONS: dict[str, Callable[[list[Run]], Section]] = {
     "depth": _depth,
     "convergence": _convergence,
     "ce-by-sigma": _noise_curve,
+    "accuracy": accuracy,
     "fid": fid,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,15 +20,24 @@ from rdlm.scoring import think
 
 @torch.no_grad()
 def greedy_answers(
-    denoiser: Denoiser, config: CheckpointConfig, inputs: Tensor, ks: Sequence[int], seed: int = 0, bridge: Bridge = "hard"
+    denoiser: Denoiser,
+    config: CheckpointConfig,
+    inputs: Tensor,
+    ks: Sequence[int],
+    seed: int = 0,
+    *,
+    bridge: Bridge = "hard",
+    first: int = 0,
+    draw: int = 0,
 ) -> dict[int, Tensor]:
     """Most probable answer to each target: inputs [B, T] int64 -> {K: [B, T] int64}, images [B, C, H, W] -> {K: [B, 1]}.
 
     thinking: arg max after K core steps. sampling: K noise levels, over hard bridges the arg max of all positions re-noised together
     in between, so that a position may use what earlier positions have answered so far; over soft ones the ODE (``check_bridge``).
+    Its noise depends on (seed, draw, number of the row, step), the first row being number ``first``.
     """
     if config.objective.k_meaning == "sampling":
-        return {k: _denoised(denoiser, config, inputs, k, seed, bridge) for k in ks}
+        return {k: _denoised(denoiser, config, inputs, k, bridge, (seed, draw), first) for k in ks}
     out, wanted = {}, set(ks)
 
     def read(k: int, state: Tensor, ctx: AttentionContext) -> None:
@@ -38,9 +48,12 @@ def greedy_answers(
     return out
 
 
-def _denoised(denoiser: Denoiser, config: CheckpointConfig, inputs: Tensor, num_steps: int, seed: int, bridge: Bridge) -> Tensor:
-    rng, shape = generator(seed), denoiser.model.target_shape(inputs)
+def _denoised(
+    denoiser: Denoiser, config: CheckpointConfig, inputs: Tensor, num_steps: int, bridge: Bridge, key: tuple[int, int], first: int
+) -> Tensor:
+    rng, shape = generator(*key), denoiser.model.target_shape(inputs)
     levels, top = sampling_levels(config, num_steps), config.noise.sigma_max
+    steps = itertools.count()
 
     def predict(z: Tensor | None, sigma: float | None) -> Prediction:
         if z is None or sigma is None:
@@ -54,7 +67,9 @@ def _denoised(denoiser: Denoiser, config: CheckpointConfig, inputs: Tensor, num_
         return owner.predict(in_place_hidden(owner, inputs, noised, 1, rng), z, told)
 
     def noise() -> Tensor:
-        return torch.randn((*shape, config.model.d_model), generator=rng).to(inputs.device)
+        step, size = next(steps), (shape[1], config.model.d_model)
+        rows = [torch.randn(size, generator=generator(*key, first + row, step)) for row in range(shape[0])]
+        return torch.stack(rows).to(inputs.device)
 
     def again(ids: Tensor, sigma: float) -> Tensor:
         return renoise(denoiser.at(sigma), ids, torch.full(shape, sigma, device=ids.device), noise())
