@@ -9,22 +9,28 @@ from torch import Tensor
 
 from rdlm.config import CheckpointConfig
 from rdlm.context import AttentionContext
+from rdlm.decoding_types import Order, SamplingParams
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
 from rdlm.randomness import generator
 from rdlm.sampler import hard_bridge_chain, renoise, sampling_levels
 from rdlm.scoring import think
+from rdlm.unmasking import unmask
 
 
 @torch.no_grad()
 def greedy_answers(
-    denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, ks: Sequence[int], seed: int = 0
+    denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, ks: Sequence[int], seed: int = 0, order: Order = "random"
 ) -> dict[int, Tensor]:
     """Most probable answer at each position: input_ids [B, T] int64 -> {K: [B, T] int64}.
 
     thinking: arg max after K core steps. sampling: K noise levels, the arg max of all positions re-noised together in between,
-    so that a position may use what earlier positions have answered so far.
+    so that a position may use what earlier positions have answered so far. Masked models: K unmasking steps in ``order``; input_ids are
+    rows of ``FilledIn`` with the mask's id at every answer that counts.
     """
+    if config.objective.masking is not None:
+        greedy = SamplingParams(temperature=0)
+        return {k: unmask(denoiser, input_ids, k, greedy, seed=seed, order=order, always_given=True) for k in ks}
     if config.objective.k_meaning == "sampling":
         return {k: _denoised(denoiser, config, input_ids, k, seed) for k in ks}
     out, wanted = {}, set(ks)

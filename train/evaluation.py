@@ -32,7 +32,7 @@ def held_out_nll(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: 
             if config.block is not None:
                 totals = stage(_denoising, here, config.seed, mine).double()  # [1]
             else:
-                scores = stage(_scores, config.checkpoint_config, here.inputs, here.targets, ks)[:, here.mask]
+                scores = stage(_scores, config.checkpoint_config, here, ks)[:, here.mask]
                 totals = -scores.double().sum(1)  # [len(ks)]
         if mine < len(batches):
             sums += torch.tensor([*totals.tolist(), float(batch.mask.sum())], dtype=torch.float64)
@@ -47,7 +47,7 @@ def _denoising(denoiser: Denoiser, batch: Batch, seed: int, index: int) -> Tenso
     return (terms.metrics["ce"] * terms.count).unsqueeze(0)
 
 
-def _scores(denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, targets: Tensor, ks: tuple[int, ...]) -> Tensor:
+def _scores(denoiser: Denoiser, config: CheckpointConfig, batch: Batch, ks: tuple[int, ...]) -> Tensor:
     """One tensor [len(ks), B, T]: DeepSpeed's hooks cannot read a dictionary with integer keys."""
-    scores = token_logprobs(denoiser, config, input_ids, targets, ks)
+    scores = token_logprobs(denoiser, config, batch.inputs, batch.targets, ks, mask=batch.mask)
     return torch.stack([scores[k] for k in ks])

@@ -41,6 +41,10 @@ class GroupProductConfig(Strict):
     def seq_len(self) -> int:
         return self.length
 
+    @property
+    def filled_in_len(self) -> int:
+        return 2 * self.length
+
 
 class PointerChasingConfig(Strict):
     """Following a table of pointers, one hop further at every position."""
@@ -52,6 +56,10 @@ class PointerChasingConfig(Strict):
     @property
     def seq_len(self) -> int:
         return self.nodes + self.hops
+
+    @property
+    def filled_in_len(self) -> int:
+        return self.nodes + 2 * self.hops
 
 
 class LatinSquareConfig(Strict):
@@ -66,8 +74,14 @@ class LatinSquareConfig(Strict):
     def seq_len(self) -> int:
         return 2 * self.side**2
 
+    @property
+    def filled_in_len(self) -> int:
+        return self.side**2
 
-DataConfig = Annotated[TokensConfig | GroupProductConfig | PointerChasingConfig | LatinSquareConfig, Field(discriminator="kind")]
+
+GeneratedConfig = GroupProductConfig | PointerChasingConfig | LatinSquareConfig
+"""Of a task: ``filled_in_len`` is the length of a row of ``rdlm.tasks.FilledIn``, ``seq_len`` that of the task itself."""
+DataConfig = Annotated[TokensConfig | GeneratedConfig, Field(discriminator="kind")]
 
 
 class BatchConfig(Strict):
@@ -234,6 +248,16 @@ class TrainConfig(Strict):
         return {**data, "model": {**data["model"], "noise_conditioning": noisy}}
 
     @property
+    def fills_in(self) -> bool:
+        """Whether the model fills in hidden tokens: inputs and answers of a task then share a row."""
+        return self.objective.masking is not None
+
+    @property
+    def seq_len(self) -> int:
+        """Positions of a row."""
+        return self.data.filled_in_len if self.fills_in and isinstance(self.data, GeneratedConfig) else self.data.seq_len
+
+    @property
     def checkpoint_config(self) -> CheckpointConfig:
         """The part that describes the trained model; ``step`` is 0."""
         return CheckpointConfig(
@@ -274,12 +298,9 @@ def _check(config: TrainConfig) -> None:
         verb = "noises" if objective.noisy else "does not noise"
         problem = f"objective {objective.name!r} {verb} its targets"
         raise UserError("model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective")
-    if config.data.seq_len > config.model.max_seq_len:
+    if config.seq_len > config.model.max_seq_len:
         problem = f"longer than model.max_seq_len ({config.model.max_seq_len})"
-        raise UserError("data.seq_len", config.data.seq_len, problem, "shorten the sequences or raise model.max_seq_len")
-    if objective.masking is not None and config.data.kind != "tokens":
-        problem = "objective 'masked' models a sequence by itself: it has no inputs beside its answers"
-        raise UserError("data.kind", config.data.kind, problem, "use tokens, or another objective")
+        raise UserError("data.seq_len", config.seq_len, problem, "shorten the sequences or raise model.max_seq_len")
     beyond = [k for k in config.evaluation.steps if k > config.recurrence.max_steps]
     if beyond and config.evaluation.interval_steps:
         problem = f"exceeds recurrence.max_steps ({config.recurrence.max_steps})"
