@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from eval.bootstrap import interval, resamples
 from eval.nll import check_steps
 from rdlm.answers import greedy_answers
 from rdlm.checkpoint import Loaded
+from rdlm.decoding_types import Order
 from rdlm.errors import UserError
-from rdlm.tasks import Task
+from rdlm.masked_denoiser import MaskedDenoiser
+from rdlm.tasks import FilledIn, Generated, Task
 
 USUAL_STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 """The last two are far beyond the steps of training: whether the state stays where it is."""
@@ -24,16 +26,32 @@ def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]
 
     None takes USUAL_STEPS: all of them where K means thinking, else as far as the checkpoint goes.
     """
+    most, masked = loaded.config.recurrence.max_steps, loaded.config.objective.masking is not None
     if steps is None:
         thinking, recurrent = loaded.config.objective.k_meaning == "thinking", loaded.denoiser.model.is_recurrent
-        limit = (USUAL_STEPS[-1] if recurrent else 1) if thinking else loaded.config.recurrence.max_steps
+        limit = (USUAL_STEPS[-1] if recurrent else 1) if thinking else most
         steps = [k for k in USUAL_STEPS if k <= limit]
+    if masked and max(steps) > most:  # check_steps would take what a bound takes
+        raise UserError("--steps", max(steps), "is out of range", f"this checkpoint takes 1 to {most}")
     return check_steps(steps, loaded.denoiser, loaded.config, beyond=True)
+
+
+def choose_order(order: Order | None, loaded: Loaded) -> Order | None:
+    """In which order a masked checkpoint's answers come into sight, random by default; None for others, UserError if asked for one."""
+    if loaded.config.objective.masking is not None:
+        return order or "random"
+    if order is not None:
+        raise UserError("--order", order, "this model gives all answers at once", "leave the option out")
+    return None
+
+
+def as_trained(loaded: Loaded, task: Generated) -> Task:
+    """The task in the form that the checkpoint's objective is trained on (train/corpora)."""
+    return task if loaded.config.objective.masking is None else FilledIn(task)
 
 
 def check_task(loaded: Loaded, name: str, task: Task) -> None:
     """UserError where the checkpoint cannot have been trained on the task, or has too few positions for it."""
-    loaded.config.check_next_token("an answer at each position")
     model = loaded.config.model
     if loaded.tokenizer is not None or model.vocab_size < task.vocab_size:
         has = "is a model of text" if loaded.tokenizer is not None else f"has a vocabulary of {model.vocab_size}"
@@ -53,6 +71,7 @@ def evaluate_depth(
     rows: int,
     seed: int = 0,
     batch_size: int = 256,
+    order: Order | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[dict[str, Any]]:
     """Share of right answers on the first ``rows`` held-out examples at each K, with bootstrap 95 % intervals over examples.
@@ -60,16 +79,21 @@ def evaluate_depth(
     -> [{"length", "K", "accuracy", "delta", "change", NAME, "by_position"}], the first four figures with "..._interval" beside them:
     over all positions that count, its differences from the smallest K and from the K before (both paired), and NAME = task.whole, the
     share of examples that are ``task.solved``. by_position: the share at each position that counts.
+    task: ``as_trained``. order: of masked checkpoints, see ``choose_order``.
     seed: of the examples, of sampling checkpoints' noise and of the bootstrap. ``progress`` is told the examples done.
     """
     device = next(loaded.denoiser.parameters()).device
+    hidden = cast(MaskedDenoiser, loaded.denoiser.at(1.0)).mask_id if loaded.config.objective.masking is not None else None
     right: dict[int, list[np.ndarray]] = {k: [] for k in steps}
     solved: dict[int, list[np.ndarray]] = {k: [] for k in steps}
     masks = []
     for start in range(0, rows, batch_size):
         numbers = np.arange(start, min(rows, start + batch_size))
         batch = task.rows(numbers, seed, "test")
-        answers = greedy_answers(loaded.denoiser, loaded.config, batch.inputs.to(device), steps, seed=seed + start)
+        inputs = batch.inputs if hidden is None else batch.inputs.masked_fill(batch.mask, hidden)
+        answers = greedy_answers(
+            loaded.denoiser, loaded.config, inputs.to(device), steps, seed=seed + start, order=order or "random"
+        )
         masks.append(batch.mask.numpy())
         for k in steps:
             given = answers[k].cpu()

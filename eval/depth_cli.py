@@ -11,6 +11,7 @@ from rich.table import Table
 from eval.options import Checkpoint, Device, Out, Plot, Seed, numbers, usable_device
 from eval.output import write_json
 from eval.wording import difference, with_interval
+from rdlm.decoding_types import Order
 
 
 def depth(
@@ -25,6 +26,10 @@ def depth(
         str | None,
         typer.Option(help="Values of K with commas [1,2,4,8,16,32,64,128; a sampling checkpoint only goes to its own largest]."),
     ] = None,
+    order: Annotated[
+        Order | None,
+        typer.Option(help="Of masked checkpoints: which answers come into sight first [random]."),
+    ] = None,
     rows: Annotated[int, typer.Option(min=2, help="Held-out examples of each length.")] = 2048,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of one forward pass.")] = 256,
     seed: Seed = 0,
@@ -37,14 +42,16 @@ def depth(
     from tqdm import tqdm
 
     from eval.convergence import evaluate_convergence
-    from eval.depth import check_task, choose_steps, evaluate_depth
+    from eval.depth import as_trained, check_task, choose_order, choose_steps, evaluate_depth
     from eval.plots import plot_depth
     from eval.provenance import origin
     from rdlm.checkpoint import load
     from rdlm.tasks import parse_task
 
-    tasks = [parse_task(task, length) for length in numbers("--lengths", lengths, int)]
+    parsed = [parse_task(task, length) for length in numbers("--lengths", lengths, int)]
     loaded = load(checkpoint, device=usable_device(device))
+    shown_first = choose_order(order, loaded)
+    tasks = [as_trained(loaded, each) for each in parsed]
     for each in tasks:
         check_task(loaded, task, each)
     ks = choose_steps(None if steps is None else numbers("--steps", steps, int), loaded)
@@ -52,14 +59,16 @@ def depth(
     settling: dict[str, Any] = {}
     with tqdm(total=rows * len(tasks), unit="example", desc=f"K = {', '.join(map(str, ks))}") as bar:
         for each in tasks:
-            results += evaluate_depth(loaded, each, ks, rows=rows, seed=seed, batch_size=batch_size, progress=bar.update)
+            results += evaluate_depth(
+                loaded, each, ks, rows=rows, seed=seed, batch_size=batch_size, order=shown_first, progress=bar.update
+            )
             if ks[-1] > 1 and loaded.config.objective.k_meaning == "thinking":
                 shown = each.rows(np.arange(min(rows, batch_size)), seed, "test")
                 settling[str(each.size)] = evaluate_convergence(loaded, [shown], ks[-1], seed=seed)
     first = tasks[0]
     data = {"task": task, "unit": first.unit, "whole": first.whole, "split": "test", "rows": rows, "seed": seed}
-    report = {**origin("depth", checkpoint, loaded.config), "data": data, "chance": first.chance, "results": results}
-    report["convergence"] = settling
+    report = {**origin("depth", checkpoint, loaded.config), "data": data, "order": shown_first, "chance": first.chance}
+    report |= {"results": results, "convergence": settling}
     _show(report)
     if out is not None:
         write_json(out, report)
@@ -69,9 +78,10 @@ def depth(
 
 def _show(report: dict[str, Any]) -> None:
     checkpoint, data = report["checkpoint"], report["data"]
+    order = "" if report["order"] is None else f"; answers come into sight in {report['order']} order"
     table = Table(
         title=f"{checkpoint['name']} (step {checkpoint['step']:,}): {data['task']}",
-        caption=f"{data['rows']:,} held-out examples of each length; chance is {report['chance']:.3f}",
+        caption=f"{data['rows']:,} held-out examples of each length; chance is {report['chance']:.3f}{order}",
     )
     smallest = report["results"][0]["K"]
     whole = {"last": "last position", "valid": "valid as a whole"}[data["whole"]]

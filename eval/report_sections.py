@@ -79,11 +79,13 @@ def _depth(runs: list[Run]) -> Section:
     first, rows, whole = runs[0], [], runs[0].report["data"]["whole"]
     unit = first.report["data"]["unit"]
     for run in runs:
+        order = run.report.get("order")  # of masked models
+        name = run.label if order is None else f"{run.label}, {order} order"
         for r in run.report["results"]:
             same = next((o for o in first.report["results"] if (o["length"], o["K"]) == (r["length"], r["K"])), None)
             against = "" if run is first or same is None else difference(*mover(_pair(r, "accuracy"), _pair(same, "accuracy")))
             figures = [with_interval(*_pair(r, name)) for name in ("accuracy", whole)]
-            rows.append([run.label, str(r["length"]), str(r["K"]), figures[0], against, figures[1]])
+            rows.append([name, str(r["length"]), str(r["K"]), figures[0], against, figures[1]])
     figure, (left, right) = new_figure(2)
     for i, run in enumerate(runs):
         draw_depth(left, run.report, f"{run.label}, ", color=None if len(runs) == 1 else colour(i))

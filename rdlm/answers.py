@@ -10,12 +10,13 @@ from torch import Tensor
 
 from rdlm.config import CheckpointConfig
 from rdlm.context import AttentionContext
-from rdlm.decoding_types import Bridge
+from rdlm.decoding_types import Bridge, Order, SamplingParams
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
 from rdlm.randomness import generator
 from rdlm.sampler import hard_bridge_chain, renoise, sampling_levels, soft_bridge, soft_bridge_chain
 from rdlm.scoring import think
+from rdlm.unmasking import unmask
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def greedy_answers(
     ks: Sequence[int],
     seed: int = 0,
     *,
+    order: Order = "random",
     bridge: Bridge = "hard",
     first: int = 0,
     draw: int = 0,
@@ -34,8 +36,12 @@ def greedy_answers(
 
     thinking: arg max after K core steps. sampling: K noise levels, over hard bridges the arg max of all positions re-noised together
     in between, so that a position may use what earlier positions have answered so far; over soft ones the ODE (``check_bridge``).
-    Its noise depends on (seed, draw, number of the row, step), the first row being number ``first``.
+    Its noise depends on (seed, draw, number of the row, step), the first row being number ``first``. Masked models: K unmasking steps in
+    ``order``; inputs are rows of ``FilledIn`` with the mask's id at every answer that counts.
     """
+    if config.objective.masking is not None:
+        greedy = SamplingParams(temperature=0)
+        return {k: unmask(denoiser, inputs, k, greedy, seed=seed, order=order, always_given=True) for k in ks}
     if config.objective.k_meaning == "sampling":
         return {k: _denoised(denoiser, config, inputs, k, bridge, (seed, draw), first) for k in ks}
     out, wanted = {}, set(ks)

@@ -279,7 +279,7 @@ class CheckpointConfig(Strict):
         if self.objective.masking is not None:
             problem = f"a masked diffusion model has no next token, which {what} needs"
             raise UserError(
-                "checkpoint", self.name, problem, "use `rdlm generate`, or `rdlm eval` nll, gen-ppl, mauve and lm-eval"
+                "checkpoint", self.name, problem, "use `rdlm generate`, or `rdlm eval` nll, depth, gen-ppl, mauve and lm-eval"
             )
 
 

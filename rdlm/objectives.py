@@ -147,7 +147,8 @@ def masked_terms(denoiser: MaskedDenoiser, batch: Batch, rng: torch.Generator) -
     token, one level a sequence. Over all levels its expectation is the bound in continuous time, in nats, less what lies below t_min.
 
     What is modelled is the sequence ``targets`` itself, all T of them at once: ``input_ids`` are not looked at, so the first target has
-    no predecessor in sight. Positions outside ``batch.mask`` are never hidden and never count.
+    no predecessor in sight. Positions outside ``batch.mask`` are never hidden and never count, in the level neither: it is the share that
+    is hidden of the others (``always_given`` of rdlm/unmasking.py).
     """
     masking = denoiser.objective.masking
     assert masking is not None

@@ -86,15 +86,18 @@ def token_logprobs(
     targets: Tensor,
     ks: Sequence[int],
     *,
+    mask: Tensor | None = None,
     seed: int = 0,
     num_draws: int = 8,
 ) -> dict[int, Tensor]:
     """The ``logprobs`` of ``token_scores`` alone: {K: [B, T] fp32}.
 
     Of masked models: terms whose sum over a row is an estimate of a lower bound of log p(targets); they do not see ``input_ids``.
+    mask: bool [B, T], the ``Batch.mask`` of their training: the bound is that of the targets where it is True, given the others.
     """
     if config.objective.masking is not None:
-        return {k: -bound(denoiser, targets, k, seed=seed, num_draws=num_draws) for k in ks}
+        given = mask is not None
+        return {k: -bound(denoiser, targets, k, mask=mask, always_given=given, seed=seed, num_draws=num_draws) for k in ks}
     found = token_scores(denoiser, config, input_ids, targets, ks, seed=seed, num_draws=num_draws)
     return {k: scores.logprobs for k, scores in found.items()}
 

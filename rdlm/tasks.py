@@ -5,6 +5,7 @@
 - ``PointerChasing``: follow a table of pointers, one hop further at every position.
 - ``LatinSquare``: complete a square whose answers depend on each other and may be ambiguous.
 
+Inputs and answers stand beside each other, as a causal model wants them; ``FilledIn`` puts them into one row for masked diffusion.
 Every example is a pure function of (split, seed, row), so the order of generation, batch sizes and restarts change nothing.
 """
 
@@ -58,7 +59,7 @@ class GroupProduct:
     Element n is the n-th permutation of ``itertools.permutations(range(k))``; (a * b)(x) = a(b(x)). Id 0 is the identity.
     """
 
-    unit, whole = "positions", "last"
+    unit, whole, answers_from = "positions", "last", 0
 
     def __init__(self, group: str, length: int) -> None:
         """UserError for another group or a length below 1."""
@@ -114,7 +115,7 @@ class PointerChasing:
         if hops < 1:
             raise UserError("data.hops", hops, "there is nothing to follow", "use 1 or more")
         self.nodes, self.size, self.length, self.vocab_size, self.chance = nodes, hops, nodes + hops, nodes + 1, 1 / nodes
-        self.identity = f"pointer_chasing:{nodes}:{hops}"
+        self.identity, self.answers_from = f"pointer_chasing:{nodes}:{hops}", nodes
 
     def rows(self, indices: np.ndarray, seed: int, split: Split = "train") -> Batch:
         """The table's positions do not count."""
@@ -155,7 +156,7 @@ class LatinSquare:
             raise UserError("data.blanks", [fewest, most], problem, "correct the range")
         self.side, self.fewest, self.size = side, fewest, most
         self.length, self.vocab_size, self.chance = 2 * side * side, side + 1, 1 / side
-        self.identity = f"latin_square:{side}:{fewest}-{most}"
+        self.identity, self.answers_from = f"latin_square:{side}:{fewest}-{most}", side * side
 
     def rows(self, indices: np.ndarray, seed: int, split: Split = "train") -> Batch:
         """The blanks of the second half count."""
@@ -176,12 +177,45 @@ class LatinSquare:
     def solved(self, batch: Batch, answers: Tensor) -> Tensor:
         """Whether the completed square has every symbol once in each row and column."""
         n = self.side
-        filled = torch.where(batch.mask, answers, batch.inputs)[:, n * n :].view(-1, n, n)
+        filled = torch.where(batch.mask, answers, batch.inputs)[:, -n * n :].view(-1, n, n)
         wanted = torch.arange(n)
         return ((filled.sort(1).values == wanted[:, None]).all((1, 2))) & ((filled.sort(2).values == wanted).all((1, 2)))
 
 
-def parse_task(name: str, size: int) -> Task:
+Generated = GroupProduct | PointerChasing | LatinSquare
+
+
+class FilledIn:
+    """A task as one row for a model that fills in hidden tokens: what is given stays in sight, the answers that count are hidden.
+
+    The row is the inputs with the answers behind them, position by position from ``answers_from``, the first that may count. A Latin
+    square stands there once: its blanks are in the answers' places, so the hidden tokens are the blanks. Nothing else tells an answer.
+    """
+
+    def __init__(self, task: Generated) -> None:
+        self.task, self.unit, self.whole = task, task.unit, task.whole
+        self.size, self.vocab_size, self.chance = task.size, task.vocab_size, task.chance
+        self.identity = f"{task.identity}:filled_in"
+        answers = task.length - task.answers_from
+        self.length = answers if isinstance(task, LatinSquare) else task.length + answers
+
+    def rows(self, indices: np.ndarray, seed: int, split: Split = "train") -> Batch:
+        """inputs and targets are the same whole row; where ``mask`` is True is what must be hidden."""
+        batch, first = self.task.rows(indices, seed, split), self.task.answers_from
+        mask = batch.mask[:, first:]
+        if isinstance(self.task, LatinSquare):
+            row = torch.where(mask, batch.targets[:, first:], batch.inputs[:, first:])
+        else:
+            row = torch.cat([batch.inputs, batch.targets[:, first:]], dim=1)
+            mask = torch.cat([torch.zeros_like(batch.mask), mask], dim=1)
+        return Batch(row, row, mask)
+
+    def solved(self, batch: Batch, answers: Tensor) -> Tensor:
+        """See the task."""
+        return self.task.solved(batch, answers)
+
+
+def parse_task(name: str, size: int) -> Generated:
     """ "s3", "s5": products of ``size`` factors; "pointer16": ``size`` hops over 16 nodes; "latin5": ``size`` blanks of 5 x 5 cells.
 
     Raises UserError for another name.

@@ -1,8 +1,8 @@
 """Text from a masked denoiser in K steps, and the bound on the likelihood of just that sampler.
 
-K steps have the levels K/K, (K-1)/K, .., 1/K (times the share that is hidden at the start). At step k, counted down from K, a hidden token
-comes into sight with probability (alpha_s - alpha_t) / (1 - alpha_t) = 1/k, drawn from the denoiser (MD4, Shi et al. 2024, Sec. 4);
-one that is in sight never changes.
+K steps have the levels K/K, (K-1)/K, .., 1/K, times the share that is hidden at the start of what training may hide. At step k, counted
+down from K, a hidden token comes into sight with probability (alpha_s - alpha_t) / (1 - alpha_t) = 1/k, drawn from the denoiser (MD4,
+Shi et al. 2024, Sec. 4); one that is in sight never changes.
 
 Shapes: ids [B, T] int64, ``mask_id`` where hidden; levels [B] fp32.
 """
@@ -28,7 +28,14 @@ _BOUND_KEY, _TURN, _TOKEN = 6, 0, 1
 
 @torch.no_grad()
 def bound(
-    denoiser: Denoiser, targets: Tensor, num_steps: int, *, mask: Tensor | None = None, seed: int = 0, num_draws: int = 8
+    denoiser: Denoiser,
+    targets: Tensor,
+    num_steps: int,
+    *,
+    mask: Tensor | None = None,
+    always_given: bool = False,
+    seed: int = 0,
+    num_draws: int = 8,
 ) -> Tensor:
     """Nats [B, T] fp32 whose sum over a row is an unbiased estimate of a bound: E sum >= -log p(row) of the sampler with K = num_steps.
 
@@ -38,12 +45,13 @@ def bound(
     the same for all K. At K = 1 nothing is random. How the nats fall on positions is the draw's doing; only sums mean something.
 
     mask: bool [B, T], True where a token is modelled. The others are in sight all along, and what is bounded is the likelihood of the
-    modelled ones given these, as ``unmask`` draws them.
+    modelled ones given these, as ``unmask`` draws them. always_given: see there.
     """
     draws = num_draws if num_steps > 1 else 1
     keys = [zlib.crc32(row.numpy().tobytes()) for row in targets.cpu()]
     nats = torch.zeros(targets.shape, device=targets.device)
-    shares = [1.0] * len(targets) if mask is None else mask.float().mean(1).tolist()
+    whole = mask is None or always_given
+    shares = [1.0] * len(targets) if mask is None or whole else mask.float().mean(1).tolist()
     for draw in range(draws):
         rngs = [generator(seed, _BOUND_KEY, key, draw) for key in keys]
         places = [(draw + float(torch.rand((), generator=rng, dtype=torch.float64))) / draws for rng in rngs]
@@ -53,7 +61,7 @@ def bound(
         rand = torch.stack([torch.rand(targets.shape[1], generator=rng) for rng in rngs])
         hidden = (rand < rate.unsqueeze(1)).to(targets.device)
         lowest, highest = 1 + num_steps * draw // draws, min(num_steps, 1 + num_steps * (draw + 1) // draws)
-        possible = [each / num_steps for each in range(lowest, highest + 1)] if mask is None else []
+        possible = [each / num_steps for each in range(lowest, highest + 1)] if whole else []
         for owner, rows in _by_owner(denoiser, levels, possible):
             here = hidden[rows] if mask is None else hidden[rows] & mask[rows]
             states = owner.hidden(targets[rows].masked_fill(here, owner.mask_id), level[rows])[here]
@@ -73,15 +81,19 @@ def unmask(
     seed: int = 0,
     order: Order = "random",
     num_tokens: int | None = None,
+    always_given: bool = False,
 ) -> Tensor:
     """Fill in the hidden tokens of ids [B, T] in ``num_steps`` steps -> ids [B, T]; tokens in sight stay what they are.
 
     params: temperature, top-k, top-p and min-p act on every draw. num_tokens: ids from there on are never drawn. Draws depend on
     (seed, row, position, step). A row with a clean prompt starts at the level that its hidden share is in training, so with a long one
     the first block may never be asked. Steps at which nothing comes into sight call no network.
+
+    always_given: what is in sight at the start never counted in training (``Batch.mask``: rows of a task with its inputs). A level is then
+    the hidden share of the others alone, as it is in ``masked_terms``: sampling starts at 1.
     """
     mask_id = cast(MaskedDenoiser, denoiser.at(1.0)).mask_id
-    start = (ids == mask_id).float().mean(1).tolist()
+    start = [1.0] * len(ids) if always_given else (ids == mask_id).float().mean(1).tolist()
     turn = torch.tensor([[uniform(seed, _TURN, b, i) for i in range(ids.shape[1])] for b in range(len(ids))])
     due = (num_steps * turn).long().to(ids.device)  # the step at which a position's turn comes: 0 is the first
 

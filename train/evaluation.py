@@ -68,5 +68,5 @@ def _classes(config: CheckpointConfig, ks: tuple[int, ...], denoiser: Denoiser, 
 
 
 def _tokens(config: CheckpointConfig, ks: tuple[int, ...], denoiser: Denoiser, batch: Batch, index: int) -> Tensor:
-    scores = token_logprobs(denoiser, config, batch.inputs, batch.targets, ks)
+    scores = token_logprobs(denoiser, config, batch.inputs, batch.targets, ks, mask=batch.mask)
     return torch.stack([-scores[k][batch.mask].double().sum() for k in ks])

@@ -74,7 +74,7 @@ def _traced(text: str, micro_size: int, on_gpu: bool) -> tuple[_Sizes, Traced]:
     if config.activation_checkpointing:
         recompute_layers(denoiser)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    traced = trace(denoiser, micro_size, config.data.seq_len, dtype, config.objective.depth.mean, on_gpu)
+    traced = trace(denoiser, micro_size, config.seq_len, dtype, config.objective.depth.mean, on_gpu)
     return _Sizes(sum(counts), max(counts), max(groups), frozen), traced
 
 

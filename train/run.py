@@ -18,7 +18,7 @@ def check(config: TrainConfig, world: int) -> Corpus:
     """Everything that can be found wrong before a process is started or a weight allocated; raises UserError."""
     config.batch.accumulation(world)
     build(config.checkpoint_config, device="meta")
-    corpus = build_corpus(config.data)
+    corpus = build_corpus(config.data, config.fills_in)
     if config.resident is not None and config.resident.rest == "host" and not _on_gpu():
         raise UserError("resident.rest", "host", "without GPUs blocks train in host memory", "set resident.rest=disk")
     if corpus.vocab_size > config.model.vocab_size and not isinstance(corpus, ImageCorpus):

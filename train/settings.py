@@ -42,6 +42,10 @@ class GroupProductConfig(Strict):
     def seq_len(self) -> int:
         return self.length
 
+    @property
+    def filled_in_len(self) -> int:
+        return 2 * self.length
+
 
 class PointerChasingConfig(Strict):
     """Following a table of pointers, one hop further at every position."""
@@ -53,6 +57,10 @@ class PointerChasingConfig(Strict):
     @property
     def seq_len(self) -> int:
         return self.nodes + self.hops
+
+    @property
+    def filled_in_len(self) -> int:
+        return self.nodes + 2 * self.hops
 
 
 class LatinSquareConfig(Strict):
@@ -66,6 +74,10 @@ class LatinSquareConfig(Strict):
     @property
     def seq_len(self) -> int:
         return 2 * self.side**2
+
+    @property
+    def filled_in_len(self) -> int:
+        return self.side**2
 
 
 class ImagesConfig(Strict):
@@ -82,9 +94,9 @@ class ImagesConfig(Strict):
         return 1
 
 
-DataConfig = Annotated[
-    TokensConfig | ImagesConfig | GroupProductConfig | PointerChasingConfig | LatinSquareConfig, Field(discriminator="kind")
-]
+GeneratedConfig = GroupProductConfig | PointerChasingConfig | LatinSquareConfig
+"""Of a task: ``filled_in_len`` is the length of a row of ``rdlm.tasks.FilledIn``, ``seq_len`` that of the task itself."""
+DataConfig = Annotated[TokensConfig | ImagesConfig | GeneratedConfig, Field(discriminator="kind")]
 
 
 class BatchConfig(Strict):
@@ -251,6 +263,16 @@ class TrainConfig(Strict):
         return {**data, "model": {**data["model"], "noise_conditioning": noisy}}
 
     @property
+    def fills_in(self) -> bool:
+        """Whether the model fills in hidden tokens: inputs and answers of a task then share a row."""
+        return self.objective.masking is not None
+
+    @property
+    def seq_len(self) -> int:
+        """Positions of a row."""
+        return self.data.filled_in_len if self.fills_in and isinstance(self.data, GeneratedConfig) else self.data.seq_len
+
+    @property
     def checkpoint_config(self) -> CheckpointConfig:
         """The part that describes the trained model; ``step`` is 0."""
         return CheckpointConfig(
@@ -295,12 +317,9 @@ def _check(config: TrainConfig) -> None:
     if of_images != isinstance(config.data, ImagesConfig):
         problem = f"family {config.model.family!r} learns from {'images' if of_images else 'rows of ids'}"
         raise UserError("data.kind", config.data.kind, problem, "use images" if of_images else "use tokens or a generated task")
-    if config.data.seq_len > config.model.max_seq_len:
+    if config.seq_len > config.model.max_seq_len:
         problem = f"longer than model.max_seq_len ({config.model.max_seq_len})"
-        raise UserError("data.seq_len", config.data.seq_len, problem, "shorten the sequences or raise model.max_seq_len")
-    if objective.masking is not None and config.data.kind != "tokens":
-        problem = "objective 'masked' models a sequence by itself: it has no inputs beside its answers"
-        raise UserError("data.kind", config.data.kind, problem, "use tokens, or another objective")
+        raise UserError("data.seq_len", config.seq_len, problem, "shorten the sequences or raise model.max_seq_len")
     beyond = [k for k in config.evaluation.steps if k > config.recurrence.max_steps]
     if beyond and config.evaluation.interval_steps:
         problem = f"exceeds recurrence.max_steps ({config.recurrence.max_steps})"

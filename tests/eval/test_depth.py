@@ -16,9 +16,13 @@ from eval.depth import choose_steps, evaluate_depth
 from rdlm.checkpoint import Loaded, save
 from rdlm.cli import app, run
 from rdlm.config import CheckpointConfig
-from rdlm.denoiser import Denoiser
+from rdlm.decoding_types import Order
+from rdlm.denoiser import Denoiser, Prediction
 from rdlm.errors import UserError
-from rdlm.tasks import GroupProduct
+from rdlm.masked_denoiser import MaskedDenoiser
+from rdlm.objectives import Batch, loss_terms
+from rdlm.registry import build
+from rdlm.tasks import FilledIn, Generated, GroupProduct, LatinSquare, PointerChasing
 
 Tiny = Callable[..., Denoiser]
 TinyConfig = Callable[..., CheckpointConfig]
@@ -32,7 +36,7 @@ def loaded(tiny: Tiny, tiny_config: TinyConfig) -> Loaded:
 def _knows_k_factors(task: GroupProduct) -> Callable[..., dict[int, torch.Tensor]]:
     """Answers right at the first K positions and never after them."""
 
-    def answers(denoiser: Any, config: Any, input_ids: torch.Tensor, ks: Sequence[int], seed: int = 0) -> dict[int, torch.Tensor]:
+    def answers(denoiser: Any, config: Any, input_ids: torch.Tensor, ks: Sequence[int], **_: object) -> dict[int, torch.Tensor]:
         right = input_ids.clone().numpy()
         for i in range(1, task.length):
             right[:, i] = task.table[right[:, i - 1], right[:, i]]
@@ -59,7 +63,7 @@ def test_interval_is_that_of_a_mean_over_examples(loaded: Loaded, monkeypatch: p
     """Half of the examples wholly right: the examples are the units, not their positions."""
     task, rows = GroupProduct("s3", 8), 400
 
-    def half(denoiser: Any, config: Any, input_ids: torch.Tensor, ks: Sequence[int], seed: int = 0) -> dict[int, torch.Tensor]:
+    def half(denoiser: Any, config: Any, input_ids: torch.Tensor, ks: Sequence[int], **_: object) -> dict[int, torch.Tensor]:
         right = _knows_k_factors(task)(denoiser, config, input_ids, [8])[8]
         kept = (torch.arange(len(right)) % 2 == 0)[:, None]
         return {k: torch.where(kept, right, (right + 1) % 6) for k in ks}
@@ -130,6 +134,100 @@ def test_command_measures_every_task(folder: Path, tmp_path: Path, task: str, co
     assert [r["K"] for r in report["convergence"]["3"]["results"]] == [2, 3, 4]
 
 
+# Masked diffusion -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def masked(masked_config: TinyConfig, awake: Callable[[Denoiser], Denoiser]) -> Loaded:
+    """Untrained, in two blocks; offers K up to 64."""
+    config = masked_config(model={"vocab_size": 6}, num_blocks=2)
+    return Loaded(awake(build(config, seed=0)).eval(), config, None)
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+@pytest.mark.parametrize("task", [GroupProduct("s3", 6), PointerChasing(5, 4), LatinSquare(5, 8, 8)])
+def test_hidden_answers_tell_nothing_and_inputs_do(
+    masked: Loaded, monkeypatch: pytest.MonkeyPatch, task: Generated, order: Order
+) -> None:
+    """All that the network says while evaluate_depth asks it, with the truth, then the inputs changed behind its back."""
+    said: list[torch.Tensor] = []
+    real_rows, real_predict = task.rows, MaskedDenoiser.predict
+
+    def predict(self: MaskedDenoiser, hidden: torch.Tensor) -> Prediction:
+        said.append(real_predict(self, hidden).logits())
+        return real_predict(self, hidden)
+
+    def says(inputs_by: int, answers_by: int) -> list[torch.Tensor]:
+        def rows(*arguments: Any) -> Batch:
+            batch = real_rows(*arguments)
+            return Batch((batch.inputs + inputs_by) % 6, torch.where(batch.mask, (batch.targets + answers_by) % 5, 0), batch.mask)
+
+        monkeypatch.setattr(task, "rows", rows)
+        said.clear()
+        evaluate_depth(masked, FilledIn(task), (3,), rows=40, order=order)
+        return list(said)
+
+    monkeypatch.setattr(MaskedDenoiser, "predict", predict)
+    before = says(0, 0)
+    assert len(before) == 3 and all(map(torch.equal, before, says(0, 1)))
+    monkeypatch.undo()
+    monkeypatch.setattr(MaskedDenoiser, "predict", predict)
+    assert not torch.equal(before[0], says(1, 0)[0])
+
+
+def test_a_masked_model_learns_a_task_and_its_squares_get_whole_with_more_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    task = FilledIn(LatinSquare(3, 4, 6))
+    shape = {
+        "family": "masked",
+        "vocab_size": 4,
+        "d_model": 48,
+        "num_heads": 2,
+        "mlp_width": 96,
+        "num_layers": 3,
+        "max_seq_len": 9,
+    }
+    document = {"name": "toy", "model": {**shape, "noise_conditioning": True}, "objective": {"name": "masked"}}
+    config = CheckpointConfig.model_validate(document)
+    denoiser = build(config, seed=0)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    for step in range(150):
+        terms = loss_terms(denoiser, task.rows(np.arange(step * 32, step * 32 + 32), seed=0), step=step, seed=0)
+        (terms.total / terms.count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held_out = FilledIn(LatinSquare(3, 5, 5))
+    found = evaluate_depth(Loaded(denoiser.eval(), config, None), held_out, (1, 2, 8), rows=300, order="random")
+    print([(r["K"], round(r["accuracy"], 3), round(r["valid"], 3)) for r in found])
+    assert found[0]["accuracy_interval"][0] > 1 / 3 + 0.1 and found[-1]["valid_interval"][0] > 0.1, "a guess is valid in 3^-5"
+
+
+def test_command_measures_masked_checkpoints_in_both_orders(
+    masked: Loaded, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = save(tmp_path / "masked", masked.denoiser, masked.config, None)
+    for i, order in enumerate([[], ["--order", "confidence"]]):
+        out = ["--out", tmp_path / f"{i}.json", "--plot", tmp_path / "p.png"]
+        assert _run("--checkpoint", folder, "--task", "latin5", "--lengths", "9,5", "--rows", 30, *order, *out) == 0
+        name = ["random", "confidence"][i]
+        assert f"in {name} order" in " ".join(capfd.readouterr().out.split())
+        report = json.loads((tmp_path / f"{i}.json").read_text())
+        assert report["order"] == name and report["checkpoint"]["k_meaning"] == "sampling" and not report["convergence"]
+        assert [r["K"] for r in report["results"][:7]] == [1, 2, 4, 8, 16, 32, 64]
+        assert len(report["results"][0]["by_position"]) == 25
+    reports = [json.loads((tmp_path / f"{i}.json").read_text())["results"] for i in range(2)]
+    assert reports[0][0] == reports[1][0] and reports[0] != reports[1], "one step has no order"
+    files = [str(tmp_path / f"{i}.json") for i in range(2)]
+    assert run(app, ["eval", "report", *files, "--out", str(tmp_path / "r")], "rdlm") == 0
+    assert "confidence order" in (tmp_path / "r" / "report.md").read_text()
+    for arguments, message in (
+        (["--steps", "65"], "--steps=65: is out of range; this checkpoint takes 1 to 64"),
+        (["--lengths", "33"], "--lengths=33: needs 66 positions, the model was built for 64 positions"),
+        (["--task", "s5"], "has a vocabulary of 6"),
+    ):
+        assert _run("--checkpoint", folder, "--rows", 8, *arguments) == 2
+        assert message in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,6 +239,7 @@ def test_command_measures_every_task(folder: Path, tmp_path: Path, task: str, co
         (["--task", "latin3", "--lengths", "10"], "data.blanks=[10, 10]"),
         (["--steps", "1025"], "--steps=1025: is out of range; this checkpoint takes 1 to 1024"),
         (["--checkpoint", "nowhere"], "has no config.json"),
+        (["--order", "random"], "--order='random': this model gives all answers at once"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

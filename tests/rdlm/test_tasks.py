@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rdlm.errors import UserError
-from rdlm.tasks import GroupProduct, LatinSquare, PointerChasing, Task, parse_task
+from rdlm.tasks import FilledIn, GroupProduct, LatinSquare, PointerChasing, Task, parse_task
 
 
 @pytest.mark.parametrize(("group", "degree"), [("s3", 3), ("s5", 5)])
@@ -107,6 +107,34 @@ def test_new_tasks_depend_on_seed_split_and_number_only(task: Task) -> None:
     assert torch.equal(part.inputs, whole.inputs[[8, 2]]) and torch.equal(part.targets, whole.targets[[8, 2]])
     others = [task.rows(np.arange(10), seed=7, split="test"), task.rows(np.arange(10), seed=8)]
     assert all(not torch.equal(whole.inputs, other.inputs) for other in others)
+
+
+@pytest.mark.parametrize("task", [GroupProduct("s3", 7), PointerChasing(6, 3)])
+def test_filled_in_rows_are_the_inputs_and_behind_them_the_answers(task: GroupProduct | PointerChasing) -> None:
+    filled_in = FilledIn(task)
+    beside, row = task.rows(np.arange(30), seed=4, split="test"), filled_in.rows(np.arange(30), seed=4, split="test")
+    assert row.targets is row.inputs and row.targets.shape == row.mask.shape == (30, filled_in.length)
+    for inputs, targets, counts, ids, hidden in zip(
+        *(t.tolist() for t in (beside.inputs, beside.targets, beside.mask, row.targets, row.mask)), strict=True
+    ):
+        answers = [target for target, counted in zip(targets, counts, strict=True) if counted]
+        assert ids == inputs + answers and hidden == [False] * len(inputs) + [True] * len(answers)
+    assert filled_in.identity != task.identity and filled_in.solved(row, row.targets).all()
+    assert not filled_in.solved(row, (row.targets + 1) % task.vocab_size).any()
+
+
+def test_filled_in_squares_stand_there_once_and_hide_their_blanks() -> None:
+    task = LatinSquare(4, 3, 9)
+    filled_in = FilledIn(task)
+    beside, row = task.rows(np.arange(60), seed=4), filled_in.rows(np.arange(60), seed=4)
+    assert row.targets.shape == (60, 16) == (60, filled_in.length)
+    for given, ids, hidden in zip(beside.inputs[:, 16:].tolist(), row.targets.tolist(), row.mask.tolist(), strict=True):
+        assert hidden == [symbol == 4 for symbol in given]
+        assert all(a == b for a, b in zip(given, ids, strict=True) if b != a != 4)
+        for line in (*(ids[4 * i : 4 * i + 4] for i in range(4)), *(ids[i::4] for i in range(4))):
+            assert sorted(line) == list(range(4))
+    assert filled_in.solved(row, row.targets).all() and filled_in.solved(row, torch.where(row.mask, row.targets, 99)).all()
+    assert filled_in.solved(row, (row.targets + row.mask.long()) % 4).float().mean() < 0.1
 
 
 def test_tasks_are_named() -> None:

@@ -16,7 +16,7 @@ from rdlm.decoding_types import SamplingParams
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.errors import UserError
 from rdlm.masked_denoiser import MaskedDenoiser
-from rdlm.objectives import Batch
+from rdlm.objectives import Batch, loss_terms
 from rdlm.registry import build
 from rdlm.scoring import estimator_of, token_logprobs, token_scores
 from rdlm.unmasking import bound, unmask
@@ -97,6 +97,38 @@ def test_no_model_gives_more_than_all_probability(masked_config, awake, num_step
     assert 0.5 < mass <= 1 + 1e-6
     if num_steps == 1:
         assert mass == pytest.approx(1, abs=1e-5), "independent tokens: a likelihood"
+
+
+def test_rows_of_a_task_are_asked_at_the_levels_and_by_the_blocks_that_learned_them(masked_config, awake, monkeypatch) -> None:
+    """Half of each row is always given: training, the sampler and the bound tell the network the hidden share of the other half."""
+    seen: list[tuple[Any, Tensor, Tensor]] = []
+    real = MaskedDenoiser.hidden
+    monkeypatch.setattr(
+        MaskedDenoiser, "hidden", lambda self, ids, level: seen.append((self, ids, level)) or real(self, ids, level)
+    )
+    whole = awake(build(masked_config(num_blocks=2, overlap=0.0), seed=0))
+    first, second = blocks_of(whole)
+    ids = batch(200).targets
+    mask = (torch.arange(T) >= T // 2).expand(ids.shape)
+    for owner, low, high in ((first, 0.5, 1.0), (second, 0.0, 0.5)):
+        loss_terms(owner, Batch(ids, ids, mask), step=0, seed=0)
+        hidden, told = (seen[-1][1] == V).float(), seen[-1][2]
+        assert low <= told.min() and told.max() <= high + 1e-3 and told.max() - told.min() > 0.45
+        assert not hidden[:, : T // 2].any() and hidden[:, T // 2 :].mean() == pytest.approx(float(told.mean()), abs=0.03)
+    seen.clear()
+    start = ids[:8].masked_fill(mask[:8], V)
+    out = unmask(whole, start, 4, SamplingParams(), always_given=True)
+    assert torch.equal(out[:, : T // 2], ids[:8, : T // 2])
+    assert [(owner, level.unique().tolist()) for owner, _, level in seen] == [
+        (first, [1.0]), (first, [0.75]), (second, [0.5]), (second, [0.25])
+    ]  # fmt: skip
+    seen.clear()
+    nats = bound(whole, ids[:8], 4, mask=mask[:8], always_given=True, num_draws=4)
+    assert not nats[:, : T // 2].any() and {level for _, _, levels in seen for level in levels.tolist()} == {0.25, 0.5, 0.75, 1.0}
+    assert all((owner is first) == bool((levels > 0.5).all()) for owner, _, levels in seen if len(levels))
+    plain = bound(whole, ids[:8], 4)
+    everything = torch.ones_like(mask[:8])
+    assert torch.equal(plain, bound(whole, ids[:8], 4, mask=everything, always_given=True)), "text: nothing is given"
 
 
 class _Levels(nn.Module):

@@ -84,7 +84,7 @@ def trainer(one_process: None, document: Callable[..., dict[str, Any]], monkeypa
         for earlier in () if alongside else made:
             earlier.close()
         config = parse(TrainConfig, document(changes), "test")
-        made.append(Trainer(config, build_corpus(config.data), torch.device("cpu"), io.StringIO()))
+        made.append(Trainer(config, build_corpus(config.data, config.fills_in), torch.device("cpu"), io.StringIO()))
         return made[-1]
 
     return make

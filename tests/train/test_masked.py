@@ -110,9 +110,37 @@ def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(masked, 
     assert all(torch.equal(weight, pair[1][name]) for name, weight in pair[0].items())
 
 
-def test_a_task_with_inputs_beside_its_answers_is_refused(document, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(document(MASKED)))
-    with pytest.raises(UserError, match="data.kind='group_product': objective 'masked' models a sequence by itself"):
+TASKS: list[tuple[dict[str, Any], int, str]] = [
+    ({"kind": "group_product", "group": "s3", "length": 12}, 24, "s3"),
+    ({"kind": "pointer_chasing", "nodes": 6, "hops": 5}, 16, "pointer6"),
+    ({"kind": "latin_square", "side": 5, "fewest_blanks": 3, "most_blanks": 12}, 25, "latin5"),
+]
+
+
+@pytest.mark.parametrize(("data", "length", "task"), TASKS)
+def test_tasks_are_trained_on_as_rows_that_hold_their_inputs_and_measured(
+    trainer, document, tmp_path: Path, data: dict[str, Any], length: int, task: str
+) -> None:
+    changes = {**MASKED, "data": data, "blocks": {"num_blocks": 2}, "model": {**MASKED["model"], "vocab_size": 8}, "schedule.steps": 4,
+               "evaluation": {"interval_steps": 4, "steps": [1, 8], "max_tokens": 200}}  # fmt: skip
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(document(changes)))
+    assert load_config(tmp_path / "c.yaml").seq_len == length
+    job = trainer(changes)
+    assert job.corpus.seq_len == length and job.corpus.identity.endswith(":filled_in")
+    before = job.weights()
+    assert job.fit() and any(not torch.equal(weight, before[name]) for name, weight in job.weights().items())
+    held_out = json.loads((Path(job.config.output) / "held_out.jsonl").read_text())
+    assert 1.0 < held_out["K=1"] < 4 and 1.0 < held_out["K=8"] < 4, "nats of an answer, not of a position"
+    export(job)
+    model = str(Path(job.config.output) / "model")
+    measured = ["--task", task, "--lengths", "5", "--steps", "1,4", "--rows", "20", "--out", str(tmp_path / "depth.json")]
+    assert run(app, ["eval", "depth", "--checkpoint", model, *measured], "rdlm") == 0
+    assert [r["K"] for r in json.loads((tmp_path / "depth.json").read_text())["results"]] == [1, 4]
+
+
+def test_a_row_of_a_task_must_fit_with_its_answers(document, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(document({**MASKED, "data.length": 17})))
+    with pytest.raises(UserError, match="data.seq_len=34: longer than model.max_seq_len"):
         load_config(tmp_path / "c.yaml")
 
 
@@ -194,7 +222,7 @@ def test_from_a_config_to_text_and_figures_on_the_command_line(
         (["serve", *given], "no next token, which the server needs"),
         (["eval", "ce-by-sigma", *given, "--data", corpus], "no next token"),
         (["eval", "convergence", *given, "--data", corpus], "not an iteration of one state"),
-        (["eval", "depth", *given, "--task", "s3", "--lengths", "4"], "no next token"),
+        (["eval", "depth", *given, "--task", "s3", "--lengths", "4"], "is a model of text"),
         (["eval", "gen-ppl", *given, "--data", corpus, *short, "--bridge", "euler"], "there is no ODE"),
         (["eval", "nll", *given, "--data", corpus, "--steps", "4000"], "is out of range"),
         (["generate", *given, "--prompt", "a", "--bridge", "euler"], "there is no ODE"),

@@ -20,6 +20,7 @@ PARAMETERS = {
     "ar_lm1b": 109_529_856,
     "ar_lm1b_blocks": None,
     "masked_demo": None,
+    "masked_latin": None,
     "masked_text8": None,
     "huginn_3b5": 3_573_221_921,
     "vit_cifar10": None,

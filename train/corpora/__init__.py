@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from rdlm.objectives import Batch
-from rdlm.tasks import GroupProduct, LatinSquare, PointerChasing
+from rdlm.tasks import FilledIn, Generated, GroupProduct, LatinSquare, PointerChasing
 from rdlm.tokenizer import Tokenizer
 from train.corpora.generated import GeneratedCorpus
 from train.corpora.pictures import ImageCorpus
 from train.corpora.text import TokenCorpus
-from train.settings import DataConfig, GroupProductConfig, ImagesConfig, LatinSquareConfig, PointerChasingConfig
+from train.settings import DataConfig, GeneratedConfig, GroupProductConfig, ImagesConfig, PointerChasingConfig, TokensConfig
 
 
 class Corpus(Protocol):
@@ -48,14 +48,20 @@ class Corpus(Protocol):
         """Held-out batches, the same ones every time; at most ``max_tokens`` targets, at least one sequence."""
 
 
-def build_corpus(config: DataConfig) -> Corpus:
-    """UserError if the data is missing, damaged or too short."""
-    if isinstance(config, GroupProductConfig):
-        return GeneratedCorpus(GroupProduct(config.group, config.length))
-    if isinstance(config, PointerChasingConfig):
-        return GeneratedCorpus(PointerChasing(config.nodes, config.hops))
-    if isinstance(config, LatinSquareConfig):
-        return GeneratedCorpus(LatinSquare(config.side, config.fewest_blanks, config.most_blanks))
+def build_corpus(config: DataConfig, fills_in: bool = False) -> Corpus:
+    """UserError if the data is missing, damaged or too short. fills_in: whether the model fills in hidden tokens of whole rows."""
+    if isinstance(config, TokensConfig):
+        return TokenCorpus(config.path, config.seq_len)
     if isinstance(config, ImagesConfig):
         return ImageCorpus(config.path, config.augment)
-    return TokenCorpus(config.path, config.seq_len)
+    task = build_task(config)
+    return GeneratedCorpus(FilledIn(task) if fills_in else task)
+
+
+def build_task(config: GeneratedConfig) -> Generated:
+    """UserError for a task that there is not."""
+    if isinstance(config, GroupProductConfig):
+        return GroupProduct(config.group, config.length)
+    if isinstance(config, PointerChasingConfig):
+        return PointerChasing(config.nodes, config.hops)
+    return LatinSquare(config.side, config.fewest_blanks, config.most_blanks)
