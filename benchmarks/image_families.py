@@ -1,8 +1,8 @@
 """ViT and DiT on CIFAR-10 at equal CPU time: whole and in blocks, accuracy and distance of drawn images against K.
 
     rdlm data images cifar10 --out data/cifar10          # or the folder with train.parquet and test.parquet
-    python -m benchmarks.image_families vit --data data/cifar10 --minutes 8 --out docs/results/raw/images_vit.json
-    python -m benchmarks.image_families dit --data data/cifar10 --minutes 20 --out docs/results/raw/images_dit.json
+    python -m benchmarks.image_families vit --data data/cifar10 --minutes 2.5 --jobs 2 --out docs/results/raw/images_vit.json
+    python -m benchmarks.image_families dit --data data/cifar10 --minutes 15 --jobs 2 --out docs/results/raw/images_dit.json
 
 Every arm gets as many updates as fit into ``--minutes`` of one core at what an update costs, measured interleaved in one process
 (benchmarks/train_step.py). Blocks train jointly; an update is one of one block. Interrupted runs go on when started again.
@@ -99,7 +99,20 @@ def run_arm(
     found, model = folder / "found.json", str(folder / "run" / "model")
     if not found.exists() and family == "vit":
         sampling = [] if arm == "classify" else ["--steps", "1,2,4,8", "--bridge", "hard,euler"]
-        command = ["eval", "accuracy", "--checkpoint", model, "--data", str(data), "--per-image", "--out", str(found), *sampling]
+        command = [
+            "eval",
+            "accuracy",
+            "--checkpoint",
+            model,
+            "--data",
+            str(data),
+            "--per-image",
+            "--max-images",
+            "2000",
+            "--out",
+            str(found),
+            *sampling,
+        ]
         run_rdlm(command, folder / "log.txt")
     elif not found.exists():
         command = ["eval", "fid", "--checkpoint", model, "--reference", str(data / "test" / "images.npy"), "--out", str(found)]
@@ -116,7 +129,7 @@ def main(
     family: Annotated[Literal["vit", "dit"], typer.Argument(help="Which family.")],
     data: Annotated[Path, typer.Option(help="Folder of `rdlm data images`.")],
     out: Annotated[Path, typer.Option(help="JSON to write.")],
-    minutes: Annotated[float, typer.Option(help="CPU minutes of one core an arm.")] = 8.0,
+    minutes: Annotated[float, typer.Option(help="CPU minutes of one core an arm.")] = 2.5,
     arms: Annotated[str | None, typer.Option(help="Arms with commas; by default all.")] = None,
     lr: float = 1e-3,
     seed: int = 0,

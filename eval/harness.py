@@ -72,7 +72,8 @@ class RecurrentLM(TemplateLM):
 
     num_steps: K, by default the checkpoint's. seed: of noise draws and sampling.
     estimator: "normalised" (a sampling checkpoint has one at K = 1 only, whatever num_steps is) or "mixture" (sampling checkpoints
-    at K > 1, over ``num_draws`` draws; see eval/likelihood.py on is_greedy); masked checkpoints have "bound" alone, at num_steps.
+    at K > 1, over ``num_draws`` draws; see eval/likelihood.py on is_greedy). Masked checkpoints have "bound" (default), at num_steps, and
+    "left_to_right", exact and the same whatever num_steps is.
     batch_size: rows of a scoring pass and texts in flight. max_length: context, by default the model's.
     kv_cache: of generation, as in ``rdlm serve``. add_bos_token: put it before every context that is not empty.
     """
@@ -110,7 +111,7 @@ class RecurrentLM(TemplateLM):
         self.scored_steps = self._scored_steps(self.num_steps)
         if self.scored_steps != self.num_steps:
             logger.warning("log-likelihoods are those at K = 1, the normalised ones; num_steps=%d acts on texts", self.num_steps)
-        logger.info("log-likelihoods are %s", estimator_of(self.loaded.config, self.scored_steps))
+        logger.info("log-likelihoods are %s", self._named_estimator())
         self.tied_documents = 0
         # lm-eval's length leaves out the last token, which a causal model need not see.
         limit = self.loaded.config.model.max_seq_len - self.masked
@@ -127,13 +128,14 @@ class RecurrentLM(TemplateLM):
 
     def _estimator(self, name: str | None) -> str:
         """The estimator, checked; the checkpoint's own where none is asked for."""
+        masked, others = ("bound", "left_to_right"), ("normalised", "mixture")
+        known = masked if self.masked else others
         if name is None:
-            return "bound" if self.masked else "normalised"
-        if self.masked != (name == "bound"):
-            problem = "a masked checkpoint has bounds alone" if self.masked else "only masked checkpoints have it"
-            raise UserError("model_args: estimator", name, problem, "leave estimator out")
-        if name not in ("normalised", "mixture", "bound"):
-            raise UserError("model_args: estimator", name, "there is no such estimator", "use normalised or mixture")
+            return known[0]
+        if name not in known:
+            kind = "only masked checkpoints have it" if name in masked else "masked checkpoints have another"
+            problem = kind if name in (*masked, *others) else "there is no such estimator"
+            raise UserError("model_args: estimator", name, problem, f"leave estimator out, or use {' or '.join(known)}")
         if self.loaded.config.objective.k_meaning == "thinking" and name == "mixture":
             remedy = "leave estimator out: this checkpoint's likelihood is normalised at every K"
             raise UserError("model_args: estimator", name, "only sampling checkpoints have it", remedy)
@@ -143,6 +145,9 @@ class RecurrentLM(TemplateLM):
         """K of the log-likelihoods, which is not num_steps where that has no normalised likelihood."""
         thinking = self.loaded.config.objective.k_meaning == "thinking"
         return num_steps if thinking or self.estimator in ("mixture", "bound") else 1
+
+    def _named_estimator(self) -> str:
+        return estimator_of(self.loaded.config, self.scored_steps, in_order=self.estimator == "left_to_right")
 
     # What lm-eval asks about a model ---------------------------------------------------------------------------------
 
@@ -156,7 +161,7 @@ class RecurrentLM(TemplateLM):
             "training_step": config.step,
             "num_steps": self.num_steps,
             "loglikelihood_num_steps": self.scored_steps,
-            "estimator": estimator_of(config, self.scored_steps),
+            "estimator": self._named_estimator(),
             "num_draws": self.num_draws,
             "tied_documents": self.tied_documents,
             "model_seed": self.seed,
@@ -245,6 +250,7 @@ class RecurrentLM(TemplateLM):
                 max_length=self.max_length,
                 seed=self.seed,
                 num_draws=self.num_draws,
+                in_order=self.estimator == "left_to_right",
                 progress=bar.update,
             )
         fresh = {key: {k: found[k][i] for k in ks} for i, key in enumerate(missing)}

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from rdlm.checkpoint import Loaded
 from rdlm.errors import UserError
 from rdlm.scoring import token_scores
-from rdlm.unmasking import bound
+from rdlm.unmasking import bound, left_to_right
 
 logger = logging.getLogger("rdlm.eval")
 
@@ -28,13 +29,15 @@ def score_continuations(
     max_length: int,
     seed: int = 0,
     num_draws: int = 8,
+    in_order: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> dict[int, list[Score]]:
     """{K: (log p(continuation | context) in nats, whether each of its tokens is greedy), in the order given}, in one pass.
 
     pairs: (context ids, at least one; continuation ids). What exceeds max_length positions is cut from the start of the context.
     rdlm/scoring.py says what is greedy in a mixture. Of masked models log p is a lower bound (rdlm/unmasking.py), for a continuation
-    whose length is known, and greedy means that the bound exceeds 1/2, which is enough but not necessary.
+    whose length is known, and greedy means that the bound exceeds 1/2, which is enough but not necessary; ``in_order`` takes their exact
+    likelihood one token a step from left to right instead, the same at every K, and greedy is exact.
     Raises UserError where a continuation alone is too long. ``progress`` is told the rows done.
     """
     rows = [(context + continuation)[-(max_length + 1) :] for context, continuation in pairs]
@@ -47,7 +50,7 @@ def score_continuations(
     scores: dict[int, list[Score]] = {k: [(0.0, True)] * len(rows) for k in ks}
     longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), rows[i]))
     masked = loaded.config.objective.masking is not None
-    score = _bound_batch if masked else _score_batch
+    score = _ordered_batch if in_order else _bound_batch if masked else _score_batch
     # A masked model would see the padding of a shorter row.
     groups = [list(group) for _, group in groupby(longest_first, key=lambda i: len(rows[i]) if masked else 0)]
     for chosen in (group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)):
@@ -82,10 +85,25 @@ def _bound_batch(
     loaded: Loaded, rows: list[list[int]], wanted: list[int], ks: Sequence[int], seed: int, num_draws: int
 ) -> dict[int, list[Score]]:
     """Rows of one length; the last ``wanted`` ids of each are modelled, those before stay in sight."""
-    ids = torch.tensor(rows, device=next(loaded.denoiser.parameters()).device)
-    places = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - torch.tensor(wanted, device=ids.device).unsqueeze(1)
+    ids, places = _continuations(loaded, rows, wanted)
     out = {}
     for k in ks:
         nats = bound(loaded.denoiser, ids, k, mask=places, seed=seed, num_draws=num_draws).double().sum(1)
         out[k] = [(-total, -total > math.log(0.5)) for total in nats.tolist()]
     return out
+
+
+def _ordered_batch(
+    loaded: Loaded, rows: list[list[int]], wanted: list[int], ks: Sequence[int], seed: int, num_draws: int
+) -> dict[int, list[Score]]:
+    """As ``_bound_batch``; nothing is drawn."""
+    logprobs, greedy = left_to_right(loaded.denoiser, *_continuations(loaded, rows, wanted))
+    found = list(zip(logprobs.double().sum(1).tolist(), greedy.all(1).tolist(), strict=True))
+    return {k: found for k in ks}
+
+
+def _continuations(loaded: Loaded, rows: list[list[int]], wanted: list[int]) -> tuple[Tensor, Tensor]:
+    """ids [B, T] and the places [B, T] of the last ``wanted`` ids of each."""
+    ids = torch.tensor(rows, device=next(loaded.denoiser.parameters()).device)
+    start = ids.shape[1] - torch.tensor(wanted, device=ids.device).unsqueeze(1)
+    return ids, torch.arange(ids.shape[1], device=ids.device) >= start

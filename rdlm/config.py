@@ -251,7 +251,7 @@ class CheckpointConfig(Strict):
         if self.objective.name == "edm":
             return "none: it denoises images"
         if self.objective.masking is not None:
-            return "none by token; `rdlm eval nll` gives an upper bound of the NLL"
+            return "normalised: one token a step, from left to right"
         return "logits after K iterations" if self.objective.k_meaning == "thinking" else "logits at sigma_max with z = 0 (K = 1)"
 
     def check_text(self, what: str) -> None:

@@ -5,7 +5,8 @@ Which numbers are likelihoods:
 - sampling models (evidence, paper): softmax of the logits at sigma_max with z = 0 is normalised and deterministic; that is K = 1.
   For K > 1 the law of the token drawn last is a mixture over noise and earlier draws, which ``num_draws`` paths estimate. The
   estimate is normalised but biased (by Jensen its logarithm is too low), so it is reported as a mixture, never as the likelihood.
-- masked models: a bound on the likelihood of a whole row (rdlm/unmasking.py); a token has none of its own.
+- masked models: one token a step from left to right the likelihood is exact, of K steps in random order there is a bound on that of a
+  whole row (both in rdlm/unmasking.py).
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ LOGITS_AT_ONCE = 1 << 24
 """Read-out rows are processed in chunks of at most this many logits (64 MiB of fp32)."""
 
 
-def estimator_of(config: CheckpointConfig, num_steps: int, num_draws: int | None = None) -> str:
-    """Name of what ``token_logprobs`` returns at K = num_steps."""
+def estimator_of(config: CheckpointConfig, num_steps: int, num_draws: int | None = None, *, in_order: bool = False) -> str:
+    """Name of what ``token_logprobs`` returns at K = num_steps; in_order: of what ``rdlm.unmasking.left_to_right`` does, at any K."""
+    if in_order:
+        return config.estimator
     if config.objective.masking is not None:
         drawn = "exact" if num_steps == 1 else "stratified draws" if num_draws is None else f"{num_draws} stratified draws"
         return f"upper bound of the NLL, not its value: K = {num_steps} unmasking steps, {drawn}"
@@ -66,7 +69,7 @@ def token_scores(
     """Scores of targets[i] given input_ids[<= i] at each K in ``ks``: input_ids, targets [B, T] int64.
 
     One pass to max(ks) for thinking models. See the module docstring for what the numbers are; ``estimator_of`` names them.
-    UserError for masked models, whose tokens have no probabilities of their own.
+    UserError for masked models: theirs are ``rdlm.unmasking.left_to_right``'s, of rows that stand by themselves.
     """
     config.check_next_token("a score of each token")
     if config.objective.k_meaning == "thinking":

@@ -24,6 +24,8 @@ from rdlm.randomness import generator
 from rdlm.sampler import run
 
 _BOUND_KEY, _TURN, _TOKEN = 6, 0, 1
+POSITIONS_AT_ONCE = 1 << 14
+"""``left_to_right`` sends the network at most so many positions in one pass, or else one row."""
 
 
 @torch.no_grad()
@@ -72,6 +74,31 @@ def bound(
 
 
 @torch.no_grad()
+def left_to_right(denoiser: Denoiser, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token given those before it, all from itself on hidden -> fp32 [B, T], and whether it is the arg max, bool.
+
+    By the chain rule their sum over a row is exactly log p(row) of ``unmask`` in this order with as many steps as tokens (temperature 1,
+    all ids allowed). One pass a token, whatever K means elsewhere. mask: bool [B, T], True where a token is modelled; the others are in
+    sight all along and have log-probability 0.
+    """
+    length = targets.shape[1]
+    modelled = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
+    logprobs, greedy = torch.zeros(targets.shape, device=targets.device), torch.ones_like(modelled)
+    rows, places = modelled.nonzero().unbind(1)
+    chunk = max(1, POSITIONS_AT_ONCE // length)
+    for row, place in zip(rows.split(chunk), places.split(chunk), strict=True):
+        hidden = modelled[row] & (torch.arange(length, device=row.device) >= place.unsqueeze(1))
+        levels = hidden.float().mean(1)
+        for owner, mine in _by_owner(denoiser, levels.tolist()):
+            at, truth = (row[mine], place[mine]), targets[row[mine], place[mine]]
+            states = owner.hidden(targets[at[0]].masked_fill(hidden[mine], owner.mask_id), levels[mine])
+            logits = owner.predict(states[torch.arange(len(mine)), at[1]]).logits()
+            logprobs[at] = logits.log_softmax(-1).gather(1, truth.unsqueeze(1)).squeeze(1)
+            greedy[at] = logits.argmax(1) == truth
+    return logprobs, greedy
+
+
+@torch.no_grad()
 def unmask(
     denoiser: Denoiser,
     ids: Tensor,
@@ -87,22 +114,29 @@ def unmask(
 
     params: temperature, top-k, top-p and min-p act on every draw. num_tokens: ids from there on are never drawn. Draws depend on
     (seed, row, position, step). A row with a clean prompt starts at the level that its hidden share is in training, so with a long one
-    the first block may never be asked. Steps at which nothing comes into sight call no network.
+    the first block may never be asked. Steps at which nothing comes into sight call no network. left_to_right takes no more steps than
+    tokens are hidden, as evenly as whole tokens go: one a step, the level is exactly the share that is hidden.
 
     always_given: what is in sight at the start never counted in training (``Batch.mask``: rows of a task with its inputs). A level is then
     the hidden share of the others alone, as it is in ``masked_terms``: sampling starts at 1.
     """
     mask_id = cast(MaskedDenoiser, denoiser.at(1.0)).mask_id
     start = [1.0] * len(ids) if always_given else (ids == mask_id).float().mean(1).tolist()
-    turn = torch.tensor([[uniform(seed, _TURN, b, i) for i in range(ids.shape[1])] for b in range(len(ids))])
-    due = (num_steps * turn).long().to(ids.device)  # the step at which a position's turn comes: 0 is the first
+    steps = torch.full((len(ids),), num_steps)
+    if order == "left_to_right":
+        place, count = (ids == mask_id).cumsum(1), (ids == mask_id).sum(1, keepdim=True).clamp(min=1)
+        steps = count[:, 0].clamp(max=num_steps).cpu()
+        due = (place * steps.to(ids.device).unsqueeze(1) / count).ceil().long() - 1
+    else:
+        turn = torch.tensor([[uniform(seed, _TURN, b, i) for i in range(ids.shape[1])] for b in range(len(ids))])
+        due = (num_steps * turn).long().to(ids.device)  # the step at which a position's turn comes: 0 is the first
 
     def step(ids: Tensor, k: int) -> Tensor:
         hidden = ids == mask_id
-        wanted = hidden & (due == k) if order == "random" else hidden
+        wanted = hidden if order == "confidence" else hidden & (due == k)
         if not bool(wanted.any()):
             return ids
-        levels = [max(share * (num_steps - k) / num_steps, 1e-6) for share in start]
+        levels = [max(share * (own - k) / own, 1e-6) for share, own in zip(start, steps.tolist(), strict=True)]
         out = ids.clone()
         for owner, rows in _by_owner(denoiser, levels):
             chosen = wanted[rows]

@@ -211,6 +211,25 @@ def test_a_masked_model_bounds_continuations_alike_in_any_batch(make_model: Make
     assert [each for each, _ in many] == pytest.approx([each for each, _ in alone], abs=1e-4)
 
 
+def test_a_masked_model_has_an_exact_likelihood_from_left_to_right(make_model: MakeModel) -> None:
+    """All answers of one token together have probability 1; rows of other lengths and K change nothing; greedy is exact."""
+    model = make_model("masked", num_steps=4, batch_size=4, estimator="left_to_right")
+    stated = model.get_model_info()
+    assert stated["estimator"] == "normalised: one token a step, from left to right" and stated["loglikelihood_num_steps"] == 1
+    pairs = [("in the", " beginning was"), ("and it came to pass in those", " days"), ("", "the word"), ("with", " god was")]
+    asked = [_ask("loglikelihood", *pair) for pair in pairs]
+    found = model.loglikelihood(asked, disable_tqdm=True)
+    alone = make_model("masked", num_steps=1, batch_size=1, estimator="left_to_right").loglikelihood(asked, disable_tqdm=True)
+    assert [each for each, _ in found] == pytest.approx([each for each, _ in alone], abs=1e-4)
+    context = model.text.encode("in the")
+    every = model._loglikelihood_tokens([(("", ""), context, [i]) for i in range(model.text.vocab_size)], disable_tqdm=True)
+    mass = sum(math.exp(logprob) for logprob, _ in every)
+    assert 0.5 < mass <= 1 + 1e-5 and (mass > 1 - 1e-4) == (model.text.vocab_size == model.loaded.config.model.vocab_size)
+    assert sum(greedy for _, greedy in every) == 1 and max(every)[1]
+    (whole,) = model.loglikelihood_rolling([_ask("loglikelihood_rolling", "in the beginning")], disable_tqdm=True)
+    assert math.isfinite(whole) and whole < 0
+
+
 def test_a_masked_model_fills_texts_in_and_rolls(make_model: MakeModel) -> None:
     model = make_model("masked", num_steps=4, max_length=12)
     (whole,) = model.loglikelihood_rolling([_ask("loglikelihood_rolling", " ".join(["word"] * 9))], disable_tqdm=True)

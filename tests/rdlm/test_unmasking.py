@@ -19,7 +19,7 @@ from rdlm.masked_denoiser import MaskedDenoiser
 from rdlm.objectives import Batch, loss_terms
 from rdlm.registry import build
 from rdlm.scoring import estimator_of, token_logprobs, token_scores
-from rdlm.unmasking import bound, unmask
+from rdlm.unmasking import bound, left_to_right, unmask
 
 V, T = 64, 12
 
@@ -221,6 +221,78 @@ def test_scores_are_named_a_bound_and_tokens_have_none(masked_config) -> None:
         token_scores(denoiser, shape, data.inputs, data.targets, [1])
 
 
+# Left to right ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loud(masked_config, awake) -> Denoiser:
+    """Three tokens, two blocks, predictions far from uniform."""
+    denoiser = awake(build(masked_config(model={"vocab_size": 3}, num_blocks=2), seed=0))
+    with torch.no_grad():
+        for part in blocks_of(denoiser):
+            part.model.wte.weight.mul_(20)
+    return denoiser
+
+
+ALL = torch.tensor(list(itertools.product(range(3), repeat=3)))
+
+
+def test_left_to_right_is_a_likelihood_and_that_of_its_sampler(loud: Denoiser) -> None:
+    """All 3^3 sequences together have probability 1, and ``unmask`` draws them as often as that; more steps than tokens change nothing."""
+    probability = left_to_right(loud, ALL)[0].double().sum(1).exp()
+    assert float(probability.sum()) == pytest.approx(1, abs=1e-5) and float(probability.max() / probability.min()) > 10
+    start = torch.full((4000, 3), 3)
+    drawn = unmask(loud, start, 3, SamplingParams(), seed=4, order="left_to_right")
+    assert distance(probability.view(3, 3, 3), drawn) < 0.04
+    assert torch.equal(drawn[:50], unmask(loud, start[:50], 3, SamplingParams(), seed=4, order="left_to_right"))
+    assert torch.equal(drawn[:50], unmask(loud, start[:50], 64, SamplingParams(), seed=4, order="left_to_right"))
+    other = unmask(loud, start, 3, SamplingParams(), seed=4)
+    assert distance(probability.view(3, 3, 3), other) > 0.06, "in random order the law is another one"
+
+
+def test_left_to_right_of_a_continuation(loud: Denoiser) -> None:
+    """Behind a token in sight all continuations together have probability 1, each token has what it has where its context is modelled
+    too, and samples agree."""
+    mask = torch.tensor([False, True, True]).expand(len(ALL), 3)
+    found, whole = left_to_right(loud, ALL, mask)[0], left_to_right(loud, ALL)[0]
+    assert torch.equal(found[:, 0], torch.zeros(len(ALL)))
+    torch.testing.assert_close(found[:, 1:], whole[:, 1:])
+    mass = found.double().sum(1).exp().view(3, 9)
+    torch.testing.assert_close(mass.sum(1), torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=0)
+    start = torch.tensor([[2, 3, 3]]).repeat(3000, 1)
+    drawn = unmask(loud, start, 2, SamplingParams(), seed=1, order="left_to_right")
+    assert distance(mass[2].view(3, 3), drawn[:, 1:]) < 0.03 and (drawn[:, 0] == 2).all()
+
+
+def test_left_to_right_by_its_definition_in_any_batch(masked_config, awake) -> None:
+    """One pass a token, told the share that is hidden; tokens in sight may stand anywhere."""
+    data, denoiser = batch(5).targets, awake(build(masked_config(num_blocks=4), seed=0))
+    mask = torch.rand(5, T, generator=torch.Generator().manual_seed(0)) < 0.7
+    found, greedy = left_to_right(denoiser, data, mask)
+    for b, i in mask.nonzero().tolist():
+        hidden = mask[b] & (torch.arange(T) >= i)
+        level = int(hidden.sum()) / T
+        owner: Any = denoiser.at(level)
+        with torch.no_grad():
+            states = owner.hidden(data[b : b + 1].masked_fill(hidden, owner.mask_id), torch.tensor([level]))
+            table = owner.predict(states[0, i]).logits().log_softmax(-1)
+        assert float(found[b, i]) == pytest.approx(float(table[data[b, i]]), abs=1e-5)
+        assert bool(greedy[b, i]) == (int(table.argmax()) == int(data[b, i]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rdlm.unmasking.POSITIONS_AT_ONCE", 3 * T)
+        torch.testing.assert_close(left_to_right(denoiser, data, mask)[0], found)
+    torch.testing.assert_close(left_to_right(denoiser, data[3:4], mask[3:4])[0], found[3:4])
+    best = unmask(denoiser, torch.full((1, T), V), T, SamplingParams(temperature=0), order="left_to_right")
+    assert left_to_right(denoiser, best)[1].all() and not left_to_right(denoiser, best.roll(1))[1].all()
+
+
+def test_left_to_right_of_an_exact_denoiser_is_its_law() -> None:
+    law = joint(3, 3, seed=3)
+    denoiser: Any = Exact(law)
+    found = left_to_right(denoiser, torch.tensor(list(itertools.product(range(3), repeat=3))))[0].double().sum(1).exp()
+    torch.testing.assert_close(found, law.flatten(), atol=1e-6, rtol=1e-4)
+
+
 # Sampling ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +351,7 @@ def test_the_bound_is_that_of_the_very_sampler(masked_config, awake) -> None:
     assert distance(law, unmask(denoiser, torch.full((6000, 3), 3), num_steps, SamplingParams(), seed=4)) < 0.04
 
 
-@pytest.mark.parametrize("order", ["random", "confidence"])
+@pytest.mark.parametrize("order", ["random", "left_to_right", "confidence"])
 @pytest.mark.parametrize("num_steps", [1, 4, 30])
 def test_a_token_in_sight_never_changes_and_none_stays_hidden(masked_config, awake, order: Any, num_steps: int) -> None:
     denoiser = awake(build(masked_config(num_blocks=3, layers_per_block=(2, 1, 1)), seed=0))
