@@ -14,13 +14,10 @@ import pytest
 import torch
 import yaml
 
-from rdlm.checkpoint import Loaded, load, save
+from rdlm.checkpoint import Loaded, load
 from rdlm.cli import app, run
-from rdlm.config import CheckpointConfig
 from rdlm.errors import UserError
-from rdlm.registry import build
 from rdlm.scoring import token_logprobs
-from rdlm.tokenizer import train_tokenizer
 
 pytest.importorskip("lm_eval", reason="the harness is not installed")
 
@@ -32,43 +29,7 @@ from eval.harness_cli import TASKS, expand_blimp, taken_out, with_model
 from eval.likelihood import score_continuations
 from eval.tasks.blimp import load as load_paradigm
 
-TEXTS = ["in the beginning was the word and the word was with god", "and it came to pass in those days"] * 20
 MakeModel = Callable[..., RecurrentLM]
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``folders(objective)`` -> a checkpoint of an untrained loud model, saved once."""
-    root, tokenizer = tmp_path_factory.mktemp("harness"), train_tokenizer("bpe", iter(TEXTS), 280)
-
-    def make(objective: str) -> Path:
-        if (root / objective).exists():
-            return root / objective
-        shape = {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "max_seq_len": 64, "noise_embed_dim": 16}
-        model = {"family": "huginn", "vocab_size": 280, "d_model": 32, "num_heads": 2, "mlp_width": 64, **shape}
-        if objective == "masked":
-            model = {**{k: v for k, v in model.items() if "layers" not in k}, "family": "masked", "num_layers": 2}
-        config = CheckpointConfig.model_validate(
-            {
-                "name": "tiny",
-                "model": {**model, "noise_conditioning": objective in ("single_pass", "evidence", "paper", "masked")},
-                "objective": {"name": objective},
-                "recurrence": {"default_steps": 2, "max_steps": 8},
-            }
-        )
-        denoiser, loud = build(config, seed=1), torch.Generator().manual_seed(2)
-        with torch.no_grad():
-            for name, parameter in denoiser.named_parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(0, 0.3 if "wte" in name else parameter.shape[1] ** -0.5, generator=loud)
-        return save(root / objective, denoiser, config, tokenizer)
-
-    return make
-
-
-@pytest.fixture
-def make_model(folders: Callable[[str], Path]) -> MakeModel:
-    return lambda objective="onestep", **arguments: RecurrentLM(checkpoint=str(folders(objective)), **arguments)
 
 
 def _ask(kind: str, *arguments: Any, doc: int = 0) -> Instance:
@@ -190,67 +151,6 @@ def test_bad_model_args_name_field_and_remedy(folders: Callable[[str], Path], ar
     with pytest.raises(UserError) as error:
         RecurrentLM.create_from_arg_obj({"checkpoint": str(folders("onestep")), **arguments})
     assert message in str(error.value)
-
-
-def test_a_masked_model_bounds_continuations_alike_in_any_batch(make_model: MakeModel) -> None:
-    """At K = 1 the bound is the log-probability of one pass in which the continuation is hidden; rows of other lengths change nothing."""
-    pairs = [("in the", " beginning was"), ("and it came to pass in those", " days"), ("", "the word"), ("with", " god was")]
-    asked = [_ask("loglikelihood", *pair) for pair in pairs]
-    model = make_model("masked", num_steps=1, batch_size=4)
-    assert model.estimator == "bound" and "upper bound" in model.get_model_info()["estimator"]
-    denoiser: Any = model.loaded.denoiser
-    for (context, continuation), (logprob, _) in zip(pairs, model.loglikelihood(asked, disable_tqdm=True), strict=True):
-        before = model.text.encode(context) or [model.eot_token_id]
-        after = model.text.encode(context + continuation)[len(model.text.encode(context)) :]
-        row = torch.tensor([[*before, *[denoiser.mask_id] * len(after)]])
-        with torch.no_grad():
-            states = denoiser.hidden(row, torch.tensor([len(after) / row.shape[1]]))[0, len(before) :]
-            table = denoiser.predict(states).logits().log_softmax(-1)
-        assert logprob == pytest.approx(float(table[range(len(after)), after].sum()), abs=1e-4)
-    many, alone = (make_model("masked", num_steps=8, batch_size=n).loglikelihood(asked, disable_tqdm=True) for n in (4, 1))
-    assert [each for each, _ in many] == pytest.approx([each for each, _ in alone], abs=1e-4)
-
-
-def test_a_masked_model_has_an_exact_likelihood_from_left_to_right(make_model: MakeModel) -> None:
-    """All answers of one token together have probability 1; rows of other lengths and K change nothing; greedy is exact."""
-    model = make_model("masked", num_steps=4, batch_size=4, estimator="left_to_right")
-    stated = model.get_model_info()
-    assert stated["estimator"] == "normalised: one token a step, from left to right" and stated["loglikelihood_num_steps"] == 1
-    pairs = [("in the", " beginning was"), ("and it came to pass in those", " days"), ("", "the word"), ("with", " god was")]
-    asked = [_ask("loglikelihood", *pair) for pair in pairs]
-    found = model.loglikelihood(asked, disable_tqdm=True)
-    alone = make_model("masked", num_steps=1, batch_size=1, estimator="left_to_right").loglikelihood(asked, disable_tqdm=True)
-    assert [each for each, _ in found] == pytest.approx([each for each, _ in alone], abs=1e-4)
-    context = model.text.encode("in the")
-    every = model._loglikelihood_tokens([(("", ""), context, [i]) for i in range(model.text.vocab_size)], disable_tqdm=True)
-    mass = sum(math.exp(logprob) for logprob, _ in every)
-    assert 0.5 < mass <= 1 + 1e-5 and (mass > 1 - 1e-4) == (model.text.vocab_size == model.loaded.config.model.vocab_size)
-    assert sum(greedy for _, greedy in every) == 1 and max(every)[1]
-    (whole,) = model.loglikelihood_rolling([_ask("loglikelihood_rolling", "in the beginning")], disable_tqdm=True)
-    assert math.isfinite(whole) and whole < 0
-
-
-def test_a_masked_model_fills_texts_in_and_rolls(make_model: MakeModel) -> None:
-    model = make_model("masked", num_steps=4, max_length=12)
-    (whole,) = model.loglikelihood_rolling([_ask("loglikelihood_rolling", " ".join(["word"] * 9))], disable_tqdm=True)
-    assert math.isfinite(whole) and whole < 0
-    with_all = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
-    prompts = ["in the", "and it", "god", "was", "days", "in the"]
-    texts = model.generate_until([_ask("generate_until", prompt, with_all) for prompt in prompts], disable_tqdm=True)
-    assert texts[0] != texts[-1], "another choice"
-    longest = max(range(5), key=lambda i: len(texts[i]))
-    text, stop = texts[longest], texts[longest][2:4]
-    again = [_ask("generate_until", prompts[longest], {**with_all, "until": until}) for until in ([], [stop])]
-    assert model.generate_until(again[:1], disable_tqdm=True) == [text] and len(stop) == 2
-    assert model.generate_until(again[1:], disable_tqdm=True) == [text[: text.index(stop)]]
-    with pytest.raises(UserError, match="no such setting"):
-        model.generate_until([_ask("generate_until", "a", {**with_all, "repetition_penalty": 1.2})], disable_tqdm=True)
-
-
-@pytest.mark.parametrize(("objective", "estimator"), [("masked", "normalised"), ("masked", "mixture"), ("onestep", "bound")])
-def test_bounds_and_likelihoods_are_not_mixed_up(make_model: MakeModel, objective: str, estimator: str) -> None:
-    with pytest.raises(UserError, match="leave estimator out"):
-        make_model(objective, estimator=estimator)
 
 
 def test_bad_gen_kwargs_are_refused(make_model: MakeModel) -> None:
