@@ -23,6 +23,7 @@ from rdlm.tokenizer import train_tokenizer
 
 pytest.importorskip("lm_eval", reason="the harness is not installed")
 pytest.importorskip("transformers", reason="lm-eval's HTTP client needs it to tokenise")
+pytest.importorskip("tenacity", reason="lm-eval's HTTP client is not installed: pip install lm-eval[api]")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.config import PRESETS
 from rdlm.context import CausalContext, TwoStreamContext
 from rdlm.denoiser import Denoiser
 from rdlm.objectives import Batch, corrupt, in_place_hidden, two_stream_hidden
 from rdlm.randomness import generator
+from rdlm.registry import OF_TEXT
 from rdlm.scoring import token_logprobs
 
 B, T, V = 2, 10, 64
@@ -41,7 +41,7 @@ def shifted(ids: torch.Tensor) -> Batch:
     return Batch(ids[:, :-1], ids[:, 1:], torch.ones(len(ids), ids.shape[1] - 1, dtype=torch.bool))
 
 
-CAUSAL = [name for name in PRESETS if name != "masked"]  # whose leakage is tests/rdlm/test_masked.py's business
+CAUSAL = OF_TEXT  # the leakage of masked models is tests/rdlm/test_masked.py's business
 ALL_NOISED = {"name": "single_pass", "corruption": {"share": 1.0}}
 
 
