@@ -42,7 +42,7 @@ ARMS: dict[str, dict[str, tuple[str, dict[str, Any] | None]]] = {
     "dit": {"edm B=1": ("edm", None), "edm B=3": ("edm", BLOCKS)},
 }
 """Family -> arm -> (objective, how it is cut)."""
-SAMPLED = {"steps": "4,10,25", "guidance": "1,2", "num_images": 2000}
+SAMPLED = {"steps": "4,10,25", "guidance": "1,2"}
 """What a DiT is asked for."""
 
 
@@ -90,7 +90,16 @@ def seconds_per_update(file: Path, family: str, data: Path, batch_size: int, pre
 
 
 def run_arm(
-    family: str, arm: str, updates: int, lr: float, data: Path, seed: int, batch_size: int, precision: str, root: Path
+    family: str,
+    arm: str,
+    updates: int,
+    lr: float,
+    data: Path,
+    seed: int,
+    batch_size: int,
+    precision: str,
+    num_images: int,
+    root: Path,
 ) -> dict[str, Any]:
     """Train and judge one arm."""
     written = document(family, arm, updates, lr, data, seed, batch_size, precision)
@@ -108,7 +117,7 @@ def run_arm(
             str(data),
             "--per-image",
             "--max-images",
-            "2000",
+            str(num_images),
             "--out",
             str(found),
             *sampling,
@@ -116,7 +125,7 @@ def run_arm(
         run_rdlm(command, folder / "log.txt")
     elif not found.exists():
         command = ["eval", "fid", "--checkpoint", model, "--reference", str(data / "test" / "images.npy"), "--out", str(found)]
-        options = ["--steps", SAMPLED["steps"], "--guidance", SAMPLED["guidance"], "--num-images", str(SAMPLED["num_images"])]
+        options = ["--steps", SAMPLED["steps"], "--guidance", SAMPLED["guidance"], "--num-images", str(num_images)]
         run_rdlm([*command, *options, "--cache", str(root / "cache"), "--dtype", "bfloat16"], folder / "log.txt")
     metrics = last_metrics(folder)
     return {
@@ -136,6 +145,7 @@ def main(
     batch_size: int = 64,
     precision: Literal["bf16", "fp32"] = "bf16",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 1,
+    num_images: Annotated[int, typer.Option(help="Test images that are classified; images that are drawn.")] = 2000,
     rounds: Annotated[int, typer.Option(min=1, help="Timed updates of each arm.")] = 9,
     root: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs/image_families"),
 ) -> None:
@@ -144,7 +154,7 @@ def main(
     cost = seconds_per_update(root / f"{family}_seconds_per_update.json", family, data, batch_size, precision, rounds)
     wanted = list(ARMS[family]) if arms is None else arms.split(",")
     calls = [
-        partial(run_arm, family, arm, int(60 * minutes / cost[arm]), lr, data, seed, batch_size, precision, root)
+        partial(run_arm, family, arm, int(60 * minutes / cost[arm]), lr, data, seed, batch_size, precision, num_images, root)
         for arm in wanted
     ]
     rows = in_parallel(jobs, calls)

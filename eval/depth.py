@@ -52,6 +52,7 @@ def as_trained(loaded: Loaded, task: Generated) -> Task:
 
 def check_task(loaded: Loaded, name: str, task: Task) -> None:
     """UserError where the checkpoint cannot have been trained on the task, or has too few positions for it."""
+    loaded.config.check_text("a generated task")
     model = loaded.config.model
     if loaded.tokenizer is not None or model.vocab_size < task.vocab_size:
         has = "is a model of text" if loaded.tokenizer is not None else f"has a vocabulary of {model.vocab_size}"

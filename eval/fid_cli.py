@@ -123,12 +123,12 @@ class Drawing:
 
 def _show(report: dict[str, Any], console: Console) -> None:
     from eval.drawn_images import Setting
+    from eval.report import name_of
     from eval.report_images import notes
 
     used, size = report["features"], report["reference"]["size"]
-    judged = report["checkpoint"]["name"] if "checkpoint" in report else report["results"][0]["images"]["name"]
     table = Table(
-        title=f"{judged} against {report['reference']['name']}",
+        title=f"{name_of(report)} against {report['reference']['name']}",
         caption=f"{size[1]}x{size[0]} images, features of {used['name']} ({used['dimensions']:,}), {used['resize']}; 95 % intervals "
         "over the drawing of images",
     )

@@ -81,7 +81,7 @@ def _read(file: Path) -> Run:
     except ValueError:
         raise UserError("RUN", str(file), "is not JSON", remedy) from None
     if isinstance(report, dict) and report.get("evaluation") in PROTOCOLS:
-        return Run(file, report["evaluation"], _name(report), report)
+        return Run(file, report["evaluation"], name_of(report), report)
     if isinstance(report, dict) and "lm_eval_version" in report and "results" in report:
         config = report["config"]
         k = "" if config.get("num_steps") is None else f" K = {config['num_steps']}"
@@ -89,7 +89,8 @@ def _read(file: Path) -> Run:
     raise UserError("RUN", str(file), "names no evaluation that this version knows", f"{remedy} (of this version)")
 
 
-def _name(report: Json) -> str:
+def name_of(report: Json) -> str:
+    """Of the checkpoint that was measured; of images that no checkpoint drew, their own."""
     return report["checkpoint"]["name"] if "checkpoint" in report else report["results"][0]["images"]["name"]
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from eval.bootstrap import interval, mover, resamples
 from eval.drawn_images import Setting
 from eval.plots import colour, draw_accuracy, k_axis, new_figure, png, with_errors, write_png
-from eval.report import Json, Picture, Run, Section, Table
+from eval.report import Json, Picture, Run, Section, Table, name_of
 from eval.wording import difference, with_interval
 
 DIGITS = {"frechet": ".2f", "kernel": ".5f"}
@@ -111,8 +111,7 @@ def _against(mine: Json, other: Json, name: str) -> str:
 
 def plot_images(report: Json, file: Path) -> None:
     """Both distances beside their floors, as PNG; of a checkpoint against K."""
-    name = report["checkpoint"]["name"] if "checkpoint" in report else report["results"][0]["images"]["name"]
-    write_png(_figure([Run(file, "fid", name, report)]), file)
+    write_png(_figure([Run(file, "fid", name_of(report), report)]), file)
 
 
 def _figure(runs: list[Run]) -> Figure:

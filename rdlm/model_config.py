@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +17,8 @@ class HuginnConfig(Strict):
     """Prelude, core applied K times, coda: the shape of Geiping et al. 2025 (sandwich norms, RoPE, qk-bias, gated MLP)."""
 
     family: Literal["huginn"] = "huginn"
+    can_be_cut: ClassVar[bool] = False
+    """A recurrent core is one denoiser of every level: there is nothing to cut into blocks."""
     vocab_size: int = Field(ge=2)
     d_model: int = Field(ge=8)
     num_heads: int = Field(ge=1)
@@ -54,6 +56,7 @@ class HuginnConfig(Strict):
 class PreNormConfig(Strict):
     """A stack of pre-norm transformer layers with gated MLPs; the layers are the core."""
 
+    can_be_cut: ClassVar[bool] = True
     family: str
     d_model: int = Field(ge=8)
     num_heads: int = Field(ge=1)
@@ -80,6 +83,10 @@ class TextConfig(PreNormConfig):
 
 class ImageConfig(PreNormConfig):
     """Of square images with a class each, cut into square patches."""
+
+    rope_base: ClassVar[None] = None
+    """Patches carry their places themselves."""
+    tie_embeddings: ClassVar[bool] = True
 
     image_size: int = Field(ge=2)
     """Pixels of a side."""

@@ -45,7 +45,7 @@ def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
     """
     match config:
         case HuginnConfig():
-            if layers is not None and len(layers) < config.num_layers:
+            if layers is not None and len(layers) < config.num_layers and not config.can_be_cut:
                 problem = "a recurrent core is one denoiser of every level: there is nothing to cut"
                 raise UserError("blocks.num_blocks", "> 1", problem, "use num_blocks 1, or another family")
             return Huginn(config)

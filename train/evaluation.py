@@ -13,7 +13,6 @@ from rdlm.answers import greedy_answers
 from rdlm.blockwise import blocks_of
 from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser
-from rdlm.model_config import VitConfig
 from rdlm.objectives import Batch, loss_terms
 from rdlm.scoring import class_scores, token_logprobs
 from train.corpora import Corpus
@@ -28,7 +27,7 @@ def held_out(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: torc
     every call. stage: train.loop.Stage.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    names, function = _asked(config)
+    names, function = _asked(config, corpus.unit)
     batches = list(corpus.windows(config.evaluation.max_tokens, config.batch.micro_size or 8))
     sums = torch.zeros(len(names) + 1, dtype=torch.float64)
     for first in range(0, len(batches), world):
@@ -43,13 +42,13 @@ def held_out(stage: nn.Module, config: TrainConfig, corpus: Corpus, device: torc
     return {name: float(sums[i] / sums[-1]) for i, name in enumerate(names)}
 
 
-def _asked(config: TrainConfig) -> tuple[list[str], Callable[[Denoiser, Batch, int], Tensor]]:
+def _asked(config: TrainConfig, unit: str) -> tuple[list[str], Callable[[Denoiser, Batch, int], Tensor]]:
     """Names, and a function of (denoiser, batch, its number) to their sums over the batch. It returns one tensor: DeepSpeed's hooks
     cannot read a dictionary with integer keys."""
     ks = config.evaluation.steps
     if config.block is not None or config.objective.name == "edm":
         return ["denoising"], partial(_denoising, config.seed)
-    if isinstance(config.model, VitConfig):
+    if unit == "image":
         return ["K=1", *(f"accuracy at K={k}" for k in ks)], partial(_classes, config.checkpoint_config, ks)
     return [f"K={k}" for k in ks], partial(_tokens, config.checkpoint_config, ks)
 

@@ -175,7 +175,7 @@ def arms(config: TrainConfig, devices: int, on_gpu: bool) -> Iterator[Arm]:
 def block_counts(config: TrainConfig) -> list[int]:
     """Divisors of the number of layers, up to one layer a block; 1 where the family cannot be cut."""
     layers = config.model.num_layers
-    return [1] if config.model.family == "huginn" else [b for b in range(1, layers + 1) if layers % b == 0]
+    return [b for b in range(1, layers + 1) if layers % b == 0] if config.model.can_be_cut else [1]
 
 
 def micro_sizes(config: TrainConfig, world: int) -> list[int]:

@@ -22,8 +22,6 @@ from rdlm.denoiser import Denoiser
 from rdlm.image_denoiser import ImageDenoiser
 from rdlm.layers.rope import rotary_table
 from rdlm.masked_denoiser import MaskedDenoiser
-from rdlm.models.dit import Dit
-from rdlm.models.vit import Vit
 from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
 
 
@@ -110,7 +108,7 @@ def trace(denoiser: Denoiser, micro_size: int, seq_len: int, dtype: torch.dtype,
             if denoiser.targets is not None:
                 rows = torch.empty(denoiser.model.vocab_size, denoiser.model.ln_f.weight.shape[0])
                 denoiser.targets = lambda device: rows
-            inputs = _inputs(denoiser, micro_size, seq_len)
+            inputs = denoiser.model.empty_inputs(micro_size, seq_len)
             with _LiveBytes() as count:
                 loss = _loss(denoiser, inputs, core_steps, CHUNK_ELEMENTS_GPU if on_gpu else CHUNK_ELEMENTS)
                 forward, forward_peak = count.live, count.peak
@@ -120,13 +118,6 @@ def trace(denoiser: Denoiser, micro_size: int, seq_len: int, dtype: torch.dtype,
             return Traced(forward, forward_peak, count.peak, left)
     finally:
         rotary_table.cache_clear()
-
-
-def _inputs(denoiser: Denoiser, micro_size: int, seq_len: int) -> Tensor:
-    shape = denoiser.model.config if isinstance(denoiser.model, Vit | Dit) else None
-    if shape is None:
-        return torch.empty(micro_size, seq_len, dtype=torch.int64)
-    return torch.empty(micro_size, shape.num_channels, shape.image_size, shape.image_size)
 
 
 def _loss(denoiser: Denoiser, inputs: Tensor, core_steps: int, chunk_elements: int) -> Tensor:

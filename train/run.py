@@ -21,11 +21,11 @@ def check(config: TrainConfig, world: int) -> Corpus:
     corpus = build_corpus(config.data, config.fills_in)
     if config.resident is not None and config.resident.rest == "host" and not _on_gpu():
         raise UserError("resident.rest", "host", "without GPUs blocks train in host memory", "set resident.rest=disk")
-    if corpus.vocab_size > config.model.vocab_size and not isinstance(corpus, ImageCorpus):
-        problem = f"smaller than the data's vocabulary ({corpus.vocab_size})"
-        raise UserError("model.vocab_size", config.model.vocab_size, problem, f"set model.vocab_size={corpus.vocab_size}")
     if isinstance(corpus, ImageCorpus):
         _check_images(config.model, corpus)
+    elif corpus.vocab_size > config.model.vocab_size:
+        problem = f"smaller than the data's vocabulary ({corpus.vocab_size})"
+        raise UserError("model.vocab_size", config.model.vocab_size, problem, f"set model.vocab_size={corpus.vocab_size}")
     return corpus
 
 

@@ -320,6 +320,9 @@ def _check(config: TrainConfig) -> None:
     if config.seq_len > config.model.max_seq_len:
         problem = f"longer than model.max_seq_len ({config.model.max_seq_len})"
         raise UserError("data.seq_len", config.seq_len, problem, "shorten the sequences or raise model.max_seq_len")
+    if objective.name == "classify" and config.evaluation.interval_steps and max(config.evaluation.steps) > 1:
+        problem = "objective 'classify' names a class in one pass"
+        raise UserError("evaluation.steps", max(config.evaluation.steps), problem, "set evaluation.steps=[1]")
     beyond = [k for k in config.evaluation.steps if k > config.recurrence.max_steps]
     if beyond and config.evaluation.interval_steps:
         problem = f"exceeds recurrence.max_steps ({config.recurrence.max_steps})"

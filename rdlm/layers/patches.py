@@ -5,15 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rdlm.model_config import ImageConfig
+
 
 class PatchEmbedding(nn.Module):
     """[B, C, H, W] -> [B, P, D]: a linear map of each patch, row by row, plus a learned vector of its place (Dosovitskiy et al. 2021)."""
 
-    def __init__(self, num_patches: int, patch_size: int, num_channels: int, d_model: int) -> None:
+    def __init__(self, config: ImageConfig) -> None:
         super().__init__()
+        patch_size, num_channels, d_model = config.patch_size, config.num_channels, config.d_model
+        self.image_shape = (num_channels, config.image_size, config.image_size)
         self.patch_size = patch_size
         self.linear = nn.Linear(num_channels * patch_size**2, d_model)
-        self.places = nn.Parameter(torch.empty(num_patches, d_model))
+        self.places = nn.Parameter(torch.empty(config.num_patches, d_model))
+
+    def empty_images(self, count: int) -> Tensor:
+        """[count, C, H, W] without values."""
+        return torch.empty(count, *self.image_shape)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.linear(patches(images, self.patch_size).to(self.places.dtype)) + self.places

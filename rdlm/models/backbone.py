@@ -60,6 +60,10 @@ class Backbone(nn.Module, ABC):
         """How the rows of whole sequences see each other where nothing is cached."""
         return CausalContext(inputs.shape[1], inputs.device)
 
+    def empty_inputs(self, count: int, length: int) -> Tensor:
+        """Inputs of ``count`` examples, of text ``length`` tokens long, without values: for counting what a pass allocates."""
+        return torch.empty(count, length, dtype=torch.int64)
+
     def target_shape(self, inputs: Tensor) -> tuple[int, int]:
         """(B, targets of an example)."""
         return inputs.shape[0], inputs.shape[1]

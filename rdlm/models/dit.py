@@ -28,13 +28,17 @@ class Dit(nn.Module):
         """layers: which of the network's layers, None for all: a block has stem and read-out of its own."""
         super().__init__()
         self.config, self.no_class, width = config, config.num_classes, config.noise_embed_dim
-        self.patches = PatchEmbedding(config.num_patches, config.patch_size, config.num_channels, config.d_model)
+        self.patches = PatchEmbedding(config)
         self.classes = TokenTable(config.num_classes + 1, width)
         self.noise_embedding = NoiseEmbedding(width)
         self.layers = pre_norm_layers(config, layers)
         self.ln_f = RMSNorm(config.d_model, config.norm_eps)
         self.modulation = nn.Linear(width, 2 * config.d_model)
         self.pixels = nn.Linear(config.d_model, config.num_channels * config.patch_size**2)
+
+    def empty_inputs(self, count: int, length: int) -> Tensor:
+        """See Backbone."""
+        return self.patches.empty_images(count)
 
     def forward(self, images: Tensor, c_noise: Tensor, classes: Tensor) -> Tensor:
         """images [B, C, H, W], c_noise [B] fp32, classes [B] int64 (``no_class``: none is told) -> fp32 [B, C, H, W]."""

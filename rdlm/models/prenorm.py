@@ -86,10 +86,9 @@ class PreNormModel(Backbone):
         self.wte = TokenTable(config.vocab_size, config.d_model)
         self.noise_embedding = NoiseEmbedding(config.noise_embed_dim) if config.noise_conditioning else None
         self._add_stem(config)
-        self.layers = pre_norm_layers(config, layers, num_kv_heads, config.rope_base if isinstance(config, TextConfig) else None)
+        self.layers = pre_norm_layers(config, layers, num_kv_heads, config.rope_base)
         self.ln_f = RMSNorm(config.d_model, config.norm_eps)
-        tied = not isinstance(config, TextConfig) or config.tie_embeddings
-        self.lm_head = None if tied else TokenTable(config.vocab_size, config.d_model)
+        self.lm_head = None if config.tie_embeddings else TokenTable(config.vocab_size, config.d_model)
 
     def _add_stem(self, config: TextConfig | VitConfig) -> None:
         """What stands between embedding and layers."""

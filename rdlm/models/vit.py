@@ -28,12 +28,15 @@ class Vit(PreNormModel):
     def _add_stem(self, config: TextConfig | VitConfig) -> None:
         assert isinstance(config, VitConfig)
         self.config = config
-        self.patches = PatchEmbedding(config.num_patches, config.patch_size, config.num_channels, config.d_model)
+        self.patches = PatchEmbedding(config)
         self.class_row = TokenTable(1, config.d_model)
         self.adapter = nn.Linear(config.d_model, config.d_model, bias=False) if config.noise_conditioning else None
 
     def context(self, inputs: Tensor) -> AttentionContext:
         return BidirectionalContext(self.config.num_patches + 1, inputs.device)
+
+    def empty_inputs(self, count: int, length: int) -> Tensor:
+        return self.patches.empty_images(count)
 
     def target_shape(self, inputs: Tensor) -> tuple[int, int]:
         return inputs.shape[0], 1

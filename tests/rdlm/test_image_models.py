@@ -211,6 +211,30 @@ def test_a_dit_draws_the_class_it_is_asked_for(blocks: dict[str, Any] | None) ->
     assert (quadrants.argmax(1) == classes).float().mean() > 0.9
 
 
+@pytest.mark.slow
+def test_small_places_and_classes_are_drowned_by_patches() -> None:
+    """Why they start at 0.5 and not at 0.02 like other weights: a class is then learned early, by DiT and ViT alike."""
+
+    def initial(shape: CheckpointConfig, std: float) -> Denoiser:
+        denoiser = build(shape, seed=0)
+        for name, weight in denoiser.named_parameters():
+            if name in ("model.patches.places", "model.classes.weight"):
+                weight.data.mul_(std / 0.5)
+        return denoiser
+
+    drawing = CheckpointConfig.model_validate({**config("dit", "edm").model_dump(), "noise": {"p_mean": 1.0}})
+    classes, half, held_out = torch.arange(CLASSES).repeat(16), SIDE // 2, batch(200, seed=10_000)
+    right, nats = {}, {}
+    for std in (0.02, 0.5):
+        images = draw_images(learn(initial(drawing, std), 300), drawing, classes, 16)
+        means = [images[:, :, y : y + half, x : x + half].mean((1, 2, 3)) for y in (0, half) for x in (0, half)]
+        right[std] = float((torch.stack(means, 1).argmax(1) == classes).float().mean())
+        named = learn(initial(config("vit", "classify"), std), 50)
+        nats[std] = -float(class_scores(named, held_out.inputs, held_out.targets).logprobs.mean())
+    assert right[0.02] < 0.5 and right[0.5] > 0.9, right
+    assert nats[0.02] > 1 and nats[0.5] < 0.3, nats
+
+
 def test_families_and_objectives_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="use edm"):
         build(config("dit", "paper"))

@@ -88,3 +88,38 @@ def trainer(one_process: None, document: Callable[..., dict[str, Any]], monkeypa
         return made[-1]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def only_drawn_blocks_move() -> Callable[[Any, int, int], None]:
+    """``only_drawn_blocks_move(trainer, num_blocks, updates)``: in each update the drawn block moves, and no other."""
+    import torch
+
+    from rdlm.blockwise import drawn_block
+
+    def check(running: Any, num_blocks: int, updates: int) -> None:
+        order = [drawn_block(num_blocks, step, seed=TINY["seed"]) for step in range(updates)]
+        for running.step in range(updates):
+            before = running.weights()
+            batches = running._batches(running.step)
+            running.train_step(batches, float(sum(batch.mask.sum() for batch in batches)))
+            moved = {name.split(".")[1] for name, weight in running.weights().items() if not torch.equal(weight, before[name])}
+            assert moved == {str(order[running.step])}
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def allocated() -> Callable[..., tuple[int, int]]:
+    """``allocated(denoiser, batch)`` -> bytes alive when the real loss is known, and at the peak of both passes."""
+    from rdlm.objectives import loss_terms
+    from train.plan_trace import _LiveBytes
+
+    def count(denoiser: Any, batch: Any) -> tuple[int, int]:
+        with _LiveBytes() as counted:
+            total = loss_terms(denoiser, batch, step=0, seed=0).total
+            forward = counted.live
+            total.backward()
+        return forward, counted.peak
+
+    return count

@@ -14,19 +14,18 @@ import torch
 import yaml
 
 from rdlm.answers import greedy_answers
-from rdlm.blockwise import drawn_block
 from rdlm.checkpoint import load
 from rdlm.cli import app, run
 from rdlm.config import parse
 from rdlm.errors import UserError
 from rdlm.image_sampler import draw_images
-from rdlm.objectives import Batch, loss_terms
+from rdlm.objectives import Batch
 from rdlm.registry import build
 from train.corpora.images import ImagePreparation, prepare_images
 from train.export import export
 from train.merge import merge
 from train.plan import block_counts, predict
-from train.plan_trace import _LiveBytes, trace
+from train.plan_trace import trace
 from train.run import check
 from train.settings import TrainConfig
 from train.settings import load as load_config
@@ -91,17 +90,13 @@ def test_a_run_resumes_to_the_bit(job, tmp_path: Path, family: str) -> None:
 
 @both
 @pytest.mark.parametrize("stage", [0, 3])
-def test_joint_blocks_stay_idle_until_drawn_and_export(job, stage: int, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_blocks_stay_idle_until_drawn_and_export(
+    job, only_drawn_blocks_move, stage: int, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("train.ds_config.PERSISTENT_ELEMENTS", 64)
     changes = {"blocks": {"num_blocks": 2}, "deepspeed.zero_stage": stage, "optimizer.weight_decay": 0.3, "schedule.steps": 4}
     running = job(family, changes)
-    order = [drawn_block(2, step, seed=3) for step in range(4)]
-    for running.step in range(4):
-        before = running.weights()
-        batches = running._batches(running.step)
-        running.train_step(batches, float(sum(batch.mask.sum() for batch in batches)))
-        moved = {name.split(".")[1] for name, weight in running.weights().items() if not torch.equal(weight, before[name])}
-        assert moved == {str(order[running.step])}
+    only_drawn_blocks_move(running, 2, 4)
     running.step = 3
     assert running.fit()
     export(running)
@@ -142,7 +137,7 @@ def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(job, tmp
 
 @pytest.mark.parametrize("objective", ["classify", "paper", "evidence", "edm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_planned_from_what_the_objective_allocates(document, objective: str, dtype: torch.dtype) -> None:
+def test_memory_is_planned_from_what_the_objective_allocates(document, allocated, objective: str, dtype: torch.dtype) -> None:
     family = FAMILIES["dit" if objective == "edm" else "vit"]
     model = {**family["model"], "d_model": 128, "mlp_width": 256, "image_size": 32}
     corruption = {"corruption": {"share": 1.0}} if objective == "evidence" else {}
@@ -156,12 +151,9 @@ def test_memory_is_planned_from_what_the_objective_allocates(document, objective
     traced = trace(build(settings, device="meta"), 8, 1, dtype, 1)
     denoiser = build(settings, seed=0).to(dtype)
     batch = Batch(torch.randn(8, 3, 32, 32), torch.randint(0, 3, (8, 1)), torch.ones(8, 1, dtype=torch.bool))
-    with _LiveBytes() as count:
-        total = loss_terms(denoiser, batch, step=0, seed=0).total
-        forward = count.live
-        total.backward()
+    forward, peak = allocated(denoiser, batch)
     assert traced.forward == pytest.approx(forward, rel=0.05)
-    assert traced.peak == pytest.approx(count.peak, rel=0.05)
+    assert traced.peak == pytest.approx(peak, rel=0.05)
 
 
 @both
@@ -183,6 +175,7 @@ def test_blocks_and_batches_are_planned(document, family: str) -> None:
         ({"data": {"kind": "group_product", "group": "s3", "length": 4}}, "data.kind"),
         ({"model": {"family": "llama", "vocab_size": 8, "d_model": 32, "num_heads": 2, "mlp_width": 8, "num_layers": 1, "max_seq_len": 4},
           "objective": {"name": "evidence"}}, "data.kind"),
+        ({"objective": {"name": "classify"}, "evaluation": {"interval_steps": 2, "steps": [1, 4]}}, "evaluation.steps"),
         ({"model.patch_size": 3}, "model"),
         ({"objective": {"name": "classify", "label_dropout": 0.1}}, "objective"),
         ({"objective": {"name": "edm", "depth": {"mean": 2}}}, "objective"),

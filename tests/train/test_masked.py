@@ -11,18 +11,17 @@ import pytest
 import torch
 import yaml
 
-from rdlm.blockwise import drawn_block
 from rdlm.checkpoint import load
 from rdlm.cli import app, run
 from rdlm.errors import UserError
-from rdlm.objectives import Batch, loss_terms
+from rdlm.objectives import Batch
 from rdlm.registry import build
 from rdlm.unmasking import bound
 from train.corpora.prepare import Preparation, prepare
 from train.export import export
 from train.merge import merge
 from train.plan import block_counts, predict
-from train.plan_trace import _LiveBytes, trace
+from train.plan_trace import trace
 from train.settings import TrainConfig
 from train.settings import load as load_config
 
@@ -71,17 +70,13 @@ def test_a_run_resumes_to_the_bit_and_learns(masked, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_joint_blocks_stay_idle_until_drawn_and_export(masked, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_blocks_stay_idle_until_drawn_and_export(
+    masked, only_drawn_blocks_move, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("train.ds_config.PERSISTENT_ELEMENTS", 64)
     job = masked({"blocks": {"num_blocks": 3}, "deepspeed.zero_stage": stage, "optimizer.weight_decay": 0.3,
                   "evaluation": {"interval_steps": 6, "steps": [1, 5], "max_tokens": 64}})  # fmt: skip
-    order = [drawn_block(3, step, seed=3) for step in range(6)]
-    for job.step in range(6):
-        before = job.weights()
-        batches = job._batches(job.step)
-        job.train_step(batches, float(sum(batch.mask.sum() for batch in batches)))
-        moved = {name.split(".")[1] for name, weight in job.weights().items() if not torch.equal(weight, before[name])}
-        assert moved == {str(order[job.step])}
+    only_drawn_blocks_move(job, 3, 6)
     job.step = 5
     assert job.fit()
     export(job)
@@ -147,7 +142,7 @@ def test_a_row_of_a_task_must_fit_with_its_answers(document, tmp_path: Path) -> 
 @pytest.mark.parametrize("vocab_size", [64, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_planned_from_what_the_objective_allocates(
-    document, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vocab_size: int
+    document, allocated, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, vocab_size: int
 ) -> None:
     """The plan takes every token as hidden, the most there can be; then the same count on real tensors."""
     shape = {**MASKED["model"], "vocab_size": vocab_size, "d_model": 64, "mlp_width": 96}
@@ -156,13 +151,9 @@ def test_memory_is_planned_from_what_the_objective_allocates(
     denoiser = build(settings, seed=0).to(dtype)
     monkeypatch.setattr("rdlm.objectives.hide", lambda level, countable, rng: countable)
     ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
-    with _LiveBytes() as count:
-        total = loss_terms(denoiser, Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 32, dtype=torch.bool)), step=0, seed=0).total
-        forward = count.live
-        total.backward()
-    print(traced.forward / forward, traced.peak / count.peak)
+    forward, peak = allocated(denoiser, Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 32, dtype=torch.bool)))
     assert traced.forward == pytest.approx(forward, rel=0.05)
-    assert traced.peak == pytest.approx(count.peak, rel=0.05)
+    assert traced.peak == pytest.approx(peak, rel=0.05)
 
 
 def test_blocks_and_batches_are_planned(document) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from rdlm.cli import app
 from rdlm.config import parse
 from rdlm.errors import UserError
-from rdlm.objectives import Batch, loss_terms
+from rdlm.objectives import Batch
 from rdlm.registry import build
 from rdlm.targets import frozen_rows
 from train.plan import predict
@@ -37,7 +37,9 @@ def config(document: Callable[..., dict[str, Any]], **changes: Any) -> TrainConf
 @pytest.mark.parametrize("vocab_size", [64, 8192])  # 8192: read-out and its chunks decide, two of them with evidence
 @pytest.mark.parametrize("objective", ["next_token", "evidence", "paper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_trace_equals_what_the_real_objective_allocates(document, objective: str, dtype: torch.dtype, vocab_size: int) -> None:
+def test_trace_equals_what_the_real_objective_allocates(
+    document, allocated, objective: str, dtype: torch.dtype, vocab_size: int
+) -> None:
     """The same count on real tensors, real loss included: live bytes after the forward pass and the peak of both passes."""
     model = {**LLAMA, "vocab_size": vocab_size}
     settings = config(document, objective={"name": objective, **NOISED.get(objective, {})}, model=model).checkpoint_config
@@ -45,12 +47,9 @@ def test_trace_equals_what_the_real_objective_allocates(document, objective: str
     denoiser = build(settings, seed=0).to(dtype)
     ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 32, dtype=torch.bool))
-    with _LiveBytes() as count:
-        total = loss_terms(denoiser, batch, step=0, seed=0).total
-        forward = count.live
-        total.backward()
+    forward, peak = allocated(denoiser, batch)
     assert traced.forward == pytest.approx(forward, rel=0.05)
-    assert traced.peak == pytest.approx(count.peak, rel=0.05)
+    assert traced.peak == pytest.approx(peak, rel=0.05)
     left = sum(p.grad.nbytes for p in denoiser.parameters() if p.grad is not None)
     assert traced.gradients == pytest.approx(left, abs=8), "all but the evidence scale's"
 

@@ -14,7 +14,7 @@ import numpy as np
 from rdlm.errors import UserError
 from rdlm.images import ImageSet, numbered, open_images
 from rdlm.prepared import file_sha256
-from train.corpora.sources import hub_loader, unreachable
+from train.corpora.sources import hub_loader, hub_name, unreachable
 
 LABELLED = "a folder with one subfolder a class, or a parquet file with an image column and an integer label column"
 _FOLDERS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
@@ -96,8 +96,7 @@ def _hub(given: str, label_column: str, option: str) -> dict[str, ImageSource]:
     if given in PRESETS:
         wanted = PRESETS[given]
     else:
-        path, _, name = given.removeprefix("hub:").partition(":")
-        wanted = HubImages(path, name or None, {"train": "train"}, None, label_column)
+        wanted = HubImages(*hub_name(given), {"train": "train"}, None, label_column)
     sources = {}
     for ours, theirs in wanted.splits.items():
         identity = {"hub": wanted.path, "name": wanted.name, "split": theirs, "image": wanted.image, "label": wanted.label}

@@ -198,8 +198,7 @@ def _hub(given: str, column: str, rows: Rows) -> dict[str, Source]:
     if given in PRESETS:
         wanted = PRESETS[given]
     else:
-        path, _, name = given.removeprefix("hub:").partition(":")
-        wanted = HubDataset(path, name or None, {"train": "train"}, column, rows)
+        wanted = HubDataset(*hub_name(given), {"train": "train"}, column, rows)
     sources = {}
     for ours, theirs in wanted.splits.items():
         identity = {"hub": wanted.path, "name": wanted.name, "split": theirs, "column": wanted.column, "rows": wanted.rows}
@@ -221,6 +220,12 @@ def _hub_rows(given: str, wanted: HubDataset, split: str) -> Iterator[str]:
         raise UserError("--text-column", wanted.column, f"{wanted.path} has no column {error}", "name the text column") from None
     except Exception as error:  # the library raises its own, the hub client's and the HTTP client's exceptions
         raise unreachable(given, "the text", error) from error
+
+
+def hub_name(given: str) -> tuple[str, str | None]:
+    """ "hub:OWNER/NAME[:CONFIG]" -> (OWNER/NAME, CONFIG or None)."""
+    path, _, name = given.removeprefix("hub:").partition(":")
+    return path, name or None
 
 
 def hub_loader(given: str, what: str) -> Callable[..., Any]:
