@@ -93,7 +93,7 @@ def evaluate_depth(
         batch = task.rows(numbers, seed, "test")
         inputs = batch.inputs if hidden is None else batch.inputs.masked_fill(batch.mask, hidden)
         answers = greedy_answers(
-            loaded.denoiser, loaded.config, inputs.to(device), steps, seed=seed + start, order=order or "random"
+            loaded.denoiser, loaded.config, inputs.to(device), steps, seed=seed, order=order or "random", first=start
         )
         masks.append(batch.mask.numpy())
         for k in steps:

@@ -41,7 +41,7 @@ def greedy_answers(
     """
     if config.objective.masking is not None:
         greedy = SamplingParams(temperature=0)
-        return {k: unmask(denoiser, inputs, k, greedy, seed=seed, order=order, always_given=True) for k in ks}
+        return {k: unmask(denoiser, inputs, k, greedy, seed=seed, order=order, first=first, always_given=True) for k in ks}
     if config.objective.k_meaning == "sampling":
         return {k: _denoised(denoiser, config, inputs, k, bridge, (seed, draw), first) for k in ks}
     out, wanted = {}, set(ks)
@@ -50,7 +50,7 @@ def greedy_answers(
         if k in wanted:
             out[k] = denoiser.predict(denoiser.model.decode(state, ctx)).prior.argmax(-1)
 
-    think(denoiser, inputs, max(wanted), seed, read)
+    think(denoiser, inputs, max(wanted), seed + first, read)
     return out
 
 

@@ -58,6 +58,23 @@ class BidirectionalContext(CausalContext):
     is_causal = False
 
 
+class PaddedContext(BidirectionalContext):
+    """Rows of several lengths, padded at their ends to ``length``: every row sees those of its own sequence, and no padding."""
+
+    def __init__(self, lengths: Tensor, length: int, device: torch.device | str = "cpu") -> None:
+        """lengths: [B] int64."""
+        super().__init__(length, device)
+        self.lengths = lengths.to(self.device)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [B, 1, 1, T], True where every row may look."""
+        return (torch.arange(self.length, device=self.device) < self.lengths.unsqueeze(1))[:, None, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return attention(q, k, v, mask=self.mask)
+
+
 class TwoStreamContext:
     """Rows are a clean stream 0..T-1 followed by a noisy stream 0..T-1 of the same positions (DiffusionBlocks App. E.4).
 

@@ -6,26 +6,16 @@ Rows are independent: each has its own settings, history and uniform number, so 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rdlm.decoding_types import History, SamplingParams
+from rdlm.decoding_types import History, SamplingParams, uniform
 
 __all__ = ["History", "SamplingParams", "process", "sample", "top_logprobs", "uniform"]
 
 MINUS_INF = float("-inf")
-
-
-def uniform(*key: int) -> float:
-    """A uniform number in [0, 1), a pure function of the key (seed, choice, position, step) on every platform and device.
-
-    A hash and not a torch generator: one is needed for every token of every request, and this costs a microsecond.
-    """
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) / 2.0**53
 
 
 def process(logits: Tensor, params: Sequence[SamplingParams], histories: Sequence[History]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from rdlm.context import PaddedContext
 from rdlm.denoiser import Rowless
 from rdlm.layers.modulation import Condition
 from rdlm.models.masked import Masked
@@ -27,9 +28,12 @@ class MaskedDenoiser(Rowless):
         """What the layers are told about levels sigma [B, 1]; None means 1: all is hidden."""
         return self.model.condition(torch.ones((1, 1), device=like.device) if sigma is None else sigma)
 
-    def hidden(self, ids: Tensor, level: Tensor) -> Tensor:
-        """Hidden states [B, T, D], of which ``predict`` and ``loss`` read the rows that are asked for."""
-        ctx = self.model.context(ids)
+    def hidden(self, ids: Tensor, level: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T, D], of which ``predict`` and ``loss`` read the rows that are asked for.
+
+        lengths: [B] int64, of rows that are padded at their ends; None: all have T tokens.
+        """
+        ctx = self.model.context(ids) if lengths is None else PaddedContext(lengths, ids.shape[1], ids.device)
         e = self.model.encode(ids, ctx)
         cond = self.condition(level.float().to(ids.device).unsqueeze(1), e)
         return self.model.decode(self.step(self.model.initial_state(e), e, cond, ctx), ctx)

@@ -10,20 +10,22 @@ Shapes: ids [B, T] int64, ``mask_id`` where hidden; levels [B] fp32.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rdlm.decoding import sample, uniform
-from rdlm.decoding_types import History, Order, SamplingParams
+from rdlm.decoding import sample
+from rdlm.decoding_types import History, Order, SamplingParams, uniform
 from rdlm.denoiser import Denoiser
 from rdlm.masked_denoiser import MaskedDenoiser
 from rdlm.randomness import generator
 from rdlm.sampler import run
+from rdlm.turns import Turn, turns
 
-_BOUND_KEY, _TURN, _TOKEN = 6, 0, 1
+_BOUND_KEY, _TOKEN = 6, 1
 POSITIONS_AT_ONCE = 1 << 14
 """``left_to_right`` sends the network at most so many positions in one pass, or else one row."""
 
@@ -53,7 +55,7 @@ def bound(
     keys = [zlib.crc32(row.numpy().tobytes()) for row in targets.cpu()]
     nats = torch.zeros(targets.shape, device=targets.device)
     whole = mask is None or always_given
-    shares = [1.0] * len(targets) if mask is None or whole else mask.float().mean(1).tolist()
+    shares = [1.0] * len(targets) if mask is None or whole else mask.double().mean(1).tolist()
     for draw in range(draws):
         rngs = [generator(seed, _BOUND_KEY, key, draw) for key in keys]
         places = [(draw + float(torch.rand((), generator=rng, dtype=torch.float64))) / draws for rng in rngs]
@@ -81,21 +83,44 @@ def left_to_right(denoiser: Denoiser, targets: Tensor, mask: Tensor | None = Non
     all ids allowed). One pass a token, whatever K means elsewhere. mask: bool [B, T], True where a token is modelled; the others are in
     sight all along and have log-probability 0.
     """
-    length = targets.shape[1]
+    length, mask_id = targets.shape[1], mask_of(denoiser)
     modelled = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     logprobs, greedy = torch.zeros(targets.shape, device=targets.device), torch.ones_like(modelled)
     rows, places = modelled.nonzero().unbind(1)
     chunk = max(1, POSITIONS_AT_ONCE // length)
     for row, place in zip(rows.split(chunk), places.split(chunk), strict=True):
         hidden = modelled[row] & (torch.arange(length, device=row.device) >= place.unsqueeze(1))
-        levels = hidden.float().mean(1)
-        for owner, mine in _by_owner(denoiser, levels.tolist()):
-            at, truth = (row[mine], place[mine]), targets[row[mine], place[mine]]
-            states = owner.hidden(targets[at[0]].masked_fill(hidden[mine], owner.mask_id), levels[mine])
-            logits = owner.predict(states[torch.arange(len(mine)), at[1]]).logits()
-            logprobs[at] = logits.log_softmax(-1).gather(1, truth.unsqueeze(1)).squeeze(1)
-            greedy[at] = logits.argmax(1) == truth
+        levels, ids = hidden.double().mean(1).tolist(), targets[row].masked_fill(hidden, mask_id)
+        asked = [Asked(*each) for each in zip(ids, levels, place.split(1), strict=True)]
+        logits, truth = torch.cat(read(denoiser, asked)), targets[row, place]
+        logprobs[row, place] = logits.log_softmax(-1).gather(1, truth.unsqueeze(1)).squeeze(1)
+        greedy[row, place] = logits.argmax(1) == truth
     return logprobs, greedy
+
+
+@dataclass(slots=True)
+class Draft:
+    """A text some of whose tokens are hidden, and what brings them into sight."""
+
+    ids: Tensor
+    """[T]; ``fill`` writes into it."""
+    turns: Sequence[Turn]
+    params: SamplingParams
+    seed: int = 0
+    choice: int = 0
+    """Draws depend on (seed, choice, place, step)."""
+    ends: Collection[int] = ()
+    """Ids that are not drawn before the place ``ends_from``."""
+    ends_from: int = 0
+    taken: int = 0
+
+    @property
+    def turn(self) -> Turn | None:
+        """The next one; None: nothing is hidden any more."""
+        return self.turns[self.taken] if self.taken < len(self.turns) else None
+
+    def history(self, place: int) -> History:
+        return History(banned=self.ends if place < self.ends_from else ())
 
 
 @torch.no_grad()
@@ -107,62 +132,102 @@ def unmask(
     *,
     seed: int = 0,
     order: Order = "random",
+    first: int = 0,
     num_tokens: int | None = None,
     always_given: bool = False,
 ) -> Tensor:
     """Fill in the hidden tokens of ids [B, T] in ``num_steps`` steps -> ids [B, T]; tokens in sight stay what they are.
 
-    params: temperature, top-k, top-p and min-p act on every draw. num_tokens: ids from there on are never drawn. Draws depend on
-    (seed, row, position, step). A row with a clean prompt starts at the level that its hidden share is in training, so with a long one
-    the first block may never be asked. Steps at which nothing comes into sight call no network. left_to_right takes no more steps than
-    tokens are hidden, as evenly as whole tokens go: one a step, the level is exactly the share that is hidden.
+    params: temperature, top-k, top-p, min-p and biases act on every draw. num_tokens: ids from there on are never drawn. Draws depend on
+    (seed, number of the row, place, step), the first row being number ``first``. A row with a clean prompt starts at the level that its
+    hidden share is in training, so with a long one the first block may never be asked. rdlm/turns.py says what comes into sight when.
 
     always_given: what is in sight at the start never counted in training (``Batch.mask``: rows of a task with its inputs). A level is then
     the hidden share of the others alone, as it is in ``masked_terms``: sampling starts at 1.
     """
-    mask_id = cast(MaskedDenoiser, denoiser.at(1.0)).mask_id
-    start = [1.0] * len(ids) if always_given else (ids == mask_id).float().mean(1).tolist()
-    steps = torch.full((len(ids),), num_steps)
-    if order == "left_to_right":
-        place, count = (ids == mask_id).cumsum(1), (ids == mask_id).sum(1, keepdim=True).clamp(min=1)
-        steps = count[:, 0].clamp(max=num_steps).cpu()
-        due = (place * steps.to(ids.device).unsqueeze(1) / count).ceil().long() - 1
-    else:
-        turn = torch.tensor([[uniform(seed, _TURN, b, i) for i in range(ids.shape[1])] for b in range(len(ids))])
-        due = (num_steps * turn).long().to(ids.device)  # the step at which a position's turn comes: 0 is the first
+    hidden, drafts = ids == mask_of(denoiser), []
+    for choice, (row, here) in enumerate(zip(ids.clone(), hidden, strict=True), first):
+        places = here.nonzero().squeeze(1).tolist()
+        plan = turns(places, num_steps, 1.0 if always_given else len(places) / len(row), order, seed, choice)
+        drafts.append(Draft(row, plan, params, seed, choice))
 
-    def step(ids: Tensor, k: int) -> Tensor:
-        hidden = ids == mask_id
-        wanted = hidden if order == "confidence" else hidden & (due == k)
-        if not bool(wanted.any()):
-            return ids
-        levels = [max(share * (own - k) / own, 1e-6) for share, own in zip(start, steps.tolist(), strict=True)]
-        out = ids.clone()
-        for owner, rows in _by_owner(denoiser, levels):
-            chosen = wanted[rows]
-            if not bool(chosen.any()):
-                continue
-            states = owner.hidden(ids[rows], torch.tensor([levels[row] for row in rows.tolist()]))[chosen]
-            logits = owner.predict(states).logits()[:, :num_tokens]
-            places = [(int(rows[b]), int(i)) for b, i in chosen.nonzero().tolist()]
-            uniforms = [uniform(seed, _TOKEN, *place, k) for place in places]
-            drawn = sample(logits, [params] * len(places), [History()] * len(places), uniforms)
-            filled = ids[rows].masked_scatter(chosen, drawn)
-            if order == "confidence":
-                score = logits.log_softmax(-1).gather(1, drawn.unsqueeze(1)).squeeze(1)
-                scores = torch.full(chosen.shape, -torch.inf, device=ids.device).masked_scatter(chosen, score)
-                filled = torch.where(_best(scores, chosen, num_steps - k), filled, ids[rows])
-            out[rows] = filled
-        return out
+    def step(drafts: list[Draft], k: int) -> list[Draft]:
+        fill(denoiser, [draft for draft in drafts if draft.turn is not None and draft.turn.step == k], num_tokens)
+        return drafts
 
-    return run(step, ids, num_steps)
+    return torch.stack([draft.ids for draft in run(step, drafts, num_steps)])
 
 
-def _best(scores: Tensor, hidden: Tensor, steps_left: int) -> Tensor:
-    """The share 1 / steps_left, rounded up, of the hidden positions of each row that score highest: bool [B, T]."""
-    count = (hidden.sum(1, keepdim=True) / steps_left).ceil()
-    rank = scores.argsort(stable=True, dim=1, descending=True).argsort(1)
-    return (rank < count) & hidden
+def fill(denoiser: Denoiser, drafts: Sequence[Draft], num_tokens: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Take the next turn of every draft, together -> of each the places [P] that came into sight and their logits [P, V].
+
+    The same tokens as alone, but for rounding. num_tokens: see ``unmask``.
+    """
+    mask_id, asked = mask_of(denoiser), []
+    for draft in drafts:
+        turn = draft.turn
+        assert turn is not None
+        places = (draft.ids == mask_id).nonzero().squeeze(1) if turn.places is None else torch.tensor(turn.places)
+        asked.append(Asked(draft.ids, turn.level, places.to(draft.ids.device)))
+    if not drafts:
+        return []
+    read_out = read(denoiser, asked)
+    rows = [(draft, place) for draft, ask in zip(drafts, asked, strict=True) for place in ask.places.tolist()]
+    logits = torch.cat(read_out)[:, :num_tokens]
+    uniforms = [uniform(d.seed, _TOKEN, d.choice, place, d.turns[d.taken].step) for d, place in rows]
+    drawn = sample(logits, [d.params for d, _ in rows], [d.history(place) for d, place in rows], uniforms)
+    found = []
+    sizes = [len(ask.places) for ask in asked]
+    for draft, ask, whole, own, tokens in zip(drafts, asked, read_out, logits.split(sizes), drawn.split(sizes), strict=True):
+        turn = draft.turns[draft.taken]
+        kept = torch.arange(len(tokens), device=tokens.device)
+        if turn.places is None:
+            score = own.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+            kept = score.argsort(stable=True, descending=True)[: turn.count]
+        draft.ids[ask.places[kept]] = tokens[kept]
+        draft.taken += 1
+        found.append((ask.places[kept], whole[kept]))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A row of tokens and what the network is to say about it: ids [T], the level, and the places [P] that are read out."""
+
+    ids: Tensor
+    level: float
+    places: Tensor
+
+
+def read(denoiser: Denoiser, asked: Sequence[Asked]) -> list[Tensor]:
+    """Logits [P, V] fp32 of the places of each row. Rows of similar length share a pass, where their owner is the same."""
+    found: dict[int, Tensor] = {}
+    for owner, mine in _by_owner(denoiser, [ask.level for ask in asked]):
+        for group in _alike(mine.tolist(), [len(ask.ids) for ask in asked]):
+            rows = [asked[i] for i in group]
+            lengths = torch.tensor([len(row.ids) for row in rows])
+            ids = nn.utils.rnn.pad_sequence([row.ids for row in rows], batch_first=True)
+            ragged = int(lengths.min()) < ids.shape[1]
+            states = owner.hidden(ids, torch.tensor([row.level for row in rows]), lengths if ragged else None)
+            chosen = torch.cat([states[i, row.places] for i, row in enumerate(rows)])
+            found.update(zip(group, owner.predict(chosen).logits().split([len(row.places) for row in rows]), strict=True))
+    return [found[i] for i in range(len(asked))]
+
+
+def mask_of(denoiser: Denoiser) -> int:
+    """The id of a hidden token."""
+    return cast(MaskedDenoiser, denoiser.at(1.0)).mask_id
+
+
+def _alike(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Rows in groups whose shortest has at least three quarters of the longest's tokens: padding costs no more than a third."""
+    groups: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        if groups and 4 * lengths[row] >= 3 * lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
 
 
 def _by_owner(

@@ -56,7 +56,11 @@ def test_the_loss_hides_what_it_asks_and_touches_nothing_else(masked_config, awa
     data, denoiser = batch(mask=mask), awake(build(masked_config(), seed=0))
     seen: list[tuple[Tensor, Tensor]] = []
     real = MaskedDenoiser.hidden
-    monkeypatch.setattr(MaskedDenoiser, "hidden", lambda self, ids, level: seen.append((ids, level)) or real(self, ids, level))
+    monkeypatch.setattr(
+        MaskedDenoiser,
+        "hidden",
+        lambda self, ids, level, lengths=None: seen.append((ids, level)) or real(self, ids, level, lengths),
+    )
     terms = loss_terms(denoiser, data, step=2, seed=9)
     ids, level = seen[0]
     hidden = ids == V
@@ -139,7 +143,9 @@ def test_blocks_cut_alpha_evenly_and_train_on_their_own_levels(masked_config, mo
     assert [cut.block_of(t) for t in (None, 1.0, 0.76, 0.5, 0.3, 0.01, 1e-6)] == [0, 0, 0, 2, 2, 3, 3]
     seen: list[Tensor] = []
     real = MaskedDenoiser.hidden
-    monkeypatch.setattr(MaskedDenoiser, "hidden", lambda self, ids, level: seen.append(level) or real(self, ids, level))
+    monkeypatch.setattr(
+        MaskedDenoiser, "hidden", lambda self, ids, level, lengths=None: seen.append(level) or real(self, ids, level, lengths)
+    )
     for b in range(4):
         alone = build(masked_config(num_blocks=4, overlap=0.1, block=b), seed=0)
         loss_terms(alone, batch(64), step=0, seed=0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from rdlm import unmasking
 from rdlm.blockwise import blocks_of
 from rdlm.decoding_types import SamplingParams
 from rdlm.denoiser import Denoiser, Prediction
@@ -19,7 +21,8 @@ from rdlm.masked_denoiser import MaskedDenoiser
 from rdlm.objectives import Batch, loss_terms
 from rdlm.registry import build
 from rdlm.scoring import estimator_of, token_logprobs, token_scores
-from rdlm.unmasking import bound, left_to_right, unmask
+from rdlm.turns import turns
+from rdlm.unmasking import Draft, bound, fill, left_to_right, unmask
 
 V, T = 64, 12
 
@@ -40,7 +43,7 @@ class Exact(nn.Module):
     def at(self, sigma: float | None) -> Exact:
         return self
 
-    def hidden(self, ids: Tensor, level: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, level: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Log-probabilities of each position given the tokens in sight: [B, T, V]."""
         self.calls += 1
         rows = [self._marginals(tuple(row)) for row in ids.tolist()]
@@ -104,7 +107,9 @@ def test_rows_of_a_task_are_asked_at_the_levels_and_by_the_blocks_that_learned_t
     seen: list[tuple[Any, Tensor, Tensor]] = []
     real = MaskedDenoiser.hidden
     monkeypatch.setattr(
-        MaskedDenoiser, "hidden", lambda self, ids, level: seen.append((self, ids, level)) or real(self, ids, level)
+        MaskedDenoiser,
+        "hidden",
+        lambda self, ids, level, lengths=None: seen.append((self, ids, level)) or real(self, ids, level, lengths),
     )
     whole = awake(build(masked_config(num_blocks=2, overlap=0.0), seed=0))
     first, second = blocks_of(whole)
@@ -138,7 +143,7 @@ class _Levels(nn.Module):
         super().__init__()
         self.denoiser, self.mask_id = denoiser, mask_id
 
-    def hidden(self, ids: Tensor, level: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, level: Tensor, lengths: Tensor | None = None) -> Tensor:
         self.owner: Any = self.denoiser.at(float(level[0]))
         return self.owner.hidden(ids, level)
 
@@ -357,19 +362,21 @@ def test_a_token_in_sight_never_changes_and_none_stays_hidden(masked_config, awa
     denoiser = awake(build(masked_config(num_blocks=3, layers_per_block=(2, 1, 1)), seed=0))
     ids = torch.full((3, T), V)
     ids[1, :5], ids[2] = torch.arange(5), torch.arange(T)
-    states = [ids]
-    real = MaskedDenoiser.hidden
+    states: list[list[Tensor]] = [[row] for row in ids]
+    real = unmasking.fill
 
-    def spy(self: MaskedDenoiser, ids: Tensor, level: Tensor) -> Tensor:
-        if len(ids) == 3:
-            states.append(ids)
-        return real(self, ids, level)
+    def spy(denoiser: Denoiser, drafts: Sequence[Draft], num_tokens: int | None = None) -> object:
+        for draft in drafts:
+            states[draft.choice].append(draft.ids.clone())
+        return real(denoiser, drafts, num_tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MaskedDenoiser, "hidden", spy)
+        patch.setattr(unmasking, "fill", spy)
         out = unmask(denoiser, ids, num_steps, SamplingParams(), seed=5, order=order, num_tokens=40)
-    for before, after in itertools.pairwise([*states, out]):
-        assert torch.equal(before[before != V], after[before != V])
+    assert num_steps == 1 or len(states[0]) > 2 and len(states[2]) == 1, "a row without hidden tokens asks nothing"
+    for row, end in zip(states, out, strict=True):
+        for before, after in itertools.pairwise([*row, end]):
+            assert torch.equal(before[before != V], after[before != V])
     assert (out != V).all() and out[ids == V].max() < 40
     assert torch.equal(out, unmask(denoiser, ids, num_steps, SamplingParams(), seed=5, order=order, num_tokens=40))
     assert not torch.equal(out, unmask(denoiser, ids, num_steps, SamplingParams(), seed=6, order=order, num_tokens=40))
@@ -382,3 +389,59 @@ def test_temperature_zero_takes_the_most_probable() -> None:
     assert (drawn == law.argmax()).all()
     top = unmask(denoiser, torch.full((200, 1), 4), 1, SamplingParams(top_k=2))
     assert set(top.flatten().tolist()) == set(law.topk(2).indices.tolist())
+
+
+# Rows of any length ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["random", "left_to_right", "confidence"])
+def test_texts_of_any_length_are_filled_in_together_as_alone(masked_config, awake, order: Any) -> None:
+    """Padding, neighbours at other levels and in other blocks change no token; neither does the number of rows before one."""
+    denoiser = awake(build(masked_config(num_blocks=3, layers_per_block=(2, 1, 1)), seed=0))
+    rng = torch.Generator().manual_seed(3)
+    shapes = [(12, 0, 5), (9, 3, 4), (10, 9, 2), (4, 1, 8), (12, 6, 1)]
+    params = [
+        SamplingParams(),
+        SamplingParams(temperature=0.5),
+        SamplingParams(top_k=3),
+        SamplingParams(),
+        SamplingParams(min_p=0.2),
+    ]
+
+    def drafts() -> list[Draft]:
+        found = []
+        for choice, (length, given, num_steps) in enumerate(shapes):
+            ids = torch.full((length,), V)
+            ids[:given] = torch.randint(0, 50, (given,), generator=rng.manual_seed(choice))
+            plan = turns(range(given, length), num_steps, (length - given) / length, order, 7, choice)
+            found.append(Draft(ids, plan, params[choice], 7, choice, ends=range(30), ends_from=given + 2))
+        return found
+
+    alone = drafts()
+    for draft in alone:
+        while draft.turn is not None:
+            fill(denoiser, [draft], 50)
+        assert draft.ids.max() < 50 and (draft.ids[shapes[draft.choice][1] :][:2] >= 30).all(), (
+            "ends are not drawn before their place"
+        )
+    together = drafts()
+    while open_ones := [draft for draft in together if draft.turn is not None]:
+        fill(denoiser, open_ones, 50)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(alone, together, strict=True))
+    row = drafts()[1].ids
+    whole = unmask(denoiser, torch.stack([row, row]), 4, params[1], seed=7, order=order, first=3)
+    assert torch.equal(whole[1], unmask(denoiser, row[None], 4, params[1], seed=7, order=order, first=4)[0])
+
+
+def test_padding_is_not_seen(masked_config, awake) -> None:
+    """Hidden states of a short row beside a longer one, whatever lies in its padding."""
+    denoiser: Any = awake(build(masked_config(), seed=0))
+    ids = batch(2).targets
+    level, lengths = torch.tensor([0.3, 0.8]), torch.tensor([T, 7])
+    with torch.no_grad():
+        alone = denoiser.hidden(ids[1:, :7], level[1:])
+        for other in (0, V):
+            ids[1, 7:] = other
+            padded = denoiser.hidden(ids, level, lengths)
+            torch.testing.assert_close(padded[1:, :7], alone)
+        assert not torch.allclose(denoiser.hidden(ids, level)[1:, :7], alone, atol=1e-3)
