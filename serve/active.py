@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from serve.events import Sink, Usage
-from serve.sequence import Sequence, StepResult, TokenLogprobs
+from serve.sequence import Sequence, TokenLogprobs
 from serve.text import TextStream
 
 
@@ -42,13 +42,12 @@ class Active:
         scoring = self.sequence.request.prompt_logprobs is not None and not self.sequence.output
         return "expired" if self.started is None or scoring else "length"
 
-    def hear(self, result: StepResult, steps: int) -> tuple[str, str | None]:
+    def hear(self, token: int, steps: int, exited: bool) -> tuple[str, str | None]:
         """Take in a drawn token -> text that is now certain, and why the answer ends with it (None: it goes on)."""
-        sequence, request, token = self.sequence, self.sequence.request, result.token
-        assert token is not None
+        sequence, request = self.sequence, self.sequence.request
         sequence.output.append(token)
         self.token_steps += steps
-        self.exits += result.exited
+        self.exits += exited
         may_stop = len(sequence.output) > request.min_tokens
         if token in request.stop_ids and may_stop:
             return self.text.finish(), "stop"

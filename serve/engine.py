@@ -20,7 +20,7 @@ from serve.active import Active
 from serve.errors import EngineClosed, QueueFull
 from serve.events import Counters, Event, Served, Sink, State
 from serve.pace import Pace
-from serve.sequence import Request, Sequence, StepResult
+from serve.sequence import Drawn, Request, StepResult
 from serve.text import TextStream
 
 logger = logging.getLogger("rdlm.serve")
@@ -95,9 +95,7 @@ class Engine:
             self.check_room(len(requests))
             served, now, ids = self.served, time.monotonic(), []
             for index, request in enumerate(requests):
-                depth = served.runner.depth(request.steps_at(0))
-                chunk = len(request.prompt) if request.sweep else served.scheduler.chunk
-                sequence = Sequence(next(self._ids), request, depth, chunk)
+                sequence = served.runner.sequence(next(self._ids), request, served.scheduler.chunk)
                 self._inbox.append(Active(sequence, TextStream(served.tokenizer, request.stop), sink, index, now))
                 ids.append(sequence.id)
             self._idle.clear()
@@ -241,29 +239,29 @@ class Engine:
         """Move a sequence past the step it has just taken."""
         sequence = active.sequence
         assert sequence.segment is not None
-        steps = sequence.segment.step + 1
-        was_last = sequence.next_start >= len(sequence.request.prompt)
-        closed = sequence.advance(exited=result is not None and result.exited)
-        if result is not None and result.prompt_logprobs is not None:
-            active.score(result.prompt_logprobs, steps)
-        if result is not None and result.glimpse is not None:
-            self._emit(active, Event(active.index, glimpse=result.glimpse))
-        if closed and was_last:
-            if result is not None and result.token is not None:
-                self._say(active, result, steps)
-            else:
-                self._finish(active, "length")  # nothing was to be drawn
+        steps, found = sequence.segment.step + 1, result or StepResult()
+        sequence.advance(found.exited)
+        if found.prompt_logprobs is not None:
+            active.score(found.prompt_logprobs, steps)
+        if found.glimpse is not None:
+            self._emit(active, Event(active.index, glimpse=found.glimpse))
+        for drawn in found.drawn:
+            if self._say(active, drawn, steps, found.exited):
+                return
+        if sequence.is_done:
+            self._finish(active, "length")  # nothing was to be drawn
 
-    def _say(self, active: Active, result: StepResult, steps: int) -> None:
-        """Append a token, find out whether it ends the answer, and tell the sink."""
-        text, finish = active.hear(result, steps)
+    def _say(self, active: Active, drawn: Drawn, steps: int, exited: bool) -> bool:
+        """Append a token and tell the sink -> whether it ends the answer."""
+        text, finish = active.hear(drawn.token, steps, exited)
         now = time.monotonic()
         self.counters.token(steps, active.clock(now), now - active.submitted)
-        event = Event(active.index, result.token, text, steps, result.logprobs)
+        event = Event(active.index, drawn.token, text, steps, drawn.logprobs)
         if finish is None:
             self._emit(active, event)
         else:
             self._finish(active, finish, event)
+        return finish is not None
 
     def _end_late(self, active: Active) -> None:
         """The deadline has passed: end with what has been said."""

@@ -11,14 +11,15 @@ from typing import Protocol
 from rdlm.config import CheckpointConfig
 from rdlm.tokenizer import Tokenizer
 from serve.scheduler import Scheduler
-from serve.sequence import Depth, Glimpse, Sequence, StepResult, TokenLogprobs
+from serve.sequence import Depth, Glimpse, Request, Sequence, StepResult, TokenLogprobs
 
 
 class Runner(Protocol):
-    """What the engine needs of serve.runner.Runner."""
+    """What the engine needs of serve.runner.Runner and serve.masked_runner.MaskedRunner."""
 
     position_bytes: int
 
+    def sequence(self, number: int, request: Request, chunk: int) -> Sequence: ...
     def depth(self, num_steps: int) -> Depth: ...
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]: ...
     def release(self, sequence_id: int) -> int: ...

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rdlm.decoding import top_logprobs
 from rdlm.sampler import Flow, StepPlan
-from serve.sequence import Sequence
+from serve.sequence import Sequence, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -55,3 +56,9 @@ def predicts(plan: StepPlan, step: int) -> bool:
 def score_step(plan: StepPlan) -> int:
     """The step whose read-out is the normalised likelihood: the first prediction (rdlm/scoring.py says why)."""
     return next(step for step in range(plan.num_core_steps) if predicts(plan, step))
+
+
+def logprobs_of(prior: Tensor, chosen: Tensor, count: int) -> list[TokenLogprobs]:
+    """prior [M, V], chosen [M] -> one entry a row, ``count`` alternatives each."""
+    picked, values, ids = (part.tolist() for part in top_logprobs(prior, chosen, count))
+    return [TokenLogprobs(p, tuple(zip(i, v, strict=True))) for p, v, i in zip(picked, values, ids, strict=True)]

@@ -16,15 +16,15 @@ from torch import Tensor
 from rdlm import cache
 from rdlm.blockwise import blocks_of
 from rdlm.config import CheckpointConfig
-from rdlm.decoding import process, sample, top_logprobs, uniform
+from rdlm.decoding import process, sample, uniform
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.layers.modulation import Condition
 from rdlm.randomness import generator
 from rdlm.sampler import Flow, StepPlan, flow_step, renoise, soft_bridge, step_plan
 from serve.cost import Cost, costs_of
 from serve.exits import LATENT, PREDICTION, latent_change, settled_predictions, settled_states, watches
-from serve.rows import Live, length_of, predicts, score_step, shows, slot_of, step_of
-from serve.sequence import Depth, Glimpse, Sequence, StepResult, TokenLogprobs
+from serve.rows import Live, length_of, logprobs_of, predicts, score_step, shows, slot_of, step_of
+from serve.sequence import Depth, Drawn, Glimpse, Request, Sequence, StepResult, TokenLogprobs
 
 LOGITS_AT_ONCE = 1 << 24
 """Scored prompt rows are read out in chunks of at most this many logits (64 MiB of fp32)."""
@@ -78,6 +78,10 @@ class Runner:
         plan = self._plans[num_steps]
         context = max(i for i, commits in enumerate(plan.commit) if commits) + 1
         return Depth(num_steps, plan.num_core_steps, context, max(context, score_step(plan) + 1))
+
+    def sequence(self, number: int, request: Request, chunk: int) -> Sequence:
+        """The request as the engine steps it. chunk: prompt positions of a segment; a sweep's prompt is one."""
+        return Sequence(number, request, self.depth(request.steps_at(0)), len(request.prompt) if request.sweep else chunk)
 
     def release(self, sequence_id: int) -> int:
         """Forget the rows of a sequence that left -> the FLOPs it has taken."""
@@ -244,7 +248,7 @@ class Runner:
         prior = self._predict(sequences, torch.stack([row for _, row in showing])).prior
         most = max(s.request.show.top for s in sequences if s.request.show)
         found: dict[int, Glimpse] = {}
-        for sequence, entry in zip(sequences, _logprobs(prior, prior.argmax(-1), most), strict=True):
+        for sequence, entry in zip(sequences, logprobs_of(prior, prior.argmax(-1), most), strict=True):
             live, show = self._live[sequence.id], sequence.request.show
             assert show is not None and live.before is not None
             moved = latent_change(live.before[None], live.state[-1:]).item()
@@ -268,7 +272,7 @@ class Runner:
         for start in range(0, len(targets), chunk):
             wanted = torch.tensor(targets[start : start + chunk], device=self.device)
             prior = self._owner.predict(hidden[start : start + len(wanted)]).prior
-            found += _logprobs(prior, wanted, request.prompt_logprobs)
+            found += logprobs_of(prior, wanted, request.prompt_logprobs)
         return found
 
     def _draw(self, rows: list[Sequence], hidden: Tensor, results: dict[int, StepResult]) -> None:
@@ -288,10 +292,9 @@ class Runner:
             if step_of(sequence) + 1 < sequence.depth.drawn and not results[sequence.id].exited:
                 (again if params[i].bridge == "hard" else flowing).append(i)
                 continue
-            result, prior = results[sequence.id], self._live[sequence.id].prior
-            result.token = token
-            if prior is not None and sequence.request.logprobs is not None:
-                result.logprobs = _logprobs(prior[None], ids[i : i + 1], sequence.request.logprobs)[0]
+            prior, count = self._live[sequence.id].prior, sequence.request.logprobs
+            logprobs = None if prior is None or count is None else logprobs_of(prior[None], ids[i : i + 1], count)[0]
+            results[sequence.id].drawn = (Drawn(token, logprobs),)
         if again:
             self._bridge([rows[i] for i in again], self._renoised([rows[i] for i in again], ids[again]))
         if flowing:
@@ -344,9 +347,3 @@ class Runner:
             assert below is not None
             live.flow = flow_step(at, estimate, sigma or top, below, sequence.request.sampling.bridge == "multistep")
         return torch.stack([live.flow.z for s in rows if (live := self._live[s.id]).flow])
-
-
-def _logprobs(prior: Tensor, chosen: Tensor, count: int) -> list[TokenLogprobs]:
-    """prior [M, V], chosen [M] -> one entry a row, ``count`` alternatives each."""
-    picked, values, ids = (part.tolist() for part in top_logprobs(prior, chosen, count))
-    return [TokenLogprobs(p, tuple(zip(i, v, strict=True))) for p, v, i in zip(picked, values, ids, strict=True)]

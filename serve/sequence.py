@@ -7,10 +7,11 @@ that is being decoded. Only a segment that ends the context is drawn from.
 from __future__ import annotations
 
 from collections.abc import Collection
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rdlm.decoding_types import History, SamplingParams
+from rdlm.decoding_types import History, Order, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,8 @@ class Request:
     """Whether fewer steps are taken, down to ``min_steps``, where ``max_tokens`` would not fit ``max_ms`` otherwise."""
     min_steps: int = 1
     show: Show | None = None
+    order: Order = "random"
+    """Of masked models: which tokens come into sight first."""
 
     def steps_at(self, token: int) -> int:
         """K of the position that token number ``token`` is drawn from; 0 is the prompt's."""
@@ -121,14 +124,21 @@ class Glimpse:
     """(token, log-probability under the raw model), best first."""
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token of the answer, with log-probabilities if they were asked for."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
 @dataclass(slots=True)
 class StepResult:
-    """What one sequence got out of one engine step: a token if one was drawn, log-probabilities if they were asked for."""
+    """What one sequence got out of one engine step: the next tokens of its answer, log-probabilities if they were asked for."""
 
-    token: int | None = None
+    drawn: Seq[Drawn] = ()
     exited: bool = False
     """Whether the segment leaves with this step, before its last."""
-    logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of prompt tokens start + 1 .. of the segment, in order."""
     glimpse: Glimpse | None = None
@@ -160,6 +170,11 @@ class Sequence:
     @property
     def wants_token(self) -> bool:
         return len(self.output) < self.request.max_tokens
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do: the prompt has been read and no token is wanted."""
+        return self.segment is None and not self.wants_token and self.next_start >= len(self.request.prompt)
 
     @property
     def prompt_steps(self) -> int:
