@@ -24,8 +24,10 @@ from benchmarks.train_step import Arm, interleaved_medians
 from rdlm.cli import run
 from rdlm.decoding_types import SamplingParams
 from rdlm.shards import read_manifest
+from serve.engine import Engine
+from serve.loading import load_served
+from serve.sequence import Request
 from serve.settings import EngineSettings
-from serve.unmasking import Writer
 
 ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "next_token": ("next_token", None),
@@ -70,9 +72,17 @@ def run_arm(name: str, updates: int, lr: float, data: Path, root: Path, max_toke
     steps = ["--steps", BOUNDS if objective == "masked" else "1"]
     row = {"arm": name, "lr": lr, "updates": updates, **held_out(folder, updates, data, max_tokens, steps)}
     if objective == "masked":
-        writer, sampling = Writer(folder / "run" / "model", EngineSettings()), SamplingParams(temperature=0.8, top_p=0.95)
-        row["samples"] = {str(k): writer.answer(PROMPT, k, ANSWER, sampling).text for k in SAMPLED}
+        row["samples"] = samples(folder / "run" / "model")
     return row
+
+
+def samples(model: Path) -> dict[str, str]:
+    """K -> what stands behind the prompt."""
+    with Engine(lambda: load_served(model, EngineSettings())) as engine:
+        prompt, sampling = engine.served.tokenizer.encode(PROMPT), SamplingParams(temperature=0.8, top_p=0.95)
+        asked = [Request(tuple(prompt), k, ANSWER, sampling, stop_ids=engine.served.end_ids) for k in SAMPLED]
+        answers = engine.generate(asked)
+    return {str(k): "".join(event.text for event in events) for k, events in zip(SAMPLED, answers, strict=True)}
 
 
 app = typer.Typer(add_completion=False)

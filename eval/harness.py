@@ -1,7 +1,7 @@
 """lm-eval (EleutherAI's evaluation harness) on a checkpoint in process: the model ``rdlm``. The only file that imports lm_eval.
 
 Log-likelihoods come from rdlm.scoring, texts from the engine that the server runs, so the numbers are those of
-``local-completions`` against ``rdlm serve``. Masked models have bounds instead, and fill texts in (rdlm/unmasking.py). The name of the
+``local-completions`` against ``rdlm serve``; of masked models, which have a bound too, with estimator=left_to_right. The name of the
 estimator and its K go into the results' ``config``.
 """
 
@@ -11,7 +11,6 @@ import json
 import logging
 import sys
 import traceback
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,6 @@ from rdlm.errors import UserError
 from rdlm.prepared import file_sha256
 from rdlm.scoring import estimator_of
 from rdlm.tokenizer import Tokenizer
-from rdlm.unmasking import unmask
 from serve.engine import Engine
 from serve.loading import build_served
 from serve.sequence import Request
@@ -269,25 +267,9 @@ class RecurrentLM(TemplateLM):
             question = context + json.dumps(given, sort_keys=True, default=str)
             asked.append(self._request(context, given, seen[question]))
             seen[question] += 1
-        texts = self._filled(asked, disable_tqdm) if self.masked else self._continued(asked, disable_tqdm)
+        texts = self._continued(asked, disable_tqdm)
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
-        return texts
-
-    def _filled(self, asked: Sequence[Request], disable_tqdm: bool) -> list[str]:
-        """All tokens of an answer at once, in K steps in random order, up to an end of text or a stop string."""
-        texts = []
-        for request in tqdm(asked, desc=f"texts at K = {self.num_steps}", disable=disable_tqdm):
-            row = [*request.prompt, *[self.loaded.config.model.vocab_size] * request.max_tokens]
-            ids = torch.tensor([row], device=self._device)
-            key = zlib.crc32(f"{request.seed} {request.choice} {request.prompt}".encode())
-            filled = unmask(
-                self.loaded.denoiser, ids, request.num_steps, request.sampling, seed=key, num_tokens=self.text.vocab_size
-            )
-            drawn = filled[0, len(request.prompt) :].tolist()
-            end = next((i for i, token in enumerate(drawn) if token in request.stop_ids), len(drawn))
-            text = self.text.decode(drawn[:end])
-            texts.append(text[: min((text.find(stop) for stop in request.stop if stop in text), default=len(text))])
         return texts
 
     def _continued(self, asked: Sequence[Request], disable_tqdm: bool) -> list[str]:

@@ -1,5 +1,5 @@
-"""Continuations of held-out text by a checkpoint, through the engine that serves it (of masked models: through rdlm/unmasking.py), kept
-in files that resume; and what the author wrote in their place.
+"""Continuations of held-out text by a checkpoint, through the engine that serves it, kept in files that resume; and what the author
+wrote in their place.
 
 A file is JSONL: a header with everything that decides the texts, then a line per prompt. Its name is a hash of the header. Prompts are
 taken in one fixed order, so a run that asks for more of them goes on where a smaller one ended.
@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from rdlm.decoding_types import SamplingParams, check_bridge
 from rdlm.errors import UserError
 from rdlm.shards import TokenStore
 from rdlm.tokenizer import Tokenizer
-from rdlm.unmasking import unmask
 from serve.engine import Engine
 from serve.loading import build_served
 from serve.sequence import Request
@@ -200,10 +199,7 @@ class Sampler:
             yield self.passages[first : first + size]
 
     def _generate(self, setting: Setting, batch: Sequence[Passage]) -> list[dict[str, Any]]:
-        masked = self._loaded.config.objective.masking is not None
-        answers = (
-            [ids for passage in batch for ids in self._filled(setting, passage)] if masked else self._continued(setting, batch)
-        )
+        answers = self._continued(setting, batch)
         n = self.shape.continuations
         return [
             {
@@ -222,7 +218,7 @@ class Sampler:
         return frozenset() if end is None or self.shape.across_documents else frozenset({end})
 
     def _continued(self, setting: Setting, batch: Sequence[Passage]) -> list[list[int]]:
-        """Ids of all continuations, drawn one token after the other."""
+        """Ids of all continuations."""
         params, banned = _params(setting), self._banned
         requests = [
             Request(
@@ -243,18 +239,6 @@ class Sampler:
         if lost is not None:
             raise RuntimeError(f"generation ended with {lost!r}")
         return [[event.token for event in answer if event.token is not None] for answer in answers]
-
-    def _filled(self, setting: Setting, passage: Passage) -> list[list[int]]:
-        """Ids of a passage's continuations by a masked model: all their tokens at once, in K steps, in random order."""
-        params = replace(_params(setting), logit_bias=dict.fromkeys(self._banned, -100.0))
-        model = self._loaded.config.model
-        row = [*passage.prompt, *[model.vocab_size] * self.shape.max_tokens]
-        ids = torch.tensor([row] * self.shape.continuations, device=self._engine_settings.device)
-        filled = unmask(
-            self._loaded.denoiser, ids, setting.num_steps, params,
-            seed=_stream(self.seed, passage.window), num_tokens=self.tokenizer.vocab_size,
-        )  # fmt: skip
-        return filled[:, len(passage.prompt) :].tolist()
 
     def _started(self) -> Engine:
         if self._engine is None:

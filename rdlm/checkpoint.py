@@ -241,8 +241,6 @@ def _commands(config: CheckpointConfig) -> tuple[str, ...]:
         return "rdlm images --checkpoint THIS_FOLDER --out samples.png", "rdlm eval fid --help"
     if isinstance(config.model, ImageConfig):
         return ("rdlm eval accuracy --checkpoint THIS_FOLDER --data PREPARED_IMAGES",)
-    if config.objective.masking is not None:
-        return "rdlm generate --checkpoint THIS_FOLDER --prompt ''", "rdlm eval nll --help"
     return "rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help"
 
 

@@ -278,9 +278,8 @@ class CheckpointConfig(Strict):
         self.check_text(what)
         if self.objective.masking is not None:
             problem = f"a masked diffusion model has no next token, which {what} needs"
-            raise UserError(
-                "checkpoint", self.name, problem, "use `rdlm generate`, or `rdlm eval` nll, depth, gen-ppl, mauve and lm-eval"
-            )
+            remedy = "use `rdlm serve`, `rdlm generate`, or `rdlm eval` nll, depth, gen-ppl, mauve and lm-eval"
+            raise UserError("checkpoint", self.name, problem, remedy)
 
 
 C = TypeVar("C")

@@ -101,6 +101,19 @@ def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
     raise UserError("bridge", bridge, problem, "leave bridge out, or send hard")
 
 
+def check_masked(params: SamplingParams, order: Order | None, config: CheckpointConfig) -> None:
+    """Raises UserError for an order of what is drawn one after the other, and for penalties of what is drawn together."""
+    if config.objective.masking is None:
+        if order is not None:
+            raise UserError("order", order, "this model draws one token after the other", "leave order out")
+        return
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        value, off = getattr(params, name), float(name == "repetition_penalty")
+        if value != off:
+            problem = "this model draws tokens together, so none knows how often it has been said"
+            raise UserError(name, value, problem, f"leave {name} out")
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """What a row has seen and said: penalties look at it. ``banned`` ids get probability 0 (``min_tokens`` bans end tokens)."""

@@ -87,6 +87,8 @@ def left_to_right(denoiser: Denoiser, targets: Tensor, mask: Tensor | None = Non
     modelled = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
     logprobs, greedy = torch.zeros(targets.shape, device=targets.device), torch.ones_like(modelled)
     rows, places = modelled.nonzero().unbind(1)
+    if not len(rows):
+        return logprobs, greedy
     chunk = max(1, POSITIONS_AT_ONCE // length)
     for row, place in zip(rows.split(chunk), places.split(chunk), strict=True):
         hidden = modelled[row] & (torch.arange(length, device=row.device) >= place.unsqueeze(1))

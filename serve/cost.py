@@ -25,6 +25,10 @@ class Cost:
         """FLOPs of ``length`` positions in a row, the first of which sees ``seen`` before itself."""
         return length * self.weights + (length * seen + length * (length + 1) // 2) * self.scores
 
+    def of_all(self, length: int) -> int:
+        """FLOPs of ``length`` positions that all see each other."""
+        return length * self.weights + length * length * self.scores
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:

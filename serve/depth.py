@@ -70,6 +70,7 @@ def resolve_depth(body: SamplingBody, terms: Terms) -> DepthChoice:
     """Raises ApiError."""
     asked = _fixed_steps(body, terms)
     exits = body.exit is not None or body.num_steps == "auto"
+    _check_masked(body, terms.served)
     if body.schedule is not None and (asked is not None or body.num_steps == "auto"):
         raise invalid("schedule: it names every K itself; leave num_steps, reasoning_effort and the alias out", "schedule")
     for param in ("min_steps", "max_steps"):
@@ -89,6 +90,17 @@ def resolve_depth(body: SamplingBody, terms: Terms) -> DepthChoice:
         raise invalid(f"min_steps: {least} exceeds the most steps ({most})", "min_steps")
     limits = [limit for limit in (body.max_ms, terms.max_ms) if limit is not None]
     return DepthChoice(most, rule, schedule, least, min(limits, default=None), body.max_ms is not None, browned_out)
+
+
+def _check_masked(body: SamplingBody, served: Served) -> None:
+    """Raises ApiError for what varies the depth of single tokens, where all of an answer takes part in every step."""
+    if served.config.objective.masking is None:
+        return
+    for param in ("exit", "num_steps", "schedule", "max_ms"):
+        value = getattr(body, param)
+        if value == "auto" or (value is not None and param != "num_steps"):
+            code = "exits_unsupported" if param in ("exit", "num_steps") else None
+            raise invalid(f"{param}: this model fills in all of an answer in K steps; name a number of steps", param, code)
 
 
 def _fixed_steps(body: SamplingBody, terms: Terms) -> int | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rdlm.config import parse
-from rdlm.decoding_types import Bridge, Order, SamplingParams, check_bridge
+from rdlm.decoding_types import Bridge, Order, SamplingParams, check_bridge, check_masked
 from rdlm.errors import UserError
 from serve.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
 from serve.settings import EngineSettings
@@ -45,34 +45,12 @@ def generate(
 ) -> None:
     """Continue a prompt at one or several K, streaming to the terminal, with tokens/s and core steps.
 
-    A masked model fills in --max-tokens tokens behind the prompt in K steps.
+    A masked model fills in --max-tokens tokens behind the prompt in K steps; they are printed as far as all before them are in sight.
     """
     given = {"device": device, "dtype": dtype, "kv_cache": kv_cache, "max_slots": 1, "resident_blocks": resident_blocks}
     settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, bridge=bridge)
     ks = _parse_steps(num_steps)
-
-    from rdlm.checkpoint import load_config
-
-    config = load_config(checkpoint)
-    if config.objective.masking is not None:
-        from serve.unmasking import Writer
-
-        check_bridge(bridge, config)
-        if kv_cache != "shared":
-            raise UserError("--kv-cache", kv_cache, "a masked model keeps no keys", "leave the option out")
-        wanted = check_range(ks or [config.recurrence.default_steps], config.recurrence.max_steps)
-        writer = Writer(checkpoint, settings)
-        for k in wanted:
-            typer.secho(f"K = {k}", bold=True)
-            typer.echo(prompt, nl=False)
-            answer = writer.answer(prompt, k, max_tokens, sampling, seed, order or "random")
-            typer.echo(answer.text)
-            rate = answer.num_tokens / answer.seconds
-            typer.secho(f"[{answer.num_tokens} tokens, {rate:.1f} tokens/s, {k} unmasking steps]\n", dim=True)
-        return
-    if order is not None:
-        raise UserError("--order", order, "this model draws one token after the other", "leave the option out")
 
     from serve.engine import Engine
     from serve.loading import load_served
@@ -81,8 +59,9 @@ def generate(
     with engine:
         served = engine.served
         check_bridge(bridge, served.config)
+        check_masked(sampling, order, served.config)
         for k in check_range(ks or [served.default_steps], served.max_steps):
-            _answer(engine, prompt, k, max_tokens, sampling, seed)
+            _answer(engine, prompt, k, max_tokens, sampling, order or "random", seed)
 
 
 def _parse_steps(text: str | None) -> list[int]:
@@ -100,7 +79,9 @@ def check_range(ks: list[int], most: int) -> list[int]:
     return ks
 
 
-def _answer(engine: object, prompt: str, num_steps: int, max_tokens: int, sampling: SamplingParams, seed: int) -> None:
+def _answer(
+    engine: object, prompt: str, num_steps: int, max_tokens: int, sampling: SamplingParams, order: Order, seed: int
+) -> None:
     """Stream one answer, then a line with what it cost."""
     from serve.engine import Engine
     from serve.events import Event
@@ -110,9 +91,11 @@ def _answer(engine: object, prompt: str, num_steps: int, max_tokens: int, sampli
     served = engine.served
     tokenizer = served.tokenizer
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
-    if not ids or len(ids) + max_tokens > served.max_len:
+    if len(ids) + max_tokens > served.max_len:
         problem = f"its {len(ids)} tokens and --max-tokens {max_tokens} do not fit the context of {served.max_len}"
-        raise UserError("--prompt", prompt, problem if ids else "it has no tokens", "shorten or lengthen it")
+        raise UserError("--prompt", prompt, problem, "shorten it, or ask for fewer tokens")
+    if not ids and served.config.objective.masking is None:
+        raise UserError("--prompt", prompt, "it has no tokens", "write at least one word")
     typer.secho(f"K = {num_steps}", bold=True)
     typer.echo(prompt, nl=False)
 
@@ -120,7 +103,8 @@ def _answer(engine: object, prompt: str, num_steps: int, max_tokens: int, sampli
         typer.echo(event.text, nl=False)
 
     began = time.monotonic()
-    events = engine.generate([Request(tuple(ids), num_steps, max_tokens, sampling, seed, stop_ids=served.end_ids)], show)[0]
+    request = Request(tuple(ids), num_steps, max_tokens, sampling, seed, stop_ids=served.end_ids, order=order)
+    events = engine.generate([request], show)[0]
     seconds, usage = time.monotonic() - began, events[-1].usage
     assert usage is not None
     if events[-1].finish not in ("stop", "length"):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rdlm.decoding_types import SamplingParams, check_bridge
+from rdlm.decoding_types import SamplingParams, check_bridge, check_masked
 from rdlm.errors import UserError
 from serve.chat import render
 from serve.depth import DepthChoice, Terms, resolve_depth
@@ -93,6 +93,10 @@ def chat_job(body: ChatRequest, terms: Terms) -> Job:
 def score_job(body: ScoreRequest, terms: Terms) -> tuple[Job, list[int]]:
     """The job and its K in rising order. Raises ApiError, also where K has no likelihood (rdlm/scoring.py says which have)."""
     ks, served = sorted(set(body.num_steps)), terms.served
+    if served.config.objective.masking is not None:
+        raise invalid(
+            "num_steps: a masked model has one likelihood, whatever K is; use completions with echo and logprobs", "num_steps"
+        )
     depths = [resolve_depth(SamplingBody(model=body.model, num_steps=k), terms) for k in ks]
     thinking = served.config.objective.k_meaning == "thinking"
     if not thinking and ks != [1]:
@@ -139,7 +143,7 @@ def _prompts(body: CompletionRequest | ScoreRequest, served: Served) -> list[tup
 
 
 def _request(body: SamplingBody, ids: tuple[int, ...], depth: DepthChoice, max_tokens: int, served: Served) -> Request:
-    if not ids:
+    if not ids and (served.config.objective.masking is None or getattr(body, "echo", False) or body.prompt_logprobs is not None):
         raise invalid("prompt: it has no tokens; send at least one", "prompt")
     if len(ids) + max_tokens > served.max_len:
         raise invalid(
@@ -162,16 +166,19 @@ def _request(body: SamplingBody, ids: tuple[int, ...], depth: DepthChoice, max_t
     seed = (0 if sampling.greedy else secrets.randbits(63)) if body.seed is None else body.seed & (1 << 63) - 1
     return Request(
         ids, depth.num_steps, max_tokens, sampling, seed, stop=stop, stop_ids=ends, min_tokens=min_tokens, exit=depth.exit,
-        schedule=depth.schedule, min_steps=depth.min_steps, max_ms=depth.max_ms, lowers=depth.lowers, show=_show(body),
+        schedule=depth.schedule, min_steps=depth.min_steps, max_ms=depth.max_ms, lowers=depth.lowers, show=_show(body, served),
+        order=body.order or "random",
     )  # fmt: skip
 
 
-def _show(body: SamplingBody) -> Show | None:
+def _show(body: SamplingBody, served: Served) -> Show | None:
     options = body.stream_options
     if options is None:
         return None
     if not body.stream:
         raise invalid("stream_options: it needs stream = true", "stream_options")
+    if options.include_steps and served.config.objective.masking is not None:
+        raise invalid("stream_options: include_steps is of models that draw one token after the other", "stream_options")
     if options.include_steps:
         return Show(options.steps_every or 1, options.steps_top or 1)
     if options.steps_every is not None or options.steps_top is not None:
@@ -196,4 +203,6 @@ def _sampling(body: SamplingBody, served: Served) -> SamplingParams:
         check_bridge(body.bridge or "hard", served.config)
     except UserError as error:
         raise invalid(str(error), "bridge", "bridge_unsupported") from None
-    return SamplingParams(**given, top_k=max(0, body.top_k or 0), logit_bias=bias, bridge=body.bridge or "hard")
+    params = SamplingParams(**given, top_k=max(0, body.top_k or 0), logit_bias=bias, bridge=body.bridge or "hard")
+    check_masked(params, body.order, served.config)
+    return params

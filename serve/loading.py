@@ -13,6 +13,7 @@ from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError, reason
 from rdlm.tokenizer import Tokenizer
 from serve.events import Served
+from serve.masked_runner import MaskedRunner
 from serve.packing import pack_weights
 from serve.runner import Runner
 from serve.scheduler import Scheduler
@@ -82,8 +83,10 @@ def build_served(
     """
     if end_ids is None:
         end_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
-    config.check_next_token("the engine")
+    config.check_text("the engine")
     config.check_whole()
+    if config.objective.masking is not None and settings.kv_cache != "shared":
+        raise UserError("kv_cache", settings.kv_cache, "a masked model keeps no keys", "leave it out")
     limit = config.model.max_seq_len
     max_len = limit if settings.max_len is None else settings.max_len
     if max_len > limit:
@@ -97,14 +100,22 @@ def build_served(
     default = min(config.recurrence.default_steps, max_steps) if settings.default_steps is None else settings.default_steps
     if default > max_steps:
         raise UserError("default_steps", default, f"it exceeds max_steps ({max_steps})", f"ask for at most {max_steps}")
-    runner = Runner(
-        denoiser.eval(),
+    runner = _runner(denoiser.eval(), config, settings, max_len, max_steps, tokenizer.vocab_size)
+    scheduler = Scheduler(settings.max_slots, settings.prefill_rows, settings.chunk)
+    return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default, end_ids)
+
+
+def _runner(
+    denoiser: Denoiser, config: CheckpointConfig, settings: EngineSettings, max_len: int, max_steps: int, num_tokens: int
+) -> Runner | MaskedRunner:
+    if config.objective.masking is not None:
+        return MaskedRunner(denoiser, num_tokens)
+    return Runner(
+        denoiser,
         config,
         num_slots=settings.max_slots,
         max_len=max_len,
         max_steps=max_steps,
         kv_cache=settings.kv_cache,
-        num_tokens=tokenizer.vocab_size,
+        num_tokens=num_tokens,
     )
-    scheduler = Scheduler(settings.max_slots, settings.prefill_rows, settings.chunk)
-    return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default, end_ids)

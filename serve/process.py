@@ -48,9 +48,7 @@ class GracefulServer(uvicorn.Server):
 def run_server(checkpoint: Path, engine_settings: EngineSettings, settings: HttpSettings, port_file: Path | None) -> None:
     """Serve until a signal. Raises UserError for a checkpoint that cannot be served or an address that cannot be bound."""
     logs.configure(settings.log_format)
-    load_config(checkpoint).check_next_token(
-        "the server"
-    )  # the cheap part of loading: mistakes end the command before it listens
+    load_config(checkpoint).check_text("the server")  # the cheap part of loading: mistakes end the command before it listens
     engine = Engine(lambda: load_served(checkpoint, engine_settings), engine_settings.max_queue)
     listener = _bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]

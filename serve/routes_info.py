@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, get_args
 
 from litestar import Response, get, post
 from litestar.datastructures import State
 from litestar.params import FromPath, JSONBody
 
+from rdlm.config import CheckpointConfig
+from rdlm.decoding_types import Order
 from serve.depth import THRESHOLDS, Terms, efforts, resolve_depth
 from serve.errors import invalid
 from serve.events import State as EngineState
@@ -58,10 +60,6 @@ def _card(frontend: Frontend, name: str) -> dict[str, Any]:
     """Raises ApiError 404 or 400 for a name that is neither the model's nor an alias of it."""
     served, config = frontend.served, frontend.served.config
     terms = Terms(frontend.name, served, served.default_steps)
-    meaning = {
-        "thinking": "core iterations before each token; likelihoods are those after K iterations",
-        "sampling": "noise levels each token is drawn through; likelihoods are those at K = 1",
-    }[config.objective.k_meaning]
     return {
         "id": name, "object": "model", "created": STARTED, "owned_by": "rdlm", "root": frontend.name,
         "max_model_len": served.max_len,
@@ -69,10 +67,20 @@ def _card(frontend: Frontend, name: str) -> dict[str, Any]:
             "num_steps": resolve_depth(SamplingBody(model=name), terms).num_steps, "min_steps": 1,
             "max_steps": served.max_steps, "default_steps": served.default_steps, "reasoning_effort": efforts(served),
             "exits": list(THRESHOLDS) if config.objective.k_meaning == "thinking" else [],
-            "meaning": meaning, "kind": config.objective.k_meaning, "estimator": config.estimator,
+            "orders": [] if config.objective.masking is None else list(get_args(Order)),
+            "meaning": _meaning(config), "kind": config.objective.k_meaning, "estimator": config.estimator,
             "objective": config.objective.name, "training_step": config.step,
         },
     }  # fmt: skip
+
+
+def _meaning(config: CheckpointConfig) -> str:
+    if config.objective.masking is not None:
+        return "steps in which the hidden tokens of an answer come into sight; likelihoods are those of one token a step from left to right"
+    return {
+        "thinking": "core iterations before each token; likelihoods are those after K iterations",
+        "sampling": "noise levels each token is drawn through; likelihoods are those at K = 1",
+    }[config.objective.k_meaning]
 
 
 @post("/tokenize", status_code=200, summary="Text to token ids", tags=["tokenizer"])

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, StrictStr
 
-from rdlm.decoding_types import Bridge
+from rdlm.decoding_types import Bridge, Order
 
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 TokenId = Annotated[StrictInt, Field(ge=0)]
@@ -112,6 +112,8 @@ class SamplingBody(Body):
     bridge: Bridge | None = None
     """Of models that draw a token through K noise levels: hard (default) draws at each level and re-noises what it drew; euler and
     multistep follow the ODE from one draw of noise and draw at the last level. /v1/models states what K means for this model."""
+    order: Order | None = None
+    """Of masked models: which tokens of the answer come into sight first, random by default; /v1/models lists what the model takes."""
     seed: StrictInt | None = None
     """Same seed, same request: same text, whatever else the server is doing."""
     stop: StrictStr | list[StrictStr] | None = None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +40,26 @@ PAIRS = [
 LONG = "in the beginning was the word and the word was with xyz " * 16
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained loud model of 512 positions, twice the server's prefill chunk."""
+def _loud(folder: Path, **document: Any) -> Path:
+    """An untrained checkpoint whose answers depend on everything."""
     tokenizer = train_tokenizer("bpe", iter(["in the beginning was the word and the word was with god"] * 20), 270)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    shape = {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "max_seq_len": 512}
-    model = {"family": "huginn", "vocab_size": 270, "d_model": 32, "num_heads": 2, "mlp_width": 64, **shape}
-    settings = {"model": model, "objective": {"name": "onestep"}, "recurrence": {"default_steps": 2, "max_steps": 8}}
-    config = CheckpointConfig.model_validate({"name": "tiny", **settings})
+    shape = {"vocab_size": 270, "d_model": 32, "num_heads": 2, "mlp_width": 64, "max_seq_len": 512, **document.pop("model")}
+    recurrence = {"default_steps": 2, "max_steps": 8}
+    config = CheckpointConfig.model_validate({"name": "tiny", "model": shape, "recurrence": recurrence, **document})
     denoiser, loud = build(config, seed=1), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in denoiser.named_parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.3 if "wte" in name else parameter.shape[1] ** -0.5, generator=loud)
-    return save(tmp_path_factory.mktemp("http") / "tiny", denoiser, config, tokenizer)
+    return save(folder, denoiser, config, tokenizer)
 
 
-@pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
-    """The server on loopback, with the cache that keeps every step's keys."""
+@contextmanager
+def _server(folder: Path, *more: str) -> Iterator[str]:
+    """Address of a server on loopback."""
     port_file = folder.parent / "port"
-    options = ["--checkpoint", str(folder), "--port", "0", "--port-file", str(port_file), "--kv-cache", "full"]
+    options = ["--checkpoint", str(folder), "--port", "0", "--port-file", str(port_file), *more]
     process = subprocess.Popen(
         [sys.executable, "-m", "rdlm", "serve", *options],
         stdout=subprocess.DEVNULL,
@@ -72,6 +71,34 @@ def url(folder: Path) -> Iterator[str]:
     finally:
         process.kill()  # it holds nothing that a clean end would save
         process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 512 positions, twice the server's prefill chunk."""
+    model = {"family": "huginn", "num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1}
+    return _loud(tmp_path_factory.mktemp("http") / "tiny", model=model, objective={"name": "onestep"})
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    """With the cache that keeps every step's keys."""
+    with _server(folder, "--kv-cache", "full") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def masked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks of two layers each."""
+    model = {"family": "masked", "num_layers": 4, "noise_conditioning": True}
+    blocks = {"num_blocks": 2, "overlap": 0.0}
+    return _loud(tmp_path_factory.mktemp("masked") / "tiny", model=model, objective={"name": "masked"}, blocks=blocks)
+
+
+@pytest.fixture(scope="module")
+def masked_url(masked_folder: Path) -> Iterator[str]:
+    with _server(masked_folder) as address:
+        yield address
 
 
 def _ready(process: subprocess.Popen[bytes], port_file: Path) -> str:
@@ -127,6 +154,26 @@ def test_in_process_equals_http(url: str, folder: Path, k: int, batch_size: int,
     for value, expected, (text,) in zip(there, here, (request.args for request in ROLLED), strict=True):
         assert value == pytest.approx(expected, abs=1e-4 * max(1, len(near.text.encode(text)) / 100), rel=0)
     assert far.generate_until(WRITTEN, disable_tqdm=True) == near.generate_until(WRITTEN, disable_tqdm=True)
+
+
+def test_masked_models_have_the_same_scores_and_texts_over_http(masked_url: str, masked_folder: Path) -> None:
+    """Exact likelihoods, one token a step from left to right, whatever K is; texts at K. lm-eval's client sends a seed of its own."""
+    far = _client(masked_url, masked_folder, "tiny:k4", batch_size=4, num_concurrent=4, max_length=64)
+    given = {"checkpoint": str(masked_folder), "seed": 1234, "batch_size": 4, "max_length": 62}
+    near = RecurrentLM(num_steps=4, estimator="left_to_right", **given)  # type: ignore[arg-type]
+    asked = _asked("loglikelihood", [*PAIRS[:4], *PAIRS[5:]])
+    there, here = (model.loglikelihood(asked, disable_tqdm=True) for model in (far, near))
+    assert [greedy for _, greedy in there] == [greedy for _, greedy in here]
+    assert [value for value, _ in there] == pytest.approx([value for value, _ in here], abs=1e-4, rel=0)
+    rolled = _asked("loglikelihood_rolling", [("in the beginning",), ("in the beginning was the word " * 12,)])
+    there, here = (model.loglikelihood_rolling(rolled, disable_tqdm=True) for model in (far, near))
+    assert there == pytest.approx(here, abs=1e-3, rel=0) and len(near.text.encode("in the beginning was the word " * 12)) > 63
+    written = _asked("generate_until", [(text, UNTIL) for text in ("in the", "and the word", "x", "with")])
+    texts = far.generate_until(written, disable_tqdm=True)
+    assert texts == near.generate_until(written, disable_tqdm=True)
+    other = RecurrentLM(num_steps=1, estimator="left_to_right", **given)  # type: ignore[arg-type]
+    assert other.loglikelihood(asked, disable_tqdm=True) == near.loglikelihood(asked, disable_tqdm=True)
+    assert other.generate_until(written, disable_tqdm=True) != texts
 
 
 def test_k_by_header_and_by_gen_kwargs(url: str, folder: Path) -> None:
@@ -193,8 +240,12 @@ TASKS = {
 
 
 @pytest.mark.slow
-def test_the_commands_agree(url: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "options"), [("", "kv_cache=full"), ("masked_", "estimator=left_to_right,seed=1234")], ids=["huginn", "masked"]
+)
+def test_the_commands_agree(request: pytest.FixtureRequest, model: str, options: str, tmp_path: Path) -> None:
     """`lm_eval --model local-completions` as docs/serving.md has it beside `rdlm eval lm-eval` on the same tasks, sample by sample."""
+    url, folder = (request.getfixturevalue(f"{model}{name}") for name in ("url", "folder"))
     rows = [{"question": f"{context or 'the'} ", "choices": [word, "god"], "label": 0} for context, word in PAIRS]
     (tmp_path / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}}, "test_split": "test"}
@@ -209,7 +260,7 @@ def test_the_commands_agree(url: str, folder: Path, tmp_path: Path) -> None:
         "--model",
         "rdlm",
         "--model_args",
-        f"checkpoint={folder},num_steps=4,kv_cache=full,max_length=510",
+        f"checkpoint={folder},num_steps=4,max_length=510,{options}",
     ]
     found = []
     for name, command in (("far", far), ("near", near)):

@@ -23,6 +23,7 @@ TEMPLATE = (
 SHAPES: dict[str, dict[str, object]] = {
     "huginn": {"num_prelude_layers": 1, "num_core_layers": 2, "num_coda_layers": 1},
     "llama": {"num_layers": 2},
+    "masked": {"num_layers": 3},
 }
 
 
@@ -42,9 +43,13 @@ def make_served(tokenizer: Tokenizer) -> BuildServed:
     """``make_served(objective="onestep", family="huginn", settings=EngineSettings(...), **model)``: a tiny loud random model."""
 
     def make(
-        objective: str = "onestep", family: str = "huginn", settings: EngineSettings | None = None, **model: object
+        objective: str = "onestep",
+        family: str = "huginn",
+        settings: EngineSettings | None = None,
+        blocks: dict[str, object] | None = None,
+        **model: object,
     ) -> Served:
-        noisy = objective in ("single_pass", "evidence", "paper")
+        noisy = objective in ("single_pass", "evidence", "paper", "masked")
         shape = {"vocab_size": tokenizer.vocab_size, "d_model": 32, "num_heads": 2, "mlp_width": 64, "max_seq_len": 128}
         config = CheckpointConfig.model_validate(
             {
@@ -52,6 +57,7 @@ def make_served(tokenizer: Tokenizer) -> BuildServed:
                 "model": {**shape, **SHAPES[family], "family": family, "noise_conditioning": noisy, **model},
                 "objective": {"name": objective},
                 "recurrence": {"default_steps": 2, "max_steps": 8},
+                "blocks": blocks,
             }
         )
         denoiser = build(config, seed=1)

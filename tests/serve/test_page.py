@@ -37,7 +37,7 @@ def test_it_calls_relative_addresses_only(make_served: Callable[..., Served]) ->
 def test_every_field_it_sends_exists() -> None:
     sent = re.search(r"const asked = \{(.*?)\};", PAGE, re.DOTALL)
     assert sent is not None
-    names = set(re.findall(r"(\w+):", sent[1].replace("include_usage:", ""))) | {"exit"}
+    names = set(re.findall(r"(\w+):", sent[1].replace("include_usage:", ""))) | {"exit", "order"}
     assert len(names) > 6 and names <= set(CompletionRequest.model_fields)
 
 
