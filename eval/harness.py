@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from eval.nll import check_steps
 from eval.provenance import machine
 from rdlm.checkpoint import WEIGHTS, Loaded, load
 from rdlm.config import parse
-from rdlm.decoding_types import SamplingParams, check_bridge
+from rdlm.decoding_types import SamplingParams, check_bridge, check_masked
 from rdlm.errors import UserError
 from rdlm.prepared import file_sha256
 from rdlm.scoring import estimator_of
@@ -49,7 +49,7 @@ ARGUMENTS = (
 MAX_GEN_TOKS = 256
 """Most tokens of an answer where a task names no limit: lm-eval's own default."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "bridge")
-MASKED_SAMPLING = SAMPLING[:4]
+MASKED_SAMPLING = (*SAMPLING[:4], "order")
 
 
 @dataclass
@@ -302,11 +302,14 @@ class RecurrentLM(TemplateLM):
         ids = self.tok_encode(context) or [self.eot_token_id]
         if len(ids) > room:
             logger.warning("a prompt of %d tokens loses its start: %d fit beside %d new ones", len(ids), room, max_tokens)
+        order = kwargs.pop("order", None)
         sampling = SamplingParams(**{"temperature": 1.0, **kwargs, **({"temperature": 0.0} if greedy else {})})
         check_bridge(sampling.bridge, self.loaded.config)
+        check_masked(sampling, order, self.loaded.config)
         ends = frozenset() if self.text.eos_id is None else frozenset({self.text.eos_id})
         stops = tuple(s for s in stop if s)
-        return Request(tuple(ids[-room:]), num_steps, max_tokens, sampling, self.seed, choice=choice, stop=stops, stop_ids=ends)
+        first = Request(tuple(ids[-room:]), num_steps, max_tokens, sampling, self.seed, choice=choice, order=order or "random")
+        return replace(first, stop=stops, stop_ids=ends)
 
 
 def run_sweep(arguments: Sequence[str], ks: Sequence[int]) -> None:

@@ -58,6 +58,10 @@ class TextOptions:
         str,
         typer.Option(help="One or several of hard, euler and multistep with commas; of models that draw through noise levels."),
     ] = "hard"
+    order: Annotated[
+        str,
+        typer.Option(help="Of masked models: one or several of random, left_to_right and confidence with commas."),
+    ] = "random"
     across_documents: Annotated[
         bool, typer.Option("--across-documents", help="Prompts and answers may contain an end of text.")
     ] = False

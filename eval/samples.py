@@ -24,7 +24,7 @@ from eval.provenance import checkpoint_facts, origin
 from eval.sweep import Setting
 from eval.windows import check_tokenizer
 from rdlm import __version__, checkpoint
-from rdlm.decoding_types import SamplingParams, check_bridge
+from rdlm.decoding_types import SamplingParams, check_bridge, check_masked
 from rdlm.errors import UserError
 from rdlm.shards import TokenStore
 from rdlm.tokenizer import Tokenizer
@@ -160,6 +160,7 @@ class Sampler:
             raise UserError("--num-steps", error.value, error.problem, error.remedy) from None
         for s in settings:
             check_bridge(_params(s).bridge, self._loaded.config)
+            check_masked(_params(s), None if s.order == "random" else s.order, self._loaded.config)
 
     def file(self, setting: Setting) -> Path:
         """Where the texts of a setting lie."""
@@ -168,9 +169,10 @@ class Sampler:
     def _header(self, setting: Setting) -> dict[str, Any]:
         """What decides every text. The number of prompts does not: they are the first ones of a fixed order (``passages``)."""
         samples = {key: value for key, value in self._facts["samples"].items() if key != "prompts"}
-        chosen = {
-            name: value for name, value in asdict(setting).items() if (name, value) != ("bridge", "hard")
-        }  # as without a choice
+        chosen = asdict(setting)
+        for name, usual in (("bridge", "hard"), ("order", "random")):  # as without a choice
+            if chosen[name] == usual:
+                del chosen[name]
         return {**self._facts, "samples": samples, "setting": chosen}
 
     def continuations(self, setting: Setting, progress: Callable[[int], object] | None = None) -> list[list[str]]:
@@ -230,6 +232,7 @@ class Sampler:
                 choice=choice,
                 stop_ids=banned,
                 min_tokens=self.shape.max_tokens if banned else 0,
+                order=setting.order,
             )
             for passage in batch
             for choice in range(self.shape.continuations)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
-from rdlm.decoding_types import Bridge
+from rdlm.decoding_types import Bridge, Order
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of decoding: K, temperature (0 is greedy), what cuts the distribution (nothing by default), and the bridge."""
+    """One way of decoding: K, temperature (0 is greedy), what cuts the distribution (nothing by default), bridge, and order."""
 
     num_steps: int
     temperature: float = 1.0
@@ -20,6 +20,7 @@ class Setting:
     top_k: int = 0
     min_p: float = 0.0
     bridge: Bridge = "hard"
+    order: Order = "random"
 
     def __str__(self) -> str:
         return ", ".join(filter(None, (f"K {self.num_steps}", f"T {self.temperature:g}", self.rest)))

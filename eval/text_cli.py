@@ -118,6 +118,7 @@ def _settings(options: TextOptions) -> list[Setting]:
             "top_k": numbers("--top-k", options.top_k, int),
             "min_p": numbers("--min-p", options.min_p, float),
             "bridge": options.bridge.split(","),
+            "order": options.order.split(","),
         }
     )
 

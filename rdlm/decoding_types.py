@@ -107,6 +107,8 @@ def check_masked(params: SamplingParams, order: Order | None, config: Checkpoint
         if order is not None:
             raise UserError("order", order, "this model draws one token after the other", "leave order out")
         return
+    if order is not None and order not in get_args(Order):
+        raise UserError("order", order, "there is no such order", f"use some of {', '.join(get_args(Order))}")
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         value, off = getattr(params, name), float(name == "repetition_penalty")
         if value != off:

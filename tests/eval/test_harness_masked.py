@@ -75,6 +75,13 @@ def test_a_masked_model_fills_texts_in_and_rolls(make_model: MakeModel) -> None:
     again = [_ask("generate_until", prompts[longest], {**with_all, "until": until}) for until in ([], [stop])]
     assert model.generate_until(again[:1], disable_tqdm=True) == [text] and len(stop) == 2
     assert model.generate_until(again[1:], disable_tqdm=True) == [text[: text.index(stop)]]
+    first, second = (
+        model.generate_until([_ask("generate_until", "in the", {**with_all, "order": order})], disable_tqdm=True)
+        for order in ("confidence", "left_to_right")
+    )
+    assert first != second
+    with pytest.raises(UserError, match="no such order"):
+        model.generate_until([_ask("generate_until", "a", {**with_all, "order": "backwards"})], disable_tqdm=True)
     with pytest.raises(UserError, match="no such setting"):
         model.generate_until([_ask("generate_until", "a", {**with_all, "repetition_penalty": 1.2})], disable_tqdm=True)
 

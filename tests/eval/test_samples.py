@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,9 @@ def test_a_masked_model_fills_in_continuations_alike_in_any_batch(
     texts = _texts(folder, store, tmp_path / "a", 2)
     assert texts == _texts(folder, store, tmp_path / "b", 8) and len({text for both in texts for text in both}) > 5
     assert texts != _texts(folder, store, tmp_path / "b", 8, setting=Setting(1, 1.0, 0.9))
+    assert texts != _texts(folder, store, tmp_path / "b", 8, setting=replace(WARM, order="confidence"))
+    with _sampler(folder, store, tmp_path / "b") as sampler, pytest.raises(UserError, match="there is no such order"):
+        sampler.check([replace(WARM, order="backwards")])  # type: ignore[arg-type]
     (file,) = (tmp_path / "a").glob("*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()[1:]]
     assert all(len(ids) == 8 and end not in ids for row in rows for ids in row["ids"])

@@ -250,6 +250,7 @@ def test_mauve_command_reports_ceiling_and_floor(
         ("gen-ppl", ["--min-p", "2", *SHORT], "min_p=2"),
         ("gen-ppl", ["--bridge", "stone", *SHORT], "bridge='stone'"),
         ("gen-ppl", ["--bridge", "hard,euler", *SHORT], "bridge='euler'"),
+        ("gen-ppl", ["--order", "random,confidence", *SHORT], "order='confidence'"),
         ("gen-ppl", ["--prompt-tokens", "40", "--max-tokens", "40", "--num-prompts", "2", "--across-documents"], "64 positions"),
         ("gen-ppl", ["--num-prompts", "100000", "--prompt-tokens", "5", "--max-tokens", "5"], "the split has only"),
         ("mauve", ["--split", "nowhere"], "split='nowhere'"),
