@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,13 +25,18 @@ PATIENCE = 120_000
 """Milliseconds: machines that run other work are slow."""
 
 
-@pytest.fixture(scope="module")
-def url(make_served: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    served = make_served(max_seq_len=512)
-    folder = tmp_path_factory.mktemp("page") / "tiny"
+@contextmanager
+def _serving(served: Served, folder: Path) -> Iterator[str]:
+    """Address of a server process."""
     save(folder, served.runner.denoiser, served.config, served.tokenizer)  # type: ignore[attr-defined]
     with running_server(folder, "--max-slots 8") as server:
         yield server.url
+
+
+@pytest.fixture(scope="module")
+def url(make_served: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with _serving(make_served(max_seq_len=512), tmp_path_factory.mktemp("page") / "tiny") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +57,13 @@ def visit(browser: Any, url: str) -> Iterator[Callable[..., Any]]:
     """``visit(**context_options)`` -> the page, greeted by the server; the script must not have failed by the end of the test."""
     contexts, problems = [], []
 
-    def open_page(**options: Any) -> Any:
+    def open_page(address: str = url, **options: Any) -> Any:
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if _is_defect(message) else None)
-        page.goto(url)
+        page.goto(address)
         page.wait_for_function("() => document.getElementById('steps').max > 1")
         return page
 
@@ -85,6 +92,7 @@ def tokens(page: Any, panel: int = 0) -> Any:
 
 def test_several_k_side_by_side_stream_and_say_what_the_api_says(visit: Callable[..., Any], url: str) -> None:
     page = visit()
+    assert page.locator("#order").is_hidden() and page.locator("#exit").is_visible()
     assert page.locator("#name").inner_text() == "tiny" and "K from 1 to 8" in page.locator("#about").inner_text()
     page.fill("#prompt", "in the beginning")
     page.fill("#compare", "1, 4 2")
@@ -105,6 +113,32 @@ def test_several_k_side_by_side_stream_and_say_what_the_api_says(visit: Callable
         note = page.locator("article div").nth(i).inner_text()
         assert note.startswith(f"{count} tokens · ") and " tokens/s" in note and f"{cost} core steps" in note
     assert page.locator("#legend").is_hidden()
+
+
+def test_a_masked_model_asks_for_an_order_and_for_nothing_it_has_not(
+    visit: Callable[..., Any], make_served: Callable[..., Served], tmp_path: Path
+) -> None:
+    with _serving(make_served("masked", "masked"), tmp_path / "tiny") as address:
+        page = visit(address)
+        assert (
+            page.locator("#order").is_visible() and page.locator("#exit").is_hidden() and page.locator("#threshold").is_hidden()
+        )
+        assert page.locator("label[for=steps]").inner_text() == "Steps that fill the answer in: K = 2"
+        for order in ("confidence", "left_to_right"):
+            page.select_option("#order", order)
+            page.fill("#tokens", "30")
+            page.click("#go")
+            ended(page)
+            body = {
+                "prompt": "And it came to pass",
+                "num_steps": 2,
+                "max_tokens": 30,
+                "temperature": 0.8,
+                "seed": 0,
+                "order": order,
+            }
+            answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()
+            assert "".join(tokens(page).all_text_contents()) == answer["choices"][0]["text"]
 
 
 def test_keyboard_alone(visit: Callable[..., Any]) -> None:
