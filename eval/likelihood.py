@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rdlm.checkpoint import Loaded
 from rdlm.errors import UserError
+from rdlm.masked_likelihood import bound, left_to_right
 from rdlm.scoring import token_scores
-from rdlm.unmasking import bound, left_to_right
 
 logger = logging.getLogger("rdlm.eval")
 
@@ -35,7 +35,7 @@ def score_continuations(
     """{K: (log p(continuation | context) in nats, whether each of its tokens is greedy), in the order given}, in one pass.
 
     pairs: (context ids, at least one; continuation ids). What exceeds max_length positions is cut from the start of the context.
-    rdlm/scoring.py says what is greedy in a mixture. Of masked models log p is a lower bound (rdlm/unmasking.py), for a continuation
+    rdlm/scoring.py says what is greedy in a mixture. Of masked models log p is a lower bound (rdlm.masked_likelihood), of a continuation
     whose length is known, and greedy means that the bound exceeds 1/2, which is enough but not necessary; ``in_order`` takes their exact
     likelihood one token a step from left to right instead, the same at every K, and greedy is exact.
     Raises UserError where a continuation alone is too long. ``progress`` is told the rows done.

@@ -6,7 +6,7 @@ Which numbers are likelihoods:
   For K > 1 the law of the token drawn last is a mixture over noise and earlier draws, which ``num_draws`` paths estimate. The
   estimate is normalised but biased (by Jensen its logarithm is too low), so it is reported as a mixture, never as the likelihood.
 - masked models: one token a step from left to right the likelihood is exact, of K steps in random order there is a bound on that of a
-  whole row (both in rdlm/unmasking.py).
+  whole row (both in rdlm/masked_likelihood.py).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor
 from rdlm.config import CheckpointConfig
 from rdlm.context import AttentionContext
 from rdlm.denoiser import Denoiser, Prediction
+from rdlm.masked_likelihood import bound
 from rdlm.objectives import two_stream_hidden
 from rdlm.randomness import generator
 from rdlm.sampler import hard_bridge_chain, renoise, run, sampling_levels
-from rdlm.unmasking import bound
 
 LOGITS_AT_ONCE = 1 << 24
 """Read-out rows are processed in chunks of at most this many logits (64 MiB of fp32)."""
 
 
 def estimator_of(config: CheckpointConfig, num_steps: int, num_draws: int | None = None, *, in_order: bool = False) -> str:
-    """Name of what ``token_logprobs`` returns at K = num_steps; in_order: of what ``rdlm.unmasking.left_to_right`` does, at any K."""
+    """Name of what ``token_logprobs`` returns at K = num_steps; in_order: of ``masked_likelihood.left_to_right``, at any K."""
     if in_order:
         return config.estimator
     if config.objective.masking is not None:
@@ -69,7 +69,7 @@ def token_scores(
     """Scores of targets[i] given input_ids[<= i] at each K in ``ks``: input_ids, targets [B, T] int64.
 
     One pass to max(ks) for thinking models. See the module docstring for what the numbers are; ``estimator_of`` names them.
-    UserError for masked models: theirs are ``rdlm.unmasking.left_to_right``'s, of rows that stand by themselves.
+    UserError for masked models: theirs are ``rdlm.masked_likelihood.left_to_right``'s, of rows that stand by themselves.
     """
     config.check_next_token("a score of each token")
     if config.objective.k_meaning == "thinking":

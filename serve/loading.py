@@ -101,7 +101,9 @@ def build_served(
     if default > max_steps:
         raise UserError("default_steps", default, f"it exceeds max_steps ({max_steps})", f"ask for at most {max_steps}")
     runner = _runner(denoiser.eval(), config, settings, max_len, max_steps, tokenizer.vocab_size)
-    scheduler = Scheduler(settings.max_slots, settings.prefill_rows, settings.chunk)
+    # A masked text runs whole in every step: bounded by its slot, lest a long one keep others waiting for all of its steps.
+    rows = settings.prefill_rows if config.objective.masking is None else max(settings.chunk, settings.max_slots * max_len)
+    scheduler = Scheduler(settings.max_slots, rows, settings.chunk)
     return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default, end_ids)
 
 

@@ -15,11 +15,11 @@ from rdlm.checkpoint import load, save
 from rdlm.config import CheckpointConfig, MaskingConfig, ObjectiveConfig
 from rdlm.errors import UserError
 from rdlm.masked_denoiser import MaskedDenoiser
+from rdlm.masked_likelihood import bound
 from rdlm.masking import LinearMasking, hide, spread
 from rdlm.objectives import Batch, loss_terms
 from rdlm.partition import partition_of
 from rdlm.registry import build
-from rdlm.unmasking import bound
 
 V, T = 64, 12
 
@@ -169,7 +169,7 @@ def test_a_block_built_alone_is_the_block_of_the_whole_and_learns_alone(masked_c
     lazily = load(tmp_path / "m", resident_blocks=1).denoiser
     assert torch.equal(bound(lazily, batch().targets, 8), bound(whole, batch().targets, 8))
     card = (tmp_path / "m" / "README.md").read_text()
-    assert "tokens are hidden" in card and "rdlm serve" not in card
+    assert "tokens are hidden" in card and "rdlm serve" in card and "a setting of the sampler" in card
 
 
 @pytest.mark.parametrize(

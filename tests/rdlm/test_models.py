@@ -12,6 +12,7 @@ from rdlm.cache import KVPool, PackedContext, Segment
 from rdlm.context import CausalContext
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
+from rdlm.layers.rope import rotary_table
 from rdlm.model_config import HuginnConfig, LlamaConfig
 from rdlm.models.huginn import Huginn
 from rdlm.registry import build_model
@@ -225,3 +226,9 @@ def through_clean_row(denoiser: Denoiser, pool: KVPool, ids: torch.Tensor) -> No
 def test_llama_refuses_to_recur(tiny) -> None:
     with pytest.raises(UserError, match="^objective.depth="):
         tiny("llama", "onestep")
+
+
+def test_tables_that_serving_has_made_can_be_trained_with() -> None:
+    with torch.inference_mode():
+        table = rotary_table(6, 123.0, 5, torch.device("cpu"))
+    assert not table.is_inference() and table is rotary_table(6, 123.0, 5, torch.device("cpu"))

@@ -16,8 +16,9 @@ from litestar.testing import TestClient
 from rdlm.blockwise import blocks_of
 from rdlm.decoding_types import SamplingParams
 from rdlm.errors import UserError
+from rdlm.masked_likelihood import left_to_right
 from rdlm.tokenizer import Tokenizer
-from rdlm.unmasking import left_to_right, mask_of, unmask
+from rdlm.unmasking import mask_of, unmask
 from serve.app import create_app
 from serve.engine import Engine
 from serve.events import Event, Served
@@ -105,7 +106,7 @@ def test_both_blocks_are_asked_and_answer_together(served: Served, engine: Engin
     engine.generate([request(0, 4)])
     assert {index for index, _ in seen} == {0, 1}
     seen.clear()
-    engine.generate([request(10, 4, seed, order="confidence") for seed in range(3)])
+    engine.generate([request(20, 4, seed, order="confidence") for seed in range(3)])
     assert seen == [(1, 3)] * 4
 
 
@@ -156,7 +157,7 @@ def test_the_account_is_what_pytorch_counts(make_served: Make) -> None:
 
 
 def test_prompts_are_scored_by_the_chain_rule(served: Served, engine: Engine) -> None:
-    """Entries of all prompt tokens but the first are rdlm.unmasking.left_to_right's given the first; so are those of a text that is
+    """Entries of all prompt tokens but the first are rdlm.masked_likelihood.left_to_right's given the first; so are those of a text that is
     written in this order, one token a step."""
     prompts = [
         request(length, 2, prompt_logprobs=3, max_tokens=max_tokens) for length, max_tokens in ((9, 0), (30, 2), (2, 5), (1, 1))

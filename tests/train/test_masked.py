@@ -14,9 +14,9 @@ import yaml
 from rdlm.checkpoint import load
 from rdlm.cli import app, run
 from rdlm.errors import UserError
+from rdlm.masked_likelihood import bound
 from rdlm.objectives import Batch
 from rdlm.registry import build
-from rdlm.unmasking import bound
 from train.corpora.prepare import Preparation, prepare
 from train.export import export
 from train.merge import merge
