@@ -20,6 +20,7 @@ import typer
 
 from benchmarks.common import in_parallel, last_metrics, provenance, read_json, run_rdlm, train, write_json
 from benchmarks.train_step import Arm, interleaved_medians
+from eval.report_images import plot_images
 from rdlm.config import CheckpointConfig, parse
 from rdlm.image_store import ImageStore
 from rdlm.objectives import Batch
@@ -137,7 +138,7 @@ def run_arm(
 def main(
     family: Annotated[Literal["vit", "dit"], typer.Argument(help="Which family.")],
     data: Annotated[Path, typer.Option(help="Folder of `rdlm data images`.")],
-    out: Annotated[Path, typer.Option(help="JSON to write.")],
+    out: Annotated[Path, typer.Option(help="JSON to write; of dit a picture beside it.")],
     minutes: Annotated[float, typer.Option(help="CPU minutes of one core an arm.")] = 2.5,
     arms: Annotated[str | None, typer.Option(help="Arms with commas; by default all.")] = None,
     lr: float = 1e-3,
@@ -162,6 +163,8 @@ def main(
     kept = [r for r in earlier if (r["arm"], r["seed"], r["lr"]) not in {(r["arm"], r["seed"], r["lr"]) for r in rows}]
     head = {"minutes": minutes, "shape": VIT if family == "vit" else DIT, "batch_size": batch_size, "seconds_per_update": cost}
     write_json(out, {"provenance": provenance(), **head, "runs": [*kept, *rows]})
+    if family == "dit":
+        plot_images({r["arm"]: r["report"] for r in (*kept, *rows)}, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

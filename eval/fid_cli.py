@@ -59,6 +59,7 @@ def fid(
     from eval.image_distance import evaluate_images
     from eval.image_features import load_extractor
     from eval.provenance import provenance
+    from eval.report import name_of
     from eval.report_images import plot_images
     from eval.text_cli import bars
     from rdlm.images import open_images
@@ -88,7 +89,7 @@ def fid(
     if out is not None:
         write_json(out, report)
     if plot is not None:
-        plot_images(report, plot)
+        plot_images({name_of(report): report}, plot)
 
 
 class Drawing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from eval.bootstrap import interval, mover, resamples
 from eval.drawn_images import Setting
 from eval.plots import colour, draw_accuracy, k_axis, new_figure, png, with_errors, write_png
-from eval.report import Json, Picture, Run, Section, Table, name_of
+from eval.report import Json, Picture, Run, Section, Table
 from eval.wording import difference, with_interval
 
 DIGITS = {"frechet": ".2f", "kernel": ".5f"}
@@ -109,9 +110,9 @@ def _against(mine: Json, other: Json, name: str) -> str:
     return difference(*mover(*((each[name], each[f"{name}_interval"]) for each in (mine, other))), f"+{DIGITS[name]}")
 
 
-def plot_images(report: Json, file: Path) -> None:
-    """Both distances beside their floors, as PNG; of a checkpoint against K."""
-    write_png(_figure([Run(file, "fid", name_of(report), report)]), file)
+def plot_images(reports: Mapping[str, Json], file: Path) -> None:
+    """Both distances of named reports beside their floors, as PNG; of checkpoints against K."""
+    write_png(_figure([Run(file, "fid", name, report) for name, report in reports.items()]), file)
 
 
 def _figure(runs: list[Run]) -> Figure:
