@@ -24,10 +24,10 @@ USUAL_STEPS = (1, 2, 4, 8)
 
 def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]:
     """The K to evaluate, ascending; UserError for one out of range. None: 1 where K is one pass, else USUAL_STEPS and the default."""
-    recurrence = loaded.config.recurrence
-    if steps is None and loaded.config.objective.k_meaning == "sampling":
-        steps = sorted({*(k for k in USUAL_STEPS if k <= recurrence.max_steps), recurrence.default_steps})
-    return check_steps(steps, loaded.denoiser, loaded.config)
+    config = loaded.config
+    if steps is None:
+        steps = sorted({*(k for k in USUAL_STEPS if k <= config.max_steps), config.default_steps})
+    return check_steps(steps, config)
 
 
 def check_fit(config: CheckpointConfig, store: ImageStore, bridges: Sequence[Bridge]) -> None:

@@ -26,14 +26,14 @@ def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]
 
     None takes USUAL_STEPS: all of them where K means thinking, else as far as the checkpoint goes.
     """
-    most, masked = loaded.config.recurrence.max_steps, loaded.config.objective.masking is not None
+    most, masked = loaded.config.max_steps, loaded.config.objective.masking is not None
     if steps is None:
-        thinking, recurrent = loaded.config.objective.k_meaning == "thinking", loaded.denoiser.model.is_recurrent
-        limit = (USUAL_STEPS[-1] if recurrent else 1) if thinking else most
+        thinking = loaded.config.objective.k_meaning == "thinking"
+        limit = USUAL_STEPS[-1] if thinking and loaded.config.model.iterates else most
         steps = [k for k in USUAL_STEPS if k <= limit]
     if masked and max(steps) > most:  # check_steps would take what a bound takes
         raise UserError("--steps", max(steps), "is out of range", f"this checkpoint takes 1 to {most}")
-    return check_steps(steps, loaded.denoiser, loaded.config, beyond=True)
+    return check_steps(steps, loaded.config, beyond=True)
 
 
 def choose_order(order: Order | None, loaded: Loaded) -> Order | None:

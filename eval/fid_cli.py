@@ -110,8 +110,8 @@ class Drawing:
         for each in solvers:
             if each not in get_args(Solver):
                 raise UserError("--solver", each, "there is no such solver", f"use some of {', '.join(get_args(Solver))}")
-        ks = [config.recurrence.default_steps] if steps is None else numbers("--steps", steps, int)
-        self.settings = settings(ks, numbers("--guidance", guidance, float), solvers, config.recurrence.max_steps)
+        ks = [config.default_steps] if steps is None else numbers("--steps", steps, int)
+        self.settings = settings(ks, numbers("--guidance", guidance, float), solvers, config.max_steps)
         self.facts, self.dtype = checkpoint_facts(folder, config), dtype
         self.loaded = load(folder, device=usable_device(device), dtype=getattr(torch, dtype))
 

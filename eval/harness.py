@@ -117,10 +117,10 @@ class RecurrentLM(TemplateLM):
 
     def _steps(self, asked: object) -> int:
         """K, checked; the checkpoint's default where none is asked for."""
-        config, deep = self.loaded.config, self.loaded.denoiser.model.is_recurrent or self.masked
-        k = whole_number("num_steps", asked, 1) if asked is not None else config.recurrence.default_steps if deep else 1
+        config = self.loaded.config
+        k = config.default_steps if asked is None else whole_number("num_steps", asked, 1)
         try:
-            return check_steps([k], self.loaded.denoiser, config)[0]
+            return check_steps([k], config)[0]
         except UserError as error:
             raise UserError("model_args: num_steps", k, error.problem, error.remedy) from None
 

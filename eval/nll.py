@@ -12,7 +12,6 @@ import torch
 from eval.bootstrap import interval, resamples
 from rdlm.checkpoint import Loaded
 from rdlm.config import CheckpointConfig
-from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
 from rdlm.objectives import Batch
 from rdlm.scoring import estimator_of, token_logprobs
@@ -28,20 +27,18 @@ MOST_STEPS = 1024
 """Largest K of measurements that go beyond what a checkpoint offers its users; more is a slip of the pen."""
 
 
-def check_steps(
-    steps: Sequence[int] | None, denoiser: Denoiser, config: CheckpointConfig, beyond: bool = False
-) -> tuple[int, ...]:
+def check_steps(steps: Sequence[int] | None, config: CheckpointConfig, beyond: bool = False) -> tuple[int, ...]:
     """The K to evaluate, ascending; UserError for one out of range.
 
     beyond: iterations of one state may go past ``recurrence.max_steps``, up to MOST_STEPS. None takes those with a normalised
     likelihood: K = 1 of a sampling model, else USUAL_STEPS as far as the checkpoint goes. A masked model's bound takes any K up to
     MOST_STEPS, by default USUAL_BOUNDS.
     """
-    limit, thinking = config.recurrence.max_steps, config.objective.k_meaning == "thinking"
+    limit, thinking = config.max_steps, config.objective.k_meaning == "thinking"
     if config.objective.masking is not None:
         steps, limit = steps or USUAL_BOUNDS, MOST_STEPS
-    if thinking:
-        limit = 1 if not denoiser.model.is_recurrent else max(limit, MOST_STEPS if beyond else 1)
+    if beyond and thinking and config.model.iterates:
+        limit = max(limit, MOST_STEPS)
     if steps is None:
         return tuple(k for k in USUAL_STEPS if k <= limit) if thinking else (1,)
     for k in steps:

@@ -155,7 +155,7 @@ class Sampler:
     def check(self, settings: Sequence[Setting]) -> None:
         """UserError for a K or a decoding setting that cannot be used."""
         try:
-            check_steps([s.num_steps for s in settings], self._loaded.denoiser, self._loaded.config)
+            check_steps([s.num_steps for s in settings], self._loaded.config)
         except UserError as error:
             raise UserError("--num-steps", error.value, error.problem, error.remedy) from None
         for s in settings:

@@ -108,7 +108,7 @@ def _settings(options: TextOptions) -> list[Setting]:
     from eval.sweep import grid
     from rdlm.checkpoint import load_config
 
-    default = load_config(options.checkpoint).recurrence.default_steps
+    default = load_config(options.checkpoint).default_steps
     ks = [default] if options.num_steps is None else numbers("--num-steps", options.num_steps, int)
     return grid(
         {

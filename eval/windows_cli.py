@@ -42,7 +42,7 @@ def nll(
     wanted = None if steps is None else numbers("--steps", steps, int)
     held_out = open_windows(options)
     loaded = held_out.loaded
-    ks = check_steps(wanted, loaded.denoiser, loaded.config)
+    ks = check_steps(wanted, loaded.config)
     with _bar(held_out, f"K = {', '.join(map(str, ks))}") as done:
         measured = evaluate_nll(loaded, held_out.batches(), ks, seed=options.seed, num_draws=num_draws, progress=done)
     report = {**held_out.origin("nll"), "num_draws": num_draws, **measured}
@@ -72,7 +72,7 @@ def ce_by_sigma(
     loaded.config.check_next_token("the cross-entropy by sigma")
     if loaded.config.objective.k_meaning == "sampling" and num_steps > 1:
         raise UserError("--num-steps", num_steps, "the prior of a sampling checkpoint is that of K = 1", "leave the option out")
-    check_steps([num_steps], loaded.denoiser, loaded.config)
+    check_steps([num_steps], loaded.config)
     with _bar(held_out, f"{len(levels)} levels") as done:
         measured = evaluate_noise_curve(loaded, held_out.batches(), levels, num_steps=num_steps, seed=options.seed, progress=done)
     curves = {name: [(r["sigma"], r[name]) for r in measured["results"]] for name in ("ce", "reference")}
@@ -99,7 +99,7 @@ def convergence(
     held_out = open_windows(options)
     loaded = held_out.loaded
     check_iterates(loaded)
-    check_steps([num_steps], loaded.denoiser, loaded.config, beyond=True)
+    check_steps([num_steps], loaded.config, beyond=True)
     with _bar(held_out, f"K = 1 to {num_steps}") as done:
         measured = evaluate_convergence(loaded, held_out.batches(), num_steps, seed=options.seed, progress=done)
     report = {**held_out.origin("convergence"), "tokens": held_out.count * held_out.length, **measured}

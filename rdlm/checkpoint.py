@@ -217,7 +217,7 @@ def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -
         "core steps in training": f"{depth.distribution}, mean {depth.mean}; the last {depth.grad_steps} with gradient",
         "noised targets": noised,
         "updates": f"{config.step:,}",
-        "K": f"{_meaning(config)}. Default {config.recurrence.default_steps}, at most {config.recurrence.max_steps}",
+        "K": f"{_meaning(config)}. Default {config.default_steps}, at most {config.max_steps}",
         "normalised likelihood": config.estimator,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -246,6 +246,17 @@ class CheckpointConfig(Strict):
     """Optimizer steps taken."""
 
     @property
+    def max_steps(self) -> int:
+        """Largest K a user may ask for: 1 where layers run once and nothing is drawn through levels, whatever ``recurrence`` says."""
+        runs_once = self.objective.k_meaning == "thinking" and not self.model.iterates
+        return 1 if runs_once else self.recurrence.max_steps
+
+    @property
+    def default_steps(self) -> int:
+        """K where none is asked for."""
+        return min(self.recurrence.default_steps, self.max_steps)
+
+    @property
     def estimator(self) -> str:
         """Which of the model's token likelihoods is normalised: see rdlm/scoring.py."""
         if self.objective.name == "edm":

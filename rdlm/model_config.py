@@ -19,6 +19,8 @@ class HuginnConfig(Strict):
     family: Literal["huginn"] = "huginn"
     can_be_cut: ClassVar[bool] = False
     """A recurrent core is one denoiser of every level: there is nothing to cut into blocks."""
+    iterates: ClassVar[bool] = True
+    """Whether its layers may run K times, or once."""
     vocab_size: int = Field(ge=2)
     d_model: int = Field(ge=8)
     num_heads: int = Field(ge=1)
@@ -57,6 +59,7 @@ class PreNormConfig(Strict):
     """A stack of pre-norm transformer layers with gated MLPs; the layers are the core."""
 
     can_be_cut: ClassVar[bool] = True
+    iterates: ClassVar[bool] = False
     family: str
     d_model: int = Field(ge=8)
     num_heads: int = Field(ge=1)

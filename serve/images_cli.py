@@ -54,7 +54,7 @@ def images(
     config.check_family("rdlm images", "dit")
     config.check_whole()
     assert isinstance(config.model, DitConfig)
-    k, most = config.recurrence.default_steps if num_steps is None else num_steps, config.recurrence.max_steps
+    k, most = config.default_steps if num_steps is None else num_steps, config.max_steps
     if not 1 <= k <= most:
         raise UserError("--num-steps", num_steps, "is out of range", f"this model takes 1 to {most}")
     wanted = _classes(classes, config.model.num_classes)

@@ -93,11 +93,11 @@ def build_served(
         raise UserError("max_len", max_len, f"the model was built for {limit} positions", f"ask for at most {limit}")
     if settings.chunk > settings.prefill_rows:
         raise UserError("chunk", settings.chunk, f"it exceeds prefill_rows ({settings.prefill_rows})", "raise prefill_rows")
-    most = config.recurrence.max_steps
+    most = config.max_steps
     max_steps = most if settings.max_steps is None else settings.max_steps
     if max_steps > most:
         raise UserError("max_steps", max_steps, f"the checkpoint allows K up to {most}", f"ask for at most {most}")
-    default = min(config.recurrence.default_steps, max_steps) if settings.default_steps is None else settings.default_steps
+    default = min(config.default_steps, max_steps) if settings.default_steps is None else settings.default_steps
     if default > max_steps:
         raise UserError("default_steps", default, f"it exceeds max_steps ({max_steps})", f"ask for at most {max_steps}")
     runner = _runner(denoiser.eval(), config, settings, max_len, max_steps, tokenizer.vocab_size)

@@ -320,13 +320,15 @@ def _check(config: TrainConfig) -> None:
     if config.seq_len > config.model.max_seq_len:
         problem = f"longer than model.max_seq_len ({config.model.max_seq_len})"
         raise UserError("data.seq_len", config.seq_len, problem, "shorten the sequences or raise model.max_seq_len")
-    if objective.name == "classify" and config.evaluation.interval_steps and max(config.evaluation.steps) > 1:
-        problem = "objective 'classify' names a class in one pass"
-        raise UserError("evaluation.steps", max(config.evaluation.steps), problem, "set evaluation.steps=[1]")
-    beyond = [k for k in config.evaluation.steps if k > config.recurrence.max_steps]
+    beyond = [k for k in config.evaluation.steps if k > config.checkpoint_config.max_steps]
     if beyond and config.evaluation.interval_steps:
-        problem = f"exceeds recurrence.max_steps ({config.recurrence.max_steps})"
-        raise UserError("evaluation.steps", beyond[0], problem, "use smaller K or raise recurrence.max_steps")
+        problem, remedy = (
+            f"exceeds recurrence.max_steps ({config.recurrence.max_steps})",
+            "use smaller K or raise recurrence.max_steps",
+        )
+        if objective.k_meaning == "thinking" and not config.model.iterates:
+            problem, remedy = f"with objective {objective.name!r} this model runs its layers once", "set evaluation.steps=[1]"
+        raise UserError("evaluation.steps", beyond[0], problem, remedy)
     if config.resident is not None:
         _check_resident(config, config.resident)
 

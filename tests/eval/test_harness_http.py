@@ -176,6 +176,36 @@ def test_masked_models_have_the_same_scores_and_texts_over_http(masked_url: str,
     assert other.generate_until(written, disable_tqdm=True) != texts
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "paper in blocks": {
+        "model": {"family": "llama", "num_layers": 4, "noise_conditioning": True}, "objective": {"name": "paper"},
+        "blocks": {"num_blocks": 2},
+    },
+    "evidence": {
+        "model": {"family": "huginn", "num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "noise_conditioning": True},
+        "objective": {"name": "evidence"},
+    },
+    "next token": {"model": {"family": "llama", "num_layers": 2}, "objective": {"name": "next_token"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["paper in blocks", *(pytest.param(n, marks=pytest.mark.slow) for n in list(FAMILIES)[1:])])
+def test_other_families_have_the_same_scores_and_texts_over_http(name: str, tmp_path: Path) -> None:
+    """Sampling models: likelihoods at K = 1, texts drawn through K = 4 levels with lm-eval's seed."""
+    folder = _loud(tmp_path / "tiny", **FAMILIES[name])
+    with _server(folder) as address:
+        k = 1 if name == "next token" else 4
+        far = _client(address, folder, f"tiny:k{k}", batch_size=4, num_concurrent=4, max_length=120)
+        near = RecurrentLM(checkpoint=str(folder), num_steps=k, seed=1234, batch_size=4, max_length=118)
+        asked = _asked("loglikelihood", PAIRS)
+        there, here = (model.loglikelihood(asked, disable_tqdm=True) for model in (far, near))
+        assert [greedy for _, greedy in there] == [greedy for _, greedy in here]
+        assert [value for value, _ in there] == pytest.approx([value for value, _ in here], abs=1e-4, rel=0)
+        warm = {**UNTIL, "do_sample": True, "temperature": 0.8}
+        written = _asked("generate_until", [(text, warm) for text in ("in the", "and the word", "x", "with")])
+        assert far.generate_until(written, disable_tqdm=True) == near.generate_until(written, disable_tqdm=True)
+
+
 def test_k_by_header_and_by_gen_kwargs(url: str, folder: Path) -> None:
     """The two other ways to name K: a header for what has a fixed body, a field for texts."""
     few, many = (RecurrentLM(checkpoint=str(folder), num_steps=k, batch_size=4, kv_cache="full") for k in (2, 7))

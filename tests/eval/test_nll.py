@@ -15,8 +15,10 @@ from torch import nn
 from eval.nll import check_steps, evaluate_nll
 from rdlm.checkpoint import Loaded, save
 from rdlm.cli import app, run
+from rdlm.config import CheckpointConfig
 from rdlm.context import AttentionContext
 from rdlm.denoiser import Denoiser
+from rdlm.errors import UserError
 from rdlm.layers.modulation import Condition
 from rdlm.layers.table import TokenTable
 from rdlm.models.backbone import Backbone
@@ -148,11 +150,15 @@ def test_intervals_are_paired_and_shrink_with_more_windows(loaded: Loaded, data:
     assert evaluate_nll(loaded, store.windows(16, 160, 16), (1, 4))["results"] == few
 
 
-def test_which_k_are_taken(tiny: Callable[..., Denoiser], tiny_config: Callable) -> None:
+def test_which_k_are_taken(tiny_config: Callable[..., CheckpointConfig]) -> None:
     cases = {("huginn", "onestep"): (1, 2, 4, 8, 16, 32), ("huginn", "evidence"): (1,), ("llama", "next_token"): (1,)}
     for arguments, expected in cases.items():
-        assert check_steps(None, tiny(*arguments), tiny_config(*arguments)) == expected
-    assert check_steps([4, 1, 4], tiny(), tiny_config()) == (1, 4)
+        assert check_steps(None, tiny_config(*arguments)) == expected
+    assert check_steps([4, 1, 4], tiny_config()) == (1, 4)
+    once = tiny_config("llama", "next_token")
+    assert once.recurrence.max_steps > 1 and (once.max_steps, once.default_steps) == (1, 1), "its layers run once"
+    with pytest.raises(UserError, match="takes 1 to 1"):
+        check_steps([2], once)
 
 
 @pytest.fixture

@@ -220,3 +220,17 @@ def test_tracing_without_its_packages_is_one_clear_line(make_served: Callable[..
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(UserError, match="extra otel"):
         create_app(Engine(make_served), HttpSettings(tracing=True))
+
+
+def test_a_model_whose_layers_run_once_takes_no_other_k(make_served: Callable[..., Served]) -> None:
+    """Whatever its ``recurrence`` says: more passes through the same layers would be another, untrained network."""
+    with (
+        Engine(lambda: make_served("next_token", "llama")) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
+        card = client.get("/v1/models").json()["data"]
+        assert engine.served.config.recurrence.max_steps == 8
+        assert [entry["id"] for entry in card] == ["tiny", "tiny:k1"] and card[0]["recurrence"]["max_steps"] == 1
+        assert complete(client, prompt="in the")["usage"]["recurrence"]["num_steps"] == 1
+        refused = client.post("/v1/completions", json={"prompt": "in the", "num_steps": 2})
+        assert refused.status_code == 400 and "takes 1 to 1" in refused.json()["error"]["message"]

@@ -21,6 +21,8 @@ from rdlm.blockwise import drawn_block
 from rdlm.checkpoint import load
 from rdlm.cli import app, run
 from rdlm.errors import UserError
+from rdlm.layers.rope import rotary_table
+from rdlm.targets import frozen_rows
 from tests.train.test_blocks import BLOCKS
 from train import resume
 from train.export import export
@@ -55,6 +57,9 @@ def live_bytes(ignored: set[int]) -> int:
 
 
 def storages_now() -> set[int]:
+    """Those there are, without the tables that are kept for the whole process: what runs next makes them anew, whoever ran before."""
+    rotary_table.cache_clear()
+    frozen_rows.cache_clear()
     gc.collect()
     return {item.untyped_storage().data_ptr() for item in gc.get_objects() if isinstance(item, torch.Tensor)}
 

@@ -27,6 +27,9 @@ def file(tmp_path: Path, document: Callable[..., dict[str, Any]]) -> Callable[..
     return make
 
 
+LLAMA = {
+    "family": "llama", "vocab_size": 64, "d_model": 32, "num_heads": 2, "mlp_width": 48, "max_seq_len": 64, "num_layers": 2,
+}  # fmt: skip
 BAD = [
     ({"optimiser": 1}, "optimiser"),
     ({"optimizer.learning_rate": 1}, "optimizer.learning_rate"),
@@ -51,6 +54,10 @@ BAD = [
     ({"data": {"kind": "images", "path": "d", "length": 3}}, "data.length"),
     ({"precision": "fp8"}, "precision"),
     ({"evaluation": {"interval_steps": 1, "steps": [65]}}, "evaluation.steps"),
+    (
+        {"model": LLAMA, "objective": {"name": "next_token"}, "evaluation": {"interval_steps": 1, "steps": [2]}},
+        "evaluation.steps",
+    ),
     ({"name": "a b"}, "name"),
 ]
 
