@@ -36,6 +36,7 @@ DIT = {**VIT, "family": "dit", "d_model": 192, "num_heads": 6, "mlp_width": 512,
 ARMS: dict[str, dict[str, tuple[str, dict[str, Any] | None]]] = {
     "vit": {
         "classify": ("classify", None),
+        "forward-forward": ("forward_forward", None),
         "paper B=3": ("paper", BLOCKS),
         "evidence B=3": ("evidence", BLOCKS),
         "paper B=1": ("paper", None),
@@ -43,6 +44,8 @@ ARMS: dict[str, dict[str, tuple[str, dict[str, Any] | None]]] = {
     "dit": {"edm B=1": ("edm", None), "edm B=3": ("edm", BLOCKS)},
 }
 """Family -> arm -> (objective, how it is cut)."""
+ONCE = ("classify", "forward_forward")
+"""Objectives that name a class in one step."""
 SAMPLED = {"steps": "4,10,25", "guidance": "1,2"}
 """What a DiT is asked for."""
 
@@ -63,7 +66,7 @@ def document(
     """The config that `rdlm train` is given, but for its output."""
     objective, blocks = ARMS[family][arm]
     warmup = min(100 * (1 if blocks is None else blocks["num_blocks"]), updates // 5)
-    most = 1 if objective == "classify" else 64 if family == "vit" else 1000
+    most = 1 if objective in ONCE else 64 if family == "vit" else 1000
     return {
         "name": f"{family}-{arm.replace(' ', '-').replace('=', '')}", "seed": seed, "model": VIT if family == "vit" else DIT,
         "objective": {"name": objective}, "blocks": blocks, "recurrence": {"default_steps": min(4, most), "max_steps": most},
@@ -108,7 +111,7 @@ def run_arm(
     train(folder, written)
     found, model = folder / "found.json", str(folder / "run" / "model")
     if not found.exists() and family == "vit":
-        sampling = [] if arm == "classify" else ["--steps", "1,2,4,8", "--bridge", "hard,euler"]
+        sampling = [] if ARMS[family][arm][0] in ONCE else ["--steps", "1,2,4,8", "--bridge", "hard,euler"]
         command = [
             "eval",
             "accuracy",

@@ -12,6 +12,7 @@ from rdlm.config import CheckpointConfig
 from rdlm.context import AttentionContext
 from rdlm.decoding_types import Bridge, Order, SamplingParams
 from rdlm.denoiser import Denoiser, Prediction
+from rdlm.forward_forward import ForwardForward
 from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
 from rdlm.randomness import generator
 from rdlm.sampler import hard_bridge_chain, renoise, sampling_levels, soft_bridge, soft_bridge_chain
@@ -42,6 +43,8 @@ def greedy_answers(
     if config.objective.masking is not None:
         greedy = SamplingParams(temperature=0)
         return {k: unmask(denoiser, inputs, k, greedy, seed=seed, order=order, first=first, always_given=True) for k in ks}
+    if isinstance(denoiser, ForwardForward):
+        return dict.fromkeys(ks, denoiser.class_logits(inputs).argmax(1, keepdim=True))
     if config.objective.k_meaning == "sampling":
         return {k: _denoised(denoiser, config, inputs, k, bridge, (seed, draw), first) for k in ks}
     out, wanted = {}, set(ks)

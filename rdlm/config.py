@@ -103,6 +103,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"depth": {}, "corruption": {"share": 1.0, "distribution": "lognormal", "per": "sequence"}, "readout": "edm"},
     "masked": {"depth": {}, "corruption": {"share": 0.0}, "readout": "plain", "masking": {}},
     "classify": {"depth": {}, "corruption": {"share": 0.0}, "readout": "plain"},
+    "forward_forward": {"depth": {}, "corruption": {"share": 0.0}, "readout": "plain", "goodness": "difference"},
     "edm": {
         "depth": {},
         "corruption": {"share": 1.0, "distribution": "lognormal", "per": "sequence"},
@@ -111,10 +112,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_dropout": 0.1,
     },
 }
-"""Where each named objective sits on the dials. ``masked`` has one of its own, ``classify`` and ``edm`` are of images.
+"""Where each named objective sits on the dials. ``masked`` has one of its own, ``classify``, ``forward_forward`` and ``edm`` are of images.
 ``single_pass`` is the default, for the reasons in docs/architecture.md."""
 
-ObjectiveName = Literal["single_pass", "onestep", "evidence", "paper", "bptt", "next_token", "masked", "classify", "edm"]
+ObjectiveName = Literal[
+    "single_pass", "onestep", "evidence", "paper", "bptt", "next_token", "masked", "classify", "forward_forward", "edm"
+]
 
 
 class ObjectiveConfig(Strict):
@@ -129,6 +132,8 @@ class ObjectiveConfig(Strict):
     """Per-position weight of the loss; edm is w(sigma) of Karras et al. 2022, applied per position."""
     label_dropout: float = Field(0.0, ge=0, lt=1)
     """Objective ``edm``: share of the images whose class is not told, which guidance needs."""
+    goodness: Literal["threshold", "difference"] | None = None
+    """Of objective ``forward_forward``, which compares a right class with a wrong one: see rdlm/forward_forward.py."""
     masking: MaskingConfig | None = None
     """Set for objective ``masked`` alone."""
 
@@ -166,8 +171,10 @@ class ObjectiveConfig(Strict):
             raise ValueError(
                 "objective 'edm' noises every image at one level and runs once: depth and corruption.share are not its dials"
             )
-        if self.name == "classify" and noisy:
-            raise ValueError("objective 'classify' noises nothing: use paper or evidence")
+        if self.name in ("classify", "forward_forward") and noisy:
+            raise ValueError(f"objective {self.name!r} noises nothing: use paper or evidence")
+        if (self.goodness is not None) != (self.name == "forward_forward"):
+            raise ValueError("goodness belongs to objective 'forward_forward', which needs it")
         if self.label_dropout and self.name != "edm":
             raise ValueError("label_dropout belongs to objective 'edm'")
         return self
@@ -263,6 +270,8 @@ class CheckpointConfig(Strict):
             return "none: it denoises images"
         if self.objective.masking is not None:
             return "normalised: one token a step, from left to right"
+        if self.objective.goodness is not None:
+            return "softmax of goodness over classes: normalised, not calibrated"
         return "logits after K iterations" if self.objective.k_meaning == "thinking" else "logits at sigma_max with z = 0 (K = 1)"
 
     def check_text(self, what: str) -> None:

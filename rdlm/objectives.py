@@ -17,7 +17,8 @@ Each makes one backward pass through at most ``grad_steps`` core runs and minimi
 clean context (and, where noised, z = y + sigma eps of that token): a mixture over sigma and r of proper scoring rules.
 
 ``masked`` is no next-token objective: see ``masked_terms``. Of images, ``classify`` is ``next_token`` with the class of an image as the
-one target, ``paper`` and ``evidence`` noise the row of that class, and ``edm`` denoises the image: see ``edm_terms``.
+one target, ``paper`` and ``evidence`` noise the row of that class, ``edm`` denoises the image: see ``edm_terms``, and
+``forward_forward`` is a baseline without a backward pass from layer to layer.
 
 Shapes: B sequences, T positions, D width. Row i predicts targets[i] and may see targets[j >= i] in no way but through its own z_i.
 """
@@ -33,6 +34,7 @@ from torch import Tensor
 from rdlm.config import CorruptionConfig, DepthConfig
 from rdlm.context import TwoStreamContext
 from rdlm.denoiser import Denoiser
+from rdlm.forward_forward import ForwardForward, goodness_loss
 from rdlm.image_denoiser import ImageDenoiser
 from rdlm.masked_denoiser import MaskedDenoiser
 from rdlm.masking import LinearMasking, hide, spread
@@ -131,6 +133,8 @@ def loss_terms(denoiser: Denoiser, batch: Batch, *, step: int, seed: int, rank: 
         return masked_terms(denoiser, batch, noise_rng)
     if isinstance(denoiser, ImageDenoiser):
         return edm_terms(denoiser, batch, noise_rng)
+    if isinstance(denoiser, ForwardForward):
+        return forward_forward_terms(denoiser, batch, noise_rng)
     noised = corrupt(denoiser, batch.targets, noise_rng)
     num_steps = num_recurrences(denoiser.objective.depth, step, seed)
     if denoiser.two_streams:
@@ -179,6 +183,19 @@ def edm_terms(denoiser: ImageDenoiser, batch: Batch, rng: torch.Generator) -> Lo
         weight = weight * edm_weight(sigma, denoiser.noise.sigma_data)
     metrics = {"core_steps": torch.ones(()), "squared_error": losses.detach().mean()}
     return LossTerms((losses * weight).sum(), batch.mask.sum().float(), metrics)
+
+
+def forward_forward_terms(denoiser: ForwardForward, batch: Batch, rng: torch.Generator) -> LossTerms:
+    """Every layer tells an image beside its class from the same image beside another one, drawn evenly (Hinton 2022, Sec. 3.3)."""
+    right, kind = batch.targets[:, 0], denoiser.objective.goodness
+    assert kind is not None
+    others = denoiser.model.vocab_size - 1
+    wrong = (right + 1 + torch.randint(others, right.shape, generator=rng).to(right.device)) % (others + 1)
+    both = denoiser.goodness(torch.cat([batch.inputs, batch.inputs]), torch.cat([right, wrong]))
+    good, bad = both.split(len(right), 1)
+    losses = goodness_loss(good, bad, kind) * batch.mask[:, 0].float()
+    metrics = {"core_steps": torch.ones(()), "goodness_gap": (good - bad).detach().mean()}
+    return LossTerms(losses.sum(), batch.mask.sum().float(), metrics)
 
 
 def in_place_hidden(denoiser: Denoiser, inputs: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ from rdlm.blockwise import Blockwise, blocks_of
 from rdlm.config import CheckpointConfig
 from rdlm.denoiser import Denoiser
 from rdlm.errors import UserError
+from rdlm.forward_forward import ForwardForward
 from rdlm.image_denoiser import ImageDenoiser
 from rdlm.masked_denoiser import MaskedDenoiser
 from rdlm.model_config import DitConfig, HuginnConfig, LlamaConfig, MaskedConfig, ModelConfig, VitConfig
@@ -32,7 +33,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "huginn": OF_TEXT,
     "llama": OF_TEXT,
     "masked": ("masked",),
-    "vit": ("classify", "paper", "evidence"),
+    "vit": ("classify", "paper", "evidence", "forward_forward"),
     "dit": ("edm",),
 }
 """What each family can be trained with."""
@@ -106,6 +107,8 @@ def _denoiser(config: CheckpointConfig, block: Block | None) -> Denoiser:
     layers = None if block is None else block.partition.layers[block.index]
     if config.objective.masking is not None:
         return MaskedDenoiser(build_model(model, layers), config.objective, config.noise, block)
+    if config.objective.goodness is not None:
+        return ForwardForward(build_model(model, layers), config.objective, config.noise, block)
     if isinstance(model, DitConfig):
         return ImageDenoiser(build_model(model, layers), config.objective, config.noise, block)
     targets = None

@@ -21,6 +21,7 @@ from torch import Tensor
 from rdlm.config import CheckpointConfig
 from rdlm.context import AttentionContext
 from rdlm.denoiser import Denoiser, Prediction
+from rdlm.forward_forward import ForwardForward
 from rdlm.masked_likelihood import bound
 from rdlm.objectives import two_stream_hidden
 from rdlm.randomness import generator
@@ -33,6 +34,8 @@ LOGITS_AT_ONCE = 1 << 24
 def estimator_of(config: CheckpointConfig, num_steps: int, num_draws: int | None = None, *, in_order: bool = False) -> str:
     """Name of what ``token_logprobs`` returns at K = num_steps; in_order: of ``masked_likelihood.left_to_right``, at any K."""
     if in_order:
+        return config.estimator
+    if config.objective.goodness is not None:
         return config.estimator
     if config.objective.masking is not None:
         drawn = "exact" if num_steps == 1 else "stratified draws" if num_draws is None else f"{num_draws} stratified draws"
@@ -108,6 +111,9 @@ def token_logprobs(
 @torch.no_grad()
 def class_scores(denoiser: Denoiser, images: Tensor, classes: Tensor) -> TokenScores:
     """Log p of the classes [B, 1] of images [B, C, H, W] after one pass at z = 0: normalised, that is K = 1."""
+    if isinstance(denoiser, ForwardForward):
+        logits = denoiser.class_logits(images)
+        return TokenScores(logits.log_softmax(1).gather(1, classes), logits.argmax(1, keepdim=True) == classes)
     return _at_prior(denoiser.at(None), images, classes)
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from rdlm.cross_entropy import CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU
 from rdlm.denoiser import Denoiser
+from rdlm.forward_forward import ForwardForward, goodness_loss
 from rdlm.image_denoiser import ImageDenoiser
 from rdlm.layers.rope import rotary_table
 from rdlm.masked_denoiser import MaskedDenoiser
@@ -126,6 +127,10 @@ def _loss(denoiser: Denoiser, inputs: Tensor, core_steps: int, chunk_elements: i
         return (
             (denoiser.estimate(z, sigma, torch.zeros(len(inputs), dtype=torch.int64)) - inputs).square().flatten(1).mean(1).sum()
         )
+    if isinstance(denoiser, ForwardForward):
+        twice = torch.cat([inputs, inputs])
+        right, wrong = denoiser.goodness(twice, torch.zeros(len(twice), dtype=torch.int64)).split(len(inputs), 1)
+        return goodness_loss(right, wrong, denoiser.objective.goodness or "difference").sum()
     noised = _noised(denoiser, inputs)
     hidden = _hidden(denoiser, inputs, noised, core_steps).flatten(0, 1)
     u = table = None

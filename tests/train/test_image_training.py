@@ -103,6 +103,28 @@ def test_joint_blocks_stay_idle_until_drawn_and_export(
     _usable(Path(running.config.output) / "model")
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_layers_that_learn_each_for_itself_train_resume_and_export(job, tmp_path: Path, stage: int) -> None:
+    """Forward-Forward: no gradient reaches the last norm, in no stage of ZeRO."""
+    changes = {"objective": {"name": "forward_forward"}, "deepspeed.zero_stage": stage, "schedule.steps": 6, "batch.micro_size": 2,
+               "activation_checkpointing": True, "checkpoint.interval_steps": 100,
+               "evaluation": {"interval_steps": 3, "steps": [1], "max_tokens": 12}}  # fmt: skip
+    whole = job("vit", {**changes, "output": str(tmp_path / "whole")})
+    before = {name: weight.clone() for name, weight in whole.weights().items()}
+    assert whole.fit()
+    calls = iter(range(99))
+    assert not job("vit", changes).fit(lambda: next(calls) >= 4)
+    second = job("vit", changes)
+    assert second.step == 4 and second.fit()
+    for name, weight in second.weights().items():
+        assert torch.equal(weight, whole.weights()[name]), name
+    still = {name for name, weight in whole.weights().items() if torch.equal(weight, before[name])}
+    assert all("ln_f" in name for name in still), still
+    export(second)
+    loaded = load(Path(second.config.output) / "model")
+    assert greedy_answers(loaded.denoiser, loaded.config, torch.rand(5, 3, 8, 8), [1])[1].shape == (5, 1)
+
+
 def _usable(folder: Path) -> None:
     loaded = load(folder)
     if loaded.config.model.family == "dit":
