@@ -27,12 +27,13 @@ def check(case: Any) -> None:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("model", [("onestep", "huginn"), ("masked", "masked")], ids=lambda model: model[1])
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
-def test_no_server_errors(mode: Any, make_served: Callable[..., Served]) -> None:
+def test_no_server_errors(mode: Any, model: tuple[str, str], make_served: Callable[..., Served]) -> None:
     """Operation by operation: bodies and parameters as documented, then such as are not."""
     settings = EngineSettings(max_slots=8, chunk=16, prefill_rows=32, max_len=40)
     asked: list[str] = []
-    with Engine(lambda: make_served(settings=settings), max_queue=2048) as engine:
+    with Engine(lambda: make_served(*model, settings=settings), max_queue=2048) as engine:
         document = schemathesis.openapi.from_asgi("/schema/openapi.json", create_app(engine, HttpSettings()))
         for found in document.get_all_operations():
             operation = found.ok()

@@ -246,6 +246,15 @@ def test_scores_at_several_k_are_refused(client: TestClient) -> None:
     assert answer.status_code == 400 and "echo and logprobs" in answer.json()["error"]["message"]
 
 
+def test_a_prompt_may_be_all_that_is_asked_about(client: TestClient, tokenizer: Tokenizer) -> None:
+    only = complete(client, prompt="in the", echo=True, max_tokens=0)
+    assert only["choices"][0]["text"] == "in the" and only["usage"]["recurrence"]["core_steps"] == 0
+    for prompt in ([5], [5, 6, 7]):
+        scored = complete(client, prompt=[prompt], echo=True, logprobs=1, max_tokens=0)["choices"][0]
+        assert scored["text"] == tokenizer.decode(prompt) and len(scored["logprobs"]["token_logprobs"]) == len(prompt)
+        assert scored["logprobs"]["token_logprobs"][0] is None and scored["finish_reason"] == "length"
+
+
 def test_biases_and_bans_hold(client: TestClient, tokenizer: Tokenizer) -> None:
     answer = complete(client, prompt="in", logit_bias={"40": 100}, num_steps=3, max_tokens=6)
     assert answer["choices"][0]["text"] == tokenizer.decode([40] * 6)
