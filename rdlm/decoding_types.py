@@ -17,7 +17,7 @@ Bridge = Literal["hard", "euler", "multistep"]
 Order = Literal["random", "left_to_right", "confidence"]
 """Of masked models: which tokens come into sight first (rdlm/turns.py). random: the sampler that `rdlm.masked_likelihood.bound` bounds.
 left_to_right: with as many steps as hidden tokens the one whose likelihood is `rdlm.masked_likelihood.left_to_right`. confidence: those
-whose draw is the most probable (MaskGIT, Chang et al. 2022): often better text at few steps, and no likelihood is known for it."""
+whose draw is the most probable (MaskGIT, Chang et al. 2022): surer and less varied at few steps, and no likelihood is known for it."""
 
 
 def uniform(*key: int) -> float:
