@@ -23,7 +23,7 @@ PICTURE_COLUMNS = 64
 
 def check_iterates(loaded: Loaded) -> None:
     """UserError for a checkpoint whose K steps are no iteration of one state."""
-    if loaded.config.objective.k_meaning == "sampling" or not loaded.denoiser.model.is_recurrent:
+    if loaded.config.objective.k_meaning == "sampling" or not loaded.config.model.iterates:
         problem = "its core steps are not an iteration of one state"
         remedy = "give a recurrent checkpoint whose K means thinking (bptt, onestep, single_pass)"
         raise UserError("--checkpoint", loaded.config.name, problem, remedy)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rdlm.decoding_types import History, SamplingParams, uniform
+from rdlm.decoding_types import History, SamplingParams
 
-__all__ = ["History", "SamplingParams", "process", "sample", "top_logprobs", "uniform"]
+__all__ = ["History", "SamplingParams", "process", "sample", "top_logprobs"]
 
 MINUS_INF = float("-inf")
 

@@ -18,6 +18,7 @@ from rdlm.denoiser import Rowless
 from rdlm.models.vit import Vit
 
 THRESHOLD, STEEPNESS = 2.0, 4.0
+"""Of ``goodness_loss``: the mean square between right and wrong, and alpha of Lee and Song 2023."""
 
 
 class ForwardForward(Rowless):

@@ -88,7 +88,7 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
     with torch.device(device):
         parts = [_denoiser(config, place) for place in places]
         denoiser = parts[0] if len(parts) == 1 else Blockwise(parts)
-    if not denoiser.model.is_recurrent and (objective.depth.mean > 1 or objective.depth.distribution != "fixed"):
+    if not model.iterates and (objective.depth.mean > 1 or objective.depth.distribution != "fixed"):
         raise UserError(
             "objective.depth",
             objective.depth.mean,

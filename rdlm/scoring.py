@@ -33,9 +33,7 @@ LOGITS_AT_ONCE = 1 << 24
 
 def estimator_of(config: CheckpointConfig, num_steps: int, num_draws: int | None = None, *, in_order: bool = False) -> str:
     """Name of what ``token_logprobs`` returns at K = num_steps; in_order: of ``masked_likelihood.left_to_right``, at any K."""
-    if in_order:
-        return config.estimator
-    if config.objective.goodness is not None:
+    if in_order or config.objective.goodness is not None:
         return config.estimator
     if config.objective.masking is not None:
         drawn = "exact" if num_steps == 1 else "stratified draws" if num_draws is None else f"{num_draws} stratified draws"

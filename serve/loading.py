@@ -85,8 +85,6 @@ def build_served(
         end_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     config.check_text("the engine")
     config.check_whole()
-    if config.objective.masking is not None and settings.kv_cache != "shared":
-        raise UserError("kv_cache", settings.kv_cache, "a masked model keeps no keys", "leave it out")
     limit = config.model.max_seq_len
     max_len = limit if settings.max_len is None else settings.max_len
     if max_len > limit:
@@ -100,24 +98,19 @@ def build_served(
     default = min(config.default_steps, max_steps) if settings.default_steps is None else settings.default_steps
     if default > max_steps:
         raise UserError("default_steps", default, f"it exceeds max_steps ({max_steps})", f"ask for at most {max_steps}")
-    runner = _runner(denoiser.eval(), config, settings, max_len, max_steps, tokenizer.vocab_size)
-    # A masked text runs whole in every step: bounded by its slot, lest a long one keep others waiting for all of its steps.
-    rows = settings.prefill_rows if config.objective.masking is None else max(settings.chunk, settings.max_slots * max_len)
+    runner, rows = _parts(denoiser.eval(), config, settings, max_len, max_steps, tokenizer.vocab_size)
     scheduler = Scheduler(settings.max_slots, rows, settings.chunk)
     return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default, end_ids)
 
 
-def _runner(
+def _parts(
     denoiser: Denoiser, config: CheckpointConfig, settings: EngineSettings, max_len: int, max_steps: int, num_tokens: int
-) -> Runner | MaskedRunner:
-    if config.objective.masking is not None:
-        return MaskedRunner(denoiser, num_tokens)
-    return Runner(
-        denoiser,
-        config,
-        num_slots=settings.max_slots,
-        max_len=max_len,
-        max_steps=max_steps,
-        kv_cache=settings.kv_cache,
-        num_tokens=num_tokens,
-    )
+) -> tuple[Runner | MaskedRunner, int]:
+    """What runs the model, and how many positions of longer segments may share a step. Raises UserError."""
+    if config.objective.masking is None:
+        sizes = {"num_slots": settings.max_slots, "max_len": max_len, "max_steps": max_steps, "num_tokens": num_tokens}
+        return Runner(denoiser, config, kv_cache=settings.kv_cache, **sizes), settings.prefill_rows
+    if settings.kv_cache != "shared":
+        raise UserError("kv_cache", settings.kv_cache, "a masked model keeps no keys", "leave it out")
+    # All texts that have a slot step together: one that waited for a longer one would wait for all of its steps.
+    return MaskedRunner(denoiser, num_tokens), max(settings.chunk, settings.max_slots * max_len)

@@ -1,4 +1,4 @@
-"""What the runner keeps of an open segment between two steps, and what it asks of a sequence or its plan."""
+"""What runners keep of a segment between two steps, what they ask of a sequence or its plan, and log-probabilities as reported."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from rdlm import cache
 from rdlm.blockwise import blocks_of
 from rdlm.config import CheckpointConfig
-from rdlm.decoding import process, sample, uniform
+from rdlm.decoding import process, sample
+from rdlm.decoding_types import uniform
 from rdlm.denoiser import Denoiser, Prediction
 from rdlm.layers.modulation import Condition
 from rdlm.randomness import generator

@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from rdlm.cross_entropy import CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU
 from rdlm.denoiser import Denoiser
-from rdlm.forward_forward import ForwardForward, goodness_loss
+from rdlm.forward_forward import ForwardForward
 from rdlm.image_denoiser import ImageDenoiser
 from rdlm.layers.rope import rotary_table
 from rdlm.masked_denoiser import MaskedDenoiser
-from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
+from rdlm.objectives import Batch, Noised, forward_forward_terms, in_place_hidden, two_stream_hidden
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,8 @@ def _loss(denoiser: Denoiser, inputs: Tensor, core_steps: int, chunk_elements: i
             (denoiser.estimate(z, sigma, torch.zeros(len(inputs), dtype=torch.int64)) - inputs).square().flatten(1).mean(1).sum()
         )
     if isinstance(denoiser, ForwardForward):
-        twice = torch.cat([inputs, inputs])
-        right, wrong = denoiser.goodness(twice, torch.zeros(len(twice), dtype=torch.int64)).split(len(inputs), 1)
-        return goodness_loss(right, wrong, denoiser.objective.goodness or "difference").sum()
+        classes = torch.zeros(len(inputs), 1, dtype=torch.int64)
+        return forward_forward_terms(denoiser, Batch(inputs, classes, torch.ones_like(classes)), torch.Generator()).total
     noised = _noised(denoiser, inputs)
     hidden = _hidden(denoiser, inputs, noised, core_steps).flatten(0, 1)
     u = table = None

@@ -32,8 +32,6 @@ class Backbone(nn.Module, ABC):
     """None where the read-out is tied to the embedding."""
     noise_embedding: NoiseEmbedding | None
     embed_scale: float = 1.0
-    is_recurrent: bool
-    """Whether the core may run more than once."""
     is_causal: bool = True
     """Whether rows of whole sequences see only what precedes them."""
     modulates_in_layers: bool = False

@@ -20,7 +20,6 @@ class Dit(nn.Module):
     Deviations from the publication: RMSNorm and gated MLPs, gates of 1 + gate, learned places; all layers start as plain ones.
     """
 
-    is_recurrent = False
     modulates_in_layers = True
     """Layers are given the embedding, see Backbone."""
 

@@ -21,8 +21,6 @@ from rdlm.models.blocks import SandwichBlock
 class Huginn(Backbone):
     """e = prelude(embed(ids)); state = core(adapter([state, e])) K times; hidden = ln_f(coda(ln_f(state)))."""
 
-    is_recurrent = True
-
     def __init__(self, config: HuginnConfig) -> None:
         super().__init__()
         self.config, self.vocab_size = config, config.vocab_size

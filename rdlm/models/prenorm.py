@@ -75,8 +75,6 @@ def init_pre_norm(model: nn.Module, num_layers: int, generator: torch.Generator)
 class PreNormModel(Backbone):
     """Built from a part of its layers it is a block: embedding, stem, these layers, norm and read-out, all its own."""
 
-    is_recurrent = False
-
     def __init__(self, config: TextConfig | VitConfig, layers: range | None = None, num_kv_heads: int | None = None) -> None:
         """layers: which of the network's layers, None for all."""
         super().__init__()

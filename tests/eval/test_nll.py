@@ -74,7 +74,7 @@ class Bigram(Backbone):
     """Logits are ln(count(token, next) + 1): the state is the one-hot token, the read-out the table of counts. A core step keeps the
     state, so every K says the same."""
 
-    is_recurrent, noise_embedding, lm_head, core_layers = True, None, None, nn.ModuleList()
+    noise_embedding, lm_head, core_layers = None, None, nn.ModuleList()
 
     def __init__(self, text: torch.Tensor, vocab_size: int) -> None:
         super().__init__()

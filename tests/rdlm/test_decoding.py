@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdlm.decoding import History, SamplingParams, process, sample, top_logprobs, uniform
+from rdlm.decoding import History, SamplingParams, process, sample, top_logprobs
+from rdlm.decoding_types import uniform
 from rdlm.errors import UserError
 
 VOCAB = 20

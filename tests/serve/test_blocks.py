@@ -14,8 +14,8 @@ from rdlm.blockwise import blocks_of
 from rdlm.checkpoint import save
 from rdlm.cli import app, run
 from rdlm.config import CheckpointConfig
-from rdlm.decoding import process, sample, uniform
-from rdlm.decoding_types import Bridge, History, SamplingParams
+from rdlm.decoding import process, sample
+from rdlm.decoding_types import Bridge, History, SamplingParams, uniform
 from rdlm.denoiser import Prediction
 from rdlm.errors import UserError
 from rdlm.objectives import two_stream_hidden

@@ -157,7 +157,7 @@ def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(job, tmp
     assert all(torch.equal(weight, pair[1][name]) for name, weight in pair[0].items())
 
 
-@pytest.mark.parametrize("objective", ["classify", "paper", "evidence", "edm"])
+@pytest.mark.parametrize("objective", ["classify", "paper", "evidence", "forward_forward", "edm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_planned_from_what_the_objective_allocates(document, allocated, objective: str, dtype: torch.dtype) -> None:
     family = FAMILIES["dit" if objective == "edm" else "vit"]
