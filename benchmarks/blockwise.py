@@ -33,7 +33,14 @@ from rdlm.errors import UserError
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-SHAPE: dict[str, Any] = {"family": "llama", "vocab_size": 4096, "d_model": 128, "num_heads": 4, "mlp_width": 448, "num_layers": 8}
+SHAPE: dict[str, Any] = {
+    "family": "llama",
+    "vocab_size": 4096,
+    "d_model": 128,
+    "num_heads": 4,
+    "mlp_width": 448,
+    "num_layers": 8,
+}
 SIGMAS = "0.2,0.3,0.4,0.5,0.63,1,2,8"
 """Levels at which cross-entropies are compared, from what nearly names the token to what says nothing."""
 CURVE_TOKENS = 16_384
@@ -41,7 +48,7 @@ CURVE_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. equal: what it has in common with end-to-end training; blocks: see rdlm.config.BlocksConfig."""
+    """One way to train. equal: what it has in common with end-to-end training; blocks: see rdlm.config.checkpoint.BlocksConfig."""
 
     objective: str
     num_blocks: int = 1
@@ -63,7 +70,10 @@ MAIN = {"next_token": Arm("next_token")} | {
     f"{objective} B={blocks} {equal}": Arm(objective, blocks, equal)
     for objective in OBJECTIVES for blocks in BLOCKS for equal in ("evaluations", "time")
 }  # fmt: skip
-DEPTH = {f"next_token {layers} layers": Arm("next_token", equal="evaluations", num_layers=layers) for layers in (2, 4)}
+DEPTH = {
+    f"next_token {layers} layers": Arm("next_token", equal="evaluations", num_layers=layers)
+    for layers in (2, 4)
+}
 """A likelihood is asked of block 0 alone: what do its layers reach when they are the whole network, in as many updates?"""
 CUTS: dict[str, dict[str, Any]] = {
     "uniform": {"partition": "uniform"},
@@ -87,7 +97,8 @@ def seconds_per_update(file: Path, rounds: int = 9) -> dict[str, float]:
     if not file.exists():
         torch.set_num_threads(1)
         timed = {
-            arm.cost: Timed({"name": arm.objective}, SHAPE, BATCH_SIZE, SEQ_LEN, "cpu", blocks=arm.cut()) for arm in MAIN.values()
+            arm.cost: Timed({"name": arm.objective}, SHAPE, BATCH_SIZE, SEQ_LEN, "cpu", blocks=arm.cut())
+            for arm in MAIN.values()
         }
         write_json(file, interleaved_medians(timed, rounds, time.process_time))
     return read_json(file)
@@ -102,7 +113,9 @@ def updates_of(arm: Arm, minutes: float, cost: dict[str, float]) -> int:
 def config_of(name: str, seed: int, steps: int, lr: float, data: Path) -> dict[str, Any]:
     arm = ARMS[name]
     base = base_config(name, seed, steps, lr, data)
-    warmup = min(100 * arm.num_blocks, steps // 5)  # as many of each block's own updates as the whole network gets
+    warmup = min(
+        100 * arm.num_blocks, steps // 5
+    )  # as many of each block's own updates as the whole network gets
     return {
         **base, "model": {**SHAPE, "num_layers": arm.num_layers, "max_seq_len": SEQ_LEN}, "objective": {"name": arm.objective},
         "schedule": {**base["schedule"], "warmup_steps": warmup},
@@ -127,7 +140,9 @@ def run_arm(
         if not curve.exists():
             options = ["--sigmas", SIGMAS, "--max-tokens", str(CURVE_TOKENS), "--out", str(curve)]
             run_rdlm(["eval", "ce-by-sigma", *common, *options], folder / "log.txt")
-        row["curve"] = [{key: r[key] for key in ("sigma", "ce", "reference")} for r in read_json(curve)["results"]]
+        row["curve"] = [
+            {key: r[key] for key in ("sigma", "ce", "reference")} for r in read_json(curve)["results"]
+        ]
     texts = folder / "texts.json"
     if prompts and not texts.exists():
         options = ["--num-steps", str(arm.num_blocks), "--num-prompts", str(prompts), "--out", str(texts)]
@@ -140,7 +155,11 @@ def run_arm(
 def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:
     """Left: held-out NLL against B. Right: cross-entropy by sigma of the main arms with most blocks. First seed and learning rate."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    first = [row for row in rows if row["seed"] == min(r["seed"] for r in rows) and row["lr"] == min(r["lr"] for r in rows)]
+    first = [
+        row
+        for row in rows
+        if row["seed"] == min(r["seed"] for r in rows) and row["lr"] == min(r["lr"] for r in rows)
+    ]
     for objective in OBJECTIVES:
         for equal, style in (("evaluations", "-"), ("time", "--")):
             points = [
@@ -149,17 +168,33 @@ def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:
                 if r["arm"] in MAIN and (r["objective"], r["equal"]) == (objective, equal)
             ]
             if points:
-                left.plot(*zip(*sorted(points), strict=True), style, marker="o", label=f"{objective}, equal {equal}")
+                left.plot(
+                    *zip(*sorted(points), strict=True), style, marker="o", label=f"{objective}, equal {equal}"
+                )
     for row in first:
         if row["objective"] == "next_token":
             nll, layers = row["results"][0]["nll"], ARMS[row["arm"]].num_layers
-            left.axhline(nll, color="grey", linewidth=layers / 4, linestyle=":", label=f"next_token, {layers} layers")
+            left.axhline(
+                nll, color="grey", linewidth=layers / 4, linestyle=":", label=f"next_token, {layers} layers"
+            )
         elif row["num_blocks"] == max(BLOCKS) and row["arm"] in MAIN:
-            right.plot([p["sigma"] for p in row["curve"]], [p["ce"] for p in row["curve"]], marker=".", label=row["arm"])
-    left.set(xlabel="B, blocks", ylabel="held-out NLL, nats per token", title=f"{minutes:g} CPU minutes of next-token training")
+            right.plot(
+                [p["sigma"] for p in row["curve"]],
+                [p["ce"] for p in row["curve"]],
+                marker=".",
+                label=row["arm"],
+            )
+    left.set(
+        xlabel="B, blocks",
+        ylabel="held-out NLL, nats per token",
+        title=f"{minutes:g} CPU minutes of next-token training",
+    )
     left.set_xticks(BLOCKS, labels=[str(b) for b in BLOCKS])
     right.set(
-        xscale="log", xlabel="noise level sigma", ylabel="cross-entropy with z from the truth, nats", title="Not a likelihood"
+        xscale="log",
+        xlabel="noise level sigma",
+        ylabel="cross-entropy with z from the truth, nats",
+        title="Not a likelihood",
     )
     right.set_xticks([float(sigma) for sigma in SIGMAS.split(",")], labels=SIGMAS.split(","))
     right.minorticks_off()
@@ -178,7 +213,9 @@ def merge(out: Path, row: dict[str, Any], head: dict[str, Any]) -> list[dict[str
         before = read_json(out)
         for name, value in head.items():
             if before[name] != value:
-                raise UserError(name, value, f"{out} was made with {before[name]}", "give the same, or another --out")
+                raise UserError(
+                    name, value, f"{out} was made with {before[name]}", "give the same, or another --out"
+                )
         key = [row[name] for name in ("arm", "seed", "lr")]
         runs = [r for r in before["runs"] if [r[name] for name in ("arm", "seed", "lr")] != key] + [row]
     order = list(ARMS)
@@ -194,7 +231,9 @@ app = typer.Typer(add_completion=False)
 def main(
     data: Annotated[Path, typer.Option(help="Folder of `rdlm data prepare` with a vocabulary of 4096.")],
     out: Annotated[Path, typer.Option(help="JSON to write; a PNG of the same name stands beside it.")],
-    minutes: Annotated[float, typer.Option(help="CPU minutes of one core that next-token training gets.")] = 2.5,
+    minutes: Annotated[
+        float, typer.Option(help="CPU minutes of one core that next-token training gets.")
+    ] = 2.5,
     arms: Annotated[
         str, typer.Option(help="Arms with commas; main, depth and ablation stand for several.")
     ] = "main,depth,ablation",
@@ -203,17 +242,32 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 1,
     root: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs/blockwise"),
     max_tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 65_536,
-    prompts: Annotated[int, typer.Option(min=0, help="Generative perplexity at K = B on so many prompts; 0: not now.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only measure costs and print what each run takes.")] = False,
+    prompts: Annotated[
+        int, typer.Option(min=0, help="Generative perplexity at K = B on so many prompts; 0: not now.")
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only measure costs and print what each run takes.")
+    ] = False,
 ) -> int:
     """Train and score every arm; each row is written when its run ends."""
-    names = [name for part in arms.split(",") for name in {"main": MAIN, "depth": DEPTH, "ablation": ABLATION}.get(part, [part])]
+    names = [
+        name
+        for part in arms.split(",")
+        for name in {"main": MAIN, "depth": DEPTH, "ablation": ABLATION}.get(part, [part])
+    ]
     for name in names:
         if name not in ARMS:
-            raise UserError("--arms", name, "there is no such arm", f"choose among main, depth, ablation, {', '.join(ARMS)}")
+            raise UserError(
+                "--arms",
+                name,
+                "there is no such arm",
+                f"choose among main, depth, ablation, {', '.join(ARMS)}",
+            )
     root.mkdir(parents=True, exist_ok=True)
     cost = seconds_per_update(root / "seconds_per_update.json")
-    wanted = [(name, int(seed), float(lr)) for seed in seeds.split(",") for lr in lrs.split(",") for name in names]
+    wanted = [
+        (name, int(seed), float(lr)) for seed in seeds.split(",") for lr in lrs.split(",") for name in names
+    ]
     updates = {name: updates_of(ARMS[name], minutes, cost) for name in names}
     for name in names:
         print(
@@ -230,7 +284,10 @@ def main(
         row = run_arm(name, seed, updates[name], lr, data, root, max_tokens, prompts)
         with writing:
             plot(merge(out, row, head), out.with_suffix(".png"), minutes)
-        print(f"{name:28} seed {seed} lr {lr:g}: NLL {row['results'][0]['nll']:.4f}, {row['cpu_seconds']:.0f} CPU s", flush=True)
+        print(
+            f"{name:28} seed {seed} lr {lr:g}: NLL {row['results'][0]['nll']:.4f}, {row['cpu_seconds']:.0f} CPU s",
+            flush=True,
+        )
 
     in_parallel(jobs, [partial(one, *arguments) for arguments in wanted])
     return 0

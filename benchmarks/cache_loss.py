@@ -15,16 +15,18 @@ import torch
 import typer
 
 from benchmarks.common import provenance, write_json
-from rdlm.checkpoint import load
+from rdlm.checkpoints.folder import load
+from rdlm.data.token_shards import TokenStore
 from rdlm.scoring import token_logprobs
-from rdlm.shards import TokenStore
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.sequence import Request
 from serve.loading import load_served
-from serve.sequence import Request
 from serve.settings import EngineSettings
 
 
-def engine_nll(checkpoint: Path, windows: torch.Tensor, num_steps: int, kv_cache: Literal["shared", "full"]) -> float:
+def engine_nll(
+    checkpoint: Path, windows: torch.Tensor, num_steps: int, kv_cache: Literal["shared", "full"]
+) -> float:
     """Mean nats per token of windows [N, T + 1], one position at a time."""
     settings = EngineSettings(
         kv_cache=kv_cache,
@@ -38,7 +40,9 @@ def engine_nll(checkpoint: Path, windows: torch.Tensor, num_steps: int, kv_cache
     requests = [Request(tuple(row), num_steps, max_tokens=0, prompt_logprobs=0) for row in windows.tolist()]
     with Engine(lambda: load_served(checkpoint, settings)) as engine:
         answers = engine.generate(requests)
-    logprobs = [entry.logprob for events in answers for event in events for entry in event.prompt_logprobs or []]
+    logprobs = [
+        entry.logprob for events in answers for event in events for entry in event.prompt_logprobs or []
+    ]
     assert len(logprobs) == windows[:, 1:].numel()
     return -sum(logprobs) / len(logprobs)
 
@@ -57,9 +61,16 @@ def main(
     windows = torch.cat([batch.inputs, batch.targets[:, -1:]], 1)
     rows: dict[str, Any] = {}
     for k in (int(part) for part in steps.split(",")):
-        exact = -token_logprobs(loaded.denoiser, loaded.config, batch.inputs, batch.targets, [k])[k].mean().item()
-        rows[str(k)] = {"exact": exact, **{kind: engine_nll(checkpoint, windows, k, kind) for kind in ("full", "shared")}}
-        print(f"K={k}: " + ", ".join(f"{name} {value:.5f}" for name, value in rows[str(k)].items()), flush=True)
+        exact = (
+            -token_logprobs(loaded.denoiser, loaded.config, batch.inputs, batch.targets, [k])[k].mean().item()
+        )
+        rows[str(k)] = {
+            "exact": exact,
+            **{kind: engine_nll(checkpoint, windows, k, kind) for kind in ("full", "shared")},
+        }
+        print(
+            f"K={k}: " + ", ".join(f"{name} {value:.5f}" for name, value in rows[str(k)].items()), flush=True
+        )
     write_json(
         out,
         {

@@ -41,7 +41,9 @@ def running_server(checkpoint: Path, options: str, seconds: float = 120.0) -> It
         command = [sys.executable, "-m", "rdlm", "serve", "--checkpoint", str(checkpoint), "--port", "0"]
         command += ["--port-file", str(port_file), "--log-format", "text", *shlex.split(options)]
         with log.open("wb") as stream:
-            process = subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=os.environ)
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, env=os.environ
+            )
         try:
             yield Server(_when_ready(process, port_file, log, time.monotonic() + seconds), process, log)
         finally:
@@ -103,7 +105,9 @@ class Workload:
     """K -> weight."""
 
     def body(self, rng: random.Random, **more: Any) -> dict[str, Any]:
-        length, answer = (rng.randint(max(1, n // 2), n + n // 2) for n in (self.prompt_tokens, self.num_tokens))
+        length, answer = (
+            rng.randint(max(1, n // 2), n + n // 2) for n in (self.prompt_tokens, self.num_tokens)
+        )
         (k,) = rng.choices(list(self.steps), list(self.steps.values()))
         return {
             "prompt": [rng.randrange(5, self.vocab_size) for _ in range(length)], "num_steps": k, "max_tokens": answer,
@@ -124,7 +128,11 @@ def parse_steps(text: str) -> dict[int, float]:
 
 
 async def ask(
-    client: httpx.AsyncClient, body: dict[str, Any], due: float, kind: str = "stream", leave: int | None = None
+    client: httpx.AsyncClient,
+    body: dict[str, Any],
+    due: float,
+    kind: str = "stream",
+    leave: int | None = None,
 ) -> Sample:
     """Send a completion and time its tokens. leave: drop the connection after so many tokens."""
     sample = Sample(kind, body["num_steps"], due, asked=body["max_tokens"])
@@ -168,7 +176,11 @@ async def closed_loop(seconds: float, lanes: int, send: Callable[[float], Awaita
             samples.append(await send(now))
         return samples
 
-    return [sample for lane_samples in await asyncio.gather(*(lane() for _ in range(lanes))) for sample in lane_samples]
+    return [
+        sample
+        for lane_samples in await asyncio.gather(*(lane() for _ in range(lanes)))
+        for sample in lane_samples
+    ]
 
 
 async def open_loop(
@@ -192,7 +204,9 @@ def connect(url: str, key: str | None = None) -> httpx.AsyncClient:
     """As many connections as there are requests: the server does the queueing."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    return httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=httpx.Timeout(300, connect=30))
+    return httpx.AsyncClient(
+        base_url=url, headers=headers, limits=limits, timeout=httpx.Timeout(300, connect=30)
+    )
 
 
 async def scrape(client: httpx.AsyncClient) -> dict[str, float]:

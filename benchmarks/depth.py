@@ -22,8 +22,8 @@ import typer
 from benchmarks.common import in_parallel, last_metrics, provenance, read_json, train, write_json
 from benchmarks.train_step import Arm, interleaved_medians
 from eval.depth import evaluate_depth
-from rdlm.checkpoint import load
-from rdlm.tasks import GroupProduct
+from rdlm.checkpoints.folder import load
+from rdlm.data.synthetic import GroupProduct
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -49,14 +49,21 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "paper": ({"name": "paper"},) * 2,
     "evidence": ({"name": "evidence"},) * 2,
-    "onestep": ({"name": "onestep", "depth": POISSON}, {"name": "onestep", "depth": {"distribution": "fixed", "mean": 9}}),
+    "onestep": (
+        {"name": "onestep", "depth": POISSON},
+        {"name": "onestep", "depth": {"distribution": "fixed", "mean": 9}},
+    ),
     "single_pass": (
         {"name": "single_pass", "depth": POISSON},
         {"name": "single_pass", "depth": {"distribution": "fixed", "mean": 9}},
     ),
     "single_pass by sequence": (
         {"name": "single_pass", "depth": POISSON, "corruption": {"per": "sequence"}},
-        {"name": "single_pass", "depth": {"distribution": "fixed", "mean": 9}, "corruption": {"per": "sequence"}},
+        {
+            "name": "single_pass",
+            "depth": {"distribution": "fixed", "mean": 9},
+            "corruption": {"per": "sequence"},
+        },
     ),
 }
 """Arm -> (objective trained, the same with r fixed at its mean, which is what is timed)."""
@@ -99,16 +106,28 @@ def run_arm(name: str, seed: int, updates: int, lr: float, root: Path) -> dict[s
 
 
 def best_lr(rows: list[dict[str, Any]], name: str) -> float:
-    return max((r for r in rows if r["arm"] == name), key=lambda r: max(a["all"] for a in r["accuracy"]["16"].values()))["lr"]
+    return max(
+        (r for r in rows if r["arm"] == name),
+        key=lambda r: max(a["all"] for a in r["accuracy"]["16"].values()),
+    )["lr"]
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for axes, length in zip(panels, ("16", "24"), strict=True):
         for name in ARMS:
-            curves = [[r["accuracy"][length][str(k)]["all"] for k in KS] for r in rows if r["arm"] == name and r["best_lr"]]
+            curves = [
+                [r["accuracy"][length][str(k)]["all"] for k in KS]
+                for r in rows
+                if r["arm"] == name and r["best_lr"]
+            ]
             if curves:
-                axes.plot(KS, [statistics.mean(values) for values in zip(*curves, strict=True)], marker="o", label=name)
+                axes.plot(
+                    KS,
+                    [statistics.mean(values) for values in zip(*curves, strict=True)],
+                    marker="o",
+                    label=name,
+                )
         axes.axhline(1 / 6, color="grey", linestyle=":", label="chance")
         axes.set(xscale="log", xlabel="K, core steps", title=f"S3 running product, {length} positions")
         axes.set_xticks(KS, labels=[str(k) for k in KS])
@@ -122,17 +141,24 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON to write; a PNG of the same name stands beside it.")],
     seconds: Annotated[float, typer.Option(help="CPU seconds of one core a run.")] = 90.0,
     arms: Annotated[str, typer.Option(help="Arms with commas.")] = ",".join(ARMS),
-    lrs: Annotated[str, typer.Option(help="Learning rates with commas, swept with the first seed.")] = "0.003,0.005,0.008",
+    lrs: Annotated[
+        str, typer.Option(help="Learning rates with commas, swept with the first seed.")
+    ] = "0.003,0.005,0.008",
     seeds: Annotated[str, typer.Option(help="Seeds with commas.")] = "0,1,2",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 1,
-    root: Annotated[Path, typer.Option(help="Where runs are kept; interrupted ones go on.")] = Path("runs/depth"),
+    root: Annotated[Path, typer.Option(help="Where runs are kept; interrupted ones go on.")] = Path(
+        "runs/depth"
+    ),
 ) -> None:
     """Train and test every arm."""
     root.mkdir(parents=True, exist_ok=True)
     timing = root / "seconds_per_update.json"
     if not timing.exists():
         torch.set_num_threads(1)
-        timed = {name: Arm(cost, SHAPE, BATCH_SIZE, LENGTH, "cpu", torch.float32) for name, (_, cost) in ARMS.items()}
+        timed = {
+            name: Arm(cost, SHAPE, BATCH_SIZE, LENGTH, "cpu", torch.float32)
+            for name, (_, cost) in ARMS.items()
+        }
         write_json(timing, interleaved_medians(timed, 9, time.process_time))
     cost, names, first, *others = read_json(timing), arms.split(","), *(int(s) for s in seeds.split(","))
 

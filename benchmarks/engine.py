@@ -4,8 +4,8 @@
 
 One random 8-layer model, greedy, wall time, medians over repeats that are interleaved so that all sides see the same machine.
 ``naive``: plain PyTorch with a key-value cache, one request after the other. ``limit``: the same loop over all requests as one dense
-batch of equal length and equal K, which a server cannot choose: forwards and arg-max only. ``engine``: serve/engine.py as ``rdlm
-serve`` builds it. Naive runs the model as it is, the other two the weights that a server packs (serve/packing.py). Tokens a second
+batch of equal length and equal K, which a server cannot choose: forwards and arg-max only. ``engine``: serve/engine/engine.py as ``rdlm
+serve`` builds it. Naive runs the model as it is, the other two the weights that a server packs (serve/engine/packing.py). Tokens a second
 count the time of the prompts too. All three for each dtype, so that a gain of the dtype is not counted as one of the engine;
 compiled: MLPs through torch.compile on all sides, and nothing packed.
 """
@@ -25,19 +25,19 @@ import typer
 from torch import Tensor
 
 from benchmarks.common import provenance, write_json
-from rdlm.config import CheckpointConfig
-from rdlm.context import attention
-from rdlm.decoding_types import SamplingParams
-from rdlm.denoiser import Denoiser
-from rdlm.layers.mlp import GatedMLP
-from rdlm.layers.rope import rotary_table
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.tokenizer import train_tokenizer
+from rdlm.nn.context import attention
+from rdlm.nn.mlp import GatedMLP
+from rdlm.nn.rotary import rotary_table
+from rdlm.objectives.denoiser import Denoiser
 from rdlm.registry import build
-from rdlm.tokenizer import train_tokenizer
-from serve.engine import Engine
+from rdlm.sampling_params import SamplingParams
+from serve.engine.engine import Engine
+from serve.engine.packing import pack_weights
+from serve.engine.runner import Runner
+from serve.engine.sequence import Request
 from serve.loading import build_served
-from serve.packing import pack_weights
-from serve.runner import Runner
-from serve.sequence import Request
 from serve.settings import EngineSettings
 
 MIX = (4, 8, 16, 32)
@@ -68,17 +68,25 @@ class DenseCache:
 
     def __init__(self, denoiser: Denoiser, batch: int, max_len: int) -> None:
         model = denoiser.model
-        weight, shape = model.ln_f.weight, (model.num_cache_layers, batch, max_len, model.num_kv_heads, model.head_dim)
+        weight, shape = (
+            model.ln_f.weight,
+            (model.num_cache_layers, batch, max_len, model.num_kv_heads, model.head_dim),
+        )
         self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
         self.start = self.end = 0
 
     def rope(self, head_dim: int, base: float) -> Tensor:
-        return rotary_table(head_dim, base, self.k.shape[2], self.k.device)[self.start : self.end][None, :, None]
+        return rotary_table(head_dim, base, self.k.shape[2], self.k.device)[self.start : self.end][
+            None, :, None
+        ]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         self.k[layer, :, self.start : self.end], self.v[layer, :, self.start : self.end] = k, v
         return attention(
-            q, self.k[layer, :, : self.end], self.v[layer, :, : self.end], is_causal=self.start == 0 and self.end > 1
+            q,
+            self.k[layer, :, : self.end],
+            self.v[layer, :, : self.end],
+            is_causal=self.start == 0 and self.end > 1,
         )
 
 
@@ -130,7 +138,9 @@ def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0] if key != "ids"}
 
 
-def against_naive(denoiser: Denoiser, engine: Engine, prompts: Tensor, k: int, num_tokens: int, repeats: int) -> dict[str, Any]:
+def against_naive(
+    denoiser: Denoiser, engine: Engine, prompts: Tensor, k: int, num_tokens: int, repeats: int
+) -> dict[str, Any]:
     """Engine, naive loop and limit at one K. The naive loop answers an eighth of the prompts: its rate does not depend on how many.
 
     denoiser: the model of the naive loop; that of the limit is the engine's own.
@@ -138,17 +148,29 @@ def against_naive(denoiser: Denoiser, engine: Engine, prompts: Tensor, k: int, n
     assert isinstance(engine.served.runner, Runner)
     served, few = engine.served.runner.denoiser, prompts[: max(1, len(prompts) // 8)]
     sides: dict[str, tuple[int, Callable[[], Any]]] = {
-        "naive": (len(few), lambda: torch.cat([dense_greedy(denoiser, p[None], k, num_tokens) for p in few]).cpu()),
+        "naive": (
+            len(few),
+            lambda: torch.cat([dense_greedy(denoiser, p[None], k, num_tokens) for p in few]).cpu(),
+        ),
         "limit": (len(prompts), lambda: dense_greedy(served, prompts, k, num_tokens).cpu()),
-        "engine": (len(prompts), lambda: engine_run(engine, prompts, [k] * len(prompts), [num_tokens] * len(prompts))),
+        "engine": (
+            len(prompts),
+            lambda: engine_run(engine, prompts, [k] * len(prompts), [num_tokens] * len(prompts)),
+        ),
     }
     runs: dict[str, list[tuple[float, float, Any]]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, (_, call) in sides.items():
             runs[name].append(timed(call))
     seconds, cpu_seconds = ({name: [run[i] for run in runs[name]] for name in sides} for i in (0, 1))
-    rates = {name: answered * num_tokens / statistics.median(seconds[name]) for name, (answered, _) in sides.items()}
-    cpu = {name: statistics.median(cpu_seconds[name]) / (answered * num_tokens) for name, (answered, _) in sides.items()}
+    rates = {
+        name: answered * num_tokens / statistics.median(seconds[name])
+        for name, (answered, _) in sides.items()
+    }
+    cpu = {
+        name: statistics.median(cpu_seconds[name]) / (answered * num_tokens)
+        for name, (answered, _) in sides.items()
+    }
     of_engine, naive = [found for _, _, found in runs["engine"]], runs["naive"][-1][2]
     return {
         "num_steps": k, "tokens_per_s": rates, "seconds": seconds, "cpu_seconds_per_token": cpu,
@@ -171,7 +193,9 @@ def against_mean_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: in
     mean, one = sum(MIX) // len(MIX), prompts[: len(ks), :1]
     work = num_tokens * max(MIX)
     sides = {"mix": (ks, [work // k for k in ks]), "even": ([mean] * len(ks), [round(work / mean)] * len(ks))}
-    runs: dict[tuple[str, bool], list[dict[str, Any]]] = {(side, in_step): [] for in_step in (True, False) for side in sides}
+    runs: dict[tuple[str, bool], list[dict[str, Any]]] = {
+        (side, in_step): [] for in_step in (True, False) for side in sides
+    }
     for _ in range(repeats):
         for (side, in_step), found in runs.items():
             found.append(engine_run(engine, one, *sides[side], in_step=in_step))
@@ -196,7 +220,12 @@ def along_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: int) -> d
     weight = 1 / y  # relative errors count alike
     fixed, per_step = torch.linalg.lstsq(x * weight[:, None], y * weight).solution.tolist()
     off = max(abs(fixed + per_step * k - cost[k]) / cost[k] for k in ks)
-    return {"seconds_per_token": cost, "fixed": fixed, "per_step": per_step, "largest_relative_deviation": off}
+    return {
+        "seconds_per_token": cost,
+        "fixed": fixed,
+        "per_step": per_step,
+        "largest_relative_deviation": off,
+    }
 
 
 def compile_mlps(denoiser: Denoiser) -> None:
@@ -219,21 +248,47 @@ def describe(name: str, found: dict[str, Any]) -> str:
 def verdicts(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The targets with what was measured; ``met`` says whether ``value`` is at least, or at most, ``bound``."""
     pairs = found["against_naive"]
-    targets = [(f"engine over naive, {name}", pair["engine_over_naive"], ">=", 8.0) for name, pair in pairs.items()]
+    targets = [
+        (f"engine over naive, {name}", pair["engine_over_naive"], ">=", 8.0) for name, pair in pairs.items()
+    ]
     for k in sorted({pair["num_steps"] for pair in pairs.values()}):
         best = {
-            side: max((pair["tokens_per_s"][side], name) for name, pair in pairs.items() if pair["num_steps"] == k)
+            side: max(
+                (pair["tokens_per_s"][side], name) for name, pair in pairs.items() if pair["num_steps"] == k
+            )
             for side in ("engine", "naive")
         }
         (fast, of_engine), (slow, of_naive) = best["engine"], best["naive"]
-        targets.append((f"engine ({of_engine}) over naive ({of_naive}), each at its best", fast / slow, ">=", 8.0))
-    targets += [(f"bookkeeping's share of a step, {name}", pair["bookkeeping_share"], "<=", 0.1) for name, pair in pairs.items()]
-    for key, when in (("mix_over_even", "all started together"), ("mix_over_even_out_of_step", "out of step")):
-        targets.append((f"rate of a mix of K over that of its mean K, {when}, {found['dtype']}", found["mix"][key], ">=", 0.9))
+        targets.append(
+            (f"engine ({of_engine}) over naive ({of_naive}), each at its best", fast / slow, ">=", 8.0)
+        )
+    targets += [
+        (f"bookkeeping's share of a step, {name}", pair["bookkeeping_share"], "<=", 0.1)
+        for name, pair in pairs.items()
+    ]
+    for key, when in (
+        ("mix_over_even", "all started together"),
+        ("mix_over_even_out_of_step", "out of step"),
+    ):
+        targets.append(
+            (
+                f"rate of a mix of K over that of its mean K, {when}, {found['dtype']}",
+                found["mix"][key],
+                ">=",
+                0.9,
+            )
+        )
     off = found["along_k"]["largest_relative_deviation"]
-    targets.append((f"largest deviation of a token's cost from a line in K, {found['dtype']}", off, "<=", 0.1))
+    targets.append(
+        (f"largest deviation of a token's cost from a line in K, {found['dtype']}", off, "<=", 0.1)
+    )
     return [
-        {"target": name, "value": value, "bound": f"{sign} {bound}", "met": value >= bound if sign == ">=" else value <= bound}
+        {
+            "target": name,
+            "value": value,
+            "bound": f"{sign} {bound}",
+            "met": value >= bound if sign == ">=" else value <= bound,
+        }
         for name, value, sign, bound in targets
     ]
 
@@ -248,27 +303,38 @@ def main(
     vocab_size: int = 4096,
     threads: Annotated[int, typer.Option(min=1, help="Threads of PyTorch.")] = 2,
     device: str = "cpu",
-    compiled: Annotated[bool, typer.Option(help="Measure with compiled MLPs too (needs a C++ compiler on a CPU).")] = True,
+    compiled: Annotated[
+        bool, typer.Option(help="Measure with compiled MLPs too (needs a C++ compiler on a CPU).")
+    ] = True,
 ) -> None:
     """Measure, print the ratios, write everything."""
     torch.set_num_threads(threads)
     short = max(1, num_tokens // 4)
     longest = max(num_tokens, short * max(MIX) // min(MIX))
     denoiser, config, tokenizer = build_model(d_model, vocab_size, prompt_tokens + longest)
-    prompts = torch.randint(5, tokenizer.vocab_size, (concurrent, prompt_tokens), generator=torch.Generator().manual_seed(1))
+    prompts = torch.randint(
+        5, tokenizer.vocab_size, (concurrent, prompt_tokens), generator=torch.Generator().manual_seed(1)
+    )
     found: dict[str, Any] = {"dtype": "float32", "against_naive": {}, "packed_layers": {}}
     for name in ["float32", "bfloat16", *["bfloat16, compiled"] * compiled]:
-        denoiser, there = denoiser.to(device=device, dtype=getattr(torch, name.partition(",")[0])), prompts.to(device)
+        denoiser, there = (
+            denoiser.to(device=device, dtype=getattr(torch, name.partition(",")[0])),
+            prompts.to(device),
+        )
         served = denoiser
         if name.endswith("compiled"):
             compile_mlps(denoiser)
         else:
             served = copy.deepcopy(denoiser)
             found["packed_layers"][name] = pack_weights(served)
-        with Engine(partial(build_served, served, config, tokenizer, EngineSettings(max_slots=concurrent))) as engine:
+        with Engine(
+            partial(build_served, served, config, tokenizer, EngineSettings(max_slots=concurrent))
+        ) as engine:
             against_naive(denoiser, engine, there, 1, 2, 1)  # warm up
             for k in (4, 16):
-                found["against_naive"][f"{name}, K = {k}"] = one = against_naive(denoiser, engine, there, k, num_tokens, repeats)
+                found["against_naive"][f"{name}, K = {k}"] = one = against_naive(
+                    denoiser, engine, there, k, num_tokens, repeats
+                )
                 print(describe(name, one), flush=True)
             if name == found["dtype"]:
                 found["mix"] = mix = against_mean_k(engine, there, short, repeats)
@@ -279,12 +345,18 @@ def main(
                       f"largest deviation {line['largest_relative_deviation']:.1%}", flush=True)  # fmt: skip
     found["targets"] = verdicts(found)
     for target in found["targets"]:
-        print(f"{'met   ' if target['met'] else 'MISSED'} {target['target']}: {target['value']:.3g} ({target['bound']})")
+        print(
+            f"{'met   ' if target['met'] else 'MISSED'} {target['target']}: {target['value']:.3g} ({target['bound']})"
+        )
     shape = {
         "concurrent": concurrent, "prompt_tokens": prompt_tokens, "num_tokens": num_tokens, "repeats": repeats, "device": device,
         "threads": threads,
     }  # fmt: skip
-    write_json(out, {"provenance": provenance(), "seed": 1, "shape": shape, "model": config.model_dump(mode="json")} | found)
+    write_json(
+        out,
+        {"provenance": provenance(), "seed": 1, "shape": shape, "model": config.model_dump(mode="json")}
+        | found,
+    )
 
 
 if __name__ == "__main__":

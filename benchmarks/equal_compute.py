@@ -46,7 +46,9 @@ def seconds_per_update(file: Path, rounds: int = 9) -> dict[str, float]:
     """Median CPU seconds of one update of every arm, kept in ``file`` so that all runs share one measurement."""
     if not file.exists():
         torch.set_num_threads(1)
-        arms = {name: Arm(ARM_COSTS[cost], SHAPE, BATCH_SIZE, SEQ_LEN, "cpu") for name, (cost, _) in ARMS.items()}
+        arms = {
+            name: Arm(ARM_COSTS[cost], SHAPE, BATCH_SIZE, SEQ_LEN, "cpu") for name, (cost, _) in ARMS.items()
+        }
         write_json(file, interleaved_medians(arms, rounds, time.process_time))
     return read_json(file)
 
@@ -69,11 +71,19 @@ def base_config(name: str, seed: int, steps: int, lr: float, data: Path) -> dict
     }  # fmt: skip
 
 
-def run_arm(name: str, seed: int, updates: int, lr: float, data: Path, root: Path, max_tokens: int) -> dict[str, Any]:
+def run_arm(
+    name: str, seed: int, updates: int, lr: float, data: Path, root: Path, max_tokens: int
+) -> dict[str, Any]:
     folder = root / f"{name.replace(' ', '-').replace('/', '-')}-lr{lr:g}-seed{seed}"
     train(folder, config_of(name, seed, updates, lr, data))
     wanted = ["--steps", STEPS] if name not in ("paper", "evidence") else []
-    return {"arm": name, "seed": seed, "lr": lr, "updates": updates, **held_out(folder, updates, data, max_tokens, wanted)}
+    return {
+        "arm": name,
+        "seed": seed,
+        "lr": lr,
+        "updates": updates,
+        **held_out(folder, updates, data, max_tokens, wanted),
+    }
 
 
 def held_out(folder: Path, updates: int, data: Path, max_tokens: int, options: list[str]) -> dict[str, Any]:
@@ -123,7 +133,11 @@ def main(
     cost = seconds_per_update(root / "seconds_per_update.json")
     wanted = [(name, int(seed)) for seed in seeds.split(",") for name in arms.split(",")]
     rows = in_parallel(
-        jobs, [partial(run_arm, name, seed, int(60 * minutes / cost[name]), lr, data, root, max_tokens) for name, seed in wanted]
+        jobs,
+        [
+            partial(run_arm, name, seed, int(60 * minutes / cost[name]), lr, data, root, max_tokens)
+            for name, seed in wanted
+        ],
     )
     earlier = read_json(out)["runs"] if out.exists() else []
     kept = [r for r in earlier if (r["arm"], r["seed"], r["lr"]) not in {(n, s, lr) for n, s in wanted}]

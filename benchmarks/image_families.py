@@ -20,10 +20,10 @@ import typer
 
 from benchmarks.common import in_parallel, last_metrics, provenance, read_json, run_rdlm, train, write_json
 from benchmarks.train_step import Arm, interleaved_medians
-from eval.report_images import plot_images
-from rdlm.config import CheckpointConfig, parse
-from rdlm.image_store import ImageStore
-from rdlm.objectives import Batch
+from eval.report.images import plot_images
+from rdlm.config.checkpoint import CheckpointConfig, parse
+from rdlm.data.images import ImageStore
+from rdlm.objectives.losses import Batch
 from rdlm.registry import build
 from train.settings import TrainConfig
 
@@ -79,7 +79,9 @@ def document(
     }  # fmt: skip
 
 
-def seconds_per_update(file: Path, family: str, data: Path, batch_size: int, precision: str, rounds: int) -> dict[str, float]:
+def seconds_per_update(
+    file: Path, family: str, data: Path, batch_size: int, precision: str, rounds: int
+) -> dict[str, float]:
     """Median CPU seconds of an update of every arm; kept in ``file`` for all later calls."""
     if not file.exists():
         torch.set_num_threads(1)
@@ -128,9 +130,27 @@ def run_arm(
         ]
         run_rdlm(command, folder / "log.txt")
     elif not found.exists():
-        command = ["eval", "fid", "--checkpoint", model, "--reference", str(data / "test" / "images.npy"), "--out", str(found)]
-        options = ["--steps", SAMPLED["steps"], "--guidance", SAMPLED["guidance"], "--num-images", str(num_images)]
-        run_rdlm([*command, *options, "--cache", str(root / "cache"), "--dtype", "bfloat16"], folder / "log.txt")
+        command = [
+            "eval",
+            "fid",
+            "--checkpoint",
+            model,
+            "--reference",
+            str(data / "test" / "images.npy"),
+            "--out",
+            str(found),
+        ]
+        options = [
+            "--steps",
+            SAMPLED["steps"],
+            "--guidance",
+            SAMPLED["guidance"],
+            "--num-images",
+            str(num_images),
+        ]
+        run_rdlm(
+            [*command, *options, "--cache", str(root / "cache"), "--dtype", "bfloat16"], folder / "log.txt"
+        )
     metrics = last_metrics(folder)
     return {
         "arm": arm, "seed": seed, "lr": lr, "updates": updates, "cpu_seconds": metrics["cpu_seconds"], "report": read_json(found),
@@ -149,22 +169,47 @@ def main(
     batch_size: int = 64,
     precision: Literal["bf16", "fp32"] = "bf16",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one core each.")] = 1,
-    num_images: Annotated[int, typer.Option(help="Test images that are classified; images that are drawn.")] = 2000,
+    num_images: Annotated[
+        int, typer.Option(help="Test images that are classified; images that are drawn.")
+    ] = 2000,
     rounds: Annotated[int, typer.Option(min=1, help="Timed updates of each arm.")] = 9,
     root: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs/image_families"),
 ) -> None:
     """Train and judge every arm; what earlier calls wrote of other arms stays."""
     root.mkdir(parents=True, exist_ok=True)
-    cost = seconds_per_update(root / f"{family}_seconds_per_update.json", family, data, batch_size, precision, rounds)
+    cost = seconds_per_update(
+        root / f"{family}_seconds_per_update.json", family, data, batch_size, precision, rounds
+    )
     wanted = list(ARMS[family]) if arms is None else arms.split(",")
     calls = [
-        partial(run_arm, family, arm, int(60 * minutes / cost[arm]), lr, data, seed, batch_size, precision, num_images, root)
+        partial(
+            run_arm,
+            family,
+            arm,
+            int(60 * minutes / cost[arm]),
+            lr,
+            data,
+            seed,
+            batch_size,
+            precision,
+            num_images,
+            root,
+        )
         for arm in wanted
     ]
     rows = in_parallel(jobs, calls)
     earlier = read_json(out)["runs"] if out.exists() else []
-    kept = [r for r in earlier if (r["arm"], r["seed"], r["lr"]) not in {(r["arm"], r["seed"], r["lr"]) for r in rows}]
-    head = {"minutes": minutes, "shape": VIT if family == "vit" else DIT, "batch_size": batch_size, "seconds_per_update": cost}
+    kept = [
+        r
+        for r in earlier
+        if (r["arm"], r["seed"], r["lr"]) not in {(r["arm"], r["seed"], r["lr"]) for r in rows}
+    ]
+    head = {
+        "minutes": minutes,
+        "shape": VIT if family == "vit" else DIT,
+        "batch_size": batch_size,
+        "seconds_per_update": cost,
+    }
     write_json(out, {"provenance": provenance(), **head, "runs": [*kept, *rows]})
     if family == "dit":
         plot_images({r["arm"]: r["report"] for r in (*kept, *rows)}, out.with_suffix(".png"))

@@ -18,11 +18,11 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common import provenance, read_json, run_rdlm, write_json
-from eval.gen_ppl import perplexity
-from eval.mauve_score import PROTOCOLS, evaluate_mauve, shuffled_words
-from eval.samples import Shape, passages, to_text
-from eval.teachers import load_teacher, where
-from rdlm.shards import TokenStore
+from eval.texts.gen_ppl import perplexity
+from eval.texts.judge_models import load_teacher, where
+from eval.texts.mauve_score import PROTOCOLS, evaluate_mauve, shuffled_words
+from eval.texts.samples import Shape, passages, to_text
+from rdlm.data.token_shards import TokenStore
 
 SEED = 0
 
@@ -33,8 +33,14 @@ def teacher_facts(data: Path, name: str, texts: int, cache: Path) -> dict[str, A
     tokenizer = store.tokenizer()
     found = list(islice(passages(store, shape), 2 * texts))
     prompts = [to_text(tokenizer, p.prompt) for p in found[:texts]]
-    real, others = ([to_text(tokenizer, p.continuation) for p in part] for part in (found[:texts], found[texts:]))
-    sides = {"real": real, "words shuffled": [f" {text}" for text in shuffled_words(real, SEED)], "loop": [" the" * 40] * texts}
+    real, others = (
+        [to_text(tokenizer, p.continuation) for p in part] for part in (found[:texts], found[texts:])
+    )
+    sides = {
+        "real": real,
+        "words shuffled": [f" {text}" for text in shuffled_words(real, SEED)],
+        "loop": [" the" * 40] * texts,
+    }
     scores = {}
     for side, chosen in sides.items():
         with tqdm(total=texts, desc=f"{name}: {side}") as bar:
@@ -56,7 +62,9 @@ def teacher_facts(data: Path, name: str, texts: int, cache: Path) -> dict[str, A
 def blimp_of_teacher(name: str, blimp: Path, pairs: int, work: Path) -> dict[str, Any]:
     """Through `rdlm eval lm-eval` and our task files, with lm-eval's own model of transformers in the place of ours."""
     source, extra = where(name)
-    arguments = ",".join([f"pretrained={source}", "dtype=float32", *(f"{key}={value}" for key, value in extra.items())])
+    arguments = ",".join(
+        [f"pretrained={source}", "dtype=float32", *(f"{key}={value}" for key, value in extra.items())]
+    )
     run_rdlm(["eval", "lm-eval", "--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "32", "--blimp", str(blimp),
               "--tasks", "blimp_local", "--limit", str(pairs), "--output_path", str(work)], work / "log.txt")  # fmt: skip
     return blimp_facts(read_json(next(work.rglob("results_*.json"))))
@@ -68,7 +76,7 @@ def blimp_of_chance(blimp: Path, pairs: int) -> dict[str, Any]:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-    from eval.harness_cli import TASKS
+    from eval.texts.lm_eval_cli import TASKS
 
     class Chance(LM):
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -78,14 +86,17 @@ def blimp_of_chance(blimp: Path, pairs: int) -> dict[str, Any]:
         loglikelihood_rolling = generate_until = None  # type: ignore[assignment]
 
     manager = TaskManager(include_path=str(TASKS), metadata={"blimp": str(blimp)})
-    return blimp_facts(simple_evaluate(model=Chance(), tasks=["blimp_local"], task_manager=manager, limit=pairs))
+    return blimp_facts(
+        simple_evaluate(model=Chance(), tasks=["blimp_local"], task_manager=manager, limit=pairs)
+    )
 
 
 def blimp_facts(found: dict[str, Any]) -> dict[str, Any]:
     """The group's accuracy with its standard error, and the accuracy of each paradigm."""
     group = found["results"].pop("blimp_local")
     by_paradigm = {
-        task.removeprefix("blimp_"): round(metrics["acc,none"], 4) for task, metrics in sorted(found["results"].items())
+        task.removeprefix("blimp_"): round(metrics["acc,none"], 4)
+        for task, metrics in sorted(found["results"].items())
     }
     return {"accuracy": group["acc,none"], "stderr": group["acc_stderr,none"], "by_paradigm": by_paradigm}
 
@@ -101,10 +112,15 @@ def main(
     """Measure, write, and fail where an answer is not the known one."""
     with TemporaryDirectory() as work:
         facts = teacher_facts(data, teacher, texts, Path(work) / "cache")
-        scores = {"chance": blimp_of_chance(blimp, pairs), teacher: blimp_of_teacher(teacher, blimp, pairs, Path(work))}
+        scores = {
+            "chance": blimp_of_chance(blimp, pairs),
+            teacher: blimp_of_teacher(teacher, blimp, pairs, Path(work)),
+        }
     origin = provenance()
     origin["command"] = origin["command"].replace(str(blimp), "BLIMP")  # a folder of this machine
-    write_json(out, {"provenance": origin, "seed": SEED, **facts, "blimp": {"pairs_per_paradigm": pairs, **scores}})
+    write_json(
+        out, {"provenance": origin, "seed": SEED, **facts, "blimp": {"pairs_per_paradigm": pairs, **scores}}
+    )
     ppl = {side: found["value"] for side, found in facts["perplexity"].items()}
     for side, value in ppl.items():
         print(f"perplexity of {side}: {value:.1f}")

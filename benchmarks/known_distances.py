@@ -14,9 +14,9 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common import provenance, write_json
-from eval.image_distance import evaluate_images
-from eval.image_features import load_extractor
-from rdlm.images import ImageSet, open_images
+from eval.images.distance import evaluate_images
+from eval.images.features import load_extractor
+from rdlm.data.image_files import ImageSet, open_images
 
 NOISE = (0.0, 0.05, 0.1, 0.2)
 """Standard deviation of Gaussian noise on pixels, as a share of 255."""
@@ -37,9 +37,13 @@ def _bar(what: str, total: int) -> Any:
 
 
 def main(
-    train: Annotated[Path, typer.Option(help="Parquet file of CIFAR-10's training split (or any set of images).")],
+    train: Annotated[
+        Path, typer.Option(help="Parquet file of CIFAR-10's training split (or any set of images).")
+    ],
     test: Annotated[Path, typer.Option(help="Its test split.")],
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("docs/results/raw/fid_known_answers.json"),
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path(
+        "docs/results/raw/fid_known_answers.json"
+    ),
     features: Annotated[str, typer.Option(help="As in `rdlm eval fid`.")] = "efficientnet-lite0",
     num_images: Annotated[
         int, typer.Option(min=20, help="Images of each set; 2,000 and more give the Frechet distance too.")
@@ -62,7 +66,12 @@ def main(
         found = [row[kind] for row in rows]
         if None in found:
             continue
-        print(f"{name}: " + ", ".join(f"noise {row['noise']:g}: {value:.5g}" for row, value in zip(rows, found, strict=True)))
+        print(
+            f"{name}: "
+            + ", ".join(
+                f"noise {row['noise']:g}: {value:.5g}" for row, value in zip(rows, found, strict=True)
+            )
+        )
         print(f"  floor {measured['floor'][kind]:.5g}")
         apart = [not row[f"{kind}_against_floor"]["inside_noise"] for row in rows]
         right += [found == sorted(found), not apart[0], apart[-1]]

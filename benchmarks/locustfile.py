@@ -21,7 +21,11 @@ class Reader(HttpUser):
 
     @task
     def complete(self) -> None:
-        body = {"prompt": "And it came to pass", "num_steps": random.choice([2, 4, 8]), "max_tokens": NUM_TOKENS}
+        body = {
+            "prompt": "And it came to pass",
+            "num_steps": random.choice([2, 4, 8]),
+            "max_tokens": NUM_TOKENS,
+        }
         body |= {"ignore_eos": True, "stream": True}
         last = time.perf_counter()
         tokens, done = 0, False
@@ -40,5 +44,10 @@ class Reader(HttpUser):
 
     def note(self, name: str, seconds: float) -> None:
         self.environment.events.request.fire(
-            request_type="SSE", name=name, response_time=1e3 * seconds, response_length=0, exception=None, context={}
+            request_type="SSE",
+            name=name,
+            response_time=1e3 * seconds,
+            response_length=0,
+            exception=None,
+            context={},
         )

@@ -22,11 +22,11 @@ from benchmarks.common import provenance, read_json, train, write_json
 from benchmarks.equal_compute import BATCH_SIZE, SEQ_LEN, base_config, held_out
 from benchmarks.train_step import Arm, interleaved_medians
 from rdlm.cli import run
-from rdlm.decoding_types import SamplingParams
-from rdlm.shards import read_manifest
-from serve.engine import Engine
+from rdlm.data.token_shards import read_manifest
+from rdlm.sampling_params import SamplingParams
+from serve.engine.engine import Engine
+from serve.engine.sequence import Request
 from serve.loading import load_served
-from serve.sequence import Request
 from serve.settings import EngineSettings
 
 ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
@@ -48,7 +48,14 @@ def seconds_per_update(file: Path, rounds: int, vocab_size: int) -> dict[str, fl
     if not file.exists():
         torch.set_num_threads(1)
         timed = {
-            name: Arm({"name": objective}, shape_of(objective, vocab_size), BATCH_SIZE, SEQ_LEN, "cpu", blocks=blocks)
+            name: Arm(
+                {"name": objective},
+                shape_of(objective, vocab_size),
+                BATCH_SIZE,
+                SEQ_LEN,
+                "cpu",
+                blocks=blocks,
+            )
             for name, (objective, blocks) in ARMS.items()
         }
         write_json(file, interleaved_medians(timed, rounds, time.process_time))
@@ -82,7 +89,9 @@ def samples(model: Path) -> dict[str, str]:
         prompt, sampling = engine.served.tokenizer.encode(PROMPT), SamplingParams(temperature=0.8, top_p=0.95)
         asked = [Request(tuple(prompt), k, ANSWER, sampling, stop_ids=engine.served.end_ids) for k in SAMPLED]
         answers = engine.generate(asked)
-    return {str(k): "".join(event.text for event in events) for k, events in zip(SAMPLED, answers, strict=True)}
+    return {
+        str(k): "".join(event.text for event in events) for k, events in zip(SAMPLED, answers, strict=True)
+    }
 
 
 app = typer.Typer(add_completion=False)
@@ -108,8 +117,13 @@ def main(
     for name in ARMS:
         runs.append(run_arm(name, int(60 * minutes / cost[name]), lr, data, root, max_tokens))
         write_json(out, {"provenance": provenance(), **head, "runs": runs})
-        found = ", ".join(f"K={r['K']} {r['nll']:.3f} ({r['bits_per_character']:.3f} BPC)" for r in runs[-1]["results"])
-        print(f"{name:12} {runs[-1]['updates']} updates, {runs[-1]['cpu_seconds']:.0f} CPU s: {found}", flush=True)
+        found = ", ".join(
+            f"K={r['K']} {r['nll']:.3f} ({r['bits_per_character']:.3f} BPC)" for r in runs[-1]["results"]
+        )
+        print(
+            f"{name:12} {runs[-1]['updates']} updates, {runs[-1]['cpu_seconds']:.0f} CPU s: {found}",
+            flush=True,
+        )
     return 0
 
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.memory --out docs/results/raw/memory.json
 
-Each arm is a process of its own, forked from one that has only imported, and trains through train/loop.py. It counts from the
+Each arm is a process of its own, forked from one that has only imported, and trains through train/trainer.py. It counts from the
 resident set (CUDA: allocated bytes) after the same arm has run once and was freed, the "fixed" cost. Weights, gradients and moments are
 counted from the engine's live tensors, the rest of the peak is activations and temporaries. Times are CPU seconds of the process in
 interleaved rounds (GPU: wall), so other load on the machine disturbs them little.
@@ -31,12 +31,12 @@ import torch.distributed as dist
 import typer
 
 from benchmarks.common import provenance, write_json
-from rdlm.config import parse
-from rdlm.objectives import Batch
-from rdlm.targets import frozen_rows
-from train.loop import Trainer, _loss
-from train.plan import predict
+from rdlm.config.checkpoint import parse
+from rdlm.diffusion.targets import frozen_rows
+from rdlm.objectives.losses import Batch
+from train.memory_plan import predict
 from train.settings import TrainConfig
+from train.trainer import Trainer, _loss
 
 BLOCKS = (1, 2, 3, 4, 6)
 SHAPE = {"vocab_size": 2048, "d_model": 384, "num_heads": 6, "mlp_width": 1024, "num_layers": 12}
@@ -65,7 +65,10 @@ class Arm:
             "log": {"tensorboard": False},
         }  # fmt: skip
         if self.num_blocks > 1:
-            document |= {"blocks": {"num_blocks": self.num_blocks}, "block": 0 if self.mode == "alone" else None}
+            document |= {
+                "blocks": {"num_blocks": self.num_blocks},
+                "block": 0 if self.mode == "alone" else None,
+            }
         if self.mode == "resident":
             document |= {"resident": {"visit_steps": self.visit_steps}}
         return parse(TrainConfig, document, "benchmark")
@@ -80,7 +83,9 @@ class RandomTokens:
         self.vocab_size, self.seq_len = config.model.vocab_size, config.data.seq_len
 
     def batch(self, step: int, *, micro_size: int, **_: Any) -> Batch:
-        ids = torch.randint(self.vocab_size, (micro_size, self.seq_len + 1), generator=torch.Generator().manual_seed(step))
+        ids = torch.randint(
+            self.vocab_size, (micro_size, self.seq_len + 1), generator=torch.Generator().manual_seed(step)
+        )
         return Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
 
     def windows(self, max_tokens: int | None, batch_size: int) -> Any:
@@ -108,7 +113,9 @@ class Run:
 
 def status(field: str) -> int:
     """Bytes of a line of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -137,7 +144,9 @@ def start(folder: str) -> torch.device:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
     on_gpu = torch.cuda.is_available()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dist.init_process_group("nccl" if on_gpu else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+    )
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
     return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
 
@@ -160,7 +169,9 @@ def measure(arm: Arm, shape: dict[str, int], micro_size: int, seq_len: int, fold
     for _ in blocks:
         run.update()
     steady, at = held(device), {}
-    peak = peak_of(lambda: [run.update(lambda phase: at.update({phase: held(device)})) for _ in blocks], device)
+    peak = peak_of(
+        lambda: [run.update(lambda phase: at.update({phase: held(device)})) for _ in blocks], device
+    )
     denoiser = run.trainer.engines.active.module.denoiser
     return {
         **asdict(arm), "fixed": fixed, "peak": peak - fixed, "parameters_and_optimizer": steady - fixed,
@@ -170,10 +181,14 @@ def measure(arm: Arm, shape: dict[str, int], micro_size: int, seq_len: int, fold
     }  # fmt: skip
 
 
-def times(arms: list[Arm], shape: dict[str, int], micro_size: int, seq_len: int, rounds: int, folder: str) -> list[float]:
+def times(
+    arms: list[Arm], shape: dict[str, int], micro_size: int, seq_len: int, rounds: int, folder: str
+) -> list[float]:
     """Median seconds of an update of each arm: of CPU time, on a GPU of wall time. They take turns in one process."""
     device = start(folder)
-    runs = [Run(arm.config(f"{folder}/{i}", shape, micro_size, seq_len), device) for i, arm in enumerate(arms)]
+    runs = [
+        Run(arm.config(f"{folder}/{i}", shape, micro_size, seq_len), device) for i, arm in enumerate(arms)
+    ]
     seconds: list[list[float]] = [[] for _ in arms]
     for round_ in range(rounds + 1):
         for run, own in zip(runs, seconds, strict=True):
@@ -236,7 +251,9 @@ def main(
     micro_size: int = 2,
     seq_len: int = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Timed updates of each arm.")] = 3,
-    zero: Annotated[bool, typer.Option(help="Also one of 4 blocks in fp32 and bf16 at every ZeRO stage (one process).")] = True,
+    zero: Annotated[
+        bool, typer.Option(help="Also one of 4 blocks in fp32 and bf16 at every ZeRO stage (one process).")
+    ] = True,
 ) -> None:
     """Memory of every arm with its prediction, the table of appendix G, and one run in a memory limit."""
     arms = [Arm("evidence", blocks, again) for again, blocks in itertools.product((False, True), BLOCKS)]
@@ -255,7 +272,8 @@ def main(
     whole, quarter = by_arm[Arm("evidence")]["peak"], by_arm[Arm("evidence", 4)]["peak"]
     limit = (whole + quarter) // 2
     updates = {
-        name: apart(limited, arm, *sizes, limit) for name, arm in (("B = 1", Arm("evidence")), ("B = 4", Arm("evidence", 4)))
+        name: apart(limited, arm, *sizes, limit)
+        for name, arm in (("B = 1", Arm("evidence")), ("B = 4", Arm("evidence", 4)))
     }
     seconds = apart(times, list(APPENDIX_G.values()), *sizes, rounds)
     table = {

@@ -25,7 +25,14 @@ from benchmarks.common import provenance, write_json
 from rdlm.cli import run
 from rdlm.errors import UserError
 
-SHAPE = {"family": "llama", "vocab_size": 128, "d_model": 768, "num_heads": 12, "mlp_width": 2048, "num_layers": 12}
+SHAPE = {
+    "family": "llama",
+    "vocab_size": 128,
+    "d_model": 768,
+    "num_heads": 12,
+    "mlp_width": 2048,
+    "num_layers": 12,
+}
 NUM_BLOCKS, UPDATES = 4, 3
 HIERARCHIES = (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max"))
 """Of cgroups v1 and v2: folder, file of the limit."""
@@ -44,7 +51,12 @@ class MemoryGroup:
             except OSError:
                 if self.folder.is_dir():
                     self.folder.rmdir()
-        raise UserError("--limit-mib", limit >> 20, "no memory control group can be made here", "run as root on Linux with one")
+        raise UserError(
+            "--limit-mib",
+            limit >> 20,
+            "no memory control group can be made here",
+            "run as root on Linux with one",
+        )
 
     def enter(self) -> None:
         """Put the calling process and all that it starts into the group."""
@@ -101,14 +113,25 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     out: Annotated[Path, typer.Option(help="JSON to write.")],
-    limit_mib: Annotated[int, typer.Option(min=1, help="Memory of launcher and worker together, MiB.")] = 2048,
+    limit_mib: Annotated[
+        int, typer.Option(min=1, help="Memory of launcher and worker together, MiB.")
+    ] = 2048,
     seed: Annotated[int, typer.Option(help="Of the run.")] = 0,
 ) -> int:
     """Train the whole network and one of four blocks of it in the same limit; print and write how each ended."""
     rows = [trained(num_blocks, limit_mib << 20, seed) for num_blocks in (1, NUM_BLOCKS)]
     for row in rows:
         print(json.dumps(row), flush=True)
-    write_json(out, {"provenance": provenance(), "seed": seed, "shape": SHAPE, "limit_bytes": limit_mib << 20, "arms": rows})
+    write_json(
+        out,
+        {
+            "provenance": provenance(),
+            "seed": seed,
+            "shape": SHAPE,
+            "limit_bytes": limit_mib << 20,
+            "arms": rows,
+        },
+    )
     return 0
 
 

@@ -17,12 +17,16 @@ from benchmarks.common import read_json
 
 
 def main(
-    file: Path, steps: Annotated[int, typer.Option(help="K; arms without it are taken at K = 1.")] = 4, seed: int = 0
+    file: Path,
+    steps: Annotated[int, typer.Option(help="K; arms without it are taken at K = 1.")] = 4,
+    seed: int = 0,
 ) -> None:
     """Each arm against the next better one, nats per token, with bootstrap 95 % intervals over windows."""
     raw = read_json(file)
     nll = {
-        f"{run['arm']} seed {run['seed']} lr {run['lr']:g}": np.array(run["window_nll"].get(str(steps)) or run["window_nll"]["1"])
+        f"{run['arm']} seed {run['seed']} lr {run['lr']:g}": np.array(
+            run["window_nll"].get(str(steps)) or run["window_nll"]["1"]
+        )
         / raw["seq_len"]
         for run in raw["runs"]
     }

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import in_parallel, read_json, run_rdlm, write_json
-from rdlm.checkpoint import load_config
+from rdlm.checkpoints.folder import load_config
 
 LM_EVAL_KEYS = (
     "results",
@@ -74,7 +74,14 @@ class Parts:
     """The parts of every arm: each a call that leaves its files in ``out``."""
 
     def __init__(self, data: Path, blimp: Path, out: Path, root: Path, teacher: str, sizes: Sizes) -> None:
-        self.data, self.blimp, self.out, self.root, self.teacher, self.sizes = data, blimp, out, root, teacher, sizes
+        self.data, self.blimp, self.out, self.root, self.teacher, self.sizes = (
+            data,
+            blimp,
+            out,
+            root,
+            teacher,
+            sizes,
+        )
         out.mkdir(parents=True, exist_ok=True)
         root.mkdir(parents=True, exist_ok=True)
 
@@ -139,11 +146,16 @@ def _listed(ks: list[int]) -> str:
 
 def main(
     runs: Annotated[
-        list[Path], typer.Argument(help="Folders of benchmarks.equal_compute, or checkpoints; the first is the baseline.")
+        list[Path],
+        typer.Argument(
+            help="Folders of benchmarks.equal_compute, or checkpoints; the first is the baseline."
+        ),
     ],
     data: Annotated[Path, typer.Option(help="Folder of `rdlm data prepare`.")],
     blimp: Annotated[Path, typer.Option(help="Folder of BLiMP's 67 JSONL files.")],
-    out: Annotated[Path, typer.Option(help="Folder of the JSON files and figures.")] = Path("docs/results/raw/quality"),
+    out: Annotated[Path, typer.Option(help="Folder of the JSON files and figures.")] = Path(
+        "docs/results/raw/quality"
+    ),
     root: Annotated[Path, typer.Option(help="Caches, logs and the report.")] = Path("runs/quality"),
     steps: Annotated[str, typer.Option(help="K with commas.")] = "1,4,16",
     teacher: Annotated[str, typer.Option(help="Judge of perplexity and featuriser of MAUVE.")] = "smollm2",
@@ -158,16 +170,24 @@ def main(
 ) -> None:
     """Run what is missing, then write the report and copy its figures to ``out``."""
     arms = [arm_of(folder, [int(k) for k in steps.split(",")]) for folder in runs]
-    parts = Parts(data, blimp, out, root, teacher, Sizes(nll_tokens, prompts, temperatures, mauve_prompts, blimp_pairs))
+    parts = Parts(
+        data, blimp, out, root, teacher, Sizes(nll_tokens, prompts, temperatures, mauve_prompts, blimp_pairs)
+    )
     calls: list[Callable[[], Any]] = [partial(parts.run, part, arm) for part in PARTS for arm in arms]
     try:
         in_parallel(jobs, calls)
     except subprocess.CalledProcessError as error:
         print(f"{' '.join(map(str, error.cmd))}\nended with {error.returncode}; see the logs in {root}")
         raise typer.Exit(1) from None
-    files = [str(file) for part in ("nll", "gen-ppl", "mauve", "blimp") for arm in arms for file in parts.files(part, arm)]
+    files = [
+        str(file)
+        for part in ("nll", "gen-ppl", "mauve", "blimp")
+        for arm in arms
+        for file in parts.files(part, arm)
+    ]
     run_rdlm(
-        ["eval", "report", *files, "--out", str(root / "report"), "--title", "Quality at equal compute"], root / "report.log"
+        ["eval", "report", *files, "--out", str(root / "report"), "--title", "Quality at equal compute"],
+        root / "report.log",
     )
     for figure in (root / "report").glob("*.png"):
         shutil.copyfile(figure, out / figure.name)

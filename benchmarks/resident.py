@@ -24,10 +24,10 @@ import typer
 
 from benchmarks.common import provenance, write_json
 from benchmarks.memory import SHAPE, Arm, Run, apart, measure, start
-from rdlm.checkpoint import WEIGHTS, save
-from rdlm.config import CheckpointConfig
+from rdlm.checkpoints.folder import WEIGHTS, save
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.tokenizer import train_tokenizer
 from rdlm.registry import build
-from rdlm.tokenizer import train_tokenizer
 
 MICRO_SIZE, SEQ_LEN = 2, 256
 NETWORK = {"d_model": 768, "num_heads": 12, "mlp_width": 2048, "num_layers": 12}
@@ -43,13 +43,22 @@ def moving(arm: Arm, visits: int, folder: str) -> dict[str, Any]:
         trainer.step = step
         run.update()
     trainer.step = laps
-    clock, cpu, swap_clock, swap_cpu = time.perf_counter(), time.process_time(), trainer.engines.swap_seconds, 0.0
+    clock, cpu, swap_clock, swap_cpu = (
+        time.perf_counter(),
+        time.process_time(),
+        trainer.engines.swap_seconds,
+        0.0,
+    )
     for _ in range(visits * arm.visit_steps):
         begun = time.process_time()
         trainer.due()
         swap_cpu += time.process_time() - begun
         run.update()
-    clock, cpu, swap_clock = time.perf_counter() - clock, time.process_time() - cpu, trainer.engines.swap_seconds - swap_clock
+    clock, cpu, swap_clock = (
+        time.perf_counter() - clock,
+        time.process_time() - cpu,
+        trainer.engines.swap_seconds - swap_clock,
+    )
     held = sum(p.numel() for p in trainer.engines.active.module.parameters())
     return {
         **asdict(arm), "visits": visits, "parameters_of_a_block": held, "clock_s": clock, "cpu_s": cpu, "moving_clock_s": swap_clock,
@@ -81,27 +90,51 @@ sys.exit(ended)
 
 def answering(checkpoint: Path, num_steps: int, resident: int | None) -> int:
     """Peak resident set of a `rdlm generate`, bytes."""
-    command = [sys.executable, "-c", ANSWER, "generate", "--checkpoint", str(checkpoint), "--prompt", "in the beginning"]
+    command = [
+        sys.executable,
+        "-c",
+        ANSWER,
+        "generate",
+        "--checkpoint",
+        str(checkpoint),
+        "--prompt",
+        "in the beginning",
+    ]
     command += ["--max-tokens", "4", "--num-steps", str(num_steps)]
     command += [] if resident is None else ["--resident-blocks", str(resident)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     return int(done.stdout.splitlines()[-1]) * 1024
 
 
 def main(out: Annotated[Path, typer.Option(help="JSON to write.")]) -> None:
     """Memory of blocks trained alone, jointly and one by one, the time of moving them, and memory of answering."""
     with tempfile.TemporaryDirectory() as folder:
-        tiny = network(Path(folder) / "tiny", {"d_model": 32, "num_heads": 2, "mlp_width": 64, "num_layers": 12})
+        tiny = network(
+            Path(folder) / "tiny", {"d_model": 32, "num_heads": 2, "mlp_width": 64, "num_layers": 12}
+        )
         whole = network(Path(folder) / "whole", NETWORK)
         fixed, rows = answering(tiny, 4, None), []
         for num_steps, resident in ((4, None), (4, 2), (4, 1), (1, None), (1, 1)):
             rows.append(
-                {"num_steps": num_steps, "resident_blocks": resident, "peak": answering(whole, num_steps, resident) - fixed}
+                {
+                    "num_steps": num_steps,
+                    "resident_blocks": resident,
+                    "peak": answering(whole, num_steps, resident) - fixed,
+                }
             )
             print(f"K={num_steps} resident {resident}: {rows[-1]['peak'] / 2**20:.0f} MiB", flush=True)
-        answers = {"fixed": fixed, "weights": (whole / WEIGHTS).stat().st_size, "num_blocks": ANSWERING_BLOCKS, "rows": rows}
+        answers = {
+            "fixed": fixed,
+            "weights": (whole / WEIGHTS).stat().st_size,
+            "num_blocks": ANSWERING_BLOCKS,
+            "rows": rows,
+        }
     arms = [Arm("evidence")]
-    arms += [Arm("evidence", blocks, mode=mode) for blocks in (2, 4) for mode in ("alone", "joint", "resident")]
+    arms += [
+        Arm("evidence", blocks, mode=mode) for blocks in (2, 4) for mode in ("alone", "joint", "resident")
+    ]
     memory = []
     for arm in arms:
         memory.append(apart(measure, arm, SHAPE, MICRO_SIZE, SEQ_LEN))

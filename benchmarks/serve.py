@@ -42,7 +42,7 @@ from benchmarks.client import (
 )  # fmt: skip
 from benchmarks.common import provenance, write_json
 from benchmarks.engine import build_model
-from rdlm.checkpoint import save
+from rdlm.checkpoints.folder import save
 from rdlm.cli import run
 from rdlm.errors import UserError
 
@@ -50,10 +50,14 @@ app = typer.Typer(add_completion=False)
 Send = Callable[[float], Awaitable[Sample]]
 
 
-def figures(samples: list[Sample], seconds: float, since: float, ttft_bound: float, itl_bound: float) -> dict[str, Any]:
+def figures(
+    samples: list[Sample], seconds: float, since: float, ttft_bound: float, itl_bound: float
+) -> dict[str, Any]:
     """What the clients saw. Rates count what arrived within ``seconds`` after ``since``; latencies count every complete answer."""
     done = [sample for sample in samples if sample.done]
-    good = [s for s in done if s.ttft <= ttft_bound and (not s.gaps or sum(s.gaps) / len(s.gaps) <= itl_bound)]
+    good = [
+        s for s in done if s.ttft <= ttft_bound and (not s.gaps or sum(s.gaps) / len(s.gaps) <= itl_bound)
+    ]
     until = since + seconds
     tokens = sum(s.due + t <= until for s in samples for t in s.tokens)
     return {
@@ -123,7 +127,8 @@ async def measure_all(
 
 def row(point: dict[str, Any]) -> list[str]:
     ttft, itl = (
-        [f"{1e3 * q[name]:.0f}" if q else "-" for name in ("p50", "p90", "p99")] for q in (point["ttft_s"], point["itl_s"])
+        [f"{1e3 * q[name]:.0f}" if q else "-" for name in ("p50", "p90", "p99")]
+        for q in (point["ttft_s"], point["itl_s"])
     )
     load = f"{point['level']:.0f} clients" if point["mode"] == "closed" else f"{point['level']:.2f} req/s"
     engine = point["engine"]
@@ -167,7 +172,8 @@ def card(url: str, key: str | None) -> tuple[dict[str, Any], int]:
     """The served model's entry of /v1/models and its vocabulary."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     models, tokenizer = (
-        httpx.get(url + path, headers=headers).raise_for_status().json() for path in ("/v1/models", "/tokenizer_info")
+        httpx.get(url + path, headers=headers).raise_for_status().json()
+        for path in ("/v1/models", "/tokenizer_info")
     )
     return models["data"][0], tokenizer["vocab_size"]
 
@@ -177,7 +183,9 @@ def reach(url: str | None, checkpoint: Path | None, options: str) -> Iterator[Se
     """The server at ``url``, or one started for ``checkpoint``, or for the random model of benchmarks/engine.py."""
     if url is not None:
         if checkpoint is not None or options:
-            raise UserError("url", url, "that server is already running", "leave out --checkpoint and --server")
+            raise UserError(
+                "url", url, "that server is already running", "leave out --checkpoint and --server"
+            )
         yield Server(url.rstrip("/"))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -198,19 +206,32 @@ def main(
     api_key: Annotated[str | None, typer.Option(envvar="RDLM_API_KEY")] = None,
     clients: Annotated[str, typer.Option(help="Closed loops: clients of each.")] = "1,4,16",
     rate: Annotated[str, typer.Option(help="Open loops: requests a second of each.")] = "",
-    load: Annotated[str, typer.Option(help="Open loops: times the best rate of the closed ones.")] = "0.5,0.8,1.2",
+    load: Annotated[
+        str, typer.Option(help="Open loops: times the best rate of the closed ones.")
+    ] = "0.5,0.8,1.2",
     steps: Annotated[str, typer.Option(help="Mix of K: K or K:weight, ...")] = "4,8,16,32",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean.")] = 32,
     num_tokens: Annotated[int, typer.Option(min=1, help="Mean of an answer.")] = 32,
     seconds: Annotated[float, typer.Option(min=1, help="Of each point.")] = 20.0,
     ttft_ms: Annotated[float, typer.Option(help="Goodput: largest time to the first token.")] = 2000.0,
-    itl_ms: Annotated[float, typer.Option(help="Goodput: largest mean time between an answer's tokens.")] = 200.0,
+    itl_ms: Annotated[
+        float, typer.Option(help="Goodput: largest mean time between an answer's tokens.")
+    ] = 200.0,
     seed: int = 0,
 ) -> None:
     """Measure every point, print a table, write everything."""
-    lanes, rates, loads = [round(n) for n in numbers(clients, "clients")], numbers(rate, "rate"), numbers(load, "load")
+    lanes, rates, loads = (
+        [round(n) for n in numbers(clients, "clients")],
+        numbers(rate, "rate"),
+        numbers(load, "load"),
+    )
     if loads and not lanes:
-        raise UserError("load", load, "is relative to closed loops and there are none", "name --clients, or --rate instead")
+        raise UserError(
+            "load",
+            load,
+            "is relative to closed loops and there are none",
+            "name --clients, or --rate instead",
+        )
     mix, console = parse_steps(steps), Console(width=max(150, Console().width))
     with reach(url, checkpoint, server) as live:
         model, vocab_size = card(live.url, api_key)

@@ -32,7 +32,18 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.client import Sample, Server, Workload, ask, closed_loop, connect, open_loop, parse_steps, quantiles, scrape
+from benchmarks.client import (
+    Sample,
+    Server,
+    Workload,
+    ask,
+    closed_loop,
+    connect,
+    open_loop,
+    parse_steps,
+    quantiles,
+    scrape,
+)
 from benchmarks.common import provenance, write_json
 from benchmarks.serve import card, reach
 from rdlm.cli import run
@@ -74,13 +85,19 @@ MALFORMED: list[tuple[str, str, bytes, int]] = [
 """Method, path, body and the status that is promised for it."""
 
 
-async def refused(client: httpx.AsyncClient, method: str, path: str, body: bytes, wanted: int, due: float, kind: str) -> Sample:
+async def refused(
+    client: httpx.AsyncClient, method: str, path: str, body: bytes, wanted: int, due: float, kind: str
+) -> Sample:
     """Send what must be refused with ``wanted`` and OpenAI's form of an error."""
     sample = Sample(kind, 0, due)
     try:
-        answer = await client.request(method, path, content=body, headers={"Content-Type": "application/json"})
+        answer = await client.request(
+            method, path, content=body, headers={"Content-Type": "application/json"}
+        )
     except httpx.HTTPError as error:  # of a body too large the server may close before all of it was sent
-        sample.problem = None if wanted == 413 and isinstance(error, httpx.WriteError | httpx.ReadError) else repr(error)
+        sample.problem = (
+            None if wanted == 413 and isinstance(error, httpx.WriteError | httpx.ReadError) else repr(error)
+        )
         return sample
     sample.status = answer.status_code
     try:
@@ -88,7 +105,9 @@ async def refused(client: httpx.AsyncClient, method: str, path: str, body: bytes
     except (ValueError, KeyError, TypeError):
         told = False
     if sample.status not in (wanted, 429) or not told:  # a full queue refuses before it reads a body
-        sample.problem = f"{method} {path} {body[:60]!r}: {wanted} was promised, got {sample.status} {answer.text[:200]!r}"
+        sample.problem = (
+            f"{method} {path} {body[:60]!r}: {wanted} was promised, got {sample.status} {answer.text[:200]!r}"
+        )
     return sample
 
 
@@ -96,7 +115,9 @@ async def score(client: httpx.AsyncClient, body: dict[str, Any], due: float) -> 
     """The prompt at two K."""
     sample = Sample("score", body["num_steps"], due)
     try:
-        answer = await client.post("/v1/score", json={"prompt": body["prompt"], "num_steps": [1, body["num_steps"]]})
+        answer = await client.post(
+            "/v1/score", json={"prompt": body["prompt"], "num_steps": [1, body["num_steps"]]}
+        )
         sample.status, sample.done = answer.status_code, answer.status_code == 200
     except httpx.HTTPError as error:
         sample.problem = repr(error)
@@ -112,7 +133,12 @@ async def leave_plain(client: httpx.AsyncClient, body: dict[str, Any], due: floa
 
 
 def _post(host: str, body: bytes, length: int) -> bytes:
-    head = ["POST /v1/completions HTTP/1.1", f"Host: {host}", "Connection: close", "Content-Type: application/json"]
+    head = [
+        "POST /v1/completions HTTP/1.1",
+        f"Host: {host}",
+        "Connection: close",
+        "Content-Type: application/json",
+    ]
     return "\r\n".join([*head, f"Content-Length: {length}", "", ""]).encode() + body
 
 
@@ -155,7 +181,9 @@ async def read_slowly(url: str, body: dict[str, Any], due: float) -> Sample:
 class Traffic:
     """Draws what each arrival does, all from one seed."""
 
-    def __init__(self, client: httpx.AsyncClient, url: str, workload: Workload, body_limit: int, seed: int) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, url: str, workload: Workload, body_limit: int, seed: int
+    ) -> None:
         self.client, self.url, self.workload, self.rng = client, url, workload, random.Random(seed)
         self.oversized = b'{"prompt": "' + b"x" * body_limit + b'"}'
 
@@ -166,7 +194,9 @@ class Traffic:
         if kind in ("stream", "plain"):
             return await ask(client, body | {"stream": kind == "stream"}, due, kind)
         if kind == "leave-stream":
-            return await ask(client, body | {"stream": True}, due, kind, leave=rng.randint(1, body["max_tokens"]))
+            return await ask(
+                client, body | {"stream": True}, due, kind, leave=rng.randint(1, body["max_tokens"])
+            )
         if kind == "leave-plain":
             return await leave_plain(client, body, due, rng.uniform(0.01, 3))
         if kind == "slow-reader":
@@ -190,9 +220,7 @@ def complaint(sample: Sample) -> str | None:
     if sample.status != 200:
         return f"{sample.kind}: status {sample.status}: {sample.problem}"
     if not sample.done or len(sample.tokens) != sample.asked:
-        return (
-            f"{sample.kind}: {len(sample.tokens)} of {sample.asked} tokens, {'' if sample.done else 'no end, '}{sample.problem}"
-        )
+        return f"{sample.kind}: {len(sample.tokens)} of {sample.asked} tokens, {'' if sample.done else 'no end, '}{sample.problem}"
     return None
 
 
@@ -216,14 +244,23 @@ def memory(series: list[tuple[float, float]], requests: int) -> dict[str, Any]:
 async def settle(client: httpx.AsyncClient, workload: Workload, seconds: float = 60.0) -> dict[str, Any]:
     """Wait until the server is idle, then ask it once more."""
     until = time.monotonic() + seconds
-    while (busy := await scrape(client))["rdlm_kv_slots_used"] + busy["rdlm_queue_sequences"] and time.monotonic() < until:
+    while (busy := await scrape(client))["rdlm_kv_slots_used"] + busy[
+        "rdlm_queue_sequences"
+    ] and time.monotonic() < until:
         await asyncio.sleep(0.5)
     again = await ask(client, workload.body(random.Random(0), stream=True), time.monotonic())
     return {"slots_left_taken": busy["rdlm_kv_slots_used"], "answers_again": again.done, "metrics": busy}
 
 
 async def soak(
-    live: Server, workload: Workload, seconds: float, calibrate: float, slots: int, overload: float, body_limit: int, seed: int
+    live: Server,
+    workload: Workload,
+    seconds: float,
+    calibrate: float,
+    slots: int,
+    overload: float,
+    body_limit: int,
+    seed: int,
 ) -> dict[str, Any]:
     """All phases; returns what was seen, unjudged."""
     assert live.process is not None
@@ -241,14 +278,24 @@ async def soak(
         rate = overload * capacity / answered
         series: list[tuple[float, float]] = []
         watcher = asyncio.ensure_future(watch_memory(live.process.pid, max(0.5, seconds / 400), series))
-        with tqdm(desc=f"capacity {capacity:.2f}/s, sending {rate:.2f}/s", unit=" requests", mininterval=5) as bar:
+        with tqdm(
+            desc=f"capacity {capacity:.2f}/s, sending {rate:.2f}/s", unit=" requests", mininterval=5
+        ) as bar:
             samples = await open_loop(seconds, rate, traffic.rng, traffic.send, bar.update)
         watcher.cancel()
         after = await settle(client, workload)
-    return {"capacity_per_s": capacity, "arrivals_per_s": rate, "samples": samples, "series": series, "after": after}
+    return {
+        "capacity_per_s": capacity,
+        "arrivals_per_s": rate,
+        "samples": samples,
+        "series": series,
+        "after": after,
+    }
 
 
-def report(seen: dict[str, Any], ttft_bound: float, growth_bound: float, exit_status: int | None, log: str) -> dict[str, Any]:
+def report(
+    seen: dict[str, Any], ttft_bound: float, growth_bound: float, exit_status: int | None, log: str
+) -> dict[str, Any]:
     """Figures and the verdict on each check."""
     samples: list[Sample] = seen.pop("samples")
     complaints = [text for text in map(complaint, samples) if text is not None]
@@ -262,7 +309,10 @@ def report(seen: dict[str, Any], ttft_bound: float, growth_bound: float, exit_st
         "the log has no defect": "Traceback" not in log,
         "SIGTERM ends it with status 0": exit_status == 0,
     }  # fmt: skip
-    by_kind = {kind: dict(sorted(Counter(str(s.status) for s in samples if s.kind == kind).items())) for kind in KINDS}
+    by_kind = {
+        kind: dict(sorted(Counter(str(s.status) for s in samples if s.kind == kind).items()))
+        for kind in KINDS
+    }
     return seen | {
         "checks": checks, "complaints": len(complaints), "first_complaints": complaints[:20], "status_by_kind": by_kind,
         "sent": len(samples), "ttft_s": ttft, "ttft_bound_s": ttft_bound, "memory": resident, "growth_bound_mib": growth_bound,
@@ -299,15 +349,23 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON to write.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Serve this one instead of a random model.")] = None,
     minutes: Annotated[float, typer.Option(min=0.1)] = 30.0,
-    overload: Annotated[float, typer.Option(min=0.1, help="Arrivals that want an answer, times the capacity.")] = 2.0,
+    overload: Annotated[
+        float, typer.Option(min=0.1, help="Arrivals that want an answer, times the capacity.")
+    ] = 2.0,
     max_slots: Annotated[int, typer.Option(min=1)] = 16,
     max_queue: Annotated[int, typer.Option(min=0)] = 32,
     steps: Annotated[str, typer.Option(help="Mix of K: K or K:weight, ...")] = "2,4,8",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean.")] = 24,
     num_tokens: Annotated[int, typer.Option(min=1, help="Mean of an answer.")] = 24,
-    calibrate: Annotated[float, typer.Option(min=1, help="Seconds in which the capacity is measured.")] = 30.0,
-    ttft_factor: Annotated[float, typer.Option(help="p99 TTFT may be so many times (queue + slots) / capacity.")] = 2.0,
-    growth_mib: Annotated[float, typer.Option(help="Memory may grow so much from the second quarter to the last.")] = 32.0,
+    calibrate: Annotated[
+        float, typer.Option(min=1, help="Seconds in which the capacity is measured.")
+    ] = 30.0,
+    ttft_factor: Annotated[
+        float, typer.Option(help="p99 TTFT may be so many times (queue + slots) / capacity.")
+    ] = 2.0,
+    growth_mib: Annotated[
+        float, typer.Option(help="Memory may grow so much from the second quarter to the last.")
+    ] = 32.0,
     body_mib: Annotated[int, typer.Option(help="Size of an oversized body.")] = 17,
     seed: int = 0,
 ) -> int:
@@ -317,7 +375,9 @@ def main(
         assert live.process is not None and live.log is not None
         model, vocab_size = card(live.url, None)
         workload = Workload(vocab_size, prompt_tokens, num_tokens, mix)
-        seen = asyncio.run(soak(live, workload, 60 * minutes, calibrate, max_slots, overload, body_mib * MIB, seed))
+        seen = asyncio.run(
+            soak(live, workload, 60 * minutes, calibrate, max_slots, overload, body_mib * MIB, seed)
+        )
         status, log = stop(live.process), live.log.read_text(errors="replace")
     bound = ttft_factor * (max_queue + max_slots) / seen["capacity_per_s"]
     found = report(seen, bound, growth_mib, status, log)

@@ -27,7 +27,16 @@ def language(raw: dict[str, Any]) -> str:
         rows.append([run["arm"], str(run["seed"]), f"{run['lr']:g}", f"{run['updates']:,}",
                      f"{run['train_tokens'] / 1e6:.2f}", f"{run['cpu_seconds']:.0f}",
                      *(f"{nll[k]['nll']:.4f}" if k in nll else "" for k in ks), interval])  # fmt: skip
-    head = ["objective", "seed", "learning rate", "updates", "M tokens", "CPU s", *(f"K = {k}" for k in ks), "95 % at first K"]
+    head = [
+        "objective",
+        "seed",
+        "learning rate",
+        "updates",
+        "M tokens",
+        "CPU s",
+        *(f"K = {k}" for k in ks),
+        "95 % at first K",
+    ]
     return table(head, rows)
 
 
@@ -39,8 +48,19 @@ def depth(raw: dict[str, Any]) -> str:
             cells = []
             for k in ks:
                 values = [run["accuracy"][length][k]["all"] for run in runs]
-                cells.append(f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""))
-            rows.append([name if length == "16" else "", length, f"{runs[0]['lr']:g}", str(runs[0]["updates"]), *cells])
+                cells.append(
+                    f"{statistics.mean(values):.3f}"
+                    + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+                )
+            rows.append(
+                [
+                    name if length == "16" else "",
+                    length,
+                    f"{runs[0]['lr']:g}",
+                    str(runs[0]["updates"]),
+                    *cells,
+                ]
+            )
     return table(["objective", "positions", "learning rate", "updates", *(f"K = {k}" for k in ks)], rows)
 
 
@@ -51,13 +71,26 @@ def cost(raw: dict[str, Any]) -> str:
         for name, r in raw["arms"].items()
     ]  # fmt: skip
     return table(
-        ["objective", "ms an update", "tokens/s", "time, BPTT / this", "FLOPs, BPTT / this", "of matmul peak", "peak MiB"], rows
+        [
+            "objective",
+            "ms an update",
+            "tokens/s",
+            "time, BPTT / this",
+            "FLOPs, BPTT / this",
+            "of matmul peak",
+            "peak MiB",
+        ],
+        rows,
     )
 
 
 def cache(raw: dict[str, Any]) -> str:
     rows = [
-        [k, *(f"{row[name]:.5f}" for name in ("exact", "full", "shared")), f"{row['shared'] - row['exact']:+.5f}"]
+        [
+            k,
+            *(f"{row[name]:.5f}" for name in ("exact", "full", "shared")),
+            f"{row['shared'] - row['exact']:+.5f}",
+        ]
         for k, row in raw["nll"].items()
     ]
     return table(["K", "exact (scoring)", "full cache", "shared cache", "shared - exact"], rows)
@@ -77,19 +110,32 @@ def quality(raw: dict[str, Any]) -> str:
         [name, str(k), *(cells[name, k].get(kind, "") for kind in kinds)]
         for name, k in sorted(cells, key=lambda key: (order.index(key[0]), key[1]))
     ]
-    head = ["objective", "K", "NLL, nats per token", "perplexity at human distinct-2", "MAUVE", "BLiMP, accuracy"]
+    head = [
+        "objective",
+        "K",
+        "NLL, nats per token",
+        "perplexity at human distinct-2",
+        "MAUVE",
+        "BLiMP, accuracy",
+    ]
     parts = [table([*head[:2], *(f"{name} [95 %]" for name in head[2:])], rows)]
     for section in raw["sections"]:
         for found in section["tables"]:
             if section["title"] != "Provenance":
-                shown = [row for row in found["rows"] if section["title"] != "lm-eval" or row[1] == "blimp_local"]
-                parts.append(f"### {section['title']}\n\n{table(found['headers'], shown)}\n\n{found['note']}".rstrip())
+                shown = [
+                    row for row in found["rows"] if section["title"] != "lm-eval" or row[1] == "blimp_local"
+                ]
+                parts.append(
+                    f"### {section['title']}\n\n{table(found['headers'], shown)}\n\n{found['note']}".rstrip()
+                )
     return "\n\n".join(parts)
 
 
 def blockwise(raw: dict[str, Any]) -> str:
     """Rows of benchmarks.blockwise, by objective and number of blocks; "of minutes" is CPU time over that of next-token training."""
-    budget = next((run["cpu_seconds"] for run in raw["runs"] if run["arm"] == "next_token"), 60 * raw["minutes"])
+    budget = next(
+        (run["cpu_seconds"] for run in raw["runs"] if run["arm"] == "next_token"), 60 * raw["minutes"]
+    )
     rows = []
     for run in raw["runs"]:
         found = run["results"][0]
@@ -124,7 +170,11 @@ def memory(raw: dict[str, Any]) -> str:
         return row["peak"] - 16 * (row["parameter_count"] - row["layer_parameter_count"])
 
     plain = [row for row in raw["arms"] if (row["precision"], row["zero_stage"]) == ("fp32", 0)]
-    whole = {row["checkpointing"]: row for row in plain if row["num_blocks"] == 1 and row["objective"] == "evidence"}
+    whole = {
+        row["checkpointing"]: row
+        for row in plain
+        if row["num_blocks"] == 1 and row["objective"] == "evidence"
+    }
     parts = ("parameters_and_optimizer", "activations", "gradients", "peak")
     rows = []
     for row in plain:
@@ -154,10 +204,15 @@ def memory(raw: dict[str, Any]) -> str:
     tables = [
         table(head, rows),
         table(["one of 4 blocks", "ZeRO", "kept", "activations", "gradients", "peak", "predicted"], stages),
-        table(["", "CPU s an update", "of standard", "for the whole network", "peak MiB", "of standard"], costs),
+        table(
+            ["", "CPU s an update", "of standard", "for the whole network", "peak MiB", "of standard"], costs
+        ),
     ]
     return "\n\n".join(
-        [*tables, f"limit: {raw['memory_limit']['bytes'] / 2**20:.0f} MiB, {raw['memory_limit']['updates_made_of_two']}"]
+        [
+            *tables,
+            f"limit: {raw['memory_limit']['bytes'] / 2**20:.0f} MiB, {raw['memory_limit']['updates_made_of_two']}",
+        ]
     )
 
 
@@ -171,7 +226,10 @@ def _quality_cells(kind: str, report: dict[str, Any]) -> Iterator[tuple[int, str
         for found in report["at_human_distinct_2"].values():
             for at in found:
                 reached = at["perplexity"] is not None
-                yield at["num_steps"], with_interval(at["perplexity"], at["interval"], ".0f") if reached else "not reached"
+                yield (
+                    at["num_steps"],
+                    with_interval(at["perplexity"], at["interval"], ".0f") if reached else "not reached",
+                )
     else:
         figure = {"nll": "nll", "mauve": "value"}[kind]
         for r in report["results"]:

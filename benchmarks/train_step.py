@@ -24,9 +24,9 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import provenance, write_json
-from rdlm.config import CheckpointConfig, ObjectiveConfig, parse
-from rdlm.denoiser import Denoiser
-from rdlm.objectives import Batch, loss_terms
+from rdlm.config.checkpoint import CheckpointConfig, ObjectiveConfig, parse
+from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives.losses import Batch, loss_terms
 from rdlm.registry import build
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -58,12 +58,14 @@ class Arm:
         noisy = parse(ObjectiveConfig, settings, "arm").noisy
         model = {"family": "huginn", **shape, "max_seq_len": seq_len, "noise_conditioning": noisy}
         cut = {} if blocks is None else {"blocks": blocks, "block": 0}
-        config = parse(CheckpointConfig, {"name": "bench", "model": model, "objective": settings, **cut}, "arm")
+        config = parse(
+            CheckpointConfig, {"name": "bench", "model": model, "objective": settings, **cut}, "arm"
+        )
         self.denoiser: Denoiser = build(config, seed=0).to(device=device, dtype=dtype)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=1e-4, fused=True)
-        ids = torch.randint(0, shape["vocab_size"], (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(0)).to(
-            device
-        )
+        ids = torch.randint(
+            0, shape["vocab_size"], (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(0)
+        ).to(device)
         self.batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
         self.device, self.step = device, 0
 
@@ -87,7 +89,9 @@ class Arm:
         return counter.get_total_flops()
 
 
-def interleaved_medians(arms: dict[str, Arm], rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+def interleaved_medians(
+    arms: dict[str, Arm], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of one update of every arm after one warm-up each, the arms taking turns.
 
     clock: wall time, or time.process_time for CPU seconds, which other processes on the machine disturb less.
@@ -117,14 +121,18 @@ def matmul_peak(device: str, seconds: float = 1.0) -> float:
 
 def peak_resident() -> int:
     """Peak resident bytes of this program. Not ru_maxrss, which a child inherits from the process that started it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")
+    )
     return int(line.split()[1]) * 1024
 
 
 def peak_memory(name: str, arguments: list[str]) -> int:
     """Peak bytes of one update in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--memory-of", name, *arguments]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1])
+    return int(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1]
+    )
 
 
 def main(
@@ -148,7 +156,8 @@ def main(
         print(torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident())
         return
     passed = [
-        f"--{key.replace('_', '-')}={value}" for key, value in {**shape, "batch_size": batch_size, "seq_len": seq_len}.items()
+        f"--{key.replace('_', '-')}={value}"
+        for key, value in {**shape, "batch_size": batch_size, "seq_len": seq_len}.items()
     ]
     arms = {name: Arm(settings, shape, batch_size, seq_len, device) for name, settings in ARMS.items()}
     before = matmul_peak(device)
@@ -175,7 +184,15 @@ def main(
 
 def show(result: dict[str, Any]) -> None:
     table = Table(title=f"one update, matmul peak {result['matmul_peak_flops'] / 1e9:.0f} GFLOP/s")
-    for column in ("objective", "s/update", "tokens/s", "BPTT / this", "FLOPs ratio", "share of peak", "peak MiB"):
+    for column in (
+        "objective",
+        "s/update",
+        "tokens/s",
+        "BPTT / this",
+        "FLOPs ratio",
+        "share of peak",
+        "peak MiB",
+    ):
         table.add_column(column, justify="left" if column == "objective" else "right")
     for name, row in result["arms"].items():
         table.add_row(

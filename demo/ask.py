@@ -71,6 +71,9 @@ def ask(base: str, console: Console) -> None:
         assert usage is not None, "the server always sends usage"
         core_steps = usage.model_dump()["recurrence"]["core_steps"]
         table.add_row(
-            str(num_steps), f"{usage.completion_tokens / seconds:.1f}", str(core_steps), PROMPT + answer.choices[0].text
+            str(num_steps),
+            f"{usage.completion_tokens / seconds:.1f}",
+            str(core_steps),
+            PROMPT + answer.choices[0].text,
         )
     console.print(table)

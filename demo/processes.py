@@ -32,7 +32,9 @@ class StepFailed(Exception):
 class Processes:
     """Starts commands, each in its own session; leaving the ``with`` block stops whatever still runs."""
 
-    def __init__(self, repo: Path, logs: Path, program: tuple[str, ...] = (sys.executable, "-m", "rdlm")) -> None:
+    def __init__(
+        self, repo: Path, logs: Path, program: tuple[str, ...] = (sys.executable, "-m", "rdlm")
+    ) -> None:
         self._repo, self._logs, self._program = repo, logs, program
         self._running: list[subprocess.Popen[bytes]] = []
         logs.mkdir(parents=True, exist_ok=True)
@@ -40,7 +42,9 @@ class Processes:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for process in reversed(self._running):
             _stop(process)
 
@@ -62,7 +66,9 @@ class Processes:
         if status:
             raise StepFailed(f"rdlm {' '.join(args)}", f"ended with status {status}", log)
 
-    def start(self, name: str, args: list[str], env: dict[str, str] | None = None) -> tuple[subprocess.Popen[bytes], Path]:
+    def start(
+        self, name: str, args: list[str], env: dict[str, str] | None = None
+    ) -> tuple[subprocess.Popen[bytes], Path]:
         """Start ``rdlm ARGS`` in the background with its output in ``logs/NAME.log``; returns the process and the log."""
         log = self._logs / f"{name}.log"
         with log.open("wb") as out:
@@ -107,7 +113,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             process.terminate()  # it passes the word on to its workers
             deadline = time.monotonic() + GRACE_SECONDS
             while time.monotonic() < deadline and (process.poll() is None or any(map(_alive, family))):
-                family |= _descendants(process.pid)  # while the parent lives: an orphan can no longer be found
+                family |= _descendants(
+                    process.pid
+                )  # while the parent lives: an orphan can no longer be found
                 time.sleep(0.1)
     finally:
         with suppress(ProcessLookupError):

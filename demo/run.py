@@ -47,7 +47,8 @@ class Steps:
         self._console.rule(f"[{self._number}/{self._total}] {title}", align="left")
         yield
         self._console.print(
-            f"{title}: {time.monotonic() - started:.0f} s, {time.monotonic() - self._started:.0f} s in all", style="dim"
+            f"{title}: {time.monotonic() - started:.0f} s, {time.monotonic() - self._started:.0f} s in all",
+            style="dim",
         )
 
 
@@ -82,13 +83,21 @@ def demo(console: Console, processes: Processes) -> None:
 
 def checkpoint_of(*command: str) -> list[str]:
     """A command on the demo's checkpoint, on the GPU where there is one."""
-    return [*command, "--checkpoint", str(CHECKPOINT), "--device", "cuda" if torch.cuda.is_available() else "cpu"]
+    return [
+        *command,
+        "--checkpoint",
+        str(CHECKPOINT),
+        "--device",
+        "cuda" if torch.cuda.is_available() else "cpu",
+    ]
 
 
 def _serve_and_ask(console: Console, processes: Processes) -> None:
     port_file = REPO / RUN / "port"
     port_file.unlink(missing_ok=True)
-    server, log = processes.start("serve", [*checkpoint_of("serve"), "--port", "0", "--port-file", str(port_file)])
+    server, log = processes.start(
+        "serve", [*checkpoint_of("serve"), "--port", "0", "--port-file", str(port_file)]
+    )
     base = wait_until_ready(server, port_file, log)
     console.print(f"serving {CHECKPOINT} on {base}", highlight=False)
     ask(base, console)
@@ -107,7 +116,9 @@ def main() -> int:
         with Processes(REPO, REPO / RUN / "logs") as processes:
             demo(console, processes)
     except StepFailed as error:
-        console.print(f"demo failed: {error}; its output is in {error.log}", style="bold red", highlight=False)
+        console.print(
+            f"demo failed: {error}; its output is in {error.log}", style="bold red", highlight=False
+        )
         return 1
     except KeyboardInterrupt:
         console.print("interrupted; `make demo` goes on from here", highlight=False)

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.bootstrap import interval, resamples
 from eval.nll import check_steps
+from eval.stats import interval, resamples
 from rdlm.answers import greedy_answers
-from rdlm.checkpoint import Loaded
-from rdlm.config import CheckpointConfig
-from rdlm.decoding_types import Bridge, check_bridge
+from rdlm.checkpoints.folder import Loaded
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.model import VitConfig
+from rdlm.data.images import ImageStore
 from rdlm.errors import UserError
-from rdlm.image_store import ImageStore
-from rdlm.model_config import VitConfig
+from rdlm.sampling_params import Bridge, check_bridge
 from rdlm.scoring import class_scores, estimator_of
 
 USUAL_STEPS = (1, 2, 4, 8)
@@ -39,7 +39,9 @@ def check_fit(config: CheckpointConfig, store: ImageStore, bridges: Sequence[Bri
     height, width = store.manifest.image_size
     if (height, width) != (model.image_size,) * 2 or len(store.manifest.classes) != model.num_classes:
         found = f"holds images of {width}x{height} in {len(store.manifest.classes)} classes"
-        problem = f"{found}, the model was built for {model.image_size}x{model.image_size} in {model.num_classes}"
+        problem = (
+            f"{found}, the model was built for {model.image_size}x{model.image_size} in {model.num_classes}"
+        )
         raise UserError("--data", str(store.folder), problem, "give the data it was trained on")
     for bridge in bridges:
         check_bridge(bridge, config)
@@ -73,14 +75,18 @@ def evaluate_accuracy(
         rows = slice(first, min(first + batch_size, count))
         batch = store.rows(np.arange(rows.start, rows.stop)).to(device)
         inputs = batch.inputs.to(next(loaded.denoiser.parameters()).dtype)
-        nats[rows] = -class_scores(loaded.denoiser, inputs, batch.targets).logprobs[:, 0].double().cpu().numpy()
+        nats[rows] = (
+            -class_scores(loaded.denoiser, inputs, batch.targets).logprobs[:, 0].double().cpu().numpy()
+        )
         labels[rows] = batch.targets[:, 0].cpu().numpy()
         for bridge in bridges:
             for draw in range(num_draws):
                 ks = [k for k in steps if draw < len(hits[bridge, k])]
                 if not ks:
                     continue
-                answers = greedy_answers(loaded.denoiser, loaded.config, inputs, ks, seed, bridge=bridge, first=first, draw=draw)
+                answers = greedy_answers(
+                    loaded.denoiser, loaded.config, inputs, ks, seed, bridge=bridge, first=first, draw=draw
+                )
                 for k in ks:
                     hits[bridge, k][draw, rows] = (answers[k] == batch.targets)[:, 0].cpu().numpy()
         if progress:
@@ -93,7 +99,9 @@ def evaluate_accuracy(
     return {**known, "results": _summarise(hits, labels, draws)}
 
 
-def _summarise(hits: dict[tuple[Bridge, int], np.ndarray], labels: np.ndarray, draws: np.ndarray) -> list[dict[str, Any]]:
+def _summarise(
+    hits: dict[tuple[Bridge, int], np.ndarray], labels: np.ndarray, draws: np.ndarray
+) -> list[dict[str, Any]]:
     """hits: {(bridge, K): bool [draws, images]}; draws: weights [resamples, images], the same for all."""
     shares = {key: found.mean(0) for key, found in hits.items()}
     bridge_0, k_0 = next(iter(shares))
@@ -111,7 +119,8 @@ def _summarise(hits: dict[tuple[Bridge, int], np.ndarray], labels: np.ndarray, d
         row["draws"] = len(found)
         row["draw_sd"] = float(found.mean(1).std(ddof=1)) if len(found) > 1 else None
         row["by_class"] = [
-            round(float(values[labels == c].mean()), 4) if (labels == c).any() else None for c in range(labels.max() + 1)
+            round(float(values[labels == c].mean()), 4) if (labels == c).any() else None
+            for c in range(labels.max() + 1)
         ]
         row["right"] = "".join(map(str, found.sum(0)))
         results.append(row)

@@ -12,8 +12,8 @@ from rich.table import Table
 from eval.options import Checkpoint, Device, Dtype, Out, Plot, Seed, numbers, usable_device
 from eval.output import write_json
 from eval.wording import difference, with_interval
-from rdlm.decoding_types import Bridge
 from rdlm.errors import UserError
+from rdlm.sampling_params import Bridge
 
 
 def accuracy(
@@ -21,16 +21,27 @@ def accuracy(
     data: Annotated[Path, typer.Option(help="Folder made by `rdlm data images`.")],
     split: Annotated[str, typer.Option(help="Split to classify.")] = "test",
     steps: Annotated[
-        str | None, typer.Option(help="Values of K with commas [1,2,4,8 and the checkpoint's; 1 where nothing is noised].")
+        str | None,
+        typer.Option(
+            help="Values of K with commas [1,2,4,8 and the checkpoint's; 1 where nothing is noised]."
+        ),
     ] = None,
     bridge: Annotated[
-        str, typer.Option(help="One or several of hard, euler and multistep with commas; of models that noise the class.")
+        str,
+        typer.Option(
+            help="One or several of hard, euler and multistep with commas; of models that noise the class."
+        ),
     ] = "hard",
-    num_draws: Annotated[int, typer.Option(min=1, max=9, help="Draws of noise that accuracy is the mean of, where K > 1.")] = 1,
+    num_draws: Annotated[
+        int, typer.Option(min=1, max=9, help="Draws of noise that accuracy is the mean of, where K > 1.")
+    ] = 1,
     max_images: Annotated[int | None, typer.Option(min=2, help="Use the first so many images [all].")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one forward pass; changes no noise.")] = 128,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images of one forward pass; changes no noise.")
+    ] = 128,
     per_image: Annotated[
-        bool, typer.Option("--per-image", help="Add what was right to the JSON: reports then compare in pairs.")
+        bool,
+        typer.Option("--per-image", help="Add what was right to the JSON: reports then compare in pairs."),
     ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -45,13 +56,15 @@ def accuracy(
     from eval.accuracy import check_fit, choose_steps, evaluate_accuracy
     from eval.plots import plot_accuracy
     from eval.provenance import origin
-    from rdlm.checkpoint import load, load_config
-    from rdlm.image_store import ImageStore
+    from rdlm.checkpoints.folder import load, load_config
+    from rdlm.data.images import ImageStore
 
     bridges: list[Any] = list(dict.fromkeys(bridge.split(",")))
     for each in bridges:
         if each not in get_args(Bridge):
-            raise UserError("--bridge", each, "there is no such bridge", f"use some of {', '.join(get_args(Bridge))}")
+            raise UserError(
+                "--bridge", each, "there is no such bridge", f"use some of {', '.join(get_args(Bridge))}"
+            )
     store = ImageStore(data, split)
     check_fit(load_config(checkpoint), store, bridges)
     loaded = load(checkpoint, device=usable_device(device), dtype=getattr(torch, dtype))
@@ -71,7 +84,13 @@ def accuracy(
         "manifest_sha256": store.manifest_sha256,
         "classes": store.manifest.classes,
     }
-    report = {**origin("accuracy", checkpoint, loaded.config), "data": facts, "seed": seed, "dtype": dtype, **measured}
+    report = {
+        **origin("accuracy", checkpoint, loaded.config),
+        "data": facts,
+        "seed": seed,
+        "dtype": dtype,
+        **measured,
+    }
     _show(report)
     if out is not None:
         write_json(out, report)
@@ -102,7 +121,9 @@ def _show(report: dict[str, Any]) -> None:
         compared = ["" if r["K"] == first["K"] else difference(r["delta"], r["delta_interval"])]
         if several:
             same = r["bridge"] == first["bridge"]
-            compared.append("" if same else difference(r["against_first_bridge"], r["against_first_bridge_interval"]))
+            compared.append(
+                "" if same else difference(r["against_first_bridge"], r["against_first_bridge_interval"])
+            )
         spread = "" if r["draw_sd"] is None else f"{r['draw_sd']:.4f}"
         cells = [with_interval(r["accuracy"], r["accuracy_interval"]), *compared]
         table.add_row(r["bridge"], str(r["K"]), *cells, str(r["draws"]), spread)

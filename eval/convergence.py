@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.bootstrap import interval, resamples
 from eval.plots import heading, k_axis, new_figure, with_errors, write_png
-from rdlm.checkpoint import Loaded
+from eval.stats import interval, resamples
+from rdlm.checkpoints.folder import Loaded
 from rdlm.errors import UserError
-from rdlm.objectives import Batch
+from rdlm.objectives.losses import Batch
 from rdlm.scoring import think
 
 PICTURE_COLUMNS = 64
@@ -31,7 +31,12 @@ def check_iterates(loaded: Loaded) -> None:
 
 @torch.no_grad()
 def evaluate_convergence(
-    loaded: Loaded, batches: Iterable[Batch], num_steps: int, *, seed: int = 0, progress: Callable[[int], object] | None = None
+    loaded: Loaded,
+    batches: Iterable[Batch],
+    num_steps: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
     """What step k = 2 .. num_steps changes, means over the positions that count, with bootstrap 95 % intervals over rows.
 
@@ -73,7 +78,10 @@ def _summarise(changes: np.ndarray, mask: np.ndarray, seed: int) -> dict[str, An
     for step in range(changes.shape[1]):
         row = dict[str, Any](K=step + 2)
         for name, values in zip(("distance", "changed"), sums[:, step], strict=True):
-            row |= {name: float(values.sum() / counts.sum()), f"{name}_interval": interval(draws @ values / (draws @ counts))}
+            row |= {
+                name: float(values.sum() / counts.sum()),
+                f"{name}_interval": interval(draws @ values / (draws @ counts)),
+            }
         results.append(row)
     by_position = (changes * mask).sum(2)[..., kept] / mask.sum(0)[kept]
     columns = np.array_split(np.arange(len(kept)), min(PICTURE_COLUMNS, len(kept)))
@@ -94,7 +102,9 @@ def draw_convergence(panels: list[Any], report: dict[str, Any], label: str = "",
     """Distance (logarithmic) and share of changed tokens against K, in two panels."""
     titles = {"distance": "relative change of the latent state", "changed": "share of top tokens that change"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        with_errors(axes, report["results"], "K", name, marker="o", markersize=3, label=label or None, **style)
+        with_errors(
+            axes, report["results"], "K", name, marker="o", markersize=3, label=label or None, **style
+        )
         k_axis(axes, [r["K"] for r in report["results"] if (r["K"] & (r["K"] - 1)) == 0])
         axes.set_ylabel(title)
     if any(r["distance"] > 0 for r in report["results"]):

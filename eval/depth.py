@@ -1,4 +1,4 @@
-"""Does K think? Accuracy against K on generated tasks whose answers need serial or joint computation (rdlm/tasks.py)."""
+"""Does K think? Accuracy against K on generated tasks whose answers need serial or joint computation (rdlm/data/synthetic.py)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from eval.bootstrap import interval, resamples
 from eval.nll import check_steps
+from eval.stats import interval, resamples
 from rdlm.answers import greedy_answers
-from rdlm.checkpoint import Loaded
-from rdlm.decoding_types import Order
+from rdlm.checkpoints.folder import Loaded
+from rdlm.data.synthetic import FilledIn, Generated, Task
 from rdlm.errors import UserError
-from rdlm.masked_denoiser import MaskedDenoiser
-from rdlm.tasks import FilledIn, Generated, Task
+from rdlm.objectives.masked_denoiser import MaskedDenoiser
+from rdlm.sampling_params import Order
 
 USUAL_STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
 """The last two are far beyond the steps of training: whether the state stays where it is."""
@@ -55,9 +55,15 @@ def check_task(loaded: Loaded, name: str, task: Task) -> None:
     loaded.config.check_text("a generated task")
     model = loaded.config.model
     if loaded.tokenizer is not None or model.vocab_size < task.vocab_size:
-        has = "is a model of text" if loaded.tokenizer is not None else f"has a vocabulary of {model.vocab_size}"
+        has = (
+            "is a model of text"
+            if loaded.tokenizer is not None
+            else f"has a vocabulary of {model.vocab_size}"
+        )
         problem = f"{has}, the task has {task.vocab_size} symbols"
-        raise UserError("--task", name, problem, "give a checkpoint trained on it (see docs/data.md, generated tasks)")
+        raise UserError(
+            "--task", name, problem, "give a checkpoint trained on it (see docs/data.md, generated tasks)"
+        )
     if task.length > model.max_seq_len:
         problem = f"needs {task.length} positions, the model was built for {model.max_seq_len} positions"
         raise UserError("--lengths", task.size, problem, "use shorter ones")
@@ -84,7 +90,11 @@ def evaluate_depth(
     seed: of the examples, of sampling checkpoints' noise and of the bootstrap. ``progress`` is told the examples done.
     """
     device = next(loaded.denoiser.parameters()).device
-    hidden = cast(MaskedDenoiser, loaded.denoiser.at(1.0)).mask_id if loaded.config.objective.masking is not None else None
+    hidden = (
+        cast(MaskedDenoiser, loaded.denoiser.at(1.0)).mask_id
+        if loaded.config.objective.masking is not None
+        else None
+    )
     right: dict[int, list[np.ndarray]] = {k: [] for k in steps}
     solved: dict[int, list[np.ndarray]] = {k: [] for k in steps}
     masks = []
@@ -93,7 +103,13 @@ def evaluate_depth(
         batch = task.rows(numbers, seed, "test")
         inputs = batch.inputs if hidden is None else batch.inputs.masked_fill(batch.mask, hidden)
         answers = greedy_answers(
-            loaded.denoiser, loaded.config, inputs.to(device), steps, seed=seed, order=order or "random", first=start
+            loaded.denoiser,
+            loaded.config,
+            inputs.to(device),
+            steps,
+            seed=seed,
+            order=order or "random",
+            first=start,
         )
         masks.append(batch.mask.numpy())
         for k in steps:
@@ -106,7 +122,9 @@ def evaluate_depth(
     return _summarise(joined, np.concatenate(masks), task, seed)
 
 
-def _summarise(found: dict[int, tuple[np.ndarray, np.ndarray]], mask: np.ndarray, task: Task, seed: int) -> list[dict[str, Any]]:
+def _summarise(
+    found: dict[int, tuple[np.ndarray, np.ndarray]], mask: np.ndarray, task: Task, seed: int
+) -> list[dict[str, Any]]:
     """found: {K: (bool [rows, length], bool [rows])}. The same resamples for every K."""
     rows = len(mask)
     draws = resamples(rows, seed) / rows

@@ -10,9 +10,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from rdlm.checkpoint import Loaded
+from rdlm.checkpoints.folder import Loaded
+from rdlm.diffusion.masked_likelihood import bound, left_to_right
 from rdlm.errors import UserError
-from rdlm.masked_likelihood import bound, left_to_right
 from rdlm.scoring import token_scores
 
 logger = logging.getLogger("rdlm.eval")
@@ -35,7 +35,7 @@ def score_continuations(
     """{K: (log p(continuation | context) in nats, whether each of its tokens is greedy), in the order given}, in one pass.
 
     pairs: (context ids, at least one; continuation ids). What exceeds max_length positions is cut from the start of the context.
-    rdlm/scoring.py says what is greedy in a mixture. Of masked models log p is a lower bound (rdlm.masked_likelihood), of a continuation
+    rdlm/scoring.py says what is greedy in a mixture. Of masked models log p is a lower bound (rdlm.diffusion.masked_likelihood), of a continuation
     whose length is known, and greedy means that the bound exceeds 1/2, which is enough but not necessary; ``in_order`` takes their exact
     likelihood one token a step from left to right instead, the same at every K, and greedy is exact.
     Raises UserError where a continuation alone is too long. ``progress`` is told the rows done.
@@ -43,7 +43,12 @@ def score_continuations(
     rows = [(context + continuation)[-(max_length + 1) :] for context, continuation in pairs]
     wanted = [len(continuation) for _, continuation in pairs]
     if any(n >= len(row) for row, n in zip(rows, wanted, strict=True)):
-        raise UserError("max_length", max_length, f"a continuation has {max(wanted)} tokens", "raise it, or leave out the task")
+        raise UserError(
+            "max_length",
+            max_length,
+            f"a continuation has {max(wanted)} tokens",
+            "raise it, or leave out the task",
+        )
     cut = sum(len(row) < len(c) + len(t) for row, (c, t) in zip(rows, pairs, strict=True))
     if cut:
         logger.warning("%d of %d contexts exceed %d tokens and lose their start", cut, len(pairs), max_length)
@@ -53,7 +58,9 @@ def score_continuations(
     score = _ordered_batch if in_order else _bound_batch if masked else _score_batch
     # A masked model would see the padding of a shorter row.
     groups = [list(group) for _, group in groupby(longest_first, key=lambda i: len(rows[i]) if masked else 0)]
-    for chosen in (group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)):
+    for chosen in (
+        group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)
+    ):
         found = score(loaded, [rows[i] for i in chosen], [wanted[i] for i in chosen], ks, seed, num_draws)
         for k in ks:
             for i, found_score in zip(chosen, found[k], strict=True):
@@ -73,7 +80,10 @@ def _score_batch(
     padded = padded.to(next(loaded.denoiser.parameters()).device)
     inputs, targets = padded[:, :-1], padded[:, 1:]
     scores = token_scores(loaded.denoiser, loaded.config, inputs, targets, ks, seed=seed, num_draws=num_draws)
-    spans = [(i, slice(len(row) - 1 - n, len(row) - 1)) for i, (row, n) in enumerate(zip(rows, wanted, strict=True))]
+    spans = [
+        (i, slice(len(row) - 1 - n, len(row) - 1))
+        for i, (row, n) in enumerate(zip(rows, wanted, strict=True))
+    ]
     out = {}
     for k in ks:
         logprobs, hits = scores[k].logprobs.double().cpu(), scores[k].is_greedy.cpu()

@@ -27,7 +27,12 @@ def usable_device(name: str | None) -> str:
 
 
 def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < least
+        or (most is not None and value > most)
+    ):
         wanted = f"{least} or more" if most is None else f"{least} to {most}"
         raise UserError(f"model_args: {name}", value, "is not a whole number in range", f"give {wanted}")
     return value

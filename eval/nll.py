@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.bootstrap import interval, resamples
-from rdlm.checkpoint import Loaded
-from rdlm.config import CheckpointConfig
+from eval.stats import interval, resamples
+from rdlm.checkpoints.folder import Loaded
+from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.errors import UserError
-from rdlm.objectives import Batch
+from rdlm.objectives.losses import Batch
 from rdlm.scoring import estimator_of, token_logprobs
 
 PER_WINDOW = ("window_nll", "window_tokens")
@@ -27,7 +27,9 @@ MOST_STEPS = 1024
 """Largest K of measurements that go beyond what a checkpoint offers its users; more is a slip of the pen."""
 
 
-def check_steps(steps: Sequence[int] | None, config: CheckpointConfig, beyond: bool = False) -> tuple[int, ...]:
+def check_steps(
+    steps: Sequence[int] | None, config: CheckpointConfig, beyond: bool = False
+) -> tuple[int, ...]:
     """The K to evaluate, ascending; UserError for one out of range.
 
     beyond: iterations of one state may go past ``recurrence.max_steps``, up to MOST_STEPS. None takes those with a normalised
@@ -70,7 +72,9 @@ def evaluate_nll(
     device = next(loaded.denoiser.parameters()).device
     for batch in corpus_windows:
         inputs, targets, mask = (t.to(device) for t in (batch.inputs, batch.targets, batch.mask))
-        scores = token_logprobs(loaded.denoiser, loaded.config, inputs, targets, steps, seed=seed, num_draws=num_draws)
+        scores = token_logprobs(
+            loaded.denoiser, loaded.config, inputs, targets, steps, seed=seed, num_draws=num_draws
+        )
         widths = num_bytes.to(device)[targets] * mask
         for k in steps:
             nll = -scores[k].double() * mask

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.bootstrap import interval, resamples
 from eval.plots import heading, new_figure, with_errors, write_png
-from rdlm.checkpoint import Loaded
-from rdlm.objectives import Batch, two_stream_hidden
-from rdlm.partition import Curve, equal_drops
-from rdlm.randomness import generator
-from rdlm.sampler import renoise
+from eval.stats import interval, resamples
+from rdlm.checkpoints.folder import Loaded
+from rdlm.diffusion.partition import Curve, equal_drops
+from rdlm.diffusion.samplers import renoise
+from rdlm.objectives.losses import Batch, two_stream_hidden
+from rdlm.random_streams import generator
 from rdlm.scoring import think
 
 
@@ -55,7 +55,9 @@ def evaluate_noise_curve(
     return _summarise(np.concatenate(sums, axis=1), np.concatenate(counts), sigmas, num_steps, seed, loaded)
 
 
-def _batch_sums(loaded: Loaded, batch: Batch, sigmas: Sequence[float], num_steps: int, seed: int, number: int) -> np.ndarray:
+def _batch_sums(
+    loaded: Loaded, batch: Batch, sigmas: Sequence[float], num_steps: int, seed: int, number: int
+) -> np.ndarray:
     """Nats of each window, fp64 [1 + 2 * levels, rows]: of the prior, then of denoiser (zeros if none) and reference by level."""
     ids, targets = batch.inputs, batch.targets
     prior = _prior(loaded, ids, num_steps, seed)
@@ -63,11 +65,15 @@ def _batch_sums(loaded: Loaded, batch: Batch, sigmas: Sequence[float], num_steps
     for level, sigma in enumerate(sigmas):
         denoiser = loaded.denoiser.at(sigma)
         table = denoiser.unit_table()
-        noise = torch.randn((*ids.shape, table.shape[1]), generator=generator(seed, number, level)).to(ids.device)
+        noise = torch.randn((*ids.shape, table.shape[1]), generator=generator(seed, number, level)).to(
+            ids.device
+        )
         levels = torch.full(ids.shape, sigma, device=ids.device)
         z = renoise(denoiser, targets, levels, noise)
         if loaded.config.objective.noisy:
-            hidden = two_stream_hidden(denoiser, ids, z, levels, sees_own_clean=denoiser.objective.name == "paper")
+            hidden = two_stream_hidden(
+                denoiser, ids, z, levels, sees_own_clean=denoiser.objective.name == "paper"
+            )
             rows.append(_nats(denoiser.predict(hidden, z, levels).logits(), batch))
         else:
             rows.append(torch.zeros(len(ids)))
@@ -92,7 +98,9 @@ def _prior(loaded: Loaded, input_ids: Tensor, num_steps: int, seed: int) -> Tens
 
 def _nats(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of each window, fp32 [B] on the CPU."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none").view(batch.targets.shape)
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none").view(
+        batch.targets.shape
+    )
     return (losses * batch.mask).sum(1).cpu()
 
 
@@ -132,7 +140,9 @@ def plot_noise_curve(report: dict[str, Any], file: Path) -> None:
     """Cross-entropy against sigma for the denoiser and the best one, as PNG."""
     figure, (axes,) = new_figure()
     draw_noise_curve(axes, report)
-    axes.set_title(f"{heading(report)}: {report['tokens']:,} tokens of {report['data']['split']}", fontsize=10)
+    axes.set_title(
+        f"{heading(report)}: {report['tokens']:,} tokens of {report['data']['split']}", fontsize=10
+    )
     axes.legend(fontsize=8)
     write_png(figure, file)
 
@@ -141,7 +151,9 @@ def draw_noise_curve(axes: Any, report: dict[str, Any], name: str = "", color: s
     """The two curves and the level of the prior."""
     results = report["results"]
     if results[0]["ce"] is not None:
-        with_errors(axes, results, "sigma", "ce", marker="o", markersize=4, color=color, label=f"{name}denoiser")
+        with_errors(
+            axes, results, "sigma", "ce", marker="o", markersize=4, color=color, label=f"{name}denoiser"
+        )
     style = {"color": color, "linestyle": "--", "linewidth": 1}
     with_errors(axes, results, "sigma", "reference", label=f"{name}exact for its own prior", **style)
     axes.axhline(report["prior_ce"], color=color, linestyle=":", linewidth=0.8, label=f"{name}z = 0")

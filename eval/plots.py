@@ -61,14 +61,18 @@ def colour(i: int) -> str:
     return f"C{i % 10}"
 
 
-def against_k(curves: dict[str, list[Row]], what: str, bands: dict[str, tuple[float, float]] | None = None) -> bytes:
+def against_k(
+    curves: dict[str, list[Row]], what: str, bands: dict[str, tuple[float, float]] | None = None
+) -> bytes:
     """PNG with a curve for each name over rows of {"K", "value", "value_interval"}; ``bands``: intervals that do not depend on K."""
     figure, (axes,) = new_figure()
     for name, (low, high) in (bands or {}).items():
         axes.axhspan(low, high, color="grey", alpha=0.3)
         axes.annotate(name, (0.01, high), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     for i, (name, rows) in enumerate(curves.items()):
-        beside = 1.025 ** (i - (len(curves) - 1) / 2)  # so that the intervals of equal K do not hide each other
+        beside = 1.025 ** (
+            i - (len(curves) - 1) / 2
+        )  # so that the intervals of equal K do not hide each other
         shifted = [{**row, "K": row["K"] * beside} for row in rows]
         with_errors(axes, shifted, "K", "value", marker="o", markersize=4, color=colour(i), label=name)
     k_axis(axes, [row["K"] for rows in curves.values() for row in rows], "K")
@@ -87,7 +91,9 @@ def draw_nll(axes: Axes, report: Row, **style: Any) -> None:
         chosen = [r for r in results if r["estimator"].startswith("normalised") == normalised]
         if chosen:
             other = (
-                "upper bound" if chosen[0]["estimator"].startswith("upper bound") else "mixture over noise draws (biased upward)"
+                "upper bound"
+                if chosen[0]["estimator"].startswith("upper bound")
+                else "mixture over noise draws (biased upward)"
             )
             kind = "normalised likelihood" if normalised else other
             face = style["color"] if normalised else "white"
@@ -101,7 +107,14 @@ def plot_nll(report: Row, file: Path) -> None:
     figure, (axes,) = new_figure()
     draw_nll(axes, report)
     for r in report["results"]:
-        axes.annotate(f"{r['nll']:.3f}", (r["K"], r["nll"]), xytext=(0, 9), textcoords="offset points", fontsize=8, ha="center")
+        axes.annotate(
+            f"{r['nll']:.3f}",
+            (r["K"], r["nll"]),
+            xytext=(0, 9),
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
+        )
     k_axis(axes, [r["K"] for r in report["results"]])
     axes.margins(x=0.1, y=0.15)
     axes.set_title(f"{heading(report)}: {report['tokens']:,} tokens of {report['data']['split']}")
@@ -135,7 +148,14 @@ def draw_accuracy(axes: Axes, report: Row, name: str = "", first_colour: int = 0
     for i, bridge in enumerate(bridges):
         chosen = [r for r in report["results"] if r["bridge"] == bridge]
         with_errors(
-            axes, chosen, "K", "accuracy", marker="o", markersize=4, color=colour(first_colour + i), label=f"{name}{bridge}"
+            axes,
+            chosen,
+            "K",
+            "accuracy",
+            marker="o",
+            markersize=4,
+            color=colour(first_colour + i),
+            label=f"{name}{bridge}",
         )
     axes.set_ylabel("accuracy")
     return len(bridges)

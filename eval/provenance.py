@@ -13,14 +13,18 @@ from typing import Any
 import torch
 
 from rdlm import __version__
-from rdlm.checkpoint import CONFIG, WEIGHTS
-from rdlm.config import CheckpointConfig
-from rdlm.prepared import file_sha256
+from rdlm.checkpoints.folder import CONFIG, WEIGHTS
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.manifest import file_sha256
 
 
 def origin(evaluation: str, folder: Path, config: CheckpointConfig) -> dict[str, Any]:
     """The head of every report: which command made it, where it ran, and which checkpoint it measures."""
-    return {"evaluation": evaluation, "provenance": provenance(), "checkpoint": checkpoint_facts(folder, config)}
+    return {
+        "evaluation": evaluation,
+        "provenance": provenance(),
+        "checkpoint": checkpoint_facts(folder, config),
+    }
 
 
 def checkpoint_facts(folder: Path, config: CheckpointConfig) -> dict[str, Any]:
@@ -45,7 +49,9 @@ def provenance() -> dict[str, Any]:
     """JSON facts about this process; ``git_commit`` is None outside a checkout and ends in ``-dirty`` with uncommitted changes."""
     program = Path(sys.argv[0])
     return {
-        "command": shlex.join([program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]]),
+        "command": shlex.join(
+            [program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]]
+        ),
         "rdlm": __version__,
         "git_commit": _commit(),
         "python": platform.python_version(),
@@ -69,4 +75,7 @@ def _commit() -> str | None:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

@@ -11,11 +11,11 @@ import torch
 
 from eval.options import WindowOptions, usable_device
 from eval.provenance import origin
-from rdlm.checkpoint import Loaded, load
+from rdlm.checkpoints.folder import Loaded, load
+from rdlm.data.token_shards import TokenStore
+from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from rdlm.objectives import Batch
-from rdlm.shards import TokenStore
-from rdlm.tokenizer import Tokenizer
+from rdlm.objectives.losses import Batch
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,30 @@ class HeldOut:
 def open_windows(options: WindowOptions) -> HeldOut:
     """UserError where checkpoint, data and window length do not fit each other."""
     store = TokenStore(options.data, options.split)
-    loaded = load(options.checkpoint, device=usable_device(options.device), dtype=getattr(torch, options.dtype))
+    loaded = load(
+        options.checkpoint, device=usable_device(options.device), dtype=getattr(torch, options.dtype)
+    )
     check_tokenizer(options.checkpoint, loaded, store)
     limit = loaded.config.model.max_seq_len
     if options.seq_len is not None and options.seq_len > limit:
-        raise UserError("--seq-len", options.seq_len, f"the model was built for {limit} positions", f"use {limit} or less")
+        raise UserError(
+            "--seq-len", options.seq_len, f"the model was built for {limit} positions", f"use {limit} or less"
+        )
     return HeldOut(loaded, store, options, options.seq_len or limit)
 
 
 def check_tokenizer(folder: Path, loaded: Loaded, store: TokenStore) -> Tokenizer:
     """The checkpoint's tokenizer; UserError where it has none or the data was made with another one."""
     if loaded.tokenizer is None:
-        raise UserError("--checkpoint", str(folder), "it has no tokenizer, so its ids are not text", "give a model of text")
+        raise UserError(
+            "--checkpoint",
+            str(folder),
+            "it has no tokenizer, so its ids are not text",
+            "give a model of text",
+        )
     if loaded.tokenizer.fingerprint != store.manifest.tokenizer_fingerprint:
         remedy = f"prepare it again with --tokenizer {folder / 'tokenizer'}"
-        raise UserError("--data", str(store.folder), "was not tokenised with the checkpoint's tokenizer", remedy)
+        raise UserError(
+            "--data", str(store.folder), "was not tokenised with the checkpoint's tokenizer", remedy
+        )
     return loaded.tokenizer

@@ -9,7 +9,9 @@ WITHIN_NOISE = " (within noise)"
 
 def with_interval(value: float, interval: Sequence[float] | None, digits: str = ".3f") -> str:
     """ "0.512 [0.498, 0.526]"; without an interval the value alone."""
-    return format(value, digits) + ("" if interval is None else f" [{interval[0]:{digits}}, {interval[1]:{digits}}]")
+    return format(value, digits) + (
+        "" if interval is None else f" [{interval[0]:{digits}}, {interval[1]:{digits}}]"
+    )
 
 
 def difference(value: float, interval: Sequence[float], digits: str = "+.3f", none: float = 0.0) -> str:

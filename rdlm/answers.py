@@ -1,4 +1,4 @@
-"""Answers to what is asked all at once, against K: every position of a task (rdlm/tasks.py), or the class of an image."""
+"""Answers to what is asked all at once, against K: every position of a task (rdlm/data/synthetic.py), or the class of an image."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rdlm.config import CheckpointConfig
-from rdlm.context import AttentionContext
-from rdlm.decoding_types import Bridge, Order, SamplingParams
-from rdlm.denoiser import Denoiser, Prediction
-from rdlm.forward_forward import ForwardForward
-from rdlm.objectives import Noised, in_place_hidden, two_stream_hidden
-from rdlm.randomness import generator
-from rdlm.sampler import hard_bridge_chain, renoise, sampling_levels, soft_bridge, soft_bridge_chain
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.diffusion.samplers import (
+    hard_bridge_chain,
+    renoise,
+    sampling_levels,
+    soft_bridge,
+    soft_bridge_chain,
+)
+from rdlm.diffusion.unmasking import unmask
+from rdlm.nn.context import AttentionContext
+from rdlm.objectives.denoiser import Denoiser, Prediction
+from rdlm.objectives.forward_forward import ForwardForward
+from rdlm.objectives.losses import Noised, in_place_hidden, two_stream_hidden
+from rdlm.random_streams import generator
+from rdlm.sampling_params import Bridge, Order, SamplingParams
 from rdlm.scoring import think
-from rdlm.unmasking import unmask
 
 
 @torch.no_grad()
@@ -42,7 +48,10 @@ def greedy_answers(
     """
     if config.objective.masking is not None:
         greedy = SamplingParams(temperature=0)
-        return {k: unmask(denoiser, inputs, k, greedy, seed=seed, order=order, first=first, always_given=True) for k in ks}
+        return {
+            k: unmask(denoiser, inputs, k, greedy, seed=seed, order=order, first=first, always_given=True)
+            for k in ks
+        }
     if isinstance(denoiser, ForwardForward):
         return dict.fromkeys(ks, denoiser.class_logits(inputs).argmax(1, keepdim=True))
     if config.objective.k_meaning == "sampling":
@@ -58,7 +67,13 @@ def greedy_answers(
 
 
 def _denoised(
-    denoiser: Denoiser, config: CheckpointConfig, inputs: Tensor, num_steps: int, bridge: Bridge, key: tuple[int, int], first: int
+    denoiser: Denoiser,
+    config: CheckpointConfig,
+    inputs: Tensor,
+    num_steps: int,
+    bridge: Bridge,
+    key: tuple[int, int],
+    first: int,
 ) -> Tensor:
     rng, shape = generator(*key), denoiser.model.target_shape(inputs)
     levels, top = sampling_levels(config, num_steps), config.noise.sigma_max
@@ -89,4 +104,8 @@ def _denoised(
     def estimate(prediction: Prediction, sigma: float | None) -> Tensor:
         return soft_bridge(prediction.logits(), denoiser.at(sigma).unit_table())
 
-    return soft_bridge_chain(predict, estimate, top * noise(), levels, top, bridge == "multistep").logits().argmax(-1)
+    return (
+        soft_bridge_chain(predict, estimate, top * noise(), levels, top, bridge == "multistep")
+        .logits()
+        .argmax(-1)
+    )

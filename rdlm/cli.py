@@ -16,16 +16,22 @@ from rdlm import __version__
 from rdlm.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "data": ("train.data_cli:app", "Turn text into tokenised shards and labelled images into arrays, both memory-mapped."),
-    "plan": ("train.plan_cli:app", "Predict the memory of a config and suggest how to train it on what there is."),
+    "data": (
+        "train.data_cli:app",
+        "Turn text into tokenised shards and labelled images into arrays, both memory-mapped.",
+    ),
+    "plan": (
+        "train.plan_cli:app",
+        "Predict the memory of a config and suggest how to train it on what there is.",
+    ),
     "train": ("train.cli:app", "Train a model from a config, on one process or under DeepSpeed."),
     "merge": ("train.merge_cli:app", "Put blocks that were trained alone together into one checkpoint."),
     "generate": ("serve.generate_cli:app", "Continue a prompt from a checkpoint, without a server."),
     "images": ("serve.images_cli:app", "Draw images from a checkpoint of family dit."),
     "serve": ("serve.cli:app", "Serve a checkpoint over an OpenAI-compatible HTTP interface."),
     "eval": ("eval.cli:app", "Measure a checkpoint, for instance its held-out NLL against the core steps K."),
-    "import": ("rdlm.interchange.cli:import_app", "Turn a published checkpoint into one of rdlm."),
-    "export": ("rdlm.interchange.cli:export_app", "Write a checkpoint in a published layout."),
+    "import": ("rdlm.checkpoints.cli:import_app", "Turn a published checkpoint into one of rdlm."),
+    "export": ("rdlm.checkpoints.cli:export_app", "Write a checkpoint in a published layout."),
 }
 """Command name -> (``module:typer app``, one line of help)."""
 
@@ -41,7 +47,9 @@ def load_command(name: str) -> Any:
         missing = (error.name or "").partition(".")[0]
         if missing in ("", "rdlm", "train", "serve", "eval"):
             raise
-        raise UserError(f"rdlm {name}", missing, "a package this command needs is not installed", "run `make install`") from error
+        raise UserError(
+            f"rdlm {name}", missing, "a package this command needs is not installed", "run `make install`"
+        ) from error
     command = typer.main.get_command(app)
     command.name = name
     return command
@@ -71,7 +79,8 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     """Train recurrent-depth language models and serve them, with the number of core steps K chosen per request."""
@@ -83,7 +92,9 @@ def run(program: typer.Typer, args: Sequence[str], prog_name: str) -> int:
     Any other exception is a defect of ours and keeps its traceback. A command that returns an int sets the status with it.
     """
     try:
-        result = typer.main.get_command(program).main(args=list(args), prog_name=prog_name, standalone_mode=False)
+        result = typer.main.get_command(program).main(
+            args=list(args), prog_name=prog_name, standalone_mode=False
+        )
     except UserError as error:
         return _fail(prog_name, str(error), 2)
     except TyperException as error:  # wrong usage: unknown option, missing argument, value of the wrong type
@@ -102,7 +113,11 @@ def _wrong_usage(prog_name: str, error: TyperException) -> int:
     if isinstance(error.__cause__, ValidationError):  # typer's own message leaves out the value
         message += f", got {error.__cause__.errors()[0]['input']!r}"
     context = getattr(error, "ctx", None)
-    return _fail(prog_name, f"{message}; see `{context.command_path if context else prog_name} --help`", error.exit_code)
+    return _fail(
+        prog_name,
+        f"{message}; see `{context.command_path if context else prog_name} --help`",
+        error.exit_code,
+    )
 
 
 def _fail(prog_name: str, message: str, status: int) -> int:

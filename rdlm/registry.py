@@ -7,23 +7,23 @@ from typing import cast
 
 import torch
 
-from rdlm.blockwise import Blockwise, blocks_of
-from rdlm.config import CheckpointConfig
-from rdlm.denoiser import Denoiser
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.model import DitConfig, HuginnConfig, LlamaConfig, MaskedConfig, ModelConfig, VitConfig
+from rdlm.diffusion.blockwise import Blockwise, blocks_of
+from rdlm.diffusion.partition import Block, partition_of
+from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
-from rdlm.forward_forward import ForwardForward
-from rdlm.image_denoiser import ImageDenoiser
-from rdlm.masked_denoiser import MaskedDenoiser
-from rdlm.model_config import DitConfig, HuginnConfig, LlamaConfig, MaskedConfig, ModelConfig, VitConfig
-from rdlm.models.backbone import Backbone
+from rdlm.models.base import Backbone
 from rdlm.models.dit import Dit
 from rdlm.models.huginn import Huginn
 from rdlm.models.llama import Llama
 from rdlm.models.masked import Masked
 from rdlm.models.vit import Vit
-from rdlm.partition import Block, partition_of
-from rdlm.randomness import generator
-from rdlm.targets import frozen_rows
+from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives.forward_forward import ForwardForward
+from rdlm.objectives.image_denoiser import ImageDenoiser
+from rdlm.objectives.masked_denoiser import MaskedDenoiser
+from rdlm.random_streams import generator
 
 _INIT_KEY = 5
 
@@ -71,7 +71,10 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
     if objective.name not in OBJECTIVES[model.family]:
         problem = f"family {model.family!r} cannot be trained with it"
         raise UserError(
-            "objective.name", objective.name, problem, f"use {' or '.join(OBJECTIVES[model.family])}, or another family"
+            "objective.name",
+            objective.name,
+            problem,
+            f"use {' or '.join(OBJECTIVES[model.family])}, or another family",
         )
     if objective.noisy != model.noise_conditioning:
         raise UserError(
@@ -97,7 +100,11 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
         )
     if seed is not None:
         for part in blocks_of(denoiser):
-            rng = torch.Generator().manual_seed(seed) if part.block is None else generator(seed, _INIT_KEY, part.block.index)
+            rng = (
+                torch.Generator().manual_seed(seed)
+                if part.block is None
+                else generator(seed, _INIT_KEY, part.block.index)
+            )
             part.model.init_weights(rng)
     return denoiser
 
@@ -122,15 +129,31 @@ def _check_blocks(config: CheckpointConfig) -> None:
     if config.blocks is not None and not config.objective.noisy:
         problem = f"objective {config.objective.name!r} has no noise levels to share out"
         raise UserError(
-            "blocks", f"num_blocks {count}", problem, "use objective paper, evidence, masked or edm, or drop the section"
+            "blocks",
+            f"num_blocks {count}",
+            problem,
+            "use objective paper, evidence, masked or edm, or drop the section",
         )
     if count > 1 and config.objective.k_meaning == "thinking":
         problem = f"objective {config.objective.name!r} iterates its layers, which blocks do not share"
-        raise UserError("blocks.num_blocks", count, problem, "use objective paper or evidence, or num_blocks 1")
-    if config.blocks is not None and config.blocks.partition == "equal_information" and config.objective.masking is not None:
+        raise UserError(
+            "blocks.num_blocks", count, problem, "use objective paper or evidence, or num_blocks 1"
+        )
+    if (
+        config.blocks is not None
+        and config.blocks.partition == "equal_information"
+        and config.objective.masking is not None
+    ):
         problem = "its curve is one over sigma, and objective 'masked' has none"
-        raise UserError("blocks.partition", config.blocks.partition, problem, "use equi_probability, which cuts alpha evenly")
+        raise UserError(
+            "blocks.partition",
+            config.blocks.partition,
+            problem,
+            "use equi_probability, which cuts alpha evenly",
+        )
     if config.block is not None and count == 1:
-        raise UserError("block", config.block, "the network is not cut into blocks", "set blocks.num_blocks above 1")
+        raise UserError(
+            "block", config.block, "the network is not cut into blocks", "set blocks.num_blocks above 1"
+        )
     if config.block is not None and config.block >= count:
         raise UserError("block", config.block, f"there are {count} blocks", f"choose 0 to {count - 1}")

@@ -6,7 +6,7 @@ Which numbers are likelihoods:
   For K > 1 the law of the token drawn last is a mixture over noise and earlier draws, which ``num_draws`` paths estimate. The
   estimate is normalised but biased (by Jensen its logarithm is too low), so it is reported as a mixture, never as the likelihood.
 - masked models: one token a step from left to right the likelihood is exact, of K steps in random order there is a bound on that of a
-  whole row (both in rdlm/masked_likelihood.py).
+  whole row (both in rdlm/diffusion/masked_likelihood.py).
 """
 
 from __future__ import annotations
@@ -18,25 +18,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rdlm.config import CheckpointConfig
-from rdlm.context import AttentionContext
-from rdlm.denoiser import Denoiser, Prediction
-from rdlm.forward_forward import ForwardForward
-from rdlm.masked_likelihood import bound
-from rdlm.objectives import two_stream_hidden
-from rdlm.randomness import generator
-from rdlm.sampler import hard_bridge_chain, renoise, run, sampling_levels
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.diffusion.masked_likelihood import bound
+from rdlm.diffusion.samplers import hard_bridge_chain, renoise, run, sampling_levels
+from rdlm.nn.context import AttentionContext
+from rdlm.objectives.denoiser import Denoiser, Prediction
+from rdlm.objectives.forward_forward import ForwardForward
+from rdlm.objectives.losses import two_stream_hidden
+from rdlm.random_streams import generator
 
 LOGITS_AT_ONCE = 1 << 24
 """Read-out rows are processed in chunks of at most this many logits (64 MiB of fp32)."""
 
 
-def estimator_of(config: CheckpointConfig, num_steps: int, num_draws: int | None = None, *, in_order: bool = False) -> str:
+def estimator_of(
+    config: CheckpointConfig, num_steps: int, num_draws: int | None = None, *, in_order: bool = False
+) -> str:
     """Name of what ``token_logprobs`` returns at K = num_steps; in_order: of ``masked_likelihood.left_to_right``, at any K."""
     if in_order or config.objective.goodness is not None:
         return config.estimator
     if config.objective.masking is not None:
-        drawn = "exact" if num_steps == 1 else "stratified draws" if num_draws is None else f"{num_draws} stratified draws"
+        drawn = (
+            "exact"
+            if num_steps == 1
+            else "stratified draws"
+            if num_draws is None
+            else f"{num_draws} stratified draws"
+        )
         return f"upper bound of the NLL, not its value: K = {num_steps} unmasking steps, {drawn}"
     if config.objective.k_meaning == "thinking":
         return f"normalised: logits after K = {num_steps} core steps"
@@ -70,7 +78,7 @@ def token_scores(
     """Scores of targets[i] given input_ids[<= i] at each K in ``ks``: input_ids, targets [B, T] int64.
 
     One pass to max(ks) for thinking models. See the module docstring for what the numbers are; ``estimator_of`` names them.
-    UserError for masked models: theirs are ``rdlm.masked_likelihood.left_to_right``'s, of rows that stand by themselves.
+    UserError for masked models: theirs are ``rdlm.diffusion.masked_likelihood.left_to_right``'s, of rows that stand by themselves.
     """
     config.check_next_token("a score of each token")
     if config.objective.k_meaning == "thinking":
@@ -101,7 +109,10 @@ def token_logprobs(
     """
     if config.objective.masking is not None:
         given = mask is not None
-        return {k: -bound(denoiser, targets, k, mask=mask, always_given=given, seed=seed, num_draws=num_draws) for k in ks}
+        return {
+            k: -bound(denoiser, targets, k, mask=mask, always_given=given, seed=seed, num_draws=num_draws)
+            for k in ks
+        }
     found = token_scores(denoiser, config, input_ids, targets, ks, seed=seed, num_draws=num_draws)
     return {k: scores.logprobs for k, scores in found.items()}
 
@@ -111,13 +122,19 @@ def class_scores(denoiser: Denoiser, images: Tensor, classes: Tensor) -> TokenSc
     """Log p of the classes [B, 1] of images [B, C, H, W] after one pass at z = 0: normalised, that is K = 1."""
     if isinstance(denoiser, ForwardForward):
         logits = denoiser.class_logits(images)
-        return TokenScores(logits.log_softmax(1).gather(1, classes), logits.argmax(1, keepdim=True) == classes)
+        return TokenScores(
+            logits.log_softmax(1).gather(1, classes), logits.argmax(1, keepdim=True) == classes
+        )
     return _at_prior(denoiser.at(None), images, classes)
 
 
 @torch.no_grad()
 def think(
-    denoiser: Denoiser, inputs: Tensor, num_steps: int, seed: int, on_step: Callable[[int, Tensor, AttentionContext], None]
+    denoiser: Denoiser,
+    inputs: Tensor,
+    num_steps: int,
+    seed: int,
+    on_step: Callable[[int, Tensor, AttentionContext], None],
 ) -> None:
     """Core steps of a thinking model from z = 0 over whole rows [B, T]; on_step(k, state [B, T, D], ctx) after each, k = 1, 2, ..
 
@@ -128,10 +145,17 @@ def think(
     e = model.encode(inputs, ctx)
     cond = denoiser.condition(None, e)
     start = model.initial_state(e, generator(seed))
-    run(lambda s, _: denoiser.step(s, e, cond, ctx), start, num_steps, on_step=lambda k, state: on_step(k, state, ctx))
+    run(
+        lambda s, _: denoiser.step(s, e, cond, ctx),
+        start,
+        num_steps,
+        on_step=lambda k, state: on_step(k, state, ctx),
+    )
 
 
-def _thinking(denoiser: Denoiser, inputs: Tensor, targets: Tensor, ks: Sequence[int], seed: int) -> dict[int, TokenScores]:
+def _thinking(
+    denoiser: Denoiser, inputs: Tensor, targets: Tensor, ks: Sequence[int], seed: int
+) -> dict[int, TokenScores]:
     wanted, out = set(ks), {}
 
     def read(k: int, state: Tensor, ctx: AttentionContext) -> None:
@@ -165,7 +189,13 @@ def _at_prior(denoiser: Denoiser, inputs: Tensor, targets: Tensor) -> TokenScore
 
 
 def _mixture(
-    denoiser: Denoiser, config: CheckpointConfig, input_ids: Tensor, targets: Tensor, num_steps: int, seed: int, num_draws: int
+    denoiser: Denoiser,
+    config: CheckpointConfig,
+    input_ids: Tensor,
+    targets: Tensor,
+    num_steps: int,
+    seed: int,
+    num_draws: int,
 ) -> TokenScores:
     """log mean over paths of the last level's posterior of the target. Context is always the clean stream."""
     beside = config.objective.name == "paper"

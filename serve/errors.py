@@ -49,7 +49,9 @@ class EngineClosed(ApiError):
     """503: the model is loading, or the server is on its way out."""
 
     def __init__(self, state: str) -> None:
-        super().__init__(503, f"the server is {state}; try again later", "server_error", code=state, retry_after=2)
+        super().__init__(
+            503, f"the server is {state}; try again later", "server_error", code=state, retry_after=2
+        )
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

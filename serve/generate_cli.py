@@ -7,21 +7,24 @@ from typing import Annotated
 
 import typer
 
-from rdlm.config import parse
-from rdlm.decoding_types import Bridge, Order, SamplingParams, check_bridge, check_masked
+from rdlm.config.checkpoint import parse
 from rdlm.errors import UserError
-from serve.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
+from rdlm.sampling_params import Bridge, Order, SamplingParams, check_bridge, check_masked
+from serve.api.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
 from serve.settings import EngineSettings
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(epilog='Example: rdlm generate --checkpoint runs/demo/model --prompt "And it came to pass" --num-steps 1,4,16')
+@app.command(
+    epilog='Example: rdlm generate --checkpoint runs/demo/model --prompt "And it came to pass" --num-steps 1,4,16'
+)
 def generate(
     checkpoint: CheckpointOption,
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     num_steps: Annotated[
-        str | None, typer.Option(help="K, or several K with commas; by default the checkpoint's.", show_default=False)
+        str | None,
+        typer.Option(help="K, or several K with commas; by default the checkpoint's.", show_default=False),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
@@ -29,10 +32,13 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")] = 0,
     order: Annotated[
         Order | None,
-        typer.Option(help="Of masked models: which tokens come into sight first [random].", show_default=False),
+        typer.Option(
+            help="Of masked models: which tokens come into sight first [random].", show_default=False
+        ),
     ] = None,
     bridge: Annotated[
-        Bridge, typer.Option(help="Of models that draw through noise levels: draw at each level, or follow the ODE.")
+        Bridge,
+        typer.Option(help="Of models that draw through noise levels: draw at each level, or follow the ODE."),
     ] = "hard",
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     device: DeviceOption = "cpu",
@@ -40,19 +46,27 @@ def generate(
     kv_cache: CacheOption = "shared",
     resident_blocks: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a network of blocks, keep so many in memory; by default all.", show_default=False),
+        typer.Option(
+            min=1, help="Of a network of blocks, keep so many in memory; by default all.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Continue a prompt at one or several K, streaming to the terminal, with tokens/s and core steps.
 
     A masked model fills in --max-tokens tokens behind the prompt in K steps; they are printed as far as all before them are in sight.
     """
-    given = {"device": device, "dtype": dtype, "kv_cache": kv_cache, "max_slots": 1, "resident_blocks": resident_blocks}
+    given = {
+        "device": device,
+        "dtype": dtype,
+        "kv_cache": kv_cache,
+        "max_slots": 1,
+        "resident_blocks": resident_blocks,
+    }
     settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, bridge=bridge)
     ks = _parse_steps(num_steps)
 
-    from serve.engine import Engine
+    from serve.engine.engine import Engine
     from serve.loading import load_served
 
     engine = Engine(lambda: load_served(checkpoint, settings))
@@ -68,7 +82,9 @@ def _parse_steps(text: str | None) -> list[int]:
     try:
         return [int(part) for part in text.split(",")] if text is not None else []
     except ValueError:
-        raise UserError("--num-steps", text, "is not a number or a list of numbers", "write for instance 1,4,16") from None
+        raise UserError(
+            "--num-steps", text, "is not a number or a list of numbers", "write for instance 1,4,16"
+        ) from None
 
 
 def check_range(ks: list[int], most: int) -> list[int]:
@@ -80,19 +96,27 @@ def check_range(ks: list[int], most: int) -> list[int]:
 
 
 def _answer(
-    engine: object, prompt: str, num_steps: int, max_tokens: int, sampling: SamplingParams, order: Order, seed: int
+    engine: object,
+    prompt: str,
+    num_steps: int,
+    max_tokens: int,
+    sampling: SamplingParams,
+    order: Order,
+    seed: int,
 ) -> None:
     """Stream one answer, then a line with what it cost."""
-    from serve.engine import Engine
-    from serve.events import Event
-    from serve.sequence import Request
+    from serve.engine.engine import Engine
+    from serve.engine.events import Event
+    from serve.engine.sequence import Request
 
     assert isinstance(engine, Engine)
     served = engine.served
     tokenizer = served.tokenizer
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
     if len(ids) + max_tokens > served.max_len:
-        problem = f"its {len(ids)} tokens and --max-tokens {max_tokens} do not fit the context of {served.max_len}"
+        problem = (
+            f"its {len(ids)} tokens and --max-tokens {max_tokens} do not fit the context of {served.max_len}"
+        )
         raise UserError("--prompt", prompt, problem, "shorten it, or ask for fewer tokens")
     if not ids and served.config.objective.masking is None:
         raise UserError("--prompt", prompt, "it has no tokens", "write at least one word")
@@ -111,5 +135,6 @@ def _answer(
         raise RuntimeError(f"generation ended with {events[-1].finish!r}")
     core = usage.prefill_core_steps + usage.decode_core_steps
     typer.secho(
-        f"\n[{usage.completion_tokens} tokens, {usage.completion_tokens / seconds:.1f} tokens/s, {core} core steps]\n", dim=True
+        f"\n[{usage.completion_tokens} tokens, {usage.completion_tokens / seconds:.1f} tokens/s, {core} core steps]\n",
+        dim=True,
     )

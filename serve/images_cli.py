@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rdlm.errors import UserError
-from serve.options import CheckpointOption, DeviceOption, DtypeOption
+from serve.api.options import CheckpointOption, DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,19 +20,31 @@ app = typer.Typer(add_completion=False)
 @app.command(epilog="Example: rdlm images --checkpoint runs/dit_cifar10/model --guidance 2 --out samples.png")
 def images(
     checkpoint: CheckpointOption,
-    out: Annotated[Path, typer.Option(help="A .png picture of all, or an .npz array for `rdlm eval fid`.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(help="A .png picture of all, or an .npz array for `rdlm eval fid`.", show_default=False),
+    ],
     classes: Annotated[
-        str | None, typer.Option(help="Numbers of classes with commas, taken in turn; by default all.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Numbers of classes with commas, taken in turn; by default all.", show_default=False
+        ),
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
     num_steps: Annotated[
-        int | None, typer.Option(help="K, steps from noise to image; by default the checkpoint's.", show_default=False)
+        int | None,
+        typer.Option(help="K, steps from noise to image; by default the checkpoint's.", show_default=False),
     ] = None,
-    guidance: Annotated[float, typer.Option(min=0, max=100, help="1 is none; more is truer to the class and less varied.")] = 1.0,
+    guidance: Annotated[
+        float, typer.Option(min=0, max=100, help="1 is none; more is truer to the class and less varied.")
+    ] = 1.0,
     solver: Annotated[
-        Literal["euler", "heun", "multistep"], typer.Option(help="Of the ODE; heun calls the network twice a step.")
+        Literal["euler", "heun", "multistep"],
+        typer.Option(help="Of the ODE; heun calls the network twice a step."),
     ] = "euler",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one network call; changes no image.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images of one network call; changes no image.")
+    ] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same images.")] = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -45,9 +57,9 @@ def images(
     import torch
     from tqdm import tqdm
 
-    from rdlm.checkpoint import load, load_config
-    from rdlm.image_sampler import draw_images, pixels
-    from rdlm.model_config import DitConfig
+    from rdlm.checkpoints.folder import load, load_config
+    from rdlm.config.model import DitConfig
+    from rdlm.diffusion.image_sampler import draw_images, pixels
     from serve.loading import usable_device
 
     config = load_config(checkpoint)
@@ -64,7 +76,9 @@ def images(
         for first in range(0, num_images, batch_size):
             numbers = range(first, min(first + batch_size, num_images))
             asked = torch.tensor([wanted[i % len(wanted)] for i in numbers], device=usable_device(device))
-            drawn = draw_images(loaded.denoiser, config, asked, k, first=first, guidance=guidance, solver=solver, seed=seed)
+            drawn = draw_images(
+                loaded.denoiser, config, asked, k, first=first, guidance=guidance, solver=solver, seed=seed
+            )
             parts.append(pixels(drawn).numpy())
             bar.update(len(asked))
     found = np.concatenate(parts)
@@ -76,7 +90,9 @@ def _classes(text: str | None, count: int) -> list[int]:
     try:
         wanted = list(range(count)) if text is None else [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError("--classes", text, "is not a number or a list of numbers", f"write for instance 0,{count - 1}") from None
+        raise UserError(
+            "--classes", text, "is not a number or a list of numbers", f"write for instance 0,{count - 1}"
+        ) from None
     for each in wanted:
         if not 0 <= each < count:
             raise UserError("--classes", each, "there is no such class", f"this model knows 0 to {count - 1}")

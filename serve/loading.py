@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from rdlm import checkpoint
-from rdlm.config import CheckpointConfig
-from rdlm.denoiser import Denoiser
+from rdlm.checkpoints import folder as checkpoint
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError, reason
-from rdlm.tokenizer import Tokenizer
-from serve.events import Served
-from serve.masked_runner import MaskedRunner
-from serve.packing import pack_weights
-from serve.runner import Runner
-from serve.scheduler import Scheduler
+from rdlm.objectives.denoiser import Denoiser
+from serve.engine.events import Served
+from serve.engine.masked_runner import MaskedRunner
+from serve.engine.packing import pack_weights
+from serve.engine.runner import Runner
+from serve.engine.scheduler import Scheduler
 from serve.settings import EngineSettings
 
 
@@ -35,7 +35,10 @@ def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded
     loaded = checkpoint.load(folder, device, dtype, settings.resident_blocks)
     if loaded.tokenizer is None:
         raise UserError(
-            "checkpoint", str(folder), "it has no tokenizer, so its ids are not text", "serve a model trained on text"
+            "checkpoint",
+            str(folder),
+            "it has no tokenizer, so its ids are not text",
+            "serve a model trained on text",
         )
     return loaded, loaded.tokenizer, _end_ids(folder, loaded.tokenizer)
 
@@ -66,7 +69,9 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError("device", name, f"cannot be used ({reason(error)})", "use cpu, or cuda on a machine with one") from None
+        raise UserError(
+            "device", name, f"cannot be used ({reason(error)})", "use cpu, or cuda on a machine with one"
+        ) from None
     return device
 
 
@@ -88,27 +93,50 @@ def build_served(
     limit = config.model.max_seq_len
     max_len = limit if settings.max_len is None else settings.max_len
     if max_len > limit:
-        raise UserError("max_len", max_len, f"the model was built for {limit} positions", f"ask for at most {limit}")
+        raise UserError(
+            "max_len", max_len, f"the model was built for {limit} positions", f"ask for at most {limit}"
+        )
     if settings.chunk > settings.prefill_rows:
-        raise UserError("chunk", settings.chunk, f"it exceeds prefill_rows ({settings.prefill_rows})", "raise prefill_rows")
+        raise UserError(
+            "chunk",
+            settings.chunk,
+            f"it exceeds prefill_rows ({settings.prefill_rows})",
+            "raise prefill_rows",
+        )
     most = config.max_steps
     max_steps = most if settings.max_steps is None else settings.max_steps
     if max_steps > most:
-        raise UserError("max_steps", max_steps, f"the checkpoint allows K up to {most}", f"ask for at most {most}")
-    default = min(config.default_steps, max_steps) if settings.default_steps is None else settings.default_steps
+        raise UserError(
+            "max_steps", max_steps, f"the checkpoint allows K up to {most}", f"ask for at most {most}"
+        )
+    default = (
+        min(config.default_steps, max_steps) if settings.default_steps is None else settings.default_steps
+    )
     if default > max_steps:
-        raise UserError("default_steps", default, f"it exceeds max_steps ({max_steps})", f"ask for at most {max_steps}")
+        raise UserError(
+            "default_steps", default, f"it exceeds max_steps ({max_steps})", f"ask for at most {max_steps}"
+        )
     runner, rows = _parts(denoiser.eval(), config, settings, max_len, max_steps, tokenizer.vocab_size)
     scheduler = Scheduler(settings.max_slots, rows, settings.chunk)
     return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default, end_ids)
 
 
 def _parts(
-    denoiser: Denoiser, config: CheckpointConfig, settings: EngineSettings, max_len: int, max_steps: int, num_tokens: int
+    denoiser: Denoiser,
+    config: CheckpointConfig,
+    settings: EngineSettings,
+    max_len: int,
+    max_steps: int,
+    num_tokens: int,
 ) -> tuple[Runner | MaskedRunner, int]:
     """What runs the model, and how many positions of longer segments may share a step. Raises UserError."""
     if config.objective.masking is None:
-        sizes = {"num_slots": settings.max_slots, "max_len": max_len, "max_steps": max_steps, "num_tokens": num_tokens}
+        sizes = {
+            "num_slots": settings.max_slots,
+            "max_len": max_len,
+            "max_steps": max_steps,
+            "num_tokens": num_tokens,
+        }
         return Runner(denoiser, config, kv_cache=settings.kv_cache, **sizes), settings.prefill_rows
     if settings.kv_cache != "shared":
         raise UserError("kv_cache", settings.kv_cache, "a masked model keeps no keys", "leave it out")

@@ -13,11 +13,11 @@ from types import FrameType
 
 import uvicorn
 
-from rdlm.checkpoint import load_config
+from rdlm.checkpoints.folder import load_config
 from rdlm.errors import UserError
-from serve import logs
-from serve.app import create_app
-from serve.engine import Engine
+from serve.api import logs
+from serve.api.app import create_app
+from serve.engine.engine import Engine
 from serve.loading import load_served
 from serve.settings import EngineSettings, HttpSettings
 
@@ -45,10 +45,14 @@ class GracefulServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run_server(checkpoint: Path, engine_settings: EngineSettings, settings: HttpSettings, port_file: Path | None) -> None:
+def run_server(
+    checkpoint: Path, engine_settings: EngineSettings, settings: HttpSettings, port_file: Path | None
+) -> None:
     """Serve until a signal. Raises UserError for a checkpoint that cannot be served or an address that cannot be bound."""
     logs.configure(settings.log_format)
-    load_config(checkpoint).check_text("the server")  # the cheap part of loading: mistakes end the command before it listens
+    load_config(checkpoint).check_text(
+        "the server"
+    )  # the cheap part of loading: mistakes end the command before it listens
     engine = Engine(lambda: load_served(checkpoint, engine_settings), engine_settings.max_queue)
     listener = _bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
@@ -98,7 +102,10 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         raise UserError(
-            "--port", port, f"cannot listen on {host} ({error.strerror})", "choose another, or 0 for a free one"
+            "--port",
+            port,
+            f"cannot listen on {host} ({error.strerror})",
+            "choose another, or 0 for a free one",
         ) from None
     return listener
 
@@ -110,5 +117,8 @@ def _write_port(path: Path, port: int) -> None:
         os.replace(partial, path)
     except OSError as error:
         raise UserError(
-            "--port-file", str(path), f"cannot be written ({error.strerror})", "name a file in an existing folder"
+            "--port-file",
+            str(path),
+            f"cannot be written ({error.strerror})",
+            "name a file in an existing folder",
         ) from None

@@ -12,9 +12,9 @@ from litestar import Litestar
 from pydantic import Field
 from ray import serve as ray_serve
 
-from rdlm.config import Strict, parse
-from serve.app import create_app
-from serve.engine import Engine
+from rdlm.config.checkpoint import Strict, parse
+from serve.api.app import create_app
+from serve.engine.engine import Engine
 from serve.settings import EngineSettings, HttpSettings
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from rdlm.config import CheckpointConfig
-from rdlm.denoiser import Denoiser
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.objectives.denoiser import Denoiser
 from rdlm.registry import build
 
 REPO = Path(__file__).resolve().parent.parent
@@ -68,15 +68,30 @@ def tiny_config() -> Callable[..., CheckpointConfig]:
 
     def make(family: str = "huginn", objective: object = "single_pass", **model: object) -> CheckpointConfig:
         settings = {"name": objective} if isinstance(objective, str) else objective
-        noisy = CheckpointConfig.model_validate(_document({"family": family}, settings, model)).objective.noisy
-        return CheckpointConfig.model_validate(_document({"family": family, "noise_conditioning": noisy}, settings, model))
+        noisy = CheckpointConfig.model_validate(
+            _document({"family": family}, settings, model)
+        ).objective.noisy
+        return CheckpointConfig.model_validate(
+            _document({"family": family, "noise_conditioning": noisy}, settings, model)
+        )
 
     return make
 
 
 def _document(family: dict[str, object], objective: object, model: dict[str, object]) -> dict[str, object]:
-    common = {"vocab_size": 64, "d_model": 32, "num_heads": 2, "mlp_width": 64, "max_seq_len": 64, "noise_embed_dim": 16}
-    return {"name": "tiny", "model": {**common, **TINY_SHAPES[str(family["family"])], **family, **model}, "objective": objective}
+    common = {
+        "vocab_size": 64,
+        "d_model": 32,
+        "num_heads": 2,
+        "mlp_width": 64,
+        "max_seq_len": 64,
+        "noise_embed_dim": 16,
+    }
+    return {
+        "name": "tiny",
+        "model": {**common, **TINY_SHAPES[str(family["family"])], **family, **model},
+        "objective": objective,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +108,13 @@ def tiny(tiny_config: Callable[..., CheckpointConfig]) -> Callable[..., Denoiser
 def masked_config(tiny_config: Callable[..., CheckpointConfig]) -> Callable[..., CheckpointConfig]:
     """``masked_config(num_blocks=2)`` -> a tiny masked model of 4 layers, in blocks where asked for."""
 
-    def make(block: int | None = None, model: dict[str, Any] | None = None, **blocks: Any) -> CheckpointConfig:
+    def make(
+        block: int | None = None, model: dict[str, Any] | None = None, **blocks: Any
+    ) -> CheckpointConfig:
         whole = tiny_config("masked", "masked", num_layers=4, **(model or {}))
-        return CheckpointConfig.model_validate({**whole.model_dump(), "blocks": blocks or None, "block": block})
+        return CheckpointConfig.model_validate(
+            {**whole.model_dump(), "blocks": blocks or None, "block": block}
+        )
 
     return make
 

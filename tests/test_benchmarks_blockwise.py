@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks import blockwise, tables
 from benchmarks.common import read_json
-from rdlm.blockwise import drawn_block
 from rdlm.cli import run
-from rdlm.config import parse
+from rdlm.config.checkpoint import parse
+from rdlm.diffusion.blockwise import drawn_block
 from rdlm.errors import UserError
 from rdlm.registry import build
 from train.settings import TrainConfig
@@ -47,7 +47,11 @@ def _row(name: str, lr: float, nll: float) -> dict[str, Any]:
 
 def test_rows_are_merged_and_shown(tmp_path: Path) -> None:
     out, head = tmp_path / "rows.json", {"minutes": 1.0}
-    for name, lr, nll in (("evidence B=4 time", 2e-3, 5.0), ("next_token", 2e-3, 4.0), ("evidence B=4 time", 2e-3, 4.5)):
+    for name, lr, nll in (
+        ("evidence B=4 time", 2e-3, 5.0),
+        ("next_token", 2e-3, 4.0),
+        ("evidence B=4 time", 2e-3, 4.5),
+    ):
         blockwise.merge(out, _row(name, lr, nll), head)
     rows = blockwise.merge(out, _row("evidence B=4 time", 4e-3, 4.7), head)
     assert [(r["arm"], r["lr"], r["results"][0]["nll"]) for r in rows] == [

@@ -13,15 +13,17 @@ import torch
 
 from benchmarks import engine, serve, soak
 from benchmarks.client import Sample, closed_loop, open_loop, parse_steps
-from rdlm.checkpoint import save
+from rdlm.checkpoints.folder import save
 from rdlm.cli import run
 from rdlm.errors import UserError
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.loading import build_served
 from serve.settings import EngineSettings
 
 
-def sample(due: float, *tokens: float, status: int = 200, k: int = 4, done: bool = True, kind: str = "stream") -> Sample:
+def sample(
+    due: float, *tokens: float, status: int = 200, k: int = 4, done: bool = True, kind: str = "stream"
+) -> Sample:
     return Sample(kind, k, due, status, list(tokens), asked=len(tokens), done=done)
 
 
@@ -113,19 +115,40 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.multiproc
 def test_serve_measures_a_server(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "serve.json"
-    options = ["--clients", "2", "--rate", "2", "--load", "", "--seconds", "2", "--steps", "1,2", "--num-tokens", "4"]
-    assert run(serve.app, ["--checkpoint", str(checkpoint), "--out", str(out), *options], "serve") == 0
+    options = [
+        "--clients",
+        "2",
+        "--rate",
+        "2",
+        "--load",
+        "",
+        "--seconds",
+        "2",
+        "--steps",
+        "1,2",
+        "--num-tokens",
+        "4",
+    ]
+    assert run(serve.api.app, ["--checkpoint", str(checkpoint), "--out", str(out), *options], "serve") == 0
     report = json.loads(out.read_text())
     closed, poisson = report["points"]
     assert (closed["mode"], poisson["mode"]) == ("closed", "open") and set(closed["by_status"]) == {"200"}
-    assert closed["complete"] == closed["sent"] > 0 and not closed["broken"] and closed["engine"]["core_steps_per_s"] > 0
-    assert closed["engine"]["rows_per_step"] >= 1 and 1 <= closed["engine"]["mean_k"] <= 2 and report["provenance"]["command"]
+    assert (
+        closed["complete"] == closed["sent"] > 0
+        and not closed["broken"]
+        and closed["engine"]["core_steps_per_s"] > 0
+    )
+    assert (
+        closed["engine"]["rows_per_step"] >= 1
+        and 1 <= closed["engine"]["mean_k"] <= 2
+        and report["provenance"]["command"]
+    )
 
 
 def test_options_that_contradict_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "x.json")]
-    assert run(serve.app, [*out, "--url", "http://127.0.0.1:1", "--checkpoint", "x"], "serve") == 2
-    assert run(serve.app, [*out, "--clients", ""], "serve") == 2
+    assert run(serve.api.app, [*out, "--url", "http://127.0.0.1:1", "--checkpoint", "x"], "serve") == 2
+    assert run(serve.api.app, [*out, "--clients", ""], "serve") == 2
     assert "already running" in (said := capsys.readouterr().err) and "relative to closed loops" in said
 
 
@@ -134,9 +157,27 @@ def test_options_that_contradict_each_other(tmp_path: Path, capsys: pytest.Captu
 def test_a_short_soak(checkpoint: Path, tmp_path: Path) -> None:
     """Everything but latency, which a busy machine decides."""
     out = tmp_path / "soak.json"
-    options = ["--minutes", "0.3", "--calibrate", "3", "--max-slots", "4", "--max-queue", "4", "--ttft-factor", "100"]
-    status = run(soak.app, ["--checkpoint", str(checkpoint), "--out", str(out), "--steps", "1,2", *options], "soak")
+    options = [
+        "--minutes",
+        "0.3",
+        "--calibrate",
+        "3",
+        "--max-slots",
+        "4",
+        "--max-queue",
+        "4",
+        "--ttft-factor",
+        "100",
+    ]
+    status = run(
+        soak.app, ["--checkpoint", str(checkpoint), "--out", str(out), "--steps", "1,2", *options], "soak"
+    )
     report = json.loads(out.read_text())
     assert status == 0, report["first_complaints"]
-    assert "429" in report["status_by_kind"]["stream"] and set(report["status_by_kind"]["oversized"]) <= {"0", "413"}
-    assert sum(n for statuses in report["status_by_kind"].values() for n in statuses.values()) == report["sent"]
+    assert "429" in report["status_by_kind"]["stream"] and set(report["status_by_kind"]["oversized"]) <= {
+        "0",
+        "413",
+    }
+    assert (
+        sum(n for statuses in report["status_by_kind"].values() for n in statuses.values()) == report["sent"]
+    )

@@ -12,17 +12,24 @@ from typer.testing import CliRunner
 
 from benchmarks import quality, tables
 from benchmarks.quality import arm_of
-from rdlm.checkpoint import save
-from rdlm.config import CheckpointConfig
-from rdlm.denoiser import Denoiser
+from rdlm.checkpoints.folder import save
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.objectives.denoiser import Denoiser
 
 
 @pytest.fixture
-def run_of(tmp_path: Path, tiny: Callable[..., Denoiser], tiny_config: Callable[..., CheckpointConfig]) -> Callable[[str], Path]:
+def run_of(
+    tmp_path: Path, tiny: Callable[..., Denoiser], tiny_config: Callable[..., CheckpointConfig]
+) -> Callable[[str], Path]:
     """A folder as training leaves it."""
 
     def make(objective: str) -> Path:
-        save(tmp_path / objective / "run" / "model", tiny("huginn", objective), tiny_config("huginn", objective), None)
+        save(
+            tmp_path / objective / "run" / "model",
+            tiny("huginn", objective),
+            tiny_config("huginn", objective),
+            None,
+        )
         return tmp_path / objective
 
     return make
@@ -100,7 +107,9 @@ def test_parts_run_once_and_keep_no_folder_of_the_machine(
     commands.broken = "mauve"
     failed = CliRunner().invoke(app, [*arguments, "--jobs", "1"])
     assert failed.exit_code == 1 and "report" not in commands.seen and "ended with 2" in failed.output
-    assert sorted(commands.seen) == sorted(["gen-ppl", "mauve", "lm-eval", "nll"] * 2)  # the others were not held up
+    assert sorted(commands.seen) == sorted(
+        ["gen-ppl", "mauve", "lm-eval", "nll"] * 2
+    )  # the others were not held up
     commands.broken, commands.seen = "", []
     assert CliRunner().invoke(app, [*arguments, "--jobs", "1"]).exit_code == 0
     assert commands.seen == ["mauve", "mauve", "report"]
@@ -114,16 +123,24 @@ def test_the_table_puts_every_figure_of_a_k_on_one_row() -> None:
     def of(kind: str, report: dict[str, Any]) -> dict[str, Any]:
         return {"kind": kind, "report": {"checkpoint": {"name": "a"}, **report}}
 
-    at = [{"num_steps": 1, "perplexity": 90.2, "interval": [80, 99]}, {"num_steps": 4, "perplexity": None, "interval": None}]
+    at = [
+        {"num_steps": 1, "perplexity": 90.2, "interval": [80, 99]},
+        {"num_steps": 4, "perplexity": None, "interval": None},
+    ]
     scores = {
         "groups": {"blimp_local": {"acc,none": 0.6, "acc_stderr,none": 0.01}},
         "config": {"checkpoint": "a", "num_steps": 4},
     }
     sections = [
-        {"title": "MAUVE", "tables": [{"headers": ["run", "K"], "rows": [["a", "1"]], "note": "as measured"}]},
+        {
+            "title": "MAUVE",
+            "tables": [{"headers": ["run", "K"], "rows": [["a", "1"]], "note": "as measured"}],
+        },
         {
             "title": "lm-eval",
-            "tables": [{"headers": ["run", "task"], "rows": [["a", "blimp_local"], ["a", "blimp_x"]], "note": ""}],
+            "tables": [
+                {"headers": ["run", "task"], "rows": [["a", "blimp_local"], ["a", "blimp_x"]], "note": ""}
+            ],
         },
         {"title": "Provenance", "tables": [{"headers": ["run"], "rows": [["hidden"]], "note": ""}]},
     ]

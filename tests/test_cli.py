@@ -14,7 +14,9 @@ from rdlm.errors import UserError
 
 
 def rdlm(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "rdlm", *args], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "rdlm", *args], capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.fixture
@@ -37,7 +39,9 @@ def test_help_lists_every_command_without_importing_any() -> None:
         "heavy = {'torch', 'deepspeed', 'litestar', 'train', 'serve', 'eval'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in cli.COMMANDS)
     assert "Example: rdlm" in done.stdout
@@ -86,7 +90,9 @@ def test_statuses_of_interrupt_exit_and_defect(with_command) -> None:
         cli.run(cli.app, ["probe", "defect"], "rdlm")
 
 
-def test_a_missing_dependency_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_dependency_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "needs_more.py").write_text("import a_package_that_is_not_installed\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(cli.COMMANDS, "probe", ("needs_more:app", "probe"))

@@ -34,7 +34,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_output_is_shown_and_logged(repo: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_output_is_shown_and_logged(
+    repo: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     with python(repo, tmp_path) as processes:
         processes.run("hello", ["print('words'); import sys; print('more', file=sys.stderr)"])
     assert (tmp_path / "hello.log").read_text() == "words\nmore\n"
@@ -46,7 +48,9 @@ def test_failure_names_command_status_and_log(repo: Path, tmp_path: Path) -> Non
     assert caught.value.log.read_text() == "reason\n"
 
 
-def test_leaving_the_block_ends_the_whole_family(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaving_the_block_ends_the_whole_family(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even a grandchild in a session of its own that ignores SIGTERM is gone, also when the block ends by an exception."""
     monkeypatch.setattr(module, "GRACE_SECONDS", 1.0)
     pid_file = tmp_path / "pid"

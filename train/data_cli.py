@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from rdlm.prepared import check_hashes, kind_of, read_document
-from rdlm.shards import Manifest, check_sizes, read_manifest
-from train.corpora.prepare import Preparation, prepare
-from train.corpora.sources import PRESETS
+from rdlm.data.manifest import check_hashes, kind_of, read_document
+from rdlm.data.token_shards import Manifest, check_sizes, read_manifest
+from train.data.prepare import Preparation, prepare
+from train.data.sources import PRESETS
 from train.image_data_cli import EXAMPLE, check_images, images_command, show_images
 
 app = typer.Typer(
@@ -40,7 +40,9 @@ def prepare_command(
     tokenizer: Annotated[str, typer.Option(help="'train', or the file or folder of a tokenizer.")] = "train",
     kind: Annotated[Literal["bpe", "sentencepiece"], typer.Option(help="Tokenizer to train.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Size of the vocabulary to train.")] = 4096,
-    tokenizer_sample_mb: Annotated[int, typer.Option(min=1, help="Train the tokenizer on the first MB of training text.")] = 200,
+    tokenizer_sample_mb: Annotated[
+        int, typer.Option(min=1, help="Train the tokenizer on the first MB of training text.")
+    ] = 200,
     valid: Annotated[str | None, typer.Option(help="Source of the valid split.")] = None,
     test: Annotated[str | None, typer.Option(help="Source of the test split.")] = None,
     valid_fraction: Annotated[
@@ -52,7 +54,8 @@ def prepare_command(
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     rows: Annotated[
-        Literal["documents", "wikitext"], typer.Option(help="What a row is: a document, or a line of an article.")
+        Literal["documents", "wikitext"],
+        typer.Option(help="What a row is: a document, or a line of an article."),
     ] = "documents",
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
 ) -> None:
@@ -105,5 +108,12 @@ def _show(folder: Path, manifest: Manifest, state: str) -> None:
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, found in manifest.splits.items():
         ratio = f"{found.bytes / found.tokens:.3f}"
-        table.add_row(split, f"{found.documents:,}", f"{found.tokens:,}", f"{found.bytes:,}", ratio, str(len(found.shards)))
+        table.add_row(
+            split,
+            f"{found.documents:,}",
+            f"{found.tokens:,}",
+            f"{found.bytes:,}",
+            ratio,
+            str(len(found.shards)),
+        )
     Console().print(table)

@@ -12,7 +12,11 @@ def full_precision_weights(engine: deepspeed.DeepSpeedEngine, model: nn.Module) 
     masters = _unpartitioned_masters(engine)
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        value = masters[id(parameter)] if engine.zero_optimization_stage() == 0 else safe_get_full_fp32_param(parameter)
+        value = (
+            masters[id(parameter)]
+            if engine.zero_optimization_stage() == 0
+            else safe_get_full_fp32_param(parameter)
+        )
         if engine.global_rank == 0:
             weights[name] = value.detach().float().cpu().clone()
     return weights if engine.global_rank == 0 else None

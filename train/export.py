@@ -8,11 +8,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 
-from rdlm.checkpoint import WEIGHTS, compare, write
-from rdlm.interchange import tensors
+from rdlm.checkpoints import safetensors_io as tensors
+from rdlm.checkpoints.folder import WEIGHTS, compare, write
 from rdlm.registry import build
-from train.loop import Trainer
 from train.metrics import read
+from train.trainer import Trainer
 
 
 def export(trainer: Trainer) -> None:
@@ -34,7 +34,12 @@ def _put_together(trainer: Trainer, parts: Path) -> None:
     entries = {name: entry for part in parts.iterdir() for name, entry in tensors.stored(part).items()}
     weights: dict[str, nn.Parameter] = dict(build(config, device="meta").named_parameters())
     shapes = {name: weight.shape for name, weight in weights.items()}
-    compare(str(parts), {name: entry.shape for name, entry in entries.items()}, shapes, "report this: it is a defect")
+    compare(
+        str(parts),
+        {name: entry.shape for name, entry in entries.items()},
+        shapes,
+        "report this: it is a defect",
+    )
 
     def fill(folder: Path) -> None:
         tensors.write(folder / WEIGHTS, entries, lambda size: None)

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rdlm.image_store import open_split, read_image_manifest
-from train.corpora.image_sources import PRESETS
-from train.corpora.images import ImagePreparation, prepare_images
+from rdlm.data.images import open_split, read_image_manifest
+from train.data.image_prepare import ImagePreparation, prepare_images
+from train.data.image_sources import PRESETS
 
 EXAMPLE = (
     "Examples: rdlm data images cifar10 --out data/cifar10   |   rdlm data images photos/ --size 64 --out data/photos   |   "
@@ -38,13 +38,18 @@ def images_command(
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     size: Annotated[
         int | None,
-        typer.Option(min=1, help="Scale the shorter side to this and cut out the centre; without it images have one size."),
+        typer.Option(
+            min=1,
+            help="Scale the shorter side to this and cut out the centre; without it images have one size.",
+        ),
     ] = None,
     label_column: Annotated[str, typer.Option(help="Integer column that holds the class.")] = "label",
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
 ) -> None:
     """Write labelled images as arrays with a manifest: one size, one list of classes, the same bytes for the same inputs."""
-    options = ImagePreparation(source, out, valid, test, valid_fraction, test_fraction, seed, size, label_column)
+    options = ImagePreparation(
+        source, out, valid, test, valid_fraction, test_fraction, seed, size, label_column
+    )
     _, built = prepare_images(options, force=force)
     show_images(out, "written" if built else "already prepared")
 
@@ -62,12 +67,15 @@ def show_images(folder: Path, state: str) -> None:
     (height, width), classes = manifest.image_size, manifest.classes
     names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
     table = Table(
-        title=f"{folder}: {state}", caption=f"source {manifest.source}; {width}x{height}; {len(classes)} classes: {names}"
+        title=f"{folder}: {state}",
+        caption=f"source {manifest.source}; {width}x{height}; {len(classes)} classes: {names}",
     )
     for name in ("split", "images", "fewest of a class", "most of a class", "bytes"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split in manifest.splits:
         images, labels = open_split(folder, manifest, split)
         counts = np.bincount(labels, minlength=len(classes))
-        table.add_row(split, f"{len(images):,}", f"{counts.min():,}", f"{counts.max():,}", f"{images.nbytes:,}")
+        table.add_row(
+            split, f"{len(images):,}", f"{counts.min():,}", f"{counts.max():,}", f"{images.nbytes:,}"
+        )
     Console().print(table)

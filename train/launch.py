@@ -38,7 +38,11 @@ def launch(path: str, overrides: list[str], num_procs: int | None, devices: list
 
     check(config, world)
     # DeepSpeed would ignore CUDA_VISIBLE_DEVICES beside a number: GPUs are chosen by name.
-    which = ["--num_accelerators", str(world)] if devices is None else ["--include", f"localhost:{_listed(devices)}"]
+    which = (
+        ["--num_accelerators", str(world)]
+        if devices is None
+        else ["--include", f"localhost:{_listed(devices)}"]
+    )
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", *which, "--master_port", str(_free_port()),
         "--log_level", "critical", "--module", "train.pretrain", "--config", path, *overrides,
@@ -63,22 +67,37 @@ def _check_devices(devices: list[int] | None, world: int, num_gpus: int) -> None
     if devices is None:
         return
     if not num_gpus or not all(0 <= d < num_gpus for d in devices):
-        raise UserError("--devices", _listed(devices), f"there are {num_gpus} GPUs", "name GPUs of this machine, or leave it out")
+        raise UserError(
+            "--devices",
+            _listed(devices),
+            f"there are {num_gpus} GPUs",
+            "name GPUs of this machine, or leave it out",
+        )
     if len(set(devices)) != world:
-        raise UserError("--devices", _listed(devices), f"does not name {world} GPUs", "set --num-procs to their number")
+        raise UserError(
+            "--devices", _listed(devices), f"does not name {world} GPUs", "set --num-procs to their number"
+        )
 
 
 def _environment(on_gpu: bool) -> dict[str, str]:
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     accelerator = "cuda" if on_gpu else "cpu"
-    return {**os.environ, "PYTHONPATH": python_path, "DS_ACCELERATOR": accelerator, LAUNCHER_PID: str(os.getpid())}
+    return {
+        **os.environ,
+        "PYTHONPATH": python_path,
+        "DS_ACCELERATOR": accelerator,
+        LAUNCHER_PID: str(os.getpid()),
+    }
 
 
 def _run(command: list[str], environment: dict[str, str]) -> tuple[int, int | None]:
     """(exit status, the signal that was passed on). A session of its own: Ctrl-C reaches us alone, and we pass it on once;
     a second signal ends everything at once."""
     received: list[int] = []
-    previous = {n: signal.signal(n, lambda number, _: received.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    previous = {
+        n: signal.signal(n, lambda number, _: received.append(number))
+        for n in (signal.SIGTERM, signal.SIGINT)
+    }
     told: set[int] = set()
     try:
         process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -105,7 +124,11 @@ def _signal_family(launcher: int, told: set[int], kill: bool) -> None:
             words = process.cmdline()
             if kill:
                 process.kill()
-            elif process.pid not in told and "train.pretrain" in words and not any("deepspeed" in word for word in words):
+            elif (
+                process.pid not in told
+                and "train.pretrain" in words
+                and not any("deepspeed" in word for word in words)
+            ):
                 told.add(process.pid)
                 process.terminate()
         except psutil.NoSuchProcess:
@@ -115,7 +138,10 @@ def _signal_family(launcher: int, told: set[int], kill: bool) -> None:
 def _conclude(config: TrainConfig, status: int, received: int | None) -> int:
     output = Path(config.output)
     if received is not None and status == 0:
-        print(f"stopped; the same command goes on from the last checkpoint in {output / 'checkpoints'}", file=sys.stderr)
+        print(
+            f"stopped; the same command goes on from the last checkpoint in {output / 'checkpoints'}",
+            file=sys.stderr,
+        )
     elif killed := _signal_of(status):
         fail(
             f"a training process {_death(killed)}; the same command goes on from the last checkpoint, logs are in {output / 'logs'}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rdlm.checkpoint import Loaded, load, save
-from rdlm.config import CheckpointConfig
+from rdlm.checkpoints.folder import Loaded, load, save
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.diffusion.partition import partition_of
 from rdlm.errors import UserError
-from rdlm.partition import partition_of
 from rdlm.registry import build
 
 
@@ -19,9 +19,13 @@ def merge(folders: Sequence[Path], out: Path) -> Path:
     """
     parts = {folder: load(folder / "model" if (folder / "model").is_dir() else folder) for folder in folders}
     ordered = _in_order(parts)
-    config = ordered[0].config.model_copy(update={"block": None, "step": sum(part.config.step for part in ordered)})
+    config = ordered[0].config.model_copy(
+        update={"block": None, "step": sum(part.config.step for part in ordered)}
+    )
     whole = build(config, device="meta")
-    weights = {f"blocks.{b}.{n}": w for b, part in enumerate(ordered) for n, w in part.denoiser.state_dict().items()}
+    weights = {
+        f"blocks.{b}.{n}": w for b, part in enumerate(ordered) for n, w in part.denoiser.state_dict().items()
+    }
     whole.load_state_dict(weights, strict=True, assign=True)
     return save(out, whole, config, ordered[0].tokenizer, _card(config, ordered))
 
@@ -33,19 +37,35 @@ def _in_order(parts: dict[Path, Loaded]) -> list[Loaded]:
     for folder, part in parts.items():
         block = part.config.block
         if block is None:
-            raise UserError("RUN", str(folder), "holds no single block", "give runs of `rdlm train --block N`")
+            raise UserError(
+                "RUN", str(folder), "holds no single block", "give runs of `rdlm train --block N`"
+            )
         if block in found:
-            raise UserError("RUN", str(folder), f"is block {block}, as {found[block]} is", "give each block once")
+            raise UserError(
+                "RUN", str(folder), f"is block {block}, as {found[block]} is", "give each block once"
+            )
         found[block] = folder
         differing = _difference(parts[first].config, part.config)
         if differing is not None:
-            raise UserError("RUN", str(folder), f"has another {differing} than {first}", "give blocks of one network")
+            raise UserError(
+                "RUN", str(folder), f"has another {differing} than {first}", "give blocks of one network"
+            )
         if _fingerprint(part) != _fingerprint(parts[first]):
-            raise UserError("RUN", str(folder), f"has another tokenizer than {first}", "give blocks trained on the same data")
+            raise UserError(
+                "RUN",
+                str(folder),
+                f"has another tokenizer than {first}",
+                "give blocks trained on the same data",
+            )
     count = partition_of(parts[first].config).num_blocks
     missing = sorted(set(range(count)) - found.keys())
     if missing:
-        raise UserError("RUN", len(found), f"of {count} blocks, {missing} are missing", "train them with `rdlm train --block N`")
+        raise UserError(
+            "RUN",
+            len(found),
+            f"of {count} blocks, {missing} are missing",
+            "train them with `rdlm train --block N`",
+        )
     return [parts[found[b]] for b in range(count)]
 
 
@@ -66,5 +86,7 @@ def _card(config: CheckpointConfig, parts: Sequence[Loaded]) -> str:
     for b, part in enumerate(parts):
         layers = cut.layers[b]
         owned = f"{'t' if masked else 'sigma'} in ({cut.edges[b + 1]:.4g}, {cut.edges[b]:.4g}]"
-        lines.append(f"- Block {b}: {owned}, layers {layers[0]} to {layers[-1]}, {part.config.step:,} updates.")
+        lines.append(
+            f"- Block {b}: {owned}, layers {layers[0]} to {layers[-1]}, {part.config.step:,} updates."
+        )
     return "\n".join(lines)

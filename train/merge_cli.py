@@ -13,7 +13,8 @@ app = typer.Typer(add_completion=False)
 @app.command(epilog="Example: rdlm merge runs/ar/block_0 runs/ar/block_1 --out runs/ar/model")
 def merge(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Output folders of `rdlm train --block N`, one per block.")
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Output folders of `rdlm train --block N`, one per block."),
     ],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
 ) -> None:

@@ -65,9 +65,13 @@ class Progress:
     """A bar on a terminal; elsewhere a plain line now and then."""
 
     def __init__(self, total: int, done: int, terminal: TextIO, unit: str) -> None:
-        """unit: what a target is, see train.corpora.Corpus."""
+        """unit: what a target is, see train.data.Corpus."""
         self.total, self.terminal, self.unit = total, terminal, unit
-        self._bar = tqdm(total=total, initial=done, file=terminal, unit="step", dynamic_ncols=True) if terminal.isatty() else None
+        self._bar = (
+            tqdm(total=total, initial=done, file=terminal, unit="step", dynamic_ncols=True)
+            if terminal.isatty()
+            else None
+        )
         self._first, self._started, self._printed = done, time.monotonic(), 0.0
 
     def update(self, step: int, record: dict[str, Any]) -> None:
@@ -96,7 +100,9 @@ class Progress:
             self._bar.close()
 
 
-def plot_loss(records: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path, title: str, what: str) -> None:
+def plot_loss(
+    records: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path, title: str, what: str
+) -> None:
     """Training loss against updates: raw, and an exponential mean over about 2 % of the run (at least 10 points).
 
     what: the loss and its unit. Held-out accuracies have an axis of their own.
@@ -119,7 +125,9 @@ def plot_loss(records: list[dict[str, Any]], held_out: list[dict[str, Any]], pat
     for k in sorted(names, key=lambda name: (len(name), name)):  # K=4 before K=16
         series = [(record["step"], record[k]) for record in held_out if k in record]
         panel, line = (shares, ":") if shares is not None and k.startswith("accuracy") else (axes, "-")
-        panel.plot(*zip(*series, strict=True), line, marker="o", markersize=4, linewidth=1, label=f"held out, {k}")
+        panel.plot(
+            *zip(*series, strict=True), line, marker="o", markersize=4, linewidth=1, label=f"held out, {k}"
+        )
     if shares is not None:
         shares.set_ylabel("accuracy")
         shares.legend(loc="center right")

@@ -21,7 +21,9 @@ from train.process import LAUNCHER_PID, fail
 from train.settings import TrainConfig, block_folder, load
 
 
-def launch_blocks(path: str, overrides: list[str], num_procs: int | None, at_once: int | None, retries: int) -> int:
+def launch_blocks(
+    path: str, overrides: list[str], num_procs: int | None, at_once: int | None, retries: int
+) -> int:
     """Train all blocks, ``num_procs`` processes each, and merge them into ``output/model``; returns the exit status.
 
     None: the GPUs are shared out evenly, on a CPU one process each; as many launches at a time as fit. A launch that dies is started
@@ -31,11 +33,19 @@ def launch_blocks(path: str, overrides: list[str], num_procs: int | None, at_onc
     if config.blocks is None or config.blocks.num_blocks == 1 or config.block is not None:
         found = "block" if config.block is not None else "blocks"
         raise UserError(
-            found, getattr(config, found), "--parallel needs several blocks to train", "set blocks.num_blocks above 1"
+            found,
+            getattr(config, found),
+            "--parallel needs several blocks to train",
+            "set blocks.num_blocks above 1",
         )
     if config.resident is not None:
         section = config.resident.model_dump()
-        raise UserError("resident", section, "with --parallel every block is resident in a launch of its own", "drop the section")
+        raise UserError(
+            "resident",
+            section,
+            "with --parallel every block is resident in a launch of its own",
+            "drop the section",
+        )
     on_gpu, available = accelerators()
     count = config.blocks.num_blocks
     world = num_procs or (max(1, available // count) if on_gpu else 1)
@@ -74,7 +84,10 @@ class _Crew:
 
     def work(self, waiting: list[int], lanes: int) -> int:
         """Run all blocks, at most ``lanes`` at a time -> the exit status."""
-        previous = {n: signal.signal(n, lambda number, _: self.received.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+        previous = {
+            n: signal.signal(n, lambda number, _: self.received.append(number))
+            for n in (signal.SIGTERM, signal.SIGINT)
+        }
         status, told = 0, 0
         try:
             while self.running or (waiting and not status and not self.received):
@@ -92,7 +105,9 @@ class _Crew:
         return 128 + self.received[0] if self.received else status
 
     def _start(self, lane: int, block: int) -> None:
-        where = ["--devices", ",".join(str(lane * self.gpus + i) for i in range(self.gpus))] if self.gpus else []
+        where = (
+            ["--devices", ",".join(str(lane * self.gpus + i) for i in range(self.gpus))] if self.gpus else []
+        )
         python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": python_path, LAUNCHER_PID: str(os.getpid())}
         process = subprocess.Popen(

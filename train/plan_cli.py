@@ -12,7 +12,7 @@ from rich.table import Table
 from rdlm.errors import UserError
 
 if TYPE_CHECKING:
-    from train.plan import Arm
+    from train.memory_plan import Arm
 
 app = typer.Typer(add_completion=False)
 UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
@@ -22,13 +22,17 @@ UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 def plan(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of `rdlm train`.")],
     memory: Annotated[str, typer.Option(help="What one device has, for instance 24GiB or 900MB.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change fields of the config.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change fields of the config.")
+    ] = None,
     devices: Annotated[int, typer.Option(min=1, help="Devices, or processes on a CPU.")] = 1,
-    gpu: Annotated[bool, typer.Option(help="Predict for GPUs: AdamW works on all weights at once there.")] = True,
+    gpu: Annotated[
+        bool, typer.Option(help="Predict for GPUs: AdamW works on all weights at once there.")
+    ] = True,
 ) -> int:
     """Predict memory per device by part; suggest blocks, micro-batch, recomputation, ZeRO stage and mode. Exit status 1: none fits."""
     budget = size(memory)
-    from train.plan import arms
+    from train.memory_plan import arms
     from train.settings import load
 
     rows: dict[tuple[int, bool, int], Arm] = {}
@@ -74,9 +78,15 @@ def _show(rows: list[Arm], chosen: Arm | None, budget: int) -> None:
         table.add_column(column, justify="right")
     for arm in rows:
         c, m = arm.config, arm.memory
-        parts = [f"{part / 2**30:.2f}" for part in (m.parameters, m.optimizer, m.gradients, m.activations, m.total)]
+        parts = [
+            f"{part / 2**30:.2f}" for part in (m.parameters, m.optimizer, m.gradients, m.activations, m.total)
+        ]
         verdict = "suggested" if arm == chosen else ("fits" if m.total <= budget else "")
-        kind = [str(arm.num_blocks), "yes" if c.activation_checkpointing else "no", str(c.deepspeed.zero_stage)]
+        kind = [
+            str(arm.num_blocks),
+            "yes" if c.activation_checkpointing else "no",
+            str(c.deepspeed.zero_stage),
+        ]
         table.add_row(*kind, str(c.batch.micro_size), *parts, verdict)
     console = Console()
     console.print(table)
@@ -84,7 +94,11 @@ def _show(rows: list[Arm], chosen: Arm | None, budget: int) -> None:
         "again: activations recomputed. Without the fixed cost of a process: 0.3 GiB on a CPU; on a GPU its CUDA context."
     )
     if chosen is None:
-        console.print("nothing fits: take more devices, shorter sequences, or offload (deepspeed.offload_optimizer=cpu)")
+        console.print(
+            "nothing fits: take more devices, shorter sequences, or offload (deepspeed.offload_optimizer=cpu)"
+        )
     else:
         console.print(f"suggested, {chosen.mode}, {chosen.num_blocks} block(s):")
-        console.print(f"rdlm train CONFIG {' '.join(chosen.settings)} --num-procs {chosen.processes}", soft_wrap=True)
+        console.print(
+            f"rdlm train CONFIG {' '.join(chosen.settings)} --num-procs {chosen.processes}", soft_wrap=True
+        )

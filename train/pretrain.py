@@ -1,6 +1,6 @@
 """What the DeepSpeed launcher starts on every process: ``deepspeed --module train.pretrain --config CONFIG [key=value ...]``.
 
-It parses, sets the process up and calls train/loop.py. Nothing imports this file: launched, it is ``__main__``.
+It parses, sets the process up and calls train/trainer.py. Nothing imports this file: launched, it is ``__main__``.
 """
 
 from __future__ import annotations

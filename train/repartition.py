@@ -29,16 +29,25 @@ def load_repartitioned(engine: deepspeed.DeepSpeedEngine, folder: Path, tag: str
         engine.load_checkpoint(str(folder), tag=tag, load_optimizer_states=stage == 0)
     if stage == 0:
         return
-    saved = [_read(folder / tag, f"*zero_pp_rank_{rank}_mp_rank_*_optim_states.pt") for rank in range(saved_world)]
+    saved = [
+        _read(folder / tag, f"*zero_pp_rank_{rank}_mp_rank_*_optim_states.pt") for rank in range(saved_world)
+    ]
     parts = [part["optimizer_state_dict"] for part in saved]
     rank, world = dist.get_rank(), dist.get_world_size()
     if stage < 3:
         sizes = [group["params"][0].numel() for group in optimizer.param_groups]
-        mine = _rebuilt(parts, "single_partition_of_fp32_groups", "base_optimizer_state", _recut_groups(sizes, rank))
+        mine = _rebuilt(
+            parts, "single_partition_of_fp32_groups", "base_optimizer_state", _recut_groups(sizes, rank)
+        )
     else:
         old_shapes = _read(folder / tag, "zero_pp_rank_0_mp_rank_*_model_states.pt")["param_shapes"]
         new_shapes = [{engine.param_names[p]: p.ds_shape for p in group} for group in optimizer.fp16_groups]
-        mine = _rebuilt(parts, "fp32_flat_groups", "optimizer_state_dict", _recut_parameters(old_shapes, new_shapes, rank, world))
+        mine = _rebuilt(
+            parts,
+            "fp32_flat_groups",
+            "optimizer_state_dict",
+            _recut_parameters(old_shapes, new_shapes, rank, world),
+        )
         optimizer.checkpoint_event_prologue()
     optimizer.load_state_dict([mine] * world, load_optimizer_states=True, load_from_fp32_weights=True)
     if stage == 3:
@@ -56,10 +65,15 @@ def _rebuilt(parts: list[dict[str, Any]], weights_key: str, state_key: str, recu
     new_weights = recut(weights)
     first = states[0][0]
     moments = [key for key, value in first.items() if torch.is_tensor(value) and value.dim() > 0]
-    recut_moments = {key: recut([[state[i][key] for i in range(len(state))] for state in states]) for key in moments}
-    counters = {key: value for key, value in first.items() if key not in moments}  # "step": the same number in every group,
+    recut_moments = {
+        key: recut([[state[i][key] for i in range(len(state))] for state in states]) for key in moments
+    }
+    counters = {
+        key: value for key, value in first.items() if key not in moments
+    }  # "step": the same number in every group,
     state = {  # but never the same tensor, which every group's update would count up
-        i: {**copy.deepcopy(counters), **{key: recut_moments[key][i] for key in moments}} for i in range(len(new_weights))
+        i: {**copy.deepcopy(counters), **{key: recut_moments[key][i] for key in moments}}
+        for i in range(len(new_weights))
     }
     template = parts[0][state_key]
     return {**parts[0], weights_key: new_weights, state_key: {**template, "state": state}}
@@ -89,7 +103,10 @@ def _recut_parameters(old: Shapes, new: Shapes, rank: int, world: int) -> Recut:
                 size = -(-prod(shape) // len(saved))
                 whole[name] = [process[group][start : start + size] for process in saved]
                 start += size
-        return [torch.cat([_share(whole[name], prod(shape), rank, world) for name, shape in shapes.items()]) for shapes in new]
+        return [
+            torch.cat([_share(whole[name], prod(shape), rank, world) for name, shape in shapes.items()])
+            for shapes in new
+        ]
 
     return recut
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import TextIO
 
+from rdlm.config.model import ImageConfig, ModelConfig
 from rdlm.errors import UserError
-from rdlm.model_config import ImageConfig, ModelConfig
 from rdlm.registry import build
-from train.corpora import Corpus, build_corpus
-from train.corpora.pictures import ImageCorpus
+from train.data import Corpus, build_corpus
+from train.data.images import ImageCorpus
 from train.process import StopSignal, environment, tune_cpu
 from train.settings import TrainConfig
 
@@ -20,25 +20,35 @@ def check(config: TrainConfig, world: int) -> Corpus:
     build(config.checkpoint_config, device="meta")
     corpus = build_corpus(config.data, config.fills_in)
     if config.resident is not None and config.resident.rest == "host" and not _on_gpu():
-        raise UserError("resident.rest", "host", "without GPUs blocks train in host memory", "set resident.rest=disk")
+        raise UserError(
+            "resident.rest", "host", "without GPUs blocks train in host memory", "set resident.rest=disk"
+        )
     if isinstance(corpus, ImageCorpus):
         _check_images(config.model, corpus)
     elif corpus.vocab_size > config.model.vocab_size:
         problem = f"smaller than the data's vocabulary ({corpus.vocab_size})"
-        raise UserError("model.vocab_size", config.model.vocab_size, problem, f"set model.vocab_size={corpus.vocab_size}")
+        raise UserError(
+            "model.vocab_size", config.model.vocab_size, problem, f"set model.vocab_size={corpus.vocab_size}"
+        )
     return corpus
 
 
 def _check_images(model: ModelConfig, corpus: ImageCorpus) -> None:
     assert isinstance(model, ImageConfig)
     height, width = corpus.image_size
-    found = {"image_size": (model.image_size,) * 2, "num_channels": model.num_channels, "num_classes": model.num_classes}
+    found = {
+        "image_size": (model.image_size,) * 2,
+        "num_channels": model.num_channels,
+        "num_classes": model.num_classes,
+    }
     wanted = {"image_size": corpus.image_size, "num_channels": 3, "num_classes": corpus.vocab_size}
     for field, given in found.items():
         if given != wanted[field]:
             problem = f"the data's images are {width}x{height} in 3 channels and {corpus.vocab_size} classes"
             remedy = (
-                f"set model.{field}={wanted[field]}" if field != "image_size" else "prepare the data with --size, or change it"
+                f"set model.{field}={wanted[field]}"
+                if field != "image_size"
+                else "prepare the data with --size, or change it"
             )
             raise UserError(f"model.{field}", getattr(model, field), problem, remedy)
 
@@ -61,7 +71,7 @@ def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
     import torch.distributed as dist
 
     from train.export import export
-    from train.loop import Trainer
+    from train.trainer import Trainer
 
     # An all-reduce for inference that training never calls: compiling it costs the first run a minute and a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

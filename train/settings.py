@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from rdlm.config import (
+from rdlm.config.checkpoint import (
     BlocksConfig,
     CheckpointConfig,
     ModelConfig,
@@ -18,8 +18,8 @@ from rdlm.config import (
     Strict,
     parse,
 )
+from rdlm.config.model import ImageConfig
 from rdlm.errors import UserError
-from rdlm.model_config import ImageConfig
 
 
 class TokensConfig(Strict):
@@ -95,7 +95,7 @@ class ImagesConfig(Strict):
 
 
 GeneratedConfig = GroupProductConfig | PointerChasingConfig | LatinSquareConfig
-"""Of a task: ``filled_in_len`` is the length of a row of ``rdlm.tasks.FilledIn``, ``seq_len`` that of the task itself."""
+"""Of a task: ``filled_in_len`` is the length of a row of ``rdlm.data.synthetic.FilledIn``, ``seq_len`` that of the task itself."""
 DataConfig = Annotated[TokensConfig | ImagesConfig | GeneratedConfig, Field(discriminator="kind")]
 
 
@@ -110,7 +110,10 @@ class BatchConfig(Strict):
         """(micro_size, forward passes per update and process); raises UserError where the sizes do not divide."""
         if self.global_size % world:
             raise UserError(
-                "batch.global_size", self.global_size, f"not a multiple of {world} processes", "change it or --num-procs"
+                "batch.global_size",
+                self.global_size,
+                f"not a multiple of {world} processes",
+                "change it or --num-procs",
             )
         share = self.global_size // world
         micro = self.micro_size or share
@@ -159,7 +162,9 @@ class ScheduleConfig(Strict):
         if self.warmup_steps + self.cooldown_steps > self.steps:
             raise ValueError(f"warmup_steps + cooldown_steps exceed steps ({self.steps})")
         if self.cooldown_steps and self.kind != "trapezoid":
-            raise ValueError(f"cooldown_steps has no meaning with kind {self.kind!r}; use trapezoid or drop it")
+            raise ValueError(
+                f"cooldown_steps has no meaning with kind {self.kind!r}; use trapezoid or drop it"
+            )
         return self
 
 
@@ -254,7 +259,11 @@ class TrainConfig(Strict):
     @classmethod
     def _noise_conditioning(cls, data: Any) -> Any:
         """A noisy objective needs a noise-conditioned model: fill it in where the user left it open."""
-        if not isinstance(data, dict) or not isinstance(data.get("model"), dict) or "noise_conditioning" in data["model"]:
+        if (
+            not isinstance(data, dict)
+            or not isinstance(data.get("model"), dict)
+            or "noise_conditioning" in data["model"]
+        ):
             return data
         try:
             noisy = ObjectiveConfig.model_validate(data.get("objective", {})).noisy
@@ -270,7 +279,11 @@ class TrainConfig(Strict):
     @property
     def seq_len(self) -> int:
         """Positions of a row."""
-        return self.data.filled_in_len if self.fills_in and isinstance(self.data, GeneratedConfig) else self.data.seq_len
+        return (
+            self.data.filled_in_len
+            if self.fills_in and isinstance(self.data, GeneratedConfig)
+            else self.data.seq_len
+        )
 
     @property
     def checkpoint_config(self) -> CheckpointConfig:
@@ -288,17 +301,26 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
         data = yaml.safe_load(source.read_text())
     except OSError as error:
         raise UserError(
-            "CONFIG", str(path), error.strerror or "cannot be read", "give the path of a YAML file, see configs/"
+            "CONFIG",
+            str(path),
+            error.strerror or "cannot be read",
+            "give the path of a YAML file, see configs/",
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("CONFIG", str(path), f"is not YAML: {' '.join(str(error).split())}", "correct the file") from None
+        raise UserError(
+            "CONFIG", str(path), f"is not YAML: {' '.join(str(error).split())}", "correct the file"
+        ) from None
     if not isinstance(data, dict):
         raise UserError("CONFIG", str(path), "holds no mapping", "see configs/ for examples")
     for override in overrides:
         _apply(data, override)
     config: TrainConfig = parse(TrainConfig, data, str(path))
     _check(config)
-    return config if config.block is None else config.model_copy(update={"output": str(block_folder(config, config.block))})
+    return (
+        config
+        if config.block is None
+        else config.model_copy(update={"output": str(block_folder(config, config.block))})
+    )
 
 
 def block_folder(config: TrainConfig, block: int) -> Path:
@@ -312,14 +334,23 @@ def _check(config: TrainConfig) -> None:
     if conditioned != objective.noisy:
         verb = "noises" if objective.noisy else "does not noise"
         problem = f"objective {objective.name!r} {verb} its targets"
-        raise UserError("model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective")
+        raise UserError(
+            "model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective"
+        )
     of_images = isinstance(config.model, ImageConfig)
     if of_images != isinstance(config.data, ImagesConfig):
         problem = f"family {config.model.family!r} learns from {'images' if of_images else 'rows of ids'}"
-        raise UserError("data.kind", config.data.kind, problem, "use images" if of_images else "use tokens or a generated task")
+        raise UserError(
+            "data.kind",
+            config.data.kind,
+            problem,
+            "use images" if of_images else "use tokens or a generated task",
+        )
     if config.seq_len > config.model.max_seq_len:
         problem = f"longer than model.max_seq_len ({config.model.max_seq_len})"
-        raise UserError("data.seq_len", config.seq_len, problem, "shorten the sequences or raise model.max_seq_len")
+        raise UserError(
+            "data.seq_len", config.seq_len, problem, "shorten the sequences or raise model.max_seq_len"
+        )
     beyond = [k for k in config.evaluation.steps if k > config.checkpoint_config.max_steps]
     if beyond and config.evaluation.interval_steps:
         problem, remedy = (
@@ -327,7 +358,10 @@ def _check(config: TrainConfig) -> None:
             "use smaller K or raise recurrence.max_steps",
         )
         if objective.k_meaning == "thinking" and not config.model.iterates:
-            problem, remedy = f"with objective {objective.name!r} this model runs its layers once", "set evaluation.steps=[1]"
+            problem, remedy = (
+                f"with objective {objective.name!r} this model runs its layers once",
+                "set evaluation.steps=[1]",
+            )
         raise UserError("evaluation.steps", beyond[0], problem, remedy)
     if config.resident is not None:
         _check_resident(config, config.resident)
@@ -338,10 +372,15 @@ def _check_resident(config: TrainConfig, resident: ResidentConfig) -> None:
     if count == 1:
         given = None if config.blocks is None else config.blocks.num_blocks
         raise UserError(
-            "blocks.num_blocks", given, "resident training needs several blocks", "raise it, or drop the section resident"
+            "blocks.num_blocks",
+            given,
+            "resident training needs several blocks",
+            "raise it, or drop the section resident",
         )
     if config.block is not None:
-        raise UserError("block", config.block, "a block trained alone is resident already", "drop the section resident")
+        raise UserError(
+            "block", config.block, "a block trained alone is resident already", "drop the section resident"
+        )
     if resident.visit_steps * count > config.schedule.steps:
         problem = f"with {count} blocks some would not be visited in {config.schedule.steps} steps"
         remedy = f"use at most {config.schedule.steps // count}"
@@ -349,7 +388,12 @@ def _check_resident(config: TrainConfig, resident: ResidentConfig) -> None:
     several = [k for k in config.evaluation.steps if k > 1]
     if several and config.evaluation.interval_steps:
         problem = "asks several blocks for every token, and one is on the device"
-        raise UserError("evaluation.steps", several[0], problem, "set evaluation.steps=[1]; rdlm eval takes any K afterwards")
+        raise UserError(
+            "evaluation.steps",
+            several[0],
+            problem,
+            "set evaluation.steps=[1]; rdlm eval takes any K afterwards",
+        )
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

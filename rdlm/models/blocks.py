@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from rdlm.context import AttentionContext
-from rdlm.layers.attention import Attention
-from rdlm.layers.mlp import GatedMLP
-from rdlm.layers.modulation import LayerCondition, LayerModulation, Modulation, modulate
-from rdlm.layers.norm import RMSNorm
+from rdlm.nn.attention import Attention
+from rdlm.nn.context import AttentionContext
+from rdlm.nn.mlp import GatedMLP
+from rdlm.nn.modulation import LayerCondition, LayerModulation, Modulation, modulate
+from rdlm.nn.norm import RMSNorm
 
 
 class SandwichBlock(nn.Module):
     """Huginn's layer: x = n2(attn(n1 x) + x); x = n4(mlp(n3 x) + x). The residual sum is normed."""
 
-    def __init__(self, attn: Attention, mlp: GatedMLP, d_model: int, eps: float, cond_width: int | None) -> None:
+    def __init__(
+        self, attn: Attention, mlp: GatedMLP, d_model: int, eps: float, cond_width: int | None
+    ) -> None:
         super().__init__()
         self.attn, self.mlp = attn, mlp
         self.norm_1, self.norm_2 = RMSNorm(d_model, eps), RMSNorm(d_model, eps)
@@ -34,7 +36,9 @@ class SandwichBlock(nn.Module):
 class PreNormBlock(nn.Module):
     """Llama's layer: x = x + attn(n1 x); x = x + mlp(n2 x) (Touvron et al. 2023)."""
 
-    def __init__(self, attn: Attention, mlp: GatedMLP, d_model: int, eps: float, cond_width: int | None) -> None:
+    def __init__(
+        self, attn: Attention, mlp: GatedMLP, d_model: int, eps: float, cond_width: int | None
+    ) -> None:
         super().__init__()
         self.attn, self.mlp = attn, mlp
         self.norm_1, self.norm_2 = RMSNorm(d_model, eps), RMSNorm(d_model, eps)

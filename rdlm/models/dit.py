@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rdlm.context import BidirectionalContext
-from rdlm.layers.modulation import NoiseEmbedding, modulate
-from rdlm.layers.norm import RMSNorm
-from rdlm.layers.patches import PatchEmbedding, assemble
-from rdlm.layers.table import TokenTable
-from rdlm.model_config import DitConfig
+from rdlm.config.model import DitConfig
 from rdlm.models.prenorm import init_pre_norm, pre_norm_layers, through
+from rdlm.nn.context import BidirectionalContext
+from rdlm.nn.modulation import NoiseEmbedding, modulate
+from rdlm.nn.norm import RMSNorm
+from rdlm.nn.patches import PatchEmbedding, assemble
+from rdlm.nn.table import TokenTable
 
 
 class Dit(nn.Module):

@@ -7,15 +7,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rdlm.context import AttentionContext
-from rdlm.layers.attention import Attention
-from rdlm.layers.mlp import GatedMLP
-from rdlm.layers.modulation import Condition, NoiseEmbedding
-from rdlm.layers.norm import RMSNorm
-from rdlm.layers.table import TokenTable
-from rdlm.model_config import HuginnConfig
-from rdlm.models.backbone import Backbone
+from rdlm.config.model import HuginnConfig
+from rdlm.models.base import Backbone
 from rdlm.models.blocks import SandwichBlock
+from rdlm.nn.attention import Attention
+from rdlm.nn.context import AttentionContext
+from rdlm.nn.mlp import GatedMLP
+from rdlm.nn.modulation import Condition, NoiseEmbedding
+from rdlm.nn.norm import RMSNorm
+from rdlm.nn.table import TokenTable
 
 
 class Huginn(Backbone):

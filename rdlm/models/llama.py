@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rdlm.context import AttentionContext
-from rdlm.layers.modulation import Condition
-from rdlm.model_config import LlamaConfig, TextConfig, VitConfig
+from rdlm.config.model import LlamaConfig, TextConfig, VitConfig
 from rdlm.models.prenorm import INIT_STD, PreNormModel
+from rdlm.nn.context import AttentionContext
+from rdlm.nn.modulation import Condition
 
 
 class Llama(PreNormModel):
@@ -19,7 +19,9 @@ class Llama(PreNormModel):
         super().__init__(config, layers, config.num_kv_heads)
 
     def _add_stem(self, config: TextConfig | VitConfig) -> None:
-        self.adapter = nn.Linear(2 * config.d_model, config.d_model, bias=False) if config.noise_conditioning else None
+        self.adapter = (
+            nn.Linear(2 * config.d_model, config.d_model, bias=False) if config.noise_conditioning else None
+        )
 
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         # At one scale with the embedding: coordinates of size 1 drown one that starts at 0.02 as soon as the adapter moves.

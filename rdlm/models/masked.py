@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rdlm.context import AttentionContext, BidirectionalContext
-from rdlm.layers.modulation import Condition
-from rdlm.layers.table import TokenTable
-from rdlm.model_config import MaskedConfig, TextConfig, VitConfig
+from rdlm.config.model import MaskedConfig, TextConfig, VitConfig
 from rdlm.models.prenorm import PreNormModel
+from rdlm.nn.context import AttentionContext, BidirectionalContext
+from rdlm.nn.modulation import Condition
+from rdlm.nn.table import TokenTable
 
 
 class Masked(PreNormModel):

@@ -7,28 +7,35 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rdlm.context import AttentionContext
-from rdlm.layers.attention import Attention
-from rdlm.layers.mlp import GatedMLP
-from rdlm.layers.modulation import Condition, NoiseEmbedding
-from rdlm.layers.norm import RMSNorm
-from rdlm.layers.table import TokenTable
-from rdlm.model_config import PreNormConfig, TextConfig, VitConfig
-from rdlm.models.backbone import Backbone
+from rdlm.config.model import PreNormConfig, TextConfig, VitConfig
+from rdlm.models.base import Backbone
 from rdlm.models.blocks import PreNormBlock
+from rdlm.nn.attention import Attention
+from rdlm.nn.context import AttentionContext
+from rdlm.nn.mlp import GatedMLP
+from rdlm.nn.modulation import Condition, NoiseEmbedding
+from rdlm.nn.norm import RMSNorm
+from rdlm.nn.table import TokenTable
 
 INIT_STD = 0.02
 
 
 def pre_norm_layers(
-    config: PreNormConfig, layers: range | None = None, num_kv_heads: int | None = None, rope_base: float | None = None
+    config: PreNormConfig,
+    layers: range | None = None,
+    num_kv_heads: int | None = None,
+    rope_base: float | None = None,
 ) -> nn.ModuleList:
     """The layers of a network, or those of them that ``layers`` names; they keep their places in the cache."""
     cond_width = config.noise_embed_dim if config.noise_conditioning else None
 
     def layer(place: int) -> PreNormBlock:
-        attn = Attention(config.d_model, config.num_heads, num_kv_heads or config.num_heads, rope_base, False, place)
-        return PreNormBlock(attn, GatedMLP(config.d_model, config.mlp_width), config.d_model, config.norm_eps, cond_width)
+        attn = Attention(
+            config.d_model, config.num_heads, num_kv_heads or config.num_heads, rope_base, False, place
+        )
+        return PreNormBlock(
+            attn, GatedMLP(config.d_model, config.mlp_width), config.d_model, config.norm_eps, cond_width
+        )
 
     return nn.ModuleList(layer(place) for place in layers or range(config.num_layers))
 
@@ -75,11 +82,16 @@ def init_pre_norm(model: nn.Module, num_layers: int, generator: torch.Generator)
 class PreNormModel(Backbone):
     """Built from a part of its layers it is a block: embedding, stem, these layers, norm and read-out, all its own."""
 
-    def __init__(self, config: TextConfig | VitConfig, layers: range | None = None, num_kv_heads: int | None = None) -> None:
+    def __init__(
+        self, config: TextConfig | VitConfig, layers: range | None = None, num_kv_heads: int | None = None
+    ) -> None:
         """layers: which of the network's layers, None for all."""
         super().__init__()
         self.vocab_size = config.vocab_size
-        self.head_dim, self.num_kv_heads = config.d_model // config.num_heads, num_kv_heads or config.num_heads
+        self.head_dim, self.num_kv_heads = (
+            config.d_model // config.num_heads,
+            num_kv_heads or config.num_heads,
+        )
         self.num_cache_layers = config.num_layers
         self.wte = TokenTable(config.vocab_size, config.d_model)
         self.noise_embedding = NoiseEmbedding(config.noise_embed_dim) if config.noise_conditioning else None

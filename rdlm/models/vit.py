@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rdlm.context import AttentionContext, BidirectionalContext
-from rdlm.layers.modulation import Condition
-from rdlm.layers.patches import PatchEmbedding
-from rdlm.layers.table import TokenTable
-from rdlm.model_config import TextConfig, VitConfig
+from rdlm.config.model import TextConfig, VitConfig
 from rdlm.models.prenorm import INIT_STD, PreNormModel
+from rdlm.nn.context import AttentionContext, BidirectionalContext
+from rdlm.nn.modulation import Condition
+from rdlm.nn.patches import PatchEmbedding
+from rdlm.nn.table import TokenTable
 
 
 class Vit(PreNormModel):
@@ -30,7 +30,9 @@ class Vit(PreNormModel):
         self.config = config
         self.patches = PatchEmbedding(config)
         self.class_row = TokenTable(1, config.d_model)
-        self.adapter = nn.Linear(config.d_model, config.d_model, bias=False) if config.noise_conditioning else None
+        self.adapter = (
+            nn.Linear(config.d_model, config.d_model, bias=False) if config.noise_conditioning else None
+        )
 
     def context(self, inputs: Tensor) -> AttentionContext:
         return BidirectionalContext(self.config.num_patches + 1, inputs.device)

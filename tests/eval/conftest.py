@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.checkpoint import save
-from rdlm.config import CheckpointConfig
+from rdlm.checkpoints.folder import save
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.tokenizer import train_tokenizer
 from rdlm.registry import build
-from rdlm.tokenizer import train_tokenizer
 
 TEXTS = ["in the beginning was the word and the word was with god", "and it came to pass in those days"] * 20
 
@@ -25,14 +25,34 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(objective: str) -> Path:
         if (root / objective).exists():
             return root / objective
-        shape = {"num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "max_seq_len": 64, "noise_embed_dim": 16}
-        model = {"family": "huginn", "vocab_size": 280, "d_model": 32, "num_heads": 2, "mlp_width": 64, **shape}
+        shape = {
+            "num_prelude_layers": 1,
+            "num_core_layers": 1,
+            "num_coda_layers": 1,
+            "max_seq_len": 64,
+            "noise_embed_dim": 16,
+        }
+        model = {
+            "family": "huginn",
+            "vocab_size": 280,
+            "d_model": 32,
+            "num_heads": 2,
+            "mlp_width": 64,
+            **shape,
+        }
         if objective == "masked":
-            model = {**{k: v for k, v in model.items() if "layers" not in k}, "family": "masked", "num_layers": 2}
+            model = {
+                **{k: v for k, v in model.items() if "layers" not in k},
+                "family": "masked",
+                "num_layers": 2,
+            }
         config = CheckpointConfig.model_validate(
             {
                 "name": "tiny",
-                "model": {**model, "noise_conditioning": objective in ("single_pass", "evidence", "paper", "masked")},
+                "model": {
+                    **model,
+                    "noise_conditioning": objective in ("single_pass", "evidence", "paper", "masked"),
+                },
                 "objective": {"name": objective},
                 "recurrence": {"default_steps": 2, "max_steps": 8},
             }
@@ -50,6 +70,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture
 def make_model(folders: Callable[[str], Path]) -> Callable[..., Any]:
     """``make_model(objective, **model_args)`` -> the lm-eval model of such a checkpoint."""
-    from eval.harness import RecurrentLM
+    from eval.texts.lm_eval_adapter import RecurrentLM
 
-    return lambda objective="onestep", **arguments: RecurrentLM(checkpoint=str(folders(objective)), **arguments)
+    return lambda objective="onestep", **arguments: RecurrentLM(
+        checkpoint=str(folders(objective)), **arguments
+    )

@@ -11,19 +11,27 @@ import pytest
 import torch
 
 from eval.accuracy import choose_steps, evaluate_accuracy
-from rdlm.blockwise import blocks_of
-from rdlm.checkpoint import Loaded, save
+from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
-from rdlm.config import CheckpointConfig
-from rdlm.denoiser import Denoiser
-from rdlm.image_store import ImageStore, as_batch
-from rdlm.objectives import loss_terms
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.images import ImageStore, as_batch
+from rdlm.diffusion.blockwise import blocks_of
+from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives.losses import loss_terms
 from rdlm.registry import build
-from train.corpora.images import ImagePreparation, prepare_images
+from train.data.image_prepare import ImagePreparation, prepare_images
 
 Image = pytest.importorskip("PIL.Image")
 CLASSES = ("north-east", "north-west", "south-east", "south-west")
-SHAPE = {"image_size": 8, "patch_size": 4, "num_classes": 4, "d_model": 32, "num_heads": 2, "mlp_width": 64, "num_layers": 2}
+SHAPE = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_classes": 4,
+    "d_model": 32,
+    "num_heads": 2,
+    "mlp_width": 64,
+    "num_layers": 2,
+}
 
 
 def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,8 +57,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(objective: str, blocks: dict[str, Any] | None = None, **changes: Any) -> CheckpointConfig:
     model = {"family": "vit", **SHAPE, "noise_conditioning": objective != "classify", "noise_embed_dim": 16}
-    most = {"default_steps": 1, "max_steps": 1} if objective == "classify" else {"default_steps": 3, "max_steps": 8}
-    document = {"name": "tiny", "model": model, "objective": {"name": objective}, "recurrence": most, "blocks": blocks, **changes}
+    most = (
+        {"default_steps": 1, "max_steps": 1}
+        if objective == "classify"
+        else {"default_steps": 3, "max_steps": 8}
+    )
+    document = {
+        "name": "tiny",
+        "model": model,
+        "objective": {"name": objective},
+        "recurrence": most,
+        "blocks": blocks,
+        **changes,
+    }
     return CheckpointConfig.model_validate(document)
 
 
@@ -66,7 +85,9 @@ def learned(shape: CheckpointConfig) -> Denoiser:
     return denoiser.eval()
 
 
-def test_figures_are_those_of_a_model_whose_mistakes_are_known(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_are_those_of_a_model_whose_mistakes_are_known(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Right at K where the image's number is a multiple of 4 / K, over a soft bridge never; one draw in three is wrong."""
     shape, store = config("evidence"), ImageStore(data, "test")
     labels = store.read(np.arange(len(store)))[1]
@@ -86,7 +107,11 @@ def test_figures_are_those_of_a_model_whose_mistakes_are_known(data: Path, monke
     rows = {(r["bridge"], r["K"]): r for r in found["results"]}
     n = len(store)
     shares = {k: len(range(0, n, 4 // k)) / n for k in (1, 2, 4)}
-    assert rows["hard", 1]["accuracy"] == shares[1] and rows["hard", 1]["draws"] == 1 and rows["hard", 1]["draw_sd"] is None
+    assert (
+        rows["hard", 1]["accuracy"] == shares[1]
+        and rows["hard", 1]["draws"] == 1
+        and rows["hard", 1]["draw_sd"] is None
+    )
     for k in (2, 4):
         row = rows["hard", k]
         assert row["accuracy"] == pytest.approx(shares[k] * 2 / 3) and row["draws"] == 3
@@ -96,7 +121,9 @@ def test_figures_are_those_of_a_model_whose_mistakes_are_known(data: Path, monke
         assert row["right"] == "".join("2" if i % (4 // k) == 0 else "0" for i in range(n))
     low, high = rows["hard", 1]["accuracy_interval"]
     assert (high - low) / 2 == pytest.approx(1.96 * (shares[1] * (1 - shares[1]) / n) ** 0.5, rel=0.1)
-    assert rows["hard", 4]["accuracy_interval"] == pytest.approx([2 / 3, 2 / 3]), "every image alike: nothing to resample"
+    assert rows["hard", 4]["accuracy_interval"] == pytest.approx([2 / 3, 2 / 3]), (
+        "every image alike: nothing to resample"
+    )
     by_class = [np.mean([i % 4 == 0 for i in range(n) if labels[i] == c]) for c in range(4)]
     assert rows["hard", 1]["by_class"] == pytest.approx(by_class, abs=1e-4)
 
@@ -112,7 +139,12 @@ def test_noise_depends_on_image_and_draw_alone(data: Path, blocks: dict[str, Any
     loaded, store = Loaded(denoiser.eval(), shape, None), ImageStore(data, "test")
 
     def right(seed: int = 0, **options: Any) -> list[str]:
-        return [r["right"] for r in evaluate_accuracy(loaded, store, (1, 4), ("hard", "euler"), seed=seed, **options)["results"]]
+        return [
+            r["right"]
+            for r in evaluate_accuracy(loaded, store, (1, 4), ("hard", "euler"), seed=seed, **options)[
+                "results"
+            ]
+        ]
 
     whole = right(batch_size=90)
     assert whole == right(batch_size=7)
@@ -138,11 +170,31 @@ def test_from_checkpoints_to_a_report(data: Path, tmp_path: Path, capsys: pytest
         shape = config(objective, blocks, name=name)
         save(tmp_path / name, learned(shape), shape, None)
         options = ["--bridge", "hard,euler", "--steps", "1,4", "--num-draws", "2"] if blocks else []
-        command = ["eval", "accuracy", "--checkpoint", str(tmp_path / name), "--data", str(data), "--per-image", *options]
-        assert run(app, [*command, "--out", str(tmp_path / f"{name}.json"), "--plot", str(tmp_path / "p.png")], "rdlm") == 0
+        command = [
+            "eval",
+            "accuracy",
+            "--checkpoint",
+            str(tmp_path / name),
+            "--data",
+            str(data),
+            "--per-image",
+            *options,
+        ]
+        assert (
+            run(
+                app,
+                [*command, "--out", str(tmp_path / f"{name}.json"), "--plot", str(tmp_path / "p.png")],
+                "rdlm",
+            )
+            == 0
+        )
     whole, cut = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "cut"))
     for report in (whole, cut):
-        assert all(r["accuracy"] > 0.85 for r in report["results"]) and report["images"] == 90 and report["nll"] < 1
+        assert (
+            all(r["accuracy"] > 0.85 for r in report["results"])
+            and report["images"] == 90
+            and report["nll"] < 1
+        )
         assert report["data"]["classes"] == list(CLASSES) and report["estimator"].startswith("normalised")
     assert [(r["bridge"], r["K"], r["draws"]) for r in cut["results"]] == [
         ("hard", 1, 1), ("hard", 4, 2), ("euler", 1, 1), ("euler", 4, 2),
@@ -154,7 +206,14 @@ def test_from_checkpoints_to_a_report(data: Path, tmp_path: Path, capsys: pytest
     assert "## Classification" in text and "against whole, K = 1" in text and ", paired" in text
     cut["images"] = 89
     (tmp_path / "other.json").write_text(json.dumps(cut))
-    assert run(app, ["eval", "report", files[0], str(tmp_path / "other.json"), "--out", str(tmp_path / "report")], "rdlm") == 2
+    assert (
+        run(
+            app,
+            ["eval", "report", files[0], str(tmp_path / "other.json"), "--out", str(tmp_path / "report")],
+            "rdlm",
+        )
+        == 2
+    )
     assert "images" in capsys.readouterr().err
 
 
@@ -172,10 +231,18 @@ def test_from_checkpoints_to_a_report(data: Path, tmp_path: Path, capsys: pytest
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], options: list[str], said: str
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    options: list[str],
+    said: str,
 ) -> None:
     shape = CheckpointConfig.model_validate({**config("classify").model_dump(), **changes})
     folder = save(tmp_path / "model", build(shape, seed=0), shape, None)
-    assert run(app, ["eval", "accuracy", "--checkpoint", str(folder), "--data", str(data), *options], "rdlm") == 2
+    assert (
+        run(app, ["eval", "accuracy", "--checkpoint", str(folder), "--data", str(data), *options], "rdlm")
+        == 2
+    )
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in last and "Traceback" not in last

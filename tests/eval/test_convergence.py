@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from eval.convergence import check_iterates, evaluate_convergence
-from rdlm.checkpoint import Loaded
-from rdlm.denoiser import Denoiser
+from rdlm.checkpoints.folder import Loaded
 from rdlm.errors import UserError
-from rdlm.objectives import Batch
+from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives.losses import Batch
 
 
 @pytest.fixture
@@ -25,7 +25,9 @@ def _batches(parts: int = 1) -> list[Batch]:
     return [Batch(i, i, m) for i, m in zip(ids.chunk(parts), mask.chunk(parts), strict=True)]
 
 
-def test_a_halving_state_has_the_distances_of_a_halving_state(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_halving_state_has_the_distances_of_a_halving_state(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """s_1 = e, s_k = s_(k-1) / 2: every step moves the state by its own length, and no top token changes."""
     first: list[bool] = []
 
@@ -52,7 +54,9 @@ def test_a_state_that_flips_changes_every_top_token(loaded: Loaded, monkeypatch:
     monkeypatch.setattr(loaded.denoiser.model, "decode", lambda state, ctx: state)
     found = evaluate_convergence(loaded, _batches(), 3)
     assert [r["distance"] for r in found["results"]] == pytest.approx([2, 2], abs=1e-4)
-    assert [r["changed"] for r in found["results"]] == [1, 1] and found["picture"]["changed"] == [[1] * 12] * 2
+    assert [r["changed"] for r in found["results"]] == [1, 1] and found["picture"]["changed"] == [
+        [1] * 12
+    ] * 2
 
 
 def test_only_counted_positions_matter_whatever_the_batches(loaded: Loaded) -> None:

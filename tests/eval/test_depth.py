@@ -13,16 +13,16 @@ import torch
 
 from eval import depth
 from eval.depth import choose_steps, evaluate_depth
-from rdlm.checkpoint import Loaded, save
+from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
-from rdlm.config import CheckpointConfig
-from rdlm.decoding_types import Order
-from rdlm.denoiser import Denoiser, Prediction
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.synthetic import FilledIn, Generated, GroupProduct, LatinSquare, PointerChasing
 from rdlm.errors import UserError
-from rdlm.masked_denoiser import MaskedDenoiser
-from rdlm.objectives import Batch, loss_terms
+from rdlm.objectives.denoiser import Denoiser, Prediction
+from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.objectives.masked_denoiser import MaskedDenoiser
 from rdlm.registry import build
-from rdlm.tasks import FilledIn, Generated, GroupProduct, LatinSquare, PointerChasing
+from rdlm.sampling_params import Order
 
 Tiny = Callable[..., Denoiser]
 TinyConfig = Callable[..., CheckpointConfig]
@@ -30,18 +30,24 @@ TinyConfig = Callable[..., CheckpointConfig]
 
 @pytest.fixture
 def loaded(tiny: Tiny, tiny_config: TinyConfig) -> Loaded:
-    return Loaded(tiny("huginn", "onestep", vocab_size=6).eval(), tiny_config("huginn", "onestep", vocab_size=6), None)
+    return Loaded(
+        tiny("huginn", "onestep", vocab_size=6).eval(), tiny_config("huginn", "onestep", vocab_size=6), None
+    )
 
 
 def _knows_k_factors(task: GroupProduct) -> Callable[..., dict[int, torch.Tensor]]:
     """Answers right at the first K positions and never after them."""
 
-    def answers(denoiser: Any, config: Any, input_ids: torch.Tensor, ks: Sequence[int], **_: object) -> dict[int, torch.Tensor]:
+    def answers(
+        denoiser: Any, config: Any, input_ids: torch.Tensor, ks: Sequence[int], **_: object
+    ) -> dict[int, torch.Tensor]:
         right = input_ids.clone().numpy()
         for i in range(1, task.length):
             right[:, i] = task.table[right[:, i - 1], right[:, i]]
         far = torch.arange(task.length)
-        return {k: torch.where(far < k, torch.from_numpy(right), (torch.from_numpy(right) + 1) % 6) for k in ks}
+        return {
+            k: torch.where(far < k, torch.from_numpy(right), (torch.from_numpy(right) + 1) % 6) for k in ks
+        }
 
     return answers
 
@@ -55,15 +61,23 @@ def test_accuracy_counts_positions_and_the_last_one(loaded: Loaded, monkeypatch:
         (4, 8, 1 / 2, 0),
         (8, 8, 1, 1),
     ]
-    assert [r["delta"] for r in results] == [0, 3 / 8, 7 / 8] and [r["change"] for r in results] == [0, 3 / 8, 1 / 2]
-    assert all(r["accuracy_interval"] == pytest.approx([r["accuracy"]] * 2) for r in results)  # every example is the same
+    assert [r["delta"] for r in results] == [0, 3 / 8, 7 / 8] and [r["change"] for r in results] == [
+        0,
+        3 / 8,
+        1 / 2,
+    ]
+    assert all(
+        r["accuracy_interval"] == pytest.approx([r["accuracy"]] * 2) for r in results
+    )  # every example is the same
 
 
 def test_interval_is_that_of_a_mean_over_examples(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the examples wholly right: the examples are the units, not their positions."""
     task, rows = GroupProduct("s3", 8), 400
 
-    def half(denoiser: Any, config: Any, input_ids: torch.Tensor, ks: Sequence[int], **_: object) -> dict[int, torch.Tensor]:
+    def half(
+        denoiser: Any, config: Any, input_ids: torch.Tensor, ks: Sequence[int], **_: object
+    ) -> dict[int, torch.Tensor]:
         right = _knows_k_factors(task)(denoiser, config, input_ids, [8])[8]
         kept = (torch.arange(len(right)) % 2 == 0)[:, None]
         return {k: torch.where(kept, right, (right + 1) % 6) for k in ks}
@@ -73,7 +87,9 @@ def test_interval_is_that_of_a_mean_over_examples(loaded: Loaded, monkeypatch: p
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(rows), rel=0.1)
 
 
-def test_a_state_that_settles_stays_at_128_steps_and_one_that_runs_away_is_seen(loaded: Loaded, tiny_config: TinyConfig) -> None:
+def test_a_state_that_settles_stays_at_128_steps_and_one_that_runs_away_is_seen(
+    loaded: Loaded, tiny_config: TinyConfig
+) -> None:
     """The core is made a contraction, then an expansion with its sign turned at every step."""
     task = GroupProduct("s3", 6)
 
@@ -97,11 +113,15 @@ def test_steps_reach_as_far_as_the_checkpoint(loaded: Loaded, tiny: Tiny, tiny_c
     """Iterations of one state may go on past what the checkpoint offers its users; noise levels may not."""
     assert choose_steps(None, loaded) == (1, 2, 4, 8, 16, 32, 64, 128)
     assert loaded.config.recurrence.max_steps == 64 and choose_steps([200, 1], loaded) == (1, 200)
-    sampler = Loaded(tiny("huginn", "evidence", vocab_size=6), tiny_config("huginn", "evidence", vocab_size=6), None)
+    sampler = Loaded(
+        tiny("huginn", "evidence", vocab_size=6), tiny_config("huginn", "evidence", vocab_size=6), None
+    )
     assert choose_steps(None, sampler) == (1, 2, 4, 8, 16, 32, 64)
     with pytest.raises(UserError, match="takes 1 to 64"):
         choose_steps([128], sampler)
-    once = Loaded(tiny("llama", "next_token", vocab_size=6), tiny_config("llama", "next_token", vocab_size=6), None)
+    once = Loaded(
+        tiny("llama", "next_token", vocab_size=6), tiny_config("llama", "next_token", vocab_size=6), None
+    )
     assert choose_steps(None, once) == (1,)
 
 
@@ -119,15 +139,37 @@ def test_command_writes_results_with_their_provenance_and_a_figure(folder: Path,
     assert _run("--checkpoint", folder, "--lengths", "4,6", "--steps", "4,1", "--rows", 30, *out) == 0
     report = json.loads((tmp_path / "r" / "depth.json").read_text())
     assert [(r["length"], r["K"]) for r in report["results"]] == [(4, 1), (4, 4), (6, 1), (6, 4)]
-    assert report["chance"] == 1 / 6 and report["data"]["split"] == "test" and report["checkpoint"]["weights_sha256"]
+    assert (
+        report["chance"] == 1 / 6
+        and report["data"]["split"] == "test"
+        and report["checkpoint"]["weights_sha256"]
+    )
     assert {"command", "git_commit", "cpu", "torch"} <= report["provenance"].keys()
     assert (tmp_path / "r" / "depth.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("task", "counted", "whole"), [("pointer5", 3, "last"), ("latin5", 25, "valid")])
-def test_command_measures_every_task(folder: Path, tmp_path: Path, task: str, counted: int, whole: str) -> None:
+def test_command_measures_every_task(
+    folder: Path, tmp_path: Path, task: str, counted: int, whole: str
+) -> None:
     out = tmp_path / "depth.json"
-    assert _run("--checkpoint", folder, "--task", task, "--lengths", 3, "--steps", "1,4", "--rows", 40, "--out", out) == 0
+    assert (
+        _run(
+            "--checkpoint",
+            folder,
+            "--task",
+            task,
+            "--lengths",
+            3,
+            "--steps",
+            "1,4",
+            "--rows",
+            40,
+            "--out",
+            out,
+        )
+        == 0
+    )
     report = json.loads(out.read_text())
     assert report["data"]["whole"] == whole and report["chance"] == 1 / 5
     assert all(len(r["by_position"]) == counted and 0 <= r[whole] <= 1 for r in report["results"])
@@ -160,7 +202,11 @@ def test_hidden_answers_tell_nothing_and_inputs_do(
     def says(inputs_by: int, answers_by: int) -> list[torch.Tensor]:
         def rows(*arguments: Any) -> Batch:
             batch = real_rows(*arguments)
-            return Batch((batch.inputs + inputs_by) % 6, torch.where(batch.mask, (batch.targets + answers_by) % 5, 0), batch.mask)
+            return Batch(
+                (batch.inputs + inputs_by) % 6,
+                torch.where(batch.mask, (batch.targets + answers_by) % 5, 0),
+                batch.mask,
+            )
 
         monkeypatch.setattr(task, "rows", rows)
         said.clear()
@@ -175,7 +221,9 @@ def test_hidden_answers_tell_nothing_and_inputs_do(
     assert not torch.equal(before[0], says(1, 0)[0])
 
 
-def test_a_masked_model_learns_a_task_and_its_squares_get_whole_with_more_steps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_masked_model_learns_a_task_and_its_squares_get_whole_with_more_steps(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     task = FilledIn(LatinSquare(3, 4, 6))
     shape = {
         "family": "masked",
@@ -186,19 +234,29 @@ def test_a_masked_model_learns_a_task_and_its_squares_get_whole_with_more_steps(
         "num_layers": 3,
         "max_seq_len": 9,
     }
-    document = {"name": "toy", "model": {**shape, "noise_conditioning": True}, "objective": {"name": "masked"}}
+    document = {
+        "name": "toy",
+        "model": {**shape, "noise_conditioning": True},
+        "objective": {"name": "masked"},
+    }
     config = CheckpointConfig.model_validate(document)
     denoiser = build(config, seed=0)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=3e-3, betas=(0.9, 0.95))
     for step in range(150):
-        terms = loss_terms(denoiser, task.rows(np.arange(step * 32, step * 32 + 32), seed=0), step=step, seed=0)
+        terms = loss_terms(
+            denoiser, task.rows(np.arange(step * 32, step * 32 + 32), seed=0), step=step, seed=0
+        )
         (terms.total / terms.count).backward()
         optimizer.step()
         optimizer.zero_grad()
     held_out = FilledIn(LatinSquare(3, 5, 5))
-    found = evaluate_depth(Loaded(denoiser.eval(), config, None), held_out, (1, 2, 8), rows=300, order="random")
+    found = evaluate_depth(
+        Loaded(denoiser.eval(), config, None), held_out, (1, 2, 8), rows=300, order="random"
+    )
     print([(r["K"], round(r["accuracy"], 3), round(r["valid"], 3)) for r in found])
-    assert found[0]["accuracy_interval"][0] > 1 / 3 + 0.1 and found[-1]["valid_interval"][0] > 0.1, "a guess is valid in 3^-5"
+    assert found[0]["accuracy_interval"][0] > 1 / 3 + 0.1 and found[-1]["valid_interval"][0] > 0.1, (
+        "a guess is valid in 3^-5"
+    )
 
 
 def test_command_measures_masked_checkpoints_in_both_orders(
@@ -207,11 +265,18 @@ def test_command_measures_masked_checkpoints_in_both_orders(
     folder = save(tmp_path / "masked", masked.denoiser, masked.config, None)
     for i, order in enumerate([[], ["--order", "confidence"]]):
         out = ["--out", tmp_path / f"{i}.json", "--plot", tmp_path / "p.png"]
-        assert _run("--checkpoint", folder, "--task", "latin5", "--lengths", "9,5", "--rows", 30, *order, *out) == 0
+        assert (
+            _run("--checkpoint", folder, "--task", "latin5", "--lengths", "9,5", "--rows", 30, *order, *out)
+            == 0
+        )
         name = ["random", "confidence"][i]
         assert f"in {name} order" in " ".join(capfd.readouterr().out.split())
         report = json.loads((tmp_path / f"{i}.json").read_text())
-        assert report["order"] == name and report["checkpoint"]["k_meaning"] == "sampling" and not report["convergence"]
+        assert (
+            report["order"] == name
+            and report["checkpoint"]["k_meaning"] == "sampling"
+            and not report["convergence"]
+        )
         assert [r["K"] for r in report["results"][:7]] == [1, 2, 4, 8, 16, 32, 64]
         assert len(report["results"][0]["by_position"]) == 25
     reports = [json.loads((tmp_path / f"{i}.json").read_text())["results"] for i in range(2)]

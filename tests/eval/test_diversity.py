@@ -5,12 +5,22 @@ import math
 import numpy as np
 import pytest
 
-from eval.bootstrap import interval, mean_with_interval, resamples
-from eval.diversity import distinct, measure, repetition, unigram_entropy, words
+from eval.stats import interval, mean_with_interval, resamples
+from eval.texts.diversity import distinct, measure, repetition, unigram_entropy, words
 
 
 def test_words_are_lower_case_with_apostrophes_and_marks() -> None:
-    assert words("Don't stop, Émile: 12 -- o'er") == ["don't", "stop", ",", "émile", ":", "12", "-", "-", "o'er"]
+    assert words("Don't stop, Émile: 12 -- o'er") == [
+        "don't",
+        "stop",
+        ",",
+        "émile",
+        ":",
+        "12",
+        "-",
+        "-",
+        "o'er",
+    ]
 
 
 def test_distinct_counts_over_all_texts_but_not_across_their_borders() -> None:

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from eval import image_features
-from eval.image_distance import SUBSET_SIZE, distances, evaluate_images, frechet, kernel_distance
-from eval.image_features import Extractor, inception_weights
-from rdlm.checkpoint import save
+from eval.images import features as image_features
+from eval.images.distance import SUBSET_SIZE, distances, evaluate_images, frechet, kernel_distance
+from eval.images.features import Extractor, inception_weights
+from rdlm.checkpoints.folder import save
 from rdlm.cli import app, run
-from rdlm.config import CheckpointConfig
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.image_files import open_images
 from rdlm.errors import UserError
-from rdlm.images import open_images
 from rdlm.registry import build
 
 RNG = np.random.default_rng
@@ -33,13 +33,17 @@ def _bar(what: str, total: int) -> Callable[[int], object]:
 
 def _pixels(count: int, noise: float = 0.0, seed: int = 0, size: int = 2) -> np.ndarray:
     rng = RNG(seed)
-    images = rng.normal(120, 20, (count, size, size, 3)) + rng.normal(0, 1, (count, size, size, 3)) * 255 * noise
+    images = (
+        rng.normal(120, 20, (count, size, size, 3)) + rng.normal(0, 1, (count, size, size, 3)) * 255 * noise
+    )
     return np.clip(images.round(), 0, 255).astype(np.uint8)
 
 
 def _identity(published: bool = False) -> Extractor:
     """The pixels themselves are the features: 12 for images of 2x2."""
-    return Extractor("Pixels", 12, "none", "f", lambda batch: (batch.flatten(1).float() - 120) / 20, published=published)
+    return Extractor(
+        "Pixels", 12, "none", "f", lambda batch: (batch.flatten(1).float() - 120) / 20, published=published
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +93,9 @@ def test_kernel_distance_is_the_sum_over_pairs() -> None:
         return float(np.mean([kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j]))
 
     expected = within(x) + within(y) - 2 * np.mean([kernel(a, b) for a in x for b in y])
-    assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y), 0)["kernel"] == pytest.approx(expected, rel=1e-9)
+    assert kernel_distance(torch.from_numpy(x), torch.from_numpy(y), 0)["kernel"] == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_intervals_are_as_wide_as_fresh_draws_vary() -> None:
@@ -113,21 +119,34 @@ def test_noise_raises_both_distances_and_the_floor_is_of_the_same_n(tmp_path: Pa
         values = [row["results"][0][name] for row in rows]
         assert values == sorted(values) and not rows[2]["results"][0][f"{name}_against_floor"]["inside_noise"]
         assert rows[0]["results"][0][f"{name}_against_floor"]["inside_noise"]
-    assert rows[0]["floor"]["n"] == [200, 200] and rows[0]["floor"]["same_n"] and not rows[0]["comparable_with_published"]
+    assert (
+        rows[0]["floor"]["n"] == [200, 200]
+        and rows[0]["floor"]["same_n"]
+        and not rows[0]["comparable_with_published"]
+    )
     halves = _measure(tmp_path, _pixels(400), reference)
-    assert halves["results"][0]["n"] == [400, 400] and halves["floor"]["n"] == [200, 200] and not halves["floor"]["same_n"]
+    assert (
+        halves["results"][0]["n"] == [400, 400]
+        and halves["floor"]["n"] == [200, 200]
+        and not halves["floor"]["same_n"]
+    )
 
 
 def test_order_of_images_changes_nothing(tmp_path: Path) -> None:
     images, reference = _pixels(60, seed=3), _pixels(60, seed=4)
-    first, turned = _measure(tmp_path, images, reference), _measure(tmp_path, images[::-1], RNG(0).permutation(reference))
+    first, turned = (
+        _measure(tmp_path, images, reference),
+        _measure(tmp_path, images[::-1], RNG(0).permutation(reference)),
+    )
     assert first == turned
 
 
 def test_too_few_images_for_the_covariance_leave_the_kernel_distance(tmp_path: Path) -> None:
     found = _measure(tmp_path, _pixels(20, size=2), _pixels(60, seed=1))
     assert found["results"][0]["frechet"] is not None
-    wide = Extractor("Wide", 24, "none", "g", lambda batch: (batch.flatten(1).float() - 120).repeat(1, 2) / 20)
+    wide = Extractor(
+        "Wide", 24, "none", "g", lambda batch: (batch.flatten(1).float() - 120).repeat(1, 2) / 20
+    )
     sets = [open_images(tmp_path / f"{name}.npy", f"--{name}") for name in ("images", "reference")]
     found = evaluate_images(sets[:1], sets[1], wide, tmp_path / "cache", _bar)
     assert found["results"][0]["frechet"] is None and found["results"][0]["kernel"] is not None
@@ -160,7 +179,9 @@ def test_every_kind_of_set_holds_the_same_images(tmp_path: Path) -> None:
         assert found.count == 20 and all((found.read(i) == pixels[i]).all() for i in range(20)), name
 
 
-def test_command_writes_json_figure_and_a_section_of_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_json_figure_and_a_section_of_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     np.save(tmp_path / "reference.npy", _pixels(100, seed=1))
     for name, noise in (("clean", 0.0), ("noisy", 0.2)):
         np.save(tmp_path / f"{name}.npy", _pixels(100, noise))
@@ -187,7 +208,11 @@ def test_command_writes_json_figure_and_a_section_of_the_report(tmp_path: Path, 
     shown = capsys.readouterr().out
     assert "FD-Pixels" in shown and "KD-Pixels" in shown and "not comparable with published FID" in shown
     report = json.loads((tmp_path / "noisy.json").read_text())
-    assert report["evaluation"] == "fid" and (images := report["results"][0]["images"])["count"] == 50 and images["of"] == 100
+    assert (
+        report["evaluation"] == "fid"
+        and (images := report["results"][0]["images"])["count"] == 50
+        and images["of"] == 100
+    )
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     files = [str(tmp_path / f"{name}.json") for name in ("clean", "noisy")]
     assert run(app, ["eval", "report", *files, "--out", str(tmp_path / "report")], "rdlm") == 0
@@ -195,7 +220,14 @@ def test_command_writes_json_figure_and_a_section_of_the_report(tmp_path: Path, 
     assert "FD-Pixels [95 %]" in text and "noisy.npy" in text and "floor: parts of the reference" in text
     report["reference"]["sha256"] = "other"
     (tmp_path / "other.json").write_text(json.dumps(report))
-    assert run(app, ["eval", "report", files[0], str(tmp_path / "other.json"), "--out", str(tmp_path / "report")], "rdlm") == 2
+    assert (
+        run(
+            app,
+            ["eval", "report", files[0], str(tmp_path / "other.json"), "--out", str(tmp_path / "report")],
+            "rdlm",
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +271,9 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
         open_images(tmp_path, "--images").read(0)
 
 
-def test_inception_weights_offline_and_of_other_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_weights_offline_and_of_other_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def offline(*_: object, **__: object) -> None:
@@ -254,7 +288,9 @@ def test_inception_weights_offline_and_of_other_content(tmp_path: Path, monkeypa
 
 
 def test_inception_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))  # a package without the module
+    monkeypatch.setitem(
+        sys.modules, "torch_fidelity", ModuleType("torch_fidelity")
+    )  # a package without the module
     monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
     with pytest.raises(UserError, match=r"pip install torch-fidelity==0\.4\.0"):
         image_features.load_extractor("inception")
@@ -270,16 +306,34 @@ def test_efficientnet_gives_its_features() -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="extra images is not installed")
     extractor = image_features._lite0("cpu")
     found = extractor.features(_pixels(3, size=32))
-    assert found.shape == (3, 1280) and found.dtype == np.float32 and np.isfinite(found).all() and found.std(0).max() > 0
+    assert (
+        found.shape == (3, 1280)
+        and found.dtype == np.float32
+        and np.isfinite(found).all()
+        and found.std(0).max() > 0
+    )
     assert extractor.figures == ("FD-EfficientNetLite0", "KD-EfficientNetLite0")
 
 
-SHAPE = {"image_size": 4, "patch_size": 2, "num_classes": 3, "d_model": 16, "num_heads": 2, "mlp_width": 16, "num_layers": 1}
+SHAPE = {
+    "image_size": 4,
+    "patch_size": 2,
+    "num_classes": 3,
+    "d_model": 16,
+    "num_heads": 2,
+    "mlp_width": 16,
+    "num_layers": 1,
+}
 
 
 def _dit(folder: Path, name: str) -> Path:
     model = {"family": "dit", **SHAPE, "noise_embed_dim": 8}
-    document = {"name": name, "model": model, "objective": {"name": "edm"}, "recurrence": {"default_steps": 2, "max_steps": 9}}
+    document = {
+        "name": name,
+        "model": model,
+        "objective": {"name": "edm"},
+        "recurrence": {"default_steps": 2, "max_steps": 9},
+    }
     config = CheckpointConfig.model_validate(document)
     denoiser = build(config, seed=0)
     for name, weight in denoiser.named_parameters():  # which start at zero
@@ -312,14 +366,30 @@ def test_a_checkpoint_is_judged_over_its_settings(
         and "K 3, guidance 2" in report["results"][3]["images"]["name"]
     )
     one = report["results"][3]
-    drawn = ["--num-images", "30", "--num-steps", "3", "--guidance", "2", "--out", str(tmp_path / "drawn.npz")]
+    drawn = [
+        "--num-images",
+        "30",
+        "--num-steps",
+        "3",
+        "--guidance",
+        "2",
+        "--out",
+        str(tmp_path / "drawn.npz"),
+    ]
     assert run(app, ["images", "--checkpoint", str(model), *drawn], "rdlm") == 0
     alone = tmp_path / "alone.json"
-    assert run(app, ["eval", "fid", *shared, "--images", str(tmp_path / "drawn.npz"), "--out", str(alone)], "rdlm") == 0
+    assert (
+        run(
+            app,
+            ["eval", "fid", *shared, "--images", str(tmp_path / "drawn.npz"), "--out", str(alone)],
+            "rdlm",
+        )
+        == 0
+    )
     found = json.loads(alone.read_text())["results"][0]
     assert one["images"]["sha256"] == found["images"]["sha256"] and one["kernel"] == found["kernel"]
     with monkeypatch.context() as patched:
-        patched.setattr("eval.drawn_images.draw_images", lambda *_, **__: pytest.fail("drawn again"))
+        patched.setattr("eval.images.samples.draw_images", lambda *_, **__: pytest.fail("drawn again"))
         assert run(app, command, "rdlm") == 0
     assert json.loads(out.read_text())["results"] == report["results"]
     assert run(app, ["eval", "report", str(out), str(alone), "--out", str(tmp_path / "report")], "rdlm") == 0
@@ -340,7 +410,9 @@ def test_a_checkpoint_is_judged_over_its_settings(
         (["--checkpoint", "NONE"], "has no config.json"),
     ],
 )
-def test_what_is_judged_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
+def test_what_is_judged_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
     np.save(tmp_path / "images.npy", _pixels(40, size=4))
     known = {"IMAGES": str(tmp_path / "images.npy"), "DIT": str(_dit(tmp_path, "dit")), "NONE": str(tmp_path)}
     given = [known.get(option, option) for option in options]

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from rdlm.checkpoint import Loaded, load
+from rdlm.checkpoints.folder import Loaded, load
 from rdlm.cli import app, run
 from rdlm.errors import UserError
 from rdlm.scoring import token_logprobs
@@ -23,11 +23,11 @@ pytest.importorskip("lm_eval", reason="the harness is not installed")
 
 from lm_eval.api.instance import Instance
 
-from eval import harness
-from eval.harness import RecurrentLM, run_sweep
-from eval.harness_cli import TASKS, expand_blimp, taken_out, with_model
 from eval.likelihood import score_continuations
 from eval.tasks.blimp import load as load_paradigm
+from eval.texts import lm_eval_adapter as harness
+from eval.texts.lm_eval_adapter import RecurrentLM, run_sweep
+from eval.texts.lm_eval_cli import TASKS, expand_blimp, taken_out, with_model
 
 MakeModel = Callable[..., RecurrentLM]
 
@@ -56,9 +56,16 @@ def _greedy(loaded: Loaded, context: list[int], length: int, k: int) -> list[int
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("k", [1, 2, 8])
-def test_loglikelihood_is_the_sum_over_the_continuation(make_model: MakeModel, k: int, batch_size: int) -> None:
+def test_loglikelihood_is_the_sum_over_the_continuation(
+    make_model: MakeModel, k: int, batch_size: int
+) -> None:
     model = make_model(num_steps=k, batch_size=batch_size)
-    pairs = [("in the", " beginning was"), ("and it came to pass in those", " days"), ("", "the word"), ("with", " god was")]
+    pairs = [
+        ("in the", " beginning was"),
+        ("and it came to pass in those", " days"),
+        ("", "the word"),
+        ("with", " god was"),
+    ]
     found = model.loglikelihood([_ask("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
     encode = model.text.encode
     for (context, continuation), (logprob, greedy) in zip(pairs, found, strict=True):
@@ -69,7 +76,9 @@ def test_loglikelihood_is_the_sum_over_the_continuation(make_model: MakeModel, k
 
 
 @pytest.mark.parametrize(("objective", "k"), [("onestep", 4), ("evidence", 1), ("paper", 1)])
-def test_is_greedy_knows_the_greedy_continuation(folders: Callable[[str], Path], objective: str, k: int) -> None:
+def test_is_greedy_knows_the_greedy_continuation(
+    folders: Callable[[str], Path], objective: str, k: int
+) -> None:
     loaded = load(folders(objective))
     context = [5, 9, 70]
     best = _greedy(loaded, context, 3, k)
@@ -78,7 +87,10 @@ def test_is_greedy_knows_the_greedy_continuation(folders: Callable[[str], Path],
         loaded, [(context, best), (context, other), (context[:1], [3])], [k], batch_size=3, max_length=64
     )[k]
     assert [greedy for _, greedy in found][:2] == [True, False]
-    assert found[0][0] == pytest.approx(_by_hand(loaded, context, best, k), abs=1e-4) and found[0][0] > found[1][0]
+    assert (
+        found[0][0] == pytest.approx(_by_hand(loaded, context, best, k), abs=1e-4)
+        and found[0][0] > found[1][0]
+    )
 
 
 def test_a_context_too_long_loses_its_start(make_model: MakeModel) -> None:
@@ -98,7 +110,9 @@ def test_rolling_predicts_each_token_once_with_the_most_context(make_model: Make
     expected = _by_hand(model.loaded, start, ids[:8], k) + _by_hand(model.loaded, ids[7:8], ids[8:16], k)
     expected += _by_hand(model.loaded, ids[-9:16], ids[16:], k)
     short = "in the"
-    found = model.loglikelihood_rolling([_ask("loglikelihood_rolling", t) for t in (text, short, "")], disable_tqdm=True)
+    found = model.loglikelihood_rolling(
+        [_ask("loglikelihood_rolling", t) for t in (text, short, "")], disable_tqdm=True
+    )
     assert found[0] == pytest.approx(expected, abs=1e-4) and found[2] == 0
     assert found[1] == pytest.approx(_by_hand(model.loaded, start, model.text.encode(short), k), abs=1e-4)
 
@@ -124,7 +138,14 @@ def test_generate_until_is_greedy_decoding_cut_at_the_stop_string(make_model: Ma
     asked = [
         _ask("generate_until", prompt, {"until": [], "max_gen_toks": 12}),
         _ask("generate_until", prompt, {"until": [stop], "max_gen_toks": 12, "do_sample": False}),
-        *[_ask("generate_until", prompt, {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0})] * 2,
+        *[
+            _ask(
+                "generate_until",
+                prompt,
+                {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0},
+            )
+        ]
+        * 2,
     ]
     greedy, cut, first, second = model.generate_until(asked, disable_tqdm=True)
     assert greedy == whole and cut == whole[: whole.index(stop)]
@@ -147,7 +168,9 @@ def test_generate_until_is_greedy_decoding_cut_at_the_stop_string(make_model: Ma
         ({"checkpoint": "nowhere"}, "has no config.json"),
     ],
 )
-def test_bad_model_args_name_field_and_remedy(folders: Callable[[str], Path], arguments: dict[str, object], message: str) -> None:
+def test_bad_model_args_name_field_and_remedy(
+    folders: Callable[[str], Path], arguments: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError) as error:
         RecurrentLM.create_from_arg_obj({"checkpoint": str(folders("onestep")), **arguments})
     assert message in str(error.value)
@@ -160,12 +183,17 @@ def test_bad_gen_kwargs_are_refused(make_model: MakeModel) -> None:
         ({"num_steps": 9}, "1 to 8"),
     ):
         with pytest.raises(UserError, match=message):
-            make_model().generate_until([_ask("generate_until", "in", {"until": ["."], "max_gen_toks": 4} | given)])
+            make_model().generate_until(
+                [_ask("generate_until", "in", {"until": ["."], "max_gen_toks": 4} | given)]
+            )
 
 
 def test_ties_are_counted(make_model: MakeModel) -> None:
     model = make_model()
-    asked = [_ask("loglikelihood", "in the", text, doc=n) for n, text in ((0, " word"), (0, " word"), (1, " word"), (1, " god"))]
+    asked = [
+        _ask("loglikelihood", "in the", text, doc=n)
+        for n, text in ((0, " word"), (0, " word"), (1, " word"), (1, " god"))
+    ]
     model.loglikelihood(asked, disable_tqdm=True)
     assert model.get_model_info()["tied_documents"] == 1
 
@@ -183,7 +211,10 @@ def blimp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """67 files of two rows each; the good sentence repeats what the tokenizer knows."""
     folder = tmp_path_factory.mktemp("blimp")
     for name in _paradigms():
-        rows = [{"sentence_good": f"the word {i} was", "sentence_bad": f"the word {i} god", "UID": name} for i in range(2)]
+        rows = [
+            {"sentence_good": f"the word {i} was", "sentence_bad": f"the word {i} god", "UID": name}
+            for i in range(2)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -216,19 +247,40 @@ def test_command_runs_lm_evals_own_with_the_estimator_in_the_results(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    common = ["eval", "lm-eval", "--model", "rdlm", "--device", "cpu", "--batch_size", "8", "--blimp", str(blimp)]
-    arguments = ["--model_args", f"checkpoint={folders('onestep')},num_steps=4", "--output_path", str(tmp_path)]
+    common = [
+        "eval",
+        "lm-eval",
+        "--model",
+        "rdlm",
+        "--device",
+        "cpu",
+        "--batch_size",
+        "8",
+        "--blimp",
+        str(blimp),
+    ]
+    arguments = [
+        "--model_args",
+        f"checkpoint={folders('onestep')},num_steps=4",
+        "--output_path",
+        str(tmp_path),
+    ]
     assert run(app, [*common, *arguments, "--tasks", "blimp_local"], "rdlm") == 0
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())
     config = results["config"]
-    assert config["estimator"] == "normalised: logits after K = 4 core steps" and config["loglikelihood_num_steps"] == 4
+    assert (
+        config["estimator"] == "normalised: logits after K = 4 core steps"
+        and config["loglikelihood_num_steps"] == 4
+    )
     assert f"torch {torch.__version__}" in config["machine"]
     assert len(results["group_subtasks"]["blimp_local"]) == 67 and "blimp_local" in results["groups"]
     model = RecurrentLM(checkpoint=str(folders("onestep")), num_steps=4)
     rows = [json.loads(line) for line in (blimp / "wh_island.jsonl").read_text().splitlines()]
     asked = [_ask("loglikelihood", "", row[key]) for row in rows for key in ("sentence_good", "sentence_bad")]
     scores = [logprob for logprob, _ in model.loglikelihood(asked, disable_tqdm=True)]
-    assert results["results"]["blimp_wh_island"]["acc,none"] == statistics.mean([scores[0] > scores[1], scores[2] > scores[3]])
+    assert results["results"]["blimp_wh_island"]["acc,none"] == statistics.mean(
+        [scores[0] > scores[1], scores[2] > scores[3]]
+    )
 
 
 def test_a_sweep_over_k_scores_in_one_pass_what_single_runs_score(
@@ -255,7 +307,9 @@ def test_a_sweep_over_k_scores_in_one_pass_what_single_runs_score(
     run_sweep(["--model_args", f"checkpoint={folders('onestep')}"], [1, 4])
     assert passes == [[2, 1, 4]] and harness.SWEEP.ks == () and not harness.SWEEP.scores
     for k, scores in zip((1, 4), found, strict=True):
-        assert [logprob for logprob, _ in scores] == pytest.approx([logprob for logprob, _ in singly[k]], abs=1e-4)
+        assert [logprob for logprob, _ in scores] == pytest.approx(
+            [logprob for logprob, _ in singly[k]], abs=1e-4
+        )
     assert found[0] != found[1]
 
 
@@ -269,7 +323,10 @@ def test_a_sweep_names_k_once(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_unreadable_blimp_files_are_named(blimp: Path, tmp_path: Path) -> None:
     rows = load_paradigm("wh_island", str(blimp), num_steps=4)["train"]
-    assert rows.num_rows == 2 and rows[0] == {"sentence_good": "the word 0 was", "sentence_bad": "the word 0 god"}
+    assert rows.num_rows == 2 and rows[0] == {
+        "sentence_good": "the word 0 was",
+        "sentence_bad": "the word 0 god",
+    }
     (tmp_path / "broken.jsonl").write_text('{"sentence_good": "x"}\n')
     for paradigm, folder, message in (
         ("wh_island", None, "need the folder of BLiMP's files; give --blimp FOLDER"),
@@ -281,8 +338,17 @@ def test_unreadable_blimp_files_are_named(blimp: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_lm_eval_refuses_is_one_line(folders: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", "rdlm", "--model_args", f"checkpoint={folders('onestep')}", "--tasks", "no_such_task"]
+def test_what_lm_eval_refuses_is_one_line(
+    folders: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--model",
+        "rdlm",
+        "--model_args",
+        f"checkpoint={folders('onestep')}",
+        "--tasks",
+        "no_such_task",
+    ]
     assert run(app, ["eval", "lm-eval", *arguments], "rdlm") == 2
     assert "Tasks not found: no_such_task" in capfd.readouterr().err.splitlines()[-1]
 
@@ -301,7 +367,9 @@ class Constant(RecurrentLM):
 
 
 @pytest.mark.slow
-def test_blimp_gives_ignorance_one_half_and_reports_ties(folders: Callable[[str], Path], shared_data: Path) -> None:
+def test_blimp_gives_ignorance_one_half_and_reports_ties(
+    folders: Callable[[str], Path], shared_data: Path
+) -> None:
     """lm-eval resolves ties to the first choice, the right one: a constant model scores 1, and the count of ties says so."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -310,7 +378,9 @@ def test_blimp_gives_ignorance_one_half_and_reports_ties(folders: Callable[[str]
     results = {}
     for kind in (Noise, Constant):
         model = kind(checkpoint=str(folders("onestep")))
-        found = simple_evaluate(model=model, tasks=["blimp_local"], task_manager=manager, limit=60, bootstrap_iters=0)
+        found = simple_evaluate(
+            model=model, tasks=["blimp_local"], task_manager=manager, limit=60, bootstrap_iters=0
+        )
         results[kind] = found["results"]["blimp_local"]["acc,none"], found["config"]["tied_documents"]
     rows = 67 * 60
     assert abs(results[Noise][0] - 0.5) < 4 * 0.5 / math.sqrt(rows) and results[Noise][1] == 0

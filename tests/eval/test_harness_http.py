@@ -17,10 +17,10 @@ import pytest
 import torch
 import yaml
 
-from rdlm.checkpoint import save
-from rdlm.config import CheckpointConfig
+from rdlm.checkpoints.folder import save
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.tokenizer import train_tokenizer
 from rdlm.registry import build
-from rdlm.tokenizer import train_tokenizer
 
 pytest.importorskip("lm_eval", reason="the harness is not installed")
 pytest.importorskip("transformers", reason="lm-eval's HTTP client needs it to tokenise")
@@ -29,7 +29,7 @@ pytest.importorskip("tenacity", reason="lm-eval's HTTP client is not installed: 
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-from eval.harness import RecurrentLM
+from eval.texts.lm_eval_adapter import RecurrentLM
 
 pytestmark = pytest.mark.multiproc
 REPO = Path(__file__).parents[2]
@@ -42,11 +42,22 @@ LONG = "in the beginning was the word and the word was with xyz " * 16
 
 def _loud(folder: Path, **document: Any) -> Path:
     """An untrained checkpoint whose answers depend on everything."""
-    tokenizer = train_tokenizer("bpe", iter(["in the beginning was the word and the word was with god"] * 20), 270)
+    tokenizer = train_tokenizer(
+        "bpe", iter(["in the beginning was the word and the word was with god"] * 20), 270
+    )
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    shape = {"vocab_size": 270, "d_model": 32, "num_heads": 2, "mlp_width": 64, "max_seq_len": 512, **document.pop("model")}
+    shape = {
+        "vocab_size": 270,
+        "d_model": 32,
+        "num_heads": 2,
+        "mlp_width": 64,
+        "max_seq_len": 512,
+        **document.pop("model"),
+    }
     recurrence = {"default_steps": 2, "max_steps": 8}
-    config = CheckpointConfig.model_validate({"name": "tiny", "model": shape, "recurrence": recurrence, **document})
+    config = CheckpointConfig.model_validate(
+        {"name": "tiny", "model": shape, "recurrence": recurrence, **document}
+    )
     denoiser, loud = build(config, seed=1), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in denoiser.named_parameters():
@@ -92,7 +103,9 @@ def masked_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks of two layers each."""
     model = {"family": "masked", "num_layers": 4, "noise_conditioning": True}
     blocks = {"num_blocks": 2, "overlap": 0.0}
-    return _loud(tmp_path_factory.mktemp("masked") / "tiny", model=model, objective={"name": "masked"}, blocks=blocks)
+    return _loud(
+        tmp_path_factory.mktemp("masked") / "tiny", model=model, objective={"name": "masked"}, blocks=blocks
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +129,12 @@ def _ready(process: subprocess.Popen[bytes], port_file: Path) -> str:
 
 def _client(url: str, folder: Path, model: str = "tiny", kind: str = "local-completions", **more: Any) -> Any:
     route = "chat/completions" if "chat" in kind else "completions"
-    given = {"model": model, "base_url": f"{url}/v1/{route}", "tokenizer": str(folder / "tokenizer"), "max_length": 512}
+    given = {
+        "model": model,
+        "base_url": f"{url}/v1/{route}",
+        "tokenizer": str(folder / "tokenizer"),
+        "max_length": 512,
+    }
     return get_model(kind).create_from_arg_obj({**given, "tokenizer_backend": "huggingface", **more})
 
 
@@ -165,9 +183,14 @@ def test_masked_models_have_the_same_scores_and_texts_over_http(masked_url: str,
     there, here = (model.loglikelihood(asked, disable_tqdm=True) for model in (far, near))
     assert [greedy for _, greedy in there] == [greedy for _, greedy in here]
     assert [value for value, _ in there] == pytest.approx([value for value, _ in here], abs=1e-4, rel=0)
-    rolled = _asked("loglikelihood_rolling", [("in the beginning",), ("in the beginning was the word " * 12,)])
+    rolled = _asked(
+        "loglikelihood_rolling", [("in the beginning",), ("in the beginning was the word " * 12,)]
+    )
     there, here = (model.loglikelihood_rolling(rolled, disable_tqdm=True) for model in (far, near))
-    assert there == pytest.approx(here, abs=1e-3, rel=0) and len(near.text.encode("in the beginning was the word " * 12)) > 63
+    assert (
+        there == pytest.approx(here, abs=1e-3, rel=0)
+        and len(near.text.encode("in the beginning was the word " * 12)) > 63
+    )
     written = _asked("generate_until", [(text, UNTIL) for text in ("in the", "and the word", "x", "with")])
     texts = far.generate_until(written, disable_tqdm=True)
     assert texts == near.generate_until(written, disable_tqdm=True)
@@ -189,7 +212,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["paper in blocks", *(pytest.param(n, marks=pytest.mark.slow) for n in list(FAMILIES)[1:])])
+@pytest.mark.parametrize(
+    "name", ["paper in blocks", *(pytest.param(n, marks=pytest.mark.slow) for n in list(FAMILIES)[1:])]
+)
 def test_other_families_have_the_same_scores_and_texts_over_http(name: str, tmp_path: Path) -> None:
     """Sampling models: likelihoods at K = 1, texts drawn through K = 4 levels with lm-eval's seed."""
     folder = _loud(tmp_path / "tiny", **FAMILIES[name])
@@ -203,30 +228,43 @@ def test_other_families_have_the_same_scores_and_texts_over_http(name: str, tmp_
         assert [value for value, _ in there] == pytest.approx([value for value, _ in here], abs=1e-4, rel=0)
         warm = {**UNTIL, "do_sample": True, "temperature": 0.8}
         written = _asked("generate_until", [(text, warm) for text in ("in the", "and the word", "x", "with")])
-        assert far.generate_until(written, disable_tqdm=True) == near.generate_until(written, disable_tqdm=True)
+        assert far.generate_until(written, disable_tqdm=True) == near.generate_until(
+            written, disable_tqdm=True
+        )
 
 
 def test_k_by_header_and_by_gen_kwargs(url: str, folder: Path) -> None:
     """The two other ways to name K: a header for what has a fixed body, a field for texts."""
-    few, many = (RecurrentLM(checkpoint=str(folder), num_steps=k, batch_size=4, kv_cache="full") for k in (2, 7))
+    few, many = (
+        RecurrentLM(checkpoint=str(folder), num_steps=k, batch_size=4, kv_cache="full") for k in (2, 7)
+    )
     asked = SCORED[:3]
     by_header = _client(url, folder, header={"X-Num-Steps": "7"}).loglikelihood(asked, disable_tqdm=True)
     expected = many.loglikelihood(asked, disable_tqdm=True)
-    assert [value for value, _ in by_header] == pytest.approx([value for value, _ in expected], abs=1e-4, rel=0)
+    assert [value for value, _ in by_header] == pytest.approx(
+        [value for value, _ in expected], abs=1e-4, rel=0
+    )
     assert [value for value, _ in few.loglikelihood(asked, disable_tqdm=True)] != pytest.approx(
         [v for v, _ in expected], abs=0.01
     )
     by_field = _asked("generate_until", [(text, {**UNTIL, "num_steps": 7}) for text in ("in the", "with")])
     plain = _asked("generate_until", [(text, UNTIL) for text in ("in the", "with")])
-    assert _client(url, folder).generate_until(by_field, disable_tqdm=True) == many.generate_until(plain, disable_tqdm=True)
+    assert _client(url, folder).generate_until(by_field, disable_tqdm=True) == many.generate_until(
+        plain, disable_tqdm=True
+    )
 
 
 def test_the_remote_tokenizer_is_the_checkpoints(url: str, folder: Path) -> None:
     """What ``tokenizer_backend=auto``, lm-eval's default, makes of this server."""
     remote = _client(url, folder, "tiny:k4", tokenizer=None, tokenizer_backend="auto")
-    assert remote.tokenizer_backend == "remote" and remote.eot_token_id == RecurrentLM(checkpoint=str(folder)).eot_token_id
+    assert (
+        remote.tokenizer_backend == "remote"
+        and remote.eot_token_id == RecurrentLM(checkpoint=str(folder)).eot_token_id
+    )
     local = _client(url, folder, "tiny:k4")
-    assert remote.loglikelihood(SCORED[:3], disable_tqdm=True) == local.loglikelihood(SCORED[:3], disable_tqdm=True)
+    assert remote.loglikelihood(SCORED[:3], disable_tqdm=True) == local.loglikelihood(
+        SCORED[:3], disable_tqdm=True
+    )
 
 
 def test_chat_completions_answer_the_rendered_template(url: str, folder: Path) -> None:
@@ -236,7 +274,9 @@ def test_chat_completions_answer_the_rendered_template(url: str, folder: Path) -
     asked = _asked("generate_until", [(messages, UNTIL)])
     model = RecurrentLM(checkpoint=str(folder), num_steps=4, kv_cache="full")
     rendered = _asked("generate_until", [("<user>the word<assistant>", UNTIL)])
-    assert client.generate_until(asked, disable_tqdm=True) == model.generate_until(rendered, disable_tqdm=True)
+    assert client.generate_until(asked, disable_tqdm=True) == model.generate_until(
+        rendered, disable_tqdm=True
+    )
 
 
 def test_an_end_of_text_the_model_predicts_does_not_cut_the_score(url: str, folder: Path) -> None:
@@ -248,7 +288,9 @@ def test_an_end_of_text_the_model_predicts_does_not_cut_the_score(url: str, fold
     assert ended, "this random model says no end after any of these"
     asked = [(("", ""), [first], [second]) for first, second in ended]
     far = _client(url, folder, "tiny:k4")._loglikelihood_tokens(asked)
-    near = RecurrentLM(checkpoint=str(folder), num_steps=4, batch_size=4)._loglikelihood_tokens(asked, disable_tqdm=True)
+    near = RecurrentLM(checkpoint=str(folder), num_steps=4, batch_size=4)._loglikelihood_tokens(
+        asked, disable_tqdm=True
+    )
     assert [value for value, _ in far] == pytest.approx([value for value, _ in near], abs=1e-4, rel=0)
     assert all(value < -0.01 for value, _ in far)
 
@@ -271,18 +313,32 @@ TASKS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "options"), [("", "kv_cache=full"), ("masked_", "estimator=left_to_right,seed=1234")], ids=["huginn", "masked"]
+    ("model", "options"),
+    [("", "kv_cache=full"), ("masked_", "estimator=left_to_right,seed=1234")],
+    ids=["huginn", "masked"],
 )
 def test_the_commands_agree(request: pytest.FixtureRequest, model: str, options: str, tmp_path: Path) -> None:
     """`lm_eval --model local-completions` as docs/serving.md has it beside `rdlm eval lm-eval` on the same tasks, sample by sample."""
     url, folder = (request.getfixturevalue(f"{model}{name}") for name in ("url", "folder"))
-    rows = [{"question": f"{context or 'god'} ", "choices": [word, "god"], "label": 0} for context, word in PAIRS]
+    rows = [
+        {"question": f"{context or 'god'} ", "choices": [word, "god"], "label": 0} for context, word in PAIRS
+    ]
     (tmp_path / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}}, "test_split": "test"}
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.json")}},
+        "test_split": "test",
+    }
     for name, task in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **task}))
     given = f"model=tiny:k4,base_url={url}/v1/completions,tokenizer={folder / 'tokenizer'},tokenizer_backend=huggingface"
-    far = ["lm_eval", "--model", "local-completions", "--model_args", f"{given},num_concurrent=8,max_length=512"]
+    far = [
+        "lm_eval",
+        "--model",
+        "local-completions",
+        "--model_args",
+        f"{given},num_concurrent=8,max_length=512",
+    ]
     near = [
         "rdlm",
         "eval",
@@ -303,9 +359,19 @@ def test_the_commands_agree(request: pytest.FixtureRequest, model: str, options:
             "--tasks",
             ",".join(TASKS),
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "cache"),
+        }
         ended = subprocess.run(
-            [sys.executable, "-m", *command, *out], capture_output=True, text=True, timeout=300, env=environment, cwd=REPO
+            [sys.executable, "-m", *command, *out],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=environment,
+            cwd=REPO,
         )
         assert ended.returncode == 0, ended.stderr[-3000:]
         found.append({task: _samples(tmp_path / name, task) for task in TASKS})
@@ -328,4 +394,8 @@ def _samples(folder: Path, task: str) -> list[Any]:
 def _numbers(response: Any) -> list[float]:
     if isinstance(response, list):
         return [value for part in response for value in _numbers(part)]
-    return [float(response)] if response not in ("True", "False", True, False) else [float(str(response) == "True")]
+    return (
+        [float(response)]
+        if response not in ("True", "False", True, False)
+        else [float(str(response) == "True")]
+    )

@@ -13,19 +13,19 @@ import torch
 from torch import nn
 
 from eval.nll import check_steps, evaluate_nll
-from rdlm.checkpoint import Loaded, save
+from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
-from rdlm.config import CheckpointConfig
-from rdlm.context import AttentionContext
-from rdlm.denoiser import Denoiser
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.token_shards import TokenStore
+from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from rdlm.layers.modulation import Condition
-from rdlm.layers.table import TokenTable
-from rdlm.models.backbone import Backbone
+from rdlm.models.base import Backbone
+from rdlm.nn.context import AttentionContext
+from rdlm.nn.modulation import Condition
+from rdlm.nn.table import TokenTable
+from rdlm.objectives.denoiser import Denoiser
 from rdlm.scoring import token_logprobs
-from rdlm.shards import TokenStore
-from rdlm.tokenizer import Tokenizer
-from train.corpora.prepare import Preparation, prepare
+from train.data.prepare import Preparation, prepare
 
 VOCAB = 300
 
@@ -35,7 +35,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     rows = [{"text": f"Verse {i}: é and {i * i} foxes." * (1 + i % 4)} for i in range(200)]
     (root / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(Preparation(str(root / "d.jsonl"), root / "out", vocab_size=VOCAB, valid_fraction=0.4), progress=False)
+    prepare(
+        Preparation(str(root / "d.jsonl"), root / "out", vocab_size=VOCAB, valid_fraction=0.4), progress=False
+    )
     return root / "out"
 
 
@@ -47,7 +49,9 @@ def tokenizer(data: Path) -> Tokenizer:
 @pytest.fixture
 def loaded(tiny: Callable[..., Denoiser], tiny_config: Callable, tokenizer: Tokenizer) -> Loaded:
     return Loaded(
-        tiny("huginn", "onestep", vocab_size=VOCAB).eval(), tiny_config("huginn", "onestep", vocab_size=VOCAB), tokenizer
+        tiny("huginn", "onestep", vocab_size=VOCAB).eval(),
+        tiny_config("huginn", "onestep", vocab_size=VOCAB),
+        tokenizer,
     )
 
 
@@ -66,7 +70,9 @@ def test_a_model_that_knows_nothing_scores_log_vocabulary(loaded: Loaded, data: 
         assert result["bits_per_byte"] == pytest.approx(math.log2(VOCAB) * len(text) / num_bytes, rel=1e-5)
         characters = len(loaded.tokenizer.decode(text.tolist()))  # type: ignore[union-attr]
         assert characters < num_bytes
-        assert result["bits_per_character"] == pytest.approx(result["bits_per_byte"] * num_bytes / characters, rel=0.01)
+        assert result["bits_per_character"] == pytest.approx(
+            result["bits_per_byte"] * num_bytes / characters, rel=0.01
+        )
         assert result["nll_interval"] == pytest.approx([math.log(VOCAB)] * 2, abs=1e-5)
 
 
@@ -80,13 +86,17 @@ class Bigram(Backbone):
         super().__init__()
         self.vocab_size, self.wte = vocab_size, TokenTable(vocab_size, vocab_size)
         counts = torch.zeros((vocab_size, vocab_size), dtype=torch.float64)  # [next, token]
-        counts.index_put_((text[1:], text[:-1]), torch.ones(len(text) - 1, dtype=torch.float64), accumulate=True)
+        counts.index_put_(
+            (text[1:], text[:-1]), torch.ones(len(text) - 1, dtype=torch.float64), accumulate=True
+        )
         self.wte.weight.data = (counts + 1).log().float()
 
     def encode(self, input_ids: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
         return nn.functional.one_hot(input_ids, self.vocab_size).float()
 
-    def core(self, state: torch.Tensor, e: torch.Tensor, cond: Condition | None, ctx: AttentionContext) -> torch.Tensor:
+    def core(
+        self, state: torch.Tensor, e: torch.Tensor, cond: Condition | None, ctx: AttentionContext
+    ) -> torch.Tensor:
         return e
 
     def decode(self, state: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
@@ -96,10 +106,15 @@ class Bigram(Backbone):
         raise NotImplementedError
 
 
-def test_a_bigram_model_scores_what_its_counts_say(tiny_config: Callable, tokenizer: Tokenizer, data: Path) -> None:
+def test_a_bigram_model_scores_what_its_counts_say(
+    tiny_config: Callable, tokenizer: Tokenizer, data: Path
+) -> None:
     """p(b | a) = (count(a, b) + 1) / (count(a) + V), multiplied out in plain Python over the same windows."""
     store = TokenStore(data, "valid")
-    config, train = tiny_config("huginn", "onestep", vocab_size=VOCAB), TokenStore(data, "train").read(0, 3000).tolist()
+    config, train = (
+        tiny_config("huginn", "onestep", vocab_size=VOCAB),
+        TokenStore(data, "train").read(0, 3000).tolist(),
+    )
     denoiser = Denoiser(Bigram(torch.tensor(train), VOCAB), config.objective, config.noise).eval()
     report = evaluate_nll(Loaded(denoiser, config, tokenizer), store.windows(32, 640, 8), (1, 4))
     pairs, singles = Counter(pairwise(train)), Counter(train[:-1])
@@ -113,7 +128,9 @@ def test_a_bigram_model_scores_what_its_counts_say(tiny_config: Callable, tokeni
         )
     text = [i for i, token in enumerate(read[1:]) if token != store.manifest.eos_id]
     num_bytes = sum(len(tokenizer.token_bytes()[read[i + 1]]) for i in text)
-    assert report["results"][0]["bits_per_byte"] == pytest.approx(sum(nats[i] for i in text) / math.log(2) / num_bytes, rel=1e-5)
+    assert report["results"][0]["bits_per_byte"] == pytest.approx(
+        sum(nats[i] for i in text) / math.log(2) / num_bytes, rel=1e-5
+    )
 
 
 def test_nll_is_the_mean_of_the_scored_tokens_whatever_the_batch_size(loaded: Loaded, data: Path) -> None:
@@ -132,7 +149,13 @@ def test_masked_positions_do_not_count(loaded: Loaded, data: Path) -> None:
     rows.targets[:, 10:] = 5
     report = evaluate_nll(loaded, [rows], (1,))
     other = evaluate_nll(
-        loaded, [type(rows)(rows.inputs, rows.targets.clamp(max=5) * ~rows.mask + rows.targets * rows.mask, rows.mask)], (1,)
+        loaded,
+        [
+            type(rows)(
+                rows.inputs, rows.targets.clamp(max=5) * ~rows.mask + rows.targets * rows.mask, rows.mask
+            )
+        ],
+        (1,),
     )
     assert report["tokens"] == 40 and report["results"] == other["results"]
 
@@ -151,12 +174,18 @@ def test_intervals_are_paired_and_shrink_with_more_windows(loaded: Loaded, data:
 
 
 def test_which_k_are_taken(tiny_config: Callable[..., CheckpointConfig]) -> None:
-    cases = {("huginn", "onestep"): (1, 2, 4, 8, 16, 32), ("huginn", "evidence"): (1,), ("llama", "next_token"): (1,)}
+    cases = {
+        ("huginn", "onestep"): (1, 2, 4, 8, 16, 32),
+        ("huginn", "evidence"): (1,),
+        ("llama", "next_token"): (1,),
+    }
     for arguments, expected in cases.items():
         assert check_steps(None, tiny_config(*arguments)) == expected
     assert check_steps([4, 1, 4], tiny_config()) == (1, 4)
     once = tiny_config("llama", "next_token")
-    assert once.recurrence.max_steps > 1 and (once.max_steps, once.default_steps) == (1, 1), "its layers run once"
+    assert once.recurrence.max_steps > 1 and (once.max_steps, once.default_steps) == (1, 1), (
+        "its layers run once"
+    )
     with pytest.raises(UserError, match="takes 1 to 1"):
         check_steps([2], once)
 
@@ -180,14 +209,17 @@ def test_command_writes_results_with_their_provenance_and_a_figure(
     assert all(r["estimator"].startswith("normalised") for r in report["results"])
     assert {"command", "git_commit", "threads", "cpu", "torch"} <= report["provenance"].keys()
     assert (
-        report["checkpoint"]["weights_sha256"] and report["data"]["manifest_sha256"] == TokenStore(data, "valid").manifest_sha256
+        report["checkpoint"]["weights_sha256"]
+        and report["data"]["manifest_sha256"] == TokenStore(data, "valid").manifest_sha256
     )
     assert (tmp_path / "r" / "nll.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(f.name for f in (tmp_path / "r").iterdir()) == ["nll.json", "nll.png"]
     assert f"{report['results'][1]['nll']:.4f}" in capsys.readouterr().out
     assert _run(*arguments, "--out", tmp_path / "r" / "nll.json", "--per-window") == 0
     detailed = json.loads((tmp_path / "r" / "nll.json").read_text())
-    assert detailed["results"] == report["results"] and len(detailed["window_nll"]["4"]) == detailed["windows"]
+    assert (
+        detailed["results"] == report["results"] and len(detailed["window_nll"]["4"]) == detailed["windows"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,7 +247,9 @@ def test_data_of_another_tokenizer_is_refused(
 ) -> None:
     (tmp_path / "d.txt").write_text("".join(f"Quite another text, line {i}.\n\n" for i in range(3000)))
     prepare(
-        Preparation(str(tmp_path / "d.txt"), tmp_path / "other", vocab_size=280, valid_fraction=0.4, test_fraction=0.0),
+        Preparation(
+            str(tmp_path / "d.txt"), tmp_path / "other", vocab_size=280, valid_fraction=0.4, test_fraction=0.0
+        ),
         progress=False,
     )
     assert _run("--checkpoint", folder, "--data", tmp_path / "other") == 2

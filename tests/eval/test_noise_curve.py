@@ -15,14 +15,14 @@ from torch.nn import functional as F
 
 from eval.nll import MOST_STEPS
 from eval.noise_curve import equal_information_edges, evaluate_noise_curve
-from rdlm.checkpoint import Loaded, save
+from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
-from rdlm.denoiser import Denoiser
+from rdlm.data.token_shards import TokenStore
 from rdlm.errors import UserError
-from rdlm.objectives import Batch
+from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives.losses import Batch
 from rdlm.scoring import token_logprobs
-from rdlm.shards import TokenStore
-from train.corpora.prepare import Preparation, prepare
+from train.data.prepare import Preparation, prepare
 
 VOCAB = 300
 
@@ -46,7 +46,9 @@ def test_an_exact_denoiser_has_no_gap_and_a_scaled_one_has(uniform: Loaded) -> N
     exact = evaluate_noise_curve(uniform, [_batch()], sigmas)
     assert exact["prior_ce"] == pytest.approx(math.log(64), abs=1e-5)
     for row in exact["results"]:
-        assert row["ce"] == pytest.approx(row["reference"], abs=1e-4) and row["gap"] == pytest.approx(0, abs=1e-4)
+        assert row["ce"] == pytest.approx(row["reference"], abs=1e-4) and row["gap"] == pytest.approx(
+            0, abs=1e-4
+        )
     assert exact["results"][0]["ce"] < 0.5 < exact["results"][2]["ce"]
     assert exact["results"][-1]["ce"] == pytest.approx(math.log(64), abs=0.02)
     with torch.no_grad():
@@ -56,15 +58,20 @@ def test_an_exact_denoiser_has_no_gap_and_a_scaled_one_has(uniform: Loaded) -> N
     assert [r["reference"] for r in timid["results"]] == [r["reference"] for r in exact["results"]]
 
 
-def test_the_reference_is_bayes_with_the_prior_at_zero(tiny: Callable[..., Denoiser], tiny_config: Callable) -> None:
+def test_the_reference_is_bayes_with_the_prior_at_zero(
+    tiny: Callable[..., Denoiser], tiny_config: Callable
+) -> None:
     """One position, one level: p(x | z) by hand from the model's own prior and the Gaussian density of z."""
     denoiser = tiny("huginn", "onestep").eval()
     loaded, batch, sigma = Loaded(denoiser, tiny_config("huginn", "onestep"), None), _batch(1, 1), 0.7
     found = evaluate_noise_curve(loaded, [batch], [sigma], num_steps=3)["results"][0]
-    from rdlm.randomness import generator
+    from rdlm.random_streams import generator
 
     table = F.normalize(denoiser.model.wte.weight.detach(), dim=-1)
-    z = table[batch.targets[0, 0]] + sigma * torch.randn((1, 1, table.shape[1]), generator=generator(0, 0, 0))[0, 0]
+    z = (
+        table[batch.targets[0, 0]]
+        + sigma * torch.randn((1, 1, table.shape[1]), generator=generator(0, 0, 0))[0, 0]
+    )
     every = torch.arange(64)[:, None]
     prior = token_logprobs(denoiser, loaded.config, batch.inputs.expand(64, 1), every, [3])[3][:, 0]
     density = -(z - table).square().sum(1) / (2 * sigma**2)
@@ -102,7 +109,10 @@ def test_a_curve_without_a_drop_is_refused(curve: list[tuple[float, float]]) -> 
 def command(tmp_path: Path, tiny: Callable[..., Denoiser], tiny_config: Callable) -> Callable[..., int]:
     rows = [{"text": f"Verse {i}: and {i * i} foxes ran." * (1 + i % 4)} for i in range(200)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(Preparation(str(tmp_path / "d.jsonl"), tmp_path / "data", vocab_size=VOCAB, valid_fraction=0.4), progress=False)
+    prepare(
+        Preparation(str(tmp_path / "d.jsonl"), tmp_path / "data", vocab_size=VOCAB, valid_fraction=0.4),
+        progress=False,
+    )
     tokenizer = TokenStore(tmp_path / "data", "valid").tokenizer()
     for objective in ("evidence", "single_pass"):
         config = tiny_config("huginn", objective, vocab_size=VOCAB)
@@ -124,9 +134,15 @@ def test_command_labels_the_curve_and_prints_edges(
     report = json.loads(out.read_text())
     shown = " ".join(capsys.readouterr().out.split())
     assert "NOT a likelihood" in shown and report["evaluation"] == "ce-by-sigma"
-    assert [r["sigma"] for r in report["results"]] == [0.3, 2, 80] and plot.read_bytes().startswith(b"\x89PNG")
+    assert [r["sigma"] for r in report["results"]] == [0.3, 2, 80] and plot.read_bytes().startswith(
+        b"\x89PNG"
+    )
     edges = report["equal_information_edges"]
-    assert set(edges) == {"ce", "reference"} and edges["ce"][0] == pytest.approx(80) and 0.3 < edges["ce"][1] < 80
+    assert (
+        set(edges) == {"ce", "reference"}
+        and edges["ce"][0] == pytest.approx(80)
+        and 0.3 < edges["ce"][1] < 80
+    )
 
 
 def test_a_curve_that_falls_has_no_edges_and_is_written_all_the_same(
@@ -163,7 +179,12 @@ def test_convergence_command_follows_the_state(command: Callable[..., int], tmp_
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    command: Callable[..., int], capfd: pytest.CaptureFixture[str], name: str, objective: str, options: list[str], message: str
+    command: Callable[..., int],
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    objective: str,
+    options: list[str],
+    message: str,
 ) -> None:
     assert command(name, objective, *options) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if "error" in line]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.bootstrap import mover
+from eval.stats import mover
 from rdlm.cli import app, run
 
 Json = dict[str, Any]
@@ -19,7 +19,12 @@ Write = Callable[..., Path]
 
 
 def _head(evaluation: str, name: str) -> Json:
-    origin = {"command": f"rdlm eval {evaluation} | {name}", "git_commit": "abc-dirty", "gpu": None, "cpu": "A <CPU>"}
+    origin = {
+        "command": f"rdlm eval {evaluation} | {name}",
+        "git_commit": "abc-dirty",
+        "gpu": None,
+        "cpu": "A <CPU>",
+    }
     return {
         "evaluation": evaluation,
         "provenance": {**origin, "threads": 1, "torch": "2"},
@@ -47,7 +52,9 @@ def _gen_ppl(name: str, reach: float = 0.7, factor: float = 1.0) -> Json:
 
     def texts(x: float, ppl: float) -> Json:
         names = ("distinct_1", "distinct_2", "distinct_3", "repetition", "entropy_bits", "mean_words")
-        varied = {name: {"value": x, "interval": None, "by_block": [x - 0.01, x + 0.01] * 5} for name in names}
+        varied = {
+            name: {"value": x, "interval": None, "by_block": [x - 0.01, x + 0.01] * 5} for name in names
+        }
         blocks = [[100 * np.log(ppl) + i, 100] for i in (-1, 1)] * 5
         entry = {"value": ppl, "interval": [ppl * 0.9, ppl * 1.1], "by_block": blocks}
         return {"perplexity": {"t": entry}, "diversity": {**varied, "group_texts": 5}}
@@ -100,7 +107,11 @@ def write(tmp_path: Path) -> Write:
 
 
 def _report(tmp_path: Path, *files: Path) -> int:
-    return run(app, ["eval", "report", *map(str, files), "--out", str(tmp_path / "r"), "--title", "Two <models>"], "rdlm")
+    return run(
+        app,
+        ["eval", "report", *map(str, files), "--out", str(tmp_path / "r"), "--title", "Two <models>"],
+        "rdlm",
+    )
 
 
 def _rows(tmp_path: Path, section: str, table: int = 0) -> list[list[str]]:
@@ -114,7 +125,11 @@ def test_the_page_stands_alone_and_shows_every_kind(tmp_path: Path, write: Write
     assert _report(tmp_path, *files) == 0
     page = (tmp_path / "r" / "report.html").read_text()
     assert "Two &lt;models&gt;" in page and "A &lt;CPU&gt;" in page and "<models>" not in page
-    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 4 and "http" not in page and "<script" not in page
+    assert (
+        page.count('src="data:image/png;base64,') == page.count("<img ") == 4
+        and "http" not in page
+        and "<script" not in page
+    )
     text = (tmp_path / "r" / "report.md").read_text()
     for name in (
         "Held-out likelihood",
@@ -154,7 +169,11 @@ def test_lm_eval_scores_are_compared_by_their_standard_errors(tmp_path: Path, wr
     files = [write(f"{n}.json", _lm_eval(n, acc)) for n, acc in (("a", 0.60), ("b", 0.63), ("c", 0.75))]
     assert _report(tmp_path, *files) == 0
     rows = {row[0]: row[4] for row in _rows(tmp_path, "lm-eval")}
-    assert "within noise" in rows["b K = 4"] and rows["c K = 4"].startswith("+0.1500") and "noise" not in rows["c K = 4"]
+    assert (
+        "within noise" in rows["b K = 4"]
+        and rows["c K = 4"].startswith("+0.1500")
+        and "noise" not in rows["c K = 4"]
+    )
 
 
 def test_runs_are_compared_at_the_diversity_of_human_text(tmp_path: Path, write: Write) -> None:
@@ -171,7 +190,10 @@ def _mauve(name: str, *values: float) -> Json:
     def score(value: float) -> Json:
         return {"value": value, "interval": [value - 0.02, value + 0.02], "texts": 100}
 
-    rows = [{"num_steps": k, "temperature": 1.0, "top_p": 1.0, **score(v)} for k, v in zip((1, 4), values, strict=True)]
+    rows = [
+        {"num_steps": k, "temperature": 1.0, "top_p": 1.0, **score(v)}
+        for k, v in zip((1, 4), values, strict=True)
+    ]
     protocol = {"name": "quick", "scaling_factor": 5.0, "seeds": 3}
     judge = {"name": "t", "fingerprint": "1", "dtype": "float32", "window": 512}
     return {
@@ -180,8 +202,16 @@ def _mauve(name: str, *values: float) -> Json:
     }  # fmt: skip
 
 
-def test_mauve_is_compared_with_its_ceiling_the_first_row_and_its_own_first(tmp_path: Path, write: Write) -> None:
-    assert _report(tmp_path, *(write(f"{n}.json", _mauve(n, *v)) for n, v in (("a", (0.5, 0.51)), ("b", (0.6, 0.94))))) == 0
+def test_mauve_is_compared_with_its_ceiling_the_first_row_and_its_own_first(
+    tmp_path: Path, write: Write
+) -> None:
+    assert (
+        _report(
+            tmp_path,
+            *(write(f"{n}.json", _mauve(n, *v)) for n, v in (("a", (0.5, 0.51)), ("b", (0.6, 0.94)))),
+        )
+        == 0
+    )
     rows = _rows(tmp_path, "MAUVE")
     assert [row[4][:5] for row in rows] == ["0.950", "0.010", "0.500", "0.510", "0.600", "0.940"]
     assert rows[3][7] == rows[3][8] == "+0.010 [-0.018, +0.038] (within noise)"
@@ -205,7 +235,9 @@ def test_independent_intervals_add_in_quadrature() -> None:
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path, write: Write) -> None:
     assert _report(tmp_path, write("early.json", _nll("a", 0)), write("late.json", _nll("a", 1))) == 0
-    assert [row[0].endswith(("early)", "late)")) for row in _rows(tmp_path, "Held-out likelihood")] == [True] * 4
+    assert [row[0].endswith(("early)", "late)")) for row in _rows(tmp_path, "Held-out likelihood")] == [
+        True
+    ] * 4
 
 
 def _changed(report: Json, *path: str | int, value: Any) -> Json:
@@ -220,10 +252,22 @@ def _changed(report: Json, *path: str | int, value: Any) -> Json:
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (_nll("a", 0), _changed(_nll("b", 0), "data", "manifest_sha256", value="e" * 64), "nll: data.manifest_sha256 is eee"),
+        (
+            _nll("a", 0),
+            _changed(_nll("b", 0), "data", "manifest_sha256", value="e" * 64),
+            "nll: data.manifest_sha256 is eee",
+        ),
         (_nll("a", 0), _changed(_nll("b", 0), "tokens", value=800), "nll: tokens is 800"),
-        (_gen_ppl("a"), _changed(_gen_ppl("b"), "teachers", 0, "fingerprint", value="2"), "gen-ppl: teachers is"),
-        (_gen_ppl("a"), _changed(_gen_ppl("b"), "samples", "shape", "max_tokens", value=9), "gen-ppl: shape is"),
+        (
+            _gen_ppl("a"),
+            _changed(_gen_ppl("b"), "teachers", 0, "fingerprint", value="2"),
+            "gen-ppl: teachers is",
+        ),
+        (
+            _gen_ppl("a"),
+            _changed(_gen_ppl("b"), "samples", "shape", "max_tokens", value=9),
+            "gen-ppl: shape is",
+        ),
         (_depth("a"), _depth("b", "s5"), "depth: task is s5"),
         (_lm_eval("a", 0.5), _lm_eval("b", 0.5, shots=5), "blimp_x: n-shot is 5"),
         (_nll("a", 0), {"results": []}, "names no evaluation"),

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.samples import Passage, Sampler, Shape, passages, take, to_text
-from eval.sweep import Setting
-from rdlm.blockwise import blocks_of
-from rdlm.checkpoint import save
-from rdlm.config import CheckpointConfig
-from rdlm.denoiser import Denoiser
+from eval.texts.samples import Passage, Sampler, Shape, passages, take, to_text
+from eval.texts.sweep import Setting
+from rdlm.checkpoints.folder import save
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.token_shards import TokenStore
+from rdlm.diffusion.blockwise import blocks_of
 from rdlm.errors import UserError
+from rdlm.objectives.denoiser import Denoiser
 from rdlm.registry import build
-from rdlm.shards import TokenStore
-from serve.engine import Engine
+from serve.engine.engine import Engine
 from serve.settings import EngineSettings
-from train.corpora.prepare import Preparation, prepare
+from train.data.prepare import Preparation, prepare
 
 VOCAB = 300
 SHAPE = Shape(prompt_tokens=6, max_tokens=8, continuations=2)
@@ -29,13 +29,19 @@ WARM = Setting(2, 1.0, 0.9)
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     root = tmp_path_factory.mktemp("data")
-    rows = [{"text": f"Verse {i}: é and {i * i} foxes ran past {i + 3} hens." * (1 + i % 4)} for i in range(200)]
+    rows = [
+        {"text": f"Verse {i}: é and {i * i} foxes ran past {i + 3} hens." * (1 + i % 4)} for i in range(200)
+    ]
     (root / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(Preparation(str(root / "d.jsonl"), root / "out", vocab_size=VOCAB, valid_fraction=0.4), progress=False)
+    prepare(
+        Preparation(str(root / "d.jsonl"), root / "out", vocab_size=VOCAB, valid_fraction=0.4), progress=False
+    )
     return TokenStore(root / "out", "valid")
 
 
-def _checkpoint(folder: Path, store: TokenStore, tiny: Callable[..., Denoiser], tiny_config: Callable, objective: str) -> Path:
+def _checkpoint(
+    folder: Path, store: TokenStore, tiny: Callable[..., Denoiser], tiny_config: Callable, objective: str
+) -> Path:
     denoiser = tiny("huginn", objective, vocab_size=VOCAB)
     with torch.no_grad():  # sharp enough that contexts and steps matter
         for parameter in denoiser.parameters():
@@ -49,7 +55,13 @@ def folder(tmp_path: Path, store: TokenStore, tiny: Callable[..., Denoiser], tin
 
 
 def _sampler(
-    folder: Path, store: TokenStore, cache: Path, slots: int = 4, seed: int = 0, count: int = 5, shape: Shape = SHAPE
+    folder: Path,
+    store: TokenStore,
+    cache: Path,
+    slots: int = 4,
+    seed: int = 0,
+    count: int = 5,
+    shape: Shape = SHAPE,
 ) -> Sampler:
     found = take(passages(store, shape), count, shape)
     return Sampler(folder, store, found, shape, EngineSettings(max_slots=slots), cache, seed)
@@ -77,12 +89,17 @@ def test_too_few_passages_say_how_many_there_are(store: TokenStore) -> None:
         take(passages(store, SHAPE), 10_000, SHAPE)
 
 
-def test_prompt_and_human_continuation_join_to_the_original_text(store: TokenStore, folder: Path, tmp_path: Path) -> None:
+def test_prompt_and_human_continuation_join_to_the_original_text(
+    store: TokenStore, folder: Path, tmp_path: Path
+) -> None:
     with _sampler(folder, store, tmp_path / "c") as sampler:
         whole = [store.tokenizer().decode([*p.prompt, *p.continuation]) for p in sampler.passages]
         assert [a + b[0] for a, b in zip(sampler.prompts, sampler.human, strict=True)] == whole
     tokenizer = store.tokenizer()
-    assert to_text(tokenizer, [*tokenizer.encode("one"), tokenizer.eos_id or 0, *tokenizer.encode("two")]) == "one\n\ntwo"
+    assert (
+        to_text(tokenizer, [*tokenizer.encode("one"), tokenizer.eos_id or 0, *tokenizer.encode("two")])
+        == "one\n\ntwo"
+    )
 
 
 @pytest.mark.parametrize("objective", ["single_pass", "evidence"])
@@ -106,7 +123,9 @@ def test_prompts_draw_numbers_of_their_own(folder: Path, store: TokenStore, tmp_
     assert one != two
 
 
-def test_every_answer_has_its_full_length_and_no_end_of_text(folder: Path, store: TokenStore, tmp_path: Path) -> None:
+def test_every_answer_has_its_full_length_and_no_end_of_text(
+    folder: Path, store: TokenStore, tmp_path: Path
+) -> None:
     with _sampler(folder, store, tmp_path, count=12) as sampler:
         sampler.continuations(WARM)
         rows = [json.loads(line) for line in sampler.file(WARM).read_text().splitlines()[1:]]
@@ -162,7 +181,10 @@ def test_complete_files_need_no_engine_and_other_settings_have_files_of_their_ow
     texts = _texts(folder, store, tmp_path)
     with _sampler(folder, store, tmp_path) as one, _sampler(folder, store, tmp_path, seed=1) as two:
         with _sampler(folder, store, tmp_path, count=4) as three:
-            files = [{s.file(x) for x in (WARM, Setting(2, 1.0, 1.0), Setting(3, 1.0, 0.9))} for s in (one, two, three)]
+            files = [
+                {s.file(x) for x in (WARM, Setting(2, 1.0, 1.0), Setting(3, 1.0, 0.9))}
+                for s in (one, two, three)
+            ]
     assert len(files[0] | files[1]) == 6 and files[0] == files[2]
     monkeypatch.setattr(Engine, "generate", None)
     assert _texts(folder, store, tmp_path, slots=9) == texts
@@ -181,11 +203,16 @@ def test_more_prompts_extend_the_file_of_fewer(
         file = sampler.file(WARM)
     header, first, *rest = file.read_text().splitlines(keepends=True)
     file.write_text("".join([header, *rest, first]))
-    with _sampler(folder, store, tmp_path / "grown") as sampler, pytest.raises(UserError, match="other passages"):
+    with (
+        _sampler(folder, store, tmp_path / "grown") as sampler,
+        pytest.raises(UserError, match="other passages"),
+    ):
         sampler.continuations(WARM)
 
 
-def test_what_cuts_the_distribution_changes_the_texts(folder: Path, store: TokenStore, tmp_path: Path) -> None:
+def test_what_cuts_the_distribution_changes_the_texts(
+    folder: Path, store: TokenStore, tmp_path: Path
+) -> None:
     """top-k 1 and a min-p of 1 leave one token each: greedy decoding by other names."""
     greedy, free, first, surest = (
         _texts(folder, store, tmp_path, setting=Setting(2, temperature, top_k=top_k, min_p=min_p))
@@ -198,29 +225,44 @@ def test_what_does_not_fit_is_refused(folder: Path, store: TokenStore, tmp_path:
     with pytest.raises(UserError, match="64 positions"):
         _sampler(folder, store, tmp_path, shape=Shape(40, 30, across_documents=True), count=1)
     with _sampler(folder, store, tmp_path) as sampler:
-        for bad, field in ((Setting(65), "--num-steps"), (Setting(1, -1.0), "temperature"), (Setting(1, 1.0, 0.0), "top_p")):
+        for bad, field in (
+            (Setting(65), "--num-steps"),
+            (Setting(1, -1.0), "temperature"),
+            (Setting(1, 1.0, 0.0), "top_p"),
+        ):
             with pytest.raises(UserError) as caught:
                 sampler.check([WARM, bad])
             assert caught.value.field == field
 
 
 def test_a_masked_model_fills_in_continuations_alike_in_any_batch(
-    store: TokenStore, tmp_path: Path, masked_config: Callable[..., CheckpointConfig], awake: Callable[[Denoiser], Denoiser]
+    store: TokenStore,
+    tmp_path: Path,
+    masked_config: Callable[..., CheckpointConfig],
+    awake: Callable[[Denoiser], Denoiser],
 ) -> None:
     """Two blocks, so that the steps ask both; texts of full length without an end of text, others at another K, resumed from the file."""
     config = masked_config(num_blocks=2, model={"vocab_size": VOCAB})
     denoiser = awake(build(config, seed=0))
     end = store.manifest.eos_id
     with torch.no_grad():
-        for block in blocks_of(denoiser):  # what answers look like to the read-out: it would nearly always be drawn
+        for block in blocks_of(
+            denoiser
+        ):  # what answers look like to the read-out: it would nearly always be drawn
             hidden = block.hidden(torch.full((1, 14), block.mask_id), torch.ones(1))
             block.model.wte.weight[end] = hidden.mean((0, 1))
     folder = save(tmp_path / "masked", denoiser, config, store.tokenizer())
     texts = _texts(folder, store, tmp_path / "a", 2)
-    assert texts == _texts(folder, store, tmp_path / "b", 8) and len({text for both in texts for text in both}) > 5
+    assert (
+        texts == _texts(folder, store, tmp_path / "b", 8)
+        and len({text for both in texts for text in both}) > 5
+    )
     assert texts != _texts(folder, store, tmp_path / "b", 8, setting=Setting(1, 1.0, 0.9))
     assert texts != _texts(folder, store, tmp_path / "b", 8, setting=replace(WARM, order="confidence"))
-    with _sampler(folder, store, tmp_path / "b") as sampler, pytest.raises(UserError, match="there is no such order"):
+    with (
+        _sampler(folder, store, tmp_path / "b") as sampler,
+        pytest.raises(UserError, match="there is no such order"),
+    ):
         sampler.check([replace(WARM, order="backwards")])  # type: ignore[arg-type]
     (file,) = (tmp_path / "a").glob("*.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()[1:]]

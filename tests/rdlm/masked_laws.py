@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rdlm.denoiser import Denoiser, Prediction
-from rdlm.objectives import Batch
+from rdlm.objectives.denoiser import Denoiser, Prediction
+from rdlm.objectives.losses import Batch
 
 V, T = 64, 12
 
@@ -43,9 +43,13 @@ class Exact(nn.Module):
             for position, token in enumerate(row):
                 if token != self.mask_id:
                     index = torch.tensor([token])
-                    law = torch.zeros_like(law).index_copy_(position, index, law.index_select(position, index))
+                    law = torch.zeros_like(law).index_copy_(
+                        position, index, law.index_select(position, index)
+                    )
             law = law / law.sum()
-            self.known[row] = torch.stack([law.sum([d for d in dims if d != i]) if len(row) > 1 else law for i in dims]).log()
+            self.known[row] = torch.stack(
+                [law.sum([d for d in dims if d != i]) if len(row) > 1 else law for i in dims]
+            ).log()
         return self.known[row]
 
     def predict(self, states: Tensor) -> Prediction:
@@ -57,7 +61,9 @@ class Exact(nn.Module):
 
 
 def joint(vocab: int, length: int, seed: int = 0) -> Tensor:
-    law = torch.rand((vocab,) * length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
+    law = (
+        torch.rand((vocab,) * length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
+    )
     return law / law.sum()
 
 
@@ -69,7 +75,9 @@ def expected_bound(denoiser: Any, row: Tensor, num_steps: int) -> float:
         level = k / num_steps
         share = torch.where(ways, level, 1 - level).prod(1)
         ids = row.expand(ways.shape)
-        states = denoiser.hidden(ids.masked_fill(ways, denoiser.mask_id), torch.full((len(ways),), level))[ways]
+        states = denoiser.hidden(ids.masked_fill(ways, denoiser.mask_id), torch.full((len(ways),), level))[
+            ways
+        ]
         losses = denoiser.loss(states, ids[ways], torch.ones(len(states)))[1]
         total += float((torch.zeros(ways.shape).masked_scatter(ways, losses).sum(1) * share).sum()) / k
     return total
@@ -98,4 +106,10 @@ def law_of(drawn: Tensor) -> dict[tuple[int, ...], float]:
 def distance(law: Tensor, drawn: Tensor) -> float:
     """Total variation."""
     found = law_of(drawn)
-    return sum(abs(float(law[x]) - found.get(x, 0.0)) for x in itertools.product(range(law.shape[0]), repeat=law.dim())) / 2
+    return (
+        sum(
+            abs(float(law[x]) - found.get(x, 0.0))
+            for x in itertools.product(range(law.shape[0]), repeat=law.dim())
+        )
+        / 2
+    )

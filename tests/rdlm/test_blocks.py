@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.blockwise import Blockwise, blocks_of, drawn_block
-from rdlm.config import CheckpointConfig, NoiseConfig
-from rdlm.denoiser import Denoiser
+from rdlm.config.checkpoint import CheckpointConfig, NoiseConfig
+from rdlm.diffusion.blockwise import Blockwise, blocks_of, drawn_block
+from rdlm.diffusion.partition import partition_of
+from rdlm.diffusion.samplers import sampling_levels
 from rdlm.errors import UserError
-from rdlm.objectives import Batch, draw_levels, loss_terms
-from rdlm.partition import partition_of
+from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives.losses import Batch, draw_levels, loss_terms
 from rdlm.registry import build
-from rdlm.sampler import sampling_levels
 from rdlm.scoring import token_logprobs
 
 T, V = 10, 64
@@ -52,7 +52,9 @@ def test_a_block_built_alone_is_the_block_of_the_whole(cut, targets: str) -> Non
         totals = [loss_terms(d, batch(), step=3, seed=7).total for d in (alone, part)]
         assert torch.equal(totals[0], totals[1])
     first, second = blocks_of(whole)
-    assert not torch.equal(first.model.wte.weight, second.model.wte.weight), "every block has a stem of its own"
+    assert not torch.equal(first.model.wte.weight, second.model.wte.weight), (
+        "every block has a stem of its own"
+    )
     shared = torch.equal(first.unit_table(), second.unit_table())
     assert shared is (targets == "frozen")
 
@@ -75,7 +77,9 @@ def test_blocks_train_on_their_own_levels(cut, objective: str) -> None:
     drawn = []
     for b in range(4):
         denoiser = build(cut(objective, num_blocks=4, overlap=0.1, block=b))
-        sigma, noised = draw_levels(config.objective.corruption, denoiser, (4000, 1), torch.Generator().manual_seed(0))
+        sigma, noised = draw_levels(
+            config.objective.corruption, denoiser, (4000, 1), torch.Generator().manual_seed(0)
+        )
         low, high = partition_of(config).training_range(b)
         assert low <= sigma[noised].min() and sigma[noised].max() <= high * (1 + 1e-6)
         drawn.append(sigma[noised].log().mean().item())
@@ -84,13 +88,15 @@ def test_blocks_train_on_their_own_levels(cut, objective: str) -> None:
 
 def test_the_noise_of_blocks_is_independent(cut, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same step and seed must not give every block the same draws."""
-    import rdlm.objectives
+    import rdlm.objectives.losses
 
     seen = []
     whole = build(cut("paper"), seed=0)
-    real = rdlm.objectives.corrupt
+    real = rdlm.objectives.losses.corrupt
     monkeypatch.setattr(
-        rdlm.objectives, "corrupt", lambda d, t, rng: seen.append(torch.rand(64, generator=rng)) or real(d, t, rng)
+        rdlm.objectives.losses,
+        "corrupt",
+        lambda d, t, rng: seen.append(torch.rand(64, generator=rng)) or real(d, t, rng),
     )
     for part in blocks_of(whole):
         loss_terms(part, batch(), step=0, seed=0)
@@ -171,7 +177,10 @@ def test_thinking_objectives_have_no_blocks(cut, objective: object) -> None:
 def test_a_recurrent_core_cannot_be_cut(tiny_config) -> None:
     config = tiny_config("huginn", "evidence")
     with pytest.raises(UserError, match="^blocks.num_blocks="):
-        build(CheckpointConfig.model_validate({**config.model_dump(), "blocks": {"num_blocks": 2}}), device="meta")
+        build(
+            CheckpointConfig.model_validate({**config.model_dump(), "blocks": {"num_blocks": 2}}),
+            device="meta",
+        )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +202,12 @@ def test_fields_that_would_be_ignored_are_errors(tiny_config, section: dict) -> 
 def test_one_block_is_the_network_as_it_was(tiny, tiny_config) -> None:
     """num_blocks 1 with the table of the model itself: the same weights and loss as without the section."""
     config = tiny_config("llama", "evidence")
-    one = build(CheckpointConfig.model_validate({**config.model_dump(), "blocks": {"num_blocks": 1, "targets": "own"}}), seed=0)
+    one = build(
+        CheckpointConfig.model_validate(
+            {**config.model_dump(), "blocks": {"num_blocks": 1, "targets": "own"}}
+        ),
+        seed=0,
+    )
     plain: Denoiser = tiny("llama", "evidence")
     totals = [loss_terms(d, batch(), step=1, seed=2).total for d in (one, plain)]
     assert torch.equal(totals[0], totals[1]) and math.isfinite(totals[0].item())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rdlm.cache import KVPool, PackedContext, Segment
-from rdlm.context import attention
+from rdlm.nn.context import attention
+from rdlm.nn.kv_cache import KVPool, PackedContext, Segment
 
 H, DH, STARTS = 2, 8, (5, 0, 3)
 
@@ -22,10 +22,14 @@ def filled(depth: int) -> KVPool:
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("commits", [(True, True, True), (True, False, True)])
 @pytest.mark.parametrize("slots", [(0, 1, 2), (2, 0, 1), (0, 2)], ids=["neighbours", "shuffled", "apart"])
-def test_decoding_rows_see_their_own_past_and_themselves(slots: tuple[int, ...], commits: tuple[bool, ...], depth: int) -> None:
+def test_decoding_rows_see_their_own_past_and_themselves(
+    slots: tuple[int, ...], commits: tuple[bool, ...], depth: int
+) -> None:
     pool, step = filled(depth), depth - 1
     before = pool.k.clone(), pool.v.clone()
-    segments = [Segment(slot, STARTS[slot], 1, step, commit) for slot, commit in zip(slots, commits, strict=False)]
+    segments = [
+        Segment(slot, STARTS[slot], 1, step, commit) for slot, commit in zip(slots, commits, strict=False)
+    ]
     q, k, v = torch.randn(3, 1, len(slots), H, DH)
     out = PackedContext(pool, segments).attend(q, k, v, 0)
     for i, segment in enumerate(segments):
@@ -35,8 +39,12 @@ def test_decoding_rows_see_their_own_past_and_themselves(slots: tuple[int, ...],
         ]
         torch.testing.assert_close(out[:, i : i + 1], attention(q[:, i : i + 1], *past), atol=1e-6, rtol=1e-5)
         for store, old, new in zip((pool.k, pool.v), before, (k, v), strict=True):
-            old[0, segment.slot, step, segment.start] = new[0, i] if segment.commit else old[0, segment.slot, step, segment.start]
-            assert torch.equal(store[0, segment.slot], old[0, segment.slot]), "its own place is written, and nothing else"
+            old[0, segment.slot, step, segment.start] = (
+                new[0, i] if segment.commit else old[0, segment.slot, step, segment.start]
+            )
+            assert torch.equal(store[0, segment.slot], old[0, segment.slot]), (
+                "its own place is written, and nothing else"
+            )
 
 
 def test_a_single_query_in_bf16_is_the_fp32_answer_rounded() -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rdlm import checkpoint
-from rdlm.context import CausalContext
+from rdlm.checkpoints import folder as checkpoint
+from rdlm.data.tokenizer import train_tokenizer
 from rdlm.errors import UserError
-from rdlm.tokenizer import train_tokenizer
+from rdlm.nn.context import CausalContext
 
 
 @pytest.fixture
@@ -28,10 +28,15 @@ def forward(denoiser) -> torch.Tensor:
     return denoiser.predict(denoiser.model.decode(state, ctx)).logits()
 
 
-@pytest.mark.parametrize(("family", "objective"), [("huginn", "single_pass"), ("huginn", "paper"), ("llama", "next_token")])
+@pytest.mark.parametrize(
+    ("family", "objective"), [("huginn", "single_pass"), ("huginn", "paper"), ("llama", "next_token")]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_round_trip(tmp_path: Path, tiny, tiny_config, family: str, objective: str, tied: bool) -> None:
-    denoiser, config = tiny(family, objective, tie_embeddings=tied), tiny_config(family, objective, tie_embeddings=tied)
+    denoiser, config = (
+        tiny(family, objective, tie_embeddings=tied),
+        tiny_config(family, objective, tie_embeddings=tied),
+    )
     loaded = checkpoint.load(checkpoint.save(tmp_path / "m", denoiser, config, None))
     assert loaded.config == config
     with torch.no_grad():
@@ -41,24 +46,32 @@ def test_round_trip(tmp_path: Path, tiny, tiny_config, family: str, objective: s
     assert not loaded.denoiser.training
 
 
-def test_bfloat16_weights_stay_bfloat16_on_disk_and_widen_on_request(tmp_path: Path, tiny, tiny_config) -> None:
+def test_bfloat16_weights_stay_bfloat16_on_disk_and_widen_on_request(
+    tmp_path: Path, tiny, tiny_config
+) -> None:
     checkpoint.save(tmp_path / "m", tiny().bfloat16(), tiny_config(), None)
     assert {t.dtype for t in load_file(tmp_path / "m" / "model.safetensors").values()} == {torch.bfloat16}
     assert {p.dtype for p in checkpoint.load(tmp_path / "m").denoiser.parameters()} == {torch.float32}
-    assert {p.dtype for p in checkpoint.load(tmp_path / "m", dtype=torch.bfloat16).denoiser.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in checkpoint.load(tmp_path / "m", dtype=torch.bfloat16).denoiser.parameters()} == {
+        torch.bfloat16
+    }
 
 
 def test_tokenizer_and_card_travel_along(tmp_path: Path, tiny, tiny_config) -> None:
     tokenizer = train_tokenizer("bpe", iter(["the cat sat on the mat " * 20]), 262)
     config = tiny_config(vocab_size=262)
-    loaded = checkpoint.load(checkpoint.save(tmp_path / "m", tiny(vocab_size=262), config, tokenizer, "Trained on a cat."))
+    loaded = checkpoint.load(
+        checkpoint.save(tmp_path / "m", tiny(vocab_size=262), config, tokenizer, "Trained on a cat.")
+    )
     assert loaded.tokenizer is not None and loaded.tokenizer.fingerprint == tokenizer.fingerprint
     card = (tmp_path / "m" / "README.md").read_text()
     assert "Trained on a cat." in card and "single_pass" in card and "normalised likelihood" in card
     assert f"{sum(p.numel() for p in loaded.denoiser.parameters()):,}" in card
 
 
-def test_saving_again_replaces_and_a_failed_write_does_not(folder: Path, tiny, tiny_config, monkeypatch) -> None:
+def test_saving_again_replaces_and_a_failed_write_does_not(
+    folder: Path, tiny, tiny_config, monkeypatch
+) -> None:
     newer = tiny_config().model_copy(update={"step": 7})
     checkpoint.save(folder, tiny(), newer, None)
     assert checkpoint.load(folder).config.step == 7

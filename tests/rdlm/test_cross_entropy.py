@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rdlm import cross_entropy
-from rdlm.cross_entropy import linear_cross_entropy
+from rdlm.nn import cross_entropy
+from rdlm.nn.cross_entropy import linear_cross_entropy
 
 
 @pytest.mark.parametrize("with_evidence", [False, True])
@@ -27,7 +27,9 @@ def test_matches_torch(monkeypatch: pytest.MonkeyPatch, with_evidence: bool, chu
     )
     grads = torch.autograd.grad(3.0 * total, inputs)
 
-    logits = F.linear(hidden, weight) + (scale * F.linear(u * marked[:, None], table) if with_evidence else 0.0)
+    logits = F.linear(hidden, weight) + (
+        scale * F.linear(u * marked[:, None], table) if with_evidence else 0.0
+    )
     expected = F.cross_entropy(logits, targets, reduction="none")
     expected_grads = torch.autograd.grad(3.0 * (expected * item_weight).sum(), inputs)
     torch.testing.assert_close(losses, expected.detach())

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rdlm.decoding import History, SamplingParams, process, sample, top_logprobs
-from rdlm.decoding_types import uniform
 from rdlm.errors import UserError
+from rdlm.sampling import History, SamplingParams, process, sample, top_logprobs
+from rdlm.sampling_params import uniform
 
 VOCAB = 20
 
@@ -51,13 +51,17 @@ def test_truncation_keeps_what_the_definitions_keep(rows: list[tuple[list[int], 
         expected = reference_support(values, p)
         assert found == expected or _is_borderline(values, p, found ^ expected)
         survivors = sorted(found)
-        assert kept[row, survivors].tolist() == pytest.approx([values[i] / p.temperature for i in survivors], rel=1e-5)
+        assert kept[row, survivors].tolist() == pytest.approx(
+            [values[i] / p.temperature for i in survivors], rel=1e-5
+        )
 
 
 def _is_borderline(values: list[float], p: SamplingParams, difference: set[int]) -> bool:
     """fp32 may decide the one token whose threshold holds with equality otherwise."""
     wider, narrower = (
-        reference_support(values, SamplingParams(p.temperature, p.top_k, min(1.0, p.top_p * f), min(1.0, p.min_p / f)))
+        reference_support(
+            values, SamplingParams(p.temperature, p.top_k, min(1.0, p.top_p * f), min(1.0, p.min_p / f))
+        )
         for f in (1 + 1e-5, 1 - 1e-5)
     )
     return difference <= wider ^ narrower
@@ -70,7 +74,9 @@ def test_frequencies_follow_the_softmax_of_prior_over_temperature_plus_evidence(
     p = SamplingParams(temperature=0.5)
     ids = sample(prior.expand(count, -1), [p] * count, [History()] * count, grid, evidence.expand(count, -1))
     expected = (prior / 0.5 + evidence).softmax(-1)[0]
-    torch.testing.assert_close(torch.bincount(ids, minlength=6) / count, expected, atol=1.5 / count * 2, rtol=0)
+    torch.testing.assert_close(
+        torch.bincount(ids, minlength=6) / count, expected, atol=1.5 / count * 2, rtol=0
+    )
 
 
 def test_rows_do_not_see_each_other() -> None:
@@ -97,7 +103,9 @@ def test_greedy_ignores_evidence_and_uniform_but_not_bias() -> None:
     evidence = torch.tensor([[9.0, 0.0, 0.0]])
     for u in (0.0, 0.999999):
         assert sample(prior, [SamplingParams(temperature=0)], [History()], [u], evidence).tolist() == [1]
-    assert sample(prior, [SamplingParams(temperature=0, logit_bias={2: 3.0})], [History()], [0.5]).tolist() == [2]
+    assert sample(
+        prior, [SamplingParams(temperature=0, logit_bias={2: 3.0})], [History()], [0.5]
+    ).tolist() == [2]
 
 
 def test_penalties_and_bans() -> None:
@@ -106,12 +114,19 @@ def test_penalties_and_bans() -> None:
     p = SamplingParams(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
     out = process(logits, [p], [history])[0].tolist()
     assert out == [1.0, -4.0 - 0.5 - 0.25, 0.5 - 1.0 - 0.25, -math.inf]
-    assert logits[0].tolist() == [2.0, -2.0, 1.0, 0.5]  # the caller's logits, of which log-probabilities are taken, stay
+    assert logits[0].tolist() == [
+        2.0,
+        -2.0,
+        1.0,
+        0.5,
+    ]  # the caller's logits, of which log-probabilities are taken, stay
 
 
 def test_zero_probability_is_never_drawn() -> None:
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
-    ids = [sample(logits, [SamplingParams()], [History()], [u]).item() for u in (0.0, 0.4999, 0.5, 1 - 2**-53)]
+    ids = [
+        sample(logits, [SamplingParams()], [History()], [u]).item() for u in (0.0, 0.4999, 0.5, 1 - 2**-53)
+    ]
     assert ids == [1, 1, 3, 3]
 
 
@@ -124,14 +139,23 @@ def test_log_probabilities_are_the_same_floats_chosen_or_top() -> None:
 
 
 def test_uniform_is_a_function_of_its_key() -> None:
-    drawn = [uniform(seed, 0, position, step) for seed in range(10) for position in range(20) for step in range(5)]
+    drawn = [
+        uniform(seed, 0, position, step) for seed in range(10) for position in range(20) for step in range(5)
+    ]
     assert len(set(drawn)) == 1000 and uniform(3, 0, 2, 1) == uniform(3, 0, 2, 1)
     assert abs(sum(drawn) / 1000 - 0.5) < 0.03 and 0 <= min(drawn) and max(drawn) < 1
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -0.1), ("top_p", 0.0), ("min_p", 1.5), ("top_k", -2), ("repetition_penalty", 0.0), ("presence_penalty", 3)],
+    [
+        ("temperature", -0.1),
+        ("top_p", 0.0),
+        ("min_p", 1.5),
+        ("top_k", -2),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 3),
+    ],
 )
 def test_settings_out_of_range_name_themselves(field: str, value: float) -> None:
     with pytest.raises(UserError, match=field):

@@ -11,12 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rdlm.config import CheckpointConfig, NoiseConfig, ObjectiveConfig
-from rdlm.denoiser import Denoiser, Prediction
-from rdlm.model_config import HuginnConfig
-from rdlm.noise import LogNormalSchedule, geometric_grid
+from rdlm.config.checkpoint import CheckpointConfig, NoiseConfig, ObjectiveConfig
+from rdlm.config.model import HuginnConfig
+from rdlm.diffusion.noise import LogNormalSchedule, geometric_grid
+from rdlm.diffusion.samplers import (
+    Solver,
+    hard_bridge_chain,
+    heun_step,
+    renoise,
+    sampling_levels,
+    soft_bridge,
+    solve,
+    step_plan,
+)
+from rdlm.objectives.denoiser import Denoiser, Prediction
 from rdlm.registry import build
-from rdlm.sampler import Solver, hard_bridge_chain, heun_step, renoise, sampling_levels, soft_bridge, solve, step_plan
 
 V, D, N = 7, 16, 60_000
 PRIOR = torch.softmax(torch.linspace(0.0, 2.0, V), 0)
@@ -26,9 +35,17 @@ PRIOR = torch.softmax(torch.linspace(0.0, 2.0, V), 0)
 def denoiser() -> Denoiser:
     """An evidence denoiser whose hidden state is log p in the first V coordinates and whose head reads exactly that."""
     config = HuginnConfig(
-        vocab_size=V, d_model=D, num_heads=2, mlp_width=16, max_seq_len=8, tie_embeddings=False, noise_conditioning=True
+        vocab_size=V,
+        d_model=D,
+        num_heads=2,
+        mlp_width=16,
+        max_seq_len=8,
+        tie_embeddings=False,
+        noise_conditioning=True,
     )
-    built = build(CheckpointConfig(name="exact", model=config, objective=ObjectiveConfig(name="evidence")), seed=0)
+    built = build(
+        CheckpointConfig(name="exact", model=config, objective=ObjectiveConfig(name="evidence")), seed=0
+    )
     with torch.no_grad():
         built.model.head.weight.copy_(torch.eye(V, D))
     return built
@@ -46,7 +63,9 @@ def test_evidence_readout_is_bayes_rule(denoiser: Denoiser, sigma: float) -> Non
     rng = torch.Generator().manual_seed(1)
     ids = torch.multinomial(PRIOR, 500, replacement=True, generator=rng)
     z = renoise(denoiser, ids, torch.full((500,), sigma), torch.randn(500, D, generator=rng))
-    density = torch.distributions.Normal(denoiser.unit_table(), sigma).log_prob(z.unsqueeze(1)).sum(-1)  # [500, V]
+    density = (
+        torch.distributions.Normal(denoiser.unit_table(), sigma).log_prob(z.unsqueeze(1)).sum(-1)
+    )  # [500, V]
     expected = torch.softmax(PRIOR.log() + density, -1)
     with torch.no_grad():
         got = torch.softmax(exact(denoiser, z, sigma, 500).logits(), -1)
@@ -60,7 +79,9 @@ def test_hard_bridge_samples_the_exact_law_at_every_k(denoiser: Denoiser, num_st
     levels: list[float | None] = [None, *geometric_grid(2.0, 0.2, num_steps - 1)]
     ids, _ = hard_bridge_chain(
         lambda z, sigma: exact(denoiser, z, sigma),
-        lambda prediction: torch.multinomial(torch.softmax(prediction.logits(), -1), 1, generator=rng).squeeze(1),
+        lambda prediction: torch.multinomial(
+            torch.softmax(prediction.logits(), -1), 1, generator=rng
+        ).squeeze(1),
         lambda ids, sigma: renoise(denoiser, ids, torch.full((N,), sigma), torch.randn(N, D, generator=rng)),
         levels,
     )
@@ -96,7 +117,9 @@ def test_a_perfect_denoiser_is_recovered_by_every_solver_at_every_k() -> None:
     z = y + 80.0 * torch.randn(4, D)
     for num_steps in (1, 2, 5, 17):
         for solver in SOLVERS:
-            torch.testing.assert_close(solve(lambda z, s: y, z, LogNormalSchedule(NoiseConfig()).grid(num_steps), solver), y)
+            torch.testing.assert_close(
+                solve(lambda z, s: y, z, LogNormalSchedule(NoiseConfig()).grid(num_steps), solver), y
+            )
 
 
 def even(num_steps: int) -> list[float]:
@@ -115,13 +138,16 @@ def test_solvers_converge_at_their_order() -> None:
     truth = z0 * ((low**2 + variance) / (high**2 + variance)) ** 0.5
     for solver, order in SOLVERS.items():
         few, many = (
-            (solve(lambda z, s: z * variance / (variance + s**2), z0, uneven(n), solver) - truth).abs().item() for n in (80, 160)
+            (solve(lambda z, s: z * variance / (variance + s**2), z0, uneven(n), solver) - truth).abs().item()
+            for n in (80, 160)
         )
         assert few / many == pytest.approx(2**order, rel=0.15), solver
 
 
 @pytest.mark.parametrize("grid", [even, uneven])
-def test_solvers_follow_the_exact_denoiser_of_tokens(denoiser: Denoiser, grid: Callable[[int], list[float]]) -> None:
+def test_solvers_follow_the_exact_denoiser_of_tokens(
+    denoiser: Denoiser, grid: Callable[[int], list[float]]
+) -> None:
     """The posterior mean over tokens, which bends: orders hold. On even steps multistep errs least for equally many calls."""
     table = denoiser.unit_table().double()
     start = 2.0 * torch.randn(400, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -165,15 +191,30 @@ def test_soft_bridge_is_the_mean_row_and_shrinks_when_uncertain() -> None:
 def test_plans() -> None:
     thinking = CheckpointConfig(name="a", model=_shape(True), objective=ObjectiveConfig(name="single_pass"))
     plan = step_plan(thinking, 4)
-    assert plan.sigmas == (None,) * 4 and plan.readout == (False, False, False, True) and plan.commit == (True,) * 4
+    assert (
+        plan.sigmas == (None,) * 4
+        and plan.readout == (False, False, False, True)
+        and plan.commit == (True,) * 4
+    )
     sampling = CheckpointConfig(name="a", model=_shape(True), objective=ObjectiveConfig(name="evidence"))
     plan = step_plan(sampling, 3)
-    assert plan.sigmas == (None, *geometric_grid(2.0, 0.2, 2)) and all(plan.readout) and plan.commit == (True, False, False)
+    assert (
+        plan.sigmas == (None, *geometric_grid(2.0, 0.2, 2))
+        and all(plan.readout)
+        and plan.commit == (True, False, False)
+    )
     paper = CheckpointConfig(name="a", model=_shape(True), objective=ObjectiveConfig(name="paper"))
     plan = step_plan(paper, 3)
-    assert plan.num_core_steps == 4 and plan.num_draws_skipped == 1 and plan.append_own and plan.commit == (True, *(False,) * 3)
+    assert (
+        plan.num_core_steps == 4
+        and plan.num_draws_skipped == 1
+        and plan.append_own
+        and plan.commit == (True, *(False,) * 3)
+    )
     assert sampling_levels(paper, 3)[1:] == LogNormalSchedule(NoiseConfig()).grid(3)[1:-1]
 
 
 def _shape(noisy: bool) -> HuginnConfig:
-    return HuginnConfig(vocab_size=V, d_model=D, num_heads=2, mlp_width=16, max_seq_len=8, noise_conditioning=noisy)
+    return HuginnConfig(
+        vocab_size=V, d_model=D, num_heads=2, mlp_width=16, max_seq_len=8, noise_conditioning=noisy
+    )

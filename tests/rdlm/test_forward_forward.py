@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rdlm.answers import greedy_answers
-from rdlm.config import CheckpointConfig, ObjectiveConfig
+from rdlm.config.checkpoint import CheckpointConfig, ObjectiveConfig
 from rdlm.errors import UserError
-from rdlm.forward_forward import ForwardForward, goodness_loss
-from rdlm.objectives import Batch, loss_terms
+from rdlm.objectives.forward_forward import ForwardForward, goodness_loss
+from rdlm.objectives.losses import Batch, loss_terms
 from rdlm.registry import build
 from rdlm.scoring import class_scores, estimator_of
 
@@ -25,7 +25,9 @@ SHAPE: dict[str, Any] = {
 
 def config(**document: Any) -> CheckpointConfig:
     objective = {"name": "forward_forward", **document.pop("objective", {})}
-    return CheckpointConfig.model_validate({"name": "tiny", "model": SHAPE, "objective": objective, **document})
+    return CheckpointConfig.model_validate(
+        {"name": "tiny", "model": SHAPE, "objective": objective, **document}
+    )
 
 
 @pytest.fixture
@@ -77,7 +79,9 @@ def test_the_losses_by_hand() -> None:
     assert float(goodness_loss(right, wrong, "difference")) == pytest.approx(by_difference)
 
 
-def test_every_wrong_class_is_drawn_and_the_right_one_never(model: ForwardForward, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_wrong_class_is_drawn_and_the_right_one_never(
+    model: ForwardForward, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Tensor] = []
     real = ForwardForward.goodness
     monkeypatch.setattr(ForwardForward, "goodness", lambda self, x, c: asked.append(c) or real(self, x, c))
@@ -86,11 +90,19 @@ def test_every_wrong_class_is_drawn_and_the_right_one_never(model: ForwardForwar
     terms = loss_terms(model, batch, step=0, seed=0)
     given, drawn = asked[0].split(64)
     assert torch.equal(given, right[:, 0]) and not (drawn == given).any()
-    assert {(int(a), int(b)) for a, b in zip(given, drawn, strict=True)} == {(a, b) for a in range(4) for b in range(4) if a != b}
-    assert float(terms.count) == 64 and torch.equal(terms.total, loss_terms(model, batch, step=0, seed=0).total)
+    assert {(int(a), int(b)) for a, b in zip(given, drawn, strict=True)} == {
+        (a, b) for a in range(4) for b in range(4) if a != b
+    }
+    assert float(terms.count) == 64 and torch.equal(
+        terms.total, loss_terms(model, batch, step=0, seed=0).total
+    )
     half = Batch(batch.inputs, right, torch.arange(64).unsqueeze(1) < 32)
     first = Batch(batch.inputs[:32], right[:32], half.mask[:32])
-    assert float(loss_terms(model, half, step=0, seed=0).count) == 32 == float(loss_terms(model, first, step=0, seed=0).count)
+    assert (
+        float(loss_terms(model, half, step=0, seed=0).count)
+        == 32
+        == float(loss_terms(model, first, step=0, seed=0).count)
+    )
 
 
 @pytest.mark.parametrize("goodness", ["threshold", "difference"])
@@ -118,7 +130,9 @@ def test_it_learns_which_quarter_is_bright(goodness: str) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValidationError, match="noises nothing"):
-        ObjectiveConfig.model_validate({"name": "forward_forward", "corruption": {"share": 0.5}, "readout": "evidence"})
+        ObjectiveConfig.model_validate(
+            {"name": "forward_forward", "corruption": {"share": 0.5}, "readout": "evidence"}
+        )
     with pytest.raises(ValidationError, match="goodness belongs to"):
         ObjectiveConfig.model_validate({"name": "classify", "goodness": "threshold"})
     with pytest.raises(UserError, match="no noise levels to share out"):
@@ -133,4 +147,8 @@ def test_what_does_not_fit_is_refused() -> None:
             "max_seq_len": 9,
             "num_layers": 1,
         }
-        build(config().model_copy(update={"model": CheckpointConfig.model_validate({"name": "x", "model": model}).model}))
+        build(
+            config().model_copy(
+                update={"model": CheckpointConfig.model_validate({"name": "x", "model": model}).model}
+            )
+        )

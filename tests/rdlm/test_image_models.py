@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from rdlm.answers import greedy_answers
-from rdlm.blockwise import blocks_of
-from rdlm.config import CheckpointConfig
-from rdlm.denoiser import Denoiser
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.diffusion.blockwise import blocks_of
+from rdlm.diffusion.image_sampler import draw_images, pixels
+from rdlm.diffusion.noise import denoise_scalings, edm_weight
+from rdlm.diffusion.samplers import Solver
 from rdlm.errors import UserError
-from rdlm.image_denoiser import ImageDenoiser
-from rdlm.image_sampler import draw_images, pixels
-from rdlm.layers.patches import assemble, patches
-from rdlm.noise import denoise_scalings, edm_weight
-from rdlm.objectives import Batch, draw_levels, in_place_hidden, loss_terms
-from rdlm.randomness import generator
+from rdlm.nn.patches import assemble, patches
+from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives.image_denoiser import ImageDenoiser
+from rdlm.objectives.losses import Batch, draw_levels, in_place_hidden, loss_terms
+from rdlm.random_streams import generator
 from rdlm.registry import build
-from rdlm.sampler import Solver
 from rdlm.scoring import class_scores
 
 SIDE, CLASSES = 8, 4
@@ -35,9 +35,19 @@ SHAPE = {
 }
 
 
-def config(family: str, objective: str, blocks: dict[str, Any] | None = None, **model: Any) -> CheckpointConfig:
-    shape = {"family": family, **SHAPE, "noise_conditioning": objective != "classify", "noise_embed_dim": 16, **model}
-    return CheckpointConfig.model_validate({"name": "tiny", "model": shape, "objective": {"name": objective}, "blocks": blocks})
+def config(
+    family: str, objective: str, blocks: dict[str, Any] | None = None, **model: Any
+) -> CheckpointConfig:
+    shape = {
+        "family": family,
+        **SHAPE,
+        "noise_conditioning": objective != "classify",
+        "noise_embed_dim": 16,
+        **model,
+    }
+    return CheckpointConfig.model_validate(
+        {"name": "tiny", "model": shape, "objective": {"name": objective}, "blocks": blocks}
+    )
 
 
 def batch(rows: int, seed: int = 0) -> Batch:
@@ -92,9 +102,11 @@ def test_a_noised_class_row_moves_its_own_image_only(awake: Any) -> None:
         denoiser.model.adapter.weight.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(1))
 
     def hidden(targets: torch.Tensor) -> torch.Tensor:
-        from rdlm.objectives import corrupt
+        from rdlm.objectives.losses import corrupt
 
-        return in_place_hidden(denoiser, data.inputs, corrupt(denoiser, targets, generator(0, 1)), 1, generator(0))
+        return in_place_hidden(
+            denoiser, data.inputs, corrupt(denoiser, targets, generator(0, 1)), 1, generator(0)
+        )
 
     denoiser.objective = denoiser.objective.model_copy(
         update={"corruption": denoiser.objective.corruption.model_copy(update={"share": 1.0})}
@@ -106,7 +118,8 @@ def test_a_noised_class_row_moves_its_own_image_only(awake: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "blocks"), [("classify", None), ("paper", None), ("evidence", None), ("paper", {"num_blocks": 2})]
+    ("objective", "blocks"),
+    [("classify", None), ("paper", None), ("evidence", None), ("paper", {"num_blocks": 2})],
 )
 def test_a_vit_learns_to_classify(objective: str, blocks: dict[str, Any] | None) -> None:
     shape = config("vit", objective, blocks)
@@ -118,7 +131,9 @@ def test_a_vit_learns_to_classify(objective: str, blocks: dict[str, Any] | None)
     scores = class_scores(denoiser, held_out.inputs, held_out.targets)
     assert scores.is_greedy.float().mean() > 0.9 and -scores.logprobs.mean() < 1.0
     every = torch.arange(CLASSES).expand(200, CLASSES)
-    whole = torch.stack([class_scores(denoiser, held_out.inputs, every[:, [c]]).logprobs[:, 0] for c in range(CLASSES)], 1)
+    whole = torch.stack(
+        [class_scores(denoiser, held_out.inputs, every[:, [c]]).logprobs[:, 0] for c in range(CLASSES)], 1
+    )
     torch.testing.assert_close(whole.exp().sum(1), torch.ones(200))
 
 
@@ -182,7 +197,13 @@ def test_an_image_does_not_depend_on_its_batch(awake: Any) -> None:
     alone = draw_images(denoiser, shape, classes[2:3], 6, first=2, guidance=2.0)
     torch.testing.assert_close(whole[2:3], alone, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(whole, draw_images(denoiser, shape, classes, 6, guidance=1.0))
-    assert pixels(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(5, 1, 1, 1)).flatten().tolist() == [0, 0, 128, 255, 255]
+    assert pixels(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(5, 1, 1, 1)).flatten().tolist() == [
+        0,
+        0,
+        128,
+        255,
+        255,
+    ]
 
 
 def test_guidance_leads_away_from_no_class(awake: Any) -> None:
@@ -202,12 +223,16 @@ def test_guidance_leads_away_from_no_class(awake: Any) -> None:
 @pytest.mark.parametrize("blocks", [None, {"num_blocks": 2}])
 def test_a_dit_draws_the_class_it_is_asked_for(blocks: dict[str, Any] | None) -> None:
     # At the usual levels the quadrant is plain to see in the noised image: nothing would make the network listen to the class.
-    shape = CheckpointConfig.model_validate({**config("dit", "edm", blocks).model_dump(), "noise": {"p_mean": 1.0}})
+    shape = CheckpointConfig.model_validate(
+        {**config("dit", "edm", blocks).model_dump(), "noise": {"p_mean": 1.0}}
+    )
     denoiser = learn(build(shape, seed=0), 150)
     classes = torch.arange(CLASSES).repeat(8)
     images = draw_images(denoiser, shape, classes, 16)
     half = SIDE // 2
-    quadrants = torch.stack([images[:, :, y : y + half, x : x + half].mean((1, 2, 3)) for y in (0, half) for x in (0, half)], 1)
+    quadrants = torch.stack(
+        [images[:, :, y : y + half, x : x + half].mean((1, 2, 3)) for y in (0, half) for x in (0, half)], 1
+    )
     assert (quadrants.argmax(1) == classes).float().mean() > 0.9
 
 
@@ -227,7 +252,9 @@ def test_small_places_and_classes_are_drowned_by_patches() -> None:
     right, nats = {}, {}
     for std in (0.02, 0.5):
         images = draw_images(learn(initial(drawing, std), 300), drawing, classes, 16)
-        means = [images[:, :, y : y + half, x : x + half].mean((1, 2, 3)) for y in (0, half) for x in (0, half)]
+        means = [
+            images[:, :, y : y + half, x : x + half].mean((1, 2, 3)) for y in (0, half) for x in (0, half)
+        ]
         right[std] = float((torch.stack(means, 1).argmax(1) == classes).float().mean())
         named = learn(initial(config("vit", "classify"), std), 50)
         nats[std] = -float(class_scores(named, held_out.inputs, held_out.targets).logprobs.mean())
@@ -241,16 +268,20 @@ def test_families_and_objectives_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="use classify or paper or evidence"):
         build(config("vit", "single_pass"))
     with pytest.raises(UserError, match="patch_size"):
-        from rdlm.config import parse
+        from rdlm.config.checkpoint import parse
 
         parse(CheckpointConfig, {"name": "x", "model": {"family": "vit", **SHAPE, "patch_size": 3}}, "test")
     with pytest.raises(UserError, match="a model of images has no tokens"):
         config("vit", "classify").check_next_token("this")
     with pytest.raises(UserError, match="label_dropout"):
-        from rdlm.config import parse
+        from rdlm.config.checkpoint import parse
 
         parse(
             CheckpointConfig,
-            {"name": "x", "model": {"family": "vit", **SHAPE}, "objective": {"name": "classify", "label_dropout": 0.1}},
+            {
+                "name": "x",
+                "model": {"family": "vit", **SHAPE},
+                "objective": {"name": "classify", "label_dropout": 0.1},
+            },
             "test",
         )

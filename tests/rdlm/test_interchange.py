@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rdlm import checkpoint
+from rdlm.checkpoints import folder as checkpoint
+from rdlm.checkpoints.convert.huginn import export_huginn, import_huginn
 from rdlm.cli import app, run
+from rdlm.data.tokenizer import train_tokenizer
 from rdlm.errors import UserError
-from rdlm.interchange.huginn import export_huginn, import_huginn
 from rdlm.scoring import token_logprobs
-from rdlm.tokenizer import train_tokenizer
 
 WHOLE = 1 << 40
 
@@ -29,14 +29,18 @@ def ours(tmp_path: Path, tiny, tiny_config) -> Path:
     return make(tmp_path / "ours", tiny, tiny_config)
 
 
-def make(folder: Path, tiny, tiny_config, objective: object = "onestep", family: str = "huginn", **model: object) -> Path:
+def make(
+    folder: Path, tiny, tiny_config, objective: object = "onestep", family: str = "huginn", **model: object
+) -> Path:
     denoiser = tiny(family, objective, **{"vocab_size": 262, **model})
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in denoiser.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
     tokenizer = train_tokenizer("bpe", iter(["the cat sat on the mat " * 20]), 262)
-    return checkpoint.save(folder, denoiser, tiny_config(family, objective, **{"vocab_size": 262, **model}), tokenizer)
+    return checkpoint.save(
+        folder, denoiser, tiny_config(family, objective, **{"vocab_size": 262, **model}), tokenizer
+    )
 
 
 def published(folder: Path) -> dict:
@@ -64,7 +68,9 @@ def logprobs(folder: Path) -> dict[int, torch.Tensor]:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_bytes", [WHOLE, 20_000])
 @pytest.mark.parametrize("state", ["zero", "normal"])
-def test_round_trip_is_exact(tmp_path: Path, tiny, tiny_config, tied: bool, shard_bytes: int, state: str) -> None:
+def test_round_trip_is_exact(
+    tmp_path: Path, tiny, tiny_config, tied: bool, shard_bytes: int, state: str
+) -> None:
     """Weights bit by bit, the config to the last field, the tokenizer, and the same scores at K = 1 and 4."""
     ours = make(tmp_path / "ours", tiny, tiny_config, tie_embeddings=tied, state_init=state, qk_bias=tied)
     theirs = export_huginn(ours, tmp_path / "theirs", shard_bytes=shard_bytes)
@@ -75,8 +81,14 @@ def test_round_trip_is_exact(tmp_path: Path, tiny, tiny_config, tied: bool, shar
     a, b = checkpoint.load(ours).tokenizer, checkpoint.load(back).tokenizer
     assert a is not None and b is not None and a.fingerprint == b.fingerprint
     expected, got = logprobs(ours), logprobs(back)
-    assert torch.equal(got[1], expected[1]) and torch.equal(got[4], expected[4]) and not torch.equal(got[1], got[4])
-    assert len(list(theirs.glob("*.safetensors"))) == (1 if shard_bytes == WHOLE else len(_shards(theirs))) > 0
+    assert (
+        torch.equal(got[1], expected[1])
+        and torch.equal(got[4], expected[4])
+        and not torch.equal(got[1], got[4])
+    )
+    assert (
+        len(list(theirs.glob("*.safetensors"))) == (1 if shard_bytes == WHOLE else len(_shards(theirs))) > 0
+    )
 
 
 def _shards(folder: Path) -> set[str]:
@@ -84,17 +96,23 @@ def _shards(folder: Path) -> set[str]:
     stored = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
     assert index["weight_map"] == stored and len(set(stored.values())) > 2
     assert index["metadata"]["total_size"] == sum(
-        w.numel() * w.element_size() for file in folder.glob("*.safetensors") for w in load_file(file).values()
+        w.numel() * w.element_size()
+        for file in folder.glob("*.safetensors")
+        for w in load_file(file).values()
     )
     return set(stored.values())
 
 
 def test_bfloat16_passes_through(tmp_path: Path, tiny, tiny_config) -> None:
-    ours = checkpoint.save(tmp_path / "ours", tiny("huginn", "bptt").bfloat16(), tiny_config("huginn", "bptt"), None)
+    ours = checkpoint.save(
+        tmp_path / "ours", tiny("huginn", "bptt").bfloat16(), tiny_config("huginn", "bptt"), None
+    )
     theirs = export_huginn(ours, tmp_path / "theirs", shard_bytes=WHOLE)
     assert published(theirs)["torch_dtype"] == "bfloat16"
     stored = load_file(theirs / "model.safetensors")
-    assert stored.pop("freqs_cis").dtype == torch.float32 and {w.dtype for w in stored.values()} == {torch.bfloat16}
+    assert stored.pop("freqs_cis").dtype == torch.float32 and {w.dtype for w in stored.values()} == {
+        torch.bfloat16
+    }
     import_huginn(str(theirs), tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (ours / "model.safetensors").read_bytes()
 
@@ -102,16 +120,27 @@ def test_bfloat16_passes_through(tmp_path: Path, tiny, tiny_config) -> None:
 def test_exported_names_are_the_published_ones(ours: Path, tmp_path: Path) -> None:
     """Names, shapes and derived numbers of Huginn-0125 (Geiping et al. 2025) in the proportions of this model."""
     theirs = export_huginn(ours, tmp_path / "theirs", shard_bytes=WHOLE)
-    c, shapes = published(theirs), {name: tuple(w.shape) for name, w in load_file(theirs / "model.safetensors").items()}
+    c, shapes = (
+        published(theirs),
+        {name: tuple(w.shape) for name, w in load_file(theirs / "model.safetensors").items()},
+    )
     assert shapes["transformer.wte.weight"] == (262, 32) and shapes["transformer.adapter.weight"] == (32, 64)
-    assert shapes["transformer.core_block.0.attn.qk_bias"] == (2, 1, 2, 16) and shapes["freqs_cis"] == (1, 64, 1, 8, 2)
+    assert shapes["transformer.core_block.0.attn.qk_bias"] == (2, 1, 2, 16) and shapes["freqs_cis"] == (
+        1,
+        64,
+        1,
+        8,
+        2,
+    )
     assert shapes["transformer.coda.0.mlp.fc.weight"] == (128, 32) and "lm_head.weight" not in shapes
     assert c["model_type"] == "huginn_raven" and c["n_layers"] == 3 and c["mean_recurrence"] == 8
     assert c["effective_expected_depth"] == 2 + 8 and c["init_values"]["embed_scale"] == 32**0.5
-    assert c["init_values"]["std"] == 0 and c["state_init"] == "zero"  # the reference starts where its std says
-    assert (theirs / "tokenizer.json").is_file() and json.loads((theirs / "generation_config.json").read_text())[
-        "eos_token_id"
-    ] == 0
+    assert (
+        c["init_values"]["std"] == 0 and c["state_init"] == "zero"
+    )  # the reference starts where its std says
+    assert (theirs / "tokenizer.json").is_file() and json.loads(
+        (theirs / "generation_config.json").read_text()
+    )["eos_token_id"] == 0
 
 
 @pytest.fixture
@@ -172,7 +201,9 @@ def test_either_copy_of_a_tied_head_is_enough_and_two_must_agree(plain: Path, tm
         ({"qk_bias": False}, ["qk_bias", "no such weight"]),
     ],
 )
-def test_a_config_that_is_not_built_here_is_refused(plain: Path, tmp_path: Path, fields: dict, words: list[str]) -> None:
+def test_a_config_that_is_not_built_here_is_refused(
+    plain: Path, tmp_path: Path, fields: dict, words: list[str]
+) -> None:
     change(plain, **fields)
     with pytest.raises(UserError) as error:
         import_huginn(str(plain), tmp_path / "m")
@@ -183,13 +214,24 @@ def test_a_config_that_is_not_built_here_is_refused(plain: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda w: w.update({"transformer.timestep.weight": torch.ones(2)}), ["transformer.timestep.weight", "no such weight"]),
+        (
+            lambda w: w.update({"transformer.timestep.weight": torch.ones(2)}),
+            ["transformer.timestep.weight", "no such weight"],
+        ),
         (lambda w: w.pop("transformer.ln_f.weight"), ["transformer.ln_f.weight", "is missing"]),
-        (lambda w: w.update({"transformer.ln_f.weight": torch.ones(3)}), ["transformer.ln_f.weight", "(3,)", "(32,)"]),
-        (lambda w: w.update({"transformer.ln_f.weight": torch.ones(32).to(torch.int8)}), ["transformer.ln_f.weight", "'I8'"]),
+        (
+            lambda w: w.update({"transformer.ln_f.weight": torch.ones(3)}),
+            ["transformer.ln_f.weight", "(3,)", "(32,)"],
+        ),
+        (
+            lambda w: w.update({"transformer.ln_f.weight": torch.ones(32).to(torch.int8)}),
+            ["transformer.ln_f.weight", "'I8'"],
+        ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(plain: Path, tmp_path: Path, edit: Callable, words: list[str]) -> None:
+def test_weights_that_do_not_fit_are_refused(
+    plain: Path, tmp_path: Path, edit: Callable, words: list[str]
+) -> None:
     change_weights(plain, edit)
     with pytest.raises(UserError) as error:
         import_huginn(str(plain), tmp_path / "m")
@@ -198,7 +240,12 @@ def test_weights_that_do_not_fit_are_refused(plain: Path, tmp_path: Path, edit: 
 
 def test_damaged_and_missing_files_are_refused(ours: Path, tmp_path: Path) -> None:
     theirs = export_huginn(ours, tmp_path / "theirs", shard_bytes=20_000)
-    first = theirs / json.loads((theirs / "model.safetensors.index.json").read_text())["weight_map"]["transformer.wte.weight"]
+    first = (
+        theirs
+        / json.loads((theirs / "model.safetensors.index.json").read_text())["weight_map"][
+            "transformer.wte.weight"
+        ]
+    )
     whole = first.read_bytes()
     first.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=f"{first.name}.*is damaged"):
@@ -231,7 +278,11 @@ def test_an_edited_export_is_refused(ours: Path, tmp_path: Path) -> None:
         ("huginn", "single_pass", ["noise-conditioned", "z = 0", "onestep"]),
         ("huginn", "paper", ["noise-conditioned"]),
         ("huginn", {"name": "onestep", "readout": "evidence"}, ["onestep"]),
-        ("huginn", {"name": "onestep", "depth": {"distribution": "uniform"}}, ["depth.distribution", "'uniform'"]),
+        (
+            "huginn",
+            {"name": "onestep", "depth": {"distribution": "uniform"}},
+            ["depth.distribution", "'uniform'"],
+        ),
         ("llama", "next_token", ["model.family", "Huginn models only"]),
     ],
 )
@@ -245,7 +296,9 @@ def test_what_the_published_layout_cannot_hold_is_not_exported(
     assert not (tmp_path / "theirs").exists()
 
 
-def test_commands_refuse_in_one_line_with_status_2(ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_refuse_in_one_line_with_status_2(
+    ours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     theirs = tmp_path / "theirs"
     assert run(app, ["export", "huginn", str(ours), str(theirs)], "rdlm") == 0
     capsys.readouterr()
@@ -262,13 +315,18 @@ def test_commands_refuse_in_one_line_with_status_2(ours: Path, tmp_path: Path, c
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and all(word in line for word in words), line
     assert run(app, ["import", "huginn", str(theirs), str(tmp_path / "back")], "rdlm") == 0
-    assert run(app, ["export", "huginn", str(ours), str(theirs), "--force", "--shard-gb", "0.00002"], "rdlm") == 0
+    assert (
+        run(app, ["export", "huginn", str(ours), str(theirs), "--force", "--shard-gb", "0.00002"], "rdlm")
+        == 0
+    )
     assert (theirs / "model.safetensors.index.json").is_file() and not (theirs / "model.safetensors").exists()
 
 
 def test_a_hub_id_is_downloaded(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(name) or str(plain))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(name) or str(plain)
+    )
     monkeypatch.chdir(tmp_path)
     config = checkpoint.load_config(import_huginn("tomg-group-umd/huginn-0125", tmp_path / "m"))
     assert asked == ["tomg-group-umd/huginn-0125"] and config.name == "huginn-0125"
@@ -292,8 +350,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, tiny_config) -> Non
     """200 MiB of weights go out and come back in a process that never holds more than a quarter of them beyond its imports."""
     config = tiny_config("huginn", "onestep", d_model=1024, mlp_width=2048, vocab_size=16384)
     code = (
-        "import resource, sys, json; from pathlib import Path; from rdlm.interchange.huginn import *\n"
-        "from rdlm.registry import build; from rdlm.interchange.tensors import write, Entry\n"
+        "import resource, sys, json; from pathlib import Path; from rdlm.checkpoints.convert.huginn import *\n"
+        "from rdlm.registry import build; from rdlm.checkpoints.safetensors_io import write, Entry\n"
         "config = checkpoint.parse_config(json.loads(sys.argv[2]), 'x'); root = Path(sys.argv[1])\n"
         "def zeros(n):\n    return lambda: (bytes(min(1 << 20, n - i)) for i in range(0, n, 1 << 20))\n"
         "shapes = {k: tuple(p.shape) for k, p in build(config, device='meta').named_parameters()}\n"

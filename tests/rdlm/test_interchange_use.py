@@ -13,16 +13,16 @@ from litestar.testing import TestClient
 from safetensors.torch import load_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rdlm import checkpoint
+from rdlm.checkpoints import folder as checkpoint
+from rdlm.checkpoints.convert.huginn import export_huginn
 from rdlm.cli import app, run
-from rdlm.context import CausalContext
-from rdlm.interchange.huginn import export_huginn
-from rdlm.sampler import run as iterate
-from serve.app import create_app
-from serve.engine import Engine
+from rdlm.diffusion.samplers import run as iterate
+from rdlm.nn.context import CausalContext
+from serve.api.app import create_app
+from serve.engine.engine import Engine
 from serve.loading import load_served
 from serve.settings import EngineSettings, HttpSettings
-from train.corpora.prepare import Preparation, prepare
+from train.data.prepare import Preparation, prepare
 
 SPECIAL = ["<|begin_text|>", "<|end_text|>", "<|begin_header|>", "<|end_header|>", "<|end_turn|>", "<|pad|>"]
 TEMPLATE = (  # that of Huginn-0125
@@ -40,13 +40,24 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
     made.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(["the quick brown fox jumps over the lazy dog and the raven thinks about it " * 5], trainer)
+    made.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog and the raven thinks about it " * 5], trainer
+    )
     made.add_special_tokens(SPECIAL)
     made.save(str(folder / "tokenizer.json"))
     ids = {token: made.token_to_id(token) for token in SPECIAL}
     added = {str(i): {"content": token, "special": True, "lstrip": False} for token, i in ids.items()}
-    config = {"added_tokens_decoder": added, "bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "pad_token": SPECIAL[5]}
-    config |= {"chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096}
+    config = {
+        "added_tokens_decoder": added,
+        "bos_token": SPECIAL[0],
+        "eos_token": SPECIAL[1],
+        "pad_token": SPECIAL[5],
+    }
+    config |= {
+        "chat_template": TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 4096,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     ends = {"eos_token_id": [ids["<|end_text|>"], ids["<|end_turn|>"]], "bos_token_id": ids["<|begin_text|>"]}
     (folder / "generation_config.json").write_text(json.dumps(ends))
@@ -62,7 +73,9 @@ def golden(shared_data: Path) -> Path:
 
 
 def imported(source: Path, out: Path) -> Path:
-    assert run(app, ["import", "huginn", str(source), str(out), "--name", "raven", "--zero-state"], "rdlm") == 0
+    assert (
+        run(app, ["import", "huginn", str(source), str(out), "--name", "raven", "--zero-state"], "rdlm") == 0
+    )
     return out
 
 
@@ -84,8 +97,17 @@ def test_golden_logits_through_the_command(golden: Path, tmp_path: Path) -> None
     del given["lm_head.weight"]  # the same as the token table
     assert written.keys() == given.keys() and all(torch.equal(written[name], given[name]) for name in given)
     stated, said = (json.loads((where / "config.json").read_text()) for where in (golden, theirs))
-    ours = {"rdlm", "auto_map", "padding_multiple", "torch_dtype", "state_init", "init_values"}  # --zero-state is in the last two
-    assert {key: stated.get(key) for key in said.keys() - ours} == {key: said[key] for key in said.keys() - ours}
+    ours = {
+        "rdlm",
+        "auto_map",
+        "padding_multiple",
+        "torch_dtype",
+        "state_init",
+        "init_values",
+    }  # --zero-state is in the last two
+    assert {key: stated.get(key) for key in said.keys() - ours} == {
+        key: said[key] for key in said.keys() - ours
+    }
 
 
 @pytest.fixture(params=["golden", "tiny"])
@@ -96,7 +118,9 @@ def source(request: pytest.FixtureRequest, tmp_path: Path, tiny, tiny_config) ->
         shutil.copytree(request.getfixturevalue("golden"), folder)
     else:
         shape = {"vocab_size": 320, "max_seq_len": 128}
-        ours = checkpoint.save(tmp_path / "t", tiny("huginn", "bptt", **shape), tiny_config("huginn", "bptt", **shape), None)
+        ours = checkpoint.save(
+            tmp_path / "t", tiny("huginn", "bptt", **shape), tiny_config("huginn", "bptt", **shape), None
+        )
         export_huginn(ours, folder, shard_bytes=50_000)
     write_tokenizer(folder)
     return folder
@@ -110,23 +134,43 @@ def test_imported_model_serves_and_scores(source: Path, tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id) == (special["<|begin_text|>"], special["<|end_text|>"])
     assert tokenizer.encode("<|end_turn|>the fox")[0] == special["<|end_turn|>"]
     settings = EngineSettings(max_slots=2, chunk=32, prefill_rows=64)
-    with Engine(lambda: load_served(folder, settings)) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+    with (
+        Engine(lambda: load_served(folder, settings)) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
         body = {"prompt": "the raven", "max_tokens": 3, "num_steps": 4, "temperature": 0}
-        first, second = (client.post("/v1/completions", json={**body, "seed": seed}).json() for seed in (1, 2))
-        assert first["choices"][0]["text"] == second["choices"][0]["text"]  # from zero, greedy depends on no seed
-        asked = {"messages": [{"role": "user", "content": " the fox "}], "max_tokens": 8, "num_steps": 1, "temperature": 0}
+        first, second = (
+            client.post("/v1/completions", json={**body, "seed": seed}).json() for seed in (1, 2)
+        )
+        assert (
+            first["choices"][0]["text"] == second["choices"][0]["text"]
+        )  # from zero, greedy depends on no seed
+        asked = {
+            "messages": [{"role": "user", "content": " the fox "}],
+            "max_tokens": 8,
+            "num_steps": 1,
+            "temperature": 0,
+        }
         for token, reason in (("<|end_turn|>", "stop"), ("<|end_text|>", "stop"), ("<|pad|>", "length")):
-            answer = client.post("/v1/chat/completions", json={**asked, "logit_bias": {str(special[token]): 100}}).json()
+            answer = client.post(
+                "/v1/chat/completions", json={**asked, "logit_bias": {str(special[token]): 100}}
+            ).json()
             assert answer["choices"][0]["finish_reason"] == reason, token
         text = "<|begin_text|><|begin_header|>user<|end_header|>\n\nthe fox<|end_turn|><|begin_header|>Huginn<|end_header|>\n\n"
         assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode(text))
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 400)
     wanted = Preparation(
-        str(tmp_path / "text.txt"), tmp_path / "data", tokenizer=str(folder / "tokenizer"), valid_fraction=0.5, test_fraction=0
+        str(tmp_path / "text.txt"),
+        tmp_path / "data",
+        tokenizer=str(folder / "tokenizer"),
+        valid_fraction=0.5,
+        test_fraction=0,
     )
     prepare(wanted, progress=False)
     report = tmp_path / "nll.json"
     command = ["eval", "nll", "--checkpoint", str(folder), "--data", str(tmp_path / "data"), "--steps", "1,4"]
     assert run(app, [*command, "--max-tokens", "256", "--out", str(report)], "rdlm") == 0
     results = json.loads(report.read_text())["results"]
-    assert [r["K"] for r in results] == [1, 4] and all(4 < r["nll"] < 9 for r in results)  # untrained: about log 320 = 5.8
+    assert [r["K"] for r in results] == [1, 4] and all(
+        4 < r["nll"] < 9 for r in results
+    )  # untrained: about log 320 = 5.8

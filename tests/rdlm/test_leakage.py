@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.context import CausalContext, TwoStreamContext
-from rdlm.denoiser import Denoiser
-from rdlm.objectives import Batch, corrupt, in_place_hidden, two_stream_hidden
-from rdlm.randomness import generator
+from rdlm.nn.context import CausalContext, TwoStreamContext
+from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives.losses import Batch, corrupt, in_place_hidden, two_stream_hidden
+from rdlm.random_streams import generator
 from rdlm.registry import OF_TEXT
 from rdlm.scoring import token_logprobs
 
@@ -59,7 +59,9 @@ def test_no_row_sees_a_later_token(tiny, name: str | dict[str, Any]) -> None:
         after = row_losses(denoiser, shifted(changed))
         torch.testing.assert_close(after[:, : j - 1], before[:, : j - 1], atol=0, rtol=0)
         if j < T:
-            assert not torch.equal(after[:, j], before[:, j])  # the test can fail: later rows do read the token
+            assert not torch.equal(
+                after[:, j], before[:, j]
+            )  # the test can fail: later rows do read the token
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -68,8 +70,12 @@ def test_prior_logits_do_not_depend_on_the_target(tiny, tiny_config, name: str) 
     """Scores of the prior are likelihoods: the target must enter only as the index that is looked up."""
     denoiser, config = trained_a_little(tiny("huginn", name)), tiny_config("huginn", name)
     ids = torch.randint(0, V, (1, T))
-    every = torch.stack([token_logprobs(denoiser, config, ids, torch.full_like(ids, v), [1])[1] for v in range(V)])
-    torch.testing.assert_close(every.logsumexp(0), torch.zeros(1, T), atol=1e-4, rtol=0)  # normalised over the vocabulary
+    every = torch.stack(
+        [token_logprobs(denoiser, config, ids, torch.full_like(ids, v), [1])[1] for v in range(V)]
+    )
+    torch.testing.assert_close(
+        every.logsumexp(0), torch.zeros(1, T), atol=1e-4, rtol=0
+    )  # normalised over the vocabulary
 
 
 @torch.no_grad()
@@ -77,7 +83,9 @@ def test_thinking_scores_are_normalised_at_every_k(tiny, tiny_config) -> None:
     denoiser, config = trained_a_little(tiny("huginn", "single_pass")), tiny_config("huginn", "single_pass")
     ids = torch.randint(0, V, (1, T))
     for k in (1, 3, 7):
-        every = torch.stack([token_logprobs(denoiser, config, ids, torch.full_like(ids, v), [k])[k] for v in range(V)])
+        every = torch.stack(
+            [token_logprobs(denoiser, config, ids, torch.full_like(ids, v), [k])[k] for v in range(V)]
+        )
         torch.testing.assert_close(every.logsumexp(0), torch.zeros(1, T), atol=1e-4, rtol=0)
 
 
@@ -85,7 +93,12 @@ def test_thinking_scores_are_normalised_at_every_k(tiny, tiny_config) -> None:
 def test_mixture_is_normalised_too(tiny, tiny_config) -> None:
     denoiser, config = trained_a_little(tiny("huginn", "evidence")), tiny_config("huginn", "evidence")
     ids = torch.randint(0, V, (1, 4))
-    every = torch.stack([token_logprobs(denoiser, config, ids, torch.full_like(ids, v), [3], num_draws=2)[3] for v in range(V)])
+    every = torch.stack(
+        [
+            token_logprobs(denoiser, config, ids, torch.full_like(ids, v), [3], num_draws=2)[3]
+            for v in range(V)
+        ]
+    )
     torch.testing.assert_close(every.logsumexp(0), torch.zeros(1, 4), atol=1e-4, rtol=0)
 
 
@@ -93,7 +106,9 @@ def test_mixture_is_normalised_too(tiny, tiny_config) -> None:
 def test_two_stream_mask(sees_own_clean: bool) -> None:
     mask = TwoStreamContext(4, sees_own_clean).mask
     for i in range(4):
-        assert mask[i].tolist() == [j <= i for j in range(4)] + [False] * 4  # the clean stream is causal and sees no noise
+        assert (
+            mask[i].tolist() == [j <= i for j in range(4)] + [False] * 4
+        )  # the clean stream is causal and sees no noise
         context = [j <= i if sees_own_clean else j < i for j in range(4)]
         assert mask[4 + i].tolist() == context + [j == i for j in range(4)]
 
@@ -110,5 +125,7 @@ def test_clean_stream_is_the_plain_causal_model(tiny) -> None:
     both = torch.cat([torch.zeros_like(e), denoiser.inject(z, sigma)], 1)
     streams = model.decode(denoiser.step(both, torch.cat([e, e], 1), cond, ctx), ctx)
     alone_ctx = CausalContext(T)
-    alone = model.decode(denoiser.step(torch.zeros_like(e), e, denoiser.condition(None, e), alone_ctx), alone_ctx)
+    alone = model.decode(
+        denoiser.step(torch.zeros_like(e), e, denoiser.condition(None, e), alone_ctx), alone_ctx
+    )
     torch.testing.assert_close(streams[:, :T], alone, atol=2e-6, rtol=1e-5)

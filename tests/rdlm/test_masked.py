@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdlm.blockwise import Blockwise, blocks_of
-from rdlm.checkpoint import load, save
-from rdlm.config import CheckpointConfig, MaskingConfig, ObjectiveConfig
+from rdlm.checkpoints.folder import load, save
+from rdlm.config.checkpoint import CheckpointConfig, MaskingConfig, ObjectiveConfig
+from rdlm.diffusion.blockwise import Blockwise, blocks_of
+from rdlm.diffusion.masked_likelihood import bound
+from rdlm.diffusion.masking import LinearMasking, hide, spread
+from rdlm.diffusion.partition import partition_of
 from rdlm.errors import UserError
-from rdlm.masked_denoiser import MaskedDenoiser
-from rdlm.masked_likelihood import bound
-from rdlm.masking import LinearMasking, hide, spread
-from rdlm.objectives import Batch, loss_terms
-from rdlm.partition import partition_of
+from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.objectives.masked_denoiser import MaskedDenoiser
 from rdlm.registry import build
 
 V, T = 64, 12
@@ -50,7 +50,9 @@ def test_a_hidden_token_never_reaches_a_prediction_and_one_in_sight_reaches_all(
         assert not moved.any() if hidden_ones[0, position] else moved[hidden_ones].all(), position
 
 
-def test_the_loss_hides_what_it_asks_and_touches_nothing_else(masked_config, awake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_hides_what_it_asks_and_touches_nothing_else(
+    masked_config, awake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mask = torch.ones(4, T, dtype=torch.bool)
     mask[:, 7:] = False
     data, denoiser = batch(mask=mask), awake(build(masked_config(), seed=0))
@@ -71,9 +73,13 @@ def test_the_loss_hides_what_it_asks_and_touches_nothing_else(masked_config, awa
     assert terms.count == mask.sum()
     assert torch.equal(terms.total, loss_terms(denoiser, data, step=2, seed=9).total)
     for other in ({"step": 3}, {"seed": 8}, {"rank": 1}, {"micro": 1}):
-        assert not torch.equal(terms.total, loss_terms(denoiser, data, **{"step": 2, "seed": 9, **other}).total)
+        assert not torch.equal(
+            terms.total, loss_terms(denoiser, data, **{"step": 2, "seed": 9, **other}).total
+        )
     unseen = Batch((data.inputs + 1) % V, data.targets, mask)
-    assert torch.equal(terms.total, loss_terms(denoiser, unseen, step=2, seed=9).total), "it models the targets themselves"
+    assert torch.equal(terms.total, loss_terms(denoiser, unseen, step=2, seed=9).total), (
+        "it models the targets themselves"
+    )
 
 
 def test_every_parameter_learns(masked_config, awake) -> None:
@@ -87,7 +93,10 @@ def test_it_learns_what_one_token_says_of_another() -> None:
     rng = torch.Generator().manual_seed(0)
 
     def rows(count: int) -> Batch:
-        start, stride = torch.randint(12, (count, 1), generator=rng), torch.randint(1, 4, (count, 1), generator=rng)
+        start, stride = (
+            torch.randint(12, (count, 1), generator=rng),
+            torch.randint(1, 4, (count, 1), generator=rng),
+        )
         ids = (start + stride * torch.arange(16)) % 12
         return Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool))
 
@@ -100,7 +109,11 @@ def test_it_learns_what_one_token_says_of_another() -> None:
         "num_layers": 3,
         "max_seq_len": 16,
     }
-    document = {"name": "toy", "model": {**shape, "noise_conditioning": True}, "objective": {"name": "masked"}}
+    document = {
+        "name": "toy",
+        "model": {**shape, "noise_conditioning": True},
+        "objective": {"name": "masked"},
+    }
     denoiser = build(CheckpointConfig.model_validate(document), seed=0)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=3e-3, betas=(0.9, 0.95))
     for step in range(200):
@@ -112,14 +125,22 @@ def test_it_learns_what_one_token_says_of_another() -> None:
         optimizer.zero_grad()
     held_out = rows(64).targets
     alone, four, many = (float(bound(denoiser, held_out, k).sum(1).mean()) for k in (1, 4, 64))
-    assert alone > 0.98 * 16 * math.log(12) and many < four < 0.75 * alone and many < 0.6 * alone, (alone, four, many)
+    assert alone > 0.98 * 16 * math.log(12) and many < four < 0.75 * alone and many < 0.6 * alone, (
+        alone,
+        four,
+        many,
+    )
 
 
 def test_a_batch_in_which_nothing_is_hidden_costs_nothing(masked_config) -> None:
     denoiser = build(masked_config(), seed=0)
     terms = loss_terms(denoiser, batch(mask=torch.zeros(4, T, dtype=torch.bool)), step=0, seed=0)
     terms.total.backward()
-    assert terms.total == 0 and terms.metrics["ce"] == 0 and all(p.grad.abs().sum() == 0 for p in denoiser.parameters())
+    assert (
+        terms.total == 0
+        and terms.metrics["ce"] == 0
+        and all(p.grad.abs().sum() == 0 for p in denoiser.parameters())
+    )
 
 
 def test_levels_cover_the_interval_and_tokens_are_hidden_at_their_rate() -> None:
@@ -130,13 +151,18 @@ def test_levels_cover_the_interval_and_tokens_are_hidden_at_their_rate() -> None
     torch.testing.assert_close(rate, torch.tensor([0.1, 0.5, 1.0]), atol=0.02, rtol=0)
     schedule, q = LinearMasking(MaskingConfig(t_min=0.01)), torch.rand(9, dtype=torch.float64)
     torch.testing.assert_close(schedule.cdf(schedule.icdf(q)), q)
-    assert schedule.widen(0.4, 0.6, 0.5) == pytest.approx((0.3, 0.7)) and schedule.widen(0.01, 1.0, 0.5) == (0.01, 1.0)
+    assert schedule.widen(0.4, 0.6, 0.5) == pytest.approx((0.3, 0.7)) and schedule.widen(0.01, 1.0, 0.5) == (
+        0.01,
+        1.0,
+    )
 
 
 # Blocks, checkpoints, refusals ------------------------------------------------------------------------------------------------
 
 
-def test_blocks_cut_alpha_evenly_and_train_on_their_own_levels(masked_config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_cut_alpha_evenly_and_train_on_their_own_levels(
+    masked_config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cut = partition_of(masked_config(num_blocks=4, overlap=0.1))
     low = MaskingConfig().t_min
     assert cut.edges == pytest.approx([1 - b / 4 * (1 - low) for b in range(5)])
@@ -144,7 +170,9 @@ def test_blocks_cut_alpha_evenly_and_train_on_their_own_levels(masked_config, mo
     seen: list[Tensor] = []
     real = MaskedDenoiser.hidden
     monkeypatch.setattr(
-        MaskedDenoiser, "hidden", lambda self, ids, level, lengths=None: seen.append(level) or real(self, ids, level, lengths)
+        MaskedDenoiser,
+        "hidden",
+        lambda self, ids, level, lengths=None: seen.append(level) or real(self, ids, level, lengths),
     )
     for b in range(4):
         alone = build(masked_config(num_blocks=4, overlap=0.1, block=b), seed=0)
@@ -188,7 +216,8 @@ def test_dials_that_would_be_ignored_are_errors(objective: dict, problem: str) -
 
 
 @pytest.mark.parametrize(
-    ("family", "objective"), [("llama", "masked"), ("huginn", "masked"), ("masked", "evidence"), ("masked", "next_token")]
+    ("family", "objective"),
+    [("llama", "masked"), ("huginn", "masked"), ("masked", "evidence"), ("masked", "next_token")],
 )
 def test_family_and_objective_need_each_other(tiny_config, family: str, objective: str) -> None:
     with pytest.raises(UserError, match="cannot be trained with it"):
@@ -198,7 +227,10 @@ def test_family_and_objective_need_each_other(tiny_config, family: str, objectiv
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"blocks": {"num_blocks": 2, "partition": "equal_information", "prior_nats": 4.0}}, "curve is one over sigma"),
+        (
+            {"blocks": {"num_blocks": 2, "partition": "equal_information", "prior_nats": 4.0}},
+            "curve is one over sigma",
+        ),
         ({"objective": {"name": "masked", "depth": {"mean": 2}}}, "runs its layers once"),
     ],
 )

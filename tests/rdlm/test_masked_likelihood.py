@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.blockwise import blocks_of
-from rdlm.decoding_types import SamplingParams
-from rdlm.denoiser import Denoiser
+from rdlm.diffusion.blockwise import blocks_of
+from rdlm.diffusion.masked_likelihood import bound, left_to_right
+from rdlm.diffusion.unmasking import unmask
 from rdlm.errors import UserError
-from rdlm.masked_likelihood import bound, left_to_right
+from rdlm.objectives.denoiser import Denoiser
 from rdlm.registry import build
+from rdlm.sampling_params import SamplingParams
 from rdlm.scoring import estimator_of, token_logprobs, token_scores
-from rdlm.unmasking import unmask
 from tests.rdlm.masked_laws import Exact, Levels, T, V, batch, distance, expected_bound, joint
 
 # The bound --------------------------------------------------------------------------------------------------------------------
@@ -28,7 +28,10 @@ def test_no_model_gives_more_than_all_probability(masked_config, awake, num_step
     denoiser = awake(build(masked_config(model={"vocab_size": 3}, num_blocks=2), seed=0))
     whole: Any = Levels(denoiser, 3)
     with torch.no_grad():
-        mass = sum(math.exp(-expected_bound(whole, torch.tensor(x), num_steps)) for x in itertools.product(range(3), repeat=3))
+        mass = sum(
+            math.exp(-expected_bound(whole, torch.tensor(x), num_steps))
+            for x in itertools.product(range(3), repeat=3)
+        )
     assert 0.5 < mass <= 1 + 1e-6
     if num_steps == 1:
         assert mass == pytest.approx(1, abs=1e-5), "independent tokens: a likelihood"
@@ -40,7 +43,9 @@ def test_draws_agree_with_the_bound_in_full(num_steps: int) -> None:
     row = torch.tensor([2, 0, 1])
     drawn = [bound(denoiser, row[None], num_steps, seed=seed, num_draws=4).sum() for seed in range(120)]
     error = float(torch.stack(drawn).std()) / math.sqrt(120)
-    assert float(torch.stack(drawn).mean()) == pytest.approx(expected_bound(denoiser, row, num_steps), abs=4 * error + 1e-5)
+    assert float(torch.stack(drawn).mean()) == pytest.approx(
+        expected_bound(denoiser, row, num_steps), abs=4 * error + 1e-5
+    )
 
 
 def test_bound_of_an_exact_denoiser_falls_to_the_likelihood() -> None:
@@ -53,7 +58,10 @@ def test_bound_of_an_exact_denoiser_falls_to_the_likelihood() -> None:
     exact: Any = Exact(law)
     gaps = []
     for k in (1, 4, 16, 64):
-        mean = sum(float(law[x]) * expected_bound(exact, torch.tensor(x), k) for x in itertools.product(range(3), repeat=3))
+        mean = sum(
+            float(law[x]) * expected_bound(exact, torch.tensor(x), k)
+            for x in itertools.product(range(3), repeat=3)
+        )
         gaps.append(mean + float((law * law.log()).sum()))
     assert gaps == sorted(gaps, reverse=True) and gaps[-1] > 0 and gaps[-1] < gaps[0] / 15, gaps
 
@@ -80,9 +88,13 @@ def test_bound_of_a_continuation_is_that_of_the_law_given_its_context(num_steps:
     whole: Any = Exact(law)
     given: Any = Exact(law[1] / law[1].sum())
     row, mask = torch.tensor([[1, 2, 0]]), torch.tensor([[False, True, True]])
-    drawn = torch.stack([bound(whole, row, num_steps, mask=mask, seed=seed, num_draws=2).sum() for seed in range(200)])
+    drawn = torch.stack(
+        [bound(whole, row, num_steps, mask=mask, seed=seed, num_draws=2).sum() for seed in range(200)]
+    )
     error = float(drawn.std()) / math.sqrt(200)
-    assert float(drawn.mean()) == pytest.approx(expected_bound(given, row[0, 1:], num_steps), abs=4 * error + 1e-5)
+    assert float(drawn.mean()) == pytest.approx(
+        expected_bound(given, row[0, 1:], num_steps), abs=4 * error + 1e-5
+    )
 
 
 def test_bound_of_a_continuation_tells_the_layers_the_share_that_is_hidden(masked_config, awake) -> None:
@@ -104,7 +116,10 @@ def test_scores_are_named_a_bound_and_tokens_have_none(masked_config) -> None:
     denoiser = build(shape, seed=0)
     found = token_logprobs(denoiser, shape, data.inputs, data.targets, [1, 4], num_draws=3)
     assert found[4].shape == (2, T) and torch.equal(-found[4], bound(denoiser, data.targets, 4, num_draws=3))
-    assert estimator_of(shape, 4, 3) == "upper bound of the NLL, not its value: K = 4 unmasking steps, 3 stratified draws"
+    assert (
+        estimator_of(shape, 4, 3)
+        == "upper bound of the NLL, not its value: K = 4 unmasking steps, 3 stratified draws"
+    )
     with pytest.raises(UserError, match="no next token"):
         token_scores(denoiser, shape, data.inputs, data.targets, [1])
 
@@ -128,12 +143,19 @@ ALL = torch.tensor(list(itertools.product(range(3), repeat=3)))
 def test_left_to_right_is_a_likelihood_and_that_of_its_sampler(loud: Denoiser) -> None:
     """All 3^3 sequences together have probability 1, and ``unmask`` draws them as often as that; more steps than tokens change nothing."""
     probability = left_to_right(loud, ALL)[0].double().sum(1).exp()
-    assert float(probability.sum()) == pytest.approx(1, abs=1e-5) and float(probability.max() / probability.min()) > 10
+    assert (
+        float(probability.sum()) == pytest.approx(1, abs=1e-5)
+        and float(probability.max() / probability.min()) > 10
+    )
     start = torch.full((4000, 3), 3)
     drawn = unmask(loud, start, 3, SamplingParams(), seed=4, order="left_to_right")
     assert distance(probability.view(3, 3, 3), drawn) < 0.04
-    assert torch.equal(drawn[:50], unmask(loud, start[:50], 3, SamplingParams(), seed=4, order="left_to_right"))
-    assert torch.equal(drawn[:50], unmask(loud, start[:50], 64, SamplingParams(), seed=4, order="left_to_right"))
+    assert torch.equal(
+        drawn[:50], unmask(loud, start[:50], 3, SamplingParams(), seed=4, order="left_to_right")
+    )
+    assert torch.equal(
+        drawn[:50], unmask(loud, start[:50], 64, SamplingParams(), seed=4, order="left_to_right")
+    )
     other = unmask(loud, start, 3, SamplingParams(), seed=4)
     assert distance(probability.view(3, 3, 3), other) > 0.06, "in random order the law is another one"
 
@@ -167,7 +189,7 @@ def test_left_to_right_by_its_definition_in_any_batch(masked_config, awake) -> N
         assert float(found[b, i]) == pytest.approx(float(table[data[b, i]]), abs=1e-5)
         assert bool(greedy[b, i]) == (int(table.argmax()) == int(data[b, i]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rdlm.masked_likelihood.POSITIONS_AT_ONCE", 3 * T)
+        patch.setattr("rdlm.diffusion.masked_likelihood.POSITIONS_AT_ONCE", 3 * T)
         torch.testing.assert_close(left_to_right(denoiser, data, mask)[0], found)
     torch.testing.assert_close(left_to_right(denoiser, data[3:4], mask[3:4])[0], found[3:4])
     best = unmask(denoiser, torch.full((1, T), V), T, SamplingParams(temperature=0), order="left_to_right")
@@ -177,7 +199,12 @@ def test_left_to_right_by_its_definition_in_any_batch(masked_config, awake) -> N
 def test_left_to_right_of_an_exact_denoiser_is_its_law() -> None:
     law = joint(3, 3, seed=3)
     denoiser: Any = Exact(law)
-    found = left_to_right(denoiser, torch.tensor(list(itertools.product(range(3), repeat=3))))[0].double().sum(1).exp()
+    found = (
+        left_to_right(denoiser, torch.tensor(list(itertools.product(range(3), repeat=3))))[0]
+        .double()
+        .sum(1)
+        .exp()
+    )
     torch.testing.assert_close(found, law.flatten(), atol=1e-6, rtol=1e-4)
 
 
@@ -212,4 +239,6 @@ def test_the_bound_is_that_of_the_very_sampler(masked_config, awake) -> None:
             law[x] = probability(x, num_steps, frozenset(range(3)))
             assert expected_bound(whole, torch.tensor(x), num_steps) >= -math.log(law[x]) - 1e-5
     assert float(law.sum()) == pytest.approx(1, abs=1e-5) and float(law.max() / law.min()) > 3
-    assert distance(law, unmask(denoiser, torch.full((6000, 3), 3), num_steps, SamplingParams(), seed=4)) < 0.04
+    assert (
+        distance(law, unmask(denoiser, torch.full((6000, 3), 3), num_steps, SamplingParams(), seed=4)) < 0.04
+    )

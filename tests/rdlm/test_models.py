@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rdlm.cache import KVPool, PackedContext, Segment
-from rdlm.context import CausalContext
-from rdlm.denoiser import Denoiser
+from rdlm.config.model import HuginnConfig, LlamaConfig
+from rdlm.diffusion.samplers import run
 from rdlm.errors import UserError
-from rdlm.layers.rope import rotary_table
-from rdlm.model_config import HuginnConfig, LlamaConfig
 from rdlm.models.huginn import Huginn
+from rdlm.nn.context import CausalContext
+from rdlm.nn.kv_cache import KVPool, PackedContext, Segment
+from rdlm.nn.rotary import rotary_table
+from rdlm.objectives.denoiser import Denoiser
 from rdlm.registry import build_model
-from rdlm.sampler import run
 
 T, V = 12, 64
 
@@ -69,14 +69,20 @@ def test_identity_adapter_makes_one_step_a_plain_transformer(tiny, state_init: s
     e = model.encode(torch.randint(0, V, (2, T)), ctx)
     rng = torch.Generator().manual_seed(0)
     torch.testing.assert_close(
-        model.core(model.initial_state(e, rng), e, None, ctx), model.core(torch.randn_like(e), e, None, ctx), atol=0, rtol=0
+        model.core(model.initial_state(e, rng), e, None, ctx),
+        model.core(torch.randn_like(e), e, None, ctx),
+        atol=0,
+        rtol=0,
     )
 
 
 def test_like_init_state_has_huginns_scale(tiny) -> None:
     """Truncated normal of std sqrt(2/5D) times sqrt(D): 0.632 before the cut at three standard deviations."""
     state = tiny("huginn", "onestep", state_init="normal").model.initial_state(torch.empty(64, 64, 32))
-    assert state.std().item() == pytest.approx((2 / 5) ** 0.5, rel=0.03) and state.abs().max() <= 3 * (2 / 5) ** 0.5 + 1e-6
+    assert (
+        state.std().item() == pytest.approx((2 / 5) ** 0.5, rel=0.03)
+        and state.abs().max() <= 3 * (2 / 5) ** 0.5 + 1e-6
+    )
 
 
 def test_adaln_starts_as_the_plain_layer(tiny) -> None:
@@ -87,13 +93,23 @@ def test_adaln_starts_as_the_plain_layer(tiny) -> None:
     e = plain.model.encode(ids, ctx)
     cond = conditioned.condition(torch.full((2, T), 0.3), e)
     torch.testing.assert_close(
-        conditioned.step(torch.zeros_like(e), e, cond, ctx), plain.step(torch.zeros_like(e), e, None, ctx), atol=0, rtol=0
+        conditioned.step(torch.zeros_like(e), e, cond, ctx),
+        plain.step(torch.zeros_like(e), e, None, ctx),
+        atol=0,
+        rtol=0,
     )
 
 
 def test_grouped_heads_equal_repeated_heads() -> None:
     """Two key-value heads shared by four query heads compute what four repeated ones do."""
-    shape = {"vocab_size": V, "d_model": 32, "num_heads": 4, "mlp_width": 64, "num_layers": 2, "max_seq_len": 64}
+    shape = {
+        "vocab_size": V,
+        "d_model": 32,
+        "num_heads": 4,
+        "mlp_width": 64,
+        "num_layers": 2,
+        "max_seq_len": 64,
+    }
     grouped = build_model(LlamaConfig.model_validate({**shape, "num_kv_heads": 2}))
     grouped.init_weights(torch.Generator().manual_seed(0))
     full = build_model(LlamaConfig.model_validate(shape))
@@ -137,11 +153,14 @@ def through_cache(
 
 
 @pytest.mark.parametrize(
-    ("family", "objective", "num_steps"), [("huginn", "single_pass", 4), ("huginn", "bptt", 1), ("llama", "next_token", 1)]
+    ("family", "objective", "num_steps"),
+    [("huginn", "single_pass", 4), ("huginn", "bptt", 1), ("llama", "next_token", 1)],
 )
 @pytest.mark.parametrize("spans", [[T], [1] * T, [5, 1, 1, 5], [3, 4, 5]])
 @torch.no_grad()
-def test_prefill_equals_decode_with_the_full_cache(tiny, family: str, objective: str, num_steps: int, spans: list[int]) -> None:
+def test_prefill_equals_decode_with_the_full_cache(
+    tiny, family: str, objective: str, num_steps: int, spans: list[int]
+) -> None:
     """Any split of a sequence gives the logits of the whole, to fp32 rounding (2e-5), when every step keeps its keys."""
     denoiser, ids = tiny(family, objective), torch.randint(0, V, (1, T))
     ctx = CausalContext(T)
@@ -181,11 +200,16 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
         e_alone.append(e)
         outs.append(
             denoiser.step(
-                torch.ones_like(e), e, denoiser.condition(None, e), PackedContext(alone, [Segment(slot, start, length, step)])
+                torch.ones_like(e),
+                e,
+                denoiser.condition(None, e),
+                PackedContext(alone, [Segment(slot, start, length, step)]),
             )
         )
     segments = [Segment(slot, start, length) for _, slot, start, length, _ in plans]
-    e = model.encode(torch.cat([ids[:, s : s + n] for ids, _, s, n, _ in plans], 1), PackedContext(packed, segments))
+    e = model.encode(
+        torch.cat([ids[:, s : s + n] for ids, _, s, n, _ in plans], 1), PackedContext(packed, segments)
+    )
     torch.testing.assert_close(e, torch.cat(e_alone, 1), atol=2e-5, rtol=1e-4)
     stepped = [Segment(slot, start, length, step) for _, slot, start, length, step in plans]
     got = denoiser.step(torch.ones_like(e), e, denoiser.condition(None, e), PackedContext(packed, stepped))
@@ -197,12 +221,14 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
 @torch.no_grad()
 def test_uncommitted_rows_equal_the_two_stream_forward(tiny, objective: str, append_own: bool) -> None:
     """A noise level served from the cache must compute what the clean-and-noisy forward computes, and leave the cache alone."""
-    from rdlm.objectives import two_stream_hidden
+    from rdlm.objectives.losses import two_stream_hidden
 
     denoiser = tiny("huginn", objective)
     model, ids = denoiser.model, torch.randint(0, V, (1, T))
     z, sigma = torch.randn(1, T, 32), torch.full((1, T), 0.5)
-    expected = denoiser.predict(two_stream_hidden(denoiser, ids, z, sigma, sees_own_clean=append_own), z, sigma).logits()[0, -1]
+    expected = denoiser.predict(
+        two_stream_hidden(denoiser, ids, z, sigma, sees_own_clean=append_own), z, sigma
+    ).logits()[0, -1]
     pool = pool_for(denoiser, 1)
     through_cache(denoiser, pool, ids[:, :-1], 1, [T - 1], 0)
     if append_own:
@@ -211,7 +237,9 @@ def test_uncommitted_rows_equal_the_two_stream_forward(tiny, objective: str, app
     noisy = PackedContext(pool, [Segment(0, T - 1, 1, commit=False, append_own=append_own)])
     e = model.encode(ids[:, -1:], PackedContext(pool, [Segment(0, T - 1, 1)]))
     committed = pool.k.clone()
-    state = denoiser.step(denoiser.inject(z[:, -1:], sigma[:, -1:]), e, denoiser.condition(sigma[:, -1:], e), noisy)
+    state = denoiser.step(
+        denoiser.inject(z[:, -1:], sigma[:, -1:]), e, denoiser.condition(sigma[:, -1:], e), noisy
+    )
     got = denoiser.predict(model.decode(state, noisy), z[:, -1:], sigma[:, -1:]).logits()[0, -1]
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
     assert torch.equal(pool.k, committed) and torch.allclose(before[1:], committed[1:], atol=1e-6)
@@ -220,7 +248,9 @@ def test_uncommitted_rows_equal_the_two_stream_forward(tiny, objective: str, app
 def through_clean_row(denoiser: Denoiser, pool: KVPool, ids: torch.Tensor) -> None:
     context = PackedContext(pool, [Segment(0, T - 1, 1)])
     e = denoiser.model.encode(ids[:, -1:], context)
-    denoiser.model.decode(denoiser.step(torch.zeros_like(e), e, denoiser.condition(None, e), context), context)
+    denoiser.model.decode(
+        denoiser.step(torch.zeros_like(e), e, denoiser.condition(None, e), context), context
+    )
 
 
 def test_llama_refuses_to_recur(tiny) -> None:

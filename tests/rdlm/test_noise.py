@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from rdlm.config import NoiseConfig
+from rdlm.config.checkpoint import NoiseConfig
+from rdlm.diffusion.noise import LogNormalSchedule, denoise_scalings, edm_weight, geometric_grid
+from rdlm.diffusion.partition import partition
 from rdlm.errors import UserError
-from rdlm.noise import LogNormalSchedule, denoise_scalings, edm_weight, geometric_grid
-from rdlm.partition import partition
 
 SCHEDULE = LogNormalSchedule(NoiseConfig())
 
@@ -90,9 +90,15 @@ def test_impossible_partitions_name_the_field(arguments: dict, field: str) -> No
 def test_edm_coefficients() -> None:
     """Karras et al. 2022, Table 1, by hand at sigma = 0.5 = sigma_data and in the limits."""
     c = denoise_scalings(torch.tensor([0.5, 1e-6, 1e6], dtype=torch.float64), 0.5)
-    torch.testing.assert_close(c.c_skip, torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64), atol=1e-9, rtol=0)
-    torch.testing.assert_close(c.c_out, torch.tensor([0.5 / math.sqrt(2), 1e-6, 0.5], dtype=torch.float64), atol=1e-9, rtol=0)
-    torch.testing.assert_close(c.c_in, torch.tensor([math.sqrt(2), 2.0, 1e-6], dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        c.c_skip, torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64), atol=1e-9, rtol=0
+    )
+    torch.testing.assert_close(
+        c.c_out, torch.tensor([0.5 / math.sqrt(2), 1e-6, 0.5], dtype=torch.float64), atol=1e-9, rtol=0
+    )
+    torch.testing.assert_close(
+        c.c_in, torch.tensor([math.sqrt(2), 2.0, 1e-6], dtype=torch.float64), atol=1e-9, rtol=0
+    )
     assert c.c_noise[0].item() == pytest.approx(math.log(0.5) / 4)
     sigma = torch.tensor([0.002, 0.3, 80.0], dtype=torch.float64)
     torch.testing.assert_close(edm_weight(sigma, 0.5), 1 / denoise_scalings(sigma, 0.5).c_out.square())
@@ -104,7 +110,9 @@ def test_scaled_input_has_unit_variance() -> None:
     rng = torch.Generator().manual_seed(0)
     for sigma in (0.05, 0.5, 20.0):
         z = 0.5 * torch.randn(200_000, generator=rng) + sigma * torch.randn(200_000, generator=rng)
-        assert (denoise_scalings(torch.tensor(sigma), 0.5).c_in * z).std().item() == pytest.approx(1.0, abs=0.01)
+        assert (denoise_scalings(torch.tensor(sigma), 0.5).c_in * z).std().item() == pytest.approx(
+            1.0, abs=0.01
+        )
 
 
 def test_geometric_grid() -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from rdlm.config import CorruptionConfig, DepthConfig, ObjectiveConfig, parse
+from rdlm.config.checkpoint import CorruptionConfig, DepthConfig, ObjectiveConfig, parse
+from rdlm.diffusion.samplers import run
 from rdlm.errors import UserError
-from rdlm.objectives import Batch, corrupt, in_place_hidden, loss_terms, num_recurrences
-from rdlm.randomness import generator
-from rdlm.sampler import run
+from rdlm.objectives.losses import Batch, corrupt, in_place_hidden, loss_terms, num_recurrences
+from rdlm.random_streams import generator
 
 V, B, T = 64, 4, 16
 
@@ -50,7 +50,9 @@ def test_only_the_last_steps_carry_gradient() -> None:
     weight = torch.tensor(2.0, requires_grad=True)
     out = run(lambda s, _: s * weight, torch.tensor(1.0), 5, grad_steps=2)
     assert out.item() == 32.0
-    assert torch.autograd.grad(out, weight)[0].item() == 2 * 8 * 2.0  # d(8 w^2)/dw at w = 2: three steps are constants
+    assert (
+        torch.autograd.grad(out, weight)[0].item() == 2 * 8 * 2.0
+    )  # d(8 w^2)/dw at w = 2: three steps are constants
 
 
 def test_truncation_reaches_the_parameters(tiny) -> None:
@@ -62,7 +64,9 @@ def test_truncation_reaches_the_parameters(tiny) -> None:
     }.items():  # fmt: skip
         denoiser = tiny("huginn", {"name": "onestep", "depth": {"distribution": "fixed", **depth}})
         with torch.no_grad():
-            denoiser.model.adapter.weight.add_(0.1 * torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
+            denoiser.model.adapter.weight.add_(
+                0.1 * torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+            )
         loss_terms(denoiser, batch_of(ids), step=0, seed=0).total.backward()
         grads[name] = denoiser.model.core_block[0].mlp.fc.weight.grad
     assert not torch.allclose(grads["one"], grads["all"], rtol=1e-3)
@@ -75,24 +79,33 @@ def test_corruption_share_levels_and_zero_rows(tiny) -> None:
     noised = corrupt(denoiser, targets, generator(0))
     assert noised is not None
     assert noised.is_noised.float().mean().item() == pytest.approx(0.3, abs=0.01)
-    assert bool((noised.z[~noised.is_noised] == 0).all()) and bool((noised.sigma[~noised.is_noised] == 80.0).all())
+    assert bool((noised.z[~noised.is_noised] == 0).all()) and bool(
+        (noised.sigma[~noised.is_noised] == 80.0).all()
+    )
     levels = noised.sigma[noised.is_noised]
     assert levels.min() >= 0.2 and levels.max() <= 80.0
     assert (levels < 2.0).float().mean().item() == pytest.approx(0.5, abs=0.02)
     residual = (noised.z - denoiser.clean(targets))[noised.is_noised] / levels[:, None]
-    assert residual.std().item() == pytest.approx(1.0, abs=0.01) and residual.mean().item() == pytest.approx(0.0, abs=0.01)
+    assert residual.std().item() == pytest.approx(1.0, abs=0.01) and residual.mean().item() == pytest.approx(
+        0.0, abs=0.01
+    )
 
 
 def test_noise_per_sequence_is_one_level_a_row(tiny) -> None:
     denoiser = tiny("huginn", "paper")
     noised = corrupt(denoiser, torch.randint(0, V, (50, 8)), generator(0))
-    assert noised is not None and bool((noised.sigma == noised.sigma[:, :1]).all()) and noised.sigma[:, 0].unique().numel() == 50
+    assert (
+        noised is not None
+        and bool((noised.sigma == noised.sigma[:, :1]).all())
+        and noised.sigma[:, 0].unique().numel() == 50
+    )
 
 
 def test_one_level_a_sequence_is_told_to_every_position(tiny) -> None:
     """The layers are told a sequence's level once; telling it at each position gives the same hidden states."""
     once, each = (
-        tiny("huginn", {"name": "single_pass", "corruption": {"share": 0.5, "per": per}}) for per in ("sequence", "position")
+        tiny("huginn", {"name": "single_pass", "corruption": {"share": 0.5, "per": per}})
+        for per in ("sequence", "position")
     )
     with torch.no_grad():
         once.model.core_block[0].modulation.linear.weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -102,7 +115,9 @@ def test_one_level_a_sequence_is_told_to_every_position(tiny) -> None:
     assert noised is not None and 0 < int(noised.is_noised[:, 0].sum()) < 8
     hidden = [in_place_hidden(denoiser, ids, noised, 2, generator(1)) for denoiser in (once, each)]
     torch.testing.assert_close(hidden[0], hidden[1])
-    told_nothing = in_place_hidden(each, ids, replace(noised, sigma=torch.full_like(noised.sigma, 80.0)), 2, generator(1))
+    told_nothing = in_place_hidden(
+        each, ids, replace(noised, sigma=torch.full_like(noised.sigma, 80.0)), 2, generator(1)
+    )
     assert not torch.allclose(told_nothing, hidden[1], atol=1e-3)
 
 
@@ -110,7 +125,9 @@ def test_noise_depends_on_rank_and_micro_batch_and_nothing_else(tiny) -> None:
     denoiser, batch = tiny("huginn", "single_pass"), batch_of(torch.randint(0, V, (B, T + 1)))
 
     def total(**key: int) -> float:
-        return loss_terms(denoiser, batch, **{"step": 3, "seed": 0, "rank": 0, "micro": 0, **key}).total.item()
+        return loss_terms(
+            denoiser, batch, **{"step": 3, "seed": 0, "rank": 0, "micro": 0, **key}
+        ).total.item()
 
     base = total()
     torch.manual_seed(99)
@@ -136,7 +153,10 @@ def test_mask_removes_positions(tiny) -> None:
     other[:, T // 2 :] = 0
     terms = loss_terms(denoiser, half, step=0, seed=0)
     assert terms.count.item() == B * T // 2
-    assert terms.total.item() == loss_terms(denoiser, Batch(batch.inputs, other, half.mask), step=0, seed=0).total.item()
+    assert (
+        terms.total.item()
+        == loss_terms(denoiser, Batch(batch.inputs, other, half.mask), step=0, seed=0).total.item()
+    )
 
 
 @pytest.mark.parametrize("family", ["huginn", "llama"])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from rdlm.config import CorruptionConfig, NoiseConfig
+from rdlm.config.checkpoint import CorruptionConfig, NoiseConfig
+from rdlm.diffusion.partition import BandSchedule, evidence_curve, partition
 from rdlm.errors import UserError
-from rdlm.partition import BandSchedule, evidence_curve, partition
 
 BANDS = BandSchedule(CorruptionConfig())
 NOISE = NoiseConfig()
@@ -49,7 +49,9 @@ def test_equal_information_cuts_a_measured_curve_into_equal_drops() -> None:
     flat = ((0.1, 0.0), (10.0, 4.0))
     assert partition(NOISE, 4, 2, "equal_information", curve=flat).edges[1] == pytest.approx(1.0, rel=5e-3)
     steep = ((0.1, 0.0), (0.2, 3.0), (10.0, 4.0))
-    assert partition(NOISE, 4, 2, "equal_information", curve=steep).edges[1] == pytest.approx(0.1 * 2 ** (2 / 3), rel=5e-3)
+    assert partition(NOISE, 4, 2, "equal_information", curve=steep).edges[1] == pytest.approx(
+        0.1 * 2 ** (2 / 3), rel=5e-3
+    )
     with pytest.raises(UserError, match="^curve="):
         partition(NOISE, 4, 2, "equal_information", curve=((0.1, 1.0), (10.0, 1.0)))
 
@@ -75,12 +77,18 @@ def test_closed_form_curve_against_simulation() -> None:
 
 
 def test_a_grid_of_as_many_levels_as_blocks_is_their_upper_edges() -> None:
-    for kind, extra in (("equi_probability", {}), ("log_uniform", {}), ("explicit", {"edges": (3.0, 1.0, 0.3)})):
+    for kind, extra in (
+        ("equi_probability", {}),
+        ("log_uniform", {}),
+        ("explicit", {"edges": (3.0, 1.0, 0.3)}),
+    ):
         cut = partition(NOISE, 8, 4, kind, schedule=BANDS, **extra)
         assert cut.grid(4) == list(cut.edges[:-1])
         assert [cut.block_of(sigma) for sigma in cut.grid(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
         assert [cut.block_of(sigma) for sigma in cut.grid(2)] == [0, 2]
         assert all(a > b for a, b in zip(cut.grid(9), cut.grid(9)[1:], strict=False))
     cut = partition(NOISE, 8, 4)
-    assert cut.grid(6)[1:] == pytest.approx(cut.schedule.grid(6)[1:-1]), "equal mass is equal mass, however many levels"
+    assert cut.grid(6)[1:] == pytest.approx(cut.schedule.grid(6)[1:-1]), (
+        "equal mass is equal mass, however many levels"
+    )
     assert cut.block_of(None) == 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from rdlm.data.synthetic import FilledIn, GroupProduct, LatinSquare, PointerChasing, Task, parse_task
 from rdlm.errors import UserError
-from rdlm.tasks import FilledIn, GroupProduct, LatinSquare, PointerChasing, Task, parse_task
 
 
 @pytest.mark.parametrize(("group", "degree"), [("s3", 3), ("s5", 5)])
@@ -65,7 +65,9 @@ def test_pointers_are_followed_one_hop_further_at_every_position() -> None:
     nodes, hops = 7, 5
     batch = PointerChasing(nodes, hops).rows(np.arange(50), seed=1)
     assert batch.inputs.shape == (50, nodes + hops) and batch.mask.sum(1).unique().tolist() == [hops]
-    for inputs, targets, mask in zip(batch.inputs.tolist(), batch.targets.tolist(), batch.mask.tolist(), strict=True):
+    for inputs, targets, mask in zip(
+        batch.inputs.tolist(), batch.targets.tolist(), batch.mask.tolist(), strict=True
+    ):
         table, here = inputs[:nodes], inputs[nodes]
         assert sorted(table) == list(range(nodes)) and inputs[nodes + 1 :] == [nodes] * (hops - 1)
         for j in range(nodes, nodes + hops):
@@ -95,7 +97,11 @@ def test_a_square_is_solved_by_any_completion_and_by_nothing_else() -> None:
     other = (batch.targets + 1) % 3
     wrong = batch.targets.clone()
     wrong[:, 9] = (wrong[:, 9] + 1) % 3
-    assert task.solved(batch, batch.targets).all() and task.solved(batch, other).all() and not task.solved(batch, wrong).any()
+    assert (
+        task.solved(batch, batch.targets).all()
+        and task.solved(batch, other).all()
+        and not task.solved(batch, wrong).any()
+    )
     partly = LatinSquare(3, 1, 1)
     few = partly.rows(np.arange(3), seed=0)
     assert partly.solved(few, torch.where(few.mask, few.targets, 99)).all()  # only blanks are read
@@ -110,12 +116,18 @@ def test_new_tasks_depend_on_seed_split_and_number_only(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", [GroupProduct("s3", 7), PointerChasing(6, 3)])
-def test_filled_in_rows_are_the_inputs_and_behind_them_the_answers(task: GroupProduct | PointerChasing) -> None:
+def test_filled_in_rows_are_the_inputs_and_behind_them_the_answers(
+    task: GroupProduct | PointerChasing,
+) -> None:
     filled_in = FilledIn(task)
-    beside, row = task.rows(np.arange(30), seed=4, split="test"), filled_in.rows(np.arange(30), seed=4, split="test")
+    beside, row = (
+        task.rows(np.arange(30), seed=4, split="test"),
+        filled_in.rows(np.arange(30), seed=4, split="test"),
+    )
     assert row.targets is row.inputs and row.targets.shape == row.mask.shape == (30, filled_in.length)
     for inputs, targets, counts, ids, hidden in zip(
-        *(t.tolist() for t in (beside.inputs, beside.targets, beside.mask, row.targets, row.mask)), strict=True
+        *(t.tolist() for t in (beside.inputs, beside.targets, beside.mask, row.targets, row.mask)),
+        strict=True,
     ):
         answers = [target for target, counted in zip(targets, counts, strict=True) if counted]
         assert ids == inputs + answers and hidden == [False] * len(inputs) + [True] * len(answers)
@@ -128,12 +140,17 @@ def test_filled_in_squares_stand_there_once_and_hide_their_blanks() -> None:
     filled_in = FilledIn(task)
     beside, row = task.rows(np.arange(60), seed=4), filled_in.rows(np.arange(60), seed=4)
     assert row.targets.shape == (60, 16) == (60, filled_in.length)
-    for given, ids, hidden in zip(beside.inputs[:, 16:].tolist(), row.targets.tolist(), row.mask.tolist(), strict=True):
+    for given, ids, hidden in zip(
+        beside.inputs[:, 16:].tolist(), row.targets.tolist(), row.mask.tolist(), strict=True
+    ):
         assert hidden == [symbol == 4 for symbol in given]
         assert all(a == b for a, b in zip(given, ids, strict=True) if b != a != 4)
         for line in (*(ids[4 * i : 4 * i + 4] for i in range(4)), *(ids[i::4] for i in range(4))):
             assert sorted(line) == list(range(4))
-    assert filled_in.solved(row, row.targets).all() and filled_in.solved(row, torch.where(row.mask, row.targets, 99)).all()
+    assert (
+        filled_in.solved(row, row.targets).all()
+        and filled_in.solved(row, torch.where(row.mask, row.targets, 99)).all()
+    )
     assert filled_in.solved(row, (row.targets + row.mask.long()) % 4).float().mean() < 0.1
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import models
 
+from rdlm.data.tokenizer import CONFIG_FILE, EOS, StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
 from rdlm.errors import UserError
-from rdlm.tokenizer import CONFIG_FILE, EOS, StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.\n",
@@ -19,7 +19,9 @@ TEXTS = [
 ] * 9
 KINDS = ("bpe", "sentencepiece")
 TOKENIZERS: dict[str, Tokenizer] = {kind: train_tokenizer(kind, iter(TEXTS), 300) for kind in KINDS}  # type: ignore[arg-type]
-unicode_text = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\u2581 \n€foxd"), max_size=60)
+unicode_text = st.text(
+    st.characters(exclude_categories=["Cs"]) | st.sampled_from("\u2581 \n€foxd"), max_size=60
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +67,11 @@ def test_bpe_decodes_as_the_library_does(ids: list[int]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_text_is_one_id_for_a_prompt_and_plain_text_in_a_corpus(kind: str) -> None:
     tokenizer = TOKENIZERS[kind]
-    assert tokenizer.encode(f"fox{EOS}dog") == [*tokenizer.encode("fox"), tokenizer.eos_id, *tokenizer.encode("dog")]
+    assert tokenizer.encode(f"fox{EOS}dog") == [
+        *tokenizer.encode("fox"),
+        tokenizer.eos_id,
+        *tokenizer.encode("dog"),
+    ]
     literal = tokenizer.encode_documents([f"fox{EOS}dog"])[0]
     assert tokenizer.eos_id not in literal and tokenizer.decode(literal) == f"fox{EOS}dog"
     assert tokenizer.decode([tokenizer.eos_id]) == "" and tokenizer.bos_id == tokenizer.eos_id  # type: ignore[list-item]
@@ -77,7 +83,9 @@ def test_saved_and_loaded_is_the_same_tokenizer(kind: str, tmp_path: Path) -> No
     tokenizer.save(tmp_path / "t")
     for path in (tmp_path / "t", tmp_path / "t" / tokenizer.file_name):  # type: ignore[attr-defined]
         loaded = load_tokenizer(path)
-        assert loaded.fingerprint == tokenizer.fingerprint and loaded.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+        assert loaded.fingerprint == tokenizer.fingerprint and loaded.encode(TEXTS[1]) == tokenizer.encode(
+            TEXTS[1]
+        )
         assert (loaded.bos_id, loaded.eos_id, loaded.vocab_size) == (tokenizer.bos_id, tokenizer.eos_id, 300)
     again = train_tokenizer(kind, iter(TEXTS), 300)  # type: ignore[arg-type]
     other = train_tokenizer(kind, iter(TEXTS), 299)  # type: ignore[arg-type]
@@ -89,7 +97,10 @@ def test_chat_template_is_read_and_does_not_change_the_fingerprint(tmp_path: Pat
     assert load_tokenizer(tmp_path).chat_template is None
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     loaded = load_tokenizer(tmp_path)
-    assert loaded.chat_template == "{{ messages[0].content }}" and loaded.fingerprint == TOKENIZERS["bpe"].fingerprint
+    assert (
+        loaded.chat_template == "{{ messages[0].content }}"
+        and loaded.fingerprint == TOKENIZERS["bpe"].fingerprint
+    )
     loaded.save(tmp_path / "copy")
     assert load_tokenizer(tmp_path / "copy").chat_template == loaded.chat_template
 

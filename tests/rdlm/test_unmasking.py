@@ -10,27 +10,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from rdlm import unmasking
-from rdlm.blockwise import blocks_of
-from rdlm.decoding_types import SamplingParams
-from rdlm.denoiser import Denoiser
-from rdlm.masked_denoiser import MaskedDenoiser
-from rdlm.masked_likelihood import bound
-from rdlm.objectives import Batch, loss_terms
+from rdlm.diffusion import unmasking
+from rdlm.diffusion.blockwise import blocks_of
+from rdlm.diffusion.masked_likelihood import bound
+from rdlm.diffusion.unmasking import Draft, fill, unmask
+from rdlm.diffusion.unmasking_plan import turns
+from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.objectives.masked_denoiser import MaskedDenoiser
 from rdlm.registry import build
-from rdlm.turns import turns
-from rdlm.unmasking import Draft, fill, unmask
+from rdlm.sampling_params import SamplingParams
 from tests.rdlm.masked_laws import Exact, T, V, batch, distance, joint
 
 
-def test_rows_of_a_task_are_asked_at_the_levels_and_by_the_blocks_that_learned_them(masked_config, awake, monkeypatch) -> None:
+def test_rows_of_a_task_are_asked_at_the_levels_and_by_the_blocks_that_learned_them(
+    masked_config, awake, monkeypatch
+) -> None:
     """Half of each row is always given: training, the sampler and the bound tell the network the hidden share of the other half."""
     seen: list[tuple[Any, Tensor, Tensor]] = []
     real = MaskedDenoiser.hidden
     monkeypatch.setattr(
         MaskedDenoiser,
         "hidden",
-        lambda self, ids, level, lengths=None: seen.append((self, ids, level)) or real(self, ids, level, lengths),
+        lambda self, ids, level, lengths=None: (
+            seen.append((self, ids, level)) or real(self, ids, level, lengths)
+        ),
     )
     whole = awake(build(masked_config(num_blocks=2, overlap=0.0), seed=0))
     first, second = blocks_of(whole)
@@ -40,7 +44,9 @@ def test_rows_of_a_task_are_asked_at_the_levels_and_by_the_blocks_that_learned_t
         loss_terms(owner, Batch(ids, ids, mask), step=0, seed=0)
         hidden, told = (seen[-1][1] == V).float(), seen[-1][2]
         assert low <= told.min() and told.max() <= high + 1e-3 and told.max() - told.min() > 0.45
-        assert not hidden[:, : T // 2].any() and hidden[:, T // 2 :].mean() == pytest.approx(float(told.mean()), abs=0.03)
+        assert not hidden[:, : T // 2].any() and hidden[:, T // 2 :].mean() == pytest.approx(
+            float(told.mean()), abs=0.03
+        )
     seen.clear()
     start = ids[:8].masked_fill(mask[:8], V)
     out = unmask(whole, start, 4, SamplingParams(), always_given=True)
@@ -50,11 +56,18 @@ def test_rows_of_a_task_are_asked_at_the_levels_and_by_the_blocks_that_learned_t
     ]  # fmt: skip
     seen.clear()
     nats = bound(whole, ids[:8], 4, mask=mask[:8], always_given=True, num_draws=4)
-    assert not nats[:, : T // 2].any() and {level for _, _, levels in seen for level in levels.tolist()} == {0.25, 0.5, 0.75, 1.0}
+    assert not nats[:, : T // 2].any() and {level for _, _, levels in seen for level in levels.tolist()} == {
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+    }
     assert all((owner is first) == bool((levels > 0.5).all()) for owner, _, levels in seen if len(levels))
     plain = bound(whole, ids[:8], 4)
     everything = torch.ones_like(mask[:8])
-    assert torch.equal(plain, bound(whole, ids[:8], 4, mask=everything, always_given=True)), "text: nothing is given"
+    assert torch.equal(plain, bound(whole, ids[:8], 4, mask=everything, always_given=True)), (
+        "text: nothing is given"
+    )
 
 
 def test_samples_of_an_exact_denoiser_follow_its_law_at_many_steps() -> None:
@@ -69,7 +82,9 @@ def test_samples_of_an_exact_denoiser_follow_its_law_at_many_steps() -> None:
 
 @pytest.mark.parametrize("order", ["random", "left_to_right", "confidence"])
 @pytest.mark.parametrize("num_steps", [1, 4, 30])
-def test_a_token_in_sight_never_changes_and_none_stays_hidden(masked_config, awake, order: Any, num_steps: int) -> None:
+def test_a_token_in_sight_never_changes_and_none_stays_hidden(
+    masked_config, awake, order: Any, num_steps: int
+) -> None:
     denoiser = awake(build(masked_config(num_blocks=3, layers_per_block=(2, 1, 1)), seed=0))
     ids = torch.full((3, T), V)
     ids[1, :5], ids[2] = torch.arange(5), torch.arange(T)
@@ -84,13 +99,19 @@ def test_a_token_in_sight_never_changes_and_none_stays_hidden(masked_config, awa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unmasking, "fill", spy)
         out = unmask(denoiser, ids, num_steps, SamplingParams(), seed=5, order=order, num_tokens=40)
-    assert num_steps == 1 or len(states[0]) > 2 and len(states[2]) == 1, "a row without hidden tokens asks nothing"
+    assert num_steps == 1 or len(states[0]) > 2 and len(states[2]) == 1, (
+        "a row without hidden tokens asks nothing"
+    )
     for row, end in zip(states, out, strict=True):
         for before, after in itertools.pairwise([*row, end]):
             assert torch.equal(before[before != V], after[before != V])
     assert (out != V).all() and out[ids == V].max() < 40
-    assert torch.equal(out, unmask(denoiser, ids, num_steps, SamplingParams(), seed=5, order=order, num_tokens=40))
-    assert not torch.equal(out, unmask(denoiser, ids, num_steps, SamplingParams(), seed=6, order=order, num_tokens=40))
+    assert torch.equal(
+        out, unmask(denoiser, ids, num_steps, SamplingParams(), seed=5, order=order, num_tokens=40)
+    )
+    assert not torch.equal(
+        out, unmask(denoiser, ids, num_steps, SamplingParams(), seed=6, order=order, num_tokens=40)
+    )
 
 
 def test_temperature_zero_takes_the_most_probable() -> None:

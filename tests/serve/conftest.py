@@ -8,11 +8,11 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from rdlm.config import CheckpointConfig
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.tokenizer import Tokenizer, train_tokenizer
 from rdlm.registry import build
-from rdlm.tokenizer import Tokenizer, train_tokenizer
-from serve.engine import Engine
-from serve.events import Served
+from serve.engine.engine import Engine
+from serve.engine.events import Served
 from serve.loading import build_served
 from serve.settings import EngineSettings
 
@@ -29,7 +29,10 @@ SHAPES: dict[str, dict[str, object]] = {
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    texts = ["in the beginning was the word and the word was with god", "and it came to pass in those days — ærlig talt"] * 20
+    texts = [
+        "in the beginning was the word and the word was with god",
+        "and it came to pass in those days — ærlig talt",
+    ] * 20
     trained = train_tokenizer("bpe", iter(texts), 300)
     trained.chat_template = TEMPLATE
     return trained
@@ -50,7 +53,13 @@ def make_served(tokenizer: Tokenizer) -> BuildServed:
         **model: object,
     ) -> Served:
         noisy = objective in ("single_pass", "evidence", "paper", "masked")
-        shape = {"vocab_size": tokenizer.vocab_size, "d_model": 32, "num_heads": 2, "mlp_width": 64, "max_seq_len": 128}
+        shape = {
+            "vocab_size": tokenizer.vocab_size,
+            "d_model": 32,
+            "num_heads": 2,
+            "mlp_width": 64,
+            "max_seq_len": 128,
+        }
         config = CheckpointConfig.model_validate(
             {
                 "name": "tiny",
@@ -62,11 +71,15 @@ def make_served(tokenizer: Tokenizer) -> BuildServed:
         )
         denoiser = build(config, seed=1)
         loud = torch.Generator().manual_seed(2)
-        with torch.no_grad():  # the initialisation is nearly silent: let noise, state and context make a difference
+        with (
+            torch.no_grad()
+        ):  # the initialisation is nearly silent: let noise, state and context make a difference
             for name, parameter in denoiser.named_parameters():
                 if parameter.ndim == 2:
                     parameter.normal_(0, 0.3 if "wte" in name else parameter.shape[1] ** -0.5, generator=loud)
-        return build_served(denoiser, config, tokenizer, settings or EngineSettings(max_slots=4, chunk=16, prefill_rows=32))
+        return build_served(
+            denoiser, config, tokenizer, settings or EngineSettings(max_slots=4, chunk=16, prefill_rows=32)
+        )
 
     return make
 

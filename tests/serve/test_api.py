@@ -12,25 +12,28 @@ import pytest
 from litestar.testing import TestClient
 from typer.testing import CliRunner
 
-from rdlm.checkpoint import save
+from rdlm.checkpoints.folder import save
+from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from rdlm.tokenizer import Tokenizer
-from serve.app import create_app
+from serve.api.app import create_app
+from serve.api.tracing import traced
 from serve.cli import _keys_of
 from serve.cli import app as cli
-from serve.engine import Engine
-from serve.events import Served
+from serve.engine.engine import Engine
+from serve.engine.events import Served
+from serve.engine.sequence import Request
 from serve.loading import load_served
-from serve.sequence import Request
 from serve.settings import EngineSettings, HttpSettings
-from serve.tracing import traced
 
 SMALL = EngineSettings(max_slots=4, chunk=16, prefill_rows=32)
 
 
 @pytest.fixture(scope="module")
 def client(make_served: Callable[..., Served]) -> Iterator[TestClient]:
-    with Engine(lambda: make_served(settings=SMALL)) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+    with (
+        Engine(lambda: make_served(settings=SMALL)) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
         yield client
 
 
@@ -52,7 +55,9 @@ def test_prompt_logprobs_are_those_of_echo(client: TestClient, tokenizer: Tokeni
         assert ranks[1] > ranks[2] >= ranks.get(None, -1e9)
     assert "prompt_logprobs" not in complete(client, prompt=[prompt])["choices"][0]
     only = complete(client, prompt=[prompt], prompt_logprobs=0, max_tokens=0, num_steps=3)["choices"][0]
-    assert only["text"] == "" and [list(entry) for entry in only["prompt_logprobs"][1:]] == [[str(i)] for i in prompt[1:]]
+    assert only["text"] == "" and [list(entry) for entry in only["prompt_logprobs"][1:]] == [
+        [str(i)] for i in prompt[1:]
+    ]
     assert complete(client, prompt=[[5]], prompt_logprobs=1)["choices"][0]["prompt_logprobs"] == [None]
     messages = [{"role": "user", "content": "the word"}]
     chat = complete(client, "/v1/chat/completions", messages=messages, prompt_logprobs=1, n=2)
@@ -63,7 +68,9 @@ def test_exits_may_spare_a_prompt_that_is_scored(client: TestClient) -> None:
     rule = {"threshold": 1e9, "prefill": False}
     body = {"prompt": [[5, 9, 40]], "echo": True, "logprobs": 0, "num_steps": 8}
     left, fixed = (complete(client, **body, **extra)["choices"][0] for extra in ({"exit": rule}, {}))
-    assert left["logprobs"]["token_logprobs"][:3] == pytest.approx(fixed["logprobs"]["token_logprobs"][:3], abs=1e-5, nan_ok=True)
+    assert left["logprobs"]["token_logprobs"][:3] == pytest.approx(
+        fixed["logprobs"]["token_logprobs"][:3], abs=1e-5, nan_ok=True
+    )
     assert left["recurrence"]["steps"] == [8, 1, 1]
 
 
@@ -71,15 +78,25 @@ def test_k_can_come_in_a_header(client: TestClient) -> None:
     """For clients whose bodies are fixed: lm-eval's log-likelihoods take ``header={"X-Num-Steps": ...}``."""
 
     def post(value: str, path: str = "/v1/completions", **body: Any) -> Any:
-        return client.post(path, json={"prompt": [[5, 6]], "max_tokens": 1, **body}, headers={"x-num-steps": value})
+        return client.post(
+            path, json={"prompt": [[5, 6]], "max_tokens": 1, **body}, headers={"x-num-steps": value}
+        )
 
     assert post("7").json()["usage"]["recurrence"]["num_steps"] == 7
     assert post("7", num_steps=7, model="tiny:k7").json()["usage"]["recurrence"]["num_steps"] == 7
     chat = client.post(
-        "/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]}, headers={"X-Num-Steps": "3"}
+        "/v1/chat/completions",
+        json={"messages": [{"role": "user", "content": "x"}]},
+        headers={"X-Num-Steps": "3"},
     )
     assert chat.json()["usage"]["recurrence"]["num_steps"] == 3
-    for value, body in (("9", {}), ("0", {}), ("many", {}), ("7", {"num_steps": 2}), ("7", {"model": "tiny:k2"})):
+    for value, body in (
+        ("9", {}),
+        ("0", {}),
+        ("many", {}),
+        ("7", {"num_steps": 2}),
+        ("7", {"model": "tiny:k2"}),
+    ):
         refused = post(value, **body)
         assert refused.status_code == 400, value
         assert "x-num-steps" in refused.json()["error"]["message"].lower(), refused.text
@@ -95,9 +112,23 @@ def test_what_cannot_be_taken_is_refused_before_its_body_is_read(make_served: Ca
 
         sent: list[dict[str, Any]] = []
         headers = [(b"content-type", b"application/json"), (b"content-length", b"16000000")]
-        scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": ""}
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+        }
         await app(
-            {**scope, "headers": headers, "scheme": "http", "server": ("x", 80), "client": None, "http_version": "1.1"},
+            {
+                **scope,
+                "headers": headers,
+                "scheme": "http",
+                "server": ("x", 80),
+                "client": None,
+                "http_version": "1.1",
+            },
             receive,
             send,
         )
@@ -120,7 +151,9 @@ def test_a_thinking_model_has_no_levels_to_bridge(client: TestClient) -> None:
     answer = client.post("/v1/completions", json=body)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "bridge"
     assert client.post("/v1/completions", json={**body, "bridge": "hard"}).status_code == 200
-    assert client.post("/v1/completions", json={**body, "bridge": "stone"}).json()["error"]["param"] == "bridge"
+    assert (
+        client.post("/v1/completions", json={**body, "bridge": "stone"}).json()["error"]["param"] == "bridge"
+    )
 
 
 def test_timings_add_up(client: TestClient) -> None:
@@ -132,17 +165,30 @@ def test_greedy_answers_need_no_seed(make_served: Callable[..., Served]) -> None
     """Even of a model whose recurrent state starts from noise."""
     with Engine(lambda: make_served(settings=SMALL, state_init="normal")) as engine:
         with TestClient(create_app(engine, HttpSettings())) as client:
-            body = {"prompt": [[5, 6, 7]], "num_steps": 1, "max_tokens": 12, "ignore_eos": True, "logprobs": 0}
-            first, again, other = (complete(client, **body, **seed)["choices"] for seed in ({}, {}, {"seed": 1}))
+            body = {
+                "prompt": [[5, 6, 7]],
+                "num_steps": 1,
+                "max_tokens": 12,
+                "ignore_eos": True,
+                "logprobs": 0,
+            }
+            first, again, other = (
+                complete(client, **body, **seed)["choices"] for seed in ({}, {}, {"seed": 1})
+            )
             assert first == again != other
 
 
-def test_several_ids_end_a_text(make_served: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_several_ids_end_a_text(
+    make_served: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     served, folder = make_served(), tmp_path / "tiny"
     save(folder, served.runner.denoiser, served.config, tokenizer)  # type: ignore[attr-defined]
     assert load_served(folder, SMALL).end_ids == {tokenizer.eos_id}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [77, 78], "temperature": 0.7}))
-    with Engine(lambda: load_served(folder, SMALL)) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+    with (
+        Engine(lambda: load_served(folder, SMALL)) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
         for end in (77, 78, tokenizer.eos_id):
             force = {"prompt": [[5]], "max_tokens": 4, "logit_bias": {str(end): 100}}
             stopped = complete(client, **force)
@@ -155,17 +201,29 @@ def test_several_ids_end_a_text(make_served: Callable[..., Served], tokenizer: T
 
 
 def test_origins_are_allowed_one_by_one(make_served: Callable[..., Served]) -> None:
-    preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    preflight = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
     keyed = HttpSettings(api_keys=("one",), cors_origins=("https://a.example",))
     with TestClient(create_app(Engine(make_served), keyed)) as client:
         asked = client.options("/v1/completions", headers={"origin": "https://a.example", **preflight})
-        assert asked.status_code in (200, 204) and asked.headers["access-control-allow-origin"] == "https://a.example"
+        assert (
+            asked.status_code in (200, 204)
+            and asked.headers["access-control-allow-origin"] == "https://a.example"
+        )
         refused = client.post("/v1/completions", json={}, headers={"origin": "https://a.example"})
-        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://a.example"
+        assert (
+            refused.status_code == 401
+            and refused.headers["access-control-allow-origin"] == "https://a.example"
+        )
         other = client.get("/health", headers={"origin": "https://b.example"})
         assert "access-control-allow-origin" not in other.headers
     with TestClient(create_app(Engine(make_served), HttpSettings())) as client:
-        assert "access-control-allow-origin" not in client.get("/health", headers={"origin": "https://a.example"}).headers
+        assert (
+            "access-control-allow-origin"
+            not in client.get("/health", headers={"origin": "https://a.example"}).headers
+        )
 
 
 def test_keys_come_from_a_file(tmp_path: Path) -> None:
@@ -182,10 +240,15 @@ def test_keys_come_from_a_file(tmp_path: Path) -> None:
 
 def test_keys_come_from_options_environment_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[HttpSettings] = []
-    monkeypatch.setattr("serve.process.run_server", lambda checkpoint, engine, http, port_file: found.append(http))
+    monkeypatch.setattr(
+        "serve.process.run_server", lambda checkpoint, engine, http, port_file: found.append(http)
+    )
     (tmp_path / "keys").write_text("three\n")
     command = ["--checkpoint", str(tmp_path), "--api-key-file", str(tmp_path / "keys")]
-    for options, environment in (([], {"RDLM_API_KEYS": "one two"}), (["--api-key", "one", "--api-key", "two"], {})):
+    for options, environment in (
+        ([], {"RDLM_API_KEYS": "one two"}),
+        (["--api-key", "one", "--api-key", "two"], {}),
+    ):
         ended = CliRunner().invoke(cli, [*command, *options], env=environment)
         assert ended.exit_code == 0, ended.output
     assert [http.api_keys for http in found] == [("one", "two", "three")] * 2
@@ -196,14 +259,17 @@ def test_text_without_special_tokens_is_scored_as_its_ids(client: TestClient, to
     ids = tokenizer.encode("in the beginning")
     for text, same in (({"add_special_tokens": False}, ids), ({}, [tokenizer.bos_id, *ids])):
         by_text, by_ids = (
-            complete(client, **scored, **prompt) for prompt in ({"prompt": "in the beginning", **text}, {"prompt": [same]})
+            complete(client, **scored, **prompt)
+            for prompt in ({"prompt": "in the beginning", **text}, {"prompt": [same]})
         )
         assert by_text["choices"][0]["logprobs"] == by_ids["choices"][0]["logprobs"]
         assert by_text["usage"] == by_ids["usage"]
 
 
 def test_a_request_is_a_span(make_served: Callable[..., Served]) -> None:
-    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter", reason="extra otel is not installed")
+    memory = pytest.importorskip(
+        "opentelemetry.sdk.trace.export.in_memory_span_exporter", reason="extra otel is not installed"
+    )
     pytest.importorskip("opentelemetry.instrumentation.asgi", reason="extra otel is not installed")
     exporter = memory.InMemorySpanExporter()
     app = create_app(Engine(make_served), HttpSettings())
@@ -216,7 +282,9 @@ def test_a_request_is_a_span(make_served: Callable[..., Served]) -> None:
     assert span.attributes["http.status_code"] == 503 and f"{span.context.trace_id:032x}" == "ab" * 16
 
 
-def test_tracing_without_its_packages_is_one_clear_line(make_served: Callable[..., Served], monkeypatch: Any) -> None:
+def test_tracing_without_its_packages_is_one_clear_line(
+    make_served: Callable[..., Served], monkeypatch: Any
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(UserError, match="extra otel"):
         create_app(Engine(make_served), HttpSettings(tracing=True))
@@ -230,7 +298,9 @@ def test_a_model_whose_layers_run_once_takes_no_other_k(make_served: Callable[..
     ):
         card = client.get("/v1/models").json()["data"]
         assert engine.served.config.recurrence.max_steps == 8
-        assert [entry["id"] for entry in card] == ["tiny", "tiny:k1"] and card[0]["recurrence"]["max_steps"] == 1
+        assert [entry["id"] for entry in card] == ["tiny", "tiny:k1"] and card[0]["recurrence"][
+            "max_steps"
+        ] == 1
         assert complete(client, prompt="in the")["usage"]["recurrence"]["num_steps"] == 1
         refused = client.post("/v1/completions", json={"prompt": "in the", "num_steps": 2})
         assert refused.status_code == 400 and "takes 1 to 1" in refused.json()["error"]["message"]

@@ -10,26 +10,26 @@ import pytest
 import torch
 from litestar.testing import TestClient
 
-from rdlm.blockwise import blocks_of
-from rdlm.checkpoint import save
+from rdlm.checkpoints.folder import save
 from rdlm.cli import app, run
-from rdlm.config import CheckpointConfig
-from rdlm.decoding import process, sample
-from rdlm.decoding_types import Bridge, History, SamplingParams, uniform
-from rdlm.denoiser import Prediction
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.tokenizer import Tokenizer
+from rdlm.diffusion.blockwise import blocks_of
+from rdlm.diffusion.samplers import renoise, sampling_levels, solve
 from rdlm.errors import UserError
-from rdlm.objectives import two_stream_hidden
-from rdlm.randomness import generator
+from rdlm.objectives.denoiser import Prediction
+from rdlm.objectives.losses import two_stream_hidden
+from rdlm.random_streams import generator
 from rdlm.registry import build
-from rdlm.sampler import renoise, sampling_levels, solve
+from rdlm.sampling import process, sample
+from rdlm.sampling_params import Bridge, History, SamplingParams, uniform
 from rdlm.scoring import token_logprobs
-from rdlm.tokenizer import Tokenizer
-from serve.app import create_app
-from serve.engine import Engine
-from serve.events import Served
+from serve.api.app import create_app
+from serve.engine.engine import Engine
+from serve.engine.events import Served
+from serve.engine.runner import NOISE
+from serve.engine.sequence import Request
 from serve.loading import build_served, load_served
-from serve.runner import NOISE
-from serve.sequence import Request
 from serve.settings import EngineSettings, HttpSettings
 from train.merge import merge
 
@@ -42,7 +42,13 @@ def cut(tokenizer: Tokenizer) -> Callable[..., Served]:
     """``cut("paper", "own")``: a loud random llama of 4 layers in 3 blocks."""
 
     def make(objective: str, targets: str = "frozen") -> Served:
-        shape = {"vocab_size": tokenizer.vocab_size, "d_model": 32, "num_heads": 2, "mlp_width": 64, "max_seq_len": 64}
+        shape = {
+            "vocab_size": tokenizer.vocab_size,
+            "d_model": 32,
+            "num_heads": 2,
+            "mlp_width": 64,
+            "max_seq_len": 64,
+        }
         document = {
             "name": "tiny",
             "model": {**shape, "family": "llama", "num_layers": 4, "noise_conditioning": True},
@@ -71,7 +77,9 @@ def written_out(served: Served, one: Request) -> list[int]:
     """The answer by whole-sequence forwards without a cache: each level by the block that owns it, the hard bridge."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper = config.objective.name == "paper"
-    fills = len({denoiser.partition.block_of(s) for s in sampling_levels(config, one.num_steps)}) - (not paper)
+    fills = len({denoiser.partition.block_of(s) for s in sampling_levels(config, one.num_steps)}) - (
+        not paper
+    )
     for _ in range(one.max_tokens):
         levels, token = sampling_levels(config, one.num_steps), torch.tensor([0])
         row = torch.tensor([ids])
@@ -84,7 +92,9 @@ def written_out(served: Served, one: Request) -> list[int]:
                 z = torch.zeros(1, len(ids), 32)
                 z[0, -1], sigma = last[0], torch.full((1, len(ids)), level)
             hidden = two_stream_hidden(owner, row, z, sigma, sees_own_clean=paper)[:, -1]
-            prediction = owner.predict(hidden, None if z is None else z[:, -1], None if sigma is None else sigma[:, -1])
+            prediction = owner.predict(
+                hidden, None if z is None else z[:, -1], None if sigma is None else sigma[:, -1]
+            )
             draw = uniform(one.seed, one.choice, len(ids), step)
             history = History(one.prompt, out, ())
             token = sample(prediction.prior, [one.sampling], [history], [draw], prediction.evidence)
@@ -93,9 +103,13 @@ def written_out(served: Served, one: Request) -> list[int]:
     return out
 
 
-@pytest.mark.parametrize(("objective", "targets"), [("evidence", "frozen"), ("evidence", "own"), ("paper", "own")])
+@pytest.mark.parametrize(
+    ("objective", "targets"), [("evidence", "frozen"), ("evidence", "own"), ("paper", "own")]
+)
 @torch.no_grad()
-def test_the_engine_draws_what_forwards_without_a_cache_draw(cut: Callable[..., Served], objective: str, targets: str) -> None:
+def test_the_engine_draws_what_forwards_without_a_cache_draw(
+    cut: Callable[..., Served], objective: str, targets: str
+) -> None:
     """Several K in one pack, prompts longer than a chunk: every token is that of each level's own block over its own cache."""
     served = cut(objective, targets)
     wanted = [request(7, 1, 1), request(12, 2, 2), request(3, 3, 3), request(8, 5, 4)]
@@ -164,7 +178,9 @@ def test_bridges_lead_to_different_texts(cut: Callable[..., Served]) -> None:
     texts = set()
     with Engine(lambda: served) as engine:
         for bridge in get_args(Bridge):
-            answers = engine.generate([request(9, 6, seed, sampling=SamplingParams(bridge=bridge)) for seed in range(6)])
+            answers = engine.generate(
+                [request(9, 6, seed, sampling=SamplingParams(bridge=bridge)) for seed in range(6)]
+            )
             texts.add(tuple(e.token for events in answers for e in events if e.token is not None))
     assert len(texts) == 3
 
@@ -197,7 +213,13 @@ def materialised(served: Served) -> set[int]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("objective", "targets"), [("evidence", "own"), ("paper", "frozen")])
 def test_one_block_in_memory_draws_what_all_draw(
-    cut: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective, targets, dtype
+    cut: Callable[..., Served],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    objective,
+    targets,
+    dtype,
 ) -> None:
     made = cut(objective, targets)
     save(tmp_path / "model", made.runner.denoiser, made.config, tokenizer)  # type: ignore[attr-defined]
@@ -215,7 +237,9 @@ def test_one_block_in_memory_draws_what_all_draw(
         assert len(materialised(served)) <= limit
         resident.loads.clear()
         most, fill = [], resident._fill
-        monkeypatch.setattr(resident, "_fill", lambda block, f=fill, m=most, s=served: (f(block), m.append(materialised(s))))
+        monkeypatch.setattr(
+            resident, "_fill", lambda block, f=fill, m=most, s=served: (f(block), m.append(materialised(s)))
+        )
         with Engine(lambda served=served: served) as engine:
             engine.generate([wanted[0]])
             assert resident.loads == [0] and resident.present[-1] == 0, "K = 1 is block 0"
@@ -247,7 +271,9 @@ def test_blocks_stay_out_of_memory_only_where_there_are_some(
         assert err.count("\n") == 1 and f"resident_blocks={count}: " in err and problem in err
 
 
-def test_merged_blocks_answer_over_http(cut: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_merged_blocks_answer_over_http(
+    cut: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     """Each block saved alone, merged, loaded, served: the answers of the network in memory, at every K."""
     served = cut("evidence")
     for b, part in enumerate(blocks_of(served.runner.denoiser)):  # type: ignore[attr-defined]

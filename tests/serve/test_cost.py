@@ -9,11 +9,11 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from rdlm.decoding_types import SamplingParams
-from serve.cost import Cost
-from serve.engine import Engine
-from serve.events import Served
-from serve.sequence import ExitRule, Request, Show
+from rdlm.sampling_params import SamplingParams
+from serve.engine.engine import Engine
+from serve.engine.events import Served
+from serve.engine.flops import Cost
+from serve.engine.sequence import ExitRule, Request, Show
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -23,7 +23,10 @@ def counted(served: Served, request: Request) -> tuple[int, int]:
     real, total = served.runner.run, []
 
     def run(batch: list[Any]) -> Any:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know the CPU's fused kernel
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):  # it does not know the CPU's fused kernel
             found = real(batch)
         total.append(counter.get_total_flops())
         return found
@@ -48,7 +51,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     [("next_token", 1, "plain"), ("evidence", 3, "plain"), ("evidence", 3, "told"), ("paper", 3, "scored")]
     + [("onestep", 5, case) for case in FIELDS],
 )
-def test_the_account_is_what_pytorch_counts(objective: str, k: int, case: str, make_served: Callable[..., Served]) -> None:
+def test_the_account_is_what_pytorch_counts(
+    objective: str, k: int, case: str, make_served: Callable[..., Served]
+) -> None:
     """Prompts of one position, so that no attention is padded or masked: both counts must be the same to the last FLOP."""
     served = make_served(objective, family="llama" if objective == "next_token" else "huginn")
     account, truth = counted(served, Request((7,), k, 3, GREEDY, **FIELDS[case]))

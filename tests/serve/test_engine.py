@@ -9,12 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rdlm.decoding_types import SamplingParams
+from rdlm.sampling_params import SamplingParams
 from rdlm.scoring import token_logprobs
-from serve.engine import Engine
+from serve.engine.engine import Engine
+from serve.engine.events import Event, Served
+from serve.engine.sequence import Request
 from serve.errors import EngineClosed, QueueFull
-from serve.events import Event, Served
-from serve.sequence import Request
 from serve.settings import EngineSettings
 
 OBJECTIVES = ["onestep", "evidence", "single_pass", "paper"]
@@ -31,10 +31,14 @@ def request(length: int, k: int, seed: int = 0, max_tokens: int = 6, **kwargs: o
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, "next_token"])
-def test_batched_equals_alone_among_strangers_of_other_k(objective: str, make_engine: Callable[..., Engine]) -> None:
+def test_batched_equals_alone_among_strangers_of_other_k(
+    objective: str, make_engine: Callable[..., Engine]
+) -> None:
     engine = make_engine(objective, family="llama" if objective == "next_token" else "huginn")
     shapes = [(3, 4), (37, 1), (1, 8), (16, 2), (20, 5), (50, 3)]
-    mixed = [request(length, min(k, engine.served.max_steps), seed) for seed, (length, k) in enumerate(shapes)]
+    mixed = [
+        request(length, min(k, engine.served.max_steps), seed) for seed, (length, k) in enumerate(shapes)
+    ]
     alone = [tokens(engine.generate([one])[0]) for one in mixed]
     together: list[list[Event]] = [[] for _ in mixed]
     done = threading.Semaphore(0)
@@ -59,7 +63,9 @@ def test_batched_equals_alone_among_strangers_of_other_k(objective: str, make_en
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("k", [1, 3])
-def test_prompt_logprobs_equal_whole_sequence_scoring(objective: str, k: int, make_served: Callable[..., Served]) -> None:
+def test_prompt_logprobs_equal_whole_sequence_scoring(
+    objective: str, k: int, make_served: Callable[..., Served]
+) -> None:
     """Chunked prefill through the cache against one pass over the whole sequence (K steps exact in the full cache)."""
     settings = EngineSettings(max_slots=2, chunk=7, prefill_rows=9, kv_cache="full")
     served = make_served(objective, settings=settings)
@@ -69,23 +75,31 @@ def test_prompt_logprobs_equal_whole_sequence_scoring(objective: str, k: int, ma
     ids = torch.tensor([one.prompt])
     thinking = served.config.objective.k_meaning == "thinking"
     steps = k if thinking else 1
-    expected = token_logprobs(served.runner.denoiser, served.config, ids[:, :-1], ids[:, 1:], [steps])[steps][0]  # type: ignore[attr-defined]
+    expected = token_logprobs(served.runner.denoiser, served.config, ids[:, :-1], ids[:, 1:], [steps])[steps][
+        0
+    ]  # type: ignore[attr-defined]
     found = torch.tensor([entry.logprob for entry in events[0].prompt_logprobs or []])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("objective", ["onestep", "single_pass"])
 @pytest.mark.parametrize(("kv_cache", "k"), [("full", 5), ("shared", 1)])
-def test_prefill_equals_step_by_step_decode(objective: str, kv_cache: str, k: int, make_served: Callable[..., Served]) -> None:
+def test_prefill_equals_step_by_step_decode(
+    objective: str, kv_cache: str, k: int, make_served: Callable[..., Served]
+) -> None:
     """Tokens decoded one by one score the same when they are read back as a prompt, within 1e-4."""
-    served = make_served(objective, settings=EngineSettings(max_slots=2, chunk=16, prefill_rows=32, kv_cache=kv_cache))
+    served = make_served(
+        objective, settings=EngineSettings(max_slots=2, chunk=16, prefill_rows=32, kv_cache=kv_cache)
+    )
     with Engine(lambda: served) as engine:
         said = engine.generate([request(5, k, max_tokens=30, logprobs=0)])[0]
         whole = Request((*request(5, k).prompt, *tokens(said)), k, 1, logprobs=0, prompt_logprobs=0)
         read = engine.generate([whole])[0][0].prompt_logprobs
     assert read is not None
     decoded = torch.tensor([e.logprobs.logprob for e in said if e.logprobs is not None])
-    torch.testing.assert_close(torch.tensor([entry.logprob for entry in read[4:]]), decoded, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor([entry.logprob for entry in read[4:]]), decoded, atol=1e-4, rtol=0
+    )
 
 
 def test_k_changes_the_answer_and_the_work(make_engine: Callable[..., Engine]) -> None:
@@ -95,7 +109,10 @@ def test_k_changes_the_answer_and_the_work(make_engine: Callable[..., Engine]) -
     for events, k in ((few, 1), (many, 8)):
         usage = events[-1].usage
         assert usage is not None
-        assert (usage.prefill_core_steps, usage.decode_core_steps) == (20 * k, 7 * k)  # the last token is never read back
+        assert (usage.prefill_core_steps, usage.decode_core_steps) == (
+            20 * k,
+            7 * k,
+        )  # the last token is never read back
 
 
 def test_sampling_models_run_the_context_once(make_engine: Callable[..., Engine]) -> None:
@@ -109,7 +126,12 @@ def test_seeds_decide(objective: str, make_engine: Callable[..., Engine]) -> Non
     engine = make_engine(objective)
     first, again, other, choice = (
         tokens(engine.generate([request(9, 3, max_tokens=12, seed=0) if s is None else s])[0])
-        for s in (None, None, Request(request(9, 3).prompt, 3, 12, WARM, 5), Request(request(9, 3).prompt, 3, 12, WARM, 0, 1))
+        for s in (
+            None,
+            None,
+            Request(request(9, 3).prompt, 3, 12, WARM, 5),
+            Request(request(9, 3).prompt, 3, 12, WARM, 0, 1),
+        )
     )
     assert first == again
     assert len({tuple(x) for x in (first, other, choice)}) == 3

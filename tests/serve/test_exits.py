@@ -9,12 +9,12 @@ import pytest
 import torch
 from litestar.testing import TestClient
 
-from rdlm.decoding_types import SamplingParams
-from serve.app import create_app
-from serve.engine import Engine
-from serve.events import Event, Served
-from serve.exits import argmax_repeats, cosine_change, divergence, entropy_diff, latent_change, minp_kl
-from serve.sequence import ExitRule, Request
+from rdlm.sampling_params import SamplingParams
+from serve.api.app import create_app
+from serve.engine.engine import Engine
+from serve.engine.events import Event, Served
+from serve.engine.exits import argmax_repeats, cosine_change, divergence, entropy_diff, latent_change, minp_kl
+from serve.engine.sequence import ExitRule, Request
 from serve.settings import EngineSettings, HttpSettings
 
 WARM = SamplingParams(temperature=0.9)
@@ -58,7 +58,9 @@ def test_further_criteria_against_their_definitions() -> None:
 
     before, after = kept_by_min_p(first), kept_by_min_p(second)
     values, kept = minp_kl(first, [None] * 5)
-    assert values.tolist() == pytest.approx((torch.tensor(1 / 8) * (1 / (8 * before)).log()).sum(-1).tolist(), abs=1e-5)
+    assert values.tolist() == pytest.approx(
+        (torch.tensor(1 / 8) * (1 / (8 * before)).log()).sum(-1).tolist(), abs=1e-5
+    )
     values, _ = minp_kl(second, kept)
     assert values.tolist() == pytest.approx((before * (before / after).log()).sum(-1).tolist(), abs=1e-5)
     one = torch.tensor([[0.0, 1.0]]).log_softmax(-1)
@@ -86,7 +88,9 @@ def test_argmax_stability_counts_equal_predictions(make_engine: Callable[..., En
     prompt = ask(8, None).prompt
     by_k = [engine.generate([Request(prompt, k, 1, greedy)])[0][0].token for k in range(1, 9)]
     for wanted in (1, 2):
-        event = engine.generate([Request(prompt, 8, 1, greedy, exit=ExitRule("argmax-stability", wanted))])[0][0]
+        event = engine.generate([Request(prompt, 8, 1, greedy, exit=ExitRule("argmax-stability", wanted))])[
+            0
+        ][0]
         repeated = (k for k in range(wanted + 1, 8) if len(set(by_k[k - wanted - 1 : k])) == 1)
         assert event.steps == next(repeated, 8)
 
@@ -102,14 +106,19 @@ def test_checks_can_be_rare_and_spare_the_prompt(make_engine: Callable[..., Engi
 
 
 @pytest.mark.parametrize("criterion", ["latent-diff", "kl"])
-def test_huge_thresholds_leave_at_min_steps_and_zero_never(criterion: Any, make_engine: Callable[..., Engine]) -> None:
+def test_huge_thresholds_leave_at_min_steps_and_zero_never(
+    criterion: Any, make_engine: Callable[..., Engine]
+) -> None:
     engine = make_engine()
     for least in (1, 3, 8):
         events = engine.generate([ask(8, ExitRule(criterion, 1e9, least), length=20)])[0]
         assert [event.steps for event in events] == [least] * 6
         usage = events[-1].usage
         assert usage is not None
-        assert (usage.prefill_core_steps, usage.decode_core_steps) == (20 * least, 5 * least)  # chunks of the prompt leave too
+        assert (usage.prefill_core_steps, usage.decode_core_steps) == (
+            20 * least,
+            5 * least,
+        )  # chunks of the prompt leave too
         assert usage.saved_core_steps == 25 * (8 - least) and usage.exits == (6 if least < 8 else 0)
         assert usage.token_steps == 6 * least
         fixed = engine.generate([ask(least, None, length=20)])[0]
@@ -130,7 +139,9 @@ def between(criterion: Any, engine: Engine) -> float:
 
 @pytest.mark.parametrize("criterion", ["latent-diff", "kl"])
 @pytest.mark.parametrize("kv_cache", ["shared", "full"])
-def test_batched_equals_alone_with_exits(criterion: Any, kv_cache: str, make_engine: Callable[..., Engine]) -> None:
+def test_batched_equals_alone_with_exits(
+    criterion: Any, kv_cache: str, make_engine: Callable[..., Engine]
+) -> None:
     engine = make_engine(settings=EngineSettings(max_slots=4, chunk=16, prefill_rows=32, kv_cache=kv_cache))
     threshold = between(criterion, engine)
     mixed = [ask(8, ExitRule(criterion, threshold, 1 + i % 3), i, 3 + 7 * i) for i in range(5)]
@@ -161,9 +172,17 @@ def test_the_reply_says_what_each_token_took(client: TestClient) -> None:
     assert [choice["recurrence"] for choice in answer["choices"]] == [{"steps": [2] * 5}] * 2
     found = answer["usage"]["recurrence"]
     assert found["num_steps"] == 6 and found["mean_steps"] == 2 and found["exits"] == 10
-    assert found["exit"] == {"criterion": "kl", "threshold": 1e9, "min_steps": 2, "check_every": 1, "prefill": True}
+    assert found["exit"] == {
+        "criterion": "kl",
+        "threshold": 1e9,
+        "min_steps": 2,
+        "check_every": 1,
+        "prefill": True,
+    }
     assert found["core_steps"] == 2 * (3 + 4) * 2 and found["saved_core_steps"] == 2 * (3 + 4) * 4
-    streamed = client.post("/v1/completions", json={"prompt": [[5]], "exit": rule, "max_tokens": 3, "stream": True})
+    streamed = client.post(
+        "/v1/completions", json={"prompt": [[5]], "exit": rule, "max_tokens": 3, "stream": True}
+    )
     assert streamed.text.count('"recurrence":{"steps":[2]}') == 3
     chat = complete(client, "/v1/chat/completions", messages=[{"role": "user", "content": "x"}], exit=rule)
     assert chat["choices"][0]["recurrence"] == {"steps": [2] * 5}
@@ -179,10 +198,19 @@ def test_auto_and_effort(client: TestClient) -> None:
     capped = complete(client, prompt=[[5]], num_steps=3, exit={"threshold": 0})
     assert capped["choices"][0]["recurrence"]["steps"] == [3] * 5
     stated = client.get("/v1/models/tiny").json()["recurrence"]
-    assert stated["reasoning_effort"] == {"none": 1, "minimal": 1, "low": 1, "medium": 2, "high": 4, "xhigh": 8}
+    assert stated["reasoning_effort"] == {
+        "none": 1,
+        "minimal": 1,
+        "low": 1,
+        "medium": 2,
+        "high": 4,
+        "xhigh": 8,
+    }
     assert stated["exits"] == ["latent-diff", "cosine", "kl", "minp-kl", "entropy-diff", "argmax-stability"]
     for effort, k in stated["reasoning_effort"].items():
-        assert complete(client, prompt=[[5]], reasoning_effort=effort)["usage"]["recurrence"]["num_steps"] == k
+        assert (
+            complete(client, prompt=[[5]], reasoning_effort=effort)["usage"]["recurrence"]["num_steps"] == k
+        )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +236,10 @@ def test_refusals(body: dict[str, Any], param: str, says: str, client: TestClien
 
 
 def test_models_that_need_every_step_refuse_exits(make_served: Callable[..., Served]) -> None:
-    with Engine(lambda: make_served("evidence")) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+    with (
+        Engine(lambda: make_served("evidence")) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
         for body, param in (({"num_steps": "auto"}, "num_steps"), ({"exit": {}}, "exit")):
             error = client.post("/v1/completions", json={"prompt": "x", **body}).json()["error"]
             assert error["param"] == param and "noise levels" in error["message"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from serve.app import create_app
-from serve.engine import Engine
-from serve.events import Served
+from serve.api.app import create_app
+from serve.engine.engine import Engine
+from serve.engine.events import Served
 from serve.settings import EngineSettings, HttpSettings
 
 schemathesis = pytest.importorskip("schemathesis")
@@ -39,9 +39,13 @@ def test_no_server_errors(mode: Any, model: tuple[str, str], make_served: Callab
             operation = found.ok()
             try:
                 cases = operation.as_strategy(generation_mode=mode)
-                few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=HEALTH)
+                few = hypothesis.settings(
+                    max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=HEALTH
+                )
                 few(hypothesis.given(case=cases)(check))()
-            except hypothesis.errors.Unsatisfiable:  # a route that takes nothing cannot be sent anything wrong
+            except (
+                hypothesis.errors.Unsatisfiable
+            ):  # a route that takes nothing cannot be sent anything wrong
                 continue
             asked.append(operation.path)
         assert engine.error is None and engine.counters.ended["error"] == 0

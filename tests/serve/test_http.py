@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
-from rdlm.decoding_types import SamplingParams
-from rdlm.tokenizer import Tokenizer
-from serve.app import create_app
-from serve.engine import Engine
-from serve.events import Served
-from serve.sequence import Request
+from rdlm.data.tokenizer import Tokenizer
+from rdlm.sampling_params import SamplingParams
+from serve.api.app import create_app
+from serve.engine.engine import Engine
+from serve.engine.events import Served
+from serve.engine.sequence import Request
 from serve.settings import EngineSettings, HttpSettings
 
 GREEDY = {"temperature": 0, "max_tokens": 5}
@@ -46,15 +46,28 @@ def stream(client: TestClient, path: str = "/v1/completions", **body: Any) -> li
     return [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
 
 
-def test_completion_has_openai_shape_and_accounts_for_its_work(client: TestClient, tokenizer: Tokenizer) -> None:
+def test_completion_has_openai_shape_and_accounts_for_its_work(
+    client: TestClient, tokenizer: Tokenizer
+) -> None:
     answer = complete(client, prompt="in the beginning", num_steps=4, model="tiny")
     length = len(tokenizer.encode("in the beginning")) + 1  # and the beginning-of-text token
-    assert answer["object"] == "text_completion" and answer["id"].startswith("cmpl-") and answer["model"] == "tiny"
+    assert (
+        answer["object"] == "text_completion"
+        and answer["id"].startswith("cmpl-")
+        and answer["model"] == "tiny"
+    )
     assert answer["choices"][0]["finish_reason"] == "length" and answer["choices"][0]["logprobs"] is None
     work = answer["usage"]["recurrence"]
     assert work.pop("flops") > 0  # tests/serve/test_cost.py
-    assert work.pop("kv_bytes") == (length + 4) * 2 * 4 * 32 * 4  # keys and values of 4 layers of 32 numbers of 4 bytes
-    steps = {"num_steps": 4, "core_steps": 4 * (length + 4), "prefill_core_steps": 4 * length, "decode_core_steps": 16}
+    assert (
+        work.pop("kv_bytes") == (length + 4) * 2 * 4 * 32 * 4
+    )  # keys and values of 4 layers of 32 numbers of 4 bytes
+    steps = {
+        "num_steps": 4,
+        "core_steps": 4 * (length + 4),
+        "prefill_core_steps": 4 * length,
+        "decode_core_steps": 16,
+    }
     usage = {"prompt_tokens": length, "completion_tokens": 5, "total_tokens": length + 5, "recurrence": steps}
     assert answer["usage"] == usage
 
@@ -67,14 +80,18 @@ def test_alias_chooses_k_and_default_applies(client: TestClient) -> None:
     assert steps(model="tiny:k7") == 7
     assert steps(model="tiny:k7", num_steps=7) == 7
     assert complete(client, prompt="and it", model="tiny:k7")["model"] == "tiny:k7"
-    by_alias, by_field = (complete(client, prompt="and it", **x)["choices"] for x in ({"model": "tiny:k8"}, {"num_steps": 8}))
+    by_alias, by_field = (
+        complete(client, prompt="and it", **x)["choices"] for x in ({"model": "tiny:k8"}, {"num_steps": 8})
+    )
     assert by_alias == by_field
 
 
 def test_streamed_text_equals_text(client: TestClient) -> None:
     for prompt in ("in the", [[5, 6, 7], [8, 9]], ["days", "the word"]):
         whole = complete(client, prompt=prompt, n=2, temperature=1.0, seed=3)
-        parts = stream(client, prompt=prompt, n=2, temperature=1.0, seed=3, stream_options={"include_usage": True})
+        parts = stream(
+            client, prompt=prompt, n=2, temperature=1.0, seed=3, stream_options={"include_usage": True}
+        )
         assert parts[-1]["choices"] == [] and parts[-1]["usage"] == whole["usage"]
         texts = [""] * len(whole["choices"])
         for part in parts[:-1]:
@@ -102,7 +119,9 @@ def test_echo_scores_the_prompt_as_lm_eval_reads_it(client: TestClient) -> None:
     answer = complete(client, prompt=prompts, max_tokens=1, logprobs=1, echo=True, seed=1234, model="tiny:k4")
     for prompt, choice in zip(prompts, sorted(answer["choices"], key=lambda c: c["index"]), strict=True):
         logprobs = choice["logprobs"]
-        assert {len(logprobs[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")} == {len(prompt) + 1}
+        assert {
+            len(logprobs[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        } == {len(prompt) + 1}
         assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
         for context in range(1, len(prompt)):
             values, tops = logprobs["token_logprobs"][context:-1], logprobs["top_logprobs"][context:-1]
@@ -114,7 +133,10 @@ def test_echo_scores_the_prompt_as_lm_eval_reads_it(client: TestClient) -> None:
         answer["choices"][0]["logprobs"]["token_logprobs"], abs=1e-5
     )
     other_k = complete(client, prompt=prompts[0], max_tokens=1, logprobs=1, echo=True, model="tiny:k1")
-    assert other_k["choices"][0]["logprobs"]["token_logprobs"][1:-1] != alone["choices"][0]["logprobs"]["token_logprobs"][1:-1]
+    assert (
+        other_k["choices"][0]["logprobs"]["token_logprobs"][1:-1]
+        != alone["choices"][0]["logprobs"]["token_logprobs"][1:-1]
+    )
 
 
 def test_greedy_continuation_reads_as_greedy(client: TestClient) -> None:
@@ -122,21 +144,32 @@ def test_greedy_continuation_reads_as_greedy(client: TestClient) -> None:
     request = Request((5, 6, 7), 1, 8, SamplingParams(temperature=0), logprobs=1)
     said = client.app.state.frontend.engine.generate([request])[0]
     prompt = [*request.prompt, *(event.token for event in said)]
-    read = complete(client, prompt=prompt, logprobs=1, echo=True, max_tokens=0, num_steps=1)["choices"][0]["logprobs"]
+    read = complete(client, prompt=prompt, logprobs=1, echo=True, max_tokens=0, num_steps=1)["choices"][0][
+        "logprobs"
+    ]
     assert len(read["tokens"]) == len(prompt)
-    assert all(v == max(t.values()) for v, t in zip(read["token_logprobs"][3:], read["top_logprobs"][3:], strict=True))
+    assert all(
+        v == max(t.values())
+        for v, t in zip(read["token_logprobs"][3:], read["top_logprobs"][3:], strict=True)
+    )
     assert read["token_logprobs"][3:] == pytest.approx([event.logprobs.logprob for event in said], abs=1e-4)
     changed = [*prompt[:5], (prompt[5] + 1) % 256, *prompt[6:]]
-    read = complete(client, prompt=changed, logprobs=1, echo=True, max_tokens=0, num_steps=1)["choices"][0]["logprobs"]
+    read = complete(client, prompt=changed, logprobs=1, echo=True, max_tokens=0, num_steps=1)["choices"][0][
+        "logprobs"
+    ]
     assert read["token_logprobs"][5] < max(read["top_logprobs"][5].values())
 
 
 def test_end_of_text_still_fills_its_entry(client: TestClient, tokenizer: Tokenizer) -> None:
     """A predicted end token must not shorten the arrays, or lm-eval's ``-1`` would cut real data."""
     force = {str(tokenizer.eos_id): 100}
-    answer = complete(client, prompt=[[5, 6, 7]], max_tokens=1, logprobs=1, echo=True, logit_bias=force)["choices"][0]
+    answer = complete(client, prompt=[[5, 6, 7]], max_tokens=1, logprobs=1, echo=True, logit_bias=force)[
+        "choices"
+    ][0]
     assert answer["finish_reason"] == "stop" and len(answer["logprobs"]["token_logprobs"]) == 4
-    assert answer["logprobs"]["tokens"][-1] == "<|endoftext|>" and answer["text"] == tokenizer.decode([5, 6, 7])
+    assert answer["logprobs"]["tokens"][-1] == "<|endoftext|>" and answer["text"] == tokenizer.decode(
+        [5, 6, 7]
+    )
     ignored = complete(client, prompt=[[5, 6, 7]], max_tokens=4, logit_bias=force, ignore_eos=True)
     assert ignored["usage"]["completion_tokens"] == 4 and ignored["choices"][0]["finish_reason"] == "length"
     late = complete(client, prompt=[[5, 6, 7]], max_tokens=4, logit_bias=force, min_tokens=2)
@@ -157,20 +190,32 @@ def test_stop_strings_are_cut_wherever_tokens_end(client: TestClient) -> None:
 
 
 def test_chat_answers_through_the_template(client: TestClient, tokenizer: Tokenizer) -> None:
-    messages = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "word"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "word"}]}
+    ]
     body = {**GREEDY, "messages": messages, "max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2}
     answer = client.post("/v1/chat/completions", json=body).json()
     rendered = "<|endoftext|><user>the word\n<assistant>"
     assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode(rendered))
     choice = answer["choices"][0]
     assert choice["message"]["role"] == "assistant" and len(choice["logprobs"]["content"]) == 5
-    assert all(entry["top_logprobs"][0]["logprob"] == entry["logprob"] for entry in choice["logprobs"]["content"])
-    assert all(bytes(e["bytes"]).decode(errors="replace") == e["token"] or not e["bytes"] for e in choice["logprobs"]["content"])
+    assert all(
+        entry["top_logprobs"][0]["logprob"] == entry["logprob"] for entry in choice["logprobs"]["content"]
+    )
+    assert all(
+        bytes(e["bytes"]).decode(errors="replace") == e["token"] or not e["bytes"]
+        for e in choice["logprobs"]["content"]
+    )
     same = complete(client, prompt=[tokenizer.encode(rendered)])["choices"][0]["text"]
     assert choice["message"]["content"] == same
     parts = stream(client, "/v1/chat/completions", messages=messages, n=2)
-    assert "role" in parts[0]["choices"][0]["delta"] and parts[0]["choices"][0]["delta"].keys() == {"role", "content"}
-    text = "".join(part["choices"][0]["delta"]["content"] for part in parts if part["choices"][0]["index"] == 0)
+    assert "role" in parts[0]["choices"][0]["delta"] and parts[0]["choices"][0]["delta"].keys() == {
+        "role",
+        "content",
+    }
+    text = "".join(
+        part["choices"][0]["delta"]["content"] for part in parts if part["choices"][0]["index"] == 0
+    )
     assert text == same
     refused = client.post("/v1/chat/completions", json={"messages": [{"role": "tool", "content": "x"}]})
     assert refused.status_code == 400 and "no tools here" in refused.json()["error"]["message"]
@@ -205,7 +250,12 @@ REFUSALS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias", "token id"),
     ({"prompt": "x", "logit_bias": {"999999": 1}}, 400, "logit_bias", "below 300"),
     ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),
-    ({"prompt": "x", "stream": True, "stream_options": {"include": True}}, 400, "stream_options.include", "Extra inputs"),
+    (
+        {"prompt": "x", "stream": True, "stream_options": {"include": True}},
+        400,
+        "stream_options.include",
+        "Extra inputs",
+    ),
     ({}, 400, "prompt", "required"),
 ]
 
@@ -223,9 +273,18 @@ def test_refusals_name_the_field_and_the_remedy(
 
 def test_malformed_bodies_and_wrong_routes(client: TestClient) -> None:
     deep = b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}"
-    for content, status in ((b"{", 400), (b"[]", 400), (b'{"prompt": NaN}', 400), (b"", 400), (b"[" * 100_000, 400), (deep, 400)):
+    for content, status in (
+        (b"{", 400),
+        (b"[]", 400),
+        (b'{"prompt": NaN}', 400),
+        (b"", 400),
+        (b"[" * 100_000, 400),
+        (deep, 400),
+    ):
         answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
-        assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error", content
+        assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error", (
+            content
+        )
     assert client.get("/v1/nothing").status_code == 404
     assert client.get("/v1/completions").json()["error"]["type"] == "invalid_request_error"
     assert client.post("/v1/chat/completions", json={"messages": []}).status_code == 400
@@ -235,7 +294,12 @@ def test_models_state_what_k_is(client: TestClient) -> None:
     listed = client.get("/v1/models").json()["data"]
     assert [card["id"] for card in listed] == ["tiny", "tiny:k1", "tiny:k2", "tiny:k4", "tiny:k8"]
     entry = listed[0]["recurrence"]
-    assert (entry["min_steps"], entry["max_steps"], entry["default_steps"], entry["num_steps"]) == (1, 8, 2, 2)
+    assert (entry["min_steps"], entry["max_steps"], entry["default_steps"], entry["num_steps"]) == (
+        1,
+        8,
+        2,
+        2,
+    )
     assert "iterations" in entry["meaning"] and entry["estimator"] == "logits after K iterations"
     assert client.get("/v1/models/tiny:k3").json()["recurrence"]["num_steps"] == 3
     assert client.get("/v1/models/tiny:k9").status_code == 400
@@ -244,7 +308,9 @@ def test_models_state_what_k_is(client: TestClient) -> None:
 
 def test_tokenizer_routes_suit_lm_eval(client: TestClient, tokenizer: Tokenizer) -> None:
     info = client.get("/tokenizer_info").json()
-    tokens = client.post("/tokenize", json={"prompt": info["eos_token"], "add_special_tokens": False}).json()["tokens"]
+    tokens = client.post("/tokenize", json={"prompt": info["eos_token"], "add_special_tokens": False}).json()[
+        "tokens"
+    ]
     assert tokens == [tokenizer.eos_id]
     ids = client.post("/tokenize", json={"prompt": "ærlig talt"}).json()["tokens"]
     assert ids[0] == tokenizer.bos_id
@@ -266,13 +332,24 @@ def test_keys_limits_and_states(make_served: Callable[..., Served]) -> None:
     engine.start()
     with TestClient(app, raise_server_exceptions=False) as client:
         assert client.get("/health").status_code == 200 and client.get("/ready").status_code == 503
-        for headers in ({}, {"authorization": "Bearer "}, {"authorization": "Bearer on"}, {"authorization": "one"}):
+        for headers in (
+            {},
+            {"authorization": "Bearer "},
+            {"authorization": "Bearer on"},
+            {"authorization": "one"},
+        ):
             answer = client.get("/tokenizer_info", headers=headers)
             if headers.get("authorization") != "one":
-                assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key", headers
+                assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key", (
+                    headers
+                )
         headers = {"authorization": "Bearer two"}
         loading = client.post("/v1/completions", json={"prompt": "x"}, headers=headers)
-        assert loading.status_code == 503 and loading.json()["error"]["code"] == "loading" and "retry-after" in loading.headers
+        assert (
+            loading.status_code == 503
+            and loading.json()["error"]["code"] == "loading"
+            and "retry-after" in loading.headers
+        )
         gate.set()
         engine.wait_ready(10)
         assert client.post("/v1/completions", json={"prompt": "x"}, headers=headers).status_code == 200

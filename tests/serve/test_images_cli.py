@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rdlm.checkpoint import save
+from rdlm.checkpoints.folder import save
 from rdlm.cli import app, run
-from rdlm.config import CheckpointConfig
+from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.registry import build
 from serve.images_cli import tiled
 
-SHAPE = {"image_size": 8, "patch_size": 4, "num_classes": 3, "d_model": 32, "num_heads": 2, "mlp_width": 48, "num_layers": 2}
+SHAPE = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_classes": 3,
+    "d_model": 32,
+    "num_heads": 2,
+    "mlp_width": 48,
+    "num_layers": 2,
+}
 DOCUMENT = {
     "name": "tiny-dit",
     "model": {"family": "dit", **SHAPE, "noise_embed_dim": 16},
@@ -55,21 +63,35 @@ def test_images_are_the_same_whatever_the_batch(draw: Callable[..., dict[str, np
 
 
 @pytest.mark.parametrize(
-    "options", [("--seed", "1"), ("--num-steps", "5"), ("--guidance", "3"), ("--solver", "heun"), ("--classes", "1")]
+    "options",
+    [("--seed", "1"), ("--num-steps", "5"), ("--guidance", "3"), ("--solver", "heun"), ("--classes", "1")],
 )
-def test_every_option_changes_images(draw: Callable[..., dict[str, np.ndarray]], options: tuple[str, str]) -> None:
-    assert not np.array_equal(draw("--num-images", "4")["arr_0"], draw("--num-images", "4", *options)["arr_0"])
+def test_every_option_changes_images(
+    draw: Callable[..., dict[str, np.ndarray]], options: tuple[str, str]
+) -> None:
+    assert not np.array_equal(
+        draw("--num-images", "4")["arr_0"], draw("--num-images", "4", *options)["arr_0"]
+    )
 
 
 def test_a_picture_holds_every_image(checkpoint: Path, tmp_path: Path) -> None:
     from matplotlib.image import imread
 
     out = tmp_path / "p" / "images.png"
-    assert run(app, ["images", "--checkpoint", str(checkpoint), "--out", str(out), "--num-images", "10"], "rdlm") == 0
-    assert imread(out).shape[:2] == (2 * 9 - 1, 8 * 9 - 1) and [each.name for each in out.parent.iterdir()] == ["images.png"]
+    assert (
+        run(app, ["images", "--checkpoint", str(checkpoint), "--out", str(out), "--num-images", "10"], "rdlm")
+        == 0
+    )
+    assert imread(out).shape[:2] == (2 * 9 - 1, 8 * 9 - 1) and [
+        each.name for each in out.parent.iterdir()
+    ] == ["images.png"]
     found = np.arange(10 * 8 * 8 * 3, dtype=np.uint8).reshape(10, 8, 8, 3)
     picture = tiled(found, 4)
-    assert np.array_equal(picture[9:17, 9:17], found[5]) and (picture[:, 8] == 255).all() and (picture[18:, 18:] == 255).all()
+    assert (
+        np.array_equal(picture[9:17, 9:17], found[5])
+        and (picture[:, 8] == 255).all()
+        and (picture[18:, 18:] == 255).all()
+    )
 
 
 @pytest.mark.parametrize(

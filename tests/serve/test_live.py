@@ -20,8 +20,8 @@ import httpx
 import openai
 import pytest
 
-from rdlm.checkpoint import save
-from serve.events import Served
+from rdlm.checkpoints.folder import save
+from serve.engine.events import Served
 
 pytestmark = pytest.mark.multiproc
 
@@ -95,18 +95,29 @@ def live(checkpoint: Path) -> Iterator[Live]:
 def test_openai_client_completions_and_chat(live: Live) -> None:
     client = live.client()
     assert "tiny:k4" in [model.id for model in client.models.list()]
-    whole = client.completions.create(model="tiny", prompt="in the", max_tokens=8, temperature=0, extra_body={"num_steps": 4})
+    whole = client.completions.create(
+        model="tiny", prompt="in the", max_tokens=8, temperature=0, extra_body={"num_steps": 4}
+    )
     assert whole.usage is not None and whole.usage.completion_tokens == 8
     assert whole.usage.model_extra is not None and whole.usage.model_extra["recurrence"]["num_steps"] == 4
     parts = client.completions.create(
-        model="tiny:k4", prompt="in the", max_tokens=8, temperature=0, stream=True, stream_options={"include_usage": True}
+        model="tiny:k4",
+        prompt="in the",
+        max_tokens=8,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     chunks = list(parts)
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
     assert chunks[-1].usage is not None and chunks[-1].usage.total_tokens == whole.usage.total_tokens
     messages: Any = [{"role": "user", "content": "the word"}]
-    chat = client.chat.completions.create(model="tiny", messages=messages, max_tokens=6, seed=1, logprobs=True, top_logprobs=3)
-    stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=6, seed=1, stream=True)
+    chat = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=6, seed=1, logprobs=True, top_logprobs=3
+    )
+    stream = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=6, seed=1, stream=True
+    )
     assert "".join(c.choices[0].delta.content or "" for c in stream) == chat.choices[0].message.content
     with pytest.raises(openai.BadRequestError, match="1 to 8"):
         client.completions.create(model="tiny", prompt="x", extra_body={"num_steps": 100})
@@ -120,7 +131,9 @@ def test_concurrent_strangers_get_what_they_get_alone(live: Live) -> None:
     def ask(i: int) -> str:
         body = {"num_steps": 1 + i % 8}
         return (
-            client.completions.create(model="tiny", prompt="the word " * (1 + i), max_tokens=12, seed=i, extra_body=body)
+            client.completions.create(
+                model="tiny", prompt="the word " * (1 + i), max_tokens=12, seed=i, extra_body=body
+            )
             .choices[0]
             .text
         )
@@ -132,7 +145,9 @@ def test_concurrent_strangers_get_what_they_get_alone(live: Live) -> None:
 
 def test_two_events_in_one_segment_split_on_a_blank_line(live: Live) -> None:
     """A client that waits lets events pile up in one read; splitting on "\\n\\n" alone must give them all back."""
-    body = json.dumps({"prompt": "x", "max_tokens": 20, "stream": True, "temperature": 0, "ignore_eos": True}).encode()
+    body = json.dumps(
+        {"prompt": "x", "max_tokens": 20, "stream": True, "temperature": 0, "ignore_eos": True}
+    ).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
@@ -155,9 +170,9 @@ def test_disconnect_cancels_the_work(live: Live, stream: bool) -> None:
     before = metric(live, 'rdlm_sequences_total{finish="abort"}')
     body = {"prompt": "x", "max_tokens": 2000, "num_steps": 8, "stream": stream, "ignore_eos": True, "n": 16}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{live.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.5)) if not stream else _leave(
-            live, body
-        )
+        httpx.post(
+            f"{live.url}/v1/completions", json=body, timeout=httpx.Timeout(5, read=0.5)
+        ) if not stream else _leave(live, body)
     deadline = time.monotonic() + 120
     while metric(live, 'rdlm_sequences_total{finish="abort"}') < before + 16:
         assert time.monotonic() < deadline, "they run on"
@@ -171,7 +186,11 @@ def test_half_a_body_is_no_defect_of_the_server(live: Live) -> None:
 
     def refused(status: int) -> float:
         text = httpx.get(f"{live.url}/metrics").text
-        return sum(float(line.split()[-1]) for line in text.splitlines() if f'refusals_total{{status="{status}"}}' in line)
+        return sum(
+            float(line.split()[-1])
+            for line in text.splitlines()
+            if f'refusals_total{{status="{status}"}}' in line
+        )
 
     left, defects = refused(499), refused(500)
     address = httpx.URL(live.url)
@@ -199,11 +218,18 @@ def metric(server: Live, name: str) -> float:
 
 def test_sigterm_loses_no_accepted_request(checkpoint: Path, tmp_path: Path) -> None:
     """Running and still waiting, streamed and in one piece: all are answered in full. Whatever comes later is refused."""
-    server = launch(checkpoint, tmp_path, "--drain-seconds", "120", "--max-slots", "2", "--log-format", "json")
+    server = launch(
+        checkpoint, tmp_path, "--drain-seconds", "120", "--max-slots", "2", "--log-format", "json"
+    )
     client = server.client()
 
     def ask(i: int) -> int:
-        body: dict[str, Any] = {"model": "tiny:k8", "prompt": "x", "max_tokens": 80, "extra_body": {"ignore_eos": True}}
+        body: dict[str, Any] = {
+            "model": "tiny:k8",
+            "prompt": "x",
+            "max_tokens": 80,
+            "extra_body": {"ignore_eos": True},
+        }
         if i % 2:
             answer = client.completions.create(**body)
             return answer.usage.completion_tokens if answer.usage else 0
@@ -248,7 +274,9 @@ def test_after_sigkill_the_same_command_serves_again(checkpoint: Path, tmp_path:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
         server.process.kill()
-        with pytest.raises(httpx.TransportError):  # a client sees that the stream broke: no [DONE], no end of the body
+        with pytest.raises(
+            httpx.TransportError
+        ):  # a client sees that the stream broke: no [DONE], no end of the body
             list(lines)
     assert server.process.wait(60) == -signal.SIGKILL
     with pytest.raises(httpx.TransportError):
@@ -271,15 +299,36 @@ def test_after_sigkill_the_same_command_serves_again(checkpoint: Path, tmp_path:
     ],
 )
 def test_bad_options_exit_2_with_one_line(options: list[str], says: str, checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "rdlm", "serve", "--checkpoint", str(checkpoint), "--port", "0", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "rdlm",
+        "serve",
+        "--checkpoint",
+        str(checkpoint),
+        "--port",
+        "0",
+        *options,
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and says in ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1
 
 
 def test_generate_command(checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "rdlm", "generate", "--checkpoint", str(checkpoint), "--prompt", "in the"]
-    ended = subprocess.run([*command, "--num-steps", "1,8", "--max-tokens", "6"], capture_output=True, text=True, timeout=60)
+    command = [
+        sys.executable,
+        "-m",
+        "rdlm",
+        "generate",
+        "--checkpoint",
+        str(checkpoint),
+        "--prompt",
+        "in the",
+    ]
+    ended = subprocess.run(
+        [*command, "--num-steps", "1,8", "--max-tokens", "6"], capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("tokens/s") == 2 and "K = 8" in ended.stdout and "core steps" in ended.stdout
     wrong = subprocess.run([*command, "--num-steps", "1,900"], capture_output=True, text=True, timeout=60)
@@ -293,8 +342,19 @@ def test_the_page_runs_in_a_browser(live: Live, tmp_path: Path) -> None:
     if browser is None:
         pytest.skip("no chromium on this machine")
     shot = tmp_path / "page.png"
-    common = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844", "--virtual-time-budget=5000"]
-    seen = subprocess.run([*common, "--dump-dom", f"{live.url}/"], check=True, capture_output=True, text=True, timeout=120).stdout
+    common = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=390,844",
+        "--virtual-time-budget=5000",
+    ]
+    seen = subprocess.run(
+        [*common, "--dump-dom", f"{live.url}/"], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
     assert '<h1 id="name">tiny</h1>' in seen and "K from 1 to 8" in seen and 'max="8"' in seen
-    subprocess.run([*common, f"--screenshot={shot}", f"{live.url}/"], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [*common, f"--screenshot={shot}", f"{live.url}/"], check=True, capture_output=True, timeout=120
+    )
     assert shot.stat().st_size > 5000

@@ -11,16 +11,18 @@ import pytest
 from litestar.testing import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve.app import create_app
-from serve.engine import Engine
-from serve.events import Served
-from serve.logs import JsonLines
+from serve.api.app import create_app
+from serve.api.logs import JsonLines
+from serve.engine.engine import Engine
+from serve.engine.events import Served
 from serve.settings import EngineSettings, HttpSettings
 
 
 @pytest.fixture
 def client(make_served: Callable[..., Served]) -> Iterator[TestClient]:
-    with Engine(lambda: make_served(settings=EngineSettings(max_slots=4, chunk=16, prefill_rows=32))) as engine:
+    with Engine(
+        lambda: make_served(settings=EngineSettings(max_slots=4, chunk=16, prefill_rows=32))
+    ) as engine:
         with TestClient(create_app(engine, HttpSettings()), raise_server_exceptions=False) as client:
             yield client
 
@@ -37,7 +39,9 @@ def scrape(client: TestClient) -> dict[str, float]:
 
 def test_metrics_count_what_was_done(client: TestClient) -> None:
     before = scrape(client)
-    assert before["rdlm_tokens_total"] == before["rdlm_core_steps_total"] == 0 and before["rdlm_kv_slots"] == 4
+    assert (
+        before["rdlm_tokens_total"] == before["rdlm_core_steps_total"] == 0 and before["rdlm_kv_slots"] == 4
+    )
     body: dict[str, Any] = {"prompt": [[5, 6, 7]], "max_tokens": 5, "ignore_eos": True}
     for k in (1, 4):
         assert client.post("/v1/completions", json={**body, "num_steps": k}).status_code == 200
@@ -45,19 +49,29 @@ def test_metrics_count_what_was_done(client: TestClient) -> None:
     assert client.get("/nowhere").status_code == 404
     after = scrape(client)
     assert after["rdlm_tokens_total"] == 10 and after["rdlm_prompt_tokens_total"] == 6
-    assert after["rdlm_core_steps_total"] == after["rdlm_rows_per_core_step_count"] == 5 * 1 + 5 * 4  # one after the other
+    assert (
+        after["rdlm_core_steps_total"] == after["rdlm_rows_per_core_step_count"] == 5 * 1 + 5 * 4
+    )  # one after the other
     assert after["rdlm_rows_per_core_step_sum"] == (3 + 4) * 1 + (3 + 4) * 4
-    assert after["rdlm_steps_per_token_sum"] / after["rdlm_steps_per_token_count"] == 2.5  # mean K over tokens
+    assert (
+        after["rdlm_steps_per_token_sum"] / after["rdlm_steps_per_token_count"] == 2.5
+    )  # mean K over tokens
     assert after["rdlm_steps_per_token_bucket[1.0]"] == 5 and after["rdlm_steps_per_token_bucket[4.0]"] == 10
-    assert after["rdlm_time_to_first_token_seconds_count"] == 2 and after["rdlm_inter_token_seconds_count"] == 8
+    assert (
+        after["rdlm_time_to_first_token_seconds_count"] == 2 and after["rdlm_inter_token_seconds_count"] == 8
+    )
     assert after["rdlm_request_seconds_sum"] >= after["rdlm_time_to_first_token_seconds_sum"] > 0
     assert after["rdlm_sequences_total[length]"] == 2 and after["rdlm_sequences_total[abort]"] == 0
     assert after["rdlm_refusals_total[400]"] == after["rdlm_refusals_total[404]"] == 1
-    assert after["rdlm_queue_sequences"] == after["rdlm_running_sequences"] == after["rdlm_kv_slots_used"] == 0
+    assert (
+        after["rdlm_queue_sequences"] == after["rdlm_running_sequences"] == after["rdlm_kv_slots_used"] == 0
+    )
     assert 0 < after["rdlm_model_seconds_total"] <= after["rdlm_busy_seconds_total"]
 
 
-def test_metrics_belong_to_one_application_and_ask_for_its_key(client: TestClient, make_served: Callable[..., Served]) -> None:
+def test_metrics_belong_to_one_application_and_ask_for_its_key(
+    client: TestClient, make_served: Callable[..., Served]
+) -> None:
     client.post("/v1/completions", json={"prompt": [[5]], "max_tokens": 1})
     engine = Engine(make_served)
     with TestClient(create_app(engine, HttpSettings(api_keys=("one",)))) as other:
@@ -67,7 +81,7 @@ def test_metrics_belong_to_one_application_and_ask_for_its_key(client: TestClien
 
 
 def test_cancellations_are_counted(client: TestClient) -> None:
-    from serve.sequence import Request
+    from serve.engine.sequence import Request
 
     engine = client.app.state.frontend.engine
     seen: list[Any] = []
@@ -78,7 +92,9 @@ def test_cancellations_are_counted(client: TestClient) -> None:
     assert found["rdlm_sequences_total[abort]"] == 1 and found["rdlm_request_seconds_count"] == 0
 
 
-def test_request_ids_come_back_and_are_in_the_log(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_request_ids_come_back_and_are_in_the_log(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "rdlm")
     formatter = JsonLines()
     lines: list[dict[str, Any]] = []
@@ -94,13 +110,20 @@ def test_request_ids_come_back_and_are_in_the_log(client: TestClient, caplog: py
         given = client.post("/v1/completions", json=body, headers={"x-request-id": "abc-1"})
         made = client.get("/nowhere")
         forged = client.get("/health", headers={"x-request-id": "a b"})
-        streamed = client.post("/v1/completions", json={**body, "stream": True}, headers={"x-request-id": "abc-2"})
+        streamed = client.post(
+            "/v1/completions", json={**body, "stream": True}, headers={"x-request-id": "abc-2"}
+        )
     finally:
         logging.getLogger("rdlm").removeHandler(handler)
     assert given.headers["x-request-id"] == "abc-1" and streamed.headers["x-request-id"] == "abc-2"
     assert len(made.headers["x-request-id"]) == 24 and forged.headers["x-request-id"] != "a b"
-    assert [line["request_id"] for line in lines] == [r.headers["x-request-id"] for r in (given, made, forged, streamed)]
-    assert [(line["path"], line["status"]) for line in lines[:2]] == [("/v1/completions", 200), ("/nowhere", 404)]
+    assert [line["request_id"] for line in lines] == [
+        r.headers["x-request-id"] for r in (given, made, forged, streamed)
+    ]
+    assert [(line["path"], line["status"]) for line in lines[:2]] == [
+        ("/v1/completions", 200),
+        ("/nowhere", 404),
+    ]
     assert lines[0]["level"] == "info" and lines[0]["seconds"] > 0 and lines[0]["method"] == "POST"
 
 
@@ -108,6 +131,12 @@ def test_a_traceback_is_one_json_line() -> None:
     try:
         raise ValueError("two\nlines")
     except ValueError as error:
-        record = logging.LogRecord("rdlm", logging.ERROR, "f", 1, "broken %s", ("x",), (type(error), error, None))
+        record = logging.LogRecord(
+            "rdlm", logging.ERROR, "f", 1, "broken %s", ("x",), (type(error), error, None)
+        )
     text = JsonLines().format(record)
-    assert "\n" not in text and json.loads(text)["message"] == "broken x" and "ValueError" in json.loads(text)["traceback"]
+    assert (
+        "\n" not in text
+        and json.loads(text)["message"] == "broken x"
+        and "ValueError" in json.loads(text)["traceback"]
+    )

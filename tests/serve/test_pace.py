@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from litestar.testing import TestClient
 
-from rdlm.decoding_types import SamplingParams
-from serve.active import Active
-from serve.app import create_app
-from serve.engine import Engine
-from serve.events import Served
-from serve.pace import Pace, StepCost
-from serve.sequence import Depth, Request, Sequence
+from rdlm.sampling_params import SamplingParams
+from serve.api.app import create_app
+from serve.engine.active import Active
+from serve.engine.deadlines import Pace, StepCost
+from serve.engine.detokenizer import TextStream
+from serve.engine.engine import Engine
+from serve.engine.events import Served
+from serve.engine.sequence import Depth, Request, Sequence
 from serve.settings import EngineSettings, HttpSettings
-from serve.text import TextStream
 
 GREEDY = SamplingParams(temperature=0)
 IDS = [(7 * i) % 290 + 5 for i in range(20)]
@@ -27,12 +27,17 @@ IDS = [(7 * i) % 290 + 5 for i in range(20)]
 @pytest.fixture(scope="module")
 def client(make_served: Callable[..., Served]) -> Iterator[TestClient]:
     settings = EngineSettings(max_slots=4, chunk=16, prefill_rows=32)
-    with Engine(lambda: make_served(settings=settings)) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+    with (
+        Engine(lambda: make_served(settings=settings)) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
         yield client
 
 
 def complete(client: TestClient, **body: Any) -> dict[str, Any]:
-    answer = client.post("/v1/completions", json={"temperature": 0, "max_tokens": 5, "ignore_eos": True, **body})
+    answer = client.post(
+        "/v1/completions", json={"temperature": 0, "max_tokens": 5, "ignore_eos": True, **body}
+    )
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -51,7 +56,9 @@ def test_a_schedule_gives_each_token_its_steps(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("objective", ["single_pass", "paper"])
-def test_scheduled_answers_do_not_depend_on_strangers(objective: str, make_engine: Callable[..., Engine]) -> None:
+def test_scheduled_answers_do_not_depend_on_strangers(
+    objective: str, make_engine: Callable[..., Engine]
+) -> None:
     engine = make_engine(objective)
     mixed = [Request(tuple(IDS[: 3 + 4 * i]), 8, 5, seed=i, schedule=(1 + i, 8 - i, 2)) for i in range(4)]
     alone = [[event.token for event in engine.generate([one])[0]] for one in mixed]
@@ -63,7 +70,9 @@ def test_step_costs_are_learned() -> None:
     assert cost.predict(5) == 0
     for rows in (1, 4, 16, 64) * 5:
         cost.observe(rows, 0.002 + 0.0001 * rows)
-    assert cost.predict(32) == pytest.approx(0.0052, rel=1e-6) and cost.predict(1) == pytest.approx(0.0021, rel=1e-6)
+    assert cost.predict(32) == pytest.approx(0.0052, rel=1e-6) and cost.predict(1) == pytest.approx(
+        0.0021, rel=1e-6
+    )
     steady = StepCost()
     for _ in range(5):
         steady.observe(3, 0.01)
@@ -72,7 +81,13 @@ def test_step_costs_are_learned() -> None:
 
 def paced(request: Request, served: Served) -> tuple[Pace, Active]:
     """A pace that knows a step to take 10 ms, with one sequence submitted at time 0."""
-    active = Active(Sequence(0, request, Depth(8, 8, 8, 8), 16), TextStream(served.tokenizer, ()), lambda event: None, 0, 0.0)
+    active = Active(
+        Sequence(0, request, Depth(8, 8, 8, 8), 16),
+        TextStream(served.tokenizer, ()),
+        lambda event: None,
+        0,
+        0.0,
+    )
     pace = Pace()
     pace.cost.observe(1, 0.01)
     pace.add(active)
@@ -109,16 +124,25 @@ def slow(served: Served, seconds: float) -> Served:
 def test_deadlines_over_http(make_served: Callable[..., Served]) -> None:
     """K falls first; an answer that still does not fit ends with what there is; one that never began is a 504."""
     served = slow(make_served(settings=EngineSettings(max_slots=1)), 0.01)
-    with Engine(lambda: served) as engine, TestClient(create_app(engine, HttpSettings(request_seconds=20))) as client:
+    with (
+        Engine(lambda: served) as engine,
+        TestClient(create_app(engine, HttpSettings(request_seconds=20))) as client,
+    ):
         free = complete(client, prompt=[[5]], num_steps=8, max_tokens=3, max_ms=20_000)
-        assert free["choices"][0]["recurrence"]["steps"] == [8] * 3 and not free["usage"]["recurrence"]["deadline_hit"]
+        assert (
+            free["choices"][0]["recurrence"]["steps"] == [8] * 3
+            and not free["usage"]["recurrence"]["deadline_hit"]
+        )
         tight = complete(client, prompt=[[5]], num_steps=8, max_tokens=120, max_ms=1000)
         took, work = tight["choices"][0]["recurrence"]["steps"], tight["usage"]["recurrence"]
         assert set(took) == {1} and work["deadline_hit"] and len(took) < 120
         assert work["lowered"] - len(took) in (0, 1)  # one may have been cut off
         assert tight["choices"][0]["finish_reason"] == "length" and 900 < tight["timings"]["total_ms"] < 3000
         stubborn = complete(client, prompt=[[5]], num_steps=8, max_tokens=60, max_ms=600, min_steps=8)
-        assert set(stubborn["choices"][0]["recurrence"]["steps"]) == {8} and stubborn["usage"]["recurrence"]["deadline_hit"]
+        assert (
+            set(stubborn["choices"][0]["recurrence"]["steps"]) == {8}
+            and stubborn["usage"]["recurrence"]["deadline_hit"]
+        )
         hold = engine.submit([Request((5,), 8, 100)], lambda event: None)
         late = client.post("/v1/completions", json={"prompt": "x", "max_ms": 50})
         engine.abort(hold)
@@ -128,11 +152,19 @@ def test_deadlines_over_http(make_served: Callable[..., Served]) -> None:
 
 def test_the_servers_limit_ends_what_names_none(make_served: Callable[..., Served]) -> None:
     served = slow(make_served(), 0.01)
-    with Engine(lambda: served) as engine, TestClient(create_app(engine, HttpSettings(request_seconds=2))) as client:
+    with (
+        Engine(lambda: served) as engine,
+        TestClient(create_app(engine, HttpSettings(request_seconds=2))) as client,
+    ):
         answer = complete(client, prompt=[[5]], num_steps=8, max_tokens=120)
-        assert answer["choices"][0]["finish_reason"] == "length" and answer["usage"]["recurrence"]["deadline_hit"]
+        assert (
+            answer["choices"][0]["finish_reason"] == "length"
+            and answer["usage"]["recurrence"]["deadline_hit"]
+        )
         said, work = answer["usage"]["completion_tokens"], answer["usage"]["recurrence"]
-        assert work["prefill_core_steps"] == 8 and 8 * (said - 1) <= work["decode_core_steps"] < 8 * said  # K stayed
+        assert (
+            work["prefill_core_steps"] == 8 and 8 * (said - 1) <= work["decode_core_steps"] < 8 * said
+        )  # K stayed
         scored = client.post("/v1/score", json={"prompt": [IDS * 6], "num_steps": [8]})
         assert scored.status_code == 200  # 8 steps fit
 
@@ -149,7 +181,11 @@ def test_brown_out_lowers_the_default_and_nothing_else(make_served: Callable[...
                 type(engine).num_waiting = property(lambda self, queued=queued: queued)  # type: ignore[assignment,misc]
                 lowered = complete(client, prompt=[[5]], max_tokens=1)["usage"]["recurrence"]
                 assert (lowered["num_steps"], lowered.get("brownout", False)) == (k, k < 6)
-                for fields, kept in (({"num_steps": 6}, 6), ({"reasoning_effort": "medium"}, 6), ({"model": "tiny:k8"}, 8)):
+                for fields, kept in (
+                    ({"num_steps": 6}, 6),
+                    ({"reasoning_effort": "medium"}, 6),
+                    ({"model": "tiny:k8"}, 8),
+                ):
                     explicit = complete(client, prompt=[[5]], max_tokens=1, **fields)["usage"]["recurrence"]
                     assert explicit["num_steps"] == kept and "brownout" not in explicit
                 assert client.get("/v1/models/tiny").json()["recurrence"]["default_steps"] == 6
@@ -159,7 +195,10 @@ def test_brown_out_lowers_the_default_and_nothing_else(make_served: Callable[...
 
 @pytest.mark.parametrize("objective", ["onestep", "single_pass", "evidence"])
 def test_a_stream_tells_every_step(objective: str, make_served: Callable[..., Served]) -> None:
-    with Engine(lambda: make_served(objective)) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+    with (
+        Engine(lambda: make_served(objective)) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
         body = {"prompt": [IDS[:9]], "num_steps": 6, "temperature": 0, "max_tokens": 3, "ignore_eos": True}
         options = {"include_steps": True, "steps_every": 2, "steps_top": 3}
         raw = client.post("/v1/completions", json={**body, "stream": True, "stream_options": options}).text
@@ -173,7 +212,9 @@ def test_a_stream_tells_every_step(objective: str, make_served: Callable[..., Se
         if objective == "evidence":
             return
         for number, k in enumerate((2, 4)):  # what a step says of the first token is what K = step answers
-            first = complete(client, **{**body, "num_steps": k, "max_tokens": 1, "logprobs": 1})["choices"][0]["logprobs"]
+            first = complete(client, **{**body, "num_steps": k, "max_tokens": 1, "logprobs": 1})["choices"][
+                0
+            ]["logprobs"]
             assert told[number]["top"][0]["token"] == first["tokens"][0]
             assert told[number]["top"][0]["logprob"] == pytest.approx(first["token_logprobs"][0], abs=1e-4)
 

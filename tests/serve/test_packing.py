@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from rdlm import checkpoint
-from rdlm.decoding_types import SamplingParams
-from serve.engine import Engine
-from serve.events import Served
+from rdlm.checkpoints import folder as checkpoint
+from rdlm.sampling_params import SamplingParams
+from serve.engine.engine import Engine
+from serve.engine.events import Served
+from serve.engine.packing import PackedLinear, can_pack, pack_weights, padded
+from serve.engine.runner import Runner
+from serve.engine.sequence import Request
 from serve.loading import load_served
-from serve.packing import PackedLinear, can_pack, pack_weights, padded
-from serve.runner import Runner
-from serve.sequence import Request
 from serve.settings import EngineSettings
 
 SETTINGS = EngineSettings(max_slots=2, chunk=16, prefill_rows=32)
@@ -38,13 +38,17 @@ def test_packed_equals_plain(dtype: torch.dtype, tolerance: float, bias: bool) -
 
 
 def test_only_what_can_be_packed_is() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4, dtype=torch.float64), nn.Embedding(4, 4)))
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4, dtype=torch.float64), nn.Embedding(4, 4))
+    )
     model.append(nn.Linear(4, 4, device="meta"))
     assert pack_weights(model) == 1 and pack_weights(model) == 0
     assert [type(m) for m in (model[0], model[1][0], model[2])] == [PackedLinear, nn.Linear, nn.Linear]
 
 
-def test_a_loaded_model_is_packed_and_says_the_same(make_served: Callable[..., Served], tmp_path: Path) -> None:
+def test_a_loaded_model_is_packed_and_says_the_same(
+    make_served: Callable[..., Served], tmp_path: Path
+) -> None:
     """Greedy tokens and log-probabilities (1e-4) of a served checkpoint are those of the model as it was saved."""
     plain = make_served("single_pass", settings=SETTINGS)
     assert isinstance(plain.runner, Runner)
@@ -52,8 +56,13 @@ def test_a_loaded_model_is_packed_and_says_the_same(make_served: Callable[..., S
     loaded = load_served(tmp_path / "model", SETTINGS)
     assert isinstance(loaded.runner, Runner)
     kinds = {type(m) for m in loaded.runner.denoiser.modules() if isinstance(m, nn.Linear)}
-    assert kinds == {PackedLinear} and not any(isinstance(m, PackedLinear) for m in plain.runner.denoiser.modules())
-    asked = [Request(tuple(range(5, 5 + n)), k, 8, SamplingParams(temperature=0), logprobs=0) for n, k in ((3, 4), (20, 1))]
+    assert kinds == {PackedLinear} and not any(
+        isinstance(m, PackedLinear) for m in plain.runner.denoiser.modules()
+    )
+    asked = [
+        Request(tuple(range(5, 5 + n)), k, 8, SamplingParams(temperature=0), logprobs=0)
+        for n, k in ((3, 4), (20, 1))
+    ]
     answers = []
     for served in (plain, loaded):
         with Engine(lambda served=served: served) as engine:

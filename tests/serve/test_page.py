@@ -8,10 +8,10 @@ from importlib.resources import files
 
 from litestar.testing import TestClient
 
-from serve.app import create_app
-from serve.engine import Engine
-from serve.events import Served
-from serve.schemas import CompletionRequest
+from serve.api.app import create_app
+from serve.api.schemas import CompletionRequest
+from serve.engine.engine import Engine
+from serve.engine.events import Served
 from serve.settings import HttpSettings
 
 PAGE = files("serve").joinpath("page.html").read_text()
@@ -20,7 +20,11 @@ PAGE = files("serve").joinpath("page.html").read_text()
 def test_it_is_served_without_a_key_and_nothing_else_is(make_served: Callable[..., Served]) -> None:
     with TestClient(create_app(Engine(make_served), HttpSettings(api_keys=("one",)))) as client:
         answer = client.get("/")
-        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html") and answer.text == PAGE
+        assert (
+            answer.status_code == 200
+            and answer.headers["content-type"].startswith("text/html")
+            and answer.text == PAGE
+        )
         assert "default-src 'none'" in answer.headers["content-security-policy"]
         assert client.get("/v1/models").status_code == client.get("/metrics").status_code == 401
 

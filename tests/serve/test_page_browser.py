@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from benchmarks.client import running_server
-from rdlm.checkpoint import save
-from serve.events import Served
+from rdlm.checkpoints.folder import save
+from serve.engine.events import Served
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiproc]
 PATIENCE = 120_000
@@ -93,7 +93,10 @@ def tokens(page: Any, panel: int = 0) -> Any:
 def test_several_k_side_by_side_stream_and_say_what_the_api_says(visit: Callable[..., Any], url: str) -> None:
     page = visit()
     assert page.locator("#order").is_hidden() and page.locator("#exit").is_visible()
-    assert page.locator("#name").inner_text() == "tiny" and "K from 1 to 8" in page.locator("#about").inner_text()
+    assert (
+        page.locator("#name").inner_text() == "tiny"
+        and "K from 1 to 8" in page.locator("#about").inner_text()
+    )
     page.fill("#prompt", "in the beginning")
     page.fill("#compare", "1, 4 2")
     page.fill("#tokens", "40")
@@ -121,7 +124,9 @@ def test_a_masked_model_asks_for_an_order_and_for_nothing_it_has_not(
     with _serving(make_served("masked", "masked"), tmp_path / "tiny") as address:
         page = visit(address)
         assert (
-            page.locator("#order").is_visible() and page.locator("#exit").is_hidden() and page.locator("#threshold").is_hidden()
+            page.locator("#order").is_visible()
+            and page.locator("#exit").is_hidden()
+            and page.locator("#threshold").is_hidden()
         )
         assert page.locator("label[for=steps]").inner_text() == "Steps that fill the answer in: K = 2"
         for order in ("confidence", "left_to_right"):
@@ -158,7 +163,9 @@ def test_keyboard_alone(visit: Callable[..., Any]) -> None:
     page.focus("#go")
     page.keyboard.press("Enter")
     ended(page)
-    assert page.evaluate("document.activeElement.id") == "go", "the button keeps the focus, for the next answer"
+    assert page.evaluate("document.activeElement.id") == "go", (
+        "the button keeps the focus, for the next answer"
+    )
 
 
 def test_steps_of_each_token_are_shown_as_colour_and_in_words(visit: Callable[..., Any]) -> None:
@@ -172,7 +179,9 @@ def test_steps_of_each_token_are_shown_as_colour_and_in_words(visit: Callable[..
     titles = tokens(page).evaluate_all("spans => spans.map(s => s.title)")
     colours = tokens(page).evaluate_all("spans => spans.map(s => s.style.background)")
     assert all(title.partition(" ")[2] in ("step", "steps") for title in titles) and all(colours)
-    assert len(set(colours)) == len(set(titles)) and dict(zip(titles, colours, strict=True)).keys() == set(titles)
+    assert len(set(colours)) == len(set(titles)) and dict(zip(titles, colours, strict=True)).keys() == set(
+        titles
+    )
     assert (
         page.locator("#legend").inner_text().split() == ["1", "step", "8", "steps"]
         and "steps a token" in page.locator("article div").inner_text()
@@ -181,11 +190,17 @@ def test_steps_of_each_token_are_shown_as_colour_and_in_words(visit: Callable[..
 
 def test_mistakes_are_said_where_they_are_made(visit: Callable[..., Any], url: str) -> None:
     page = visit()
-    for field, value, says in (("#compare", "4, 900", "900 is no K from 1 to 8"), ("#tokens", "", ""), ("#prompt", "", "")):
+    for field, value, says in (
+        ("#compare", "4, 900", "900 is no K from 1 to 8"),
+        ("#tokens", "", ""),
+        ("#prompt", "", ""),
+    ):
         before = page.input_value(field)
         page.fill(field, value)
         page.click("#go")
-        assert page.locator("article").count() == 0 and not page.locator(field).evaluate("field => field.checkValidity()")
+        assert page.locator("article").count() == 0 and not page.locator(field).evaluate(
+            "field => field.checkValidity()"
+        )
         assert says in page.locator(field).evaluate("field => field.validationMessage")
         page.fill(field, before)
 
@@ -193,7 +208,9 @@ def test_mistakes_are_said_where_they_are_made(visit: Callable[..., Any], url: s
 def test_what_goes_wrong_is_said_and_what_came_stays(visit: Callable[..., Any]) -> None:
     """An error within a stream; a stream that breaks off after comments and a token; a server that is gone."""
     page = visit()
-    token = "data: " + json.dumps({"choices": [{"index": 0, "text": "so far", "finish_reason": None, "logprobs": None}]})
+    token = "data: " + json.dumps(
+        {"choices": [{"index": 0, "text": "so far", "finish_reason": None, "logprobs": None}]}
+    )
     refusal = "data: " + json.dumps({"error": {"message": "the model failed"}})
     for body, says in ((refusal, "the model failed"), (token, "broke before the answer was complete")):
         answer = {"status": 200, "body": f": ping\n\n{body}\n\n: ping\n\n"}
@@ -221,7 +238,9 @@ def test_it_waits_for_a_server_that_loads(visit: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_phone_in_both_schemes(visit: Callable[..., Any], scheme: str) -> None:
-    page = visit(viewport={"width": 360, "height": 740}, device_scale_factor=2, has_touch=True, color_scheme=scheme)
+    page = visit(
+        viewport={"width": 360, "height": 740}, device_scale_factor=2, has_touch=True, color_scheme=scheme
+    )
     page.fill("#compare", "1, 4")
     page.fill("#tokens", "12")
     page.tap("#go")
@@ -231,7 +250,9 @@ def test_phone_in_both_schemes(visit: Callable[..., Any], scheme: str) -> None:
     assert all(box["x"] == boxes[0]["x"] and box["width"] > 300 for box in boxes), "one under the other"
     assert page.locator("#go").bounding_box()["height"] >= 44
     ratio = page.evaluate(CONTRAST)
-    assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)") == (scheme == "dark")
+    assert (page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)") == (
+        scheme == "dark"
+    )
     assert all(value >= 4.5 for value in ratio.values()), ratio
 
 

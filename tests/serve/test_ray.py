@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from rdlm.checkpoint import save
+from rdlm.checkpoints.folder import save
 from rdlm.errors import UserError
-from serve.events import Served
+from serve.engine.events import Served
 
 ray = pytest.importorskip("ray", reason="ray is not installed (extra ray)")
 pytestmark = [pytest.mark.slow, pytest.mark.multiproc]
@@ -30,11 +30,21 @@ def url(make_served: Callable[..., Served], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("ray") / "tiny"
     save(folder, served.runner.denoiser, served.config, served.tokenizer)  # type: ignore[attr-defined]
     root = str(Path(__file__).parents[2])
-    environment = {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, runtime_env={"env_vars": environment})
+    environment = {
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        runtime_env={"env_vars": environment},
+    )
     try:
         ray_serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        ray_serve.run(build({"checkpoint": str(folder), "replicas": "2", "cpus": 0.1, "http": {"api_keys": ["one"]}}))
+        ray_serve.run(
+            build({"checkpoint": str(folder), "replicas": "2", "cpus": 0.1, "http": {"api_keys": ["one"]}})
+        )
         yield f"http://127.0.0.1:{PORT}"
     finally:
         ray_serve.shutdown()
@@ -46,7 +56,13 @@ def test_two_replicas_answer_alike(url: str) -> None:
     assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 401
 
     def ask(seed: int) -> dict[str, Any]:
-        body = {"prompt": "in the", "num_steps": 1 + seed % 8, "seed": seed, "max_tokens": 8, "ignore_eos": True}
+        body = {
+            "prompt": "in the",
+            "num_steps": 1 + seed % 8,
+            "seed": seed,
+            "max_tokens": 8,
+            "ignore_eos": True,
+        }
         answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]
@@ -61,7 +77,9 @@ def test_two_replicas_answer_alike(url: str) -> None:
 
 def test_streams_pass_through(url: str) -> None:
     body = {"prompt": "x", "max_tokens": 5, "stream": True, "ignore_eos": True, "seed": 1}
-    text = httpx.post(f"{url}/v1/completions", json=body, headers={"authorization": "Bearer one"}, timeout=60).text
+    text = httpx.post(
+        f"{url}/v1/completions", json=body, headers={"authorization": "Bearer one"}, timeout=60
+    ).text
     assert text.count("data: ") == 6 and text.endswith("data: [DONE]\n\n")
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from rdlm.decoding_types import SamplingParams
-from rdlm.tokenizer import Tokenizer
-from serve import runner
-from serve.engine import Engine
-from serve.replies import FLOOR, CompletionLogprobs, TokenNames, chat_logprobs
-from serve.sequence import Request, TokenLogprobs
+from rdlm.data.tokenizer import Tokenizer
+from rdlm.sampling_params import SamplingParams
+from serve.api.openai_format import FLOOR, CompletionLogprobs, TokenNames, chat_logprobs
+from serve.engine import runner
+from serve.engine.engine import Engine
+from serve.engine.sequence import Request, TokenLogprobs
 
 
 def test_of_two_tokens_that_read_the_same_the_likelier_is_kept(tokenizer: Tokenizer) -> None:
@@ -35,14 +35,20 @@ def test_no_reply_has_a_number_that_json_lacks(tokenizer: Tokenizer) -> None:
         assert str(FLOOR) in text and "null" not in text
 
 
-def test_logprobs_are_those_of_the_raw_model(make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logprobs_are_those_of_the_raw_model(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever shapes the draw: read back as a prompt (a few rows at a time), tokens have the log-probabilities they were said with."""
     engine = make_engine()
-    shaped = SamplingParams(temperature=3.0, top_k=40, repetition_penalty=1.7, presence_penalty=1.5, logit_bias={9: 4.0})
+    shaped = SamplingParams(
+        temperature=3.0, top_k=40, repetition_penalty=1.7, presence_penalty=1.5, logit_bias={9: 4.0}
+    )
     said = engine.generate([Request((5, 6, 7), 1, 20, shaped, seed=5, logprobs=0)])[0]
     monkeypatch.setattr(runner, "LOGITS_AT_ONCE", 3 * engine.served.config.model.vocab_size)
     tokens = [event.token for event in said if event.token is not None]
     read = engine.generate([Request((5, 6, 7, *tokens), 1, 0, logprobs=0, prompt_logprobs=0)])[0]
     scored = [entry.logprob for event in read for entry in event.prompt_logprobs or []]
     assert len(scored) == 22 and len(set(tokens)) > 10
-    assert scored[2:] == pytest.approx([event.logprobs.logprob for event in said if event.logprobs is not None], abs=1e-4)
+    assert scored[2:] == pytest.approx(
+        [event.logprobs.logprob for event in said if event.logprobs is not None], abs=1e-4
+    )

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.scheduler import Scheduler
-from serve.sequence import Depth, Request, Sequence
+from serve.engine.scheduler import Scheduler
+from serve.engine.sequence import Depth, Request, Sequence
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class World:
 
     def __init__(self, slots: int, chunk: int, prefill_rows: int) -> None:
         self.scheduler = Scheduler(slots, prefill_rows, chunk)
-        self.steps: dict[tuple[int, int], list[int]] = defaultdict(list)  # (sequence, position) -> steps taken
+        self.steps: dict[tuple[int, int], list[int]] = defaultdict(
+            list
+        )  # (sequence, position) -> steps taken
         self.admitted: list[int] = []
         self.first_step: dict[int, int] = {}
         self.finished: set[int] = set()
@@ -64,8 +66,15 @@ class World:
         batch = scheduler.schedule()
         self.admitted += [s.id for s in scheduler.running.values() if s.id not in self.admitted]
         slots = [s.slot for s in scheduler.running.values()]
-        assert len(set(slots)) == len(slots) and None not in slots and len(slots) + scheduler.free_slots == scheduler.num_slots
-        assert sum(s.segment.length for s in batch if s.segment and s.segment.length > 1) <= scheduler.prefill_rows
+        assert (
+            len(set(slots)) == len(slots)
+            and None not in slots
+            and len(slots) + scheduler.free_slots == scheduler.num_slots
+        )
+        assert (
+            sum(s.segment.length for s in batch if s.segment and s.segment.length > 1)
+            <= scheduler.prefill_rows
+        )
         for sequence in batch:
             segment = sequence.segment
             assert segment is not None
@@ -84,7 +93,9 @@ class World:
 
 @settings(max_examples=80, deadline=None)
 @given(arrivals=arrivals, slots=st.integers(1, 4), chunk=st.integers(1, 8), extra_rows=st.integers(0, 8))
-def test_every_position_gets_exactly_its_steps(arrivals: list[Arrival], slots: int, chunk: int, extra_rows: int) -> None:
+def test_every_position_gets_exactly_its_steps(
+    arrivals: list[Arrival], slots: int, chunk: int, extra_rows: int
+) -> None:
     world = World(slots, chunk, chunk + extra_rows)
     sequences = [build(i, a, chunk) for i, a in enumerate(arrivals)]
     order: list[int] = []
@@ -94,7 +105,11 @@ def test_every_position_gets_exactly_its_steps(arrivals: list[Arrival], slots: i
             if a.at == now:
                 world.scheduler.add(sequence)
                 order.append(sequence.id)
-            if a.abort_after is not None and now == a.at + a.abort_after and sequence.id not in world.finished:
+            if (
+                a.abort_after is not None
+                and now == a.at + a.abort_after
+                and sequence.id not in world.finished
+            ):
                 assert world.scheduler.remove(sequence.id) is sequence
                 aborted.add(sequence.id)
         world.step()
@@ -114,19 +129,26 @@ def test_every_position_gets_exactly_its_steps(arrivals: list[Arrival], slots: i
             assert world.steps[sequence.id, position] == list(range(expected)), (position, a)
         assert (sequence.id, last + 1) not in world.steps
         assert sequence.prompt_row_steps == sum(len(world.steps[sequence.id, p]) for p in range(a.prompt))
-        assert sequence.decode_row_steps == sum(len(world.steps[sequence.id, p]) for p in range(a.prompt, last + 1))
+        assert sequence.decode_row_steps == sum(
+            len(world.steps[sequence.id, p]) for p in range(a.prompt, last + 1)
+        )
 
 
 def test_a_long_prompt_is_not_overtaken_and_does_not_stop_decoding() -> None:
     world = World(slots=3, chunk=4, prefill_rows=4)
     decoding = build(0, Arrival(0, 1, 2, 2, False, 50, None), 4)
-    long, short = build(1, Arrival(0, 40, 2, 2, False, 1, None), 4), build(2, Arrival(0, 3, 2, 2, False, 1, None), 4)
+    long, short = (
+        build(1, Arrival(0, 40, 2, 2, False, 1, None), 4),
+        build(2, Arrival(0, 3, 2, 2, False, 1, None), 4),
+    )
     for sequence in (decoding, long, short):
         world.scheduler.add(sequence)
     for _ in range(20):
         world.step()
     assert len(decoding.output) == 10  # a token every two steps, prompts or not
-    assert world.first_step[1] == 0 and world.first_step.get(2, 20) >= 20  # behind the long one's ten chunks of two steps
+    assert (
+        world.first_step[1] == 0 and world.first_step.get(2, 20) >= 20
+    )  # behind the long one's ten chunks of two steps
     world.step()
     assert world.first_step[2] == 20
 
@@ -143,7 +165,11 @@ def test_cut_of_a_prompt_does_not_depend_on_the_traffic() -> None:
         found: set[tuple[int, int]] = set()
         while len(world.scheduler):
             batch = world.scheduler.schedule()
-            found |= {(s.segment.start, s.segment.length) for s in batch if s.id == 0 and s.segment and not s.segment.step}
+            found |= {
+                (s.segment.start, s.segment.length)
+                for s in batch
+                if s.id == 0 and s.segment and not s.segment.step
+            }
             world.step()
         return found
 
@@ -158,8 +184,11 @@ def test_chunk_must_fit() -> None:
 @pytest.mark.parametrize(
     ("modules", "banned"),
     [
-        ("serve.scheduler serve.engine serve.app serve.cli serve.generate_cli", "torch"),
-        ("serve.scheduler serve.engine serve.runner serve.loading serve.generate_cli", "litestar"),
+        ("serve.engine.scheduler serve.engine.engine serve.api.app serve.cli serve.generate_cli", "torch"),
+        (
+            "serve.engine.scheduler serve.engine.engine serve.engine.runner serve.loading serve.generate_cli",
+            "litestar",
+        ),
     ],
 )
 def test_who_imports_what(modules: str, banned: str) -> None:

@@ -10,9 +10,9 @@ import torch
 from litestar.testing import TestClient
 
 from rdlm.scoring import token_logprobs
-from serve.app import create_app
-from serve.engine import Engine
-from serve.events import Served
+from serve.api.app import create_app
+from serve.engine.engine import Engine
+from serve.engine.events import Served
 from serve.settings import EngineSettings, HttpSettings
 
 KS = [1, 2, 5, 8]
@@ -36,13 +36,15 @@ def ids(length: int) -> list[int]:
 def reference(served: Served, prompt: list[int], ks: list[int]) -> dict[int, torch.Tensor]:
     tokens = torch.tensor([prompt])
     denoiser = served.runner.denoiser  # type: ignore[attr-defined]
-    return {k: v[0] for k, v in token_logprobs(denoiser, served.config, tokens[:, :-1], tokens[:, 1:], ks).items()}
+    return {
+        k: v[0] for k, v in token_logprobs(denoiser, served.config, tokens[:, :-1], tokens[:, 1:], ks).items()
+    }
 
 
 def test_a_sweep_equals_scoring_at_each_k_among_strangers(client: TestClient, served: Served) -> None:
     """Prompts beyond a chunk and beyond prefill_rows too, in the shared cache, while others decode."""
     engine: Engine = client.app.state.frontend.engine
-    from serve.sequence import Request
+    from serve.engine.sequence import Request
 
     stranger = engine.submit([Request((5, 6, 7), 3, 100)], lambda event: None)
     prompts = [ids(40), ids(9), ids(2), ids(25), ids(120)]
@@ -59,7 +61,9 @@ def test_a_sweep_equals_scoring_at_each_k_among_strangers(client: TestClient, se
             assert scores["logprob"][str(k)] == pytest.approx(expected[k].sum().item(), abs=1e-2)
     assert not torch.allclose(expected[1], expected[8], atol=0.1)
     work = answer["usage"]["recurrence"]
-    assert work["core_steps"] == 8 * sum(map(len, prompts)) and work["decode_core_steps"] == 0  # the price of the largest K
+    assert (
+        work["core_steps"] == 8 * sum(map(len, prompts)) and work["decode_core_steps"] == 0
+    )  # the price of the largest K
     assert answer["usage"]["completion_tokens"] == 0
 
 
@@ -106,10 +110,16 @@ def test_refusals(body: dict[str, Any], param: str, says: str, client: TestClien
 def test_sampling_models_are_scored_at_one_step_only(make_served: Callable[..., Served]) -> None:
     for objective in ("evidence", "paper"):
         served = make_served(objective)
-        with Engine(lambda served=served: served) as engine, TestClient(create_app(engine, HttpSettings())) as client:  # type: ignore[misc]
+        with (
+            Engine(lambda served=served: served) as engine,
+            TestClient(create_app(engine, HttpSettings())) as client,
+        ):  # type: ignore[misc]
             found = client.post("/v1/score", json={"prompt": [ids(30)], "num_steps": [1]}).json()["scores"][0]
             torch.testing.assert_close(
-                torch.tensor(found["token_logprobs"]["1"][1:]), reference(served, ids(30), [1])[1], atol=1e-4, rtol=0
+                torch.tensor(found["token_logprobs"]["1"][1:]),
+                reference(served, ids(30), [1])[1],
+                atol=1e-4,
+                rtol=0,
             )
             refused = client.post("/v1/score", json={"prompt": [ids(30)], "num_steps": [1, 2]})
             assert refused.status_code == 400 and "K = 1" in refused.json()["error"]["message"]

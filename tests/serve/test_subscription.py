@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from serve.events import Event
-from serve.streaming import sse
-from serve.subscription import PING, Subscription
+from serve.api.streaming import sse
+from serve.api.subscription import PING, Subscription
+from serve.engine.events import Event
 
 
 class Silent:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.text import TextStream
+from serve.engine.detokenizer import TextStream
 
 
 class Bytes:
@@ -16,7 +16,8 @@ class Bytes:
 
 
 @given(
-    text=st.text(alphabet="abcé\u20ac", max_size=30), stop=st.lists(st.text(alphabet="abcé", min_size=1, max_size=4), max_size=3)
+    text=st.text(alphabet="abcé\u20ac", max_size=30),
+    stop=st.lists(st.text(alphabet="abcé", min_size=1, max_size=4), max_size=3),
 )
 def test_stream_equals_cut_of_the_whole(text: str, stop: list[str]) -> None:
     stream, said, stopped = TextStream(Bytes(), stop), "", False  # type: ignore[arg-type]
@@ -43,7 +44,10 @@ def test_nothing_is_held_that_cannot_stop() -> None:
 
 def test_stop_strings_sleep_until_min_tokens() -> None:
     stream = TextStream(Bytes(), ["b"])  # type: ignore[arg-type]
-    assert [stream.feed(byte, may_stop) for byte, may_stop in zip(b"abab", [False, False, True, True], strict=True)] == [
+    assert [
+        stream.feed(byte, may_stop)
+        for byte, may_stop in zip(b"abab", [False, False, True, True], strict=True)
+    ] == [
         ("a", False),
         ("b", False),
         ("a", False),

@@ -63,7 +63,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def trainer(one_process: None, document: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def trainer(
+    one_process: None, document: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
     """``trainer({"deepspeed.zero_stage": 0})`` -> a Trainer of the tiny config with these changes, in this process.
 
     The trainers made before let go of their output folders, as if their processes had ended; ``alongside=True`` keeps them.
@@ -72,19 +74,23 @@ def trainer(one_process: None, document: Callable[..., dict[str, Any]], monkeypa
 
     import torch
 
-    from rdlm.config import parse
-    from train.corpora import build_corpus
-    from train.loop import Trainer
+    from rdlm.config.checkpoint import parse
+    from train.data import build_corpus
     from train.settings import TrainConfig
+    from train.trainer import Trainer
 
-    monkeypatch.setattr("train.ds_config.PERSISTENT_ELEMENTS", 0)  # or ZeRO 3 would partition nothing of so small a model
+    monkeypatch.setattr(
+        "train.ds_config.PERSISTENT_ELEMENTS", 0
+    )  # or ZeRO 3 would partition nothing of so small a model
     made: list[Trainer] = []
 
     def make(changes: dict[str, Any] | None = None, alongside: bool = False) -> Trainer:
         for earlier in () if alongside else made:
             earlier.close()
         config = parse(TrainConfig, document(changes), "test")
-        made.append(Trainer(config, build_corpus(config.data, config.fills_in), torch.device("cpu"), io.StringIO()))
+        made.append(
+            Trainer(config, build_corpus(config.data, config.fills_in), torch.device("cpu"), io.StringIO())
+        )
         return made[-1]
 
     return make
@@ -95,7 +101,7 @@ def only_drawn_blocks_move() -> Callable[[Any, int, int], None]:
     """``only_drawn_blocks_move(trainer, num_blocks, updates)``: in each update the drawn block moves, and no other."""
     import torch
 
-    from rdlm.blockwise import drawn_block
+    from rdlm.diffusion.blockwise import drawn_block
 
     def check(running: Any, num_blocks: int, updates: int) -> None:
         order = [drawn_block(num_blocks, step, seed=TINY["seed"]) for step in range(updates)]
@@ -103,7 +109,11 @@ def only_drawn_blocks_move() -> Callable[[Any, int, int], None]:
             before = running.weights()
             batches = running._batches(running.step)
             running.train_step(batches, float(sum(batch.mask.sum() for batch in batches)))
-            moved = {name.split(".")[1] for name, weight in running.weights().items() if not torch.equal(weight, before[name])}
+            moved = {
+                name.split(".")[1]
+                for name, weight in running.weights().items()
+                if not torch.equal(weight, before[name])
+            }
             assert moved == {str(order[running.step])}
 
     return check
@@ -112,8 +122,8 @@ def only_drawn_blocks_move() -> Callable[[Any, int, int], None]:
 @pytest.fixture(scope="session")
 def allocated() -> Callable[..., tuple[int, int]]:
     """``allocated(denoiser, batch)`` -> bytes alive when the real loss is known, and at the peak of both passes."""
-    from rdlm.objectives import loss_terms
-    from train.plan_trace import _LiveBytes
+    from rdlm.objectives.losses import loss_terms
+    from train.memory_trace import _LiveBytes
 
     def count(denoiser: Any, batch: Any) -> tuple[int, int]:
         with _LiveBytes() as counted:

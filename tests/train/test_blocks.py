@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.blockwise import blocks_of, drawn_block
-from rdlm.checkpoint import load
+from rdlm.checkpoints.folder import load
+from rdlm.diffusion.blockwise import blocks_of, drawn_block
 from rdlm.scoring import token_logprobs
 from train.export import export
 
@@ -28,10 +28,15 @@ BLOCKS: dict[str, Any] = {
 def snapshot(trainer) -> list[dict[str, torch.Tensor]]:
     """Full-precision weights of each block."""
     weights = trainer.weights()
-    return [{n: w for n, w in weights.items() if n.startswith(f"blocks.{b}.")} for b in range(len(trainer.engines))]
+    return [
+        {n: w for n, w in weights.items() if n.startswith(f"blocks.{b}.")}
+        for b in range(len(trainer.engines))
+    ]
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")]
+)
 def test_idle_blocks_do_not_move(trainer, stage: int, precision: str) -> None:
     """With weight decay, and momentum from earlier visits: one update moves the drawn block and not a bit of the other."""
     run = trainer({**BLOCKS, "deepspeed.zero_stage": stage, "precision": precision, "schedule.steps": 12})
@@ -41,7 +46,10 @@ def test_idle_blocks_do_not_move(trainer, stage: int, precision: str) -> None:
         before = snapshot(run)
         batches = run._batches(run.step)
         run.train_step(batches, float(sum(batch.mask.sum() for batch in batches)))
-        moved = [any(not torch.equal(old[n], new[n]) for n in new) for old, new in zip(before, snapshot(run), strict=True)]
+        moved = [
+            any(not torch.equal(old[n], new[n]) for n in new)
+            for old, new in zip(before, snapshot(run), strict=True)
+        ]
         assert moved == [order[run.step] == 0, order[run.step] == 1], run.step
     assert first_both < 10 and len(set(order[first_both:])) == 2
 
@@ -53,7 +61,11 @@ def test_joint_training_resumes_to_the_bit_and_exports(
     monkeypatch.setattr(
         "train.ds_config.PERSISTENT_ELEMENTS", 64
     )  # evaluation at K > 1 runs outside any engine: scalars stay whole
-    changes = {**BLOCKS, "deepspeed.zero_stage": stage, "evaluation": {"interval_steps": 3, "steps": [1, 2], "max_tokens": 24}}
+    changes = {
+        **BLOCKS,
+        "deepspeed.zero_stage": stage,
+        "evaluation": {"interval_steps": 3, "steps": [1, 2], "max_tokens": 24},
+    }
     whole = trainer({**changes, "output": str(tmp_path / "whole")})
     assert whole.fit()
     calls = iter(range(99))
@@ -63,9 +75,13 @@ def test_joint_training_resumes_to_the_bit_and_exports(
     assert second.step == 3 and second.fit()
     for name, weight in second.weights().items():
         assert torch.equal(weight, whole.weights()[name]), name
-    records = [json.loads(line) for line in (Path(second.config.output) / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (Path(second.config.output) / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["block"] for r in records] == [drawn_block(2, step, seed=3) for step in range(6)]
-    held_out = [json.loads(line) for line in (Path(second.config.output) / "held_out.jsonl").read_text().splitlines()]
+    held_out = [
+        json.loads(line) for line in (Path(second.config.output) / "held_out.jsonl").read_text().splitlines()
+    ]
     assert held_out[-1].keys() == {"step", "K=1", "K=2"}
     export(second)
     loaded = load(Path(second.config.output) / "model")
@@ -77,7 +93,9 @@ def test_joint_training_resumes_to_the_bit_and_exports(
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_a_block_alone_holds_nothing_of_the_others(trainer, block: int) -> None:
-    run = trainer({**BLOCKS, "block": block, "evaluation": {"interval_steps": 6, "steps": [1], "max_tokens": 24}})
+    run = trainer(
+        {**BLOCKS, "block": block, "evaluation": {"interval_steps": 6, "steps": [1], "max_tokens": 24}}
+    )
     whole = trainer({**BLOCKS, "output": run.config.output + "_whole"})
     alone = sum(p.numel() for p in run.denoiser.parameters())
     assert (

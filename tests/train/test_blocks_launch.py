@@ -16,9 +16,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rdlm.blockwise import Blockwise
-from rdlm.checkpoint import load
+from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
+from rdlm.diffusion.blockwise import Blockwise
 from rdlm.errors import UserError
 from train.export import export
 from train.launch import launch
@@ -70,7 +70,9 @@ def test_parallel_blocks_with_one_killed_equal_blocks_trained_alone(document, tm
     config, output = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(document(BLOCKS)))
     command = [*TRAIN, str(config), "--parallel", "--num-procs", "1"]
-    process = subprocess.Popen(command, cwd=REPO, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=REPO, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 900
     while steps_of(output / "block_1") < 3:
         assert time.monotonic() < deadline and process.poll() is None, "block 1 did not get so far"
@@ -81,7 +83,11 @@ def test_parallel_blocks_with_one_killed_equal_blocks_trained_alone(document, tm
         victim.kill()
     _, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
-    assert "block 1: ended with status -9; restarting it" in err and "resumed tiny at step" in err and "merged 2 blocks" in err
+    assert (
+        "block 1: ended with status -9; restarting it" in err
+        and "resumed tiny at step" in err
+        and "merged 2 blocks" in err
+    )
     assert steps_of(output / "block_0") == steps_of(output / "block_1") == 40
     merged = load(output / "model")
     assert isinstance(merged.denoiser, Blockwise) and merged.config.block is None and merged.config.step == 80
@@ -102,7 +108,9 @@ def test_merge_refuses_what_are_not_the_blocks_of_one_network(trainer, tmp_path:
         return tmp_path / name
 
     first, second = trained("first", {"block": 0}), trained("second", {"block": 1})
-    other = trained("other", {"block": 1, "blocks": {"num_blocks": 2, "overlap": 0.05, "layers_per_block": [2, 1]}})
+    other = trained(
+        "other", {"block": 1, "blocks": {"num_blocks": 2, "overlap": 0.05, "layers_per_block": [2, 1]}}
+    )
     joint = trained("joint", {})
     for runs, problem in (
         ([first], r"of 2 blocks, \[1\] are missing"),
@@ -129,7 +137,9 @@ def test_merge_refuses_what_are_not_the_blocks_of_one_network(trainer, tmp_path:
         ({}, ["--devices", "a"], "--devices='a': is not a list of numbers"),
     ],
 )
-def test_mistakes_are_one_line(document, tmp_path: Path, capsys, changes: dict, options: list[str], problem: str) -> None:
+def test_mistakes_are_one_line(
+    document, tmp_path: Path, capsys, changes: dict, options: list[str], problem: str
+) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(document({**BLOCKS, **changes})))
     assert run(app, ["train", str(config), *options], "rdlm") == 2
@@ -143,7 +153,9 @@ def test_gpus_are_chosen_by_name(document, tmp_path: Path, monkeypatch: pytest.M
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(document(BLOCKS)))
     monkeypatch.setattr("train.launch.accelerators", lambda: (True, 4))
-    monkeypatch.setattr("train.launch._run", lambda command, environment: (seen.append(command), (0, None))[1])
+    monkeypatch.setattr(
+        "train.launch._run", lambda command, environment: (seen.append(command), (0, None))[1]
+    )
     assert launch(str(config), ["block=1"], 2, devices=[2, 3]) == 0
     assert seen[0][seen[0].index("--include") + 1] == "localhost:2,3" and "--num_accelerators" not in seen[0]
     with pytest.raises(UserError, match="does not name 2 GPUs"):

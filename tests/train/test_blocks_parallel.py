@@ -27,7 +27,9 @@ runs = len(log.read_text())
 @pytest.fixture
 def crew(tmp_path: Path):
     """``crew(body, retries)``: launches that run ``body``, which knows ``block`` and the number of its ``runs``."""
-    return lambda body, retries: _Crew([sys.executable, "-c", SCRIPT.format(folder=str(tmp_path), body=body)], 0, retries)
+    return lambda body, retries: _Crew(
+        [sys.executable, "-c", SCRIPT.format(folder=str(tmp_path), body=body)], 0, retries
+    )
 
 
 def runs(folder: Path) -> dict[str, int]:
@@ -35,7 +37,10 @@ def runs(folder: Path) -> dict[str, int]:
 
 
 def test_what_dies_is_started_again(crew, tmp_path: Path, capsys) -> None:
-    assert crew("os.kill(os.getpid(), 9) if block == '1' and runs < 3 else None", retries=2).work([0, 1, 2], 2) == 0
+    assert (
+        crew("os.kill(os.getpid(), 9) if block == '1' and runs < 3 else None", retries=2).work([0, 1, 2], 2)
+        == 0
+    )
     assert runs(tmp_path) == {"0": 1, "1": 3, "2": 1}
     assert capsys.readouterr().err.count("block 1: ended with status -9; restarting it") == 2
 
@@ -72,7 +77,9 @@ def test_sigterm_is_passed_on(crew, tmp_path: Path) -> None:
 
 
 def test_each_lane_has_gpus_of_its_own(crew, tmp_path: Path) -> None:
-    watcher = crew("(folder / f'gpus{block}').write_text(sys.argv[sys.argv.index('--devices') + 1])", retries=0)
+    watcher = crew(
+        "(folder / f'gpus{block}').write_text(sys.argv[sys.argv.index('--devices') + 1])", retries=0
+    )
     watcher.gpus = 2
     assert watcher.work([0, 1], 2) == 0
     assert {(tmp_path / f"gpus{b}").read_text() for b in (0, 1)} == {"0,1", "2,3"}

@@ -17,18 +17,18 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from rdlm.blockwise import drawn_block
-from rdlm.checkpoint import load
+from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
+from rdlm.diffusion.blockwise import drawn_block
+from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
-from rdlm.layers.rope import rotary_table
-from rdlm.targets import frozen_rows
+from rdlm.nn.rotary import rotary_table
 from tests.train.test_blocks import BLOCKS
-from train import resume
+from train import checkpoints as resume
 from train.export import export
+from train.memory_plan import arms
+from train.offload import InHost, OnDisk, Sleeper
 from train.parallel import launch_blocks
-from train.plan import arms
-from train.residency import InHost, OnDisk, Sleeper
 from train.settings import load as load_config
 
 
@@ -36,7 +36,10 @@ def residing(steps: int = 1) -> dict[str, Any]:
     return {**BLOCKS, "resident": {"visit_steps": steps}}
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"))]
+SLOW = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in ((0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"))
+]
 STAGES = [(0, "fp32"), (2, "bf16"), (3, "bf16"), *SLOW]
 
 
@@ -65,7 +68,9 @@ def storages_now() -> set[int]:
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES)
-def test_visits_of_one_update_are_joint_training_to_the_bit(trainer, tmp_path: Path, stage: int, precision: str) -> None:
+def test_visits_of_one_update_are_joint_training_to_the_bit(
+    trainer, tmp_path: Path, stage: int, precision: str
+) -> None:
     changes = {"deepspeed.zero_stage": stage, "precision": precision}
     joint, resident = (
         trainer({**BLOCKS, **changes, "output": str(tmp_path / "joint")}),
@@ -77,14 +82,22 @@ def test_visits_of_one_update_are_joint_training_to_the_bit(trainer, tmp_path: P
     for name, weight in resident.weights().items():
         assert torch.equal(weight, wanted[name]), name
     for mine, theirs in zip(records(resident), records(joint), strict=True):
-        assert (mine["loss"], mine["grad_norm"], mine["block"]) == (theirs["loss"], theirs["grad_norm"], theirs["block"])
+        assert (mine["loss"], mine["grad_norm"], mine["block"]) == (
+            theirs["loss"],
+            theirs["grad_norm"],
+            theirs["block"],
+        )
         assert 0 < mine["swap_share"] < 1 or mine["step"] > 1
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES)
 def test_nothing_of_a_resting_block_is_in_memory(trainer, tmp_path: Path, stage: int, precision: str) -> None:
     """All tensors of the process together are those of a run of the one block alone."""
-    changes = {"deepspeed.zero_stage": stage, "precision": precision, "blocks": {"num_blocks": 3, "layers_per_block": [1, 1, 1]}}
+    changes = {
+        "deepspeed.zero_stage": stage,
+        "precision": precision,
+        "blocks": {"num_blocks": 3, "layers_per_block": [1, 1, 1]},
+    }
     before = storages_now()
     alone = trainer({**BLOCKS, **changes, "block": 0, "output": str(tmp_path / "alone")})
     assert alone.fit()
@@ -133,7 +146,9 @@ def test_another_number_of_processes_goes_on(trainer, monkeypatch: pytest.Monkey
     for manifest in run_.checkpoints.glob("*/manifest.json"):
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "world": 2}))
     cut_anew, seen = resume.load_repartitioned, []
-    monkeypatch.setattr(resume, "load_repartitioned", lambda e, path, tag, _: (seen.append(tag), cut_anew(e, path, tag, 1)))
+    monkeypatch.setattr(
+        resume, "load_repartitioned", lambda e, path, tag, _: (seen.append(tag), cut_anew(e, path, tag, 1))
+    )
     again = trainer({**residing(), "deepspeed.zero_stage": stage})
     assert again.step == 6 and seen == ["state/block_0", "state/block_1"]
     for name, weight in again.weights().items():
@@ -147,7 +162,9 @@ def test_storages_leave_and_come_back_under_their_views(tmp_path: Path, rest: st
     layer.weight.data = flat[:1_000_000].view(1000, 1000)
     layer.weight.grad = torch.randn(1000, 1000)
     layer.flat, layer.odd = flat[1:], [torch.arange(5), {"a": torch.tensor(7.0)}]  # type: ignore[assignment]
-    copies = [t.clone() for t in (flat, layer.weight.grad, layer.bias.data, *layer.odd[:1], layer.odd[1]["a"])]
+    copies = [
+        t.clone() for t in (flat, layer.weight.grad, layer.bias.data, *layer.odd[:1], layer.odd[1]["a"])
+    ]
     sleeper = Sleeper(layer, OnDisk(tmp_path) if rest == "disk" else InHost(), torch.device("cpu"))
     for _ in range(2):
         full = psutil.Process().memory_info().rss
@@ -181,7 +198,9 @@ def test_storages_leave_and_come_back_under_their_views(tmp_path: Path, rest: st
         ({"resident": {"rest": "tape"}}, "resident.rest='tape'"),
     ],
 )
-def test_mistakes_are_one_line(document, tmp_path: Path, capsys, changes: dict[str, Any], message: str) -> None:
+def test_mistakes_are_one_line(
+    document, tmp_path: Path, capsys, changes: dict[str, Any], message: str
+) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(document({**residing(), **changes})))
     assert run(app, ["train", str(config), "--num-procs", "1"], "rdlm") == 2
@@ -222,9 +241,13 @@ def test_processes_of_the_launcher_share_a_resident_block(document, tmp_path: Pa
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo), "DS_ACCELERATOR": "cpu"}
     for name, changes in (("joint", BLOCKS), ("resident", residing())):
         config = tmp_path / f"{name}.yaml"
-        config.write_text(yaml.safe_dump(document({**changes, "deepspeed.zero_stage": 2, "output": str(tmp_path / name)})))
+        config.write_text(
+            yaml.safe_dump(document({**changes, "deepspeed.zero_stage": 2, "output": str(tmp_path / name)}))
+        )
         command = [sys.executable, "-m", "rdlm", "train", str(config), "--num-procs", "2"]
         subprocess.run(command, cwd=repo, env=environment, check=True, capture_output=True, timeout=900)
         models.append(load_file(tmp_path / name / "model" / "model.safetensors"))
-    assert models[0].keys() == models[1].keys() and all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert models[0].keys() == models[1].keys() and all(
+        torch.equal(models[0][name], models[1][name]) for name in models[0]
+    )
     assert sorted(os.listdir(tmp_path / "joint")) == sorted(os.listdir(tmp_path / "resident"))

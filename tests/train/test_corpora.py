@@ -6,12 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from rdlm.data.token_shards import TokenStore
 from rdlm.errors import UserError
-from rdlm.shards import TokenStore
-from train.corpora import Corpus, build_corpus
-from train.corpora.order import permute, shuffled
-from train.corpora.prepare import Preparation, prepare
-from train.settings import DataConfig, GroupProductConfig, LatinSquareConfig, PointerChasingConfig, TokensConfig
+from train.data import Corpus, build_corpus
+from train.data.order import permute, shuffled
+from train.data.prepare import Preparation, prepare
+from train.settings import (
+    DataConfig,
+    GroupProductConfig,
+    LatinSquareConfig,
+    PointerChasingConfig,
+    TokensConfig,
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("corpus")
     lines = [f"Line {i} tells of {i * i} foxes and {i % 7} dogs.\n\n" for i in range(400)]
     (root / "a.txt").write_text("".join(lines))
-    (root / "b.txt").write_text("".join(f"Page {i}: {i * i + i} owls watched.\n\n" for i in range(9000, 9600)))
-    options = Preparation(str(root), root / "out", vocab_size=300, valid_fraction=0.3, test_fraction=0.0, shard_tokens=1000)
+    (root / "b.txt").write_text(
+        "".join(f"Page {i}: {i * i + i} owls watched.\n\n" for i in range(9000, 9600))
+    )
+    options = Preparation(
+        str(root), root / "out", vocab_size=300, valid_fraction=0.3, test_fraction=0.0, shard_tokens=1000
+    )
     prepare(options, progress=False)
     return root / "out"
 
@@ -42,7 +52,15 @@ def corpus(request: pytest.FixtureRequest, folder: Path) -> Corpus:
 def _global_rows(corpus: Corpus, step: int, world: int, micro_size: int, seed: int = 5) -> torch.Tensor:
     return torch.cat(
         [
-            corpus.batch(step, seed=seed, global_batch=8, rank=rank, world=world, micro_index=micro, micro_size=micro_size).inputs
+            corpus.batch(
+                step,
+                seed=seed,
+                global_batch=8,
+                rank=rank,
+                world=world,
+                micro_index=micro,
+                micro_size=micro_size,
+            ).inputs
             for rank in range(world)
             for micro in range(8 // world // micro_size)
         ]
@@ -76,7 +94,9 @@ def test_permute_is_a_bijection_that_shuffles(count: int) -> None:
     if count == 1000:
         assert abs(np.corrcoef(items, np.arange(count))[0, 1]) < 0.15
         assert (np.diff(items) == 1).mean() < 0.01
-    assert (shuffled(np.arange(count, 2 * count), count, 1) == permute(np.arange(count), count, 1, epoch=1)).all()
+    assert (
+        shuffled(np.arange(count, 2 * count), count, 1) == permute(np.arange(count), count, 1, epoch=1)
+    ).all()
 
 
 def test_targets_are_the_next_tokens_across_shards(folder: Path) -> None:
@@ -85,8 +105,13 @@ def test_targets_are_the_next_tokens_across_shards(folder: Path) -> None:
     stream = np.concatenate([np.fromfile(folder / s.file, dtype="<u2") for s in store.info.shards])
     assert len(stream) == len(store) == store.info.tokens
     windows = list(store.windows(16, None, batch_size=5))
-    inputs, targets = (torch.cat([getattr(w, name) for w in windows]).flatten() for name in ("inputs", "targets"))
-    assert inputs.tolist() == stream[: len(inputs)].tolist() and targets.tolist() == stream[1 : len(inputs) + 1].tolist()
+    inputs, targets = (
+        torch.cat([getattr(w, name) for w in windows]).flatten() for name in ("inputs", "targets")
+    )
+    assert (
+        inputs.tolist() == stream[: len(inputs)].tolist()
+        and targets.tolist() == stream[1 : len(inputs) + 1].tolist()
+    )
     assert (len(store) - 1) // 16 * 16 == len(inputs)
     assert sum(w.targets.numel() for w in store.windows(16, 100, batch_size=4)) == 96
     assert sum(w.targets.numel() for w in store.windows(16, 1, batch_size=4)) == 16
@@ -103,7 +128,9 @@ def test_held_out_windows_repeat_and_share_nothing_with_training(corpus: Corpus)
 def test_impossible_tiling_is_refused(corpus: Corpus) -> None:
     for world, micro_size, micro_index in ((3, 1, 0), (2, 3, 0), (2, 2, 2)):
         with pytest.raises(UserError, match="tile"):
-            corpus.batch(0, seed=0, global_batch=8, rank=0, world=world, micro_index=micro_index, micro_size=micro_size)
+            corpus.batch(
+                0, seed=0, global_batch=8, rank=0, world=world, micro_index=micro_index, micro_size=micro_size
+            )
 
 
 def test_too_long_windows_missing_splits_and_damage_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -14,13 +14,16 @@ import pyarrow.parquet
 import pytest
 
 from rdlm.cli import run
+from rdlm.data.token_shards import TokenStore, file_sha256, read_manifest
 from rdlm.errors import UserError
-from rdlm.shards import TokenStore, file_sha256, read_manifest
-from train.corpora.prepare import Preparation, prepare, split_of
-from train.corpora.sources import PRESETS, open_source
+from train.data.prepare import Preparation, prepare, split_of
+from train.data.sources import PRESETS, open_source
 from train.data_cli import app
 
-DOCUMENTS = [f"Document {i}.\nIt says that {i * 37} foxes met {i % 5} dogs, é and {chr(0x4E00 + i)}.\n" for i in range(300)]
+DOCUMENTS = [
+    f"Document {i}.\nIt says that {i * 37} foxes met {i % 5} dogs, é and {chr(0x4E00 + i)}.\n"
+    for i in range(300)
+]
 
 
 @pytest.fixture
@@ -32,7 +35,9 @@ def jsonl(tmp_path: Path) -> Path:
 
 
 def _options(source: Path, out: Path, **changes: object) -> Preparation:
-    return Preparation(**{"source": str(source), "out": out, "vocab_size": 300, "text_column": "body", **changes})  # type: ignore[arg-type]
+    return Preparation(
+        **{"source": str(source), "out": out, "vocab_size": 300, "text_column": "body", **changes}
+    )  # type: ignore[arg-type]
 
 
 def _documents(out: Path, split: str) -> list[str]:
@@ -41,7 +46,9 @@ def _documents(out: Path, split: str) -> list[str]:
     tokens, tokenizer = store.read(0, len(store)), store.tokenizer()
     ends = np.flatnonzero(tokens == tokenizer.eos_id)
     assert ends[-1] == len(tokens) - 1
-    return [tokenizer.decode(part[part != tokenizer.eos_id].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+    return [
+        tokenizer.decode(part[part != tokenizer.eos_id].tolist()) for part in np.split(tokens, ends + 1)[:-1]
+    ]
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -51,14 +58,17 @@ def _files(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
 def test_documents_come_back_whole_each_in_one_split(jsonl: Path, tmp_path: Path, kind: str) -> None:
     manifest, built = prepare(
-        _options(jsonl, tmp_path / "out", kind=kind, vocab_size=600, valid_fraction=0.2, test_fraction=0.1), progress=False
+        _options(jsonl, tmp_path / "out", kind=kind, vocab_size=600, valid_fraction=0.2, test_fraction=0.1),
+        progress=False,
     )
     found = {split: _documents(tmp_path / "out", split) for split in ("train", "valid", "test")}
     assert built and sorted(sum(found.values(), [])) == sorted(DOCUMENTS)
     assert found["train"] == [d for d in DOCUMENTS if split_of(d, 0, {"valid": 0.2, "test": 0.1}) == "train"]
     assert 30 < len(found["valid"]) < 90 and 10 < len(found["test"]) < 60
     for split, info in manifest.splits.items():
-        assert info.documents == len(found[split]) and info.bytes == sum(len(d.encode()) for d in found[split])
+        assert info.documents == len(found[split]) and info.bytes == sum(
+            len(d.encode()) for d in found[split]
+        )
 
 
 def test_same_inputs_give_the_same_bytes_wherever_they_lie(jsonl: Path, tmp_path: Path) -> None:
@@ -77,7 +87,9 @@ def test_one_document_keeps_its_split_when_others_change() -> None:
     assert all(grown[d] == "valid" for d in DOCUMENTS if before[d] == "valid")
 
 
-def test_finished_work_is_reused_and_other_work_is_never_overwritten_unasked(jsonl: Path, tmp_path: Path) -> None:
+def test_finished_work_is_reused_and_other_work_is_never_overwritten_unasked(
+    jsonl: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     prepare(_options(jsonl, out), progress=False)
     before = {f: f.stat().st_mtime_ns for f in out.rglob("*")}
@@ -169,16 +181,27 @@ def test_wikitext_rows_become_articles(shared_data: Path) -> None:
 
 def test_explicit_held_out_sources(jsonl: Path, tmp_path: Path) -> None:
     (tmp_path / "valid.jsonl").write_text(json.dumps({"body": "only this"}) + "\n")
-    manifest, _ = prepare(_options(jsonl, tmp_path / "out", valid=str(tmp_path / "valid.jsonl")), progress=False)
-    assert set(manifest.splits) == {"train", "valid"} and _documents(tmp_path / "out", "valid") == ["only this"]
+    manifest, _ = prepare(
+        _options(jsonl, tmp_path / "out", valid=str(tmp_path / "valid.jsonl")), progress=False
+    )
+    assert set(manifest.splits) == {"train", "valid"} and _documents(tmp_path / "out", "valid") == [
+        "only this"
+    ]
     assert manifest.splits["train"].documents == 300
     with pytest.raises(UserError, match="--valid-fraction"):
-        prepare(_options(jsonl, tmp_path / "o", valid=str(tmp_path / "valid.jsonl"), valid_fraction=0.1), progress=False)
+        prepare(
+            _options(jsonl, tmp_path / "o", valid=str(tmp_path / "valid.jsonl"), valid_fraction=0.1),
+            progress=False,
+        )
 
 
 def test_a_loaded_tokenizer_is_kept_as_it_is(jsonl: Path, tmp_path: Path) -> None:
-    first, _ = prepare(_options(jsonl, tmp_path / "one", kind="sentencepiece", vocab_size=600), progress=False)
-    second, _ = prepare(_options(jsonl, tmp_path / "two", tokenizer=str(tmp_path / "one" / "tokenizer")), progress=False)
+    first, _ = prepare(
+        _options(jsonl, tmp_path / "one", kind="sentencepiece", vocab_size=600), progress=False
+    )
+    second, _ = prepare(
+        _options(jsonl, tmp_path / "two", tokenizer=str(tmp_path / "one" / "tokenizer")), progress=False
+    )
     assert second.tokenizer_fingerprint == first.tokenizer_fingerprint and second.splits == first.splits
 
 
@@ -190,7 +213,9 @@ def test_embedded_text_is_one_document_a_chapter() -> None:
     assert sum(c.count("\n") - 2 for c in chapters) == 31_103  # this edition counts a 15th verse in 3 John
 
 
-def test_presets_stream_from_the_hub_and_say_what_to_do_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_presets_stream_from_the_hub_and_say_what_to_do_without_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     calls = []
 
     def load_dataset(path: str, name: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
@@ -214,7 +239,9 @@ def test_presets_stream_from_the_hub_and_say_what_to_do_without_it(monkeypatch: 
             prepare(Preparation(preset, tmp_path / preset), progress=False)
 
 
-def test_info_finds_a_changed_byte_and_a_missing_shard(jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_finds_a_changed_byte_and_a_missing_shard(
+    jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     prepare(_options(jsonl, out), progress=False)
     assert run(app, ["info", str(out)], "rdlm data") == 0 and "all hashes match" in capsys.readouterr().out
@@ -222,7 +249,10 @@ def test_info_finds_a_changed_byte_and_a_missing_shard(jsonl: Path, tmp_path: Pa
     data = bytearray(shard.read_bytes())
     data[5] ^= 1
     shard.write_bytes(data)
-    assert run(app, ["info", str(out)], "rdlm data") == 2 and "does not match its hash" in capsys.readouterr().err
+    assert (
+        run(app, ["info", str(out)], "rdlm data") == 2
+        and "does not match its hash" in capsys.readouterr().err
+    )
     shard.unlink()
     assert run(app, ["info", str(out)], "rdlm data") == 2 and "is missing" in capsys.readouterr().err
 
@@ -235,13 +265,33 @@ def test_info_finds_a_changed_byte_and_a_missing_shard(jsonl: Path, tmp_path: Pa
         (["in", "--out", "o"], "--text-column='text'"),
         (["in", "--out", "o", "--text-column", "body", "--vocab-size", "90000"], "vocab_size=90000"),
         (["in", "--out", "o", "--text-column", "body", "--tokenizer", "nope"], "tokenizer='nope'"),
-        (["in", "--out", "o", "--text-column", "body", "--valid-fraction", "0.7", "--test-fraction", "0.7"], "fraction"),
-        (["in", "--out", "o", "--text-column", "body", "--vocab-size", "300", "--valid-fraction", "1e-9"], "no documents"),
+        (
+            [
+                "in",
+                "--out",
+                "o",
+                "--text-column",
+                "body",
+                "--valid-fraction",
+                "0.7",
+                "--test-fraction",
+                "0.7",
+            ],
+            "fraction",
+        ),
+        (
+            ["in", "--out", "o", "--text-column", "body", "--vocab-size", "300", "--valid-fraction", "1e-9"],
+            "no documents",
+        ),
         (["in", "--out", "o", "--kind", "wordpiece"], "--kind"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
-    jsonl: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+    jsonl: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     monkeypatch.chdir(jsonl.parent.parent)
     assert run(app, ["prepare", *arguments], "rdlm data") == 2

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from rdlm.data.images import ImageStore
+from rdlm.data.manifest import file_sha256
 from rdlm.errors import UserError
-from rdlm.image_store import ImageStore
-from rdlm.prepared import file_sha256
-from train.corpora import build_corpus
-from train.corpora.images import ImagePreparation, prepare_images
-from train.corpora.pictures import PAD, ImageCorpus, augmented
+from train.data import build_corpus
+from train.data.image_prepare import ImagePreparation, prepare_images
+from train.data.images import PAD, ImageCorpus, augmented
 from train.settings import ImagesConfig
 
 Image = pytest.importorskip("PIL.Image")
@@ -52,7 +52,9 @@ def _rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     place = [(rank, micro) for rank in range(world) for micro in range(8 // world // micro_size)]
     batches = [
-        corpus.batch(step, seed=seed, global_batch=8, rank=rank, world=world, micro_index=micro, micro_size=micro_size)
+        corpus.batch(
+            step, seed=seed, global_batch=8, rank=rank, world=world, micro_index=micro, micro_size=micro_size
+        )
         for rank, micro in place
     ]
     return torch.cat([batch.inputs for batch in batches]), torch.cat([batch.targets for batch in batches])
@@ -90,7 +92,9 @@ def test_held_out_images_come_in_order_as_they_are(out: Path, tmp_path: Path) ->
         batches = list(corpus.windows(limit, 5))
         inputs = torch.cat([batch.inputs for batch in batches])
         pixels = ((inputs + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-        assert [each.tobytes() for each in pixels] == expected[:count] and len(batches[0].inputs) == min(5, count)
+        assert [each.tobytes() for each in pixels] == expected[:count] and len(batches[0].inputs) == min(
+            5, count
+        )
     _prepare(tmp_path, "whole", valid_fraction=0.0)
     with pytest.raises(UserError, match="split='valid'"):
         next(ImageCorpus(tmp_path / "whole").windows(None, 4))
@@ -102,8 +106,12 @@ def test_flips_are_exact_mirror_images_of_about_half() -> None:
     found = augmented(pixels, rows, 7, "flip")
     mirrored, same = ((found == other).all((1, 2, 3)) for other in (pixels[:, :, ::-1], pixels))
     assert (mirrored | same).all() and 1870 < (mirrored & ~same).sum() < 2130  # four standard deviations
-    assert (augmented(pixels[::-1], rows[::-1], 7, "flip") == found[::-1]).all()  # the place in the batch is nothing
-    assert (augmented(pixels, rows, 8, "flip") != found).any() and (augmented(pixels, rows + 4000, 7, "flip") != found).any()
+    assert (
+        augmented(pixels[::-1], rows[::-1], 7, "flip") == found[::-1]
+    ).all()  # the place in the batch is nothing
+    assert (augmented(pixels, rows, 8, "flip") != found).any() and (
+        augmented(pixels, rows + 4000, 7, "flip") != found
+    ).any()
 
 
 def test_crops_are_windows_of_the_reflected_image_and_all_of_them_occur() -> None:
@@ -112,7 +120,11 @@ def test_crops_are_windows_of_the_reflected_image_and_all_of_them_occur() -> Non
     windows = {}
     for flip in (0, 1):
         padded = np.pad(image[:, ::-1] if flip else image, ((PAD, PAD), (PAD, PAD), (0, 0)), mode="reflect")
-        windows |= {padded[y : y + 6, x : x + 11].tobytes(): (flip, y, x) for y in range(2 * PAD + 1) for x in range(2 * PAD + 1)}
+        windows |= {
+            padded[y : y + 6, x : x + 11].tobytes(): (flip, y, x)
+            for y in range(2 * PAD + 1)
+            for x in range(2 * PAD + 1)
+        }
     assert len(windows) == 162
     found = augmented(np.broadcast_to(image, (20_000, *image.shape)), np.arange(20_000), 0, "flip_crop")
     counts = np.zeros((2, 9, 9))

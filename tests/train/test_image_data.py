@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from rdlm.cli import run
+from rdlm.data.image_files import open_images
+from rdlm.data.images import ImageStore
+from rdlm.data.manifest import file_sha256
 from rdlm.errors import UserError
-from rdlm.image_store import ImageStore
-from rdlm.images import open_images
-from rdlm.prepared import file_sha256
-from train.corpora.image_sources import PRESETS
-from train.corpora.images import ImagePreparation, prepare_images
+from train.data.image_prepare import ImagePreparation, prepare_images
+from train.data.image_sources import PRESETS
 from train.data_cli import app
 
 Image = pytest.importorskip("PIL.Image")
@@ -45,7 +45,11 @@ def _folder(path: Path, indices: Any = range(COUNT), names: list[str] = NAMES) -
 
 
 def _parquet(
-    path: Path, indices: Any = range(COUNT), names: list[str] | None = NAMES, labels: Any = LABELS, column: str = "label"
+    path: Path,
+    indices: Any = range(COUNT),
+    names: list[str] | None = NAMES,
+    labels: Any = LABELS,
+    column: str = "label",
 ) -> Path:
     rows = [{"bytes": _png(PIXELS[i]), "path": None} for i in indices]
     table = pa.table({"img": rows, column: [labels[i] for i in indices]})
@@ -84,7 +88,11 @@ def test_every_kind_of_source_gives_the_same_images_under_the_same_names(tmp_pat
     }
     for name, source in sources.items():
         manifest, built = _prepare(source, tmp_path / name, valid_fraction=0.1, test_fraction=0.2)
-        assert built and {split: info.count for split, info in manifest.splits.items()} == {"train": 42, "valid": 6, "test": 12}
+        assert built and {split: info.count for split, info in manifest.splits.items()} == {
+            "train": 42,
+            "valid": 6,
+            "test": 12,
+        }
         parts = [_content(tmp_path / name, split) for split in manifest.splits]
         assert sum(len(part) for part in parts) == COUNT  # nothing in two splits
         found = parts[0] | parts[1] | parts[2]
@@ -175,7 +183,9 @@ def test_size_scales_the_shorter_side_and_keeps_the_centre(tmp_path: Path) -> No
     (tmp_path / "in" / "a").mkdir(parents=True)
     for name, pixels in (("0", PIXELS[0]), ("1", wide), ("2", tall), ("3", checks.astype(np.uint8))):
         (tmp_path / "in" / "a" / f"{name}.png").write_bytes(_png(pixels))
-    with pytest.raises(UserError, match="image 1 is 24x8, the first of train is 8x8; add for instance --size 8"):
+    with pytest.raises(
+        UserError, match="image 1 is 24x8, the first of train is 8x8; add for instance --size 8"
+    ):
         _prepare(tmp_path / "in", tmp_path / "out", valid_fraction=0.0)
     manifest, _ = _prepare(tmp_path / "in", tmp_path / "out", valid_fraction=0.0, size=8)
     found, _ = ImageStore(tmp_path / "out", "train").read(np.arange(4))
@@ -183,19 +193,29 @@ def test_size_scales_the_shorter_side_and_keeps_the_centre(tmp_path: Path) -> No
     assert (found[1:3] == (200, 100, 50)).all()
     _prepare(tmp_path / "in", tmp_path / "small", valid_fraction=0.0, size=4)
     small, _ = ImageStore(tmp_path / "small", "train").read(np.arange(4))
-    assert np.abs(small[1:3, 1:3, 1:3].astype(int) - (200, 100, 50)).max() <= 12  # bicubic rings at the black beside it
+    assert (
+        np.abs(small[1:3, 1:3, 1:3].astype(int) - (200, 100, 50)).max() <= 12
+    )  # bicubic rings at the black beside it
     plain = torch.from_numpy(np.stack([PIXELS[0], checks.astype(np.uint8)])).permute(0, 3, 1, 2).float()
-    theirs = torch.nn.functional.interpolate(plain, (4, 4), mode="bicubic", antialias=True).clamp(0, 255).permute(0, 2, 3, 1)
+    theirs = (
+        torch.nn.functional.interpolate(plain, (4, 4), mode="bicubic", antialias=True)
+        .clamp(0, 255)
+        .permute(0, 2, 3, 1)
+    )
     assert np.abs(small[[0, 3]] - theirs.numpy()).max() < 1.5  # two libraries' rounding
 
 
-def test_hub_data_sets_through_their_library_and_what_to_do_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_hub_data_sets_through_their_library_and_what_to_do_without_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     datasets = pytest.importorskip("datasets", reason="extra hub is not installed")
     calls = []
 
     def load_dataset(path: str, name: str | None, *, split: str) -> Any:
         calls.append((path, name, split))
-        image, label = next(((p.image, p.label) for p in PRESETS.values() if p.path == path), ("picture", "label"))
+        image, label = next(
+            ((p.image, p.label) for p in PRESETS.values() if p.path == path), ("picture", "label")
+        )
         features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=NAMES)})
         rows = {image: [{"bytes": _png(each), "path": None} for each in PIXELS], label: LABELS.tolist()}
         return datasets.Dataset.from_dict(rows, features=features)
@@ -209,7 +229,9 @@ def test_hub_data_sets_through_their_library_and_what_to_do_without_it(monkeypat
         assert found[0] | found[1] == _expected()
     assert ("uoft-cs/cifar100", None, "test") in calls and calls[-1] == ("someone/pictures", "small", "train")
     before = len(calls)
-    assert _prepare("cifar10", tmp_path / "out" / "cifar10")[1] is False and len(calls) == before  # reuse needs no network
+    assert (
+        _prepare("cifar10", tmp_path / "out" / "cifar10")[1] is False and len(calls) == before
+    )  # reuse needs no network
     with pytest.raises(UserError, match="--label-column='kind'.*columns.*picture"):
         _prepare("hub:someone/pictures", tmp_path / "o", label_column="kind")
 
@@ -224,8 +246,13 @@ def test_hub_data_sets_through_their_library_and_what_to_do_without_it(monkeypat
         _prepare("cifar100", tmp_path / "o")
 
 
-def test_without_pillow_or_pyarrow_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, parquet = open_images(_folder(tmp_path / "in", range(3)), "SOURCE"), _parquet(tmp_path / "in.parquet")
+def test_without_pillow_or_pyarrow_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, parquet = (
+        open_images(_folder(tmp_path / "in", range(3)), "SOURCE"),
+        _parquet(tmp_path / "in.parquet"),
+    )
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(UserError, match="pip install 'pillow>=12'"):
         images.read(0)
@@ -241,23 +268,51 @@ def _mixed(root: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (None, ["nowhere"], "SOURCE='nowhere': no such file or folder; give a folder with one subfolder a class"),
+        (
+            None,
+            ["nowhere"],
+            "SOURCE='nowhere': no such file or folder; give a folder with one subfolder a class",
+        ),
         (None, ["in", "--valid", "nowhere"], "--valid='nowhere'"),
         (_mixed, ["mixed"], "does not say what its images show"),
         (lambda root: (root / "empty").mkdir(), ["empty"], "holds no images"),
         (lambda root: np.save(root / "a.npy", PIXELS), ["a.npy"], "does not say what its images show"),
-        (lambda root: _parquet(root / "a.parquet", column="kind"), ["a.parquet"], "no integer column 'label'"),
-        (lambda root: _parquet(root / "a.parquet", labels=[None, *LABELS[1:]]), ["a.parquet"], "without gaps; name the column"),
-        (lambda root: _parquet(root / "a.parquet", labels=LABELS - 1), ["a.parquet"], "has label -1 where labels are 0 to 2"),
-        (lambda root: _parquet(root / "a.parquet", labels=LABELS + 1), ["a.parquet"], "has label 3 where labels are 0 to 2"),
-        (lambda root: _parquet(root / "a.parquet", names=["a", "a", "b"]), ["a.parquet"], "names two classes alike"),
+        (
+            lambda root: _parquet(root / "a.parquet", column="kind"),
+            ["a.parquet"],
+            "no integer column 'label'",
+        ),
+        (
+            lambda root: _parquet(root / "a.parquet", labels=[None, *LABELS[1:]]),
+            ["a.parquet"],
+            "without gaps; name the column",
+        ),
+        (
+            lambda root: _parquet(root / "a.parquet", labels=LABELS - 1),
+            ["a.parquet"],
+            "has label -1 where labels are 0 to 2",
+        ),
+        (
+            lambda root: _parquet(root / "a.parquet", labels=LABELS + 1),
+            ["a.parquet"],
+            "has label 3 where labels are 0 to 2",
+        ),
+        (
+            lambda root: _parquet(root / "a.parquet", names=["a", "a", "b"]),
+            ["a.parquet"],
+            "names two classes alike",
+        ),
         (lambda root: (root / "a.parquet").write_bytes(b"no"), ["a.parquet"], "cannot be read as parquet"),
         (
             lambda root: _folder(root / "b", names=["ant", "bee", "cow"]),
             ["in", "--test", "b"],
             "has the class 'cow', which train lacks",
         ),
-        (None, ["in", "--valid-fraction", "0.7", "--test-fraction", "0.3"], "they must leave something to train on"),
+        (
+            None,
+            ["in", "--valid-fraction", "0.7", "--test-fraction", "0.3"],
+            "they must leave something to train on",
+        ),
         (None, ["in", "--valid-fraction", "nan"], "they must leave something to train on"),
         (None, ["in", "--valid", "in", "--valid-fraction", "0.1"], "the valid split has a source of its own"),
         (None, ["in", "--valid-fraction", "1e-9"], "split 'valid' has no images"),
@@ -282,7 +337,9 @@ def test_bad_input_is_one_line_and_status_2(
     assert not Path("o").exists() and not Path(".o.building").exists()
 
 
-def test_commands_show_the_counts_and_info_finds_a_changed_byte(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_commands_show_the_counts_and_info_finds_a_changed_byte(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     source, out = _parquet(tmp_path / "in.parquet", column="kind"), tmp_path / "out"
     assert run(app, ["images", str(source), "--out", str(out), "--label-column", "kind"], "rdlm data") == 0
     shown = capfd.readouterr().out
@@ -291,19 +348,44 @@ def test_commands_show_the_counts_and_info_finds_a_changed_byte(tmp_path: Path, 
     data = bytearray((out / "train" / "images.npy").read_bytes())
     data[-1] ^= 1
     (out / "train" / "images.npy").write_bytes(data)
-    assert run(app, ["info", str(out)], "rdlm data") == 2 and "does not match its hash" in capfd.readouterr().err
+    assert (
+        run(app, ["info", str(out)], "rdlm data") == 2 and "does not match its hash" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.slow
 def test_cifar10_as_another_library_decodes_it(shared_data: Path, tmp_path: Path) -> None:
     manifest, _ = _prepare(shared_data / "cifar10", tmp_path / "out")
-    assert {split: info.count for split, info in manifest.splits.items()} == {"train": 47_500, "valid": 2_500, "test": 10_000}
-    assert manifest.classes == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    assert {split: info.count for split, info in manifest.splits.items()} == {
+        "train": 47_500,
+        "valid": 2_500,
+        "test": 10_000,
+    }
+    assert manifest.classes == (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
     assert manifest.image_size == (32, 32)
-    labels = [ImageStore(tmp_path / "out", split).read(np.arange(info.count))[1] for split, info in manifest.splits.items()]
-    assert np.bincount(np.concatenate(labels[:2])).tolist() == [5_000] * 10 and np.bincount(labels[2]).tolist() == [1_000] * 10
+    labels = [
+        ImageStore(tmp_path / "out", split).read(np.arange(info.count))[1]
+        for split, info in manifest.splits.items()
+    ]
+    assert (
+        np.bincount(np.concatenate(labels[:2])).tolist() == [5_000] * 10
+        and np.bincount(labels[2]).tolist() == [1_000] * 10
+    )
     datasets = pytest.importorskip("datasets")
-    theirs = datasets.Dataset.from_parquet(str(shared_data / "cifar10" / "test.parquet"), cache_dir=str(tmp_path / "cache"))
+    theirs = datasets.Dataset.from_parquet(
+        str(shared_data / "cifar10" / "test.parquet"), cache_dir=str(tmp_path / "cache")
+    )
     store = ImageStore(tmp_path / "out", "test")
     for i in range(0, 10_000, 97):
         pixels, label = store.read(np.array([i]))

@@ -14,18 +14,18 @@ import torch
 import yaml
 
 from rdlm.answers import greedy_answers
-from rdlm.checkpoint import load
+from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
-from rdlm.config import parse
+from rdlm.config.checkpoint import parse
+from rdlm.diffusion.image_sampler import draw_images
 from rdlm.errors import UserError
-from rdlm.image_sampler import draw_images
-from rdlm.objectives import Batch
+from rdlm.objectives.losses import Batch
 from rdlm.registry import build
-from train.corpora.images import ImagePreparation, prepare_images
+from train.data.image_prepare import ImagePreparation, prepare_images
 from train.export import export
+from train.memory_plan import block_counts, predict
+from train.memory_trace import trace
 from train.merge import merge
-from train.plan import block_counts, predict
-from train.plan_trace import trace
 from train.run import check
 from train.settings import TrainConfig
 from train.settings import load as load_config
@@ -83,7 +83,9 @@ def test_a_run_resumes_to_the_bit(job, tmp_path: Path, family: str) -> None:
     for name, weight in second.weights().items():
         assert torch.equal(weight, whole.weights()[name]), name
     held_out = [json.loads(line) for line in (tmp_path / "whole" / "held_out.jsonl").read_text().splitlines()]
-    names = {"step", "denoising"} if family == "dit" else {"step", "K=1", "accuracy at K=1", "accuracy at K=4"}
+    names = (
+        {"step", "denoising"} if family == "dit" else {"step", "K=1", "accuracy at K=1", "accuracy at K=4"}
+    )
     assert [record.keys() for record in held_out] == [names] * 2
     assert "images_per_s" in json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[-1])
 
@@ -94,7 +96,12 @@ def test_joint_blocks_stay_idle_until_drawn_and_export(
     job, only_drawn_blocks_move, stage: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("train.ds_config.PERSISTENT_ELEMENTS", 64)
-    changes = {"blocks": {"num_blocks": 2}, "deepspeed.zero_stage": stage, "optimizer.weight_decay": 0.3, "schedule.steps": 4}
+    changes = {
+        "blocks": {"num_blocks": 2},
+        "deepspeed.zero_stage": stage,
+        "optimizer.weight_decay": 0.3,
+        "schedule.steps": 4,
+    }
     running = job(family, changes)
     only_drawn_blocks_move(running, 2, 4)
     running.step = 3
@@ -128,7 +135,9 @@ def test_layers_that_learn_each_for_itself_train_resume_and_export(job, tmp_path
 def _usable(folder: Path) -> None:
     loaded = load(folder)
     if loaded.config.model.family == "dit":
-        assert torch.isfinite(draw_images(loaded.denoiser, loaded.config, torch.tensor([0, 2]), 4, guidance=2.0)).all()
+        assert torch.isfinite(
+            draw_images(loaded.denoiser, loaded.config, torch.tensor([0, 2]), 4, guidance=2.0)
+        ).all()
         assert "rdlm images" in (folder / "README.md").read_text()
     else:
         answers = greedy_answers(loaded.denoiser, loaded.config, torch.rand(5, 3, 8, 8), [1, 4])
@@ -137,7 +146,9 @@ def _usable(folder: Path) -> None:
 
 
 @both
-def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(job, tmp_path: Path, family: str) -> None:
+def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(
+    job, tmp_path: Path, family: str
+) -> None:
     folders = []
     for b in range(2):
         alone = job(family, {"blocks": {"num_blocks": 2}, "block": b, "schedule.steps": 2, "output": str(tmp_path / f"b{b}"),
@@ -150,7 +161,13 @@ def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(job, tmp
     pair = []
     for name, section in (("joint", None), ("resident", {"visit_steps": 1})):
         running = job(
-            family, {"blocks": {"num_blocks": 2}, "resident": section, "schedule.steps": 4, "output": str(tmp_path / name)}
+            family,
+            {
+                "blocks": {"num_blocks": 2},
+                "resident": section,
+                "schedule.steps": 4,
+                "output": str(tmp_path / name),
+            },
         )
         assert running.fit()
         pair.append(running.weights())
@@ -159,7 +176,9 @@ def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(job, tmp
 
 @pytest.mark.parametrize("objective", ["classify", "paper", "evidence", "forward_forward", "edm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_planned_from_what_the_objective_allocates(document, allocated, objective: str, dtype: torch.dtype) -> None:
+def test_memory_is_planned_from_what_the_objective_allocates(
+    document, allocated, objective: str, dtype: torch.dtype
+) -> None:
     family = FAMILIES["dit" if objective == "edm" else "vit"]
     model = {**family["model"], "d_model": 128, "mlp_width": 256, "image_size": 32}
     corruption = {"corruption": {"share": 1.0}} if objective == "evidence" else {}
@@ -216,7 +235,10 @@ def test_a_config_that_does_not_fit_names_its_field(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model.image_size": 16}, "model.image_size=16: the data's images are 8x8 in 3 channels and 3 classes"),
+        (
+            {"model.image_size": 16},
+            "model.image_size=16: the data's images are 8x8 in 3 channels and 3 classes",
+        ),
         ({"model.num_classes": 10}, "set model.num_classes=3"),
         ({"model.num_channels": 1}, "set model.num_channels=3"),
         ({"objective": {"name": "edm"}}, "use classify or paper or evidence"),
@@ -234,9 +256,16 @@ def test_data_that_does_not_fit_is_named_before_anything_starts(
 
 @pytest.mark.multiproc
 @both
-def test_from_a_config_to_a_model_through_the_launcher(document, pictures: Path, tmp_path: Path, family: str) -> None:
-    known = {**deepcopy(FAMILIES[family]), "data": {"kind": "images", "path": str(pictures), "augment": "flip_crop"}}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(document({**known, "blocks": {"num_blocks": 2}, "schedule.steps": 4})))
+def test_from_a_config_to_a_model_through_the_launcher(
+    document, pictures: Path, tmp_path: Path, family: str
+) -> None:
+    known = {
+        **deepcopy(FAMILIES[family]),
+        "data": {"kind": "images", "path": str(pictures), "augment": "flip_crop"},
+    }
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump(document({**known, "blocks": {"num_blocks": 2}, "schedule.steps": 4}))
+    )
     assert run(app, ["train", str(tmp_path / "c.yaml"), "--num-procs", "2"], "rdlm") == 0
     _usable(tmp_path / "run" / "model")
     assert "images" in (tmp_path / "run" / "model" / "README.md").read_text()

@@ -40,13 +40,25 @@ class Run:
 
     def by_hand(self, processes: int) -> subprocess.Popen[str]:
         """What docs/training.md tells users who prefer DeepSpeed's own command."""
-        launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes), "--master_port", "29743"]
+        launcher = [
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_accelerators",
+            str(processes),
+            "--master_port",
+            "29743",
+        ]
         return self._popen([*launcher, "--module", "train.pretrain", "--config", str(self.config)])
 
     def _popen(self, arguments: list[str]) -> subprocess.Popen[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "DS_ACCELERATOR": "cpu"}
         return subprocess.Popen(
-            [sys.executable, *arguments], cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, *arguments],
+            cwd=REPO,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def finish(self, processes: int = 1) -> Run:
@@ -139,7 +151,11 @@ def test_kill_9_of_everything_then_resuming_equals_an_uninterrupted_run(run) -> 
 @pytest.mark.parametrize(
     ("of_launcher", "status", "words"),
     [
-        (256 - signal.SIGKILL, 128 + signal.SIGKILL, "was killed (SIGKILL): where nobody did, memory ran out; `rdlm plan"),
+        (
+            256 - signal.SIGKILL,
+            128 + signal.SIGKILL,
+            "was killed (SIGKILL): where nobody did, memory ran out; `rdlm plan",
+        ),
         (256 - signal.SIGSEGV, 128 + signal.SIGSEGV, "ended by SIGSEGV"),
         (-signal.SIGKILL, 128 + signal.SIGKILL, "was killed"),
         (3, 3, "ended with status 3"),
@@ -166,7 +182,11 @@ def test_workers_end_when_the_command_is_killed(run) -> None:
 
 def test_two_processes_equal_one(run) -> None:
     """fp32, objective without noise (noise is keyed by process): losses to 1e-5, the order of additions being the difference."""
-    changes = {"objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}}, "precision": "fp32", "optimizer.eps": 1e-3}
+    changes = {
+        "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}},
+        "precision": "fp32",
+        "optimizer.eps": 1e-3,
+    }
     one, two = run("one", changes).finish(1), run("two", changes).finish(2)
     assert [r["loss"] for r in two.records()] == pytest.approx([r["loss"] for r in one.records()], rel=1e-5)
     for name, weight in two.weights().items():
@@ -203,4 +223,6 @@ def test_cpu_offload_trains_and_resumes(run, stage: int) -> None:
     if stage == 3:
         offload["deepspeed.offload_param"] = "cpu"
     plain, offloaded = run("plain", changes).finish(), run("offloaded", offload).finish()
-    assert [r["loss"] for r in offloaded.records()] == pytest.approx([r["loss"] for r in plain.records()], rel=1e-2)
+    assert [r["loss"] for r in offloaded.records()] == pytest.approx(
+        [r["loss"] for r in plain.records()], rel=1e-2
+    )

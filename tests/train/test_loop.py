@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rdlm.errors import UserError
-from rdlm.objectives import loss_terms
+from rdlm.objectives.losses import loss_terms
 from train.schedule import learning_rate
 
 PLAIN: dict[str, Any] = {
@@ -23,7 +23,10 @@ PLAIN: dict[str, Any] = {
 
 
 def losses(trainer) -> list[float]:
-    return [json.loads(line)["loss"] for line in (Path(trainer.config.output) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"]
+        for line in (Path(trainer.config.output) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_equals_a_plain_torch_loop(trainer) -> None:
@@ -32,7 +35,10 @@ def test_equals_a_plain_torch_loop(trainer) -> None:
     model, config = copy.deepcopy(run.denoiser), run.config
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     groups = [
-        {"params": [p for p in model.parameters() if (id(p) in linear) is decays], "weight_decay": 0.1 if decays else 0.0}
+        {
+            "params": [p for p in model.parameters() if (id(p) in linear) is decays],
+            "weight_decay": 0.1 if decays else 0.0,
+        }
         for decays in (True, False)
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
@@ -54,7 +60,9 @@ def test_equals_a_plain_torch_loop(trainer) -> None:
     assert [r["grad_norm"] for r in records] == pytest.approx(norms, rel=1e-5)
     assert max(norms) > 0.5, "clipping must have been at work"
     for name, weight in run.weights().items():
-        torch.testing.assert_close(weight, dict(model.named_parameters())[name].detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            weight, dict(model.named_parameters())[name].detach(), rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -72,7 +80,9 @@ def test_every_zero_stage_computes_the_same(trainer, tmp_path: Path, stage: int)
 @pytest.mark.parametrize("stage", [0, 2])
 def test_gradient_accumulation_changes_nothing(trainer, tmp_path: Path, stage: int) -> None:
     """2 x 2 sequences against 1 x 4, objective without noise (noise is keyed by micro-batch): losses to 1e-5."""
-    whole = trainer({**PLAIN, "deepspeed.zero_stage": stage, "batch.micro_size": 4, "output": str(tmp_path / "whole")})
+    whole = trainer(
+        {**PLAIN, "deepspeed.zero_stage": stage, "batch.micro_size": 4, "output": str(tmp_path / "whole")}
+    )
     whole.fit()
     parts = trainer({**PLAIN, "deepspeed.zero_stage": stage, "batch.micro_size": 2})
     parts.fit()
@@ -104,8 +114,12 @@ def test_divergence_ends_the_run_without_a_checkpoint(trainer) -> None:
     assert not run.checkpoints.exists()
 
 
-@pytest.mark.parametrize(("stage", "objective"), [(2, "single_pass"), (2, "paper"), (2, "bptt"), (3, "bptt"), (3, "single_pass")])
-def test_activation_checkpointing_changes_nothing(trainer, tmp_path: Path, stage: int, objective: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "objective"), [(2, "single_pass"), (2, "paper"), (2, "bptt"), (3, "bptt"), (3, "single_pass")]
+)
+def test_activation_checkpointing_changes_nothing(
+    trainer, tmp_path: Path, stage: int, objective: str
+) -> None:
     """Recomputed activations are the same activations: losses to the last bit."""
     changes = {"deepspeed.zero_stage": stage, "objective": {"name": objective}, "schedule.steps": 3}
     if objective == "bptt":
@@ -122,7 +136,7 @@ def test_no_parameter_is_idle(tiny, objective: str) -> None:
     """DeepSpeed fills missing gradients with zeros, and AdamW then decays and moves the parameter: none may be missing."""
     denoiser = tiny(objective=objective)
     run_one = torch.randint(0, 64, (2, 9))
-    from rdlm.objectives import Batch
+    from rdlm.objectives.losses import Batch
 
     batch = Batch(run_one[:, :-1], run_one[:, 1:], torch.ones(2, 8, dtype=torch.bool))
     loss_terms(denoiser, batch, step=0, seed=0).total.backward()
@@ -137,7 +151,12 @@ def test_weight_decay_touches_matrices_only(tiny) -> None:
     names = {id(p): name for name, p in denoiser.named_parameters()}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
     free = {names[id(p)] for p in others["params"]}
-    assert {"evidence_scale", "model.wte.weight", "model.ln_f.weight", "model.core_block.0.attn.qk_bias"} <= free
+    assert {
+        "evidence_scale",
+        "model.wte.weight",
+        "model.ln_f.weight",
+        "model.core_block.0.attn.qk_bias",
+    } <= free
     assert not any("norm" in names[id(p)] or "bias" in names[id(p)] for p in decayed["params"])
     assert "model.adapter.weight" in {names[id(p)] for p in decayed["params"]}
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 import yaml
 
-from rdlm.checkpoint import load
+from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
+from rdlm.diffusion.masked_likelihood import bound
 from rdlm.errors import UserError
-from rdlm.masked_likelihood import bound
-from rdlm.objectives import Batch
+from rdlm.objectives.losses import Batch
 from rdlm.registry import build
-from train.corpora.prepare import Preparation, prepare
+from train.data.prepare import Preparation, prepare
 from train.export import export
+from train.memory_plan import block_counts, predict
+from train.memory_trace import trace
 from train.merge import merge
-from train.plan import block_counts, predict
-from train.plan_trace import trace
 from train.settings import TrainConfig
 from train.settings import load as load_config
 
@@ -41,7 +41,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("masked")
     rows = [{"text": f"Verse {i}: and {i * i} foxes." * (1 + i % 4)} for i in range(120)]
     (root / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(Preparation(str(root / "d.jsonl"), root / "out", vocab_size=257, valid_fraction=0.2), progress=False)
+    prepare(
+        Preparation(str(root / "d.jsonl"), root / "out", vocab_size=257, valid_fraction=0.2), progress=False
+    )
     return root / "out"
 
 
@@ -99,7 +101,14 @@ def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(masked, 
     assert "t in (" in (tmp_path / "merged" / "README.md").read_text()
     pair = []
     for name, section in (("joint", None), ("resident", {"visit_steps": 1})):
-        job = masked({"blocks": {"num_blocks": 2}, "resident": section, "schedule.steps": 4, "output": str(tmp_path / name)})
+        job = masked(
+            {
+                "blocks": {"num_blocks": 2},
+                "resident": section,
+                "schedule.steps": 4,
+                "output": str(tmp_path / name),
+            }
+        )
         assert job.fit()
         pair.append(job.weights())
     assert all(torch.equal(weight, pair[1][name]) for name, weight in pair[0].items())
@@ -128,7 +137,18 @@ def test_tasks_are_trained_on_as_rows_that_hold_their_inputs_and_measured(
     assert 1.0 < held_out["K=1"] < 4 and 1.0 < held_out["K=8"] < 4, "nats of an answer, not of a position"
     export(job)
     model = str(Path(job.config.output) / "model")
-    measured = ["--task", task, "--lengths", "5", "--steps", "1,4", "--rows", "20", "--out", str(tmp_path / "depth.json")]
+    measured = [
+        "--task",
+        task,
+        "--lengths",
+        "5",
+        "--steps",
+        "1,4",
+        "--rows",
+        "20",
+        "--out",
+        str(tmp_path / "depth.json"),
+    ]
     assert run(app, ["eval", "depth", "--checkpoint", model, *measured], "rdlm") == 0
     assert [r["K"] for r in json.loads((tmp_path / "depth.json").read_text())["results"]] == [1, 4]
 
@@ -149,7 +169,7 @@ def test_memory_is_planned_from_what_the_objective_allocates(
     settings = TrainConfig.model_validate(document({**MASKED, "model": shape})).checkpoint_config
     traced = trace(build(settings, device="meta"), 4, 32, dtype, 1)
     denoiser = build(settings, seed=0).to(dtype)
-    monkeypatch.setattr("rdlm.objectives.hide", lambda level, countable, rng: countable)
+    monkeypatch.setattr("rdlm.objectives.losses.hide", lambda level, countable, rng: countable)
     ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
     forward, peak = allocated(denoiser, Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 32, dtype=torch.bool)))
     assert traced.forward == pytest.approx(forward, rel=0.05)
@@ -187,13 +207,30 @@ def test_from_a_config_to_text_and_figures_on_the_command_line(
     model = tmp_path / "run" / "model"
     given = ("--checkpoint", model)
 
-    status, out, err = rdlm("generate", *given, "--prompt", "Verse 1", "--max-tokens", 20, "--num-steps", "1,4", "--top-k", 5)
+    status, out, err = rdlm(
+        "generate", *given, "--prompt", "Verse 1", "--max-tokens", 20, "--num-steps", "1,4", "--top-k", 5
+    )
     assert status == 0 and out.count("Verse 1") == 2 and "K = 4" in out and "core steps" in out, err
-    again = rdlm("generate", *given, "--prompt", "Verse 1", "--max-tokens", 20, "--num-steps", 4, "--top-k", 5)[1]
+    again = rdlm(
+        "generate", *given, "--prompt", "Verse 1", "--max-tokens", 20, "--num-steps", 4, "--top-k", 5
+    )[1]
     assert again.splitlines()[1] in out
-    status, out, _ = rdlm("generate", *given, "--prompt", "", "--order", "confidence", "--resident-blocks", 1, "--temperature", 0)
+    status, out, _ = rdlm(
+        "generate",
+        *given,
+        "--prompt",
+        "",
+        "--order",
+        "confidence",
+        "--resident-blocks",
+        1,
+        "--temperature",
+        0,
+    )
     assert status == 2, "64 tokens exceed 32 positions"
-    status, out, _ = rdlm("generate", *given, "--prompt", "", "--order", "confidence", "--resident-blocks", 1, "--max-tokens", 9)
+    status, out, _ = rdlm(
+        "generate", *given, "--prompt", "", "--order", "confidence", "--resident-blocks", 1, "--max-tokens", 9
+    )
     assert status == 0
 
     figures = tmp_path / "nll.json"
@@ -205,7 +242,10 @@ def test_from_a_config_to_text_and_figures_on_the_command_line(
         first["estimator"].startswith("upper bound of the NLL, not its value: K = 1")
         and "4 stratified draws" in second["estimator"]
     )
-    assert first["bits_per_byte"] == pytest.approx(first["bits_per_character"]) and first["nll_interval"][0] < first["nll"]
+    assert (
+        first["bits_per_byte"] == pytest.approx(first["bits_per_character"])
+        and first["nll_interval"][0] < first["nll"]
+    )
     assert (tmp_path / "p.png").exists() and "upper bound" in out
 
     short = ("--num-prompts", 2, "--prompt-tokens", 4, "--max-tokens", 4, "--cache", tmp_path / "cache")

@@ -44,22 +44,32 @@ def config(folder: Path, shape: dict[str, int], deepspeed: dict[str, Any]) -> di
 
 def data_bytes() -> int:
     """What RLIMIT_DATA counts."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData:")
+    )
     return int(line.split()[1]) * 1024
 
 
 def work(folder: Path, deepspeed_section: dict[str, Any], rank: int, world: int) -> None:
     """Two updates of a small model, which load every library, then in the limit two of the large one."""
-    ctypes.CDLL(None).mallopt(-3, 65_536)  # M_MMAP_THRESHOLD: tensors go back to the system when they are freed
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_SIZE=str(world))
+    ctypes.CDLL(None).mallopt(
+        -3, 65_536
+    )  # M_MMAP_THRESHOLD: tensors go back to the system when they are freed
+    os.environ.update(
+        DS_ACCELERATOR="cpu",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_SIZE=str(world),
+    )
     import deepspeed
     import torch
     import torch.distributed as dist
 
-    from rdlm.config import parse
-    from train.corpora import build_corpus
-    from train.loop import Trainer
+    from rdlm.config.checkpoint import parse
+    from train.data import build_corpus
     from train.settings import TrainConfig
+    from train.trainer import Trainer
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -92,7 +102,11 @@ def launch(folder: Path, section: dict[str, Any], world: int) -> list[subprocess
     command = [sys.executable, __file__, str(folder), json.dumps(section)]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(world)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(world)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(world)
     ]

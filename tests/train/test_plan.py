@@ -13,28 +13,48 @@ import yaml
 from typer.testing import CliRunner
 
 from rdlm.cli import app
-from rdlm.config import parse
+from rdlm.config.checkpoint import parse
+from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
-from rdlm.objectives import Batch
+from rdlm.objectives.losses import Batch
 from rdlm.registry import build
-from rdlm.targets import frozen_rows
-from train.plan import predict
+from train.memory_plan import predict
+from train.memory_trace import _LiveBytes, trace
 from train.plan_cli import size
-from train.plan_trace import _LiveBytes, trace
 from train.settings import TrainConfig
 
-LLAMA = {"family": "llama", "vocab_size": 64, "d_model": 64, "num_heads": 2, "mlp_width": 96, "num_layers": 4, "max_seq_len": 32}
+LLAMA = {
+    "family": "llama",
+    "vocab_size": 64,
+    "d_model": 64,
+    "num_heads": 2,
+    "mlp_width": 96,
+    "num_layers": 4,
+    "max_seq_len": 32,
+}
 
 NOISED = {"evidence": {"corruption": {"share": 1.0}}}
 """The trace takes every row as noised."""
 
 
 def config(document: Callable[..., dict[str, Any]], **changes: Any) -> TrainConfig:
-    base = {"model": LLAMA, "objective": {"name": "evidence"}, "data.length": 32, "precision": "fp32", "deepspeed.zero_stage": 0}
-    return parse(TrainConfig, document(base | {key.replace("__", "."): value for key, value in changes.items()}), "test")
+    base = {
+        "model": LLAMA,
+        "objective": {"name": "evidence"},
+        "data.length": 32,
+        "precision": "fp32",
+        "deepspeed.zero_stage": 0,
+    }
+    return parse(
+        TrainConfig,
+        document(base | {key.replace("__", "."): value for key, value in changes.items()}),
+        "test",
+    )
 
 
-@pytest.mark.parametrize("vocab_size", [64, 8192])  # 8192: read-out and its chunks decide, two of them with evidence
+@pytest.mark.parametrize(
+    "vocab_size", [64, 8192]
+)  # 8192: read-out and its chunks decide, two of them with evidence
 @pytest.mark.parametrize("objective", ["next_token", "evidence", "paper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trace_equals_what_the_real_objective_allocates(
@@ -42,7 +62,9 @@ def test_trace_equals_what_the_real_objective_allocates(
 ) -> None:
     """The same count on real tensors, real loss included: live bytes after the forward pass and the peak of both passes."""
     model = {**LLAMA, "vocab_size": vocab_size}
-    settings = config(document, objective={"name": objective, **NOISED.get(objective, {})}, model=model).checkpoint_config
+    settings = config(
+        document, objective={"name": objective, **NOISED.get(objective, {})}, model=model
+    ).checkpoint_config
     traced = trace(build(settings, device="meta"), 4, 32, dtype, 1)
     denoiser = build(settings, seed=0).to(dtype)
     ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
@@ -56,7 +78,9 @@ def test_trace_equals_what_the_real_objective_allocates(
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_prediction_equals_the_live_tensors_of_a_real_update(document, trainer, stage: int, precision: str) -> None:
+def test_prediction_equals_the_live_tensors_of_a_real_update(
+    document, trainer, stage: int, precision: str
+) -> None:
     """Every tensor of DeepSpeed's engine and of the third update, forward pass to optimizer step, of one block among two."""
     changes = {
         "model": {**LLAMA, "vocab_size": 512, "d_model": 128, "mlp_width": 320}, "objective": {"name": "evidence"}, "data.length": 32,
@@ -94,7 +118,9 @@ def test_a_layer_of_the_plain_model_keeps_twelve_widths_and_three_mlp_widths(doc
     """The closed form in docs/training.md, per row and layer in fp32: 4 (12 D + 3 W) bytes, and 4 for each head's normaliser."""
 
     def forward(layers: int) -> int:
-        settings = config(document, objective={"name": "next_token"}, model={**LLAMA, "num_layers": layers}).checkpoint_config
+        settings = config(
+            document, objective={"name": "next_token"}, model={**LLAMA, "num_layers": layers}
+        ).checkpoint_config
         return trace(build(settings, device="meta"), 4, 32, torch.float32, 1).forward
 
     rows = 4 * 32
@@ -107,15 +133,21 @@ def test_blocks_and_recomputation_and_zero_lower_what_they_should(document) -> N
     again = predict(config(document, activation_checkpointing=True), 1)
     assert block.optimizer < 0.4 * whole.optimizer and block.activations < 0.5 * whole.activations
     assert again.optimizer == whole.optimizer and again.activations < 0.6 * whole.activations
-    sharded = [predict(config(document, deepspeed__zero_stage=stage, precision="bf16"), 2) for stage in (1, 2, 3)]
-    alone = [predict(config(document, deepspeed__zero_stage=stage, precision="bf16"), 1) for stage in (1, 2, 3)]
+    sharded = [
+        predict(config(document, deepspeed__zero_stage=stage, precision="bf16"), 2) for stage in (1, 2, 3)
+    ]
+    alone = [
+        predict(config(document, deepspeed__zero_stage=stage, precision="bf16"), 1) for stage in (1, 2, 3)
+    ]
     for many, one in zip(sharded, alone, strict=True):
         assert 2 * many.optimizer == pytest.approx(one.optimizer, rel=1e-3)
     weights = [memory.parameters for memory in sharded]
     assert weights[0] == weights[1] == pytest.approx(2 * weights[2], rel=1e-3), "only stage 3 splits weights"
 
 
-@pytest.mark.parametrize(("text", "expected"), [("24GiB", 24 * 2**30), ("0.5 GB", 5 * 10**8), ("900MiB", 900 * 2**20)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("24GiB", 24 * 2**30), ("0.5 GB", 5 * 10**8), ("900MiB", 900 * 2**20)]
+)
 def test_sizes(text: str, expected: int) -> None:
     assert size(text) == expected
 

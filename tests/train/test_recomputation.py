@@ -7,19 +7,28 @@ import copy
 import pytest
 import torch
 
-from rdlm.objectives import Batch, loss_terms
+from rdlm.objectives.losses import Batch, loss_terms
 from rdlm.registry import build
-from train.loop import recompute_layers
-from train.plan_trace import trace
+from train.memory_trace import trace
+from train.trainer import recompute_layers
 
 
 @pytest.mark.parametrize(
     ("family", "objective", "grad_steps"),
-    [("llama", "evidence", 1), ("huginn", "single_pass", 1), ("huginn", "single_pass", 2), ("huginn", "paper", 1)],
+    [
+        ("llama", "evidence", 1),
+        ("huginn", "single_pass", 1),
+        ("huginn", "single_pass", 2),
+        ("huginn", "paper", 1),
+    ],
 )
-def test_gradients_are_those_of_layers_that_keep_everything(tiny, family: str, objective: str, grad_steps: int) -> None:
+def test_gradients_are_those_of_layers_that_keep_everything(
+    tiny, family: str, objective: str, grad_steps: int
+) -> None:
     """To the last bit; where several core steps share one modulation, the order of a sum differs."""
-    depth = {"distribution": "fixed", "mean": 3, "grad_steps": grad_steps} if objective == "single_pass" else {}
+    depth = (
+        {"distribution": "fixed", "mean": 3, "grad_steps": grad_steps} if objective == "single_pass" else {}
+    )
     plain = tiny(family, {"name": objective, "depth": depth})
     with torch.no_grad():
         for name, weight in plain.named_parameters():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rdlm.errors import UserError
-from train import resume
+from train import checkpoints as resume
 
 
 def records(run) -> list[dict[str, Any]]:
@@ -33,9 +33,16 @@ STAGES = [(0, "bf16", "single_pass"), (0, "fp32", "single_pass"), (1, "bf16", "s
 
 
 @pytest.mark.parametrize(("stage", "precision", "objective"), STAGES)
-def test_resumed_equals_uninterrupted(trainer, tmp_path: Path, stage: int, precision: str, objective: str) -> None:
+def test_resumed_equals_uninterrupted(
+    trainer, tmp_path: Path, stage: int, precision: str, objective: str
+) -> None:
     """Stopped after 3 of 6 updates in a fresh engine: every loss, gradient norm and weight equal to the last bit."""
-    changes = {"deepspeed.zero_stage": stage, "precision": precision, "objective": {"name": objective}, "batch.micro_size": 2}
+    changes = {
+        "deepspeed.zero_stage": stage,
+        "precision": precision,
+        "objective": {"name": objective},
+        "batch.micro_size": 2,
+    }
     if objective == "bptt":
         changes["objective"] = {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}}
     whole = trainer({**changes, "output": str(tmp_path / "whole")})

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.config import parse
+from rdlm.config.checkpoint import parse
 from train.settings import TrainConfig
 
 pytestmark = pytest.mark.multiproc
@@ -49,10 +49,12 @@ def document(name: str, output: Path | str) -> dict[str, Any]:
 def train(job: dict[str, Any]) -> None:
     """Train to the end in this process, one of several perhaps; ``half.pt`` gets weights and moments as they are at HALF."""
     from train import ds_config
-    from train.corpora import build_corpus
-    from train.loop import Trainer
+    from train.data import build_corpus
+    from train.trainer import Trainer
 
-    ds_config.PERSISTENT_ELEMENTS = 200  # ZeRO 3 cuts the matrices and keeps the norms whole, as in a large model
+    ds_config.PERSISTENT_ELEMENTS = (
+        200  # ZeRO 3 cuts the matrices and keeps the norms whole, as in a large model
+    )
     config = parse(TrainConfig, job, "test")
     trainer = Trainer(config, build_corpus(config.data), torch.device("cpu"), io.StringIO())
     if trainer.step < HALF:
@@ -74,7 +76,10 @@ def moments(trainer: Any, key: str) -> dict[str, torch.Tensor]:
 
     optimizer = trainer.engine.optimizer
     if trainer.config.deepspeed.zero_stage == 3:
-        return {name: safe_get_full_optimizer_state(p, key).clone() for name, p in trainer.denoiser.named_parameters()}
+        return {
+            name: safe_get_full_optimizer_state(p, key).clone()
+            for name, p in trainer.denoiser.named_parameters()
+        }
     whole: dict[str, torch.Tensor] = {}
     for i, group in enumerate(optimizer.param_groups):
         parts: list[Any] = [None] * trainer.world
@@ -105,7 +110,10 @@ def runs(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "jobs.json").write_text(json.dumps(jobs))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, __file__, str(root)]
-    pair = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    pair = [
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
     errors = [process.communicate(timeout=900)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], errors
     for name in VARIANTS:
@@ -130,7 +138,9 @@ def member(root: Path, rank: int) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_another_number_of_processes_goes_on_with_the_same_state(runs: Path, name: str, before: int, after: int) -> None:
+def test_another_number_of_processes_goes_on_with_the_same_state(
+    runs: Path, name: str, before: int, after: int
+) -> None:
     moved, whole = runs / f"{before}-{after}" / name, runs / str(before) / name
     old, new = torch.load(whole / "half.pt"), torch.load(moved / "half.pt")
     assert old.keys() == new.keys()

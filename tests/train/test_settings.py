@@ -55,7 +55,11 @@ BAD = [
     ({"precision": "fp8"}, "precision"),
     ({"evaluation": {"interval_steps": 1, "steps": [65]}}, "evaluation.steps"),
     (
-        {"model": LLAMA, "objective": {"name": "next_token"}, "evaluation": {"interval_steps": 1, "steps": [2]}},
+        {
+            "model": LLAMA,
+            "objective": {"name": "next_token"},
+            "evaluation": {"interval_steps": 1, "steps": [2]},
+        },
         "evaluation.steps",
     ),
     ({"name": "a b"}, "name"),
@@ -91,7 +95,8 @@ def test_command_line_exits_2_with_one_line(file, capsys, arguments: list[str], 
 
 
 @pytest.mark.parametrize(
-    ("text", "word"), [(None, "No such file"), ("a: [", "not YAML"), ("- 1", "no mapping"), ("\udcff", "YAML")]
+    ("text", "word"),
+    [(None, "No such file"), ("a: [", "not YAML"), ("- 1", "no mapping"), ("\udcff", "YAML")],
 )
 def test_unreadable_file(tmp_path: Path, text: str | None, word: str) -> None:
     path = tmp_path / "config.yaml"
@@ -102,7 +107,10 @@ def test_unreadable_file(tmp_path: Path, text: str | None, word: str) -> None:
 
 
 def test_overrides_are_yaml_values(file) -> None:
-    config = load(file(), ["optimizer.lr=3e-4", "optimizer.betas=[0.8, 0.9]", "log.tensorboard=false", "batch.micro_size=null"])
+    config = load(
+        file(),
+        ["optimizer.lr=3e-4", "optimizer.betas=[0.8, 0.9]", "log.tensorboard=false", "batch.micro_size=null"],
+    )
     assert (config.optimizer.lr, config.optimizer.betas, config.log.tensorboard) == (3e-4, (0.8, 0.9), False)
     assert config.batch.micro_size is None
 

@@ -1,0 +1,440 @@
+"""lm-eval (EleutherAI's evaluation harness) on a checkpoint in process: the model ``rdlm``. The only file that imports lm_eval.
+
+Log-likelihoods come from rdlm.scoring, texts from the engine that the server runs, so the numbers are those of
+``local-completions`` against ``rdlm serve``; of masked models, which have a bound too, with estimator=left_to_right. The name of the
+estimator and its K go into the results' ``config``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
+
+from eval.likelihood import Score, score_continuations
+from eval.model_args import flag, usable_device, whole_number
+from eval.nll import check_steps
+from eval.provenance import machine
+from rdlm.checkpoints.folder import WEIGHTS, Loaded, load
+from rdlm.config.checkpoint import parse
+from rdlm.data.manifest import file_sha256
+from rdlm.data.tokenizer import Tokenizer
+from rdlm.errors import UserError
+from rdlm.sampling_params import SamplingParams, check_bridge, check_masked
+from rdlm.scoring import estimator_of
+from serve.engine.engine import Engine
+from serve.engine.sequence import Request
+from serve.loading import build_served
+from serve.settings import EngineSettings
+
+logger = logging.getLogger("rdlm.eval")
+
+ARGUMENTS = (
+    "checkpoint", "num_steps", "seed", "estimator", "num_draws", "dtype", "device", "batch_size", "max_length", "kv_cache", "add_bos_token",
+)  # fmt: skip
+MAX_GEN_TOKS = 256
+"""Most tokens of an answer where a task names no limit: lm-eval's own default."""
+SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "bridge",
+)
+MASKED_SAMPLING = (*SAMPLING[:4], "order")
+
+
+@dataclass
+class Sweep:
+    """The K that one command asks for, each a run of lm_eval of its own, and what the first run has scored for all of them."""
+
+    ks: tuple[int, ...] = ()
+    scores: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, Score]] = field(default_factory=dict)
+
+
+SWEEP = Sweep()
+"""Filled by ``run_sweep``. lm_eval builds models by name from their arguments, so there is no other way to hand it over."""
+
+
+@register_model("rdlm")
+class RecurrentLM(TemplateLM):
+    """``--model rdlm --model_args checkpoint=FOLDER,num_steps=8,...``; raises UserError for arguments it cannot use.
+
+    num_steps: K, by default the checkpoint's. seed: of noise draws and sampling.
+    estimator: "normalised" (a sampling checkpoint has one at K = 1 only, whatever num_steps is) or "mixture" (sampling checkpoints
+    at K > 1, over ``num_draws`` draws; see eval/likelihood.py on is_greedy). Masked checkpoints have "bound" (default), at num_steps, and
+    "left_to_right", exact and the same whatever num_steps is.
+    batch_size: rows of a scoring pass and texts in flight. max_length: context, by default the model's.
+    kv_cache: of generation, as in ``rdlm serve``. add_bos_token: put it before every context that is not empty.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        num_steps: int | None = None,
+        seed: int = 0,
+        estimator: str | None = None,
+        num_draws: int = 8,
+        dtype: str = "float32",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_length: int | None = None,
+        kv_cache: str = "shared",
+        add_bos_token: bool = False,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        for name, value in unknown.items():
+            raise UserError(
+                f"model_args: {name}",
+                value,
+                "there is no such argument",
+                f"use some of {', '.join(ARGUMENTS)}",
+            )
+        if checkpoint is None:
+            raise UserError(
+                "model_args: checkpoint", None, "is missing", "write --model_args checkpoint=FOLDER"
+            )
+        self.folder, self.add_bos_token = Path(str(checkpoint)), flag("add_bos_token", add_bos_token)
+        self.seed, self.num_draws = whole_number("seed", seed, 0), whole_number("num_draws", num_draws, 1)
+        self.batch_size = whole_number(
+            "batch_size", int(batch_size) if str(batch_size).isdecimal() else batch_size, 1, 1024
+        )
+        given = {
+            "device": usable_device(device),
+            "dtype": dtype,
+            "kv_cache": kv_cache,
+            "max_slots": self.batch_size,
+        }
+        self.settings: EngineSettings = parse(EngineSettings, given, "--model_args")
+        self.loaded, self.text = _load(self.folder, self.settings)
+        self.masked = self.loaded.config.objective.masking is not None
+        self._device = next(self.loaded.denoiser.parameters()).device
+        self.num_steps = self._steps(num_steps)
+        self.estimator = self._estimator(estimator)
+        self.scored_steps = self._scored_steps(self.num_steps)
+        if self.scored_steps != self.num_steps:
+            logger.warning(
+                "log-likelihoods are those at K = 1, the normalised ones; num_steps=%d acts on texts",
+                self.num_steps,
+            )
+        logger.info("log-likelihoods are %s", self._named_estimator())
+        self.tied_documents = 0
+        # lm-eval's length leaves out the last token, which a causal model need not see.
+        limit = self.loaded.config.model.max_seq_len - self.masked
+        self.max_length = limit if max_length is None else whole_number("max_length", max_length, 2, limit)
+
+    def _steps(self, asked: object) -> int:
+        """K, checked; the checkpoint's default where none is asked for."""
+        config = self.loaded.config
+        k = config.default_steps if asked is None else whole_number("num_steps", asked, 1)
+        try:
+            return check_steps([k], config)[0]
+        except UserError as error:
+            raise UserError("model_args: num_steps", k, error.problem, error.remedy) from None
+
+    def _estimator(self, name: str | None) -> str:
+        """The estimator, checked; the checkpoint's own where none is asked for."""
+        masked, others = ("bound", "left_to_right"), ("normalised", "mixture")
+        known = masked if self.masked else others
+        if name is None:
+            return known[0]
+        if name not in known:
+            kind = "only masked checkpoints have it" if name in masked else "masked checkpoints have another"
+            problem = kind if name in (*masked, *others) else "there is no such estimator"
+            raise UserError(
+                "model_args: estimator", name, problem, f"leave estimator out, or use {' or '.join(known)}"
+            )
+        if self.loaded.config.objective.k_meaning == "thinking" and name == "mixture":
+            remedy = "leave estimator out: this checkpoint's likelihood is normalised at every K"
+            raise UserError("model_args: estimator", name, "only sampling checkpoints have it", remedy)
+        return name
+
+    def _scored_steps(self, num_steps: int) -> int:
+        """K of the log-likelihoods, which is not num_steps where that has no normalised likelihood."""
+        thinking = self.loaded.config.objective.k_meaning == "thinking"
+        return num_steps if thinking or self.estimator in ("mixture", "bound") else 1
+
+    def _named_estimator(self) -> str:
+        return estimator_of(self.loaded.config, self.scored_steps, in_order=self.estimator == "left_to_right")
+
+    # What lm-eval asks about a model ---------------------------------------------------------------------------------
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Goes into the ``config`` of the results."""
+        config = self.loaded.config
+        return {
+            "checkpoint": config.name,
+            "weights_sha256": file_sha256(self.folder / WEIGHTS),
+            "objective": config.objective.name,
+            "training_step": config.step,
+            "num_steps": self.num_steps,
+            "loglikelihood_num_steps": self.scored_steps,
+            "estimator": self._named_estimator(),
+            "num_draws": self.num_draws,
+            "tied_documents": self.tied_documents,
+            "model_seed": self.seed,
+            "dtype": self.settings.dtype,
+            "kv_cache": self.settings.kv_cache,
+            "model_device": str(self._device),
+            "machine": machine(),
+            "max_length": self.max_length,
+            "add_bos_token": self.add_bos_token,
+        }
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id before a text without context: end of text, or else beginning of text."""
+        found = self.text.eos_id if self.text.eos_id is not None else self.text.bos_id
+        if found is None:
+            raise UserError(
+                "tokenizer",
+                str(self.folder),
+                "names no end of text",
+                "name eos_token in its tokenizer_config.json",
+            )
+        return found
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the key of lm-eval's cache of requests."""
+        return f"rdlm-{self.text.fingerprint}"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text; bos first if asked for, or if the model argument add_bos_token says so."""
+        with_bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        return ([self.text.bos_id] if with_bos and self.text.bos_id is not None else []) + self.text.encode(
+            string
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """None: this model takes text. UserError where lm-eval asks for a template."""
+        if not chat_template:
+            return None
+        remedy = "serve the checkpoint and use --model local-chat-completions"
+        raise UserError("--apply_chat_template", chat_template, "the model rdlm takes plain text", remedy)
+
+    # Log-likelihoods -------------------------------------------------------------------------------------------------
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p of whole texts: windows of max_length positions; each token is predicted once, with as much context as fits."""
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for pair in utils.get_rolling_token_windows(
+                ids, self.eot_token_id, self.max_length, context_len=1
+            ):
+                windows.append(utils.make_disjoint_window(pair))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self._score(windows, disable_tqdm), strict=True):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As lm-eval defines it. Counts documents whose best choice is not unique: lm-eval takes the first one there, in BLiMP always
+        the right one, so a model that cannot tell them apart would score 1."""
+        scores = super().loglikelihood(requests, disable_tqdm)
+        documents: defaultdict[tuple[object, object], list[float]] = defaultdict(list)
+        for request, (logprob, _) in zip(requests, scores, strict=True):
+            documents[request.task_name, request.doc_id].append(logprob)
+        tied = sum(len(values) > 1 and values.count(max(values)) > 1 for values in documents.values())
+        self.tied_documents += tied
+        if tied:
+            logger.warning(
+                "%d of %d documents have no unique best choice; lm-eval takes the first one",
+                tied,
+                len(documents),
+            )
+        return scores
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **options: Any,
+    ) -> list[Score]:
+        scores = self._score([(context, continuation) for _, context, continuation in requests], disable_tqdm)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, score)
+        return scores
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[Score]:
+        """At the K of this model. In a sweep the K to come are scored in the same pass and remembered."""
+        ks = sorted({self.scored_steps, *(self._scored_steps(self._steps(k)) for k in SWEEP.ks)})
+        keys = [(tuple(context), tuple(continuation)) for context, continuation in pairs]
+        missing = list(dict.fromkeys(key for key in keys if key not in SWEEP.scores))
+        with tqdm(
+            total=len(missing), desc=f"log-likelihoods at K = {', '.join(map(str, ks))}", disable=disable_tqdm
+        ) as bar:
+            found = score_continuations(
+                self.loaded,
+                [(list(context), list(continuation)) for context, continuation in missing],
+                ks,
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                seed=self.seed,
+                num_draws=self.num_draws,
+                in_order=self.estimator == "left_to_right",
+                progress=bar.update,
+            )
+        fresh = {key: {k: found[k][i] for k in ks} for i, key in enumerate(missing)}
+        if SWEEP.ks:
+            SWEEP.scores.update(fresh)
+        known = SWEEP.scores if SWEEP.ks else fresh
+        return [known[key][self.scored_steps] for key in keys]
+
+    # Texts -----------------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers without prompt and stop string."""
+        asked: list[Request] = []
+        seen: Counter[str] = Counter()
+        for context, given in (request.args for request in requests):
+            question = context + json.dumps(given, sort_keys=True, default=str)
+            asked.append(self._request(context, given, seen[question]))
+            seen[question] += 1
+        texts = self._continued(asked, disable_tqdm)
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _continued(self, asked: Sequence[Request], disable_tqdm: bool) -> list[str]:
+        """Answers of the engine."""
+        with (
+            tqdm(total=len(asked), desc=f"texts at K = {self.num_steps}", disable=disable_tqdm) as bar,
+            Engine(
+                lambda: build_served(self.loaded.denoiser, self.loaded.config, self.text, self.settings),
+                len(asked),
+            ) as engine,
+        ):
+            answers = engine.generate(asked, lambda event: bar.update(event.finish is not None))
+        for events in answers:
+            if events[-1].finish not in ("stop", "length"):
+                raise RuntimeError(f"generation ended with {events[-1].finish!r}")
+        return ["".join(event.text for event in events) for events in answers]
+
+    def _request(self, context: str, given: dict[str, Any], choice: int) -> Request:
+        """gen_kwargs as an engine request, ``choice`` telling repeats of a prompt apart; UserError for a setting it does not have."""
+        kwargs = dict(normalize_gen_kwargs(given, MAX_GEN_TOKS))
+        greedy, stop, max_tokens = (
+            not kwargs.pop("do_sample"),
+            kwargs.pop("until"),
+            kwargs.pop("max_gen_toks"),
+        )
+        num_steps = self._steps(kwargs.pop("num_steps", self.num_steps))
+        known = MASKED_SAMPLING if self.masked else SAMPLING
+        for name, value in kwargs.items():
+            if name not in known:
+                remedy = f"use some of until, max_gen_toks, do_sample, num_steps, {', '.join(known)}"
+                raise UserError(f"gen_kwargs: {name}", value, "there is no such setting", remedy)
+        room = self.max_length - max_tokens
+        if room < 1:
+            raise UserError(
+                "gen_kwargs: max_gen_toks",
+                max_tokens,
+                f"leaves no room in {self.max_length} positions",
+                "lower it",
+            )
+        ids = self.tok_encode(context) or [self.eot_token_id]
+        if len(ids) > room:
+            logger.warning(
+                "a prompt of %d tokens loses its start: %d fit beside %d new ones", len(ids), room, max_tokens
+            )
+        order = kwargs.pop("order", None)
+        sampling = SamplingParams(
+            **{"temperature": 1.0, **kwargs, **({"temperature": 0.0} if greedy else {})}
+        )
+        check_bridge(sampling.bridge, self.loaded.config)
+        check_masked(sampling, order, self.loaded.config)
+        ends = frozenset() if self.text.eos_id is None else frozenset({self.text.eos_id})
+        stops = tuple(s for s in stop if s)
+        first = Request(
+            tuple(ids[-room:]),
+            num_steps,
+            max_tokens,
+            sampling,
+            self.seed,
+            choice=choice,
+            order=order or "random",
+        )
+        return replace(first, stop=stops, stop_ids=ends)
+
+
+def run_sweep(arguments: Sequence[str], ks: Sequence[int]) -> None:
+    """``run`` for each K: log-likelihoods of all of them are computed in the first run, in one pass."""
+    place = next((i for i, item in enumerate(arguments[:-1]) if item in ("--model_args", "-a")), None)
+    if place is None or "num_steps=" in arguments[place + 1]:
+        raise UserError(
+            "--steps",
+            list(ks),
+            "needs --model_args checkpoint=... without num_steps",
+            "correct the model_args",
+        )
+    SWEEP.ks = tuple(ks)
+    try:
+        for k in ks:
+            run([*arguments[: place + 1], f"{arguments[place + 1]},num_steps={k}", *arguments[place + 2 :]])
+    finally:
+        SWEEP.ks = ()
+        SWEEP.scores.clear()
+
+
+def run(arguments: Sequence[str]) -> None:
+    """lm_eval's own command line, which knows the model ``rdlm`` because this module has been imported. It reads sys.argv.
+
+    UserError for what lm_eval or datasets refuse: unknown tasks, data sets that cannot be reached.
+    """
+    own = sys.argv
+    sys.argv = ["rdlm eval lm-eval", *arguments]
+    try:
+        cli_evaluate()
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        if _origin(error) not in ("lm_eval", "datasets", "huggingface_hub"):
+            raise
+        remedy = (
+            "see `rdlm eval lm-eval ls tasks`; BLiMP runs without a hub: --blimp FOLDER --tasks blimp_local"
+        )
+        raise UserError(
+            "lm_eval", " ".join(arguments), f"it refuses ({type(error).__name__}: {error})", remedy
+        ) from error
+    finally:
+        sys.argv = own
+
+
+def _origin(error: BaseException) -> str:
+    """Top-level package of the code that raised it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals["__name__"]).partition(".")[0]
+
+
+def _load(folder: Path, settings: EngineSettings) -> tuple[Loaded, Tokenizer]:
+    loaded = load(folder, device=settings.device, dtype=getattr(torch, settings.dtype))
+    loaded.config.check_whole()
+    if loaded.tokenizer is None:
+        remedy = "give a model of text"
+        raise UserError(
+            "model_args: checkpoint", str(folder), "it has no tokenizer, so its ids are not text", remedy
+        )
+    return loaded, loaded.tokenizer

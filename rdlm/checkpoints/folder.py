@@ -1,0 +1,274 @@
+"""The portable model: a folder with ``config.json``, ``model.safetensors``, ``tokenizer/`` and a ``README.md`` card.
+
+Weights are stored by parameter name, tied ones once, in one dtype. Nothing in the folder is executed on loading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rdlm.config.checkpoint import SCHEMA_VERSION, CheckpointConfig, parse
+from rdlm.config.model import ImageConfig
+from rdlm.data.tokenizer import Tokenizer, load_tokenizer
+from rdlm.diffusion.blockwise import Blockwise
+from rdlm.diffusion.resident import ResidentBlocks, absent
+from rdlm.errors import UserError
+from rdlm.objectives.denoiser import Denoiser
+from rdlm.registry import build
+
+CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer", "README.md"
+GENERATION = "generation_config.json"
+"""Optional; imported checkpoints have one. Its ``eos_token_id`` lists every id that ends a text."""
+FIELD = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run: in eval mode, its tokenizer None where the ids are not text."""
+
+    denoiser: Denoiser
+    config: CheckpointConfig
+    tokenizer: Tokenizer | None
+
+
+def save(
+    folder: str | Path,
+    denoiser: Denoiser,
+    config: CheckpointConfig,
+    tokenizer: Tokenizer | None,
+    card: str = "",
+) -> Path:
+    """Write the folder, replacing an earlier one only when the new one is complete. Returns its path.
+
+    card: Markdown about data and training, put below what the config itself says. Weights keep the dtype they have.
+    """
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in denoiser.named_parameters()}
+
+    def fill(temporary: Path) -> None:
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+
+    return write(folder, config, tokenizer, weights, fill, card)
+
+
+def write(
+    folder: str | Path,
+    config: CheckpointConfig,
+    tokenizer: Tokenizer | None,
+    weights: Mapping[str, Tensor],
+    fill: Callable[[Path], None],
+    card: str,
+) -> Path:
+    """``save`` for weights that are not in memory: ``fill(folder)`` writes ``model.safetensors``, ``weights`` may be meta tensors."""
+    with replacing(folder) as temporary:
+        fill(temporary)
+        if tokenizer is not None:
+            tokenizer.save(temporary / TOKENIZER)
+        (temporary / CARD).write_text(_card(config, weights, card))
+        (temporary / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
+    return Path(folder)
+
+
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A new folder to fill. It takes the place of ``folder`` once it is complete and on disk, and vanishes if filling it fails."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    if folder.exists():
+        outdated = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(outdated, ignore_errors=True)
+        os.rename(folder, outdated)
+        os.rename(temporary, folder)
+        shutil.rmtree(outdated)
+    else:
+        os.rename(temporary, folder)
+
+
+def load(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    resident_blocks: int | None = None,
+) -> Loaded:
+    """Read a checkpoint folder. Raises UserError where a file, a weight or a shape is not what the config says, or where a newer
+    version wrote it.
+
+    resident_blocks: most blocks whose weights are in memory; the others are read again when they are used (rdlm/diffusion/resident.py). On a
+    CPU, in the dtype of the file, they are mapped and not copied. UserError where the network is not cut into so many blocks.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    denoiser = build(config, device="meta")
+    shapes = {name: parameter.shape for name, parameter in denoiser.named_parameters()}
+    read = partial(_read_weights, folder / WEIGHTS, shapes, torch.device(device), dtype)
+    if resident_blocks is None:
+        denoiser.load_state_dict(_with_ties(denoiser, read(list(shapes))), strict=True, assign=True)
+    else:
+        _check_resident(resident_blocks, denoiser)
+        outside = [name for name in shapes if ".model." not in name]
+        empty = {
+            name: absent(weight, torch.device(device), dtype) for name, weight in denoiser.named_parameters()
+        }
+        denoiser.load_state_dict(_with_ties(denoiser, {**empty, **read(outside)}), strict=True, assign=True)
+        assert isinstance(denoiser, Blockwise)
+        denoiser.resident = ResidentBlocks(denoiser, resident_blocks, read)
+    tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+        problem = f"has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}"
+        raise UserError(
+            FIELD, str(folder / TOKENIZER), problem, "put the tokenizer the model was trained with there"
+        )
+    return Loaded(denoiser.eval(), config, tokenizer)
+
+
+def load_config(folder: str | Path) -> CheckpointConfig:
+    """The ``config.json`` of a checkpoint folder; UserError if it is missing, unreadable or newer than this code."""
+    path = Path(folder) / CONFIG
+    try:
+        data = json.loads(path.read_text())
+    except OSError:
+        raise UserError(
+            FIELD, str(folder), f"has no {CONFIG}", "give a folder that `rdlm train` exported (OUTPUT/model)"
+        ) from None
+    except ValueError:
+        raise UserError(FIELD, str(path), "is not JSON", "copy or export the checkpoint again") from None
+    return parse_config(data, str(path))
+
+
+def parse_config(data: Any, where: str) -> CheckpointConfig:
+    """The config of a JSON document; UserError if a field is wrong or a newer version wrote it."""
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UserError(
+            f"{where}: schema_version", version, f"this version reads up to {SCHEMA_VERSION}", "update rdlm"
+        )
+    return parse(CheckpointConfig, data, where)
+
+
+def _check_resident(count: int, denoiser: Denoiser) -> None:
+    if not isinstance(denoiser, Blockwise):
+        problem = "the checkpoint is not a network of several blocks, which could be in memory one by one"
+        raise UserError("resident_blocks", count, problem, "leave it out")
+    if not 1 <= count <= len(denoiser.blocks):
+        problem = f"the network has {len(denoiser.blocks)} blocks"
+        raise UserError("resident_blocks", count, problem, f"choose 1 to {len(denoiser.blocks)}")
+
+
+def _read_weights(
+    path: Path, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The weights ``names``; the file must hold exactly those of ``shapes``."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            compare(str(path), found, shapes, f"use the {CONFIG} and {WEIGHTS} of one export")
+            return {name: file.get_tensor(name).to(dtype) for name in names}
+    except FileNotFoundError:
+        raise UserError(FIELD, str(path), "is missing", "copy or export the checkpoint again") from None
+    except SafetensorError as error:
+        raise UserError(
+            FIELD, str(path), f"is damaged ({error})", "copy or export the checkpoint again"
+        ) from None
+
+
+def compare(
+    where: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], remedy: str
+) -> None:
+    """UserError for the first weight that only one side has or whose shape differs."""
+    for name in sorted(found.keys() - expected.keys()):
+        raise UserError(f"{where}: weight", name, "the model has no such weight", remedy)
+    for name in sorted(expected.keys() - found.keys()):
+        raise UserError(f"{where}: weight", name, "is missing", remedy)
+    for name, shape in expected.items():
+        if found[name] != tuple(shape):
+            raise UserError(f"{where}: shape of {name}", found[name], f"the model has {tuple(shape)}", remedy)
+
+
+def _with_ties(denoiser: Denoiser, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state_dict`` names every use of a tied weight; the file holds it under its first name."""
+    first: dict[int, str] = {id(parameter): name for name, parameter in denoiser.named_parameters()}
+    every: dict[str, Any] = dict(denoiser.named_parameters(remove_duplicate=False))
+    return {name: weights[first[id(parameter)]] for name, parameter in every.items()}
+
+
+def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -> str:
+    model, objective, depth = config.model, config.objective, config.objective.depth
+    count = sum(weight.numel() for weight in weights.values())
+    dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
+    if isinstance(model, ImageConfig):
+        shape = f"images of {model.image_size}x{model.image_size} in patches of {model.patch_size}, {model.num_classes} classes"
+    else:
+        shape = f"vocabulary {model.vocab_size}, up to {model.max_seq_len} tokens"
+    noised = f"{objective.corruption.share:.0%} of the positions"
+    if objective.masking is not None:
+        noised = "none: tokens are hidden"
+    elif isinstance(model, ImageConfig):
+        noised = (
+            "the images"
+            if objective.name == "edm"
+            else f"the class rows of {objective.corruption.share:.0%} of the images"
+        )
+    rows = {
+        "family": f"{model.family}, d_model {model.d_model}, {shape}",
+        "parameters": f"{count:,} ({dtypes})",
+        "objective": f"`{objective.name}`, read-out {objective.readout}",
+        "core steps in training": f"{depth.distribution}, mean {depth.mean}; the last {depth.grad_steps} with gradient",
+        "noised targets": noised,
+        "updates": f"{config.step:,}",
+        "K": f"{_meaning(config)}. Default {config.default_steps}, at most {config.max_steps}",
+        "normalised likelihood": config.estimator,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    commands = "\n".join(_commands(config))
+    return f"# {config.name}\n\n| | |\n|---|---|\n{table}\n\n{notes.strip()}\n\n## Run it\n\n```\n{commands}\n```\n"
+
+
+def _meaning(config: CheckpointConfig) -> str:
+    if config.objective.k_meaning == "thinking":
+        return (
+            "K is the number of core steps before the one read-out: more steps, more computation per answer"
+        )
+    if config.objective.masking is not None:
+        return "K is the number of steps in which hidden tokens come into sight: a setting of the sampler, not more thought"
+    if config.objective.name == "edm":
+        return "K is the number of steps from noise to an image"
+    what = "class" if isinstance(config.model, ImageConfig) else "token"
+    return f"K is the number of noise levels a {what} is drawn through: a setting of the sampler, not more thought"
+
+
+def _commands(config: CheckpointConfig) -> tuple[str, ...]:
+    if config.objective.name == "edm":
+        return "rdlm images --checkpoint THIS_FOLDER --out samples.png", "rdlm eval fid --help"
+    if isinstance(config.model, ImageConfig):
+        return ("rdlm eval accuracy --checkpoint THIS_FOLDER --data PREPARED_IMAGES",)
+    return "rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

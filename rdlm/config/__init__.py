@@ -1,0 +1,1 @@
+"""Configs of a checkpoint, as frozen pydantic models."""

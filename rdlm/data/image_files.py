@@ -1,0 +1,197 @@
+"""Sets of images, labelled where the source says what they show: a folder of PNG and JPEG files, an array file, or a parquet file."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rdlm.errors import UserError, reason
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+KINDS = "a folder of PNG or JPEG files, an .npy or .npz array of uint8 [N, H, W, 3], or a parquet file with one image column"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that are read when they are asked for. ``option`` is what named the set on the command line."""
+
+    option: str
+    path: Path
+    count: int
+    read: Callable[[int], np.ndarray]
+    """Index -> uint8 [H, W, 3]; UserError for one that cannot be decoded."""
+    labels: np.ndarray | None = None
+    """int64 [count], places in ``classes``; None where the source does not say."""
+    classes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    """What was read, in order of their paths."""
+
+    @property
+    def name(self) -> str:
+        """The folder's or the file's name, without the folders above it."""
+        return self.path.resolve().name
+
+
+def open_images(path: Path, option: str, label_column: str = "label") -> ImageSet:
+    """UserError for anything that is not KINDS, and for a set without images.
+
+    Labels come from the integer column ``label_column`` of a parquet file (names from its Hugging Face metadata, else the numbers), or
+    from the subfolders of a folder, sorted, if every image lies in one.
+    """
+    if path.is_dir():
+        found = _folder(path, option)
+    elif not path.exists():
+        raise UserError(option, str(path), "does not exist", f"give {KINDS}")
+    elif path.suffix in (".npy", ".npz"):
+        found = _array(path, option)
+    elif path.suffix == ".parquet":
+        found = _parquet(path, option, label_column)
+    else:
+        raise UserError(option, str(path), "is no set of images", f"give {KINDS}")
+    if found.count == 0:
+        raise UserError(option, str(path), "holds no images", f"give {KINDS}")
+    return found
+
+
+def numbered(labels: np.ndarray) -> tuple[str, ...]:
+    """The numbers as names, up to the largest label: labels stay what they are in the source."""
+    return tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
+
+
+def pillow(option: str, name: str) -> Any:
+    """The module PIL.Image."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError:
+        raise UserError(
+            option, name, "decoding images needs pillow", "run `pip install 'pillow>=12'`"
+        ) from None
+    return Image
+
+
+def _decoded(option: str, name: str, source: Path | io.BytesIO) -> np.ndarray:
+    image_module = pillow(option, name)
+    try:
+        with image_module.open(source) as image:
+            return np.asarray(image.convert("RGB"))
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        image_module.DecompressionBombError,
+    ) as error:  # SyntaxError: a broken PNG chunk
+        raise UserError(
+            option, name, f"cannot be decoded ({reason(error)})", "remove or replace this image"
+        ) from None
+
+
+def _folder(path: Path, option: str) -> ImageSet:
+    files = tuple(
+        sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    )
+    parts = [file.relative_to(path).parts for file in files]
+    labels, classes = None, tuple(sorted({part[0] for part in parts}))
+    if all(len(part) > 1 for part in parts):
+        place = {name: i for i, name in enumerate(classes)}
+        labels = np.array([place[part[0]] for part in parts], dtype=np.int64)
+    return ImageSet(
+        option,
+        path,
+        len(files),
+        lambda i: _decoded(option, str(files[i]), files[i]),
+        labels,
+        () if labels is None else classes,
+        files,
+    )
+
+
+def _array(path: Path, option: str) -> ImageSet:
+    try:
+        loaded = np.load(path, mmap_mode="r")
+        if path.suffix == ".npz":
+            names = list(loaded)
+            if len(names) != 1 and "arr_0" not in names:
+                raise UserError(
+                    option, str(path), f"holds the arrays {names}", "keep one, or call the images arr_0"
+                )
+            loaded = loaded["arr_0" if "arr_0" in names else names[0]]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            option, str(path), f"cannot be read as an array ({reason(error)})", f"give {KINDS}"
+        ) from None
+    if loaded.ndim != 4 or loaded.shape[-1] != 3 or loaded.dtype != np.uint8:
+        raise UserError(
+            option,
+            str(path),
+            f"holds {loaded.dtype} {list(loaded.shape)}",
+            "images are uint8 [N, H, W, 3], 0 to 255",
+        )
+    return ImageSet(option, path, len(loaded), lambda i: np.asarray(loaded[i]), files=(path,))
+
+
+def _parquet(path: Path, option: str, label_column: str) -> ImageSet:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ModuleNotFoundError:
+        raise UserError(
+            option, str(path), "reading parquet needs pyarrow", "run `pip install 'pyarrow>=26'`"
+        ) from None
+    try:
+        schema = pq.read_schema(path)
+        structs = [
+            f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0
+        ]
+        columns = structs or [
+            f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)
+        ]
+        if len(columns) != 1:
+            raise UserError(
+                option,
+                str(path),
+                f"has {len(columns)} image columns {columns}",
+                "give a file with exactly one",
+            )
+        labelled = label_column in schema.names and pa.types.is_integer(schema.field(label_column).type)
+        table = pq.read_table(path, columns=columns + [label_column] * labelled)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            option, str(path), f"cannot be read as parquet ({reason(error)})", f"give {KINDS}"
+        ) from None
+    column = table[columns[0]]
+
+    def read(index: int) -> np.ndarray:
+        value = column[index].as_py()
+        content = value["bytes"] if isinstance(value, dict) else value
+        if content is None:
+            raise UserError(
+                option,
+                f"{path}, row {index}",
+                "holds no image bytes",
+                "write the images into the file, not their paths",
+            )
+        return _decoded(option, f"{path}, row {index}", io.BytesIO(content))
+
+    labels = None
+    if labelled and not table[label_column].null_count:
+        labels = table[label_column].to_numpy().astype(np.int64)
+    names = () if labels is None else _class_names(schema.metadata, label_column) or numbered(labels)
+    return ImageSet(option, path, len(column), read, labels, names, (path,))
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:
+    """Names of a ``ClassLabel`` column, which the library ``datasets`` writes into the schema; () where there are none."""
+    try:
+        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
+        return tuple(names) if all(isinstance(name, str) for name in names) else ()
+    except (KeyError, ValueError, TypeError):
+        return ()

@@ -1,0 +1,159 @@
+"""Prepared token data on disk: ``manifest.json``, ``tokenizer/`` and memory-mapped ``SPLIT/shard_00000.bin`` files.
+
+A shard is a flat little-endian array of token ids; the shards of a split are one long stream of documents, each followed by
+the end-of-text token. Training and evaluation both read it here; only ``train`` writes it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from rdlm.config.checkpoint import Strict, parse
+from rdlm.data.manifest import AGAIN, MANIFEST, file_sha256, no_split, read_kind
+from rdlm.data.tokenizer import Tokenizer, load_tokenizer
+from rdlm.errors import UserError
+from rdlm.objectives.losses import Batch
+
+SCHEMA_VERSION = 1
+
+
+class Shard(Strict):
+    """One file of a split."""
+
+    file: str
+    """Path relative to the manifest."""
+    tokens: int = Field(ge=0)
+    sha256: str
+
+
+class Split(Strict):
+    """Counts of one split. ``bytes``: UTF-8 bytes of its documents; ``tokens`` includes an end-of-text token a document."""
+
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    shards: tuple[Shard, ...]
+
+
+class Manifest(Strict):
+    """What a folder of shards holds and what it was made from."""
+
+    schema_version: int
+    source: str
+    """The source as the user named it."""
+    request: dict[str, Any]
+    """Everything that decides the bytes of the shards: input hashes, tokenizer, split, seed."""
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int = Field(ge=2)
+    eos_id: int = Field(ge=0)
+    tokenizer_fingerprint: str
+    splits: dict[Literal["train", "valid", "test"], Split]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """UserError if there is none, it is not ours or not of text, or it is newer than this code."""
+    return parse(Manifest, read_kind(folder, "tokens", SCHEMA_VERSION), str(folder / MANIFEST))
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Every shard is there and as long as the manifest says; UserError otherwise. Cheap: reads no data."""
+    width = np.dtype(manifest.dtype).itemsize
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        file = folder / shard.file
+        found = file.stat().st_size if file.is_file() else None
+        if found != shard.tokens * width:
+            problem = (
+                "is missing"
+                if found is None
+                else f"has {found} bytes, the manifest says {shard.tokens * width}"
+            )
+            raise UserError("data", str(file), problem, AGAIN)
+
+
+class TokenStore:
+    """Read access to one split. ``len`` is its number of tokens; ids come back as int64."""
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        """UserError if the folder is not a finished preparation or has no such split."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        check_sizes(self.folder, self.manifest)
+        if split not in self.manifest.splits:
+            raise no_split(split, ", ".join(self.manifest.splits))
+        self.split, self.info = split, self.manifest.splits[split]
+        self._maps = [
+            np.memmap(self.folder / s.file, dtype=f"<{_code(self.manifest.dtype)}", mode="r")
+            for s in self.info.shards
+            if s.tokens
+        ]
+        self._starts = np.concatenate([[0], np.cumsum([len(m) for m in self._maps])]).tolist()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def manifest_sha256(self) -> str:
+        """Names the data in reports and lets a resumed run notice other data."""
+        return file_sha256(self.folder / MANIFEST)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the shards were made with; UserError if another one lies in its place."""
+        tokenizer = load_tokenizer(self.folder / "tokenizer")
+        if tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
+            raise UserError(
+                "tokenizer",
+                str(self.folder / "tokenizer"),
+                "is not the one the data was made with",
+                AGAIN,
+            )
+        return tokenizer
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count), across shards. -> int64 [count]"""
+        if not 0 <= start <= start + count <= len(self):
+            raise IndexError(f"tokens {start}..{start + count} of {len(self)}")
+        out, filled = np.empty(count, dtype=np.int64), 0
+        while filled < count:
+            i = bisect_right(self._starts, start + filled) - 1
+            offset = start + filled - self._starts[i]
+            piece = self._maps[i][offset : offset + count - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return out
+
+    def num_windows(self, seq_len: int) -> int:
+        """Windows of ``seq_len`` inputs and their next tokens, without overlap of inputs; UserError if there is none."""
+        count = (len(self) - 1) // seq_len
+        if count < 1:
+            raise UserError(
+                "seq_len",
+                seq_len,
+                f"split {self.split!r} has only {len(self)} tokens",
+                f"use {max(1, len(self) - 1)} or less, or prepare more text",
+            )
+        return count
+
+    def rows(self, indices: np.ndarray, seq_len: int) -> Batch:
+        """Windows by number: window i is tokens [i T, (i + 1) T] -> Batch [len(indices), T]; every target counts."""
+        rows = torch.from_numpy(np.stack([self.read(int(i) * seq_len, seq_len + 1) for i in indices]))
+        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return Batch(inputs, targets, torch.ones_like(targets, dtype=torch.bool))
+
+    def windows(self, seq_len: int, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
+        """The first windows in order, at most ``max_tokens`` targets (at least one window): for held-out evaluation."""
+        count = self.num_windows(seq_len)
+        if max_tokens is not None:
+            count = min(count, max(1, max_tokens // seq_len))
+        for first in range(0, count, batch_size):
+            yield self.rows(np.arange(first, min(first + batch_size, count)), seq_len)
+
+
+def _code(dtype: str) -> str:
+    return {"uint16": "u2", "uint32": "u4"}[dtype]

@@ -1,0 +1,358 @@
+"""Text to ids and back: a byte-level BPE (``tokenizer.json``) or a sentencepiece model (``tokenizer.model``), one interface.
+
+Decoding goes through a table of bytes per id, so that a whole text, a stream and a byte count can never disagree.
+Special tokens (end of text, chat marks) are worth no bytes: they decode to nothing.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from rdlm.errors import UserError, reason
+
+EOS = "<|endoftext|>"
+"""End of document in the tokenizers trained here; it is their beginning of text too."""
+CONFIG_FILE = "tokenizer_config.json"
+Kind = Literal["bpe", "sentencepiece"]
+
+
+class Tokenizer(Protocol):
+    """What the rest of rdlm may ask of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    special_tokens: Mapping[str, int]
+    chat_template: str | None
+    """Jinja source, or None where the tokenizer knows no chat format."""
+    fingerprint: str
+    """sha256 of what decides the ids: equal fingerprints mean equal ids for every text."""
+
+    def encode(self, text: str) -> list[int]:
+        """The text of a special token becomes its single id. UserError if the text is not valid Unicode."""
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Corpus text, taken literally: text that looks like a special token is ordinary text. Nothing is added."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Bytes that are not UTF-8 become U+FFFD; special tokens become nothing."""
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every id [vocab_size]; b"" for special tokens."""
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files into an existing or new folder, each one atomically."""
+
+
+class _ByteTable:
+    """Everything that does not depend on the library behind a tokenizer."""
+
+    file_name: str
+
+    def __init__(
+        self, source: bytes, table: list[bytes], special: dict[str, int], config: Mapping[str, Any]
+    ) -> None:
+        self._source, self._table = source, table
+        self.vocab_size = len(table)
+        self.special_tokens: Mapping[str, int] = special
+        self.bos_id, self.eos_id = (self._named(config, key) for key in ("bos_token", "eos_token"))
+        self.chat_template: str | None = config.get("chat_template")
+        if not isinstance(self.chat_template, str | None):
+            raise UserError(
+                "chat_template", "...", "it must be one Jinja string", f"keep one template in {CONFIG_FILE}"
+            )
+        ends = f"{self.file_name}:{self.bos_id}:{self.eos_id}:".encode()
+        self.fingerprint = hashlib.sha256(ends + source).hexdigest()
+        longest_first = sorted(special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if special else None
+
+    def _named(self, config: Mapping[str, Any], key: str) -> int | None:
+        name = config.get(key)
+        name = name.get("content") if isinstance(name, dict) else name
+        if name is not None and name not in self.special_tokens:
+            raise UserError(
+                key, name, "the vocabulary has no such special token", f"correct {key} in {CONFIG_FILE}"
+            )
+        return None if name is None else self.special_tokens[name]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        raise TypeError(f"{type(self).__name__} must define encode_documents")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text) if self._split else [text]:
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+            elif part:
+                ids.extend(self.encode_documents([part])[0])
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(self._table[i] for i in ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> list[bytes]:
+        return list(self._table)
+
+    def save(self, folder: Path) -> None:
+        names = {i: text for text, i in self.special_tokens.items()}
+        config: dict[str, Any] = (
+            {"tokenizer_class": "PreTrainedTokenizerFast"} if self.file_name == "tokenizer.json" else {}
+        )
+        for key, number in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            config[key] = None if number is None else names[number]
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / self.file_name, self._source)
+        _write(folder / CONFIG_FILE, (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+class BytePairTokenizer(_ByteTable):
+    """Byte-level BPE of the Hugging Face ``tokenizers`` library (GPT-2, Pythia, SmolLM2, Huginn)."""
+
+    file_name = "tokenizer.json"
+
+    def __init__(self, source: bytes, config: Mapping[str, Any]) -> None:
+        self._tokenizer = tokenizers.Tokenizer.from_str(source.decode())
+        if "ByteLevel" not in json.dumps(json.loads(source)["decoder"]):
+            raise ValueError("it is not a byte-level tokenizer")
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # the base class finds special tokens itself
+        alphabet = _byte_alphabet()
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items() if token.special}
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        table = [b""] * (max(vocabulary.values()) + 1)
+        for text, i in vocabulary.items():
+            if i not in added:
+                table[i] = bytes(alphabet[c] for c in text)
+            elif not added[i].special:
+                table[i] = text.encode()
+        super().__init__(source, table, special, config)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            _check_unicode(text)
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+class SentencePieceTokenizer(_ByteTable):
+    """A sentencepiece model. Those trained here keep every character; a loaded one applies its own normaliser.
+
+    A model with a "dummy prefix" decodes with that leading space: a continuation of a prompt must keep it.
+    """
+
+    file_name = "tokenizer.model"
+    _SPACE = "\u2581"  # stands for a space inside the model
+
+    def __init__(self, source: bytes, config: Mapping[str, Any]) -> None:
+        self._model = sentencepiece.SentencePieceProcessor(model_proto=source)
+        table: list[bytes] = []
+        special: dict[str, int] = {}
+        self._byte_ids: dict[int, int] = {}
+        for i in range(self._model.get_piece_size()):
+            piece = self._model.id_to_piece(i)
+            if self._model.is_byte(i):
+                self._byte_ids[int(piece[1:-1], 16)] = i
+                table.append(bytes([int(piece[1:-1], 16)]))
+            elif self._model.is_control(i) or self._model.is_unknown(i):
+                special[piece] = i
+                table.append(b"")
+            else:
+                table.append(piece.replace(self._SPACE, " ").encode())
+        named = {
+            key: self._model.id_to_piece(i)
+            for key, i in (("bos_token", self._model.bos_id()), ("eos_token", self._model.eos_id()))
+            if i >= 0
+        }
+        super().__init__(source, table, special, {**named, **config})
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._encode_one(text) for text in texts]
+
+    def _encode_one(self, text: str) -> list[int]:
+        _check_unicode(text)
+        if self._SPACE not in text or len(self._byte_ids) < 256:
+            return self._model.encode(text)
+        literal = [
+            self._byte_ids[b] for b in self._SPACE.encode()
+        ]  # the model would read the character as a space
+        first, *rest = text.split(self._SPACE)
+        ids = self._model.encode(first)
+        for part in rest:
+            ids += literal + self._model.encode(part)
+        return ids
+
+
+class StreamDecoder:
+    """Text of a growing list of ids: the deltas of ``feed`` and the last one of ``flush`` join to ``decode`` of all ids.
+
+    A character whose bytes are not complete yet is held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._table = tokenizer.token_bytes()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        return self._utf8.decode(b"".join(self._table[i] for i in ids))
+
+    def flush(self) -> str:
+        """Whatever is still held back, as U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A folder with tokenizer.json or tokenizer.model, or one of these files; ``tokenizer_config.json`` beside it is read too.
+
+    Without that file the end of text is ``<|endoftext|>`` where the vocabulary has it, or what a sentencepiece model says.
+    UserError if nothing usable is there.
+    """
+    path = Path(path)
+    file = path
+    if path.is_dir():
+        file = next(
+            (path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), path
+        )
+    if not file.is_file():
+        raise UserError(
+            "tokenizer",
+            str(path),
+            "there is no tokenizer.json or tokenizer.model",
+            "give a folder or file that has one, or train one with rdlm data prepare",
+        )
+    try:
+        source = file.read_bytes()
+        config = _read_config(file.parent)
+        if file.suffix == ".json":
+            if config is None:
+                config = {"eos_token": EOS, "bos_token": EOS} if EOS.encode() in source else {}
+            return BytePairTokenizer(source, config)
+        return SentencePieceTokenizer(source, config or {})
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # both libraries raise bare Exception or RuntimeError on a file they cannot read
+        raise UserError(
+            "tokenizer",
+            str(file),
+            f"cannot be read ({reason(error)})",
+            "give a byte-level BPE tokenizer.json or a sentencepiece model",
+        ) from error
+
+
+def train_tokenizer(kind: Kind, texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Train on ``texts``; deterministic. The result is lossless and has ``vocab_size`` ids, one of them ``<|endoftext|>``.
+
+    UserError if the texts cannot fill the vocabulary.
+    """
+    least = 257 if kind == "bpe" else 258
+    if vocab_size < least:
+        raise UserError(
+            "vocab_size",
+            vocab_size,
+            "256 bytes and the special tokens do not fit",
+            f"ask for {least} or more",
+        )
+    ends = {"bos_token": EOS, "eos_token": EOS}
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer(_train_sentencepiece(texts, vocab_size), ends)
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(map(_check_unicode, texts), trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise UserError(
+            "vocab_size",
+            vocab_size,
+            f"the text yields only {tokenizer.get_vocab_size()} tokens",
+            f"ask for at most {tokenizer.get_vocab_size()}, or give more text",
+        )
+    return BytePairTokenizer(tokenizer.to_str().encode(), ends)
+
+
+def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
+    lines = (line for text in texts for line in _check_unicode(text).splitlines() if line)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            num_threads=1,
+            unk_id=0,
+            eos_id=1,
+            eos_piece=EOS,
+            bos_id=-1,
+            pad_id=-1,
+            max_sentence_length=1 << 20,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            "vocab_size",
+            vocab_size,
+            f"sentencepiece cannot train it ({str(error).split('] ')[-1].strip()})",
+            "ask for another size, or give more text",
+        ) from error
+    return model.getvalue()
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    file, template = folder / CONFIG_FILE, folder / "chat_template.jinja"
+    config = json.loads(file.read_text()) if file.is_file() else None
+    if template.is_file():
+        config = {**(config or {}), "chat_template": template.read_text()}
+    return config
+
+
+def _check_unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            "text",
+            text[error.start - 10 if error.start > 10 else 0 : error.end + 10],
+            "it holds half of a surrogate pair, which is not valid Unicode",
+            "remove or replace it",
+        ) from None
+    return text
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Printable stand-in -> byte, as in GPT-2 (Radford et al. 2019): printable Latin-1 is itself, the rest is 256, 257, ..."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [b for b in range(256) if b not in kept]
+    return {chr(b): b for b in kept} | {chr(256 + n): b for n, b in enumerate(moved)}
+
+
+def _write(file: Path, data: bytes) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, file)

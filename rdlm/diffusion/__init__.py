@@ -1,0 +1,1 @@
+"""Noise and masking: schedules, samplers, and networks cut into blocks of noise levels."""

@@ -1,0 +1,113 @@
+"""From logits to token ids: one vectorised path for the engine, the command line and evaluation.
+
+Rows are independent: each has its own settings, history and uniform number, so a token never depends on its batch neighbours.
+``M`` rows, ``V`` vocabulary. Holds no generator: who draws owns the uniforms (see ``uniform``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rdlm.sampling_params import History, SamplingParams
+
+__all__ = ["History", "SamplingParams", "process", "sample", "top_logprobs"]
+
+MINUS_INF = float("-inf")
+
+
+def process(logits: Tensor, params: Sequence[SamplingParams], histories: Sequence[History]) -> Tensor:
+    """Prior logits [M, V] -> fp32 logits whose softmax is the distribution to draw from (arg-max for greedy rows).
+
+    Order: bans, biases, penalties, temperature, then min-p, top-k and top-p on what temperature left. Greedy rows skip the
+    last four (temperature included): none of them can change an arg-max.
+    """
+    logits = logits.float()
+    if any(p.edits or h.banned for p, h in zip(params, histories, strict=True)):
+        logits = logits.clone()
+        for row, (param, history) in enumerate(zip(params, histories, strict=True)):
+            _edit(logits[row], param, history)
+    scale = [1.0 if p.greedy else 1.0 / p.temperature for p in params]
+    if any(s != 1.0 for s in scale):
+        logits = logits * torch.tensor(scale, device=logits.device)[:, None]
+    rows = [i for i, p in enumerate(params) if p.truncates]
+    if rows:
+        index = torch.tensor(rows, device=logits.device)
+        logits = logits.index_copy(0, index, _truncate(logits[index], [params[i] for i in rows]))
+    return logits
+
+
+def _edit(row: Tensor, param: SamplingParams, history: History) -> None:
+    """Apply bans, biases and penalties to one row [V] in place."""
+    vocab = row.shape[-1]
+    for token, bias in param.logit_bias.items():
+        row[token] += bias
+    if param.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*history.prompt, *history.output}), device=row.device, dtype=torch.long)
+        values = row[seen]
+        row[seen] = torch.where(
+            values > 0, values / param.repetition_penalty, values * param.repetition_penalty
+        )
+    if history.output and (param.presence_penalty or param.frequency_penalty):
+        counts = torch.bincount(torch.tensor(history.output, device=row.device), minlength=vocab).float()
+        row -= param.frequency_penalty * counts + param.presence_penalty * (counts > 0)
+    if history.banned:
+        row[torch.tensor(sorted(history.banned), device=row.device)] = MINUS_INF
+
+
+def _truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Keep min-p, then top-k, then the smallest set with mass >= top-p; the most likely token always stays. [m, V] -> [m, V]."""
+    vocab, device = logits.shape[-1], logits.device
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
+    top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
+    top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
+    drop = ranked < ranked[:, :1] + min_p.log()
+    drop |= torch.arange(vocab, device=device) >= top_k
+    probs = ranked.masked_fill(drop, MINUS_INF).softmax(-1)
+    drop |= (probs.cumsum(-1) - probs >= top_p) & (top_p < 1)
+    drop[:, 0] = False
+    return torch.full_like(logits, MINUS_INF).scatter(-1, order, ranked.masked_fill(drop, MINUS_INF))
+
+
+def sample(
+    prior: Tensor,
+    params: Sequence[SamplingParams],
+    histories: Sequence[History],
+    uniforms: Sequence[float],
+    evidence: Tensor | None = None,
+) -> Tensor:
+    """Draw one id per row. prior [M, V] raw logits, evidence [M, V] or None (added after ``process``) -> ids [M] int64.
+
+    Inverse-CDF in fp64 with the row's own uniform; temperature 0 takes the arg-max of the processed prior, whatever the evidence.
+    """
+    logits = process(prior, params, histories)
+    greedy = [p.greedy for p in params]
+    best = logits.argmax(-1)
+    if all(greedy):
+        return best
+    total = logits if evidence is None else logits + evidence.float()
+    cdf = total.double().softmax(-1).cumsum(-1)
+    target = torch.tensor(uniforms, dtype=torch.float64, device=cdf.device)[:, None] * cdf[:, -1:]
+    drawn = torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+    return torch.where(torch.tensor(greedy, device=cdf.device), best, drawn)
+
+
+def top_logprobs(
+    logits: Tensor, chosen: Tensor, count: int, chunk: int = 256
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities under the raw logits. logits [M, V], chosen [M] -> chosen [M], top values and top ids [M, count].
+
+    fp32, ``chunk`` rows at a time, so that memory stays at chunk * V however long the prompt. Values are the same floats in both
+    tensors when the chosen token is among the top.
+    """
+    parts = []
+    for start in range(0, logits.shape[0], chunk):
+        logp = logits[start : start + chunk].float().log_softmax(-1)
+        picked = logp.gather(-1, chosen[start : start + chunk, None])[:, 0]
+        values, ids = logp.topk(min(count, logp.shape[-1]), dim=-1)
+        parts.append((picked, values, ids))
+    chosen_values, top_values, top_ids = (torch.cat(part) for part in zip(*parts, strict=True))
+    return chosen_values, top_values, top_ids

@@ -1,0 +1,143 @@
+"""What decoding needs to know about a request, without torch, so that routes and the scheduler may hold it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.errors import UserError
+
+Bridge = Literal["hard", "euler", "multistep"]
+"""How a token goes from one noise level to the next (rdlm/diffusion/samplers.py): drawn and re-noised, or along the ODE."""
+
+Order = Literal["random", "left_to_right", "confidence"]
+"""Of masked models: which tokens come into sight first (rdlm/diffusion/unmasking_plan.py). random: the sampler that `rdlm.diffusion.masked_likelihood.bound` bounds.
+left_to_right: with as many steps as hidden tokens the one whose likelihood is `rdlm.diffusion.masked_likelihood.left_to_right`. confidence: those
+whose draw is the most probable (MaskGIT, Chang et al. 2022): surer and less varied at few steps, and no likelihood is known for it."""
+
+
+def uniform(*key: int) -> float:
+    """A uniform number in [0, 1), a pure function of the key (seed, choice, position, step) on every platform and device.
+
+    A hash and not a torch generator: one is needed for every token of every request, and this costs a microsecond.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2.0**53
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Decoding settings of one request; the defaults sample from the model's distribution as it is.
+
+    temperature: 0 is greedy (arg-max). top_k: 0 is off. top_p in (0, 1], min_p in [0, 1].
+    repetition_penalty: Keskar et al. 2019, over prompt and output, 1 is off.
+    presence_penalty, frequency_penalty: OpenAI's, over the output only, 0 is off. logit_bias: token id -> added logit.
+    All act on the prior logits W h, never on the evidence of a noised target, so they mean the same at every K.
+    bridge: of models that draw a token through noise levels (``check_bridge``): hard draws at each level and re-noises what it drew,
+    exact at every K; euler and multistep follow the probability-flow ODE from one draw of noise to the last level and draw there.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bridge: Bridge = "hard"
+
+    def __post_init__(self) -> None:
+        self._check(
+            "temperature",
+            0 <= self.temperature <= 100,
+            "must lie in [0, 100]",
+            "0 is greedy, 1 the model's own distribution",
+        )
+        self._check("top_k", self.top_k >= 0, "must be 0 or more", "0 switches it off")
+        self._check("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]", "1 switches it off")
+        self._check("min_p", 0 <= self.min_p <= 1, "must lie in [0, 1]", "0 switches it off")
+        self._check(
+            "repetition_penalty",
+            0 < self.repetition_penalty <= 100,
+            "must lie in (0, 100]",
+            "1 switches it off",
+        )
+        self._check(
+            "presence_penalty", -2 <= self.presence_penalty <= 2, "must lie in [-2, 2]", "0 switches it off"
+        )
+        self._check(
+            "frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie in [-2, 2]", "0 switches it off"
+        )
+        bridges = get_args(Bridge)
+        self._check(
+            "bridge", self.bridge in bridges, "there is no such bridge", f"use some of {', '.join(bridges)}"
+        )
+        biases_ok = all(math.isfinite(value) and -100 <= value <= 100 for value in self.logit_bias.values())
+        self._check(
+            "logit_bias", biases_ok, "values must lie in [-100, 100]", "-100 bans a token, 100 forces it"
+        )
+
+    def _check(self, name: str, fine: bool, problem: str, remedy: str) -> None:
+        if not fine:
+            raise UserError(name, getattr(self, name), problem, remedy)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k, top-p or min-p removes tokens."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def edits(self) -> bool:
+        """Whether penalties or biases change logits one token at a time."""
+        penalised = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalised or bool(self.logit_bias)
+
+
+def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
+    """Raises UserError where the checkpoint has no levels to bridge, or where its blocks share no space for an ODE to run in."""
+    if bridge == "hard":
+        return
+    if config.objective.k_meaning == "thinking":
+        problem = "this model iterates its core and reads out once: it has no noise levels to go between"
+    elif config.objective.masking is not None:
+        problem = "this model hides tokens instead of noising them: there is no ODE"
+    elif config.blocks is not None and config.blocks.num_blocks > 1 and config.blocks.targets == "own":
+        problem = (
+            "every block of this model has target rows of its own, so no ODE leads from one block to the next"
+        )
+    else:
+        return
+    raise UserError("bridge", bridge, problem, "leave bridge out, or send hard")
+
+
+def check_masked(params: SamplingParams, order: Order | None, config: CheckpointConfig) -> None:
+    """Raises UserError for an order of what is drawn one after the other, and for penalties of what is drawn together."""
+    if config.objective.masking is None:
+        if order is not None:
+            raise UserError("order", order, "this model draws one token after the other", "leave order out")
+        return
+    if order is not None and order not in get_args(Order):
+        raise UserError("order", order, "there is no such order", f"use some of {', '.join(get_args(Order))}")
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        value, off = getattr(params, name), float(name == "repetition_penalty")
+        if value != off:
+            problem = "this model draws tokens together, so none knows how often it has been said"
+            raise UserError(name, value, problem, f"leave {name} out")
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a row has seen and said: penalties look at it. ``banned`` ids get probability 0 (``min_tokens`` bans end tokens)."""
+
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
+    banned: Collection[int] = ()

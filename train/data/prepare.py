@@ -1,0 +1,236 @@
+"""Text to shards: train or load a tokenizer, split by document, tokenise as a stream, write atomically.
+
+The bytes written depend only on the documents, the tokenizer, the seed and the split settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rdlm.data.manifest import SPLITS
+from rdlm.data.token_shards import SCHEMA_VERSION, Manifest, Split, check_sizes, read_manifest
+from rdlm.data.tokenizer import Kind, Tokenizer, load_tokenizer, train_tokenizer
+from rdlm.errors import UserError
+from train.data.sources import Rows, Source, open_source
+from train.data.writer import SplitWriter, building, check_same_request, write_manifest
+
+SHARD_TOKENS = 1 << 27
+_BATCH_CHARS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What to prepare; the options of ``rdlm data prepare``."""
+
+    source: str
+    out: Path
+    tokenizer: str = "train"
+    kind: Kind = "bpe"
+    vocab_size: int = 4096
+    tokenizer_sample_mb: int = 200
+    valid: str | None = None
+    test: str | None = None
+    valid_fraction: float | None = None
+    test_fraction: float | None = None
+    seed: int = 0
+    text_column: str = "text"
+    rows: Rows = "documents"
+    shard_tokens: int = SHARD_TOKENS
+
+
+def prepare(options: Preparation, *, force: bool = False, progress: bool = True) -> tuple[Manifest, bool]:
+    """Build ``options.out``; -> (manifest, whether it was built now). An identical finished preparation is reused.
+
+    UserError if the folder holds something else and ``force`` is false, or if options or source cannot be used.
+    """
+    sources, fractions = _sources(options)
+    loaded = None if options.tokenizer == "train" else load_tokenizer(options.tokenizer)
+    request = _request(options, sources, fractions, loaded)
+    out = options.out
+    if out.exists() and not force:
+        return _existing(out, request), False
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with building(out) as folder:
+        tokenizer = loaded or _train(options, sources["train"], fractions, progress)
+        if tokenizer.eos_id is None:
+            raise UserError(
+                "--tokenizer",
+                options.tokenizer,
+                "it names no end-of-text token to put between documents",
+                "add eos_token to its tokenizer_config.json",
+            )
+        tokenizer.save(folder / "tokenizer")
+        splits = _write_splits(folder, options, sources, fractions, tokenizer, progress)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            source=options.source,
+            request=request,
+            dtype=_dtype(tokenizer),
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            splits=splits,
+        )
+        write_manifest(folder, manifest)
+    return manifest, True
+
+
+def _sources(options: Preparation) -> tuple[dict[str, Source], dict[str, float]]:
+    """Split -> source, and the fractions of ``train`` that go to the splits without a source."""
+    sources = open_source(options.source, options.text_column, options.rows)
+    for split, given in (("valid", options.valid), ("test", options.test)):
+        if given is not None:
+            sources[split] = open_source(given, options.text_column, options.rows, f"--{split}")["train"]
+    default = 0.05 if set(sources) == {"train"} else 0.0
+    given_fractions = {"valid": options.valid_fraction, "test": options.test_fraction}
+    return sources, held_out_fractions(sources, given_fractions, {"valid": default, "test": default})
+
+
+def held_out_fractions(
+    own: Iterable[str], given: dict[str, float | None], default: dict[str, float]
+) -> dict[str, float]:
+    """Shares of ``train`` for the splits that have no source of their own; what is not given is ``default``."""
+    own, fractions = set(own), {}
+    for split, fraction in given.items():
+        if split in own and fraction is not None:
+            raise UserError(
+                f"--{split}-fraction",
+                fraction,
+                f"the {split} split has a source of its own",
+                "drop one of the two",
+            )
+        if split not in own and (fraction := default[split] if fraction is None else fraction):
+            fractions[split] = fraction
+    if min(fractions.values(), default=0) < 0 or not sum(fractions.values()) < 1:
+        raise UserError(
+            "--valid-fraction, --test-fraction",
+            tuple(fractions.values()),
+            "they must leave something to train on",
+            "use for instance 0.05",
+        )
+    return fractions
+
+
+def _request(
+    options: Preparation, sources: dict[str, Source], fractions: dict[str, float], loaded: Tokenizer | None
+) -> dict[str, Any]:
+    tokenizer = (
+        {"fingerprint": loaded.fingerprint}
+        if loaded
+        else {
+            "kind": options.kind,
+            "vocab_size": options.vocab_size,
+            "sample_mb": options.tokenizer_sample_mb,
+        }
+    )
+    return {
+        "inputs": {split: source.identity for split, source in sources.items()},
+        "fractions": fractions,
+        "seed": options.seed,
+        "shard_tokens": options.shard_tokens,
+        "tokenizer": tokenizer,
+    }
+
+
+def _existing(out: Path, request: dict[str, Any]) -> Manifest:
+    check_same_request(out, request)
+    manifest = read_manifest(out)
+    check_sizes(out, manifest)
+    return manifest
+
+
+def split_of(document: str, seed: int, fractions: dict[str, float]) -> str:
+    """The split of a document by a seeded hash of its text: equal documents land in the same split, in any order."""
+    if not fractions:
+        return "train"
+    digest = hashlib.blake2b(
+        document.encode(errors="surrogatepass"), digest_size=8, key=str(seed).encode()
+    ).digest()
+    position = int.from_bytes(digest, "little") / 2**64
+    for split, fraction in fractions.items():
+        if position < fraction:
+            return split
+        position -= fraction
+    return "train"
+
+
+def _train(options: Preparation, source: Source, fractions: dict[str, float], progress: bool) -> Tokenizer:
+    """Train on the first ``tokenizer_sample_mb`` of the training split."""
+    limit = options.tokenizer_sample_mb * 1_000_000
+    total = min(limit, source.total_bytes) if source.total_bytes else limit
+
+    def sample() -> Iterator[str]:
+        read = 0
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="train tokenizer", disable=not progress
+        ) as bar:
+            for text in source.documents():
+                if split_of(text, options.seed, fractions) == "train":
+                    yield text
+                    read += len(text)
+                    bar.update(len(text))
+                    if read >= limit:
+                        return
+
+    return train_tokenizer(options.kind, sample(), options.vocab_size)
+
+
+def _write_splits(
+    folder: Path,
+    options: Preparation,
+    sources: dict[str, Source],
+    fractions: dict[str, float],
+    tokenizer: Tokenizer,
+    progress: bool,
+) -> dict[str, Split]:
+    dtype = _dtype(tokenizer)
+    writers = {
+        split: SplitWriter(folder, split, dtype, options.shard_tokens)
+        for split in SPLITS
+        if split in sources or split in fractions
+    }
+    assert tokenizer.eos_id is not None
+    for own, source in sources.items():
+        with tqdm(
+            total=source.total_bytes, unit="B", unit_scale=True, desc=f"tokenise {own}", disable=not progress
+        ) as bar:
+            for texts in _batches(source.documents()):
+                ids = tokenizer.encode_documents(texts)
+                names = [split_of(text, options.seed, fractions) if own == "train" else own for text in texts]
+                for split in dict.fromkeys(names):
+                    chosen = [i for i, name in enumerate(names) if name == split]
+                    writers[split].add([texts[i] for i in chosen], [ids[i] for i in chosen], tokenizer.eos_id)
+                bar.update(sum(map(len, texts)))
+    splits = {split: writer.close() for split, writer in writers.items()}
+    for split, info in splits.items():
+        if not info.documents:
+            raise UserError(
+                "SOURCE",
+                options.source,
+                f"split {split!r} has no documents",
+                f"give more text or another fraction (--{split}-fraction 0 leaves it out)",
+            )
+    return splits
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    chars = 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _dtype(tokenizer: Tokenizer) -> Any:
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
