@@ -21,9 +21,10 @@ import typer
 from benchmarks.common import in_parallel, last_metrics, provenance, read_json, run_rdlm, train, write_json
 from benchmarks.train_step import Arm, interleaved_medians
 from eval.report.images import plot_images
-from rdlm.config.checkpoint import CheckpointConfig, parse
+from rdlm.config.base import parse
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.batch import Batch
 from rdlm.data.images import ImageStore
-from rdlm.objectives.losses import Batch
 from rdlm.registry import build
 from train.settings import TrainConfig
 

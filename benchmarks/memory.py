@@ -31,9 +31,9 @@ import torch.distributed as dist
 import typer
 
 from benchmarks.common import provenance, write_json
-from rdlm.config.checkpoint import parse
+from rdlm.config.base import parse
+from rdlm.data.batch import Batch
 from rdlm.diffusion.targets import frozen_rows
-from rdlm.objectives.losses import Batch
 from train.memory_plan import predict
 from train.settings import TrainConfig
 from train.trainer import Trainer, _loss

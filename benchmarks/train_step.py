@@ -24,9 +24,11 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import provenance, write_json
-from rdlm.config.checkpoint import CheckpointConfig, ObjectiveConfig, parse
+from rdlm.config.base import parse
+from rdlm.config.checkpoint import CheckpointConfig, ObjectiveConfig
+from rdlm.data.batch import Batch
 from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.objectives.losses import loss_terms
 from rdlm.registry import build
 
 ARMS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ from torch import Tensor
 from eval.plots import heading, k_axis, new_figure, with_errors, write_png
 from eval.stats import interval, resamples
 from rdlm.checkpoints.folder import Loaded
+from rdlm.data.batch import Batch
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch
 from rdlm.scoring import think
 
 PICTURE_COLUMNS = 64

@@ -12,8 +12,8 @@ import torch
 from eval.stats import interval, resamples
 from rdlm.checkpoints.folder import Loaded
 from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.batch import Batch
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch
 from rdlm.scoring import estimator_of, token_logprobs
 
 PER_WINDOW = ("window_nll", "window_tokens")

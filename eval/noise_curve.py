@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from eval.plots import heading, new_figure, with_errors, write_png
 from eval.stats import interval, resamples
 from rdlm.checkpoints.folder import Loaded
+from rdlm.data.batch import Batch
 from rdlm.diffusion.partition import Curve, equal_drops
 from rdlm.diffusion.samplers import renoise
-from rdlm.objectives.losses import Batch, two_stream_hidden
+from rdlm.objectives.losses import two_stream_hidden
 from rdlm.random_streams import generator
 from rdlm.scoring import think
 

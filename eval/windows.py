@@ -12,10 +12,10 @@ import torch
 from eval.options import WindowOptions, usable_device
 from eval.provenance import origin
 from rdlm.checkpoints.folder import Loaded, load
+from rdlm.data.batch import Batch
 from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch
 
 
 @dataclass(frozen=True)

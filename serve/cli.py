@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rdlm.config.checkpoint import parse
+from rdlm.config.base import parse
 from rdlm.errors import UserError
 from serve.api.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
 from serve.settings import EngineSettings, HttpSettings

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rdlm.config.checkpoint import parse
+from rdlm.config.base import parse
 from rdlm.errors import UserError
 from rdlm.sampling_params import Bridge, Order, SamplingParams, check_bridge, check_masked
 from serve.api.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption

@@ -12,7 +12,8 @@ from litestar import Litestar
 from pydantic import Field
 from ray import serve as ray_serve
 
-from rdlm.config.checkpoint import Strict, parse
+from rdlm.config.base import parse
+from rdlm.config.checkpoint import Strict
 from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.settings import EngineSettings, HttpSettings

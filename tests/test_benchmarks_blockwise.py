@@ -10,7 +10,7 @@ import pytest
 from benchmarks import blockwise, tables
 from benchmarks.common import read_json
 from rdlm.cli import run
-from rdlm.config.checkpoint import parse
+from rdlm.config.base import parse
 from rdlm.diffusion.blockwise import drawn_block
 from rdlm.errors import UserError
 from rdlm.registry import build

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from rdlm.answers import greedy_answers
 from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.batch import Batch
 from rdlm.diffusion.blockwise import blocks_of
 from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.objectives.losses import loss_terms
 from rdlm.scoring import class_scores, token_logprobs
 from train.data import Corpus
 from train.settings import TrainConfig

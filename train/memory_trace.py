@@ -17,12 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rdlm.data.batch import Batch
 from rdlm.nn.cross_entropy import CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU
 from rdlm.nn.rotary import rotary_table
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.objectives.forward_forward import ForwardForward
 from rdlm.objectives.image_denoiser import ImageDenoiser
-from rdlm.objectives.losses import Batch, Noised, forward_forward_terms, in_place_hidden, two_stream_hidden
+from rdlm.objectives.losses import Noised, forward_forward_terms, in_place_hidden, two_stream_hidden
 from rdlm.objectives.masked_denoiser import MaskedDenoiser
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from rdlm.config.base import parse
 from rdlm.config.checkpoint import (
     BlocksConfig,
     CheckpointConfig,
@@ -16,7 +17,6 @@ from rdlm.config.checkpoint import (
     ObjectiveConfig,
     RecurrenceConfig,
     Strict,
-    parse,
 )
 from rdlm.config.model import ImageConfig
 from rdlm.errors import UserError

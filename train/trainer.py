@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rdlm.data.batch import Batch
 from rdlm.diffusion.blockwise import Blockwise, drawn_block
 from rdlm.errors import UserError
 from rdlm.models.blocks import PreNormBlock, SandwichBlock
 from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.objectives.losses import loss_terms
 from rdlm.registry import build
 from train import checkpoints as resume
 from train.data import Corpus

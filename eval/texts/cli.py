@@ -151,7 +151,7 @@ def _sampler(
 ) -> Iterator[tuple[Sampler, Iterator[Passage]]]:
     """-> the sampler, and the passages that are left."""
     from eval.texts.samples import Sampler, passages, take
-    from rdlm.config.checkpoint import parse
+    from rdlm.config.base import parse
     from rdlm.data.token_shards import TokenStore
     from serve.settings import EngineSettings
 

@@ -30,7 +30,7 @@ from eval.model_args import flag, usable_device, whole_number
 from eval.nll import check_steps
 from eval.provenance import machine
 from rdlm.checkpoints.folder import WEIGHTS, Loaded, load
-from rdlm.config.checkpoint import parse
+from rdlm.config.base import parse
 from rdlm.data.manifest import file_sha256
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError

@@ -6,10 +6,7 @@ Weights are stored by parameter name, tied ones once, in one dtype. Nothing in t
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rdlm.config.checkpoint import SCHEMA_VERSION, CheckpointConfig, parse
+from rdlm.atomic import replacing
+from rdlm.config.base import parse
+from rdlm.config.checkpoint import SCHEMA_VERSION, CheckpointConfig
 from rdlm.config.model import ImageConfig
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
 from rdlm.diffusion.blockwise import Blockwise
@@ -79,31 +78,6 @@ def write(
         (temporary / CARD).write_text(_card(config, weights, card))
         (temporary / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
     return Path(folder)
-
-
-@contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
-    """A new folder to fill. It takes the place of ``folder`` once it is complete and on disk, and vanishes if filling it fails."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    if folder.exists():
-        outdated = folder.with_name(f".old-{folder.name}")
-        shutil.rmtree(outdated, ignore_errors=True)
-        os.rename(folder, outdated)
-        os.rename(temporary, folder)
-        shutil.rmtree(outdated)
-    else:
-        os.rename(temporary, folder)
 
 
 def load(
@@ -264,11 +238,3 @@ def _commands(config: CheckpointConfig) -> tuple[str, ...]:
     if isinstance(config.model, ImageConfig):
         return ("rdlm eval accuracy --checkpoint THIS_FOLDER --data PREPARED_IMAGES",)
     return "rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

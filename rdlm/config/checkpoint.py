@@ -6,11 +6,12 @@ Unknown keys are errors everywhere. This file holds no tensors and no training o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from rdlm.config.model import ImageConfig, ModelConfig, Strict
+from rdlm.config.base import Strict
+from rdlm.config.model import ImageConfig, ModelConfig
 from rdlm.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -340,36 +341,3 @@ class CheckpointConfig(Strict):
                 "use `rdlm serve`, `rdlm generate`, or `rdlm eval` nll, depth, gen-ppl, mauve and lm-eval"
             )
             raise UserError("checkpoint", self.name, problem, remedy)
-
-
-C = TypeVar("C")
-
-
-def parse(schema: type[C] | Any, data: Any, where: str) -> C:
-    """Validate ``data`` against a config class; raises UserError that names the first bad field, its value and the remedy."""
-    try:
-        return TypeAdapter(schema).validate_python(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        path = ".".join(_written(first["loc"], first["type"] == "missing", data)) or where
-        remedy = (
-            "remove it or correct its name"
-            if first["type"] == "extra_forbidden"
-            else f"correct it in {where}"
-        )
-        value = first["input"] if not isinstance(first["input"], dict) else "{...}"
-        raise UserError(path, value, first["msg"].removeprefix("Value error, "), remedy) from None
-
-
-def _written(loc: tuple[str | int, ...], missing: bool, data: Any) -> list[str]:
-    """The place of an error as the user wrote it: pydantic puts in which member of a union was meant (a family, a kind)."""
-    parts = []
-    for i, part in enumerate(loc):
-        if isinstance(data, dict) and part not in data and not (missing and i == len(loc) - 1):
-            continue
-        parts.append(str(part))
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            data = None
-    return parts

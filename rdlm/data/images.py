@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rdlm.config.checkpoint import Strict, parse
+from rdlm.config.base import parse
+from rdlm.config.checkpoint import Strict
+from rdlm.data.batch import Batch
 from rdlm.data.manifest import AGAIN, MANIFEST, file_sha256, no_split, read_kind
 from rdlm.errors import UserError, reason
-from rdlm.objectives.losses import Batch
 
 SCHEMA_VERSION = 1
 

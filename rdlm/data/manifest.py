@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from rdlm.config.checkpoint import parse
+from rdlm.config.base import parse
 from rdlm.errors import UserError
 
 MANIFEST = "manifest.json"

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rdlm.data.batch import Batch
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch
 
 Split = Literal["train", "valid", "test"]
 GROUPS = {"s3": 3, "s5": 5}

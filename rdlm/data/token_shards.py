@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rdlm.config.checkpoint import Strict, parse
+from rdlm.config.base import parse
+from rdlm.config.checkpoint import Strict
+from rdlm.data.batch import Batch
 from rdlm.data.manifest import AGAIN, MANIFEST, file_sha256, no_split, read_kind
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch
 
 SCHEMA_VERSION = 1
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from rdlm.config.checkpoint import CorruptionConfig, DepthConfig
+from rdlm.data.batch import Batch
 from rdlm.diffusion.masking import LinearMasking, hide, spread
 from rdlm.diffusion.noise import edm_weight
 from rdlm.diffusion.partition import partition
@@ -44,19 +45,6 @@ from rdlm.objectives.masked_denoiser import MaskedDenoiser
 from rdlm.random_streams import generator
 
 _DEPTH_KEY, _NOISE_KEY, _STATE_KEY = 1, 2, 3
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch. Text: inputs, targets [B, T] int64, ids. Images: inputs fp32 [B, C, H, W] in [-1, 1], targets [B, 1] int64, classes.
-    mask: bool of the targets' shape, True where a target counts."""
-
-    inputs: Tensor
-    targets: Tensor
-    mask: Tensor
-
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.inputs.to(device), self.targets.to(device), self.mask.to(device))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 
 from eval.convergence import check_iterates, evaluate_convergence
 from rdlm.checkpoints.folder import Loaded
+from rdlm.data.batch import Batch
 from rdlm.errors import UserError
 from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import Batch
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ from eval.depth import choose_steps, evaluate_depth
 from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.batch import Batch
 from rdlm.data.synthetic import FilledIn, Generated, GroupProduct, LatinSquare, PointerChasing
 from rdlm.errors import UserError
 from rdlm.objectives.denoiser import Denoiser, Prediction
-from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.objectives.losses import loss_terms
 from rdlm.objectives.masked_denoiser import MaskedDenoiser
 from rdlm.registry import build
 from rdlm.sampling_params import Order

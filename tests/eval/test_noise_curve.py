@@ -17,10 +17,10 @@ from eval.nll import MOST_STEPS
 from eval.noise_curve import equal_information_edges, evaluate_noise_curve
 from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
+from rdlm.data.batch import Batch
 from rdlm.data.token_shards import TokenStore
 from rdlm.errors import UserError
 from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import Batch
 from rdlm.scoring import token_logprobs
 from train.data.prepare import Preparation, prepare
 

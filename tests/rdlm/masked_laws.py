@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rdlm.data.batch import Batch
 from rdlm.objectives.denoiser import Denoiser, Prediction
-from rdlm.objectives.losses import Batch
 
 V, T = 64, 12
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from rdlm.config.checkpoint import CheckpointConfig, NoiseConfig
+from rdlm.data.batch import Batch
 from rdlm.diffusion.blockwise import Blockwise, blocks_of, drawn_block
 from rdlm.diffusion.partition import partition_of
 from rdlm.diffusion.samplers import sampling_levels
 from rdlm.errors import UserError
 from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import Batch, draw_levels, loss_terms
+from rdlm.objectives.losses import draw_levels, loss_terms
 from rdlm.registry import build
 from rdlm.scoring import token_logprobs
 

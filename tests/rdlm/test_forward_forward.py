@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rdlm.answers import greedy_answers
 from rdlm.config.checkpoint import CheckpointConfig, ObjectiveConfig
+from rdlm.data.batch import Batch
 from rdlm.errors import UserError
 from rdlm.objectives.forward_forward import ForwardForward, goodness_loss
-from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.objectives.losses import loss_terms
 from rdlm.registry import build
 from rdlm.scoring import class_scores, estimator_of
 

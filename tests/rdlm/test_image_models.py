@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from rdlm.answers import greedy_answers
 from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.batch import Batch
 from rdlm.diffusion.blockwise import blocks_of
 from rdlm.diffusion.image_sampler import draw_images, pixels
 from rdlm.diffusion.noise import denoise_scalings, edm_weight
@@ -18,7 +19,7 @@ from rdlm.errors import UserError
 from rdlm.nn.patches import assemble, patches
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.objectives.image_denoiser import ImageDenoiser
-from rdlm.objectives.losses import Batch, draw_levels, in_place_hidden, loss_terms
+from rdlm.objectives.losses import draw_levels, in_place_hidden, loss_terms
 from rdlm.random_streams import generator
 from rdlm.registry import build
 from rdlm.scoring import class_scores
@@ -268,13 +269,13 @@ def test_families_and_objectives_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="use classify or paper or evidence"):
         build(config("vit", "single_pass"))
     with pytest.raises(UserError, match="patch_size"):
-        from rdlm.config.checkpoint import parse
+        from rdlm.config.base import parse
 
         parse(CheckpointConfig, {"name": "x", "model": {"family": "vit", **SHAPE, "patch_size": 3}}, "test")
     with pytest.raises(UserError, match="a model of images has no tokens"):
         config("vit", "classify").check_next_token("this")
     with pytest.raises(UserError, match="label_dropout"):
-        from rdlm.config.checkpoint import parse
+        from rdlm.config.base import parse
 
         parse(
             CheckpointConfig,

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from rdlm.data.batch import Batch
 from rdlm.nn.context import CausalContext, TwoStreamContext
 from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import Batch, corrupt, in_place_hidden, two_stream_hidden
+from rdlm.objectives.losses import corrupt, in_place_hidden, two_stream_hidden
 from rdlm.random_streams import generator
 from rdlm.registry import OF_TEXT
 from rdlm.scoring import token_logprobs

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from rdlm.checkpoints.folder import load, save
 from rdlm.config.checkpoint import CheckpointConfig, MaskingConfig, ObjectiveConfig
+from rdlm.data.batch import Batch
 from rdlm.diffusion.blockwise import Blockwise, blocks_of
 from rdlm.diffusion.masked_likelihood import bound
 from rdlm.diffusion.masking import LinearMasking, hide, spread
 from rdlm.diffusion.partition import partition_of
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.objectives.losses import loss_terms
 from rdlm.objectives.masked_denoiser import MaskedDenoiser
 from rdlm.registry import build
 

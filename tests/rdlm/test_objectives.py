@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from rdlm.config.checkpoint import CorruptionConfig, DepthConfig, ObjectiveConfig, parse
+from rdlm.config.base import parse
+from rdlm.config.checkpoint import CorruptionConfig, DepthConfig, ObjectiveConfig
+from rdlm.data.batch import Batch
 from rdlm.diffusion.samplers import run
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch, corrupt, in_place_hidden, loss_terms, num_recurrences
+from rdlm.objectives.losses import corrupt, in_place_hidden, loss_terms, num_recurrences
 from rdlm.random_streams import generator
 
 V, B, T = 64, 4, 16

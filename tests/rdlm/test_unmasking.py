@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from rdlm.data.batch import Batch
 from rdlm.diffusion import unmasking
 from rdlm.diffusion.blockwise import blocks_of
 from rdlm.diffusion.masked_likelihood import bound
 from rdlm.diffusion.unmasking import Draft, fill, unmask
 from rdlm.diffusion.unmasking_plan import turns
 from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.objectives.losses import loss_terms
 from rdlm.objectives.masked_denoiser import MaskedDenoiser
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams

@@ -74,7 +74,7 @@ def trainer(
 
     import torch
 
-    from rdlm.config.checkpoint import parse
+    from rdlm.config.base import parse
     from train.data import build_corpus
     from train.settings import TrainConfig
     from train.trainer import Trainer

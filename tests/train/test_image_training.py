@@ -16,10 +16,10 @@ import yaml
 from rdlm.answers import greedy_answers
 from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
-from rdlm.config.checkpoint import parse
+from rdlm.config.base import parse
+from rdlm.data.batch import Batch
 from rdlm.diffusion.image_sampler import draw_images
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch
 from rdlm.registry import build
 from train.data.image_prepare import ImagePreparation, prepare_images
 from train.export import export

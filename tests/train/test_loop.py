@@ -136,7 +136,7 @@ def test_no_parameter_is_idle(tiny, objective: str) -> None:
     """DeepSpeed fills missing gradients with zeros, and AdamW then decays and moves the parameter: none may be missing."""
     denoiser = tiny(objective=objective)
     run_one = torch.randint(0, 64, (2, 9))
-    from rdlm.objectives.losses import Batch
+    from rdlm.data.batch import Batch
 
     batch = Batch(run_one[:, :-1], run_one[:, 1:], torch.ones(2, 8, dtype=torch.bool))
     loss_terms(denoiser, batch, step=0, seed=0).total.backward()

@@ -13,9 +13,9 @@ import yaml
 
 from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
+from rdlm.data.batch import Batch
 from rdlm.diffusion.masked_likelihood import bound
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch
 from rdlm.registry import build
 from train.data.prepare import Preparation, prepare
 from train.export import export

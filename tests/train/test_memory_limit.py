@@ -66,7 +66,7 @@ def work(folder: Path, deepspeed_section: dict[str, Any], rank: int, world: int)
     import torch
     import torch.distributed as dist
 
-    from rdlm.config.checkpoint import parse
+    from rdlm.config.base import parse
     from train.data import build_corpus
     from train.settings import TrainConfig
     from train.trainer import Trainer

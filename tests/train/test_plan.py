@@ -13,10 +13,10 @@ import yaml
 from typer.testing import CliRunner
 
 from rdlm.cli import app
-from rdlm.config.checkpoint import parse
+from rdlm.config.base import parse
+from rdlm.data.batch import Batch
 from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch
 from rdlm.registry import build
 from train.memory_plan import predict
 from train.memory_trace import _LiveBytes, trace

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from rdlm.objectives.losses import Batch, loss_terms
+from rdlm.data.batch import Batch
+from rdlm.objectives.losses import loss_terms
 from rdlm.registry import build
 from train.memory_trace import trace
 from train.trainer import recompute_layers

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.config.checkpoint import parse
+from rdlm.config.base import parse
 from train.settings import TrainConfig
 
 pytestmark = pytest.mark.multiproc

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
+from rdlm.data.batch import Batch
 from rdlm.data.synthetic import FilledIn, Generated, GroupProduct, LatinSquare, PointerChasing
 from rdlm.data.tokenizer import Tokenizer
-from rdlm.objectives.losses import Batch
 from train.data.generated import GeneratedCorpus
 from train.data.images import ImageCorpus
 from train.data.text import TokenCorpus

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rdlm.data.batch import Batch
 from rdlm.data.synthetic import Task
-from rdlm.objectives.losses import Batch
 from train.data.order import row_numbers
 
 

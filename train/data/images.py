@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
+from rdlm.data.batch import Batch
 from rdlm.data.images import ImageStore, as_batch
 from rdlm.data.synthetic import mix64
 from rdlm.errors import UserError
-from rdlm.objectives.losses import Batch
 from train.data.order import row_numbers, shuffled
 
 Augment = Literal["none", "flip", "flip_crop"]

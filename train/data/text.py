@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from rdlm.data.batch import Batch
 from rdlm.data.token_shards import TokenStore
-from rdlm.objectives.losses import Batch
 from train.data.order import row_numbers, shuffled
 
 

@@ -10,7 +10,8 @@ import math
 from typing import Any
 
 from rdlm.checkpoints.folder import parse_config
-from rdlm.config.checkpoint import CheckpointConfig, parse
+from rdlm.config.base import parse
+from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import HuginnConfig
 from rdlm.errors import UserError
 from rdlm.models.huginn import initial_std
