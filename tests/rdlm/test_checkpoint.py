@@ -75,7 +75,7 @@ def test_saving_again_replaces_and_a_failed_write_does_not(
     newer = tiny_config().model_copy(update={"step": 7})
     checkpoint.save(folder, tiny(), newer, None)
     assert checkpoint.load(folder).config.step == 7
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("rdlm.atomic.sync", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(folder, tiny(), newer.model_copy(update={"step": 8}), None)
     assert checkpoint.load(folder).config.step == 7
