@@ -19,7 +19,7 @@ from rdlm.checkpoints.folder import load
 from rdlm.data.token_shards import TokenStore
 from rdlm.scoring import token_logprobs
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.loading import load_served
 from serve.settings import EngineSettings
 
@@ -37,7 +37,10 @@ def engine_nll(
         max_steps=num_steps,
         default_steps=num_steps,
     )
-    requests = [Request(tuple(row), num_steps, max_tokens=0, prompt_logprobs=0) for row in windows.tolist()]
+    requests = [
+        Request(tuple(row), StepBudget(num_steps), max_tokens=0, prompt_logprobs=0)
+        for row in windows.tolist()
+    ]
     with Engine(lambda: load_served(checkpoint, settings)) as engine:
         answers = engine.generate(requests)
     logprobs = [

@@ -36,7 +36,7 @@ from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.packing import pack_weights
 from serve.engine.runner import Runner
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served
 from serve.settings import EngineSettings
 
@@ -120,7 +120,12 @@ def engine_run(
     before = engine.counters
     was = (before.steps, before.rows.sum, before.model_s, before.busy_s)
     requests = [
-        Request(tuple(p), k, n, SamplingParams(temperature=0), schedule=() if in_step else (1 + i % k, k))
+        Request(
+            tuple(p),
+            StepBudget(k, schedule=() if in_step else (1 + i % k, k)),
+            n,
+            SamplingParams(temperature=0),
+        )
         for i, (p, k, n) in enumerate(zip(prompts.tolist(), ks, num_tokens, strict=True))
     ]
     began = time.perf_counter()

@@ -25,7 +25,7 @@ from rdlm.cli import run
 from rdlm.data.token_shards import read_manifest
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.loading import load_served
 from serve.settings import EngineSettings
 
@@ -87,7 +87,10 @@ def samples(model: Path) -> dict[str, str]:
     """K -> what stands behind the prompt."""
     with Engine(lambda: load_served(model, EngineSettings())) as engine:
         prompt, sampling = engine.served.tokenizer.encode(PROMPT), SamplingParams(temperature=0.8, top_p=0.95)
-        asked = [Request(tuple(prompt), k, ANSWER, sampling, stop_ids=engine.served.end_ids) for k in SAMPLED]
+        asked = [
+            Request(tuple(prompt), StepBudget(k), ANSWER, sampling, stop_ids=engine.served.end_ids)
+            for k in SAMPLED
+        ]
         answers = engine.generate(asked)
     return {
         str(k): "".join(event.text for event in events) for k, events in zip(SAMPLED, answers, strict=True)

@@ -107,7 +107,7 @@ def _answer(
     """Stream one answer, then a line with what it cost."""
     from serve.engine.engine import Engine
     from serve.engine.events import Event
-    from serve.engine.sequence import Request
+    from serve.engine.sequence import Request, StepBudget
 
     assert isinstance(engine, Engine)
     served = engine.served
@@ -127,7 +127,9 @@ def _answer(
         typer.echo(event.text, nl=False)
 
     began = time.monotonic()
-    request = Request(tuple(ids), num_steps, max_tokens, sampling, seed, stop_ids=served.end_ids, order=order)
+    request = Request(
+        tuple(ids), StepBudget(num_steps), max_tokens, sampling, seed, stop_ids=served.end_ids, order=order
+    )
     events = engine.generate([request], show)[0]
     seconds, usage = time.monotonic() - began, events[-1].usage
     assert usage is not None

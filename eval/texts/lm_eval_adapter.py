@@ -37,7 +37,7 @@ from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams, check_bridge, check_masked
 from rdlm.scoring import estimator_of
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served
 from serve.settings import EngineSettings
 
@@ -370,7 +370,7 @@ class RecurrentLM(TemplateLM):
         stops = tuple(s for s in stop if s)
         first = Request(
             tuple(ids[-room:]),
-            num_steps,
+            StepBudget(num_steps),
             max_tokens,
             sampling,
             self.seed,

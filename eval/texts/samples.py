@@ -30,7 +30,7 @@ from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams, check_bridge, check_masked
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served
 from serve.settings import EngineSettings
 
@@ -244,7 +244,7 @@ class Sampler:
         requests = [
             Request(
                 passage.prompt,
-                setting.num_steps,
+                StepBudget(setting.num_steps),
                 self.shape.max_tokens,
                 params,
                 seed=_stream(self.seed, passage.window),

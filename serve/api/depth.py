@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from serve.api.schemas import Effort, SamplingBody
 from serve.engine.events import Served
-from serve.engine.sequence import ExitRule
+from serve.engine.exits import ExitRule
 from serve.errors import ApiError, invalid
 
 THRESHOLDS = {

@@ -13,7 +13,7 @@ from serve.api.chat_template import render
 from serve.api.depth import DepthChoice, Terms, resolve_depth
 from serve.api.schemas import ChatRequest, CompletionRequest, SamplingBody, ScoreRequest
 from serve.engine.events import Served
-from serve.engine.sequence import Request, Show
+from serve.engine.sequence import Request, Show, StepBudget
 from serve.errors import invalid
 
 DEFAULT_MAX_TOKENS = 16
@@ -210,9 +210,11 @@ def _request(
     seed = (
         (0 if sampling.greedy else secrets.randbits(63)) if body.seed is None else body.seed & (1 << 63) - 1
     )
+    budget = StepBudget(
+        depth.num_steps, depth.exit, depth.schedule, depth.min_steps, depth.max_ms, depth.lowers
+    )
     return Request(
-        ids, depth.num_steps, max_tokens, sampling, seed, stop=stop, stop_ids=ends, min_tokens=min_tokens, exit=depth.exit,
-        schedule=depth.schedule, min_steps=depth.min_steps, max_ms=depth.max_ms, lowers=depth.lowers, show=_show(body, served),
+        ids, budget, max_tokens, sampling, seed, stop=stop, stop_ids=ends, min_tokens=min_tokens, show=_show(body, served),
         order=body.order or "random",
     )  # fmt: skip
 

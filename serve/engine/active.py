@@ -33,7 +33,7 @@ class Active:
 
     @property
     def deadline(self) -> float | None:
-        limit = self.sequence.request.max_ms
+        limit = self.sequence.request.budget.max_ms
         return None if limit is None else self.submitted + limit / 1000
 
     def give_up(self) -> str:
@@ -80,7 +80,7 @@ class Active:
         return Usage(
             prompt_tokens=len(sequence.request.prompt),
             completion_tokens=len(sequence.output),
-            num_steps=sequence.request.num_steps,
+            num_steps=sequence.request.budget.num_steps,
             prefill_core_steps=sequence.prompt_row_steps,
             decode_core_steps=sequence.decode_row_steps,
             saved_core_steps=sequence.saved_row_steps,

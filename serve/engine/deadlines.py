@@ -50,7 +50,7 @@ class Pace:
 
     def add(self, active: Active) -> None:
         request = active.sequence.request
-        if request.schedule or request.max_ms is not None:
+        if request.budget.schedule or request.budget.max_ms is not None:
             self._varied[active.sequence.id] = active
 
     def remove(self, sequence_id: int) -> None:
@@ -65,17 +65,17 @@ class Pace:
         for active in self._varied.values():
             if active.sequence.segment is None:
                 steps = self._steps(active, now, max(1, running))
-                active.lowered += steps < active.sequence.request.steps_at(active.sequence.next_token)
+                active.lowered += steps < active.sequence.request.budget.steps_at(active.sequence.next_token)
                 active.sequence.depth = depth(steps)
 
     def _steps(self, active: Active, now: float, running: int) -> int:
         sequence, request = active.sequence, active.sequence.request
-        asked = request.steps_at(sequence.next_token)
-        if active.deadline is None or not request.lowers:
+        asked = request.budget.steps_at(sequence.next_token)
+        if active.deadline is None or not request.budget.lowers:
             return asked
         per_k = self._seconds_per_k(sequence, running)
         affordable = int((active.deadline - now) / per_k) if per_k > 0 else asked
-        return max(min(asked, affordable), min(asked, request.min_steps))
+        return max(min(asked, affordable), min(asked, request.budget.min_steps))
 
     def _seconds_per_k(self, sequence: Sequence, running: int) -> float:
         """What the rest of the answer costs for each step of K: the chunks of the prompt that are left, then every token."""

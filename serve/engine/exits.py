@@ -1,138 +1,253 @@
-"""Adaptive exits: when a position leaves before its last step. Criteria and their names are those of Geiping et al. 2025's code.
+"""Adaptive exits: when a position stops before its last core step. One class per criterion, and ``CRITERIA`` lists them.
 
-A latent criterion looks at the states before and after a step and costs nothing. A prediction criterion reads out at every check,
-which costs coda and head, about half a step. N rows of states, M rows read out, D width, V vocabulary.
+Criteria, names and default thresholds are those of Huginn's code (Geiping et al. 2025, arXiv 2502.05171). A criterion on states
+compares the states before and after a step and costs nothing. A criterion on predictions runs coda and head at every check, about
+half a step. This module imports torch only where it computes, so that the HTTP interface can read the table.
+
+Shapes: N rows of states, M rows read out, D d_model, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from rdlm.errors import UserError
 
-from serve.engine.sequence import Sequence
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Seen = Seq[Tensor | None]
+    from serve.engine.sequence import Sequence
+
+Memory = Seq["Tensor | None"]
 """What each row's last check left behind; None before the first."""
 MIN_P = 0.1
-"""Of minp-kl: what is less likely than this times the likeliest token counts as noise."""
+"""minp-kl treats tokens less likely than this times the likeliest token as noise."""
 
 
-def latent_change(before: Tensor, after: Tensor) -> Tensor:
-    """|x' - x| / |x'| of each row: states [N, D] -> fp32 [N] (Geiping et al. 2025, "latent-diff"). 1 after a first step from zero."""
-    after = after.float()
-    return (after - before.float()).norm(dim=-1) / after.norm(dim=-1).clamp(
-        min=torch.finfo(torch.float32).tiny
-    )
+@dataclass(frozen=True, slots=True)
+class ExitRule:
+    """A position exits before its K steps once ``criterion`` is satisfied, after ``min_steps`` steps at the earliest.
+
+    In a chunk of a prompt all positions must satisfy a criterion on states, the last one a criterion on predictions. Raises UserError.
+    """
+
+    criterion: str
+    """A name of ``CRITERIA``."""
+    threshold: float
+    """0 never exits."""
+    min_steps: int = 1
+    check_every: int = 1
+    """Steps between two checks: a criterion on predictions pays for each."""
+    prefill: bool = True
+    """Whether chunks of the prompt may exit early too."""
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            problem, remedy = "there is no such exit criterion", f"use one of {', '.join(CRITERIA)}"
+            raise UserError("exit.criterion", self.criterion, problem, remedy)
+        if not self.threshold >= 0:
+            raise UserError("exit.threshold", self.threshold, "must be 0 or more", "0 never exits")
+        for name in ("min_steps", "check_every"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"exit.{name}", getattr(self, name), "must be 1 or more", "leave it out for 1"
+                )
 
 
-def cosine_change(before: Tensor, after: Tensor) -> Tensor:
-    """1 - cos(x, x') of each row: states [N, D] -> fp32 [N]. 1 after a first step from zero."""
-    return 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
+class Criterion(ABC):
+    """Base of the criteria: their description for the API, and when a measured value means that a position has settled."""
+
+    name: ClassVar[str]
+    default_threshold: ClassVar[float]
+    description: ClassVar[str]
+    """The value after a step, in the words of the API's documentation."""
+    reads: ClassVar[Literal["states", "predictions"]]
+
+    @classmethod
+    def settled(cls, value: float, threshold: float) -> bool:
+        """Whether ``value`` lets a position exit. A threshold of 0 never does."""
+        return value < threshold
+
+    @classmethod
+    def first_check(cls, rule: ExitRule) -> int:
+        """Number of the first step (1-based) that is measured."""
+        return rule.min_steps
 
 
-def divergence(before: Tensor, after: Tensor) -> Tensor:
-    """KL(before || after) of each row: log-probabilities [M, V] -> fp32 [M], never below 0 (Geiping et al. 2025, "kl")."""
-    return (before.exp() * (before - after)).sum(-1).clamp(min=0)
+class StateCriterion(Criterion):
+    """A criterion on the recurrent state: free."""
+
+    reads = "states"
+
+    @staticmethod
+    @abstractmethod
+    def measure(before: Tensor, after: Tensor) -> Tensor:
+        """States [N, D] before and after a step -> values fp32 [N]."""
 
 
-def kl(logp: Tensor, seen: Seen) -> tuple[Tensor, list[Tensor]]:
-    """KL(previous || new), from uniform before the first check. logp [M, V] -> values [M], what to remember."""
-    uniform = logp.new_full(logp.shape[1:], -math.log(logp.shape[1]))
-    return divergence(torch.stack([uniform if row is None else row for row in seen]), logp), list(logp)
+class PredictionCriterion(Criterion):
+    """A criterion on the next-token distribution: each check costs coda and head."""
+
+    reads = "predictions"
+
+    @classmethod
+    def first_check(cls, rule: ExitRule) -> int:
+        return (
+            rule.min_steps - rule.check_every
+        )  # one check earlier: the first comparison needs a prediction before it
+
+    @staticmethod
+    @abstractmethod
+    def measure(logp: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        """Log-probabilities [M, V] and what the rows' last checks left -> values [M], and what to remember of each row."""
 
 
-def minp_kl(logp: Tensor, seen: Seen) -> tuple[Tensor, list[Tensor]]:
-    """``kl`` of what min-p leaves: probabilities below 0.1 of the largest count as 1 / V, renormalised."""
-    noise = logp < logp.amax(-1, keepdim=True) + math.log(MIN_P)
-    return kl(logp.masked_fill(noise, -math.log(logp.shape[1])).log_softmax(-1), seen)
+class LatentDiff(StateCriterion):
+    name, default_threshold = "latent-diff", 0.03
+    description = "relative change of the state in this step"
+
+    @staticmethod
+    def measure(before: Tensor, after: Tensor) -> Tensor:
+        """|x' - x| / |x'|; 1 after a first step from zero."""
+        import torch
+
+        after = after.float()
+        smallest = torch.finfo(torch.float32).tiny
+        return (after - before.float()).norm(dim=-1) / after.norm(dim=-1).clamp(min=smallest)
 
 
-def entropy_diff(logp: Tensor, seen: Seen) -> tuple[Tensor, list[Tensor]]:
-    """|H' - H| in nats, from H = 100 before the first check."""
-    entropy = -(logp.exp() * logp).sum(-1)
-    before = torch.stack([entropy.new_tensor(100.0) if row is None else row for row in seen])
-    return (entropy - before).abs(), list(entropy)
+class Cosine(StateCriterion):
+    name, default_threshold = "cosine", 1e-3
+    description = "1 - cosine of the states before and after"
+
+    @staticmethod
+    def measure(before: Tensor, after: Tensor) -> Tensor:
+        """1 - cos(x, x'); 1 after a first step from zero."""
+        import torch.nn.functional as F
+
+        return 1 - F.cosine_similarity(before.float(), after.float(), dim=-1)
 
 
-def argmax_repeats(logp: Tensor, seen: Seen) -> tuple[Tensor, list[Tensor]]:
-    """How many checks in a row have left the likeliest token where it was."""
-    best = logp.argmax(-1)
-    before = torch.stack([best.new_tensor([-1, 0]) if row is None else row for row in seen])  # token, repeats
-    repeats = torch.where(best == before[:, 0], before[:, 1] + 1, 0)
-    return repeats.float(), list(torch.stack([best, repeats], dim=1))
+class KL(PredictionCriterion):
+    name, default_threshold = "kl", 1e-3
+    description = "KL(previous, new) of the prediction, nats"
+
+    @staticmethod
+    def measure(logp: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        """From the uniform distribution before the first check."""
+        import torch
+
+        uniform = logp.new_full(logp.shape[1:], -math.log(logp.shape[1]))
+        before = torch.stack([uniform if row is None else row for row in memory])
+        return (before.exp() * (before - logp)).sum(-1).clamp(min=0), list(logp)
 
 
-LATENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "latent-diff": latent_change,
-    "cosine": cosine_change,
+class MinPKL(PredictionCriterion):
+    name, default_threshold = "minp-kl", 1e-5
+    description = "the same where what is below a tenth of the largest probability counts as 1/V"
+
+    @staticmethod
+    def measure(logp: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        """``KL`` of what min-p keeps: probabilities below 0.1 of the largest count as 1 / V, renormalised."""
+        noise = logp < logp.amax(-1, keepdim=True) + math.log(MIN_P)
+        return KL.measure(logp.masked_fill(noise, -math.log(logp.shape[1])).log_softmax(-1), memory)
+
+
+class EntropyDiff(PredictionCriterion):
+    name, default_threshold = "entropy-diff", 1e-3
+    description = "change of the prediction's entropy, nats"
+
+    @staticmethod
+    def measure(logp: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        """|H' - H|, from H = 100 before the first check."""
+        import torch
+
+        entropy = -(logp.exp() * logp).sum(-1)
+        before = torch.stack([entropy.new_tensor(100.0) if row is None else row for row in memory])
+        return (entropy - before).abs(), list(entropy)
+
+
+class ArgmaxStability(PredictionCriterion):
+    name, default_threshold = "argmax-stability", 5.0
+    description = "how often in a row the likeliest token stayed; exits once it is as large"
+
+    @classmethod
+    def settled(cls, value: float, threshold: float) -> bool:
+        return 0 < threshold <= value
+
+    @classmethod
+    def first_check(cls, rule: ExitRule) -> int:
+        return 1  # repeats count from the first step
+
+    @staticmethod
+    def measure(logp: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        """Remembers (token, repeats)."""
+        import torch
+
+        best = logp.argmax(-1)
+        before = torch.stack([best.new_tensor([-1, 0]) if row is None else row for row in memory])
+        repeats = torch.where(best == before[:, 0], before[:, 1] + 1, 0)
+        return repeats.float(), list(torch.stack([best, repeats], dim=1))
+
+
+CRITERIA: dict[str, type[Criterion]] = {
+    criterion.name: criterion for criterion in (LatentDiff, Cosine, KL, MinPKL, EntropyDiff, ArgmaxStability)
 }
-PREDICTION: dict[str, Callable[[Tensor, Seen], tuple[Tensor, list[Tensor]]]] = {
-    "kl": kl, "minp-kl": minp_kl, "entropy-diff": entropy_diff, "argmax-stability": argmax_repeats,
-}  # fmt: skip
+"""Every exit criterion by name. The API's schema, the page and the documentation read this table."""
 
 
-def watches(sequence: Sequence, criteria: Collection[str]) -> bool:
-    """Whether the step now taken is checked by one of ``criteria``, or is one that a later check compares with."""
-    rule, segment = sequence.request.exit, sequence.segment
+def is_measured(sequence: Sequence, reads: Literal["states", "predictions"]) -> bool:
+    """Whether the step now taken is checked by a criterion on ``reads``, or is one that a later check compares with."""
+    rule, segment = sequence.request.budget.exit, sequence.segment
     assert segment is not None
-    if (
-        rule is None
-        or rule.criterion not in criteria
-        or (not rule.prefill and segment.start < len(sequence.request.prompt))
-    ):
+    if rule is None or (not rule.prefill and segment.start < len(sequence.request.prompt)):
         return False
-    taken = segment.step + 1
-    if taken >= sequence.depth.drawn or taken % rule.check_every:
+    criterion, taken = CRITERIA[rule.criterion], segment.step + 1
+    if criterion.reads != reads or taken >= sequence.depth.drawn or taken % rule.check_every:
         return False
-    first = {"argmax-stability": 1}.get(
-        rule.criterion, rule.min_steps - rule.check_every * (rule.criterion in PREDICTION)
-    )
-    return taken >= first
+    return taken >= criterion.first_check(rule)
 
 
-def _leaves(sequence: Sequence, value: float) -> bool:
-    """Whether the criterion's value ends the segment. A threshold of 0 never does."""
-    rule, segment = sequence.request.exit, sequence.segment
+def _exits(sequence: Sequence, value: float) -> bool:
+    rule, segment = sequence.request.budget.exit, sequence.segment
     assert rule is not None and segment is not None
-    if segment.step + 1 < rule.min_steps:
-        return False
-    return 0 < rule.threshold <= value if rule.criterion == "argmax-stability" else value < rule.threshold
+    return segment.step + 1 >= rule.min_steps and CRITERIA[rule.criterion].settled(value, rule.threshold)
 
 
-def settled_states(batch: list[Sequence], lengths: list[int], before: Tensor, after: Tensor) -> set[int]:
-    """Ids of the sequences that a latent criterion lets go: states [N, D], ``lengths`` rows each; all rows must have settled."""
-    settled: set[int] = set()
-    for name, change in LATENT.items():
-        if any(watches(s, (name,)) for s in batch):
-            values = iter(change(before, after).tolist())
-            largest = [max(islice(values, length)) for length in lengths]
-            settled |= {
-                s.id
-                for s, value in zip(batch, largest, strict=True)
-                if watches(s, (name,)) and _leaves(s, value)
-            }
-    return settled
+def exits_on_states(batch: list[Sequence], lengths: list[int], before: Tensor, after: Tensor) -> set[int]:
+    """Ids of the sequences whose segment exits: states [N, D], ``lengths`` rows each; all rows must have settled."""
+    exiting: set[int] = set()
+    measured = {s.id: s.request.budget.exit for s in batch if is_measured(s, "states")}
+    for name in sorted({rule.criterion for rule in measured.values() if rule is not None}):
+        criterion = CRITERIA[name]
+        assert issubclass(criterion, StateCriterion)
+        values = iter(criterion.measure(before, after).tolist())
+        for sequence, length in zip(batch, lengths, strict=True):
+            largest, rule = max(islice(values, length)), measured.get(sequence.id)
+            if rule is not None and rule.criterion == name and _exits(sequence, largest):
+                exiting.add(sequence.id)
+    return exiting
 
 
-def settled_predictions(sequences: list[Sequence], logits: Tensor, seen: dict[int, Tensor]) -> set[int]:
-    """Ids of those that a prediction criterion lets go: logits [M, V]. ``seen`` (by sequence id) is brought up to date."""
-    settled: set[int] = set()
+def exits_on_predictions(sequences: list[Sequence], logits: Tensor, memory: dict[int, Tensor]) -> set[int]:
+    """Ids of the sequences whose segment exits: logits [M, V]. ``memory`` (by sequence id) is brought up to date."""
+    exiting: set[int] = set()
     groups: dict[str, list[int]] = defaultdict(list)
     for i, sequence in enumerate(sequences):
-        assert sequence.request.exit is not None
-        groups[sequence.request.exit.criterion].append(i)
+        assert sequence.request.budget.exit is not None
+        groups[sequence.request.budget.exit.criterion].append(i)
     for name, rows in groups.items():
-        ids = [sequences[i].id for i in rows]
-        values, kept = PREDICTION[name](logits[rows].log_softmax(-1), [seen.get(j) for j in ids])
-        seen.update(zip(ids, kept, strict=True))
-        settled |= {
-            j for i, j, value in zip(rows, ids, values.tolist(), strict=True) if _leaves(sequences[i], value)
+        criterion, ids = CRITERIA[name], [sequences[i].id for i in rows]
+        assert issubclass(criterion, PredictionCriterion)
+        values, kept = criterion.measure(logits[rows].log_softmax(-1), [memory.get(j) for j in ids])
+        memory.update(zip(ids, kept, strict=True))
+        exiting |= {
+            j for i, j, value in zip(rows, ids, values.tolist(), strict=True) if _exits(sequences[i], value)
         }
-    return settled
+    return exiting

@@ -49,7 +49,7 @@ class MaskedRunner:
 
     def sequence(self, number: int, request: Request, chunk: int) -> MaskedSequence:
         """chunk is of no use: every token is in every step."""
-        return MaskedSequence(number, request, self.depth(request.num_steps), chunk)
+        return MaskedSequence(number, request, self.depth(request.budget.num_steps), chunk)
 
     def release(self, sequence_id: int) -> int:
         """Forget a text -> the FLOPs it has taken."""

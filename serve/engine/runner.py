@@ -22,7 +22,7 @@ from rdlm.objectives.denoiser import Denoiser, Prediction
 from rdlm.random_streams import generator
 from rdlm.sampling import process, sample
 from rdlm.sampling_params import uniform
-from serve.engine.exits import LATENT, PREDICTION, latent_change, settled_predictions, settled_states, watches
+from serve.engine.exits import LatentDiff, exits_on_predictions, exits_on_states, is_measured
 from serve.engine.flops import Cost, costs_of
 from serve.engine.rows import Live, length_of, logprobs_of, predicts, score_step, shows, slot_of, step_of
 from serve.engine.sequence import Depth, Drawn, Glimpse, Request, Sequence, StepResult, TokenLogprobs
@@ -83,7 +83,10 @@ class Runner:
     def sequence(self, number: int, request: Request, chunk: int) -> Sequence:
         """The request as the engine steps it. chunk: prompt positions of a segment; a sweep's prompt is one."""
         return Sequence(
-            number, request, self.depth(request.steps_at(0)), len(request.prompt) if request.sweep else chunk
+            number,
+            request,
+            self.depth(request.budget.steps_at(0)),
+            len(request.prompt) if request.sweep else chunk,
         )
 
     def release(self, sequence_id: int) -> int:
@@ -121,7 +124,11 @@ class Runner:
         self._change_block([s for s in batch if step_of(s) and self._block(s, -1) != self._block(s)])
         settled = self._core(batch)
         return self._read(
-            [s for s in batch if s.id in settled or self._reads(s) or watches(s, PREDICTION) or shows(s)],
+            [
+                s
+                for s in batch
+                if s.id in settled or self._reads(s) or is_measured(s, "predictions") or shows(s)
+            ],
             settled,
         )
 
@@ -180,11 +187,7 @@ class Runner:
         for sequence, live, rows in zip(batch, lives, after[0].split(lengths), strict=True):
             live.before = live.state[-1] if shows(sequence) else None
             live.state = rows
-        return (
-            settled_states(batch, lengths, state[0], after[0])
-            if any(watches(s, LATENT) for s in batch)
-            else set()
-        )
+        return exits_on_states(batch, lengths, state[0], after[0])
 
     def _condition(self, sigmas: Seq[float | None], like: Tensor) -> Condition | None:
         """What the core is told about the rows' levels. Where all are z = 0 it is one constant of the block."""
@@ -232,7 +235,9 @@ class Runner:
             [length_of(s) for s in readers]
         )
         read = list(zip(readers, hidden, strict=True))
-        settled = settled | self._converged([(s, rows[-1]) for s, rows in read if watches(s, PREDICTION)])
+        settled = settled | self._converged(
+            [(s, rows[-1]) for s, rows in read if is_measured(s, "predictions")]
+        )
         glimpses = self._glimpses([(s, rows[-1]) for s, rows in read if shows(s) and s.id not in settled])
         read = [(s, rows) for s, rows in read if s.id in settled or self._reads(s)]
         results = {s.id: StepResult(exited=s.id in settled) for s, _ in read}
@@ -270,7 +275,7 @@ class Runner:
             return set()
         self._spent.update({s.id: self._cost.head for s, _ in watching})
         prior = self._owner.predict(torch.stack([row for _, row in watching])).prior[:, : self._num_tokens]
-        return settled_predictions([s for s, _ in watching], prior, self._seen)
+        return exits_on_predictions([s for s, _ in watching], prior, self._seen)
 
     def _glimpses(self, showing: list[tuple[Sequence, Tensor]]) -> dict[int, Glimpse]:
         """What rows that go on would say now, by sequence id; from their last hidden [D]."""
@@ -283,7 +288,7 @@ class Runner:
         for sequence, entry in zip(sequences, logprobs_of(prior, prior.argmax(-1), most), strict=True):
             live, show = self._live[sequence.id], sequence.request.show
             assert show is not None and live.before is not None
-            moved = latent_change(live.before[None], live.state[-1:]).item()
+            moved = LatentDiff.measure(live.before[None], live.state[-1:]).item()
             found[sequence.id] = Glimpse(step_of(sequence) + 1, moved, entry.top[: show.top])
         return found
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal
 
 from rdlm.sampling_params import History, Order, SamplingParams
+from serve.engine.exits import ExitRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +28,31 @@ class Depth:
     """Steps of a prompt position whose log-probabilities are wanted, at least ``context``."""
 
 
-Criterion = Literal["latent-diff", "cosine", "kl", "minp-kl", "entropy-diff", "argmax-stability"]
-
-
 @dataclass(frozen=True, slots=True)
-class ExitRule:
-    """A position leaves before its K steps once ``criterion`` falls below ``threshold``, after ``min_steps`` at the earliest.
+class StepBudget:
+    """How many core steps (or noise levels, or unmasking steps) the positions of one request may take: the only carrier of K."""
 
-    serve/engine/exits.py defines the criteria. Of a chunk of a prompt all positions must satisfy a latent criterion, the last one a
-    criterion on predictions. argmax-stability leaves once it reaches the threshold. A threshold of 0 never exits.
-    """
-
-    criterion: Criterion
-    threshold: float
+    num_steps: int
+    """K; with ``exit``, ``schedule`` or ``max_ms`` the most steps of a position."""
+    exit: ExitRule | None = None
+    """For thinking models only: the others need every step."""
+    schedule: tuple[int, ...] = ()
+    """K of the prompt (and so of the first token), of the position of the second token, ...; the last entry goes on. Empty: all K."""
     min_steps: int = 1
-    check_every: int = 1
-    """Only every so many steps: a criterion on predictions pays for each check."""
-    prefill: bool = True
-    """Whether chunks of the prompt may leave early too."""
+    """Fewest steps that a deadline may lower K to."""
+    max_ms: int | None = None
+    """Milliseconds from submission after which the answer ends, waiting included."""
+    lowers: bool = False
+    """Whether K is lowered, down to ``min_steps``, where ``max_tokens`` would not fit ``max_ms`` otherwise."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether tokens of one answer may differ in their steps."""
+        return self.exit is not None or bool(self.schedule) or self.lowers
+
+    def steps_at(self, token: int) -> int:
+        """K of the position that token number ``token`` is drawn from; 0 is the prompt's."""
+        return self.schedule[min(token, len(self.schedule) - 1)] if self.schedule else self.num_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +68,7 @@ class Request:
     """One prompt and one choice; every field has been validated."""
 
     prompt: tuple[int, ...]
-    num_steps: int
-    """K; with ``exit``, ``schedule`` or ``max_ms`` the most steps of a position."""
+    budget: StepBudget
     max_tokens: int
     sampling: SamplingParams = SamplingParams()
     seed: int = 0
@@ -75,25 +81,12 @@ class Request:
     logprobs: int | None = None
     """How many alternatives to report for each output token; None reports nothing."""
     prompt_logprobs: int | None = None
-    exit: ExitRule | None = None
-    """Of thinking models only: the others need every step."""
     sweep: tuple[int, ...] = ()
     """Score the prompt after each of these numbers of steps (thinking models, with ``prompt_logprobs``): it is one segment then,
     so that step r sees step r everywhere, whatever the cache."""
-    schedule: tuple[int, ...] = ()
-    """K of the prompt (and so of the first token), of the position of the second token, ...; the last one goes on. Empty: all K."""
-    max_ms: int | None = None
-    """Milliseconds from submission after which the answer ends, waiting included."""
-    lowers: bool = False
-    """Whether fewer steps are taken, down to ``min_steps``, where ``max_tokens`` would not fit ``max_ms`` otherwise."""
-    min_steps: int = 1
     show: Show | None = None
     order: Order = "random"
     """Of masked models: which tokens come into sight first."""
-
-    def steps_at(self, token: int) -> int:
-        """K of the position that token number ``token`` is drawn from; 0 is the prompt's."""
-        return self.schedule[min(token, len(self.schedule) - 1)] if self.schedule else self.num_steps
 
 
 @dataclass(slots=True)
@@ -151,7 +144,7 @@ class Sequence:
     id: int
     request: Request
     depth: Depth
-    """Of the open segment; between segments, of the next. ``Request.schedule`` and ``max_ms`` make it change."""
+    """Of the open segment; between segments, of the next. ``StepBudget.schedule`` and ``max_ms`` make it change."""
     chunk: int
     """Prompt positions per segment: fixed, so that the cut never depends on what else is running."""
     slot: int | None = None

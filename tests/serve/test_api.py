@@ -21,7 +21,7 @@ from serve.cli import _keys_of
 from serve.cli import app as cli
 from serve.engine.engine import Engine
 from serve.engine.events import Served
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.loading import load_served
 from serve.settings import EngineSettings, HttpSettings
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_taken_is_refused_before_its_body_is_read(make_served: Ca
     paths = ("/v1/completions", "/v1/chat/completions", "/v1/score")
     assert [asyncio.run(post(app, path))[0]["status"] for path in paths] == [503] * 3, "still loading"
     with engine:
-        held = engine.submit([Request((5,), 8, 100)], lambda event: None)
+        held = engine.submit([Request((5,), StepBudget(8), 100)], lambda event: None)
         answers = [asyncio.run(post(app, path))[0] for path in paths]
         engine.abort(held)
     assert [answer["status"] for answer in answers] == [429] * 3

@@ -28,7 +28,7 @@ from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.engine.events import Served
 from serve.engine.runner import NOISE
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served, load_served
 from serve.settings import EngineSettings, HttpSettings
 from train.merge import merge
@@ -70,7 +70,7 @@ def cut(tokenizer: Tokenizer) -> Callable[..., Served]:
 
 def request(length: int, k: int, seed: int = 0, **kwargs: object) -> Request:
     ids = tuple((7 * i + 3 * length + seed) % 290 + 5 for i in range(length))
-    return Request(ids, k, 5, **{"sampling": WARM, "seed": seed, **kwargs})  # type: ignore[arg-type]
+    return Request(ids, StepBudget(k), 5, **{"sampling": WARM, "seed": seed, **kwargs})  # type: ignore[arg-type]
 
 
 def written_out(served: Served, one: Request) -> list[int]:

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.events import Served
+from serve.engine.exits import ExitRule
 from serve.engine.flops import Cost
-from serve.engine.sequence import ExitRule, Request, Show
+from serve.engine.sequence import Request, Show, StepBudget
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -42,7 +43,7 @@ def counted(served: Served, request: Request) -> tuple[int, int]:
 
 FIELDS: dict[str, dict[str, Any]] = {
     "plain": {}, "scored": {"logprobs": 1, "prompt_logprobs": 1}, "told": {"show": Show(2, 1)},
-    "exits": {"exit": ExitRule("kl", 0.5, check_every=2)},
+    "exits": {},
 }  # fmt: skip
 
 
@@ -56,13 +57,14 @@ def test_the_account_is_what_pytorch_counts(
 ) -> None:
     """Prompts of one position, so that no attention is padded or masked: both counts must be the same to the last FLOP."""
     served = make_served(objective, family="llama" if objective == "next_token" else "huginn")
-    account, truth = counted(served, Request((7,), k, 3, GREEDY, **FIELDS[case]))
+    budget = StepBudget(k, exit=ExitRule("kl", 0.5, check_every=2) if case == "exits" else None)
+    account, truth = counted(served, Request((7,), budget, 3, GREEDY, **FIELDS[case]))
     assert account == truth > 0
 
 
 def test_blocks_are_charged_for_their_own_layers(make_served: Callable[..., Served]) -> None:
     served = make_served("evidence", family="llama", num_layers=5)
-    account, truth = counted(served, Request((7,), 4, 5, GREEDY))
+    account, truth = counted(served, Request((7,), StepBudget(4), 5, GREEDY))
     assert account == truth
 
 
@@ -70,14 +72,17 @@ def test_a_chunk_sees_a_triangle(make_served: Callable[..., Served]) -> None:
     """PyTorch counts the masked half of causal attention too; the account does not."""
     assert Cost(10, 2).of(seen=3, length=2) == 2 * 10 + (4 + 5) * 2
     served = make_served("onestep")
-    account, truth = counted(served, Request(tuple(range(5, 15)), 3, 1, GREEDY))
+    account, truth = counted(served, Request(tuple(range(5, 15)), StepBudget(3), 1, GREEDY))
     layers = 1 + 3 * 2 + 1  # passes through a layer of each position
     masked = 10 * 9 // 2 * 4 * 32 * layers
     assert truth - account == masked
 
 
 def test_strangers_do_not_change_the_bill(make_served: Callable[..., Served]) -> None:
-    requests = [Request(tuple(range(5, 5 + length)), k, 4, GREEDY) for length, k in ((3, 8), (20, 1), (9, 5))]
+    requests = [
+        Request(tuple(range(5, 5 + length)), StepBudget(k), 4, GREEDY)
+        for length, k in ((3, 8), (20, 1), (9, 5))
+    ]
     with Engine(lambda: make_served("onestep")) as engine:
         alone = [engine.generate([one])[0][-1].usage for one in requests]
         together = [events[-1].usage for events in engine.generate(requests)]

@@ -13,7 +13,7 @@ from rdlm.sampling_params import SamplingParams
 from rdlm.scoring import token_logprobs
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Served
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.errors import EngineClosed, QueueFull
 from serve.settings import EngineSettings
 
@@ -27,7 +27,7 @@ def tokens(events: list[Event]) -> list[int]:
 
 def request(length: int, k: int, seed: int = 0, max_tokens: int = 6, **kwargs: object) -> Request:
     ids = tuple((7 * i + 3 * length + seed) % 290 + 5 for i in range(length))
-    return Request(ids, k, max_tokens, **{"sampling": WARM, "seed": seed, **kwargs})  # type: ignore[arg-type]
+    return Request(ids, StepBudget(k), max_tokens, **{"sampling": WARM, "seed": seed, **kwargs})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, "next_token"])
@@ -93,7 +93,9 @@ def test_prefill_equals_step_by_step_decode(
     )
     with Engine(lambda: served) as engine:
         said = engine.generate([request(5, k, max_tokens=30, logprobs=0)])[0]
-        whole = Request((*request(5, k).prompt, *tokens(said)), k, 1, logprobs=0, prompt_logprobs=0)
+        whole = Request(
+            (*request(5, k).prompt, *tokens(said)), StepBudget(k), 1, logprobs=0, prompt_logprobs=0
+        )
         read = engine.generate([whole])[0][0].prompt_logprobs
     assert read is not None
     decoded = torch.tensor([e.logprobs.logprob for e in said if e.logprobs is not None])
@@ -129,8 +131,8 @@ def test_seeds_decide(objective: str, make_engine: Callable[..., Engine]) -> Non
         for s in (
             None,
             None,
-            Request(request(9, 3).prompt, 3, 12, WARM, 5),
-            Request(request(9, 3).prompt, 3, 12, WARM, 0, 1),
+            Request(request(9, 3).prompt, StepBudget(3), 12, WARM, 5),
+            Request(request(9, 3).prompt, StepBudget(3), 12, WARM, 0, 1),
         )
     )
     assert first == again

@@ -9,12 +9,22 @@ import pytest
 import torch
 from litestar.testing import TestClient
 
+from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Served
-from serve.engine.exits import argmax_repeats, cosine_change, divergence, entropy_diff, latent_change, minp_kl
-from serve.engine.sequence import ExitRule, Request
+from serve.engine.exits import (
+    CRITERIA,
+    KL,
+    ArgmaxStability,
+    Cosine,
+    EntropyDiff,
+    ExitRule,
+    LatentDiff,
+    MinPKL,
+)
+from serve.engine.sequence import Request, StepBudget
 from serve.settings import EngineSettings, HttpSettings
 
 WARM = SamplingParams(temperature=0.9)
@@ -22,7 +32,7 @@ WARM = SamplingParams(temperature=0.9)
 
 def ask(k: int, rule: ExitRule | None, seed: int = 0, length: int = 9, tokens: int = 6) -> Request:
     ids = tuple((7 * i + 3 * length + seed) % 290 + 5 for i in range(length))
-    return Request(ids, k, tokens, WARM, seed, exit=rule)
+    return Request(ids, StepBudget(k, exit=rule), tokens, WARM, seed)
 
 
 def said(events: list[Event]) -> list[tuple[int | None, int | None]]:
@@ -32,23 +42,23 @@ def said(events: list[Event]) -> list[tuple[int | None, int | None]]:
 def test_criteria_against_their_definitions() -> None:
     rows = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     expected = [((a - b).norm() / b.norm()).item() for a, b in zip(*rows, strict=True)]
-    assert latent_change(rows[0], rows[1]).tolist() == pytest.approx(expected)
-    assert latent_change(torch.zeros(1, 8), rows[0, :1]).item() == pytest.approx(1)
+    assert LatentDiff.measure(rows[0], rows[1]).tolist() == pytest.approx(expected)
+    assert LatentDiff.measure(torch.zeros(1, 8), rows[0, :1]).item() == pytest.approx(1)
     logp = rows.log_softmax(-1)
     kl = torch.nn.functional.kl_div(logp[1], logp[0], reduction="none", log_target=True).sum(-1)
-    assert divergence(logp[0], logp[1]).tolist() == pytest.approx(kl.tolist(), abs=1e-6)
-    assert divergence(logp[0], logp[0]).tolist() == [0] * 5
+    assert KL.measure(logp[1], list(logp[0]))[0].tolist() == pytest.approx(kl.tolist(), abs=1e-6)
+    assert KL.measure(logp[0], list(logp[0]))[0].tolist() == [0] * 5
 
 
 def test_further_criteria_against_their_definitions() -> None:
     rows = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
     cosine = torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=-1)
-    assert cosine_change(rows[0], rows[1]).tolist() == pytest.approx((1 - cosine).tolist(), abs=1e-6)
+    assert Cosine.measure(rows[0], rows[1]).tolist() == pytest.approx((1 - cosine).tolist(), abs=1e-6)
     first, second = (3 * rows).log_softmax(-1)
     entropies = [torch.distributions.Categorical(logits=x).entropy() for x in (first, second)]
-    values, kept = entropy_diff(first, [None] * 5)
+    values, kept = EntropyDiff.measure(first, [None] * 5)
     assert values.tolist() == pytest.approx((100 - entropies[0]).tolist(), abs=1e-4)
-    values, _ = entropy_diff(second, kept)
+    values, _ = EntropyDiff.measure(second, kept)
     assert values.tolist() == pytest.approx((entropies[1] - entropies[0]).abs().tolist(), abs=1e-5)
 
     def kept_by_min_p(logp: torch.Tensor) -> torch.Tensor:
@@ -57,19 +67,50 @@ def test_further_criteria_against_their_definitions() -> None:
         return p / p.sum(-1, keepdim=True)
 
     before, after = kept_by_min_p(first), kept_by_min_p(second)
-    values, kept = minp_kl(first, [None] * 5)
+    values, kept = MinPKL.measure(first, [None] * 5)
     assert values.tolist() == pytest.approx(
         (torch.tensor(1 / 8) * (1 / (8 * before)).log()).sum(-1).tolist(), abs=1e-5
     )
-    values, _ = minp_kl(second, kept)
+    values, _ = MinPKL.measure(second, kept)
     assert values.tolist() == pytest.approx((before * (before / after).log()).sum(-1).tolist(), abs=1e-5)
     one = torch.tensor([[0.0, 1.0]]).log_softmax(-1)
     seen: list[Any] = [None]
     counts = []
     for logp in (one, one, one, one.flip(-1), one.flip(-1)):
-        value, seen = argmax_repeats(logp, seen)
+        value, seen = ArgmaxStability.measure(logp, seen)
         counts.append(value.item())
     assert counts == [0, 1, 2, 0, 1]
+
+
+def test_every_criterion_of_the_table_exits_at_its_extreme_threshold(
+    make_engine: Callable[..., Engine],
+) -> None:
+    """Whoever adds a criterion finds it here: a threshold that any value satisfies exits at min_steps, 0 never exits."""
+    engine = make_engine()
+    assert all(name == criterion.name and criterion.description for name, criterion in CRITERIA.items())
+    for name in CRITERIA:
+        always = 1e-9 if name == "argmax-stability" else 1e9
+        steps = [event.steps for event in engine.generate([ask(8, ExitRule(name, always, 3))])[0]]
+        assert all(3 <= (taken or 0) <= 8 for taken in steps) and (
+            name == "argmax-stability" or steps == [3] * 6
+        )
+        assert [event.steps for event in engine.generate([ask(8, ExitRule(name, 0.0, 3))])[0]] == [8] * 6
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        (("entropy", 1.0), "exit.criterion"),
+        (("kl", -1.0), "exit.threshold"),
+        (("kl", float("nan")), "exit.threshold"),
+        (("kl", 1.0, 0), "exit.min_steps"),
+        (("kl", 1.0, 1, 0), "exit.check_every"),
+    ],
+)
+def test_a_rule_that_means_nothing_is_refused(fields: tuple[Any, ...], names: str) -> None:
+    with pytest.raises(UserError) as refused:
+        ExitRule(*fields)
+    assert refused.value.field == names
 
 
 @pytest.mark.parametrize("criterion", ["cosine", "minp-kl", "entropy-diff"])
@@ -86,11 +127,11 @@ def test_argmax_stability_counts_equal_predictions(make_engine: Callable[..., En
     engine = make_engine()
     greedy = SamplingParams(temperature=0)
     prompt = ask(8, None).prompt
-    by_k = [engine.generate([Request(prompt, k, 1, greedy)])[0][0].token for k in range(1, 9)]
+    by_k = [engine.generate([Request(prompt, StepBudget(k), 1, greedy)])[0][0].token for k in range(1, 9)]
     for wanted in (1, 2):
-        event = engine.generate([Request(prompt, 8, 1, greedy, exit=ExitRule("argmax-stability", wanted))])[
-            0
-        ][0]
+        event = engine.generate(
+            [Request(prompt, StepBudget(8, exit=ExitRule("argmax-stability", wanted)), 1, greedy)]
+        )[0][0]
         repeated = (k for k in range(wanted + 1, 8) if len(set(by_k[k - wanted - 1 : k])) == 1)
         assert event.steps == next(repeated, 8)
 

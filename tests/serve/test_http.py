@@ -15,7 +15,7 @@ from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.engine.events import Served
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.settings import EngineSettings, HttpSettings
 
 GREEDY = {"temperature": 0, "max_tokens": 5}
@@ -141,7 +141,7 @@ def test_echo_scores_the_prompt_as_lm_eval_reads_it(client: TestClient) -> None:
 
 def test_greedy_continuation_reads_as_greedy(client: TestClient) -> None:
     """What the model says greedily is, read back as a prompt, its own best at every place, at equal log-probabilities."""
-    request = Request((5, 6, 7), 1, 8, SamplingParams(temperature=0), logprobs=1)
+    request = Request((5, 6, 7), StepBudget(1), 8, SamplingParams(temperature=0), logprobs=1)
     said = client.app.state.frontend.engine.generate([request])[0]
     prompt = [*request.prompt, *(event.token for event in said)]
     read = complete(client, prompt=prompt, logprobs=1, echo=True, max_tokens=0, num_steps=1)["choices"][0][

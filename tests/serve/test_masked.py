@@ -23,7 +23,7 @@ from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Served
 from serve.engine.masked_runner import MaskedRunner
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.settings import EngineSettings, HttpSettings
 
 WARM = SamplingParams(temperature=0.9, top_p=0.95)
@@ -58,7 +58,7 @@ def denoiser_of(served: Served) -> Any:
 
 def request(length: int, k: int, seed: int = 0, max_tokens: int = 6, **kwargs: Any) -> Request:
     ids = tuple((7 * i + 3 * length + seed) % 290 + 5 for i in range(length))
-    return Request(ids, k, max_tokens, **{"sampling": WARM, "seed": seed, **kwargs})
+    return Request(ids, StepBudget(k), max_tokens, **{"sampling": WARM, "seed": seed, **kwargs})
 
 
 def tokens(events: list[Event]) -> list[int]:
@@ -205,7 +205,9 @@ def test_prompts_are_scored_by_the_chain_rule(served: Served, engine: Engine) ->
 
 
 def test_all_continuations_together_have_probability_one(served: Served, engine: Engine) -> None:
-    asked = [Request((5, 6, i), 1, 0, prompt_logprobs=0) for i in range(served.config.model.vocab_size)]  # type: ignore[union-attr]
+    asked = [
+        Request((5, 6, i), StepBudget(1), 0, prompt_logprobs=0) for i in range(served.config.model.vocab_size)
+    ]  # type: ignore[union-attr]
     scores = [events[-1].prompt_logprobs for events in engine.generate(asked)]
     assert sum(float(torch.tensor(score[1].logprob).exp()) for score in scores if score) == pytest.approx(
         1, abs=1e-4
@@ -235,7 +237,9 @@ def test_a_request_chooses_k_order_and_seed(client: TestClient, served: Served) 
         answer = complete(client, model=f"tiny:k{k}", **body)
         assert answer["usage"]["recurrence"]["num_steps"] == k and answer["usage"]["completion_tokens"] == 10
         for choice in answer["choices"]:
-            expected = filled(served, Request((5, 6, 7), k, 5, WARM, 4, choice=choice["index"], order=order))
+            expected = filled(
+                served, Request((5, 6, 7), StepBudget(k), 5, WARM, 4, choice=choice["index"], order=order)
+            )
             assert choice["text"] == served.tokenizer.decode(expected) and choice["finish_reason"] == "length"
         assert complete(client, num_steps=k, **body)["choices"] == answer["choices"]
     assert complete(client, prompt=[[]], max_tokens=4, ignore_eos=True)["usage"]["completion_tokens"] == 4

@@ -81,11 +81,11 @@ def test_metrics_belong_to_one_application_and_ask_for_its_key(
 
 
 def test_cancellations_are_counted(client: TestClient) -> None:
-    from serve.engine.sequence import Request
+    from serve.engine.sequence import Request, StepBudget
 
     engine = client.app.state.frontend.engine
     seen: list[Any] = []
-    engine.abort(engine.submit([Request((5, 6), 8, 100)], seen.append))
+    engine.abort(engine.submit([Request((5, 6), StepBudget(8), 100)], seen.append))
     while not any(event.finish for event in seen):
         pass
     found = scrape(client)

@@ -17,7 +17,7 @@ from serve.engine.deadlines import Pace, StepCost
 from serve.engine.detokenizer import TextStream
 from serve.engine.engine import Engine
 from serve.engine.events import Served
-from serve.engine.sequence import Depth, Request, Sequence
+from serve.engine.sequence import Depth, Request, Sequence, StepBudget
 from serve.settings import EngineSettings, HttpSettings
 
 GREEDY = SamplingParams(temperature=0)
@@ -60,7 +60,10 @@ def test_scheduled_answers_do_not_depend_on_strangers(
     objective: str, make_engine: Callable[..., Engine]
 ) -> None:
     engine = make_engine(objective)
-    mixed = [Request(tuple(IDS[: 3 + 4 * i]), 8, 5, seed=i, schedule=(1 + i, 8 - i, 2)) for i in range(4)]
+    mixed = [
+        Request(tuple(IDS[: 3 + 4 * i]), StepBudget(8, schedule=(1 + i, 8 - i, 2)), 5, seed=i)
+        for i in range(4)
+    ]
     alone = [[event.token for event in engine.generate([one])[0]] for one in mixed]
     assert [[event.token for event in events] for events in engine.generate(mixed)] == alone
 
@@ -96,7 +99,7 @@ def paced(request: Request, served: Served) -> tuple[Pace, Active]:
 
 def test_a_deadline_lowers_k_to_what_fits(make_served: Callable[..., Served]) -> None:
     def steps(now: float, **fields: Any) -> int:
-        pace, active = paced(Request((5, 6), 8, 10, **fields), served)
+        pace, active = paced(Request((5, 6), StepBudget(8, **fields), 10), served)
         pace.settle(now, 1, lambda k: Depth(k, k, k, k))
         return active.sequence.depth.num_steps
 
@@ -106,7 +109,7 @@ def test_a_deadline_lowers_k_to_what_fits(make_served: Callable[..., Served]) ->
     assert steps(0.4, max_ms=430, lowers=True) == 1
     assert steps(0.4, max_ms=430, lowers=True, min_steps=3) == 3
     assert steps(0.4, max_ms=430) == 8  # the server's limit ends an answer and never thins it
-    pace, active = paced(Request((5, 6), 8, 10, max_ms=430), served)
+    pace, active = paced(Request((5, 6), StepBudget(8, max_ms=430), 10), served)
     assert pace.expired(0.42) == [] and pace.expired(0.43) == [active]
 
 
@@ -143,7 +146,7 @@ def test_deadlines_over_http(make_served: Callable[..., Served]) -> None:
             set(stubborn["choices"][0]["recurrence"]["steps"]) == {8}
             and stubborn["usage"]["recurrence"]["deadline_hit"]
         )
-        hold = engine.submit([Request((5,), 8, 100)], lambda event: None)
+        hold = engine.submit([Request((5,), StepBudget(8), 100)], lambda event: None)
         late = client.post("/v1/completions", json={"prompt": "x", "max_ms": 50})
         engine.abort(hold)
         assert late.status_code == 504 and late.json()["error"]["code"] == "deadline_exceeded"

@@ -16,7 +16,7 @@ from serve.engine.engine import Engine
 from serve.engine.events import Served
 from serve.engine.packing import PackedLinear, can_pack, pack_weights, padded
 from serve.engine.runner import Runner
-from serve.engine.sequence import Request
+from serve.engine.sequence import Request, StepBudget
 from serve.loading import load_served
 from serve.settings import EngineSettings
 
@@ -60,7 +60,7 @@ def test_a_loaded_model_is_packed_and_says_the_same(
         isinstance(m, PackedLinear) for m in plain.runner.denoiser.modules()
     )
     asked = [
-        Request(tuple(range(5, 5 + n)), k, 8, SamplingParams(temperature=0), logprobs=0)
+        Request(tuple(range(5, 5 + n)), StepBudget(k), 8, SamplingParams(temperature=0), logprobs=0)
         for n, k in ((3, 4), (20, 1))
     ]
     answers = []

@@ -13,7 +13,7 @@ from rdlm.sampling_params import SamplingParams
 from serve.api.openai_format import FLOOR, CompletionLogprobs, TokenNames, chat_logprobs
 from serve.engine import runner
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request, TokenLogprobs
+from serve.engine.sequence import Request, StepBudget, TokenLogprobs
 
 
 def test_of_two_tokens_that_read_the_same_the_likelier_is_kept(tokenizer: Tokenizer) -> None:
@@ -43,10 +43,10 @@ def test_logprobs_are_those_of_the_raw_model(
     shaped = SamplingParams(
         temperature=3.0, top_k=40, repetition_penalty=1.7, presence_penalty=1.5, logit_bias={9: 4.0}
     )
-    said = engine.generate([Request((5, 6, 7), 1, 20, shaped, seed=5, logprobs=0)])[0]
+    said = engine.generate([Request((5, 6, 7), StepBudget(1), 20, shaped, seed=5, logprobs=0)])[0]
     monkeypatch.setattr(runner, "LOGITS_AT_ONCE", 3 * engine.served.config.model.vocab_size)
     tokens = [event.token for event in said if event.token is not None]
-    read = engine.generate([Request((5, 6, 7, *tokens), 1, 0, logprobs=0, prompt_logprobs=0)])[0]
+    read = engine.generate([Request((5, 6, 7, *tokens), StepBudget(1), 0, logprobs=0, prompt_logprobs=0)])[0]
     scored = [entry.logprob for event in read for entry in event.prompt_logprobs or []]
     assert len(scored) == 22 and len(set(tokens)) > 10
     assert scored[2:] == pytest.approx(

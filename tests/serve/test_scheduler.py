@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.engine.scheduler import Scheduler
-from serve.engine.sequence import Depth, Request, Sequence
+from serve.engine.sequence import Depth, Request, Sequence, StepBudget
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ arrivals = st.lists(
 
 def build(number: int, a: Arrival, chunk: int) -> Sequence:
     depth = Depth(a.drawn, a.drawn, min(a.context, a.drawn), a.drawn)
-    request = Request(tuple(range(a.prompt)), a.drawn, a.max_tokens, prompt_logprobs=0 if a.scored else None)
+    request = Request(
+        tuple(range(a.prompt)), StepBudget(a.drawn), a.max_tokens, prompt_logprobs=0 if a.scored else None
+    )
     return Sequence(number, request, depth, chunk)
 
 

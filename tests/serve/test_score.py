@@ -44,9 +44,9 @@ def reference(served: Served, prompt: list[int], ks: list[int]) -> dict[int, tor
 def test_a_sweep_equals_scoring_at_each_k_among_strangers(client: TestClient, served: Served) -> None:
     """Prompts beyond a chunk and beyond prefill_rows too, in the shared cache, while others decode."""
     engine: Engine = client.app.state.frontend.engine
-    from serve.engine.sequence import Request
+    from serve.engine.sequence import Request, StepBudget
 
-    stranger = engine.submit([Request((5, 6, 7), 3, 100)], lambda event: None)
+    stranger = engine.submit([Request((5, 6, 7), StepBudget(3), 100)], lambda event: None)
     prompts = [ids(40), ids(9), ids(2), ids(25), ids(120)]
     answer = client.post("/v1/score", json={"prompt": prompts, "num_steps": [8, 1, 5, 2]}).json()
     engine.abort(stranger)
