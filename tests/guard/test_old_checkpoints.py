@@ -1,0 +1,58 @@
+"""Checkpoints and training configs that version 1 wrote are still read, and mean what they meant."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.guard.record import (
+    CHECKPOINTS,
+    HERE,
+    SERVED_CHECKPOINT,
+    differences,
+    expected,
+    load_adapter,
+    spoken,
+)
+
+TOLERANCE = 1e-5
+CONFIGS = sorted((HERE / "configs_v1").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def guard() -> Any:
+    return load_adapter()
+
+
+def beyond(old: Any, new: Any, tolerance: float) -> list[str]:
+    found = differences(old, json.loads(json.dumps(new)), tolerance)
+    return [f"{path}: {what}" for path, what, within in found if not within]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_an_old_checkpoint_says_what_it_said(guard: Any, name: str) -> None:
+    folder = HERE / "checkpoints_v1" / name
+    said = json.loads((folder / "expected.json").read_text())
+    document = said.pop("document")
+    assert beyond(said, expected(guard, guard.load(folder), document), TOLERANCE) == []
+
+
+def test_an_old_checkpoint_is_served(guard: Any) -> None:
+    """Its tokenizer with it. Log-probabilities of several steps and whole texts have room for more rounding."""
+    folder = HERE / "checkpoints_v1" / SERVED_CHECKPOINT
+    said = json.loads((folder / "expected.json").read_text())["said"]
+    assert beyond(said, spoken(guard, folder), 10 * TOLERANCE) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_an_old_config_means_what_it_meant(guard: Any, path: Path) -> None:
+    """Unchanged, its every field resolves to what it did."""
+    assert guard.train_config(path) == json.loads(path.with_suffix(".json").read_text())
+
+
+def test_every_fixture_is_tested() -> None:
+    folders = {path.name for path in (HERE / "checkpoints_v1").iterdir() if path.is_dir()}
+    assert folders == {*CHECKPOINTS, SERVED_CHECKPOINT} and CONFIGS
