@@ -7,6 +7,7 @@ estimator and its K go into the results' ``config``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from lm_eval import utils
 from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
@@ -29,7 +30,7 @@ from eval.likelihood import Score, score_continuations
 from eval.model_args import flag, usable_device, whole_number
 from eval.nll import check_steps
 from eval.provenance import machine
-from rdlm.checkpoints.folder import WEIGHTS, Loaded, load
+from rdlm.checkpoints.folder import CONFIG, WEIGHTS, Loaded, load
 from rdlm.config.base import parse
 from rdlm.data.manifest import file_sha256
 from rdlm.data.tokenizer import Tokenizer
@@ -59,6 +60,8 @@ SAMPLING = (
     "bridge",
 )
 MASKED_SAMPLING = (*SAMPLING[:4], "order")
+NOT_IN_KEYS = ("checkpoint", "training_step", "tied_documents", "machine")
+"""Facts about a model that decide no result: names, and what is counted on the way."""
 
 
 @dataclass
@@ -231,6 +234,18 @@ class RecurrentLM(TemplateLM):
         remedy = "serve the checkpoint and use --model local-chat-completions"
         raise UserError("--apply_chat_template", chat_template, "the model rdlm takes plain text", remedy)
 
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """lm-eval's ``--use_cache`` names a result by the request alone; here also by what decides it: one file serves all."""
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is not None:
+            known = {name: value for name, value in self.get_model_info().items() if name not in NOT_IN_KEYS}
+            decides = json.dumps(
+                [known, file_sha256(self.folder / CONFIG), self.text.fingerprint], sort_keys=True
+            )
+            prefix = hashlib.sha256(decides.encode()).hexdigest()
+            cache_hook.dbdict.encode_key = lambda key: f"{prefix}:{key}"
+            cache_hook.dbdict.decode_key = lambda key: key.partition(":")[2]
+
     # Log-likelihoods -------------------------------------------------------------------------------------------------
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -253,6 +268,10 @@ class RecurrentLM(TemplateLM):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """As lm-eval defines it. Counts documents whose best choice is not unique: lm-eval takes the first one there, in BLiMP always
         the right one, so a model that cannot tell them apart would score 1."""
+        for context, continuation in (request.args for request in requests):
+            if not continuation:
+                problem = "the task gives an empty continuation, which has no likelihood"
+                raise UserError("lm_eval task", context[-60:], problem, "correct or leave out the task")
         scores = super().loglikelihood(requests, disable_tqdm)
         documents: defaultdict[tuple[object, object], list[float]] = defaultdict(list)
         for request, (logprob, _) in zip(requests, scores, strict=True):
@@ -266,6 +285,23 @@ class RecurrentLM(TemplateLM):
                 len(documents),
             )
         return scores
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval's own models: the whole text is encoded and cut at the context's number of tokens; -> ids of both.
+
+        A context of white space alone counts as none. UserError where no token is left for the continuation: the last token of the
+        context has swallowed it ("pa" + "ss" is one token), so nothing could be scored.
+        """
+        if not context.strip():
+            return [self.eot_token_id], self.tok_encode(context + continuation, add_special_tokens=False)
+        before, after = super()._encode_pair(context, continuation)
+        if not after:
+            value = context[-40:] + "|" + continuation[:40]
+            problem = "the tokenizer joins this continuation with its context, so it has no token of its own"
+            raise UserError(
+                "lm_eval task", value, problem, "begin continuations at a word, or leave out the task"
+            )
+        return before, after
 
     def _loglikelihood_tokens(
         self,
@@ -361,9 +397,7 @@ class RecurrentLM(TemplateLM):
                 "a prompt of %d tokens loses its start: %d fit beside %d new ones", len(ids), room, max_tokens
             )
         order = kwargs.pop("order", None)
-        sampling = SamplingParams(
-            **{"temperature": 1.0, **kwargs, **({"temperature": 0.0} if greedy else {})}
-        )
+        sampling = _sampling({"temperature": 1.0, **kwargs, **({"temperature": 0.0} if greedy else {})})
         check_bridge(sampling.bridge, self.loaded.config)
         check_masked(sampling, order, self.loaded.config)
         ends = frozenset() if self.text.eos_id is None else frozenset({self.text.eos_id})
@@ -378,6 +412,16 @@ class RecurrentLM(TemplateLM):
             order=order or "random",
         )
         return replace(first, stop=stops, stop_ids=ends)
+
+
+def _sampling(given: dict[str, Any]) -> SamplingParams:
+    """UserError for a value of another type. ``top_k`` of -1 switches it off, as on the server."""
+    for name, value in given.items():
+        kinds = str if name == "bridge" else int if name == "top_k" else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            wanted = "text" if name == "bridge" else "a whole number" if name == "top_k" else "a number"
+            raise UserError(f"gen_kwargs: {name}", value, f"is not {wanted}", "correct it")
+    return SamplingParams(**{**given, **({"top_k": 0} if given.get("top_k") == -1 else {})})
 
 
 def run_sweep(arguments: Sequence[str], ks: Sequence[int]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import typer
@@ -23,7 +26,6 @@ def lm_eval(context: typer.Context) -> None:
     Example: rdlm eval lm-eval --model rdlm --model_args checkpoint=runs/demo/model,num_steps=8 --blimp FOLDER --tasks blimp_local
     """
     arguments, steps = taken_out(context.args, "--steps")
-    arguments = with_model(expand_blimp(arguments))
     ks = None if steps is None else numbers("--steps", steps, int)
     try:
         from eval.texts.lm_eval_adapter import run, run_sweep
@@ -34,10 +36,12 @@ def lm_eval(context: typer.Context) -> None:
         raise UserError(
             "rdlm eval lm-eval", missing, "is not installed", "run `pip install lm-eval==0.4.13 datasets`"
         ) from error
-    if ks is None:
-        run(arguments)
-    else:
-        run_sweep(arguments, ks)
+    with tempfile.TemporaryDirectory(prefix="rdlm-tasks-") as together:
+        arguments = with_model(expand_blimp(arguments, Path(together)))
+        if ks is None:
+            run(arguments)
+        else:
+            run_sweep(arguments, ks)
 
 
 def with_model(arguments: list[str]) -> list[str]:
@@ -61,20 +65,23 @@ def taken_out(arguments: list[str], name: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
-def expand_blimp(arguments: list[str]) -> list[str]:
-    """``--blimp FOLDER`` in lm_eval's terms: our task folder as --include_path, the data folder as metadata of the tasks."""
+def expand_blimp(arguments: list[str], together: Path | None = None) -> list[str]:
+    """``--blimp FOLDER`` in lm_eval's terms: our task folder as --include_path, the data folder as metadata of the tasks.
+
+    lm_eval takes one --include_path: where the arguments name one too, ``together`` becomes a folder of links to both.
+    """
     rest, folder = taken_out(arguments, "--blimp")
     if folder is None:
         return rest
     if not folder or not Path(folder).is_dir():
         raise UserError("--blimp", folder, "is not a folder", "give the folder of BLiMP's 67 JSONL files")
-    for taken in ("--include_path", "--metadata"):
-        if any(item.partition("=")[0] == taken for item in rest):
-            raise UserError(
-                taken,
-                "...",
-                "cannot be combined with --blimp, which sets it",
-                "evaluate BLiMP in a run of its own",
-            )
+    rest, own = taken_out(rest, "--include_path")
+    tasks = TASKS
+    if own is not None:
+        if not own or not Path(own).is_dir():
+            raise UserError("--include_path", own, "is not a folder", "give the folder of your tasks")
+        tasks = together or Path(tempfile.mkdtemp(prefix="rdlm-tasks-"))
+        for name, source in (("blimp", TASKS), ("own", Path(own).resolve())):
+            shutil.copytree(source, tasks / name, copy_function=os.symlink)
     run = [] if rest[:1] == ["run"] else ["run"]
-    return [*run, *rest, "--include_path", str(TASKS), "--metadata", json.dumps({"blimp": folder})]
+    return [*run, *rest, "--include_path", str(tasks), "--metadata", json.dumps({"blimp": folder})]

@@ -24,10 +24,10 @@ pytest.importorskip("lm_eval", reason="the harness is not installed")
 from lm_eval.api.instance import Instance
 
 from eval.likelihood import score_continuations
-from eval.tasks.blimp import load as load_paradigm
 from eval.texts import lm_eval_adapter as harness
 from eval.texts.lm_eval_adapter import RecurrentLM, run_sweep
 from eval.texts.lm_eval_cli import TASKS, expand_blimp, taken_out, with_model
+from eval.texts.tasks.blimp import load as load_paradigm
 
 MakeModel = Callable[..., RecurrentLM]
 
@@ -176,16 +176,97 @@ def test_bad_model_args_name_field_and_remedy(
     assert message in str(error.value)
 
 
+def test_top_k_of_minus_one_is_off_as_on_the_server(make_model: MakeModel) -> None:
+    given = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
+    off, none = (
+        make_model().generate_until([_ask("generate_until", "in the", given | more)], disable_tqdm=True)
+        for more in ({"top_k": -1}, {})
+    )
+    assert off == none
+
+
 def test_bad_gen_kwargs_are_refused(make_model: MakeModel) -> None:
     for given, message in (
         ({"num_beams": 4}, "num_beams"),
         ({"max_gen_toks": 64}, "leaves no room"),
         ({"num_steps": 9}, "1 to 8"),
+        ({"do_sample": True, "temperature": 1.0, "top_k": 1.5}, "top_k=1.5: is not a whole number"),
+        ({"do_sample": True, "temperature": 1.0, "top_k": -2}, "top_k=-2"),
+        ({"do_sample": True, "temperature": 1.0, "top_p": "all"}, "top_p='all': is not a number"),
     ):
         with pytest.raises(UserError, match=message):
             make_model().generate_until(
                 [_ask("generate_until", "in", {"until": ["."], "max_gen_toks": 4} | given)]
             )
+
+
+def test_a_cache_of_lm_eval_tells_apart_what_decides_a_result(
+    make_model: MakeModel, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One --use_cache file for several K, estimators, seeds and checkpoints: each gets its own numbers, and finds them again."""
+    from lm_eval.api.model import CachingLM
+
+    file, settings = (
+        str(tmp_path / "cache.db"),
+        [
+            {"num_steps": 1},
+            {"num_steps": 8},
+            {"num_steps": 8, "dtype": "bfloat16"},
+            {"num_steps": 8, "max_length": 4},
+            {"objective": "evidence", "num_steps": 4, "estimator": "mixture", "num_draws": 2},
+            {"objective": "evidence", "num_steps": 4, "estimator": "mixture", "num_draws": 2, "seed": 1},
+            {"objective": "evidence", "num_steps": 4, "estimator": "mixture", "num_draws": 3},
+            {"objective": "evidence", "num_steps": 4},
+        ],
+    )
+    asked = [_ask("loglikelihood", "in the beginning was", " the word")]
+    answers = [_ask("generate_until", "in the", {"until": [], "max_gen_toks": 2, "do_sample": False})]
+
+    def measured(setting: dict[str, Any], cached: bool) -> Any:
+        model: Any = make_model(**setting)
+        model = CachingLM(model, file) if cached else model
+        return model.loglikelihood(asked), model.generate_until(answers)
+
+    plain = [measured(setting, cached=False) for setting in settings]
+    assert len({scores[0] for scores, _ in plain}) == len(settings)
+    assert [measured(setting, cached=True) for setting in settings] == plain
+    lost = CachingLM(make_model(num_steps=8), file)
+    lost.lm._score = None  # whatever is asked for must be in the file
+    assert lost.loglikelihood(asked) == plain[1][0]
+
+
+def test_a_continuation_without_a_token_of_its_own_is_refused(make_model: MakeModel) -> None:
+    """Where context and continuation end in one token ("pa" + "ss"), a likelihood of 1 would win every choice."""
+    model = make_model()
+    for pair in (("in the wo", ""), ("", "")):
+        with pytest.raises(UserError, match="an empty continuation"):
+            model.loglikelihood([_ask("loglikelihood", *pair)])
+    text, encode = "and it came to pass in those days", model.text.encode
+    cut = next(i for i in range(5, len(text)) if len(encode(text[: i + 1])) <= len(encode(text[:i])))
+    with pytest.raises(UserError, match="joins this continuation with its context"):
+        model.loglikelihood([_ask("loglikelihood", text[:cut], text[cut])])
+
+
+def test_pairs_are_encoded_as_lm_evals_own_models_encode_them(make_model: MakeModel) -> None:
+    from lm_eval.api.model import TemplateLM
+
+    model = make_model()
+    for context, continuation in (
+        ("in the", " word"),
+        ("in the ", "word"),
+        ("and it ca", "me to"),
+        ("was\n", "with"),
+    ):
+        own = TemplateLM._encode_pair(model, context, continuation)
+        assert model._encode_pair(context, continuation) == own and own[1]
+
+
+def test_a_context_of_white_space_is_no_context(make_model: MakeModel) -> None:
+    model = make_model(num_steps=2)
+    for context in (" ", "\n\n"):
+        ids = model.text.encode(f"{context}the word")
+        ((logprob, _),) = model.loglikelihood([_ask("loglikelihood", context, "the word")], disable_tqdm=True)
+        assert logprob == pytest.approx(_by_hand(model.loaded, [model.eot_token_id], ids, 2), abs=1e-4)
 
 
 def test_ties_are_counted(make_model: MakeModel) -> None:
@@ -234,6 +315,16 @@ def test_blimp_helper_speaks_lm_evals_language(tmp_path: Path) -> None:
     assert with_model(["--tasks", "piqa"]) == ["--tasks", "piqa", "--model", "rdlm"]
     for kept in (["run", "--model=hf"], ["-M", "hf"], ["--config", "x.yaml"], ["ls", "tasks"], []):
         assert with_model(kept) == kept
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.yaml").write_text("task: mine")
+    both = ["--blimp", str(tmp_path), "--include_path", str(tmp_path / "own"), "--metadata", "a=1"]
+    expanded = expand_blimp(both, tmp_path / "both")
+    assert expanded[:3] == ["run", "--metadata", "a=1"] and expanded[4] == str(tmp_path / "both")
+    found = {file.name: file.read_text() for file in (tmp_path / "both").glob("**/*.yaml")}
+    assert (
+        found["mine.yaml"] == "task: mine"
+        and found["blimp_local.yaml"] == (TASKS / "blimp_local.yaml").read_text()
+    )
     for arguments in (["--blimp", "nowhere"], ["--blimp"], ["--blimp", str(tmp_path), "--include_path", "x"]):
         with pytest.raises(UserError):
             expand_blimp(arguments)
