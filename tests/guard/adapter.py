@@ -41,7 +41,8 @@ from rdlm.scoring import estimator_of, think
 from rdlm.scoring import token_scores as rdlm_token_scores
 from serve.engine.engine import Engine
 from serve.engine.events import Event
-from serve.engine.sequence import ExitRule, Request, Show, TokenLogprobs
+from serve.engine.exits import ExitRule
+from serve.engine.sequence import Request, Show, StepBudget, TokenLogprobs
 from serve.loading import build_served, load_served
 from serve.settings import EngineSettings
 
@@ -312,13 +313,13 @@ def serve_folder(
 
 def _request(fields: dict[str, Any]) -> Request:
     known = dict(fields)
-    prompt, num_steps, max_tokens = (known.pop(name) for name in ("prompt", "num_steps", "max_tokens"))
-    known["sampling"] = SamplingParams(**known.get("sampling", {}))
-    if "exit" in known:
-        known["exit"] = ExitRule(**known["exit"])
+    depth = {name: known.pop(name) for name in ("num_steps", "exit", "schedule") if name in known}
+    if "exit" in depth:
+        depth["exit"] = ExitRule(**depth["exit"])
     if "show" in known:
         known["show"] = Show(**known["show"])
-    return Request(tuple(prompt), num_steps, max_tokens, **known)
+    known |= {"prompt": tuple(known["prompt"]), "sampling": SamplingParams(**known.get("sampling", {}))}
+    return Request(budget=StepBudget(**depth), **known)
 
 
 def _answer(events: Sequence[Event]) -> dict[str, Any]:
