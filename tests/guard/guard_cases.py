@@ -170,6 +170,8 @@ TEXTS = (
 FROM_FOLDER = ("huginn single_pass", "llama next_token", "llama evidence in 2 blocks", "masked in 2 blocks")
 GREEDY = {"temperature": 0.0}
 WARM = {"temperature": 0.9, "top_p": 0.95}
+FEW = {"temperature": 0.7, "top_k": 4}
+"""Repeats itself, so that penalties matter."""
 
 
 def ask(length: int, num_steps: int, seed: int = 0, max_tokens: int = 6, **fields: Any) -> Document:
@@ -201,8 +203,9 @@ def serving(vocab_size: int) -> dict[str, tuple[Document, Document, list[Documen
         ask(18, 6, 8, schedule=[6, 1, 3]),
         ask(11, 4, 9, prompt_logprobs=0, sweep=[1, 2, 4]),
         ask(5, 3, 10, show={"every": 1, "top": 2}, max_tokens=3),
-        ask(6, 3, 11, 12, sampling={**WARM, "repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2,
-                                    "logit_bias": {40: 2.0, 7: -3.0}}),
+        ask(6, 3, 11, 24, sampling={**FEW, "repetition_penalty": 1.3}),
+        ask(6, 3, 11, 24, sampling={**FEW, "presence_penalty": 1.5}),
+        ask(6, 3, 11, 24, sampling={**FEW, "frequency_penalty": 0.8, "logit_bias": {40: 2.0, 7: -3.0}}),
         ask(6, 2, 12, 12, stop_ids=frozenset(range(0, vocab_size, 3)), min_tokens=3),
         ask(6, 2, 13, 12, stop=["e", "th"]),
     ]  # fmt: skip
