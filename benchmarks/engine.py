@@ -27,9 +27,8 @@ from torch import Tensor
 from benchmarks.common import provenance, write_json
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import train_tokenizer
-from rdlm.nn.context import attention
-from rdlm.nn.mlp import GatedMLP
-from rdlm.nn.rotary import rotary_table
+from rdlm.nn.attention import attention, rotary_table
+from rdlm.nn.layers import MLP
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
@@ -75,7 +74,7 @@ class DenseCache:
         self.k, self.v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
         self.start = self.end = 0
 
-    def rope(self, head_dim: int, base: float) -> Tensor:
+    def rope(self, head_dim: int, base: float, scaling: None = None) -> Tensor:
         return rotary_table(head_dim, base, self.k.shape[2], self.k.device)[self.start : self.end][
             None, :, None
         ]
@@ -236,7 +235,7 @@ def along_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: int) -> d
 def compile_mlps(denoiser: Denoiser) -> None:
     """torch.compile where rows are all that varies; attention reads its context object and would break the graph anyway."""
     for module in denoiser.modules():
-        if isinstance(module, GatedMLP):
+        if isinstance(module, MLP):
             module.compile(dynamic=True)
 
 

@@ -17,7 +17,7 @@ from rdlm.diffusion.samplers import (
     soft_bridge_chain,
 )
 from rdlm.diffusion.unmasking import unmask
-from rdlm.nn.context import AttentionContext
+from rdlm.nn.attention import AttentionContext
 from rdlm.objectives.denoiser import Denoiser, Prediction
 from rdlm.objectives.forward_forward import ForwardForward
 from rdlm.objectives.losses import Noised, in_place_hidden, two_stream_hidden

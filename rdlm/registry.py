@@ -8,17 +8,14 @@ from typing import cast
 import torch
 
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import DitConfig, HuginnConfig, LlamaConfig, MaskedConfig, ModelConfig, VitConfig
+from rdlm.config.model import DitConfig, ModelConfig, VitConfig
 from rdlm.diffusion.blockwise import Blockwise, blocks_of
 from rdlm.diffusion.partition import Block, partition_of
 from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
 from rdlm.models.base import Backbone
-from rdlm.models.dit import Dit
-from rdlm.models.huginn import Huginn
-from rdlm.models.llama import Llama
-from rdlm.models.masked import Masked
-from rdlm.models.vit import Vit
+from rdlm.models.recurrent import Recurrent
+from rdlm.models.vision import Dit, Vit
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.objectives.forward_forward import ForwardForward
 from rdlm.objectives.image_denoiser import ImageDenoiser
@@ -30,6 +27,7 @@ _INIT_KEY = 5
 
 OF_TEXT = ("single_pass", "onestep", "evidence", "paper", "bptt", "next_token")
 OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "recurrent": OF_TEXT,
     "huginn": OF_TEXT,
     "llama": OF_TEXT,
     "masked": ("masked",),
@@ -44,21 +42,17 @@ def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
 
     Raises UserError where the family cannot be cut.
     """
+    if layers is not None and len(layers) < config.num_layers and not config.can_be_cut:
+        problem = "a recurrent core is one denoiser of every level: there is nothing to cut"
+        raise UserError("blocks.num_blocks", "> 1", problem, "use num_blocks 1, or another family")
     match config:
-        case HuginnConfig():
-            if layers is not None and len(layers) < config.num_layers and not config.can_be_cut:
-                problem = "a recurrent core is one denoiser of every level: there is nothing to cut"
-                raise UserError("blocks.num_blocks", "> 1", problem, "use num_blocks 1, or another family")
-            return Huginn(config)
-        case LlamaConfig():
-            return Llama(config, layers)
-        case MaskedConfig():
-            return Masked(config, layers)
         case VitConfig():
             return Vit(config, layers)
         case DitConfig():
             # It shares with the others what trainers and checkpoints ask of a network; only an ImageDenoiser runs it.
             return cast(Backbone, Dit(config, layers))
+        case _:
+            return Recurrent(config.layout(), layers)
 
 
 def build(config: CheckpointConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Denoiser:

@@ -21,7 +21,7 @@ from torch import Tensor
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.diffusion.masked_likelihood import bound
 from rdlm.diffusion.samplers import hard_bridge_chain, renoise, run, sampling_levels
-from rdlm.nn.context import AttentionContext
+from rdlm.nn.attention import AttentionContext
 from rdlm.objectives.denoiser import Denoiser, Prediction
 from rdlm.objectives.forward_forward import ForwardForward
 from rdlm.objectives.losses import two_stream_hidden

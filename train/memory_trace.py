@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rdlm.data.batch import Batch
+from rdlm.nn.attention import rotary_table
 from rdlm.nn.cross_entropy import CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU
-from rdlm.nn.rotary import rotary_table
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.objectives.forward_forward import ForwardForward
 from rdlm.objectives.image_denoiser import ImageDenoiser

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from rdlm.data.batch import Batch
 from rdlm.diffusion.blockwise import Blockwise, drawn_block
 from rdlm.errors import UserError
-from rdlm.models.blocks import PreNormBlock, SandwichBlock
+from rdlm.nn.transformer import TransformerLayer
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.objectives.losses import loss_terms
 from rdlm.registry import build
@@ -44,7 +44,7 @@ def recompute_layers(denoiser: Denoiser) -> None:
     Not re-entrant: that gives the shared core one gradient per iteration, and ZeRO 3 accepts one per parameter and backward pass.
     """
     denoiser.model.modulates_in_layers = True
-    for layer in (m for m in denoiser.modules() if isinstance(m, SandwichBlock | PreNormBlock)):
+    for layer in (m for m in denoiser.modules() if isinstance(m, TransformerLayer)):
         plain = layer.forward
         setattr(layer, "forward", partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False))  # noqa: B010
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from rdlm.models.base import Backbone
-from rdlm.nn.modulation import Condition
+from rdlm.nn.layers import Condition
 from rdlm.objectives.denoiser import Denoiser, Prediction
 
 if TYPE_CHECKING:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from rdlm.nn.context import AttentionContext, CausalContext
-from rdlm.nn.modulation import Condition, Modulation, NoiseEmbedding
-from rdlm.nn.norm import RMSNorm
-from rdlm.nn.table import TokenTable
+from rdlm.nn.attention import AttentionContext, CausalContext
+from rdlm.nn.layers import Condition, Modulation, NoiseEmbedding, RMSNorm, TokenTable
 
 
 class Backbone(nn.Module, ABC):
     """encode -> core (any number of times) -> decode -> logits.
 
-    Shapes: inputs, of text, [B, T] int64; e, state, hidden [B, T, D]; logits [..., V]; cond: one entry per core layer.
-    A subclass sets the attributes below and defines encode, core and decode.
+    Shapes: inputs, of text, [B, T] int64; e [B, T, E] and state [B, T, S], opaque but row by row: what the later parts need of the
+    inputs, and what a step changes (its first D channels are the latent, S is D in most models); hidden [B, T, D]; logits [..., V];
+    cond: one entry per core layer. A subclass sets the attributes below and defines encode, core and decode.
     """
 
     vocab_size: int
@@ -34,21 +34,23 @@ class Backbone(nn.Module, ABC):
     embed_scale: float = 1.0
     is_causal: bool = True
     """Whether rows of whole sequences see only what precedes them."""
+    has_exit_gate: bool = False
+    """Whether ``gate`` was trained."""
     modulates_in_layers: bool = False
     """Whether a core layer computes its modulation itself whenever it runs, instead of once per level for all core steps. A layer that
     is recomputed then keeps nothing of it."""
 
     @abstractmethod
     def encode(self, inputs: Tensor, ctx: AttentionContext) -> Tensor:
-        """Everything that depends on the inputs alone, computed once for all K steps. -> e [B, T, D]"""
+        """Everything that depends on the inputs alone, computed once for all K steps. -> e [B, T, E]"""
 
     @abstractmethod
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
-        """One core step. state, e [B, T, D] -> [B, T, D]"""
+        """One core step. state [B, T, S], e [B, T, E] -> [B, T, S]"""
 
     @abstractmethod
     def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
-        """Coda and final norm. [B, T, D] -> hidden [B, T, D]"""
+        """Coda and final norm. [B, T, S] -> hidden [B, T, D]"""
 
     @abstractmethod
     def init_weights(self, generator: torch.Generator) -> None:
@@ -66,9 +68,15 @@ class Backbone(nn.Module, ABC):
         """(B, targets of an example)."""
         return inputs.shape[0], inputs.shape[1]
 
-    def initial_state(self, e: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """State before the first step: zeros unless the architecture says otherwise."""
-        return torch.zeros_like(e)
+    def initial_state(
+        self, e: Tensor, generator: torch.Generator | None = None, latent: Tensor | None = None
+    ) -> Tensor:
+        """State before the first step: zeros unless the architecture says otherwise. latent [B, T, D]: given, not drawn."""
+        return torch.zeros_like(e) if latent is None else latent
+
+    def gate(self, state: Tensor) -> Tensor:
+        """Trained probability of stopping at a state: [..., S] -> [...] fp32; only where ``has_exit_gate``."""
+        raise TypeError("this model has no exit gate")
 
     @property
     @abstractmethod
@@ -96,3 +104,53 @@ class Backbone(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] fp32."""
         return self.head(use=lambda weight: nn.functional.linear(hidden, weight).float())
+
+
+def through(layers: nn.ModuleList, x: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
+    """x [B, T, D] through all layers -> [B, T, D]."""
+    for i, layer in enumerate(layers):
+        x = layer(x, ctx, None if cond is None else cond[i])
+    return x
+
+
+@torch.no_grad()
+def init_weights(
+    model: nn.Module,
+    generator: torch.Generator,
+    *,
+    std: float,
+    residual_std: float,
+    identity_adapter: bool = True,
+) -> None:
+    """Drawn in fp32 from ``generator`` in parameter order.
+
+    | weight                                  | initial value                                                            |
+    |-----------------------------------------|--------------------------------------------------------------------------|
+    | attn.proj, mlp.proj                     | normal, ``residual_std``                                                 |
+    | norms 1, AdaLN, biases and decays 0     | constants                                                                |
+    | adapter                                 | [0, I]; 0 where it takes the state alone; ``std`` if not identity        |
+    | noise_embedding                         | normal, 0.02                                                             |
+    | patches.linear                          | normal, 1 / sqrt(values of a patch): rows of size 1 (Dosovitskiy et al.) |
+    | patches.places, classes (of DiT)        | normal, 0.5: at 0.02 rows of size 1 drown them for hundreds of updates   |
+    | pixels (DiT's read-out)                 | 0 (Peebles and Xie 2023)                                                 |
+    | all others                              | normal, ``std``                                                          |
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "A_log")) or "modulation" in name or name == "pixels.weight":
+            parameter.zero_()
+        elif "norm" in name or "ln_f" in name:
+            parameter.fill_(1.0)
+        elif name == "adapter.weight" and identity_adapter:
+            width = parameter.shape[0]
+            parameter.zero_()
+            if parameter.shape[1] > width:
+                parameter[:, width:].fill_diagonal_(1.0)
+        elif "noise_embedding" in name:
+            nn.init.normal_(parameter, 0.0, 0.02, generator=generator)
+        elif name in ("patches.places", "classes.weight"):
+            nn.init.normal_(parameter, 0.0, 0.5, generator=generator)
+        elif name == "patches.linear.weight":
+            nn.init.normal_(parameter, 0.0, 1 / math.sqrt(parameter.shape[1]), generator=generator)
+        else:
+            drawn = residual_std if name.endswith("proj.weight") else std
+            nn.init.normal_(parameter, 0.0, drawn, generator=generator)

@@ -1,42 +1,208 @@
-"""Multi-head attention whose reach (causality, masks, cached keys) is decided by the context passed in."""
+"""Attention: rotary positions, the kernel, the contexts that say which rows see each other, and the module.
+
+A context is data handed to a model for one call; models keep no attention state.
+Shapes: B batch, T rows of a sequence, H query heads, Hkv key-value heads, Dh head width.
+"""
 
 from __future__ import annotations
 
+import math
+from functools import cached_property, lru_cache
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdlm.nn.context import AttentionContext
-from rdlm.nn.rotary import rotate
+from rdlm.config.model import LayerConfig, Llama3Scaling
+from rdlm.nn.layers import RMSNorm, normalized
+
+
+@lru_cache(maxsize=16)
+def rotary_table(
+    num_dims: int, base: float, length: int, device: torch.device, scaling: Llama3Scaling | None = None
+) -> Tensor:
+    """exp(i * position * frequency_j) of adjacent pairs: complex64 [length, num_dims/2], computed in fp32 (Su et al. 2021).
+
+    frequency_j = base^(-2j/num_dims), slowed down by ``scaling``. No buffer: casting a model must not round it.
+    """
+    with torch.inference_mode(False):  # or a table that serving has made could not be trained with
+        inverse = 1.0 / base ** (torch.arange(0, num_dims, 2, dtype=torch.float32) / num_dims)
+        if scaling is not None:
+            inverse = _slowed(inverse, scaling)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
+        return torch.polar(torch.ones_like(angles), angles).to(device)
+
+
+def _slowed(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Llama 3.1's scaling: long wavelengths are divided by ``factor``, short ones kept, those between interpolated."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    periods = scaling.original_max_seq_len / (
+        2 * math.pi / frequencies
+    )  # of a frequency in the original length
+    blend = ((periods - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x: [B, T, H, Dh]; table: complex64 [B or 1, T, 1, Dh/2] -> [B, T, H, Dh] in x's dtype."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+
+
+class AttentionContext(Protocol):
+    """What a layer needs to know about the other rows."""
+
+    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+        """Rotary factors of the rows: complex64 [B or 1, T, 1, num_dims/2]."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """q [B, T, H, Dh], k and v [B, T, Hkv, Dh] -> [B, T, H, Dh]."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Scaled dot-product attention over the second-last-but-one axis; grouped heads where Hkv < H. [B, T, H, Dh] in and out."""
+    if q.shape[1] == 1 and q.device.type == "cpu" and q.dtype != torch.float32:
+        # Single queries are slow in PyTorch's half-precision CPU kernel: several times the fp32 one with its casts.
+        return attention(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
+    grouped = k.shape[2] != q.shape[2]
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        enable_gqa=grouped,
+    )
+    return out.transpose(1, 2)
+
+
+class CausalContext:
+    """Rows are positions 0..T-1 of whole sequences; row i sees rows j <= i."""
+
+    is_causal = True
+
+    def __init__(self, length: int, device: torch.device | str = "cpu") -> None:
+        self.length, self.device = length, torch.device(device)
+
+    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+        return rotary_table(num_dims, base, self.length, self.device, scaling)[None, :, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return attention(q, k, v, is_causal=self.is_causal)
+
+
+class BidirectionalContext(CausalContext):
+    """Rows are positions 0..T-1 of whole sequences; every row sees all of them."""
+
+    is_causal = False
+
+
+class PaddedContext(BidirectionalContext):
+    """Rows of several lengths, padded at their ends to ``length``: every row sees those of its own sequence, and no padding."""
+
+    def __init__(self, lengths: Tensor, length: int, device: torch.device | str = "cpu") -> None:
+        """lengths: [B] int64."""
+        super().__init__(length, device)
+        self.lengths = lengths.to(self.device)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [B, 1, 1, T], True where every row may look."""
+        return (torch.arange(self.length, device=self.device) < self.lengths.unsqueeze(1))[:, None, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return attention(q, k, v, mask=self.mask)
+
+
+class TwoStreamContext:
+    """Rows are a clean stream 0..T-1 followed by a noisy stream 0..T-1 of the same positions (DiffusionBlocks App. E.4).
+
+    Clean row i sees clean j <= i. Noisy row i sees itself and the clean rows before its target: j <= i where its own clean row
+    is part of its context (``sees_own_clean``, the published layout), j < i where the noisy row stands in its place.
+    No row sees another noisy row.
+    """
+
+    def __init__(self, length: int, sees_own_clean: bool, device: torch.device | str = "cpu") -> None:
+        self.length, self.sees_own_clean, self.device = length, sees_own_clean, torch.device(device)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [2T, 2T], True where the row may look."""
+        square = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device)
+        clean = square.tril()
+        context = clean if self.sees_own_clean else square.tril(-1)
+        alone = torch.eye(self.length, dtype=torch.bool, device=self.device)
+        return torch.cat([torch.cat([clean, ~square], 1), torch.cat([context, alone], 1)], 0)
+
+    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+        return rotary_table(num_dims, base, self.length, self.device, scaling).repeat(2, 1)[None, :, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return attention(q, k, v, mask=self.mask)
 
 
 class Attention(nn.Module):
-    """Fused q|k|v projection, optional learned bias on q and k before RoPE (Huginn's qk_bias), grouped key-value heads.
+    """Multi-head attention as a LayerConfig describes it; who sees whom, and cached keys, are the context's business.
 
-    ``layer`` is the cache index of this layer; the layer itself holds no keys. ``rope_base`` None: rows carry their places themselves.
+    Wqkv is q | k | v in one matrix. ``layer`` is the cache index of this layer; the layer itself holds no keys.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int,
-        rope_base: float | None,
-        qk_bias: bool,
-        layer: int,
+        self, config: LayerConfig, d_model: int, layer: int, value_gate_width: int | None = None
     ) -> None:
+        """value_gate_width: leading channels of the input that gate a value embedding (Parcae); None: there is none."""
         super().__init__()
-        self.head_dim, self.num_heads, self.num_kv_heads = d_model // num_heads, num_heads, num_kv_heads
-        self.rope_base, self.layer = rope_base, layer
-        self.Wqkv = nn.Linear(d_model, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
-        self.proj = nn.Linear(d_model, d_model, bias=False)
-        self.qk_bias = nn.Parameter(torch.zeros(2, 1, num_heads, self.head_dim)) if qk_bias else None
+        self.config, self.layer = config, layer
+        self.head_dim = config.head_width(d_model)
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.Wqkv = nn.Linear(d_model, q_width + 2 * kv_width, bias=config.bias == "qkv")
+        self.proj = nn.Linear(q_width, d_model, bias=False)
+        has_qk_bias = config.bias == "qk"
+        self.qk_bias = nn.Parameter(torch.zeros(2, 1, self.num_heads, self.head_dim)) if has_qk_bias else None
+        self.q_norm = self.k_norm = None
+        self.qk_eps = config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+        if config.qk_norm in ("full", "head"):
+            widths = (q_width, kv_width) if config.qk_norm == "full" else (self.head_dim, self.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(width, self.qk_eps) for width in widths)
+        gated = value_gate_width is not None
+        self.value_gate = nn.Linear(value_gate_width or 0, self.num_kv_heads, bias=False) if gated else None
+        self.output_gate = nn.Linear(d_model, q_width, bias=False) if config.output_gate else None
 
-    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:  # [B, T, D] -> [B, T, D]
+    def forward(self, x: Tensor, ctx: AttentionContext, values: Tensor | None = None) -> Tensor:
+        """x [B, T, D]; values [B, T, Hkv Dh]: the rows' value embeddings, where the layer has a gate for them -> [B, T, D]."""
         heads = self.Wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 Hkv, Dh]
         qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
         if self.qk_bias is not None:
             qk = (qk + self.qk_bias.flatten(0, 2)).to(v.dtype)
-        if self.rope_base is not None:
-            qk = rotate(qk, ctx.rope(self.head_dim, self.rope_base))
+        if self.config.qk_norm != "none":
+            qk = self._normed(qk)
+        if self.config.rope is not None:
+            qk = self._rotated(qk, ctx)
+        if self.value_gate is not None and values is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # [B, T, Hkv]
+            v = v + gate.unsqueeze(-1) * values.unflatten(-1, (-1, self.head_dim))
         q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
-        return self.proj(ctx.attend(q, k, v, self.layer).flatten(-2))
+        attended = ctx.attend(q, k, v, self.layer).flatten(-2)
+        if self.output_gate is not None:
+            attended = torch.sigmoid(self.output_gate(x)) * attended
+        return self.proj(attended)
+
+    def _rotated(self, qk: Tensor, ctx: AttentionContext) -> Tensor:
+        rope = self.config.rope
+        assert rope is not None
+        num_dims = rope.num_dims or self.head_dim
+        table = ctx.rope(num_dims, rope.base, rope.scaling)
+        if num_dims == self.head_dim:
+            return rotate(qk, table)
+        return torch.cat([rotate(qk[..., :num_dims], table), qk[..., num_dims:]], dim=-1)
+
+    def _normed(self, qk: Tensor) -> Tensor:
+        if self.q_norm is None or self.k_norm is None:
+            return normalized(qk, self.qk_eps)
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        if self.config.qk_norm == "head":
+            return torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
+        q, k = self.q_norm(q.flatten(-2)), self.k_norm(k.flatten(-2))  # one mean over all heads (OLMo 2)
+        return torch.cat([q, k], dim=-1).unflatten(-1, (-1, self.head_dim))

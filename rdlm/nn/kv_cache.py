@@ -17,8 +17,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from rdlm.nn.context import attention
-from rdlm.nn.rotary import rotary_table
+from rdlm.config.model import Llama3Scaling
+from rdlm.nn.attention import attention, rotary_table
 
 
 class KVPool:
@@ -81,7 +81,7 @@ class PackedContext:
         self.pool, self.segments = pool, segments
         self.device = pool.k.device
         self.firsts = list(accumulate((s.length for s in segments[:-1]), initial=0))
-        self._tables: dict[tuple[int, float], Tensor] = {}
+        self._tables: dict[tuple[int, float, Llama3Scaling | None], Tensor] = {}
 
     @cached_property
     def _positions(self) -> Tensor:
@@ -94,12 +94,11 @@ class PackedContext:
         chosen = [(first, s) for first, s in zip(self.firsts, self.segments, strict=True) if s.length == 1]
         return _Singles(self.pool, chosen) if chosen else None
 
-    def rope(self, head_dim: int, base: float) -> Tensor:
-        key = (head_dim, base)
+    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+        key = (num_dims, base, scaling)
         if key not in self._tables:  # every layer asks, at every core step
-            self._tables[key] = rotary_table(head_dim, base, self.pool.max_len, self.device)[self._positions][
-                None, :, None
-            ]
+            table = rotary_table(num_dims, base, self.pool.max_len, self.device, scaling)
+            self._tables[key] = table[self._positions][None, :, None]
         return self._tables[key]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

@@ -17,9 +17,9 @@ from rdlm.config.checkpoint import NoiseConfig, ObjectiveConfig
 from rdlm.diffusion.noise import denoise_scalings
 from rdlm.diffusion.partition import Block
 from rdlm.models.base import Backbone
-from rdlm.nn.context import AttentionContext
+from rdlm.nn.attention import AttentionContext
 from rdlm.nn.cross_entropy import linear_cross_entropy
-from rdlm.nn.modulation import Condition
+from rdlm.nn.layers import Condition
 
 EVIDENCE_FLOOR = 0.02
 """Smallest sigma^2 in the evidence term: below it a nearest-neighbour lookup already names the token and logits only grow."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdlm.models.vit import Vit
+from rdlm.models.vision import Vit
 from rdlm.objectives.denoiser import Rowless
 
 THRESHOLD, STEEPNESS = 2.0, 4.0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rdlm.diffusion.noise import denoise_scalings
-from rdlm.models.dit import Dit
+from rdlm.models.vision import Dit
 from rdlm.objectives.denoiser import Rowless
 
 

@@ -37,7 +37,7 @@ from rdlm.diffusion.masking import LinearMasking, hide, spread
 from rdlm.diffusion.noise import edm_weight
 from rdlm.diffusion.partition import partition
 from rdlm.diffusion.samplers import run
-from rdlm.nn.context import TwoStreamContext
+from rdlm.nn.attention import TwoStreamContext
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.objectives.forward_forward import ForwardForward, goodness_loss
 from rdlm.objectives.image_denoiser import ImageDenoiser

@@ -10,9 +10,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rdlm.models.masked import Masked
-from rdlm.nn.context import PaddedContext
-from rdlm.nn.modulation import Condition
+from rdlm.models.recurrent import Recurrent
+from rdlm.nn.attention import PaddedContext
+from rdlm.nn.layers import Condition
 from rdlm.objectives.denoiser import Rowless
 
 
@@ -22,7 +22,7 @@ class MaskedDenoiser(Rowless):
     @property
     def mask_id(self) -> int:
         """The id of a hidden token."""
-        return cast(Masked, self.model).mask_id
+        return cast(Recurrent, self.model).mask_id
 
     def condition(self, sigma: Tensor | None, like: Tensor) -> Condition | None:
         """What the layers are told about levels sigma [B, 1]; None means 1: all is hidden."""

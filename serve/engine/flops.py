@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rdlm.nn.rotary import rotary_table
+from rdlm.config.model import Llama3Scaling
+from rdlm.nn.attention import rotary_table
 from rdlm.objectives.denoiser import Denoiser
 
 
@@ -47,8 +48,8 @@ class _Tally:
     def __init__(self, device: torch.device) -> None:
         self.device, self.weights, self.scores = device, 0, 0
 
-    def rope(self, head_dim: int, base: float) -> Tensor:
-        return rotary_table(head_dim, base, 1, self.device)[None, :, None]
+    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+        return rotary_table(num_dims, base, 1, self.device, scaling)[None, :, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         self.scores += 4 * q.shape[2] * q.shape[3]  # q k^T and its product with v, over all heads
@@ -81,7 +82,7 @@ def costs_of(denoiser: Denoiser) -> Costs:
         tally.weights = 0
         cond = denoiser.condition(None, e)
         condition = tally.weights
-        state = count(lambda: denoiser.step(torch.zeros_like(e), e, cond, tally))
+        state = count(lambda: denoiser.step(model.initial_state(e), e, cond, tally))
         count(lambda: model.decode(state, tally))
     finally:
         for hook in hooks:

@@ -17,7 +17,7 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.diffusion.blockwise import blocks_of
 from rdlm.diffusion.samplers import Flow, StepPlan, flow_step, renoise, soft_bridge, step_plan
 from rdlm.nn import kv_cache as cache
-from rdlm.nn.modulation import Condition
+from rdlm.nn.layers import Condition
 from rdlm.objectives.denoiser import Denoiser, Prediction
 from rdlm.random_streams import generator
 from rdlm.sampling import process, sample

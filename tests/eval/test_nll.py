@@ -20,9 +20,8 @@ from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
 from rdlm.models.base import Backbone
-from rdlm.nn.context import AttentionContext
-from rdlm.nn.modulation import Condition
-from rdlm.nn.table import TokenTable
+from rdlm.nn.attention import AttentionContext
+from rdlm.nn.layers import Condition, TokenTable
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.scoring import token_logprobs
 from train.data.prepare import Preparation, prepare

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rdlm.nn.context import attention
+from rdlm.nn.attention import attention
 from rdlm.nn.kv_cache import KVPool, PackedContext, Segment
 
 H, DH, STARTS = 2, 8, (5, 0, 3)

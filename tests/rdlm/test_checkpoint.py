@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.data.tokenizer import train_tokenizer
 from rdlm.errors import UserError
-from rdlm.nn.context import CausalContext
+from rdlm.nn.attention import CausalContext
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from rdlm.diffusion.image_sampler import draw_images, pixels
 from rdlm.diffusion.noise import denoise_scalings, edm_weight
 from rdlm.diffusion.samplers import Solver
 from rdlm.errors import UserError
-from rdlm.nn.patches import assemble, patches
+from rdlm.models.vision import assemble, patches
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.objectives.image_denoiser import ImageDenoiser
 from rdlm.objectives.losses import draw_levels, in_place_hidden, loss_terms

@@ -17,7 +17,7 @@ from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints.convert.huginn import export_huginn
 from rdlm.cli import app, run
 from rdlm.diffusion.samplers import run as iterate
-from rdlm.nn.context import CausalContext
+from rdlm.nn.attention import CausalContext
 from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.loading import load_served

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rdlm.data.batch import Batch
-from rdlm.nn.context import CausalContext, TwoStreamContext
+from rdlm.nn.attention import CausalContext, TwoStreamContext
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.objectives.losses import corrupt, in_place_hidden, two_stream_hidden
 from rdlm.random_streams import generator

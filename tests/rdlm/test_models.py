@@ -11,10 +11,8 @@ from safetensors.torch import load_file
 from rdlm.config.model import HuginnConfig, LlamaConfig
 from rdlm.diffusion.samplers import run
 from rdlm.errors import UserError
-from rdlm.models.huginn import Huginn
-from rdlm.nn.context import CausalContext
+from rdlm.nn.attention import CausalContext, rotary_table
 from rdlm.nn.kv_cache import KVPool, PackedContext, Segment
-from rdlm.nn.rotary import rotary_table
 from rdlm.objectives.denoiser import Denoiser
 from rdlm.registry import build_model
 
@@ -27,7 +25,7 @@ def test_huginn_matches_the_reference_implementation(shared_data) -> None:
     if not folder.is_dir():
         pytest.skip(f"no golden outputs at {folder}")
     c = json.loads((folder / "config.json").read_text())
-    model = Huginn(
+    model = build_model(
         HuginnConfig(
             vocab_size=c["padded_vocab_size"],
             d_model=c["n_embd"],
@@ -58,7 +56,7 @@ def test_huginn_3b5_has_the_published_parameter_count() -> None:
     """The shapes of Huginn-0125 (serving shapes 5280 x 55 heads x 17920, 65536 tokens) sum to 3,564,976,800."""
     config = HuginnConfig(vocab_size=65536, d_model=5280, num_heads=55, mlp_width=17920, max_seq_len=4096)
     with torch.device("meta"):
-        assert sum(p.numel() for p in Huginn(config).parameters()) == 3_564_976_800
+        assert sum(p.numel() for p in build_model(config).parameters()) == 3_564_976_800
 
 
 @pytest.mark.parametrize("state_init", ["zero", "normal"])

@@ -22,7 +22,7 @@ from rdlm.cli import app, run
 from rdlm.diffusion.blockwise import drawn_block
 from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
-from rdlm.nn.rotary import rotary_table
+from rdlm.nn.attention import rotary_table
 from tests.train.test_blocks import BLOCKS
 from train import checkpoints as resume
 from train.export import export

@@ -25,7 +25,7 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import HuginnConfig
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
 from rdlm.errors import UserError, reason
-from rdlm.nn.rotary import rotary_table
+from rdlm.nn.attention import rotary_table
 from rdlm.registry import build
 
 TABLE, HEAD, ROTATIONS = "transformer.wte.weight", "lm_head.weight", "freqs_cis"

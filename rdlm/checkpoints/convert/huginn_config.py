@@ -12,9 +12,8 @@ from typing import Any
 from rdlm.checkpoints.folder import parse_config
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import HuginnConfig
+from rdlm.config.model import HuginnConfig, initial_std
 from rdlm.errors import UserError
-from rdlm.models.huginn import initial_std
 
 ONLY: dict[str, Any] = {
     "model_type": "huginn_raven",
