@@ -25,6 +25,7 @@ from rdlm.errors import UserError, reason
 EOS = "<|endoftext|>"
 """End of document in the tokenizers trained here; it is their beginning of text too."""
 CONFIG_FILE = "tokenizer_config.json"
+ENDS = ("bos_token", "eos_token")
 Kind = Literal["bpe", "sentencepiece"]
 
 
@@ -67,7 +68,7 @@ class _ByteTable:
         self._source, self._table = source, table
         self.vocab_size = len(table)
         self.special_tokens: Mapping[str, int] = special
-        self.bos_id, self.eos_id = (self._named(config, key) for key in ("bos_token", "eos_token"))
+        self.bos_id, self.eos_id = (self._named(config, key) for key in ENDS)
         self.chat_template: str | None = config.get("chat_template")
         if not isinstance(self.chat_template, str | None):
             raise UserError(
@@ -75,29 +76,14 @@ class _ByteTable:
             )
         ends = f"{self.file_name}:{self.bos_id}:{self.eos_id}:".encode()
         self.fingerprint = hashlib.sha256(ends + source).hexdigest()
-        longest_first = sorted(special, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if special else None
 
     def _named(self, config: Mapping[str, Any], key: str) -> int | None:
-        name = config.get(key)
-        name = name.get("content") if isinstance(name, dict) else name
+        name = _name(config, key)
         if name is not None and name not in self.special_tokens:
             raise UserError(
                 key, name, "the vocabulary has no such special token", f"correct {key} in {CONFIG_FILE}"
             )
         return None if name is None else self.special_tokens[name]
-
-    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        raise TypeError(f"{type(self).__name__} must define encode_documents")
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for part in self._split.split(text) if self._split else [text]:
-            if part in self.special_tokens:
-                ids.append(self.special_tokens[part])
-            elif part:
-                ids.extend(self.encode_documents([part])[0])
-        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self._table[i] for i in ids).decode("utf-8", errors="replace")
@@ -110,7 +96,7 @@ class _ByteTable:
         config: dict[str, Any] = (
             {"tokenizer_class": "PreTrainedTokenizerFast"} if self.file_name == "tokenizer.json" else {}
         )
-        for key, number in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+        for key, number in zip(ENDS, (self.bos_id, self.eos_id), strict=True):
             config[key] = None if number is None else names[number]
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
@@ -126,16 +112,22 @@ class BytePairTokenizer(_ByteTable):
     file_name = "tokenizer.json"
 
     def __init__(self, source: bytes, config: Mapping[str, Any]) -> None:
-        self._tokenizer = tokenizers.Tokenizer.from_str(source.decode())
-        if "ByteLevel" not in json.dumps(json.loads(source)["decoder"]):
+        document = json.loads(source)
+        if "ByteLevel" not in json.dumps(document["decoder"]):
             raise ValueError("it is not a byte-level tokenizer")
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # the base class finds special tokens itself
+        config = _with_default_ends(config, document)
+        _make_special(document, {name for key in ENDS if (name := _name(config, key)) is not None})
+        self._prompts, self._documents = (
+            tokenizers.Tokenizer.from_str(json.dumps(document)) for _ in range(2)
+        )
+        self._documents.encode_special_tokens = True  # read them as ordinary text
+        for each in (self._prompts, self._documents):
+            each.no_padding()
+            each.no_truncation()
         alphabet = _byte_alphabet()
-        added = self._tokenizer.get_added_tokens_decoder()
+        added = self._prompts.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        vocabulary = self._prompts.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values()) + 1)
         for text, i in vocabulary.items():
             if i not in added:
@@ -144,10 +136,13 @@ class BytePairTokenizer(_ByteTable):
                 table[i] = text.encode()
         super().__init__(source, table, special, config)
 
+    def encode(self, text: str) -> list[int]:
+        """As the library encodes it, with the ``lstrip``, ``rstrip``, ``single_word`` and ``normalized`` of special tokens."""
+        return self._prompts.encode_batch_fast([_check_unicode(text)], add_special_tokens=False)[0].ids
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        for text in texts:
-            _check_unicode(text)
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        checked = [_check_unicode(text) for text in texts]
+        return [e.ids for e in self._documents.encode_batch_fast(checked, add_special_tokens=False)]
 
 
 class SentencePieceTokenizer(_ByteTable):
@@ -180,6 +175,18 @@ class SentencePieceTokenizer(_ByteTable):
             if i >= 0
         }
         super().__init__(source, table, special, {**named, **config})
+        longest_first = sorted(special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if special else None
+
+    def encode(self, text: str) -> list[int]:
+        """The library knows control pieces by id only: their texts are looked for here."""
+        ids: list[int] = []
+        for part in self._split.split(text) if self._split else [text]:
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+            elif part:
+                ids.extend(self._encode_one(part))
+        return ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode_one(text) for text in texts]
@@ -217,9 +224,11 @@ class StreamDecoder:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A folder with tokenizer.json or tokenizer.model, or one of these files; ``tokenizer_config.json`` beside it is read too.
+    """A folder with tokenizer.json or tokenizer.model, or one of these files; the names of special tokens stand beside it.
 
-    Without that file the end of text is ``<|endoftext|>`` where the vocabulary has it, or what a sentencepiece model says.
+    Beginning and end of text are found as transformers finds them: in ``special_tokens_map.json`` (unless ``tokenizer_config.json``
+    lists its added tokens), else in ``tokenizer_config.json``; what they name is special, whatever tokenizer.json calls it. Where
+    none names an end of text it is ``<|endoftext|>``, if that is an added token, or what a sentencepiece model says.
     UserError if nothing usable is there.
     """
     path = Path(path)
@@ -229,31 +238,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             (path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), path
         )
     if not file.is_file():
-        raise UserError(
-            "tokenizer",
-            str(path),
-            "there is no tokenizer.json or tokenizer.model",
-            "give a folder or file that has one, or train one with rdlm data prepare",
-        )
+        problem = "there is no tokenizer.json or tokenizer.model"
+        remedy = "give a folder or file that has one, or train one with rdlm data prepare"
+        raise UserError("tokenizer", str(path), problem, remedy)
+    kind = BytePairTokenizer if file.suffix == ".json" else SentencePieceTokenizer
     try:
-        source = file.read_bytes()
-        config = _read_config(file.parent)
-        if file.suffix == ".json":
-            if config is None:
-                config = {"eos_token": EOS, "bos_token": EOS} if EOS.encode() in source else {}
-            return BytePairTokenizer(source, config)
-        return SentencePieceTokenizer(source, config or {})
+        return kind(file.read_bytes(), _read_config(file.parent))
     except UserError:
         raise
     except (
         Exception
     ) as error:  # both libraries raise bare Exception or RuntimeError on a file they cannot read
-        raise UserError(
-            "tokenizer",
-            str(file),
-            f"cannot be read ({reason(error)})",
-            "give a byte-level BPE tokenizer.json or a sentencepiece model",
-        ) from error
+        remedy = "give a byte-level BPE tokenizer.json or a sentencepiece model"
+        raise UserError("tokenizer", str(file), f"cannot be read ({reason(error)})", remedy) from error
 
 
 def train_tokenizer(kind: Kind, texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -324,12 +321,56 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    file, template = folder / CONFIG_FILE, folder / "chat_template.jinja"
-    config = json.loads(file.read_text()) if file.is_file() else None
-    if template.is_file():
-        config = {**(config or {}), "chat_template": template.read_text()}
-    return config
+def _read_config(folder: Path) -> dict[str, Any]:
+    """What the files beside a vocabulary say; {} without any."""
+    config: dict[str, Any] = _read_object(folder / CONFIG_FILE)
+    if "added_tokens_decoder" not in config:
+        config |= _read_object(folder / "special_tokens_map.json")
+    template = folder / "chat_template.jinja"
+    return {**config, "chat_template": template.read_text()} if template.is_file() else config
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """{} where there is no such file; UserError where it is no JSON object."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("tokenizer", str(file), f"is not JSON ({reason(error)})", "copy it again") from None
+    if not isinstance(found, dict):
+        raise UserError("tokenizer", str(file), "is not a JSON object", "copy it again")
+    return found
+
+
+def _name(config: Mapping[str, Any], key: str) -> str | None:
+    """The text of a token that a config names, alone or with its properties."""
+    name = config.get(key)
+    name = name.get("content") if isinstance(name, dict) else name
+    if not isinstance(name, str | None):
+        raise UserError(key, name, "a token is named by its text", f"correct {key} in {CONFIG_FILE}")
+    return name
+
+
+def _with_default_ends(config: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
+    """``<|endoftext|>`` for an end of text that is not named, and without any config for the beginning too."""
+    if not any(token["content"] == EOS for token in document.get("added_tokens") or ()):
+        return dict(config)
+    default = {"eos_token": EOS} if config.keys() & {*ENDS, "tokenizer_class"} else dict.fromkeys(ENDS, EOS)
+    return {**default, **config}
+
+
+def _make_special(document: dict[str, Any], names: set[str]) -> None:
+    """Mark the tokens of these names as special in a tokenizer.json, also where they are ordinary words of the vocabulary."""
+    added = {token["content"]: token for token in document.get("added_tokens") or ()}
+    words = found if isinstance(found := document["model"].get("vocab"), dict) else {}
+    for name in sorted(names):
+        if name in added:
+            added[name]["special"] = True
+        elif name in words:
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            added[name] = {"id": words[name], "content": name, **flags, "special": True}
+    document["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
 
 
 def _check_unicode(text: str) -> str:

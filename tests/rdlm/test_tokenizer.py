@@ -6,10 +6,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models, normalizers
 from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers import models
 
-from rdlm.data.tokenizer import CONFIG_FILE, EOS, StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
+from rdlm.data.tokenizer import (
+    CONFIG_FILE,
+    EOS,
+    BytePairTokenizer,
+    StreamDecoder,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from rdlm.errors import UserError
 
 TEXTS = [
@@ -148,3 +156,114 @@ def test_a_vocabulary_the_text_cannot_fill_is_refused(kind: str) -> None:
 def test_half_a_surrogate_pair_is_the_users_error(kind: str) -> None:
     with _user_error("surrogate"):
         TOKENIZERS[kind].encode("fox \ud800")
+
+
+MARKS = ("<|im_start|>", "[X]", "fox", " dog", "é")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+def _foreign(flags: list[list[bool]], special: list[bool], lower: bool) -> LibraryTokenizer:
+    """A tokenizer as others publish them: added tokens with every property that the library knows."""
+    library = LibraryTokenizer.from_str(TOKENIZERS["bpe"]._source.decode())  # type: ignore[attr-defined]
+    if lower:
+        library.normalizer = normalizers.Lowercase()
+    for mark, chosen, is_special in zip(MARKS, flags, special, strict=True):
+        token = AddedToken(mark, special=is_special, **dict(zip(FLAGS, chosen, strict=True)))
+        (library.add_special_tokens if is_special else library.add_tokens)([token])
+    return library
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    flags=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=5, max_size=5),
+    special=st.lists(st.booleans(), min_size=5, max_size=5),
+    lower=st.booleans(),
+    parts=st.lists(
+        st.sampled_from([*MARKS, EOS, " ", "  ", "\n", "x", "FOX", "<|IM_START|>", "foxes", "日", "."]),
+        max_size=12,
+    ),
+)
+def test_ids_are_those_of_the_library_whatever_special_tokens_ask_for(
+    flags: list[list[bool]], special: list[bool], lower: bool, parts: list[str]
+) -> None:
+    library, text = _foreign(flags, special, lower), "".join(parts)
+    tokenizer = BytePairTokenizer(library.to_str().encode(), {})
+    assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text) == library.encode_batch([text], add_special_tokens=False)[0].ids
+    library.encode_special_tokens = True
+    assert tokenizer.encode_documents([text]) == [library.encode(text, add_special_tokens=False).ids]
+
+
+def test_white_space_around_a_mark_belongs_to_the_mark_that_takes_it() -> None:
+    library = LibraryTokenizer.from_str(TOKENIZERS["bpe"]._source.decode())  # type: ignore[attr-defined]
+    library.add_special_tokens(
+        [AddedToken("<mask>", lstrip=True, rstrip=True), AddedToken("word", single_word=True)]
+    )
+    tokenizer, (mask, word) = BytePairTokenizer(library.to_str().encode(), {}), (300, 301)
+    fox, dog = tokenizer.encode("fox"), tokenizer.encode("dog")
+    assert tokenizer.encode("fox  <mask> dog") == [*fox, mask, *dog]
+    assert word in tokenizer.encode("a word.") and word not in tokenizer.encode("words")
+
+
+def _published(folder: Path, files: dict[str, object], special: bool = True, added: bool = True) -> Path:
+    """A tokenizer whose end of text </s> is special, ordinary but added, or a word of the vocabulary, as ``files`` name it."""
+    document = json.loads(TOKENIZERS["bpe"]._source)  # type: ignore[attr-defined]
+    document["model"]["vocab"]["</s>"] = 300
+    document["added_tokens"] = []
+    if added:
+        flags = dict.fromkeys((*FLAGS, "special"), False)
+        document["added_tokens"] = [{"id": 300, "content": "</s>", **flags, "special": special}]
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+END_FILES: dict[str, dict[str, object]] = {
+    "config": {CONFIG_FILE: {"eos_token": "</s>"}},
+    "config with properties": {CONFIG_FILE: {"eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False}}},
+    "map": {"special_tokens_map.json": {"eos_token": "</s>"}},
+    "map beside a config without it": {
+        CONFIG_FILE: {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "special_tokens_map.json": {"eos_token": {"content": "</s>", "special": False}},
+    },
+    "map against config": {
+        CONFIG_FILE: {"eos_token": None},
+        "special_tokens_map.json": {"eos_token": "</s>"},
+    },
+    "config that lists its tokens against map": {
+        CONFIG_FILE: {"eos_token": "</s>", "added_tokens_decoder": {}},
+        "special_tokens_map.json": {"eos_token": "x"},
+    },
+}
+
+
+@pytest.mark.parametrize("how", ["special", "added", "word"])
+@pytest.mark.parametrize("files", END_FILES.values(), ids=END_FILES.keys())
+def test_the_end_of_text_is_found_where_it_is_named(
+    tmp_path: Path, files: dict[str, object], how: str
+) -> None:
+    folder = _published(tmp_path / "t", files, special=how == "special", added=how != "word")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eos_id == 300 and tokenizer.special_tokens == {"</s>": 300}
+    assert tokenizer.encode("fox</s>dog") == [*tokenizer.encode("fox"), 300, *tokenizer.encode("dog")]
+    assert 300 not in tokenizer.encode_documents(["fox</s>dog"])[0] and tokenizer.decode([300]) == ""
+    tokenizer.save(tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    assert (copy.eos_id, copy.fingerprint) == (300, tokenizer.fingerprint)
+    transformers = pytest.importorskip("transformers", reason="the extra eval is not installed")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert theirs.eos_token_id == 300 and theirs("fox</s>dog")["input_ids"] == tokenizer.encode("fox</s>dog")
+
+
+def test_files_beside_a_tokenizer_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    TOKENIZERS["bpe"].save(tmp_path)
+    for content, message in (
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ('{"eos_token": 7}', "eos_token=7"),
+    ):
+        (tmp_path / "special_tokens_map.json").write_text(content)
+        with _user_error(message):
+            load_tokenizer(tmp_path)
