@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from rdlm.data.manifest import check_hashes, kind_of, read_document
 from rdlm.data.token_shards import Manifest, check_sizes, read_manifest
 from train.data.prepare import Preparation, prepare
-from train.data.sources import PRESETS
+from train.data.sources import FORMATS, PRESETS
 from train.image_data_cli import EXAMPLE, check_images, images_command, show_images
 
 app = typer.Typer(
@@ -32,7 +33,7 @@ def prepare_command(
     source: Annotated[
         str,
         typer.Argument(
-            help=f"'embedded', a .txt/.jsonl/.parquet file, folder or pattern, one of "
+            help=f"'embedded', a file, folder or pattern ({', '.join(FORMATS)}, text also compressed), one of "
             f"{', '.join(PRESETS)}, or hub:OWNER/NAME[:CONFIG]."
         ),
     ],
@@ -57,6 +58,17 @@ def prepare_command(
         Literal["documents", "wikitext"],
         typer.Option(help="What a row is: a document, or a line of an article."),
     ] = "documents",
+    text_files: Annotated[
+        Literal["files", "pieces"] | None,
+        typer.Option(
+            help="What a document of plain text is: a file, or 8 KiB up to a blank line [files; pieces of a single file].",
+            show_default=False,
+        ),
+    ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(help=r"Cut plain text wherever this stands; \n and \t are what they are elsewhere."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
 ) -> None:
     """Tokenise text into shards with a manifest: streamed, split by document, the same bytes for the same inputs."""
@@ -74,8 +86,10 @@ def prepare_command(
         seed=seed,
         text_column=text_column,
         rows=rows,
+        text_files=text_files,
+        separator=None if separator is None else separator.replace(r"\n", "\n").replace(r"\t", "\t"),
     )
-    manifest, built = prepare(options, force=force)
+    manifest, built = prepare(options, force=force, note=partial(typer.echo, err=True))
     _show(out, manifest, "written" if built else "already prepared")
 
 
@@ -107,7 +121,7 @@ def _show(folder: Path, manifest: Manifest, state: str) -> None:
     for name in ("split", "documents", "tokens", "bytes", "bytes/token", "shards"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, found in manifest.splits.items():
-        ratio = f"{found.bytes / found.tokens:.3f}"
+        ratio = f"{found.bytes / max(1, found.tokens):.3f}"
         table.add_row(
             split,
             f"{found.documents:,}",
@@ -117,3 +131,6 @@ def _show(folder: Path, manifest: Manifest, state: str) -> None:
             str(len(found.shards)),
         )
     Console().print(table)
+    if manifest.skipped:
+        counts = ", ".join(f"{count:,} {what}" for what, count in manifest.skipped.items())
+        typer.echo(f"left out: {counts}")

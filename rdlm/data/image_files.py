@@ -93,9 +93,8 @@ def _decoded(option: str, name: str, source: Path | io.BytesIO) -> np.ndarray:
 
 
 def _folder(path: Path, option: str) -> ImageSet:
-    files = tuple(
-        sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    )
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = tuple(file for file in found if not _hidden(file.relative_to(path)))
     parts = [file.relative_to(path).parts for file in files]
     labels, classes = None, tuple(sorted({part[0] for part in parts}))
     if all(len(part) > 1 for part in parts):
@@ -110,6 +109,10 @@ def _folder(path: Path, option: str) -> ImageSet:
         () if labels is None else classes,
         files,
     )
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _array(path: Path, option: str) -> ImageSet:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from rdlm.config.base import parse
-from rdlm.config.checkpoint import Strict
+from rdlm.config.base import Strict, parse
 from rdlm.data.batch import Batch
 from rdlm.data.manifest import AGAIN, MANIFEST, file_sha256, no_split, read_kind
 from rdlm.errors import UserError, reason
@@ -77,7 +76,7 @@ def _open(file: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
         array = np.load(file, mmap_mode="r")
     except FileNotFoundError:
         raise UserError("data", str(file), "is missing", AGAIN) from None
-    except (OSError, ValueError, EOFError) as error:  # a shortened file cannot be mapped
+    except Exception as error:  # numpy raises whatever a damaged header or a shortened file leads to
         raise UserError("data", str(file), f"cannot be read as an array ({reason(error)})", AGAIN) from None
     if array.dtype != dtype or array.shape != shape:
         problem = (

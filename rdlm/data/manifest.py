@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from rdlm.config.base import parse
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "valid", "test")
@@ -24,9 +23,11 @@ def read_document(folder: Path, command: str = " or ".join(COMMANDS.values())) -
     if not file.is_file():
         raise UserError("data", str(folder), f"there is no {MANIFEST}", f"prepare it with {command}")
     try:
-        document: dict[str, Any] = parse(dict[str, Any], json.loads(file.read_text()), str(file))
-    except ValueError as error:
-        raise UserError("data", str(file), f"is not a manifest ({error})", AGAIN) from None
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError("data", str(file), f"is not a manifest ({reason(error)})", AGAIN) from None
     return document
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rdlm.config.base import parse
-from rdlm.config.checkpoint import Strict
+from rdlm.config.base import Strict, parse
 from rdlm.data.batch import Batch
 from rdlm.data.manifest import AGAIN, MANIFEST, file_sha256, no_split, read_kind
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -33,6 +32,13 @@ class Shard(Strict):
     tokens: int = Field(ge=0)
     sha256: str
 
+    @model_validator(mode="after")
+    def _inside(self) -> Shard:
+        path = PurePosixPath(self.file)
+        if "\0" in self.file or path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError("a shard lies in the folder of its manifest")
+        return self
+
 
 class Split(Strict):
     """Counts of one split. ``bytes``: UTF-8 bytes of its documents; ``tokens`` includes an end-of-text token a document."""
@@ -41,6 +47,12 @@ class Split(Strict):
     tokens: int = Field(ge=0)
     bytes: int = Field(ge=0)
     shards: tuple[Shard, ...]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Split:
+        if (total := sum(shard.tokens for shard in self.shards)) != self.tokens:
+            raise ValueError(f"the shards have {total} tokens together, the split has {self.tokens}")
+        return self
 
 
 class Manifest(Strict):
@@ -56,6 +68,14 @@ class Manifest(Strict):
     eos_id: int = Field(ge=0)
     tokenizer_fingerprint: str
     splits: dict[Literal["train", "valid", "test"], Split]
+    skipped: dict[str, int] = {}
+    """Rows and documents that the sources hold and no split does, by reason."""
+
+    @model_validator(mode="after")
+    def _end_is_a_token(self) -> Manifest:
+        if self.eos_id >= self.vocab_size:
+            raise ValueError(f"the end of text is id {self.eos_id}, and there are {self.vocab_size}")
+        return self
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -106,8 +126,9 @@ class TokenStore:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the shards were made with; UserError if another one lies in its place."""
-        tokenizer = load_tokenizer(self.folder / "tokenizer")
-        if tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
+        tokenizer, manifest = load_tokenizer(self.folder / "tokenizer"), self.manifest
+        found = (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id)
+        if found != (manifest.tokenizer_fingerprint, manifest.vocab_size, manifest.eos_id):
             raise UserError(
                 "tokenizer",
                 str(self.folder / "tokenizer"),
@@ -117,7 +138,7 @@ class TokenStore:
         return tokenizer
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), across shards. -> int64 [count]"""
+        """Tokens [start, start + count), across shards. -> int64 [count]; UserError for an id that the vocabulary has not."""
         if not 0 <= start <= start + count <= len(self):
             raise IndexError(f"tokens {start}..{start + count} of {len(self)}")
         out, filled = np.empty(count, dtype=np.int64), 0
@@ -127,6 +148,11 @@ class TokenStore:
             piece = self._maps[i][offset : offset + count - filled]
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
+        if count and (largest := int(out.max())) >= self.manifest.vocab_size:
+            problem = (
+                f"split {self.split!r} holds the id {largest}, the vocabulary has {self.manifest.vocab_size}"
+            )
+            raise UserError("data", str(self.folder), problem, AGAIN)
         return out
 
     def num_windows(self, seq_len: int) -> int:

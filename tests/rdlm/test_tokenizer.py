@@ -222,7 +222,9 @@ def _published(folder: Path, files: dict[str, object], special: bool = True, add
 
 END_FILES: dict[str, dict[str, object]] = {
     "config": {CONFIG_FILE: {"eos_token": "</s>"}},
-    "config with properties": {CONFIG_FILE: {"eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False}}},
+    "config with properties": {
+        CONFIG_FILE: {"eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False}}
+    },
     "map": {"special_tokens_map.json": {"eos_token": "</s>"}},
     "map beside a config without it": {
         CONFIG_FILE: {"tokenizer_class": "PreTrainedTokenizerFast"},

@@ -30,7 +30,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "".join(f"Page {i}: {i * i + i} owls watched.\n\n" for i in range(9000, 9600))
     )
     options = Preparation(
-        str(root), root / "out", vocab_size=300, valid_fraction=0.3, test_fraction=0.0, shard_tokens=1000
+        str(root),
+        root / "out",
+        vocab_size=300,
+        valid_fraction=0.3,
+        test_fraction=0.0,
+        shard_tokens=1000,
+        text_files="pieces",
     )
     prepare(options, progress=False)
     return root / "out"

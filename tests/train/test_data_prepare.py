@@ -17,7 +17,7 @@ from rdlm.cli import run
 from rdlm.data.token_shards import TokenStore, file_sha256, read_manifest
 from rdlm.errors import UserError
 from train.data.prepare import Preparation, prepare, split_of
-from train.data.sources import PRESETS, open_source
+from train.data.sources import PRESETS, Reading, open_source
 from train.data_cli import app
 
 DOCUMENTS = [
@@ -157,24 +157,24 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
         tmp_path / "*" / "*.parquet",
         tmp_path / "docs.jsonl",
     ):
-        assert list(open_source(str(given), "text", "documents")["train"].documents()) == DOCUMENTS
+        assert list(open_source(str(given), Reading())["train"].documents()) == DOCUMENTS
 
 
 def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
     paragraphs = [f"{i} " + "word " * (i % 400) + "\n\n" for i in range(300)]
     (tmp_path / "prose.txt").write_text("".join(paragraphs))
-    documents = list(open_source(str(tmp_path / "prose.txt"), "text", "documents")["train"].documents())
+    documents = list(open_source(str(tmp_path / "prose.txt"), Reading())["train"].documents())
     assert "".join(documents) == "".join(paragraphs) and len(documents) > 20
     assert all(d.endswith("\n\n") and len(d) < 4 * 8192 for d in documents)
     (tmp_path / "prose.txt").write_text("one line without an end " * 20_000)  # as text8 is
-    documents = list(open_source(str(tmp_path / "prose.txt"), "text", "documents")["train"].documents())
+    documents = list(open_source(str(tmp_path / "prose.txt"), Reading())["train"].documents())
     assert "".join(documents) == "one line without an end " * 20_000 and max(map(len, documents)) <= 4 * 8192
 
 
 def test_wikitext_rows_become_articles(shared_data: Path) -> None:
     file = shared_data / "wikitext2" / "valid.parquet"
-    articles = list(open_source(str(file), "text", "wikitext")["train"].documents())
-    rows = list(open_source(str(file), "text", "documents")["train"].documents())
+    articles = list(open_source(str(file), Reading(rows="wikitext"))["train"].documents())
+    rows = list(open_source(str(file), Reading())["train"].documents())
     assert "".join(articles) == "".join(rows) and len(articles) == 60
     assert all(a.lstrip().startswith("= ") for a in articles)
 
@@ -206,7 +206,7 @@ def test_a_loaded_tokenizer_is_kept_as_it_is(jsonl: Path, tmp_path: Path) -> Non
 
 
 def test_embedded_text_is_one_document_a_chapter() -> None:
-    chapters = list(open_source("embedded", "text", "documents")["train"].documents())
+    chapters = list(open_source("embedded", Reading())["train"].documents())
     assert len(chapters) == 1189 and chapters[0].startswith(
         "Genesis 1\n\nIn the beginning God created the heaven and the earth.\n"
     )
@@ -263,7 +263,7 @@ def test_info_finds_a_changed_byte_and_a_missing_shard(
         (["nowhere.txt", "--out", "o"], "SOURCE='nowhere.txt'"),
         (["in", "--out", "o", "--text-column", "body", "--valid", "nowhere"], "--valid='nowhere'"),
         (["in", "--out", "o"], "--text-column='text'"),
-        (["in", "--out", "o", "--text-column", "body", "--vocab-size", "90000"], "vocab_size=90000"),
+        (["in", "--out", "o", "--text-column", "body", "--vocab-size", "90000"], "--vocab-size=90000"),
         (["in", "--out", "o", "--text-column", "body", "--tokenizer", "nope"], "tokenizer='nope'"),
         (
             [

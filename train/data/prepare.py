@@ -6,8 +6,10 @@ The bytes written depend only on the documents, the tokenizer, the seed and the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from rdlm.data.manifest import SPLITS
 from rdlm.data.token_shards import SCHEMA_VERSION, Manifest, Split, check_sizes, read_manifest
 from rdlm.data.tokenizer import Kind, Tokenizer, load_tokenizer, train_tokenizer
 from rdlm.errors import UserError
-from train.data.sources import Rows, Source, open_source
+from train.data.sources import Reading, Rows, Source, TextFiles, open_source
 from train.data.writer import SplitWriter, building, check_same_request, write_manifest
 
 SHARD_TOKENS = 1 << 27
@@ -41,21 +43,32 @@ class Preparation:
     seed: int = 0
     text_column: str = "text"
     rows: Rows = "documents"
+    text_files: TextFiles | None = None
+    separator: str | None = None
     shard_tokens: int = SHARD_TOKENS
 
 
-def prepare(options: Preparation, *, force: bool = False, progress: bool = True) -> tuple[Manifest, bool]:
+def prepare(
+    options: Preparation,
+    *,
+    force: bool = False,
+    progress: bool = True,
+    note: Callable[[str], object] = lambda line: None,
+) -> tuple[Manifest, bool]:
     """Build ``options.out``; -> (manifest, whether it was built now). An identical finished preparation is reused.
 
+    ``note`` is given lines about which files are read and which are not.
     UserError if the folder holds something else and ``force`` is false, or if options or source cannot be used.
     """
     sources, fractions = _sources(options)
-    loaded = None if options.tokenizer == "train" else load_tokenizer(options.tokenizer)
+    for source in sources.values():
+        for line in source.notes:
+            note(f"{source.reading.option}: {line}")
+    loaded = None if options.tokenizer == "train" else _loaded(options.tokenizer)
     request = _request(options, sources, fractions, loaded)
     out = options.out
     if out.exists() and not force:
         return _existing(out, request), False
-    out.parent.mkdir(parents=True, exist_ok=True)
     with building(out) as folder:
         tokenizer = loaded or _train(options, sources["train"], fractions, progress)
         if tokenizer.eos_id is None:
@@ -76,17 +89,39 @@ def prepare(options: Preparation, *, force: bool = False, progress: bool = True)
             eos_id=tokenizer.eos_id,
             tokenizer_fingerprint=tokenizer.fingerprint,
             splits=splits,
+            skipped=dict(sum((source.skipped for source in sources.values()), Counter())),
         )
         write_manifest(folder, manifest)
     return manifest, True
 
 
+def _loaded(path: str) -> Tokenizer:
+    with naming({"tokenizer": "--tokenizer"}):
+        return load_tokenizer(path)
+
+
+@contextmanager
+def naming(options: dict[str, str]) -> Iterator[None]:
+    """UserErrors about these fields name the option that they come from."""
+    try:
+        yield
+    except UserError as error:
+        name = options.get(error.field, error.field)
+        raise UserError(name, error.value, error.problem, error.remedy) from error
+
+
 def _sources(options: Preparation) -> tuple[dict[str, Source], dict[str, float]]:
     """Split -> source, and the fractions of ``train`` that go to the splits without a source."""
-    sources = open_source(options.source, options.text_column, options.rows)
+    if options.separator == "":
+        raise UserError("--separator", "", "is empty", r"write for instance '\n\n' or '<|endoftext|>'")
+    if options.separator is not None and options.text_files is not None:
+        problem = "says what a document is, and so does --text-files"
+        raise UserError("--separator", options.separator, problem, "give one of them")
+    reading = Reading(options.text_column, options.rows, options.text_files, options.separator)
+    sources = open_source(options.source, reading)
     for split, given in (("valid", options.valid), ("test", options.test)):
         if given is not None:
-            sources[split] = open_source(given, options.text_column, options.rows, f"--{split}")["train"]
+            sources[split] = open_source(given, replace(reading, option=f"--{split}"))["train"]
     default = 0.05 if set(sources) == {"train"} else 0.0
     given_fractions = {"valid": options.valid_fraction, "test": options.test_fraction}
     return sources, held_out_fractions(sources, given_fractions, {"valid": default, "test": default})
@@ -178,7 +213,10 @@ def _train(options: Preparation, source: Source, fractions: dict[str, float], pr
                     if read >= limit:
                         return
 
-    return train_tokenizer(options.kind, sample(), options.vocab_size)
+    if next(sample(), None) is None:
+        raise UserError("SOURCE", options.source, "there is no text in it", "give a file with text")
+    with naming({"vocab_size": "--vocab-size", "text": "SOURCE"}):
+        return train_tokenizer(options.kind, sample(), options.vocab_size)
 
 
 def _write_splits(
@@ -201,7 +239,8 @@ def _write_splits(
             total=source.total_bytes, unit="B", unit_scale=True, desc=f"tokenise {own}", disable=not progress
         ) as bar:
             for texts in _batches(source.documents()):
-                ids = tokenizer.encode_documents(texts)
+                with naming({"text": source.reading.option}):
+                    ids = tokenizer.encode_documents(texts)
                 names = [split_of(text, options.seed, fractions) if own == "train" else own for text in texts]
                 for split in dict.fromkeys(names):
                     chosen = [i for i, name in enumerate(names) if name == split]
@@ -210,12 +249,10 @@ def _write_splits(
     splits = {split: writer.close() for split, writer in writers.items()}
     for split, info in splits.items():
         if not info.documents:
-            raise UserError(
-                "SOURCE",
-                options.source,
-                f"split {split!r} has no documents",
-                f"give more text or another fraction (--{split}-fraction 0 leaves it out)",
-            )
+            remedy = f"give more text or another fraction (--{split}-fraction 0 leaves it out)"
+            if sources["train"].reading.text_files == "files":
+                remedy += ", or cut text files with --text-files pieces or --separator"
+            raise UserError("SOURCE", options.source, f"split {split!r} has no documents", remedy)
     return splits
 
 

