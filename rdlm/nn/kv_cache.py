@@ -44,6 +44,11 @@ class KVPool:
     def num_bytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
 
+    def free(self, slot: int, length: int) -> None:
+        """Clear the first ``length`` positions of a slot: a masked NaN is still a NaN to the next owner of the slot."""
+        self.k[:, slot, :, :length] = 0
+        self.v[:, slot, :, :length] = 0
+
     @staticmethod
     def bytes_per_position(
         num_layers: int, num_kv_heads: int, head_dim: int, depth: int, dtype: torch.dtype

@@ -77,11 +77,11 @@ def written_out(served: Served, one: Request) -> list[int]:
     """The answer by whole-sequence forwards without a cache: each level by the block that owns it, the hard bridge."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper = config.objective.name == "paper"
-    fills = len({denoiser.partition.block_of(s) for s in sampling_levels(config, one.num_steps)}) - (
+    fills = len({denoiser.partition.block_of(s) for s in sampling_levels(config, one.budget.num_steps)}) - (
         not paper
     )
     for _ in range(one.max_tokens):
-        levels, token = sampling_levels(config, one.num_steps), torch.tensor([0])
+        levels, token = sampling_levels(config, one.budget.num_steps), torch.tensor([0])
         row = torch.tensor([ids])
         for k, level in enumerate(levels):
             step, owner = fills + k, denoiser.at(level)
@@ -123,7 +123,7 @@ def solved(served: Served, one: Request) -> list[int]:
     """The answer by ``solve`` over whole-sequence forwards: from noise at sigma_max, which the network reads as z = 0."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper, top = config.objective.name == "paper", config.noise.sigma_max
-    levels = [top, *(level for level in sampling_levels(config, one.num_steps) if level is not None)]
+    levels = [top, *(level for level in sampling_levels(config, one.budget.num_steps) if level is not None)]
     for _ in range(one.max_tokens):
         row, history = torch.tensor([ids]), History(one.prompt, out, ())
         fills = len({denoiser.at(None if level == top else level) for level in levels}) - (not paper)

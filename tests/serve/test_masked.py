@@ -71,7 +71,7 @@ def filled(served: Served, one: Request) -> list[int]:
     row = torch.tensor([[*one.prompt, *[mask_of(denoiser)] * one.max_tokens]])
     options: dict[str, Any] = {"seed": one.seed, "order": one.order, "first": one.choice}
     out = unmask(
-        denoiser, row, one.num_steps, one.sampling, num_tokens=served.tokenizer.vocab_size, **options
+        denoiser, row, one.budget.num_steps, one.sampling, num_tokens=served.tokenizer.vocab_size, **options
     )
     return out[0, len(one.prompt) :].tolist()
 
