@@ -92,14 +92,14 @@ class Engine:
 
         Raises what ``check_room`` raises.
         """
-        matchers = {stop: StopStrings(stop) for stop in {request.stop for request in requests}}
+        matchers = {stop: StopStrings(stop) for stop in {tuple(request.stop) for request in requests}}
         with self._wake:
             self.check_room(len(requests))
             served, now, sequences = self.served, time.monotonic(), []
             for index, request in enumerate(requests):
                 sequence = served.runner.sequence(next(self._ids), request, served.scheduler.chunk)
                 sequence.index, sequence.sink, sequence.submitted = index, sink, now
-                sequence.detokenizer = Detokenizer(served.tokenizer, matchers[request.stop])
+                sequence.detokenizer = Detokenizer(served.tokenizer, matchers[tuple(request.stop)])
                 sequences.append(sequence)
             self._inbox.extend(sequences)
             self._idle.clear()

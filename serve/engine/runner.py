@@ -108,7 +108,7 @@ class Runner:
         num_tokens: int,
         kv_cache: Literal["shared", "full"] = "shared",
     ) -> None:
-        """kv_cache: shared keeps the keys of each position's last step; full those of every step (exact, larger).
+        """kv_cache: shared keeps the keys of each position's last step; full those of every step, allocated as they are written.
 
         num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor reported.
         """
@@ -118,12 +118,10 @@ class Runner:
         self._blocks = [Block(i, block, costs_of(block)) for i, block in enumerate(blocks_of(denoiser))]
         self._plans = {k: step_plan(config, k) for k in range(1, max_steps + 1)}
         self._counts = {k: self._count_steps(k) for k in self._plans}
-        iterates = config.objective.k_meaning == "thinking"
-        self.pool = cache.KVPool(
-            model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim,
-            max_steps if kv_cache == "full" and iterates else 1, weight.dtype, weight.device,
+        keeps_steps = kv_cache == "full" and config.objective.k_meaning == "thinking"
+        self.pool = (cache.FullKVPool if keeps_steps else cache.KVPool)(
+            model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim, weight.dtype, weight.device
         )  # fmt: skip
-        self._position_bytes = self.pool.num_bytes // (num_slots * max_len)
         self._num_tokens = num_tokens
         self._base_conditions: dict[int, Condition | None] = {}
         """By block: its conditioning where no row has a noised target."""
@@ -149,10 +147,8 @@ class Runner:
 
     def release(self, sequence: Sequence) -> int:
         """Free what is kept for a sequence that leaves, while it still has its slot -> bytes of its keys and values."""
-        sequence.rows = None
-        if sequence.slot != NO_SLOT:
-            self.pool.free(sequence.slot, sequence.next_start)
-        return sequence.next_start * self._position_bytes
+        sequence.rows, self._packs = None, []
+        return 0 if sequence.slot == NO_SLOT else self.pool.free(sequence.slot, sequence.next_start)
 
     @torch.inference_mode()
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
@@ -260,7 +256,7 @@ class Runner:
         """The sequence's rows as the cache sees them. once: a prelude or coda pass, whose keys do not depend on the step."""
         plan, start, length = self._plan(sequence), sequence.start, sequence.length
         commit = plan.commit[sequence.step]
-        step = 0 if once or self.pool.depth == 1 else sequence.step
+        step = 0 if once or not self.pool.keeps_steps else sequence.step
         spans = [(start, length)] if commit else [(start + i, 1) for i in range(length)]
         return [cache.Segment(sequence.slot, first, n, step, commit, plan.append_own) for first, n in spans]
 
