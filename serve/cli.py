@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from rdlm.config.base import parse
 from rdlm.errors import UserError
-from serve.api.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
 from serve.settings import EngineSettings, HttpSettings
 
 app = typer.Typer(add_completion=False)
+T = TypeVar("T")
+CheckpointOption = Annotated[
+    Path, typer.Option(help="Folder that `rdlm train` exported (OUTPUT/model).", show_default=False)
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="float32 or bfloat16; bfloat16 is several times faster where the CPU has AMX.")
+]
+CacheOption = Annotated[
+    str,
+    typer.Option(
+        help="shared: one key per position, whatever K is. full: the keys of every step, exact and larger."
+    ),
+]
+"""These options are those of `rdlm generate` and `rdlm images` too."""
 
 
-@app.command(epilog="Example: rdlm serve --checkpoint runs/demo/model --port 8000 --default-steps 8")
+@app.command(epilog="Example: rdlm serve --checkpoint runs/demo/model --port 8000 --num-steps 8")
 def serve(
     checkpoint: CheckpointOption,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
@@ -34,11 +48,11 @@ def serve(
         int | None,
         typer.Option(help="Tokens of prompt and answer; by default all the model takes.", show_default=False),
     ] = None,
-    default_steps: Annotated[
+    num_steps: Annotated[
         int | None,
         typer.Option(help="K of requests that name none; by default the checkpoint's.", show_default=False),
     ] = None,
-    max_steps: Annotated[
+    max_num_steps: Annotated[
         int | None,
         typer.Option(help="Largest K of a request; by default the checkpoint's.", show_default=False),
     ] = None,
@@ -57,6 +71,14 @@ def serve(
             help="Accept the keys in this file too, one a line; # begins a comment.", show_default=False
         ),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Answer requests with this Host header; may be repeated, * for all. By default a server without keys "
+            "on a loopback address answers loopback names only, and any other server all.",
+            show_default=False,
+        ),
+    ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,12 +90,14 @@ def serve(
     * 1024,
     request_seconds: Annotated[
         float | None,
-        typer.Option(help="End what takes longer, waiting included; by default nothing.", show_default=False),
+        typer.Option(
+            help="End answers that take longer, waiting included; by default none.", show_default=False
+        ),
     ] = None,
     brownout_queue: Annotated[
         int | None,
         typer.Option(
-            help="With so many waiting, halve K of requests that name none; by default never.",
+            help="While so many sequences wait, halve K of requests that name none; by default never.",
             show_default=False,
         ),
     ] = None,
@@ -86,22 +110,27 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(help="Time for accepted requests to finish after SIGTERM.")
     ] = 30.0,
+    default_steps: Annotated[int | None, typer.Option(hidden=True)] = None,
+    max_steps: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve completions and chat with the number of core steps K chosen per request (num_steps, or model alias NAME:kN)."""
-    given = {
+    engine_options = {
         "device": device,
         "dtype": dtype,
         "kv_cache": kv_cache,
         "max_slots": max_slots,
         "max_len": max_len,
+        "default_steps": renamed("--default-steps", default_steps, "--num-steps", num_steps),
+        "max_steps": renamed("--max-steps", max_steps, "--max-num-steps", max_num_steps),
+        "max_queue": max_queue,
     }
-    given |= {"default_steps": default_steps, "max_steps": max_steps, "max_queue": max_queue}
-    engine_settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm serve")
-    network = {
+    engine_settings: EngineSettings = parse(EngineSettings, engine_options, "the options of rdlm serve")
+    http_options = {
         "host": host,
         "port": port,
         "model_name": model_name,
         "api_keys": (*(api_key or ()), *_keys_of(api_key_file)),
+        "allowed_hosts": tuple(name.lower() for name in allowed_host or ()),
         "cors_origins": tuple(cors_origin or ()),
         "max_body_bytes": max_body_bytes,
         "request_seconds": request_seconds,
@@ -110,10 +139,22 @@ def serve(
         "drain_seconds": drain_seconds,
         "log_format": log_format,
     }
-    http_settings: HttpSettings = parse(HttpSettings, network, "the options of rdlm serve")
+    http_settings: HttpSettings = parse(HttpSettings, http_options, "the options of rdlm serve")
     from serve.process import run_server
 
     run_server(checkpoint, engine_settings, http_settings, port_file)
+
+
+def renamed(old: str, old_value: T | None, new: str, value: T | None) -> T | None:
+    """The value of an option under either of its names, with a line on stderr about the old one. Raises UserError for both."""
+    if old_value is None:
+        return value
+    if value is not None:
+        raise UserError(
+            old, old_value, f"it is the old name of {new}, which is given too", f"leave {old} out"
+        )
+    typer.echo(f"rdlm: {old} is deprecated; it is called {new} now", err=True)
+    return old_value
 
 
 def _keys_of(path: Path | None) -> list[str]:

@@ -10,7 +10,7 @@ import typer
 from rdlm.config.base import parse
 from rdlm.errors import UserError
 from rdlm.sampling_params import Bridge, Order, SamplingParams, check_bridge, check_masked
-from serve.api.options import CacheOption, CheckpointOption, DeviceOption, DtypeOption
+from serve.cli import CacheOption, CheckpointOption, DeviceOption, DtypeOption
 from serve.settings import EngineSettings
 
 app = typer.Typer(add_completion=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from rdlm.errors import UserError
-from serve.api.options import CheckpointOption, DeviceOption, DtypeOption
+from serve.cli import CheckpointOption, DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
     import numpy as np

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import ipaddress
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,19 +19,29 @@ import uvicorn
 
 from rdlm.checkpoints.folder import load_config
 from rdlm.errors import UserError
-from serve.api import logs
+from serve.api import observability
 from serve.api.app import create_app
+from serve.api.chat_template import ChatTemplate
 from serve.engine.engine import Engine
+from serve.engine.events import Served
 from serve.loading import load_served
 from serve.settings import EngineSettings, HttpSettings
 
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+GRACE_SECONDS = 5
+"""For clients to read what the drained or stopped engine has said; connections still open after it are cut."""
+
 
 class GracefulServer(uvicorn.Server):
-    """On SIGTERM or SIGINT: refuse new work, let accepted requests finish, return. A second SIGINT does not wait."""
+    """On SIGTERM or SIGINT: answer new requests with 503, let accepted ones finish, return. A second SIGINT does not wait.
 
-    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+    The port stays open while the engine drains, or clients would see refused connections in place of the 503.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_seconds: float) -> None:
         super().__init__(config)
-        self.engine = engine
+        self.engine, self.drain_seconds = engine, drain_seconds
+        self._is_draining = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -41,30 +55,45 @@ class GracefulServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.engine.refuse()
-        super().handle_exit(sig, frame)
+        if self._is_draining and sig == signal.SIGINT:
+            self.should_exit = self.force_exit = True
+        if not self._is_draining:
+            self._is_draining = True
+            self.engine.refuse()
+            threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        """Wait until the engine is idle, or stop it when time is over (its requests end with 503 then), and close the port."""
+        deadline = time.monotonic() + self.drain_seconds
+        if not self.engine.drain(self.drain_seconds):
+            self.engine.stop()
+        self.config.timeout_graceful_shutdown = round(max(GRACE_SECONDS, deadline - time.monotonic()))
+        self.should_exit = True
 
 
 def run_server(
     checkpoint: Path, engine_settings: EngineSettings, settings: HttpSettings, port_file: Path | None
 ) -> None:
     """Serve until a signal. Raises UserError for a checkpoint that cannot be served or an address that cannot be bound."""
-    logs.configure(settings.log_format)
+    observability.configure(settings.log_format)
     load_config(checkpoint).check_text(
         "the server"
     )  # the cheap part of loading: mistakes end the command before it listens
-    engine = Engine(lambda: load_served(checkpoint, engine_settings), engine_settings.max_queue)
     listener = _bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
+    if not settings.allowed_hosts and not settings.api_keys and ipaddress.ip_address(host).is_loopback:
+        names = (*LOOPBACK_NAMES, host, settings.host.lower())
+        settings = settings.model_copy(update={"allowed_hosts": names})
+    engine = Engine(lambda: _load(checkpoint, engine_settings), engine_settings.max_queue)
     config = uvicorn.Config(
         create_app(engine, settings),
         log_config=None,
         access_log=False,
         lifespan="off",
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=75,
     )
-    server = GracefulServer(config, engine)
+    server = GracefulServer(config, engine, settings.drain_seconds)
     if port_file is not None:
         _write_port(port_file, port)
     engine.start()
@@ -79,13 +108,29 @@ def run_server(
         raise engine.error
 
 
+def _load(checkpoint: Path, settings: EngineSettings) -> Served:
+    """The model, and what a request would find wrong with it otherwise. Raises UserError."""
+    served = load_served(checkpoint, settings)
+    ChatTemplate.of(served.tokenizer)
+    known, vocabulary = served.tokenizer.vocab_size, served.config.model.vocab_size
+    if known < vocabulary:
+        print(
+            f"rdlm: the tokenizer has {known} ids and the model {vocabulary}: ids from {known} on are never drawn",
+            file=sys.stderr,
+            flush=True,
+        )
+    return served
+
+
 def _announce(engine: Engine, server: GracefulServer, url: str) -> None:
-    """Say when the model is there; end the server when it cannot be."""
+    """Print where the server is when the model is there; end the server when it cannot be."""
     try:
         served = engine.wait_ready()
     except BaseException:  # run_server raises it in the main thread
         server.should_exit = True
         return
+    gc.collect()
+    gc.freeze()  # what has been loaded stays: the collector need not visit it between tokens
     slots = served.scheduler.num_slots
     print(
         f"rdlm: serving {served.config.name} at {url}/v1 (K 1 to {served.max_steps}, default {served.default_steps}; "

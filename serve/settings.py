@@ -48,6 +48,8 @@ class HttpSettings(Strict):
     """text: warnings and errors. json: every answer, one object a line, with request ids."""
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024)
     """Larger bodies are refused with 413."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names in the Host header that are answered; "*" or none: all. `rdlm serve` on a loopback address without keys fills it in."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the server; "*" for all. None: browsers allow the server's own page only."""
     request_seconds: float | None = Field(None, gt=0)

@@ -1,260 +1,521 @@
-"""From a validated body to engine requests: model aliases, K, prompts to ids, limits. No torch, no litestar."""
+"""From bytes and headers to engine requests: JSON, model aliases, K, prompts to ids, limits. No torch.
+
+K comes from one of model alias, header, ``num_steps``, ``reasoning_effort``, ``schedule`` or ``exit`` and is resolved here into one
+``StepBudget``, which every engine request carries.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
+
+import msgspec
+from litestar import Request as HttpRequest
 
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams, check_bridge, check_masked
-from serve.api.chat_template import render
-from serve.api.depth import DepthChoice, Terms, resolve_depth
-from serve.api.schemas import ChatRequest, CompletionRequest, SamplingBody, ScoreRequest
+from serve.api.chat_template import ChatTemplate
+from serve.api.schemas import (
+    INT32,
+    MAX_CHOICES,
+    Body,
+    ChatRequest,
+    CompletionRequest,
+    Effort,
+    SamplingBody,
+    ScoreRequest,
+    shorten,
+)
 from serve.engine.events import Served
+from serve.engine.exits import CRITERIA, ExitRule
 from serve.engine.sequence import Request, Show, StepBudget
-from serve.errors import invalid
+from serve.errors import ApiError, invalid
 
+P = ParamSpec("P")
+T = TypeVar("T")
+STEPS_HEADER = "X-Num-Steps"
+"""K for clients that can send a header and no field (lm-eval's log-likelihoods)."""
 DEFAULT_MAX_TOKENS = 16
 """Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
-MAX_CHOICES = 1024
-"""Prompts times ``n`` of one HTTP request."""
-MAX_STOPS, MAX_BIASES = 1024, 1024
-"""Each is looked at for every token, in the thread that serves everybody."""
 MIN_TEMPERATURE = 1e-4
 """Below, logits leave the range of fp32."""
+SMALL = 4096
+"""Characters that are parsed on the event loop; longer requests are parsed in a thread."""
+EFFORTS: dict[Effort, Callable[[int], int]] = {
+    "none": lambda default: 1,
+    "minimal": lambda default: default // 4,
+    "low": lambda default: default // 2,
+    "medium": lambda default: default,
+    "high": lambda default: default * 2,
+    "xhigh": lambda default: default * 4,
+}
+"""``reasoning_effort`` to K, relative to the server's default: a useful K depends on the numbers of steps a model was trained at."""
+
+
+class JsonRequest(HttpRequest[Any, Any, Any]):
+    """Litestar's request, except for bodies: they must be called JSON and be JSON in UTF-8 that fits the route's schema.
+
+    Litestar's own validation lists every wrong item, and parses the URL, which a Host header can make fail.
+    """
+
+    async def json(self) -> Body:
+        """The body as the type of the route's argument ``data``. Raises ApiError 415 or 400."""
+        schema: type[Body] = self.route_handler.parsed_fn_signature.parameters["data"].annotation
+        given = self.headers.get("content-type", "")
+        kind, _, options = given.partition(";")
+        charset = re.search(r"charset\s*=\s*\"?([^\s;\"]*)", options, re.IGNORECASE)
+        if kind.strip().lower() != "application/json" or (
+            charset and charset[1].lower() not in ("utf-8", "utf8")
+        ):
+            # A web page can send other types to any server without being asked for permission first (CORS).
+            problem = f"the content type is {shorten(given)!r}" if given else "there is no content type"
+            raise ApiError(
+                415,
+                f"{problem}; send JSON in UTF-8 as 'Content-Type: application/json'",
+                "invalid_request_error",
+            )
+        try:
+            return schema.parse(_decoded(await self.body()))
+        except UnicodeDecodeError as error:
+            raise invalid(f"the body is not UTF-8 ({error.reason})") from None
+        except RecursionError:
+            raise invalid("the body is nested too deeply") from None
+        except msgspec.MsgspecError as error:
+            raise invalid(f"the body is not JSON ({error})") from None
+
+
+def _decoded(body: bytes) -> Any:
+    """JSON, without the garbage collector, which would visit every list of a large body again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return msgspec.json.decode(body)
+    finally:
+        if collects:
+            gc.enable()
+
+
+async def in_thread_if_large(size: int, parse: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """``parse(...)``, off the event loop where ``size`` characters make it slow."""
+    return parse(*args, **kwargs) if size <= SMALL else await asyncio.to_thread(parse, *args, **kwargs)
 
 
 @dataclass(frozen=True)
-class Job:
+class Limits:
+    """What a request is checked against: the model, the name it is served under, and what the server decides."""
+
+    name: str
+    served: Served
+    default_steps: int
+    """K where a request names none: ``served.default_steps``, or fewer while too many wait (brown-out)."""
+    capacity: int = INT32
+    """Sequences that the server can hold at once, running and waiting."""
+    longest_token: int = INT32
+    """Bytes of the longest token: a text of more than so many times the context cannot fit."""
+    max_ms: int | None = None
+    """Longest any request may take."""
+    header_steps: int | None = None
+    """K as the header X-Num-Steps of the request has it."""
+
+    @property
+    def left_to_right(self) -> bool:
+        """Whether the model draws one token after the other."""
+        return self.served.config.objective.masking is None
+
+    @property
+    def supports_exits(self) -> bool:
+        """Whether a position may stop before its K steps."""
+        return self.served.config.objective.k_meaning == "thinking"
+
+    @property
+    def meaning(self) -> str:
+        """What K is, in words."""
+        if not self.left_to_right:
+            return "steps in which the masked tokens of an answer are filled in; likelihoods are those of one token a step from left to right"
+        if self.supports_exits:
+            return "core iterations before each token; likelihoods are those after K iterations"
+        return "noise levels each token is drawn through; likelihoods are those at K = 1"
+
+    @property
+    def efforts(self) -> dict[str, int]:
+        """K of each ``reasoning_effort``, cut to what the model takes."""
+        served = self.served
+        return {name: min(max(1, of(served.default_steps)), served.max_steps) for name, of in EFFORTS.items()}
+
+    def model_steps(self, model: str | None) -> int | None:
+        """K of a model alias, None for the plain name. Raises ApiError 404 for another model."""
+        if model is None or model == self.name:
+            return None
+        match = re.fullmatch(re.escape(self.name) + r":k([0-9]{1,6})", model)
+        if match is None:
+            hint = (
+                f"this server has {self.name!r} and {self.name!r}:kN with N from 1 to {self.served.max_steps}"
+            )
+            message = f"the model {shorten(model)!r} does not exist; {hint}"
+            raise ApiError(404, message, "invalid_request_error", "model", "model_not_found")
+        return self.check_range(int(match[1]), "model")
+
+    def check_range(self, steps: int, param: str) -> int:
+        """``steps``. Raises ApiError where the model does not take so many."""
+        if not 1 <= steps <= self.served.max_steps:
+            message = f"{param}: K = {steps} is out of range; this model takes 1 to {self.served.max_steps}"
+            raise invalid(message, param, "num_steps_out_of_range")
+        return steps
+
+
+@dataclass(frozen=True)
+class Parsed:
     """The engine requests of one HTTP request, prompt-major: request i answers prompt i // n."""
 
     model: str
-    depth: DepthChoice
+    budget: StepBudget
     n: int
-    prompts: list[str]
-    """Text of each prompt, for ``echo``."""
     requests: list[Request]
+    echoed: list[str] | None = None
+    """Text of each prompt, where choices begin with it."""
     reports_prompt: bool = False
     """Whether choices carry ``prompt_logprobs``."""
+    reports_ids: bool = False
+    """Whether choices carry ``token_ids``."""
+    browned_out: bool = False
+    """Whether K is below the server's default because too many wait."""
 
 
-def model_names(name: str, served: Served) -> list[str]:
-    """The served name and the aliases worth listing: powers of two up to the largest K, the default and the largest."""
-    powers = {1 << i for i in range(served.max_steps.bit_length())}
-    return [
-        name,
-        *(
-            f"{name}:k{k}"
-            for k in sorted(powers | {served.default_steps, served.max_steps})
-            if k <= served.max_steps
-        ),
-    ]
+def header_steps(values: Sequence[str]) -> int | None:
+    """K of the X-Num-Steps headers of a request, which a proxy may have joined with commas. Raises ApiError."""
+    values = [part for value in values for part in value.split(",")]
+    for value in values:
+        if not re.fullmatch("[0-9]{1,9}", value.strip(" ")) or int(value) < 1:
+            message = f"{STEPS_HEADER}: {shorten(value)!r} is not an integer of at least 1"
+            raise invalid(message, STEPS_HEADER.lower())
+    found = {int(value) for value in values}
+    if len(found) > 1:
+        raise invalid(
+            f"{STEPS_HEADER}: {len(values)} headers contradict each other; send one", STEPS_HEADER.lower()
+        )
+    return next(iter(found), None)
 
 
-def completion_job(body: CompletionRequest, terms: Terms) -> Job:
+def parse_completion(body: CompletionRequest, limits: Limits) -> Parsed:
     """Raises ApiError."""
-    depth, served = resolve_depth(body, terms), terms.served
+    served, n, reports_prompt = limits.served, body.n or 1, body.prompt_logprobs is not None
+    prompts = cast(list[str | list[int]], body.prompt)
+    budget, browned_out = step_budget(body, limits)
     scored = body.logprobs if body.echo else None
     if None not in (scored, body.prompt_logprobs) and scored != body.prompt_logprobs:
-        raise invalid(
-            "prompt_logprobs: it contradicts the logprobs that echo reports; send the same number",
-            "prompt_logprobs",
-        )
+        problem = "it contradicts the logprobs that echo reports; send the same number"
+        raise invalid(f"prompt_logprobs: {problem}", "prompt_logprobs")
     scored = body.prompt_logprobs if scored is None else scored
-    _check_scoring(
-        body, depth, scored is not None, "echo" if body.prompt_logprobs is None else "prompt_logprobs"
-    )
-    prompts = _prompts(body, served)
-    max_tokens = body.max_tokens
-    if max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+    _check_scoring(body, budget, scored is not None, "prompt_logprobs" if reports_prompt else "echo")
+    if body.max_tokens == 0 and not body.echo and not reports_prompt:
         raise invalid("max_tokens: 0 is only meaningful with echo or prompt_logprobs", "max_tokens")
-    if (body.n or 1) * len(prompts) > MAX_CHOICES:
-        raise invalid(
-            f"prompt: {len(prompts)} prompts times n = {body.n or 1} exceed {MAX_CHOICES} choices", "prompt"
-        )
-    requests = []
-    for _, ids in prompts:
+    _check_number(len(prompts), n, limits)
+    requests: list[Request] = []
+    for prompt in prompts:
+        ids = _ids(prompt, body.add_special_tokens is not False, limits)
         room = served.max_len - len(ids)
-        limit = min(DEFAULT_MAX_TOKENS, max(room, 1)) if max_tokens is None else max_tokens
-        first = _request(body, tuple(ids), depth, limit, served)
-        requests += _choices(replace(first, logprobs=body.logprobs, prompt_logprobs=scored), body.n or 1)
-    texts = [text for text, _ in prompts]
-    return Job(
-        body.model or terms.name, depth, body.n or 1, texts, requests, body.prompt_logprobs is not None
+        max_tokens = min(DEFAULT_MAX_TOKENS, max(room, 1)) if body.max_tokens is None else body.max_tokens
+        may_be_empty = not (limits.left_to_right or body.echo or reports_prompt)
+        first = _request(body, ids, budget, max_tokens, limits, may_be_empty)
+        requests += _choices(replace(first, logprobs=body.logprobs, prompt_logprobs=scored), n)
+    echoed = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts] if body.echo else None
+    return Parsed(
+        body.model or limits.name,
+        budget,
+        n,
+        requests,
+        echoed,
+        reports_prompt,
+        bool(body.return_token_ids),
+        browned_out,
     )
 
 
-def chat_job(body: ChatRequest, terms: Terms) -> Job:
-    """Raises ApiError, also where the tokenizer has no chat template."""
-    depth, served = resolve_depth(body, terms), terms.served
-    _check_scoring(body, depth, body.prompt_logprobs is not None, "prompt_logprobs")
+def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None) -> Parsed:
+    """Raises ApiError, also where the model has no chat template."""
+    served, n, reports_prompt = limits.served, body.n or 1, body.prompt_logprobs is not None
+    budget, browned_out = step_budget(body, limits)
+    _check_scoring(body, budget, reports_prompt, "prompt_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
-        raise invalid(
-            "max_completion_tokens: it contradicts max_tokens; name one of them", "max_completion_tokens"
-        )
-    if body.top_logprobs is not None and not body.logprobs:
+        problem = "it contradicts max_tokens; name one of them"
+        raise invalid(f"max_completion_tokens: {problem}", "max_completion_tokens")
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs: it needs logprobs = true", "top_logprobs")
-    text = render(served.tokenizer, [message.plain() for message in body.messages])
-    ids = served.tokenizer.encode(text)
-    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if limit == 0:
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if max_tokens == 0:
         raise invalid("max_tokens: a chat answer has at least one token", "max_tokens")
-    request = _request(
-        body, tuple(ids), depth, max(1, served.max_len - len(ids)) if limit is None else limit, served
-    )
+    _check_number(1, n, limits)
+    if template is None:
+        problem = "this model has no chat template, so it cannot take messages"
+        remedy = "use /v1/completions, or add chat_template to the checkpoint's tokenizer_config.json"
+        raise invalid(f"{problem}; {remedy}", "messages", "no_chat_template")
+    messages = [message.plain() for message in body.messages]
+    _check_size(sum(len(message["content"]) for message in messages), limits, "messages")
+    text = template.render(messages, body.chat_template_kwargs or {})
+    _check_size(len(text), limits, "messages")
+    ids = tuple(served.tokenizer.encode(text))
+    if max_tokens is None:
+        max_tokens = max(1, served.max_len - len(ids))
+    first = _request(body, ids, budget, max_tokens, limits, may_be_empty=False)
     top = (body.top_logprobs or 0) if body.logprobs else None
-    first = replace(request, logprobs=top, prompt_logprobs=body.prompt_logprobs)
-    choices = _choices(first, body.n or 1)
-    return Job(
-        body.model or terms.name, depth, body.n or 1, [text], choices, body.prompt_logprobs is not None
+    requests = _choices(replace(first, logprobs=top, prompt_logprobs=body.prompt_logprobs), n)
+    return Parsed(
+        body.model or limits.name,
+        budget,
+        n,
+        requests,
+        None,
+        reports_prompt,
+        bool(body.return_token_ids),
+        browned_out,
     )
 
 
-def score_job(body: ScoreRequest, terms: Terms) -> tuple[Job, list[int]]:
-    """The job and its K in rising order. Raises ApiError, also where K has no likelihood (rdlm/scoring.py says which have)."""
-    ks, served = sorted(set(body.num_steps)), terms.served
-    if served.config.objective.masking is not None:
-        raise invalid(
-            "num_steps: a masked model has one likelihood, whatever K is; use completions with echo and logprobs",
-            "num_steps",
-        )
-    depths = [resolve_depth(SamplingBody(model=body.model, num_steps=k), terms) for k in ks]
-    thinking = served.config.objective.k_meaning == "thinking"
-    if not thinking and ks != [1]:
+def parse_score(body: ScoreRequest, limits: Limits) -> tuple[Parsed, list[int]]:
+    """The request and its K in rising order. Raises ApiError, also where K has no likelihood (rdlm/scoring.py says which have)."""
+    ks, prompts = sorted(set(body.num_steps)), cast(list[str | list[int]], body.prompt)
+    if not limits.left_to_right:
+        problem = "a masked model has one likelihood, whatever K is; use completions with echo and logprobs"
+        raise invalid(f"num_steps: {problem}", "num_steps")
+    budgets = [step_budget(SamplingBody(model=body.model, num_steps=k), limits)[0] for k in ks]
+    if not limits.supports_exits and ks != [1]:
         raise invalid(
             "num_steps: of this model only K = 1 has a normalised likelihood; send [1]", "num_steps"
         )
-    prompts = _prompts(body, served)
-    if len(prompts) > MAX_CHOICES:
-        raise invalid(f"prompt: {len(prompts)} prompts exceed {MAX_CHOICES}", "prompt")
+    _check_number(len(prompts), 1, limits)
     requests = []
-    for _, ids in prompts:
-        first = _request(SamplingBody(seed=0), tuple(ids), depths[-1], 0, served)
-        requests.append(replace(first, prompt_logprobs=0, sweep=tuple(ks) if thinking else ()))
-    return Job(body.model or terms.name, depths[-1], 1, [text for text, _ in prompts], requests), ks
+    for prompt in prompts:
+        ids = _ids(prompt, body.add_special_tokens is not False, limits)
+        first = _request(SamplingBody(seed=0), ids, budgets[-1], 0, limits, may_be_empty=False)
+        requests.append(replace(first, prompt_logprobs=0, sweep=tuple(ks) if limits.supports_exits else ()))
+    return Parsed(body.model or limits.name, budgets[-1], 1, requests), ks
 
 
-def _check_scoring(body: SamplingBody, depth: DepthChoice, scored: bool, param: str) -> None:
+# K ---------------------------------------------------------------------------------------------------------------------
+
+
+def step_budget(body: SamplingBody, limits: Limits) -> tuple[StepBudget, bool]:
+    """What a request takes of core steps, and whether a brown-out lowered it. Raises ApiError."""
+    named = _named_steps(body, limits)
+    exits = body.exit is not None or body.num_steps == "auto"
+    _check_left_to_right(body, limits)
+    if body.schedule is not None and (named is not None or body.num_steps == "auto"):
+        problem = "it names every K itself; leave num_steps, reasoning_effort and the alias out"
+        raise invalid(f"schedule: {problem}", "schedule")
+    for param in ("min_steps", "max_steps"):
+        if getattr(body, param) is not None and not exits and (param == "max_steps" or body.max_ms is None):
+            needs = "exit or num_steps 'auto'" + (" or max_ms" if param == "min_steps" else "")
+            raise invalid(f"{param}: it bounds a number of steps that varies; send it with {needs}", param)
+    schedule = tuple(cast(list[int], body.schedule)) if body.schedule is not None else ()
+    for k in schedule:
+        limits.check_range(k, "schedule")
+    most = named or max(schedule, default=limits.default_steps)
+    rule = None
+    if exits:
+        most, rule = _exit_rule(body, max(schedule) if schedule else named, limits)
+    least = body.min_steps or 1
+    if least > most:
+        raise invalid(f"min_steps: {least} exceeds the most steps ({most})", "min_steps")
+    max_ms = min((ms for ms in (body.max_ms, limits.max_ms) if ms is not None), default=None)
+    browned_out = most < limits.served.default_steps and not (named or exits or schedule)
+    return StepBudget(most, rule, schedule, least, max_ms, body.max_ms is not None), browned_out
+
+
+def _check_left_to_right(body: SamplingBody, limits: Limits) -> None:
+    """Raises ApiError for what varies the steps of single tokens, where all of an answer takes part in every step."""
+    if limits.left_to_right:
+        return
+    for param in ("exit", "num_steps", "schedule", "max_ms"):
+        value = getattr(body, param)
+        if value == "auto" or (value is not None and param != "num_steps"):
+            code = "exits_unsupported" if param in ("exit", "num_steps") else None
+            problem = "this model fills in all of an answer in K steps; name a number of steps"
+            raise invalid(f"{param}: {problem}", param, code)
+
+
+def _named_steps(body: SamplingBody, limits: Limits) -> int | None:
+    """The number of steps in model alias, header, num_steps or reasoning_effort; None where none of them has one."""
+    found = {
+        "model": limits.model_steps(body.model),
+        STEPS_HEADER: limits.header_steps,
+        "reasoning_effort": None if body.reasoning_effort is None else limits.efforts[body.reasoning_effort],
+        "num_steps": body.num_steps if isinstance(body.num_steps, int) else None,
+    }
+    named = {param: limits.check_range(steps, param) for param, steps in found.items() if steps is not None}
+    if len(set(named.values())) > 1:
+        values = " and ".join(f"{param} = {steps}" for param, steps in named.items())
+        raise invalid(f"{values} contradict each other; name one of them", [*named][-1])
+    return next(iter(named.values()), None)
+
+
+def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[int, ExitRule | None]:
+    """(most steps, rule); no rule for criterion "none". named: the most steps as other fields have it."""
+    if not limits.supports_exits:
+        problem = (
+            "this model draws each token through K noise levels and needs them all; name a number of steps"
+        )
+        raise invalid(f"exit: {problem}", "num_steps" if body.exit is None else "exit", "exits_unsupported")
+    bounds = {}
+    for name in ("min_steps", "max_steps"):
+        inside, outside = getattr(body.exit, name, None), getattr(body, name)
+        if None not in (inside, outside) and inside != outside:
+            problem = f"{inside} contradicts {name} = {outside}; name one of them"
+            raise invalid(f"exit.{name}: {problem}", f"exit.{name}")
+        bounds[name] = (f"exit.{name}", inside) if inside is not None else (name, outside)
+    (least_param, least), (most_param, most) = bounds["min_steps"], bounds["max_steps"]
+    if most is not None and limits.check_range(most, most_param) != (named or most):
+        raise invalid(f"{most_param}: {most} contradicts K = {named}; name one of them", most_param)
+    most = most or named or limits.served.max_steps
+    if (least or 1) > most:
+        raise invalid(f"{least_param}: {least} exceeds the most steps ({most})", least_param)
+    criterion = next(iter(CRITERIA)) if body.exit is None else body.exit.criterion
+    if criterion == "none":
+        return most, None
+    if criterion not in CRITERIA:
+        choices = ", ".join([*CRITERIA, "none"])
+        raise invalid(f"exit.criterion: there is no {criterion!r}; use one of {choices}", "exit.criterion")
+    threshold = CRITERIA[criterion].default_threshold
+    if body.exit is None:
+        return most, ExitRule(criterion, threshold, least or 1)
+    if body.exit.threshold is not None:
+        threshold = body.exit.threshold
+    return most, ExitRule(
+        criterion, threshold, least or 1, body.exit.check_every or 1, body.exit.prefill is not False
+    )
+
+
+# Prompts ----------------------------------------------------------------------------------------------------------------
+
+
+def _check_number(prompts: int, n: int, limits: Limits) -> None:
+    """Raises ApiError where so many choices could not be held even by an idle server."""
+    most = min(MAX_CHOICES, limits.capacity)
+    if prompts * n > most:
+        param = "prompt" if prompts > 1 else "n"
+        raise invalid(
+            f"{param}: {prompts} prompts times n = {n} exceed the {most} choices of a request", param
+        )
+
+
+def _check_size(size: int, limits: Limits, param: str) -> None:
+    """Raises ApiError where ``size`` characters cannot fit the context, before anybody looks at them."""
+    if size > limits.longest_token * limits.served.max_len:
+        problem = f"the {size} characters are more than {size // limits.longest_token} tokens"
+        raise invalid(
+            f"{param}: {problem} and exceed the context of {limits.served.max_len}",
+            param,
+            "context_length_exceeded",
+        )
+
+
+def _ids(prompt: str | list[int], add_special_tokens: bool, limits: Limits) -> tuple[int, ...]:
+    tokenizer = limits.served.tokenizer
+    if isinstance(prompt, str):
+        _check_size(len(prompt), limits, "prompt")
+        start = () if tokenizer.bos_id is None or not add_special_tokens else (tokenizer.bos_id,)
+        return (*start, *tokenizer.encode(prompt))
+    if any(i >= tokenizer.vocab_size for i in prompt):
+        raise invalid(f"prompt: token ids must lie below {tokenizer.vocab_size}", "prompt")
+    return tuple(prompt)
+
+
+def _check_scoring(body: SamplingBody, budget: StepBudget, scored: bool, param: str) -> None:
     """Raises ApiError where the prompt's log-probabilities are wanted and cannot be had."""
-    if scored and (depth.lowers or (depth.exit is not None and depth.exit.prefill)):
-        problem = "prompts are scored at a fixed K (a chunk of a prompt leaves as one, so later tokens would decide over earlier)"
-        raise invalid(
-            f"{param}: {problem}; name num_steps, or send exit.prefill = false, and no max_ms", param
-        )
+    if scored and (budget.lowers or (budget.exit is not None and budget.exit.prefill)):
+        problem = "prompts are scored at a fixed K (a chunk of a prompt exits as one, so later tokens would decide over earlier)"
+        remedy = "name num_steps, or send exit.prefill = false, and no max_ms"
+        raise invalid(f"{param}: {problem}; {remedy}", param)
     if body.stream and body.prompt_logprobs is not None:
-        raise invalid(
-            "prompt_logprobs: streams have none; leave stream out, or use echo with logprobs",
-            "prompt_logprobs",
-        )
+        problem = "streams have none; leave stream out, or use echo with logprobs"
+        raise invalid(f"prompt_logprobs: {problem}", "prompt_logprobs")
 
 
 def _choices(first: Request, n: int) -> list[Request]:
     return [replace(first, choice=i) for i in range(n)]
 
 
-def _prompts(body: CompletionRequest | ScoreRequest, served: Served) -> list[tuple[str, list[int]]]:
-    """(text, ids) of each prompt."""
-    prompt, tokenizer = body.prompt, served.tokenizer
-    items: Sequence[Any] = (
-        [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else prompt
-    )
-    if not items:
-        raise invalid("prompt: the list is empty; send at least one prompt", "prompt")
-    found = []
-    for item in items:
-        if isinstance(item, str):
-            start = (
-                [tokenizer.bos_id]
-                if tokenizer.bos_id is not None and body.add_special_tokens is not False
-                else []
-            )
-            found.append((item, start + tokenizer.encode(item)))
-        else:
-            if any(i >= tokenizer.vocab_size for i in item):
-                raise invalid(f"prompt: token ids must lie below {tokenizer.vocab_size}", "prompt")
-            found.append((tokenizer.decode(item), list(item)))
-    return found
-
-
 def _request(
-    body: SamplingBody, ids: tuple[int, ...], depth: DepthChoice, max_tokens: int, served: Served
+    body: SamplingBody,
+    ids: tuple[int, ...],
+    budget: StepBudget,
+    max_tokens: int,
+    limits: Limits,
+    may_be_empty: bool,
 ) -> Request:
-    if not ids and (
-        served.config.objective.masking is None
-        or getattr(body, "echo", False)
-        or body.prompt_logprobs is not None
-    ):
+    served = limits.served
+    vocab = served.tokenizer.vocab_size
+    if not ids and not may_be_empty:
         raise invalid("prompt: it has no tokens; send at least one", "prompt")
     if len(ids) + max_tokens > served.max_len:
-        raise invalid(
-            f"the prompt's {len(ids)} tokens and max_tokens = {max_tokens} exceed the context of {served.max_len}",
-            "max_tokens" if len(ids) < served.max_len else "prompt", "context_length_exceeded",
-        )  # fmt: skip
+        sizes = f"the prompt's {len(ids)} tokens and max_tokens = {max_tokens}"
+        param = "max_tokens" if len(ids) < served.max_len else "prompt"
+        raise invalid(f"{sizes} exceed the context of {served.max_len}", param, "context_length_exceeded")
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise invalid(f"min_tokens: {min_tokens} exceeds max_tokens = {max_tokens}", "min_tokens")
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    if "" in stop:
-        raise invalid("stop: an empty string would end every text; remove it", "stop")
-    if len(stop) > MAX_STOPS:
-        raise invalid(f"stop: {len(stop)} strings exceed {MAX_STOPS}", "stop")
-    if any(
-        i >= served.tokenizer.vocab_size for i in body.stop_token_ids or ()
-    ):  # the runner bans them until min_tokens
-        raise invalid(f"stop_token_ids: ids must lie below {served.tokenizer.vocab_size}", "stop_token_ids")
+    if any(i >= vocab for i in body.stop_token_ids or ()):
+        raise invalid(f"stop_token_ids: ids must lie below {vocab}", "stop_token_ids")
     ends = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else served.end_ids)
-    sampling = _sampling(body, served)
+    if min_tokens and len(ends) >= vocab:
+        raise invalid(
+            "stop_token_ids: every id ends the text, so none is left for min_tokens", "stop_token_ids"
+        )
+    sampling = _sampling(body, limits)
     # A greedy answer depends on the seed only through a random initial state: without a seed it shall be the same every time.
-    seed = (
-        (0 if sampling.greedy else secrets.randbits(63)) if body.seed is None else body.seed & (1 << 63) - 1
-    )
-    budget = StepBudget(
-        depth.num_steps, depth.exit, depth.schedule, depth.min_steps, depth.max_ms, depth.lowers
-    )
+    default_seed = 0 if sampling.greedy else secrets.randbits(63)
     return Request(
-        ids, budget, max_tokens, sampling, seed, stop=stop, stop_ids=ends, min_tokens=min_tokens, show=_show(body, served),
+        ids,
+        budget,
+        max_tokens,
+        sampling,
+        default_seed if body.seed is None else body.seed & (1 << 63) - 1,
+        stop=cast(tuple[str, ...], body.stop or ()),
+        stop_ids=ends,
+        min_tokens=min_tokens,
+        show=_show(body, limits),
         order=body.order or "random",
-    )  # fmt: skip
+    )
 
 
-def _show(body: SamplingBody, served: Served) -> Show | None:
+def _show(body: SamplingBody, limits: Limits) -> Show | None:
     options = body.stream_options
     if options is None:
         return None
     if not body.stream:
         raise invalid("stream_options: it needs stream = true", "stream_options")
-    if options.include_steps and served.config.objective.masking is not None:
-        raise invalid(
-            "stream_options: include_steps is of models that draw one token after the other", "stream_options"
-        )
-    if options.include_steps:
-        return Show(options.steps_every or 1, options.steps_top or 1)
-    if options.steps_every is not None or options.steps_top is not None:
-        raise invalid("stream_options: steps_every and steps_top need include_steps = true", "stream_options")
-    return None
+    if not options.include_steps:
+        if options.steps_every is not None or options.steps_top is not None:
+            raise invalid(
+                "stream_options: steps_every and steps_top need include_steps = true", "stream_options"
+            )
+        return None
+    if not limits.left_to_right:
+        problem = "include_steps needs a model that draws one token after the other"
+        raise invalid(f"stream_options: {problem}", "stream_options")
+    return Show(options.steps_every or 1, options.steps_top or 1)
 
 
-def _sampling(body: SamplingBody, served: Served) -> SamplingParams:
+def _sampling(body: SamplingBody, limits: Limits) -> SamplingParams:
+    served = limits.served
+    vocab = served.tokenizer.vocab_size
     names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
-    vocab = served.tokenizer.vocab_size
     if 0 < given.get("temperature", 1) < MIN_TEMPERATURE:
         raise invalid(f"temperature: it must be 0 (greedy) or at least {MIN_TEMPERATURE}", "temperature")
-    if len(body.logit_bias or {}) > MAX_BIASES:
-        raise invalid(f"logit_bias: {len(body.logit_bias or {})} entries exceed {MAX_BIASES}", "logit_bias")
-    bias: dict[int, float] = {}
-    for key, value in (body.logit_bias or {}).items():
-        if not key.isdecimal() or int(key) >= vocab:
-            raise invalid(f"logit_bias: {key!r} is not a token id below {vocab}", "logit_bias")
-        bias[int(key)] = value
+    bias = cast(dict[int, float], body.logit_bias or {})
+    for token in bias:
+        if token >= vocab:
+            raise invalid(f"logit_bias: {token} is not a token id below {vocab}", "logit_bias")
     try:
         check_bridge(body.bridge or "hard", served.config)
     except UserError as error:
         raise invalid(str(error), "bridge", "bridge_unsupported") from None
-    params = SamplingParams(
-        **given, top_k=max(0, body.top_k or 0), logit_bias=bias, bridge=body.bridge or "hard"
-    )
+    top_k = min(max(0, body.top_k or 0), vocab)
+    params = SamplingParams(**given, top_k=top_k, logit_bias=bias, bridge=body.bridge or "hard")
     check_masked(params, body.order, served.config)
     return params

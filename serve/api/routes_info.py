@@ -1,31 +1,37 @@
-"""What the server has and how it is: models, health, tokenizer."""
+"""What the server has and how it is: models, tokenizer, health, metrics, and the page to try it."""
 
 from __future__ import annotations
 
 import time
+from functools import cache
+from importlib.resources import files
 from typing import Any, get_args
 
-from litestar import Response, get, post
+from litestar import MediaType, Response, get, post
 from litestar.datastructures import State
 from litestar.params import FromPath, JSONBody
 
-from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.sampling_params import Order
-from serve.api.depth import THRESHOLDS, Terms, efforts, resolve_depth
-from serve.api.frontend import Frontend
-from serve.api.metrics import CONTENT_TYPE
-from serve.api.request_parsing import model_names
-from serve.api.schemas import DetokenizeRequest, SamplingBody, TokenizeRequest
+from serve.api.observability import METRICS_TYPE
+from serve.api.request_parsing import Limits, in_thread_if_large
+from serve.api.schemas import DetokenizeRequest, TokenizeRequest
+from serve.api.state import ServerState
 from serve.engine.events import State as EngineState
+from serve.engine.exits import CRITERIA
 from serve.errors import invalid
 
 STARTED = int(time.time())
+CONTENT_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""The browser itself refuses whatever is not on the page or this server."""
 
 
 @get("/health", summary="Whether the process is alive", tags=["operations"])
 async def health(state: State) -> Response[dict[str, str]]:
     """200 while the process can recover by itself, draining and loading included; 503 once the engine has stopped."""
-    engine = state.frontend.engine
+    engine = state.server.engine
     return Response(
         {"status": engine.state.value}, status_code=503 if engine.state is EngineState.STOPPED else 200
     )
@@ -34,88 +40,113 @@ async def health(state: State) -> Response[dict[str, str]]:
 @get("/ready", summary="Whether requests are accepted", tags=["operations"])
 async def ready(state: State) -> Response[dict[str, str]]:
     """503 while the model loads and while the server drains."""
-    engine = state.frontend.engine
+    engine = state.server.engine
     return Response(
         {"status": engine.state.value}, status_code=200 if engine.state is EngineState.READY else 503
     )
 
 
-@get("/metrics", summary="Prometheus metrics", tags=["operations"], media_type=CONTENT_TYPE)
-async def metrics(state: State) -> bytes:
+@get("/metrics", summary="Prometheus metrics", tags=["operations"])
+async def metrics(state: State) -> Response[bytes]:
     """Asks for a key where the server has any: figures about traffic are not for everyone."""
-    return state.frontend.metrics.render()
+    return Response(state.server.metrics.render(), headers={"Content-Type": METRICS_TYPE})
 
 
 @get("/v1/models", summary="Names this server answers to", tags=["models"])
 async def models(state: State) -> dict[str, Any]:
-    """The model and its aliases ``name:kN``; any N in the stated range works, listed or not."""
-    frontend: Frontend = state.frontend
-    return {
-        "object": "list",
-        "data": [_card(frontend, name) for name in model_names(frontend.name, frontend.served)],
-    }
+    """The model and its aliases ``name:kN`` for powers of two, the default and the largest K; any N in the stated range works."""
+    server: ServerState = state.server
+    most, default = server.served.max_steps, server.served.default_steps
+    listed = sorted({1 << i for i in range(most.bit_length())} | {default, most})
+    names = [server.name, *(f"{server.name}:k{k}" for k in listed)]
+    return {"object": "list", "data": [_card(server.limits(), name) for name in names]}
 
 
 @get("/v1/models/{name:str}", summary="One model or alias", tags=["models"])
 async def model(name: FromPath[str], state: State) -> dict[str, Any]:
     """Also for aliases that are not listed."""
-    frontend: Frontend = state.frontend
-    return _card(frontend, name)
+    return _card(state.server.limits(), name)
 
 
-def _card(frontend: Frontend, name: str) -> dict[str, Any]:
+def _card(limits: Limits, name: str) -> dict[str, Any]:
     """Raises ApiError 404 or 400 for a name that is neither the model's nor an alias of it."""
-    served, config = frontend.served, frontend.served.config
-    terms = Terms(frontend.name, served, served.default_steps)
-    return {
-        "id": name, "object": "model", "created": STARTED, "owned_by": "rdlm", "root": frontend.name,
-        "max_model_len": served.max_len,
-        "recurrence": {
-            "num_steps": resolve_depth(SamplingBody(model=name), terms).num_steps, "min_steps": 1,
-            "max_steps": served.max_steps, "default_steps": served.default_steps, "reasoning_effort": efforts(served),
-            "exits": list(THRESHOLDS) if config.objective.k_meaning == "thinking" else [],
-            "orders": [] if config.objective.masking is None else list(get_args(Order)),
-            "meaning": _meaning(config), "kind": config.objective.k_meaning, "estimator": config.estimator,
-            "objective": config.objective.name, "training_step": config.step,
+    served, config = limits.served, limits.served.config
+    recurrence = {
+        "num_steps": limits.model_steps(name) or served.default_steps,
+        "min_steps": 1,
+        "max_steps": served.max_steps,
+        "default_steps": served.default_steps,
+        "reasoning_effort": limits.efforts,
+        "exits": list(CRITERIA) if limits.supports_exits else [],
+        "exit_criteria": {
+            name: {"default_threshold": criterion.default_threshold, "description": criterion.description}
+            for name, criterion in CRITERIA.items()
+            if limits.supports_exits
         },
-    }  # fmt: skip
-
-
-def _meaning(config: CheckpointConfig) -> str:
-    if config.objective.masking is not None:
-        return "steps in which the hidden tokens of an answer come into sight; likelihoods are those of one token a step from left to right"
+        "orders": [] if limits.left_to_right else list(get_args(Order)),
+        "meaning": limits.meaning,
+        "kind": config.objective.k_meaning,
+        "estimator": config.estimator,
+        "objective": config.objective.name,
+        "training_step": config.step,
+    }
     return {
-        "thinking": "core iterations before each token; likelihoods are those after K iterations",
-        "sampling": "noise levels each token is drawn through; likelihoods are those at K = 1",
-    }[config.objective.k_meaning]
+        "id": name,
+        "object": "model",
+        "created": STARTED,
+        "owned_by": "rdlm",
+        "root": limits.name,
+        "max_model_len": served.max_len,
+        "chat": served.tokenizer.chat_template is not None,
+        "recurrence": recurrence,
+    }
 
 
 @post("/tokenize", status_code=200, summary="Text to token ids", tags=["tokenizer"])
 async def tokenize(data: JSONBody[TokenizeRequest], state: State) -> dict[str, Any]:
     """The text of a special token becomes its single id."""
-    served = state.frontend.served
+    served = state.server.served
+    state.server.limits().model_steps(data.model)
     tokenizer = served.tokenizer
     start = [tokenizer.bos_id] if tokenizer.bos_id is not None and data.add_special_tokens else []
-    tokens = start + tokenizer.encode(data.prompt)
+    tokens = start + await in_thread_if_large(len(data.prompt), tokenizer.encode, data.prompt)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": served.max_len}
 
 
 @post("/detokenize", status_code=200, summary="Token ids to text", tags=["tokenizer"])
 async def detokenize(data: JSONBody[DetokenizeRequest], state: State) -> dict[str, str]:
     """Special tokens decode to nothing."""
-    tokenizer = state.frontend.served.tokenizer
+    tokenizer = state.server.served.tokenizer
+    state.server.limits().model_steps(data.model)
     if any(token >= tokenizer.vocab_size for token in data.tokens):
         raise invalid(f"tokens: ids must lie below {tokenizer.vocab_size}", "tokens")
-    return {"prompt": tokenizer.decode(data.tokens)}
+    return {"prompt": await in_thread_if_large(len(data.tokens), tokenizer.decode, data.tokens)}
 
 
 @get("/tokenizer_info", summary="Special tokens and chat template", tags=["tokenizer"])
 async def tokenizer_info(state: State) -> dict[str, Any]:
     """What lm-eval's remote tokenizer asks for."""
-    tokenizer = state.frontend.served.tokenizer
+    tokenizer = state.server.served.tokenizer
     names = {i: text for text, i in tokenizer.special_tokens.items()}
     bos, eos = (None if i is None else names.get(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
     return {
-        "tokenizer_class": "rdlm", "vocab_size": tokenizer.vocab_size, "model_max_length": state.frontend.served.max_len,
-        "bos_token": bos, "eos_token": eos, "pad_token": eos, "chat_template": tokenizer.chat_template,
-    }  # fmt: skip
+        "tokenizer_class": "rdlm",
+        "vocab_size": tokenizer.vocab_size,
+        "model_max_length": state.server.served.max_len,
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": eos,
+        "chat_template": tokenizer.chat_template,
+    }
+
+
+@cache
+def _page() -> bytes:
+    return files("serve").joinpath("page.html").read_bytes()
+
+
+@get("/", include_in_schema=False)
+async def page() -> Response[bytes]:
+    """A page to try the model from a browser: one file, nothing from elsewhere. Answered without a key: the page asks for one."""
+    headers = {"Content-Security-Policy": CONTENT_POLICY, "Cache-Control": "no-cache"}
+    return Response(_page(), media_type=MediaType.HTML, headers=headers)

@@ -1,26 +1,64 @@
-"""What clients send, as pydantic models: unknown fields and values out of range are errors, never ignored."""
+"""What clients send, as pydantic models. Unknown fields and values out of range are errors, never ignored.
+
+Every number has an upper bound here and every list a largest length, so that no later code meets a value it cannot hold. Lists stop
+at their first wrong item (``fail_fast``): an error of a megabyte of items would cost more than the request.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import difflib
+import json
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
 from rdlm.sampling_params import Bridge, Order
+from serve.engine.exits import CRITERIA
+from serve.errors import invalid
+
+INT32 = 2**31 - 1
+MAX_CHOICES = 1024
+"""Prompts times ``n`` of one HTTP request."""
+MAX_IDS = 1 << 20
+"""Token ids of one prompt, before the context is looked at."""
+MAX_TEXT = 1 << 20
+"""Characters that /tokenize takes, and ids that /detokenize takes."""
+MAX_SCHEDULE = 4096
+MAX_STOPS, MAX_STOP_LENGTH = 64, 512
+MAX_STOP_IDS, MAX_BIASES = 1024, 1024
+MAX_MESSAGES = 4096
 
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-TokenId = Annotated[StrictInt, Field(ge=0)]
+Count = Annotated[StrictInt, Field(ge=0, le=INT32)]
+Positive = Annotated[StrictInt, Field(ge=1, le=INT32)]
+TokenId = Annotated[StrictInt, Field(ge=0, le=INT32)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
-MAX_SCHEDULE = 4096
+Identifier = Annotated[StrictStr, Field(max_length=512)]
+ModelName = Annotated[StrictStr, Field(max_length=256)]
+Neutral = dict[str, tuple[Any, ...]]
+"""Field -> values that change nothing here, null among them; any other value is refused by name."""
+
+
+def is_count(value: object, least: int = 0) -> bool:
+    """Whether ``value`` is an integer (and no boolean) from ``least`` to 2^31 - 1."""
+    return type(value) is int and least <= value <= INT32
+
+
+# One error for the whole field, where a union would report one for each of its members and for each of their items.
 
 
 def _steps(value: object) -> object:
-    """One error for the whole field, where a union would report one for each of its members."""
-    if (
-        value is None
-        or value == "auto"
-        or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
-    ):
+    if value is None or value == "auto" or is_count(value, 1):
         return value
     raise ValueError('it must be an integer of at least 1, or "auto"')
 
@@ -32,63 +70,178 @@ def _schedule(value: Any) -> list[int] | None:
     if isinstance(value, dict) and value.keys() == {"prefill", "decode"}:
         decode = value["decode"]
         value = [value["prefill"], *(decode if isinstance(decode, list) else [decode])]
-    fits = isinstance(value, list) and 0 < len(value) <= MAX_SCHEDULE
-    if fits and all(isinstance(k, int) and not isinstance(k, bool) and k >= 1 for k in value):
+    if isinstance(value, list) and 0 < len(value) <= MAX_SCHEDULE and all(is_count(k, 1) for k in value):
         return value
-    problem = (
-        f'it must be a list of 1 to {MAX_SCHEDULE} core steps, or {{"prefill": K, "decode": K or a list}}'
-    )
-    raise ValueError(problem)
+    form = '{"prefill": K, "decode": K or a list}'
+    raise ValueError(f"it must be a list of 1 to {MAX_SCHEDULE} core steps, or {form}")
+
+
+def _prompt(value: Any) -> list[str | list[int]]:
+    """Every form of a prompt as a list of texts and id lists."""
+    items = value if isinstance(value, list) and not (value and is_count(value[0])) else [value]
+    if not items:
+        raise ValueError("the list is empty; send at least one prompt")
+    if len(items) > MAX_CHOICES:
+        raise ValueError(f"{len(items)} prompts exceed {MAX_CHOICES}")
+    for item in items:
+        if isinstance(item, list) and len(item) > MAX_IDS:
+            raise ValueError(f"{len(item)} token ids exceed {MAX_IDS}")
+        if not (isinstance(item, str) or (isinstance(item, list) and all(is_count(i) for i in item))):
+            raise ValueError("it must be a text, a list of token ids, or a list of such prompts")
+    return items
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    stop = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else None
+    if value is None:
+        return ()
+    if stop is None or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop[:MAX_STOPS]):
+        raise ValueError(f"it must be a text or a list of at most {MAX_STOPS} texts")
+    if "" in stop:
+        raise ValueError("an empty string would end every text; remove it")
+    if any(len(s) > MAX_STOP_LENGTH for s in stop):
+        raise ValueError(f"a stop string has at most {MAX_STOP_LENGTH} characters")
+    return stop
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise ValueError(f"it must be an object of at most {MAX_BIASES} token ids")
+    found = {}
+    for key, bias in value.items():
+        # ASCII digits only: int() would read digits of other scripts, and take minutes over a very long number
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32):
+            raise ValueError(f"{shorten(key)!r} is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of token {key} must be a number from -100 to 100")
+        found[int(key)] = float(bias)
+    return found
+
+
+def _metadata(value: Any) -> dict[str, str] | None:
+    if value is None:
+        return None
+    small = isinstance(value, dict) and len(value) <= 16
+    if small and all(len(k) <= 64 and isinstance(v, str) and len(v) <= 512 for k, v in value.items()):
+        return value
+    raise ValueError("it must be an object of at most 16 short texts (keys of 64, values of 512 characters)")
+
+
+def _content(value: Any) -> str:
+    """A text, or the texts of a list of parts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or len(value) > MAX_MESSAGES:
+        raise ValueError("it must be a text or a list of parts of type 'text'")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            problem = (
+                f"a part of type {shorten(kind)!r}" if isinstance(kind, str) else "a part without a type"
+            )
+            raise ValueError(f"{problem} cannot be read; this model takes parts of type 'text'")
+        # cache_control is a hint to caches, which changes no answer
+        if not isinstance(part.get("text"), str) or part.keys() - {"type", "text", "cache_control"}:
+            raise ValueError("a part of type 'text' has a field text, and no other but cache_control")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def shorten(text: str, length: int = 80) -> str:
+    """``text`` as an error may quote it."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 class Body(BaseModel):
     """Base of all requests."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
+    path: ClassVar[str] = ""
+    """Of a nested object: its field, with a dot."""
+    neutral: ClassVar[Neutral] = {}
+    """Fields of OpenAI's and vLLM's interfaces that are accepted where they change nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        """``value`` without neutral fields. Raises ApiError at the first unknown field: pydantic would list each of a million."""
+        if not isinstance(value, dict):
+            return value
+        for name, given in value.items():
+            if name not in cls.model_fields:
+                shown = shorten(str(name))
+                accepted = cls.neutral.get(name)
+                if accepted is None:
+                    near = difflib.get_close_matches(shown, cls.model_fields, 1)
+                    hint = f"did you mean {near[0]}?" if near else "/schema lists the fields"
+                    raise invalid(f"{cls.path}{shown}: there is no such field; {hint}", f"{cls.path}{shown}")
+                if given is not None and not any(type(given) is type(a) and given == a for a in accepted):
+                    choices = "".join(f" or send {json.dumps(a)}" for a in accepted)
+                    problem = f"this server does not support this value; leave it out{choices}"
+                    raise invalid(f"{cls.path}{shown}: {problem}", f"{cls.path}{shown}", "unsupported_value")
+        return {name: given for name, given in value.items() if name in cls.model_fields}
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        """Raises ApiError that names the first wrong field."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+        param = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise invalid(f"{param}: {message}" if param else f"the body: {message}", param or None)
 
 
 class StreamOptions(Body):
+    path: ClassVar[str] = "stream_options."
+    neutral: ClassVar[Neutral] = {
+        "include_obfuscation": (False,),
+    }
     include_usage: StrictBool = False
     """Send one more chunk with ``usage`` and no choices before the end of the stream."""
     continuous_usage_stats: StrictBool = False
     """Carry the usage so far in every chunk."""
     include_steps: StrictBool = False
-    """Between tokens, tell what each core step would have said: chunks without choices whose ``recurrence`` has it."""
-    steps_every: Annotated[StrictInt, Field(ge=1)] | None = None
+    """Between tokens, send what each core step predicts: chunks without choices whose ``recurrence`` has it."""
+    steps_every: Positive | None = None
     """With include_steps: only every so many steps (default 1); each costs coda and head."""
     steps_top: Annotated[StrictInt, Field(ge=1, le=20)] | None = None
     """With include_steps: how many likely tokens to name (default 1)."""
 
 
 class ExitBody(Body):
-    """When a position may leave early: once the criterion falls below the threshold."""
+    """When a position may exit early: once the criterion falls below the threshold."""
 
-    criterion: Literal[
-        "latent-diff", "cosine", "kl", "minp-kl", "entropy-diff", "argmax-stability", "none"
-    ] = "latent-diff"
-    """latent-diff, cosine: change of the state, free. The others look at the prediction: coda and head at every check."""
-    threshold: Annotated[Finite, Field(ge=0)] | None = None
-    """Default by criterion, those of Huginn's code; 0 never exits. Of argmax-stability: how many repeats suffice."""
-    min_steps: Annotated[StrictInt, Field(ge=1)] | None = None
-    max_steps: Annotated[StrictInt, Field(ge=1)] | None = None
+    path: ClassVar[str] = "exit."
+    criterion: Annotated[StrictStr, Field(max_length=64, json_schema_extra={"enum": [*CRITERIA, "none"]})] = (
+        next(iter(CRITERIA))
+    )
+    threshold: Annotated[Finite, Field(ge=0, le=1e12)] | None = None
+    """Default by criterion (/v1/models lists them); 0 never exits."""
+    min_steps: Positive | None = None
+    max_steps: Positive | None = None
     """Default ``num_steps``, or the most the server allows."""
-    check_every: Annotated[StrictInt, Field(ge=1)] | None = None
+    check_every: Positive | None = None
     """Check only every so many steps; default 1."""
     prefill: StrictBool | None = None
-    """Whether chunks of the prompt may leave early too; default true."""
+    """Whether chunks of the prompt may exit early too; default true."""
 
 
 class Schedule(Body):
     """K of the prompt (and of the first token, which is drawn from its end), and of the tokens after it."""
 
-    prefill: Annotated[StrictInt, Field(ge=1)]
-    decode: Annotated[StrictInt, Field(ge=1)] | list[Annotated[StrictInt, Field(ge=1)]]
+    prefill: Positive
+    decode: Positive | list[Positive]
 
 
 class SamplingBody(Body):
     """Fields that completions and chat share. ``null`` means the default everywhere."""
 
-    model: StrictStr | None = None
+    model: ModelName | None = None
     """Served name, or ``name:kN`` to choose N core steps."""
     num_steps: Annotated[int | Literal["auto"] | None, PlainValidator(_steps)] = None
     """Core steps K per token; /v1/models states the range, the default and what K means for this model. auto: see ``exit``."""
@@ -96,49 +249,93 @@ class SamplingBody(Body):
     """OpenAI's name for K: medium is the default K, each level halves or doubles it; /v1/models states the numbers."""
     exit: ExitBody | None = None
     """Adaptive depth: each token takes as many steps as it needs. ``num_steps: "auto"`` is this with its defaults."""
-    min_steps: Annotated[StrictInt, Field(ge=1)] | None = None
+    min_steps: Positive | None = None
     """Least steps of a token where ``exit`` or ``max_ms`` makes them vary."""
-    max_steps: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_steps: Positive | None = None
     """Most steps of a token where ``exit`` makes them vary; the same as ``exit.max_steps``."""
     schedule: Annotated[list[int] | Schedule | None, PlainValidator(_schedule)] = None
     """K by token: a list, whose first entry is the prompt's (and first token's) and whose last goes on, or prefill and decode."""
     max_ms: Annotated[StrictInt, Field(ge=1, le=86_400_000)] | None = None
     """Deadline in milliseconds, waiting included: K is lowered (to ``min_steps`` at least) where max_tokens would not fit it, and
     the answer ends with what there is when it has passed."""
-    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
     """0 is greedy; default 1."""
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
-    top_k: StrictInt | None = Field(None, ge=-1)
+    top_k: Annotated[StrictInt, Field(ge=-1, le=INT32)] | None = None
     """0 or -1 switches it off."""
     min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Finite, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
-    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
-    """Token id -> added logit."""
+    logit_bias: Annotated[dict[str, float] | None, PlainValidator(_logit_bias)] = None
+    """Token id -> added logit, -100 to 100."""
     bridge: Bridge | None = None
-    """Of models that draw a token through K noise levels: hard (default) draws at each level and re-noises what it drew; euler and
-    multistep follow the ODE from one draw of noise and draw at the last level. /v1/models states what K means for this model."""
+    """For models that draw a token through K noise levels: hard (default) draws at each level and re-noises the drawn token; euler
+    and multistep follow the ODE from one draw of noise and draw at the last level."""
     order: Order | None = None
-    """Of masked models: which tokens of the answer come into sight first, random by default; /v1/models lists what the model takes."""
-    seed: StrictInt | None = None
+    """For masked models: which positions of the answer are unmasked first, random by default; /v1/models lists the orders."""
+    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     """Same seed, same request: same text, whatever else the server is doing."""
-    stop: StrictStr | list[StrictStr] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: Annotated[str | list[str] | None, PlainValidator(_stop)] = None
+    """At most 64 texts of 512 characters each."""
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_IDS)] | None = None
     ignore_eos: StrictBool | None = None
-    min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    min_tokens: Count | None = None
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     """Score the prompt and report that many alternatives for each of its tokens, as vLLM does; not in streams."""
+    return_token_ids: StrictBool | None = None
+    """Report the ids of the prompt and of the answer, as vLLM does."""
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
+
+    user: Identifier | None = None
+    """Written to the JSON log, like the next three."""
+    metadata: Annotated[dict[str, str] | None, PlainValidator(_metadata)] = None
+    safety_identifier: Identifier | None = None
+    prompt_cache_key: Identifier | None = None
+
+    neutral: ClassVar[Neutral] = {
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+        "prompt_cache_retention": ("in-memory", "in_memory"),
+        "best_of": (1,),
+        "use_beam_search": (False,),
+        "length_penalty": (1, 1.0),
+        "early_stopping": (False,),
+        "typical_p": (1, 1.0),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True, False),
+        "include_stop_str_in_output": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "allowed_token_ids": ([],),
+        "bad_words": ([],),
+        "logits_processors": ([],),
+        "truncate_prompt_tokens": (),
+        "priority": (0,),
+        "response_format": ({"type": "text"},),
+        "structured_outputs": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+    }
+
+    @property
+    def identifiers(self) -> dict[str, Any]:
+        """What the log gets."""
+        names = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+Prompt = Annotated[str | list[str] | list[int] | list[list[int]], PlainValidator(_prompt)]
 
 
 class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+    prompt: Prompt
     """Text or token ids, one or several."""
     echo: StrictBool | None = None
     """Begin each text with its prompt; with ``logprobs``, score the prompt too."""
@@ -146,59 +343,90 @@ class CompletionRequest(SamplingBody):
     """Alternatives to report for each token."""
     add_special_tokens: StrictBool | None = None
     """Put the beginning-of-text token, where the tokenizer has one, before text prompts (default true)."""
+    neutral: ClassVar[Neutral] = SamplingBody.neutral | {
+        "suffix": ("",),
+    }
 
 
 class ScoreRequest(Body):
     """POST /v1/score."""
 
-    prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
+    prompt: Prompt
     """Text or token ids, one or several."""
-    num_steps: list[Annotated[StrictInt, Field(ge=1)]] = Field(min_length=1, max_length=64)
+    num_steps: Annotated[list[Positive], Field(fail_fast=True, min_length=1, max_length=64)]
     """Every K to score at; the pass costs what the largest costs, and a read-out for each."""
-    model: StrictStr | None = None
+    model: ModelName | None = None
     add_special_tokens: StrictBool | None = None
     """As in completions."""
 
 
-class TextPart(Body):
-    type: Literal["text"]
-    text: StrictStr
-
-
 class Message(Body):
-    role: StrictStr
-    content: StrictStr | list[TextPart]
-    name: StrictStr | None = None
-    type: Literal["text"] | None = None
-    """Tolerated: old lm-eval releases send it."""
+    """One turn of a conversation. What the chat template does with roles and names is its own affair."""
+
+    path: ClassVar[str] = "messages."
+    role: Annotated[StrictStr, Field(max_length=64)]
+    content: Annotated[str | list[dict[str, Any]], PlainValidator(_content)]
+    """A text, or parts of type ``text``."""
+    name: Identifier | None = None
+    tool_call_id: Identifier | None = None
+    cache_control: dict[str, Any] | None = None
+    """A hint to caches; accepted, as it changes no answer."""
+    neutral: ClassVar[Neutral] = {
+        "type": ("text",),
+        "refusal": (),
+        "tool_calls": ([],),
+        "function_call": (),
+        "annotations": ([],),
+        "audio": (),
+        "reasoning": ("",),
+        "reasoning_content": ("",),
+        "parsed": (),
+    }
 
     def plain(self) -> dict[str, Any]:
-        """role, content (and name) as a chat template expects them."""
-        content = (
-            self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        )
-        return {"role": self.role, "content": content} | ({} if self.name is None else {"name": self.name})
+        """The fields that a chat template sees."""
+        return self.model_dump(include={"role", "content", "name", "tool_call_id"}, exclude_none=True)
 
 
 class ChatRequest(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables for the chat template."""
+    neutral: ClassVar[Neutral] = SamplingBody.neutral | {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "web_search_options": (),
+        "verbosity": ("medium",),
+        "chat_template": (),
+        "documents": ([],),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),
+        "echo": (False,),
+    }
 
 
 class TokenizeRequest(Body):
     """POST /tokenize."""
 
-    prompt: StrictStr
+    prompt: Annotated[StrictStr, Field(max_length=MAX_TEXT)]
     add_special_tokens: StrictBool = True
-    model: StrictStr | None = None
+    model: ModelName | None = None
 
 
 class DetokenizeRequest(Body):
     """POST /detokenize."""
 
-    tokens: list[TokenId]
-    model: StrictStr | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_TEXT)]
+    model: ModelName | None = None

@@ -16,7 +16,7 @@ from rdlm.checkpoints.folder import save
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
 from serve.api.app import create_app
-from serve.api.tracing import traced
+from serve.api.observability import traced
 from serve.cli import _keys_of
 from serve.cli import app as cli
 from serve.engine.engine import Engine

@@ -259,7 +259,7 @@ def test_auto_and_effort(client: TestClient) -> None:
     [
         ({"exit": {"criterion": "entropy"}}, "exit.criterion", "latent-diff"),
         ({"exit": {"threshold": -1}}, "exit.threshold", "greater"),
-        ({"exit": {"threshhold": 1}}, "exit.threshhold", "Extra"),
+        ({"exit": {"threshhold": 1}}, "exit.threshhold", "did you mean threshold"),
         ({"exit": {"max_steps": 9}}, "exit.max_steps", "1 to 8"),
         ({"exit": {"max_steps": 4}, "num_steps": 3}, "exit.max_steps", "contradicts"),
         ({"exit": {"min_steps": 4, "max_steps": 3}}, "exit.min_steps", "exceeds"),

@@ -142,7 +142,7 @@ def test_echo_scores_the_prompt_as_lm_eval_reads_it(client: TestClient) -> None:
 def test_greedy_continuation_reads_as_greedy(client: TestClient) -> None:
     """What the model says greedily is, read back as a prompt, its own best at every place, at equal log-probabilities."""
     request = Request((5, 6, 7), StepBudget(1), 8, SamplingParams(temperature=0), logprobs=1)
-    said = client.app.state.frontend.engine.generate([request])[0]
+    said = client.app.state.server.engine.generate([request])[0]
     prompt = [*request.prompt, *(event.token for event in said)]
     read = complete(client, prompt=prompt, logprobs=1, echo=True, max_tokens=0, num_steps=1)["choices"][0][
         "logprobs"
@@ -228,7 +228,7 @@ REFUSALS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"prompt": "x", "model": "tiny:k99"}, 400, "model", "1 to 8"),
     ({"prompt": "x", "model": "tiny:k2", "num_steps": 3}, 400, "num_steps", "one of them"),
     ({"prompt": "x", "model": "gpt-4"}, 404, "model", "does not exist"),
-    ({"prompt": "x", "best_of": 2}, 400, "best_of", "Extra inputs"),
+    ({"prompt": "x", "best_of": 2}, 400, "best_of", "send 1"),
     ({"prompt": "x", "temperature": -1}, 400, "temperature", "greater"),
     ({"prompt": "x", "temperature": "hot"}, 400, "temperature", "number"),
     ({"prompt": "x", "top_p": 0}, 400, "top_p", "greater"),
@@ -241,7 +241,7 @@ REFUSALS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"prompt": []}, 400, "prompt", "empty"),
     ({"prompt": [[]]}, 400, "prompt", "no tokens"),
     ({"prompt": "x", "stop": ""}, 400, "stop", "empty"),
-    ({"prompt": "x", "stop": ["a"] * 1025}, 400, "stop", "1024"),
+    ({"prompt": "x", "stop": ["a"] * 65}, 400, "stop", "64"),
     ({"prompt": "x", "stop_token_ids": [300], "min_tokens": 1}, 400, "stop_token_ids", "below 300"),
     ({"prompt": "x", "temperature": 1e-9}, 400, "temperature", "greedy"),
     ({"prompt": "x", "repetition_penalty": 1e-9}, 400, "repetition_penalty", "greater"),
@@ -249,12 +249,13 @@ REFUSALS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"prompt": "x", "min_tokens": 9, "max_tokens": 3}, 400, "min_tokens", "exceeds"),
     ({"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias", "token id"),
     ({"prompt": "x", "logit_bias": {"999999": 1}}, 400, "logit_bias", "below 300"),
+    ({"prompt": "x", "stop": "a" * 513}, 400, "stop", "512"),
     ({"prompt": "x", "stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),
     (
         {"prompt": "x", "stream": True, "stream_options": {"include": True}},
         400,
         "stream_options.include",
-        "Extra inputs",
+        "did you mean include_",
     ),
     ({}, 400, "prompt", "required"),
 ]
@@ -354,7 +355,11 @@ def test_keys_limits_and_states(make_served: Callable[..., Served]) -> None:
         engine.wait_ready(10)
         assert client.post("/v1/completions", json={"prompt": "x"}, headers=headers).status_code == 200
         assert client.post("/v1/completions", json={"prompt": "x" * 4000}, headers=headers).status_code == 413
-        full = client.post("/v1/completions", json={"prompt": ["x"] * 9}, headers=headers)
+        never = client.post("/v1/completions", json={"prompt": ["x"] * 5}, headers=headers)
+        assert never.status_code == 400 and "4 choices" in never.json()["error"]["message"]
+        held = engine.submit([Request((5,), StepBudget(8), 100)] * 3, lambda event: None)
+        full = client.post("/v1/completions", json={"prompt": ["x"] * 2}, headers=headers)
+        engine.abort(held)
         assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
         assert full.json()["error"]["type"] == "rate_limit_error"
         engine.refuse()

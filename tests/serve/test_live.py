@@ -148,7 +148,7 @@ def test_two_events_in_one_segment_split_on_a_blank_line(live: Live) -> None:
     body = json.dumps(
         {"prompt": "x", "max_tokens": 20, "stream": True, "temperature": 0, "ignore_eos": True}
     ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
         time.sleep(0.5)
@@ -195,7 +195,7 @@ def test_half_a_body_is_no_defect_of_the_server(live: Live) -> None:
     left, defects = refused(499), refused(500)
     address = httpx.URL(live.url)
     with socket.create_connection((address.host, address.port or 80)) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
         connection.sendall(head.encode() + b'{"prompt": "x')
     deadline = time.monotonic() + 60
     while refused(499) + refused(500) == left + defects:
@@ -242,15 +242,11 @@ def test_sigterm_loses_no_accepted_request(checkpoint: Path, tmp_path: Path) -> 
             time.sleep(0.02)
         assert not any(count.done() for count in counts)
         server.process.send_signal(signal.SIGTERM)
-        while True:  # 503 for as long as it listens, then no connection
-            try:
-                late = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
-            except httpx.TransportError:
-                break
-            assert late.status_code in (200, 503)
-            if late.status_code == 200:  # sent before the signal arrived
-                continue
-            break
+        late = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+        while late.status_code == 200:  # sent before the signal arrived
+            late = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+        assert httpx.get(f"{server.url}/ready").status_code == 503
         assert [count.result(120) for count in counts] == [80] * 6
     assert server.process.wait(60) == 0
     said = (server.process.stdout.read() if server.process.stdout else "").splitlines()
@@ -258,6 +254,46 @@ def test_sigterm_loses_no_accepted_request(checkpoint: Path, tmp_path: Path) -> 
     logged = [json.loads(line) for line in said if line.startswith("{")]
     answered = [line for line in logged if line.get("path") == "/v1/completions" and line["status"] == 200]
     assert len(answered) >= 6 and len({line["request_id"] for line in answered}) == len(answered)
+
+
+def test_what_outlives_the_drain_ends_with_503(checkpoint: Path, tmp_path: Path) -> None:
+    """Running, waiting and streamed requests at the hard end: each is told so in OpenAI's form, and the log has no traceback."""
+    server = launch(checkpoint, tmp_path, "--drain-seconds", "0.2", "--max-slots", "2")
+    body = {"prompt": "x", "max_tokens": 2000, "num_steps": 8, "ignore_eos": True}
+
+    def ask(stream: bool) -> httpx.Response:
+        return httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream}, timeout=120)
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(ask, i == 0) for i in range(4)]
+        while metric(server, "rdlm_running_sequences") + metric(server, "rdlm_queue_sequences") < 4:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        first, *others = [answer.result(120) for answer in answers]
+    assert [(a.status_code, a.json()["error"]["code"]) for a in others] == [(503, "aborted")] * 3
+    events = first.text.split("\n\n")
+    assert first.status_code == 200 and events[-2:] == ["data: [DONE]", ""]
+    assert json.loads(events[-3].removeprefix("data: "))["error"]["code"] == "aborted"
+    assert server.process.wait(60) == 0
+    said = server.process.stdout.read() if server.process.stdout else ""
+    assert "Traceback" not in said, said
+
+
+def test_odd_hosts_reach_no_defect(live: Live) -> None:
+    """As bytes on a socket: clients' libraries do not send them."""
+    address = httpx.URL(live.url)
+    for host, status in (
+        (b"a:99999", 403),
+        (b"evil.example", 403),
+        (b"a:b", 403),
+        (b"localhost:99999", 200),
+        (b"[::1]:b", 200),
+    ):
+        with socket.create_connection((address.host, address.port or 80)) as connection:
+            connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(1 << 16), b""))
+        assert int(answer.split()[1]) == status, answer
+        json.loads(answer.partition(b"\r\n\r\n")[2])
 
 
 def test_after_sigkill_the_same_command_serves_again(checkpoint: Path, tmp_path: Path) -> None:
@@ -292,7 +328,7 @@ def test_after_sigkill_the_same_command_serves_again(checkpoint: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--default-steps", "99"], "default_steps=99"),
+        (["--num-steps", "99"], "default_steps=99"),
         (["--dtype", "int3"], "dtype='int3'"),
         (["--port", "70000"], "port=70000"),
         (["--max-len", "99999"], "max_len=99999"),

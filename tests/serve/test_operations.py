@@ -12,7 +12,7 @@ from litestar.testing import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve.api.app import create_app
-from serve.api.logs import JsonLines
+from serve.api.observability import JsonLines
 from serve.engine.engine import Engine
 from serve.engine.events import Served
 from serve.settings import EngineSettings, HttpSettings
@@ -83,7 +83,7 @@ def test_metrics_belong_to_one_application_and_ask_for_its_key(
 def test_cancellations_are_counted(client: TestClient) -> None:
     from serve.engine.sequence import Request, StepBudget
 
-    engine = client.app.state.frontend.engine
+    engine = client.app.state.server.engine
     seen: list[Any] = []
     engine.abort(engine.submit([Request((5, 6), StepBudget(8), 100)], seen.append))
     while not any(event.finish for event in seen):

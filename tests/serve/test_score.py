@@ -43,7 +43,7 @@ def reference(served: Served, prompt: list[int], ks: list[int]) -> dict[int, tor
 
 def test_a_sweep_equals_scoring_at_each_k_among_strangers(client: TestClient, served: Served) -> None:
     """Prompts beyond a chunk and beyond prefill_rows too, in the shared cache, while others decode."""
-    engine: Engine = client.app.state.frontend.engine
+    engine: Engine = client.app.state.server.engine
     from serve.engine.sequence import Request, StepBudget
 
     stranger = engine.submit([Request((5, 6, 7), StepBudget(3), 100)], lambda event: None)
@@ -98,7 +98,7 @@ def test_text_is_scored_as_completions_score_it(client: TestClient) -> None:
         ({"num_steps": [1, 2], "model": "tiny:k2"}, "num_steps", "one of them"),
         ({"num_steps": [1], "prompt": [[]]}, "prompt", "no tokens"),
         ({"num_steps": [1], "prompt": [ids(129)]}, "prompt", "128"),
-        ({"num_steps": [1], "top_p": 1}, "top_p", "Extra"),
+        ({"num_steps": [1], "top_p": 1}, "top_p", "no such field"),
     ],
 )
 def test_refusals(body: dict[str, Any], param: str, says: str, client: TestClient) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.sampling_params import SamplingParams
-from serve.api.openai_format import FLOOR, CompletionLogprobs, TokenNames, chat_logprobs
+from serve.api.openai_format import FLOOR, TokenNames, chat_logprobs, completion_logprobs
 from serve.engine import runner
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, StepBudget, TokenLogprobs
@@ -23,14 +23,14 @@ def test_of_two_tokens_that_read_the_same_the_likelier_is_kept(tokenizer: Tokeni
     assert len(halves) == 2
     for chosen, other in (halves, halves[::-1]):
         entry = TokenLogprobs(-3.0, ((other, -0.5),))
-        assert CompletionLogprobs(names).add([(chosen, entry)])["top_logprobs"] == [{"\ufffd": -0.5}]
+        assert completion_logprobs(names, [(chosen, 0, entry)])["top_logprobs"] == [{"\ufffd": -0.5}]
         assert [e["logprob"] for e in chat_logprobs(names, chosen, entry)["top_logprobs"]] == [-0.5]
 
 
 def test_no_reply_has_a_number_that_json_lacks(tokenizer: Tokenizer) -> None:
     names = TokenNames(tokenizer)
     entry = TokenLogprobs(-math.inf, ((7, math.nan), (8, -1.0)))
-    for reply in (CompletionLogprobs(names).add([(6, entry)]), chat_logprobs(names, 6, entry)):
+    for reply in (completion_logprobs(names, [(6, 0, entry)]), chat_logprobs(names, 6, entry)):
         text = json.dumps(reply, allow_nan=False)
         assert str(FLOOR) in text and "null" not in text
 

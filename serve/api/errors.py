@@ -1,0 +1,53 @@
+"""Exceptions to answers in OpenAI's form. Nothing here parses a URL: a Host header can make that fail."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from litestar import MediaType, Request, Response
+from litestar.exceptions import HTTPException, ValidationException
+
+from rdlm.errors import UserError
+from serve.api.schemas import shorten
+from serve.errors import ApiError, from_user_error
+
+logger = logging.getLogger("rdlm.serve")
+CLIENT_LEFT = "client disconnected prematurely"
+"""Litestar's detail, in an error of the server's, where a client hangs up in the middle of its body."""
+
+
+def _answer(request: Request[Any, Any, Any], error: ApiError) -> Response[dict[str, Any]]:
+    request.app.state.server.metrics.refusals[error.status] += 1
+    headers = {**error.headers, **({"WWW-Authenticate": "Bearer"} if error.status == 401 else {})}
+    return Response(error.body(), status_code=error.status, media_type=MediaType.JSON, headers=headers)
+
+
+def _user_error(request: Request[Any, Any, Any], error: UserError) -> Response[dict[str, Any]]:
+    return _answer(request, from_user_error(error))
+
+
+def _http_error(request: Request[Any, Any, Any], error: HTTPException) -> Response[dict[str, Any]]:
+    """Litestar's own refusals: wrong path or method, oversized bodies, parameters of the path."""
+    if error.detail == CLIENT_LEFT:
+        return _answer(request, ApiError(499, error.detail, "client_error"))
+    message = error.detail
+    if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
+        message = f"{error.extra[0].get('key', 'the request')}: {error.extra[0]['message']}"
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return _answer(request, ApiError(error.status_code, shorten(message, 400), kind))
+
+
+def _defect(request: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:
+    logger.error(
+        "a defect while answering %s %s", request.scope["method"], request.scope["path"], exc_info=error
+    )
+    return _answer(request, ApiError(500, "the server has a defect; its log has the details", "server_error"))
+
+
+EXCEPTION_HANDLERS: dict[int | type[Exception], Any] = {
+    ApiError: _answer,
+    UserError: _user_error,
+    HTTPException: _http_error,
+    Exception: _defect,
+}

@@ -1,0 +1,88 @@
+"""Routes that run the model: each parses the request, submits it, and formats the events that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+from litestar import Request, Response, post
+from litestar.connection import ASGIConnection
+from litestar.datastructures import State
+from litestar.handlers.base import BaseRouteHandler
+from litestar.params import JSONBody
+
+from serve.api.observability import FACTS
+from serve.api.openai_format import ChatFormat, CompletionFormat, score_answer
+from serve.api.request_parsing import in_thread_if_large, parse_chat, parse_completion, parse_score
+from serve.api.schemas import ChatRequest, CompletionRequest, ScoreRequest
+from serve.api.state import ServerState
+from serve.api.streaming import chunks, collect, event_stream, last_events, until_disconnect
+
+
+def has_room(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    """Guard that refuses before the body is read. Raises EngineClosed (503) or QueueFull (429)."""
+    connection.app.state.server.engine.check_room(1)
+
+
+@post(
+    "/v1/completions",
+    status_code=200,
+    guards=[has_room],
+    summary="Continue one or several prompts",
+    tags=["generation"],
+)
+async def completions(
+    data: JSONBody[CompletionRequest], request: Request[Any, Any, Any], state: State
+) -> Response[Any]:
+    """OpenAI's completions with ``num_steps``; with echo and logprobs it also scores prompts. K may be a header, X-Num-Steps."""
+    server: ServerState = state.server
+    request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
+    parsed = await in_thread_if_large(_size(data.prompt), parse_completion, data, server.limits(request))
+    answer = CompletionFormat(parsed, server.token_names, data.logprobs is not None)
+    events = server.submit(parsed, bool(data.stream))
+    if data.stream:
+        return event_stream(chunks(events, answer, data.stream_options))
+    return Response(await until_disconnect(request, collect(events, answer)))
+
+
+@post(
+    "/v1/chat/completions",
+    status_code=200,
+    guards=[has_room],
+    summary="Answer a conversation",
+    tags=["generation"],
+)
+async def chat_completions(
+    data: JSONBody[ChatRequest], request: Request[Any, Any, Any], state: State
+) -> Response[Any]:
+    """OpenAI's chat with ``num_steps``, through the tokenizer's chat template. K may be a header, X-Num-Steps."""
+    server: ServerState = state.server
+    request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
+    size, limits = sum(len(message.content) for message in data.messages), server.limits(request)
+    parsed = await in_thread_if_large(size, parse_chat, data, limits, server.chat_template)
+    answer = ChatFormat(parsed, server.token_names)
+    events = server.submit(parsed, bool(data.stream))
+    if data.stream:
+        return event_stream(chunks(events, answer, data.stream_options))
+    return Response(await until_disconnect(request, collect(events, answer)))
+
+
+@post(
+    "/v1/score",
+    status_code=200,
+    guards=[has_room],
+    summary="Log-probabilities of prompts at several K",
+    tags=["scoring"],
+)
+async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
+    """The trajectory is shared: scoring at K = 1, 4 and 16 costs 16 core steps a position and three read-outs."""
+    server: ServerState = state.server
+    parsed, ks = await in_thread_if_large(_size(data.prompt), parse_score, data, server.limits())
+    events = await until_disconnect(request, last_events(server.submit(parsed)))
+    return Response(score_answer(parsed, server.token_names, ks, server.served.config.estimator, events))
+
+
+def _size(prompts: Any) -> int:
+    """Characters and ids of all prompts."""
+    found: list[Sized] = prompts
+    return sum(len(prompt) for prompt in found)

@@ -1,0 +1,280 @@
+"""What stock clients send beside what they mean, and what they read: neutral fields, identifiers, token ids, offsets, templates."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from litestar.testing import TestClient
+from typer.testing import CliRunner
+
+from rdlm.data.tokenizer import Tokenizer, train_tokenizer
+from rdlm.errors import UserError
+from serve.api.app import create_app
+from serve.api.chat_template import ChatTemplate
+from serve.cli import app as cli
+from serve.engine.engine import Engine
+from serve.engine.events import Served
+from serve.errors import ApiError
+from serve.settings import EngineSettings, HttpSettings
+
+MESSAGES = [{"role": "user", "content": "the word"}]
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+NEUTRAL: list[tuple[str, dict[str, Any]]] = [
+    (path, field)
+    for path in (COMPLETIONS, CHAT)
+    for field in (
+        {"user": "u-1"}, {"metadata": {"run": "3"}}, {"store": False}, {"store": None}, {"service_tier": "auto"},
+        {"prompt_cache_key": "k"}, {"safety_identifier": "s"}, {"best_of": 1}, {"skip_special_tokens": True},
+        {"response_format": {"type": "text"}}, {"response_format": None}, {"use_beam_search": False}, {"bad_words": []},
+        {"top_k": -1}, {"n": None}, {"stop": None}, {"logit_bias": {}}, {"logit_bias": None}, {"guided_json": None},
+    )
+] + [(COMPLETIONS, {"suffix": None}), (COMPLETIONS, {"suffix": ""})] + [
+    (CHAT, field)
+    for field in (
+        {"tools": []}, {"tools": None}, {"tool_choice": "none"}, {"parallel_tool_calls": True}, {"verbosity": "medium"},
+        {"modalities": ["text"]}, {"chat_template_kwargs": {}}, {"top_logprobs": 0}, {"audio": None}, {"functions": []},
+        {"function_call": "none"}, {"add_generation_prompt": True}, {"web_search_options": None},
+    )
+]  # fmt: skip
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETIONS, {"suffix": "end"}, "suffix"), (COMPLETIONS, {"best_of": 3}, "best_of"), (CHAT, {"store": True}, "store"),
+    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"), (CHAT, {"verbosity": "low"}, "verbosity"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools"), (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"modalities": ["text", "audio"]}, "modalities"), (CHAT, {"skip_special_tokens": False}, "skip_special_tokens"),
+    (CHAT, {"guided_json": {"type": "object"}}, "guided_json"), (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.tool_calls"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def client(make_served: Callable[..., Served]) -> Iterator[TestClient]:
+    with (
+        Engine(
+            lambda: make_served(settings=EngineSettings(max_slots=4, chunk=16, prefill_rows=32))
+        ) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
+        yield client
+
+
+def ask(client: TestClient, path: str = COMPLETIONS, **fields: Any) -> Any:
+    start = {"messages": MESSAGES} if path == CHAT else {"prompt": "in the"}
+    return client.post(path, json={**start, "temperature": 0, "max_tokens": 3, **fields})
+
+
+@pytest.mark.parametrize(("path", "field"), NEUTRAL)
+def test_a_field_that_changes_nothing_is_accepted(
+    path: str, field: dict[str, Any], client: TestClient
+) -> None:
+    plain, given = ask(client, path), ask(client, path, **field)
+    assert given.status_code == 200, given.text
+    assert given.json()["choices"] == plain.json()["choices"]
+
+
+@pytest.mark.parametrize(("path", "field", "param"), REFUSED)
+def test_what_would_change_the_answer_is_refused_by_name(
+    path: str, field: dict[str, Any], param: str, client: TestClient
+) -> None:
+    refused = ask(client, path, **field)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text
+
+
+def test_replies_can_be_sent_back(client: TestClient) -> None:
+    """openai's ``messages.append(reply.model_dump())``, with the fields its models have, and caches' hints."""
+    dumped = {"content": "god", "refusal": None, "role": "assistant", "annotations": [], "audio": None, "function_call": None,
+              "tool_calls": None}  # fmt: skip
+    hint = {"type": "ephemeral"}
+    parts = [{"type": "text", "text": "the word", "cache_control": hint}]
+    long = [{"role": "user", "content": parts, "cache_control": hint}, dumped, *MESSAGES]
+    short = [*MESSAGES, {"role": "assistant", "content": "god"}, *MESSAGES]
+    assert (
+        ask(client, CHAT, messages=long).json()["choices"]
+        == ask(client, CHAT, messages=short).json()["choices"]
+    )
+
+
+def test_identifiers_are_logged_and_nothing_else(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "rdlm.serve.access")
+    ask(client, CHAT, user="u-1", metadata={"run": "3"}, safety_identifier="s")
+    facts = caplog.records[-1].facts  # type: ignore[attr-defined]
+    assert {k: facts.get(k) for k in ("user", "metadata", "safety_identifier")} == {
+        "user": "u-1", "metadata": {"run": "3"}, "safety_identifier": "s"
+    }  # fmt: skip
+    assert "the word" not in json.dumps(facts)
+
+
+def test_token_ids_come_as_vllm_reports_them(client: TestClient, tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode("in the")
+    body = {"prompt": [prompt, [5]], "n": 2, "max_tokens": 4, "ignore_eos": True, "return_token_ids": True}
+    choices = ask(client, **body).json()["choices"]
+    assert [choice["prompt_token_ids"] for choice in choices] == [prompt, prompt, [5], [5]]
+    assert all(tokenizer.decode(c["token_ids"]) == c["text"] and len(c["token_ids"]) == 4 for c in choices)
+    parts = [
+        json.loads(line[6:])
+        for line in ask(client, **body, stream=True).text.split("\n\n")
+        if line[6:7] == "{"
+    ]
+    for choice in choices:
+        mine = [part["choices"][0] for part in parts if part["choices"][0]["index"] == choice["index"]]
+        assert [p["prompt_token_ids"] for p in mine] == [choice["prompt_token_ids"], None, None, None]
+        assert [i for p in mine for i in p["token_ids"]] == choice["token_ids"]
+    chat = ask(client, CHAT, return_token_ids=True, ignore_eos=True).json()
+    rendered = tokenizer.encode("<|endoftext|><user>the word\n<assistant>")
+    assert chat["prompt_token_ids"] == rendered and len(chat["choices"][0]["token_ids"]) == 3
+    assert "token_ids" not in ask(client).json()["choices"][0]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+@pytest.mark.parametrize(
+    "prompt", ["Grüße 😀 日本 end", "plain", "<|endoftext|>after 日", "😀<|endoftext|>日本"]
+)
+def test_offsets_are_places_in_the_text(
+    kind: Any, prompt: str, client: TestClient, tokenizer: Tokenizer
+) -> None:
+    from serve.api.openai_format import TextOffsets, TokenNames
+
+    if kind == "sentencepiece":
+        texts = iter(["in the beginning was the word and the word was with god"] * 50)
+        tokenizer = train_tokenizer("sentencepiece", texts, 290)
+    names = TokenNames(tokenizer)
+    ids = tokenizer.encode(prompt)
+    offsets = TextOffsets(names).of_prompt(ids, prompt)
+    assert offsets == sorted(offsets) and offsets[0] == 0
+    for token, start in zip(ids, offsets, strict=True):
+        text = names.name(token)
+        if "\ufffd" not in text:  # a whole number of characters: it stands where it says
+            assert prompt.startswith(text, start), (text, start)
+    assert all(start < len(prompt) for start in offsets)
+
+
+def test_offsets_of_an_echo_stay_in_the_text(client: TestClient) -> None:
+    body = {
+        "prompt": "Grüße 😀 日本 end",
+        "echo": True,
+        "logprobs": 0,
+        "max_tokens": 9,
+        "ignore_eos": True,
+        "temperature": 1,
+        "seed": 4,
+    }
+    choice = ask(client, **body).json()["choices"][0]
+    offsets = choice["logprobs"]["text_offset"]
+    assert offsets == sorted(offsets) and max(offsets) <= len(choice["text"])
+    streamed = [
+        json.loads(line[6:])
+        for line in ask(client, **body, stream=True).text.split("\n\n")
+        if line[6:7] == "{"
+    ]
+    assert [x for part in streamed for x in part["choices"][0]["logprobs"]["text_offset"]] == offsets
+    stop = choice["text"][-4:-2]
+    cut = ask(client, **body, stop=stop).json()["choices"][0]
+    assert max(cut["logprobs"]["text_offset"]) <= len(cut["text"])
+
+
+def test_tokenizer_routes_know_their_model(client: TestClient) -> None:
+    for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [5]})):
+        assert client.post(path, json={**body, "model": "tiny:k3"}).status_code == 200
+        assert client.post(path, json={**body, "model": "other"}).status_code == 404
+
+
+def test_head_is_get_without_a_body(client: TestClient) -> None:
+    for path in ("/health", "/ready", "/v1/models", "/metrics", "/"):
+        head, get = client.head(path), client.get(path)
+        assert head.status_code == get.status_code == 200 and head.content == b"", path
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert client.head("/v1/completions").status_code == 405
+
+
+def test_metrics_name_their_charset_once(client: TestClient) -> None:
+    assert client.get("/metrics").headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+def test_headers_of_the_openai_sdk_pass_a_preflight(make_served: Callable[..., Served]) -> None:
+    asked = (
+        "authorization, content-type, x-stainless-arch, x-stainless-retry-count, x-stainless-helper-method"
+    )
+    with TestClient(
+        create_app(Engine(make_served), HttpSettings(cors_origins=("https://a.example",)))
+    ) as client:
+        headers = {"origin": "https://a.example", "access-control-request-method": "POST"}
+        answer = client.options(COMPLETIONS, headers={**headers, "access-control-request-headers": asked})
+        allowed = answer.headers["access-control-allow-headers"].lower()
+        assert answer.status_code == 204 and all(name.strip() in allowed for name in asked.split(","))
+
+
+def templated(tokenizer: Tokenizer, source: str | None) -> Tokenizer:
+    import copy
+
+    changed = copy.copy(tokenizer)
+    changed.chat_template = source
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "a<b> ü"}]'),
+        ("{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "a<b> ü"),
+        ("{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}{% endfor %}", "user"),
+        ("{{ strftime_now('%Y')[:2] }}", "20"),
+        ("{{ bos_token }}{{ shout }}{% if add_generation_prompt %}!{% endif %}", "<|endoftext|>yes!"),
+        ("{% if tools %}tools{% endif %}{% set ns = namespace(a=1) %}{{ ns.a }}", "1"),
+    ],
+)
+def test_templates_run_in_the_environment_of_transformers(
+    source: str, expected: str, tokenizer: Tokenizer
+) -> None:
+    template = ChatTemplate(templated(tokenizer, source))
+    assert template.render([{"role": "user", "content": "a<b> ü"}], {"shout": "yes"}) == expected
+
+
+def test_templates_are_compiled_at_load_and_cannot_leave_their_sandbox(tokenizer: Tokenizer) -> None:
+    assert ChatTemplate.of(templated(tokenizer, None)) is None
+    with pytest.raises(UserError, match=r"chat_template.*line 2"):
+        ChatTemplate.of(templated(tokenizer, "x\n{% for %}"))
+    for source in (
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ 1 / 0 }}",
+        "{{ raise_exception('no') }}",
+    ):
+        with pytest.raises(ApiError, match="the chat template refuses them"):
+            ChatTemplate(templated(tokenizer, source)).render([], {})
+
+
+def test_criteria_of_the_schema_are_those_of_the_engine(client: TestClient) -> None:
+    from serve.engine.exits import CRITERIA
+
+    document = client.get("/schema/openapi.json").json()
+    properties = document["components"]["schemas"]["ExitBody"]["properties"]
+    assert properties["criterion"]["enum"] == [*CRITERIA, "none"]
+    listed = client.get("/v1/models").json()["data"][0]["recurrence"]["exit_criteria"]
+    assert {name: entry["default_threshold"] for name, entry in listed.items()} == {
+        name: criterion.default_threshold for name, criterion in CRITERIA.items()
+    }
+    unknown = ask(client, exit={"criterion": "kll"})
+    assert unknown.status_code == 400 and "latent-diff" in unknown.json()["error"]["message"]
+
+
+def test_old_names_of_options_work_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[EngineSettings] = []
+    monkeypatch.setattr(
+        "serve.process.run_server", lambda checkpoint, engine, http, port_file: found.append(engine)
+    )
+    new = CliRunner().invoke(cli, ["--checkpoint", str(tmp_path), "--num-steps", "3", "--max-num-steps", "7"])
+    old = CliRunner().invoke(cli, ["--checkpoint", str(tmp_path), "--default-steps", "3", "--max-steps", "7"])
+    assert new.exit_code == old.exit_code == 0 and found[0] == found[1] and found[0].default_steps == 3
+    assert new.stderr == "" and len(old.stderr.splitlines()) == 2 and "--num-steps" in old.stderr
+    both = CliRunner().invoke(
+        cli, ["--checkpoint", str(tmp_path), "--default-steps", "3", "--num-steps", "3"]
+    )
+    assert isinstance(both.exception, UserError)
