@@ -17,7 +17,6 @@ import typer
 from benchmarks.common import provenance, write_json
 from rdlm.checkpoints.folder import load
 from rdlm.data.token_shards import TokenStore
-from rdlm.scoring import token_logprobs
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import load_served
@@ -64,9 +63,7 @@ def main(
     windows = torch.cat([batch.inputs, batch.targets[:, -1:]], 1)
     rows: dict[str, Any] = {}
     for k in (int(part) for part in steps.split(",")):
-        exact = (
-            -token_logprobs(loaded.denoiser, loaded.config, batch.inputs, batch.targets, [k])[k].mean().item()
-        )
+        exact = -loaded.denoiser.token_logprobs(batch.inputs, batch.targets, [k])[k].mean().item()
         rows[str(k)] = {
             "exact": exact,
             **{kind: engine_nll(checkpoint, windows, k, kind) for kind in ("full", "shared")},

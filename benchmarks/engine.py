@@ -29,7 +29,7 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import train_tokenizer
 from rdlm.nn.attention import attention, rotary_table
 from rdlm.nn.layers import MLP
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
@@ -43,7 +43,7 @@ MIX = (4, 8, 16, 32)
 T = TypeVar("T")
 
 
-def build_model(d_model: int, vocab_size: int, max_len: int) -> tuple[Denoiser, CheckpointConfig, Any]:
+def build_model(d_model: int, vocab_size: int, max_len: int) -> tuple[Objective, CheckpointConfig, Any]:
     """A random 8-layer model with a tokenizer whose every id is text."""
     rng = torch.Generator().manual_seed(0)
     letters = torch.randint(97, 123, (40_000, 6), generator=rng).tolist()
@@ -65,7 +65,7 @@ def build_model(d_model: int, vocab_size: int, max_len: int) -> tuple[Denoiser, 
 class DenseCache:
     """Attention of B sequences of equal length in step, as anybody would write it first: keys of the last core step are kept."""
 
-    def __init__(self, denoiser: Denoiser, batch: int, max_len: int) -> None:
+    def __init__(self, denoiser: Objective, batch: int, max_len: int) -> None:
         model = denoiser.model
         weight, shape = (
             model.ln_f.weight,
@@ -90,7 +90,7 @@ class DenseCache:
 
 
 @torch.inference_mode()
-def dense_greedy(denoiser: Denoiser, prompts: Tensor, num_steps: int, num_tokens: int) -> Tensor:
+def dense_greedy(denoiser: Objective, prompts: Tensor, num_steps: int, num_tokens: int) -> Tensor:
     """prompts [B, L] -> the next ``num_tokens`` greedy ids [B, num_tokens]."""
     ctx = DenseCache(denoiser, len(prompts), prompts.shape[1] + num_tokens)
     ids, said = prompts, []
@@ -143,7 +143,7 @@ def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def against_naive(
-    denoiser: Denoiser, engine: Engine, prompts: Tensor, k: int, num_tokens: int, repeats: int
+    denoiser: Objective, engine: Engine, prompts: Tensor, k: int, num_tokens: int, repeats: int
 ) -> dict[str, Any]:
     """Engine, naive loop and limit at one K. The naive loop answers an eighth of the prompts: its rate does not depend on how many.
 
@@ -232,7 +232,7 @@ def along_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: int) -> d
     }
 
 
-def compile_mlps(denoiser: Denoiser) -> None:
+def compile_mlps(denoiser: Objective) -> None:
     """torch.compile where rows are all that varies; attention reads its context object and would break the graph anyway."""
     for module in denoiser.modules():
         if isinstance(module, MLP):

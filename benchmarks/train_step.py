@@ -25,10 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import provenance, write_json
 from rdlm.config.base import parse
-from rdlm.config.checkpoint import CheckpointConfig, ObjectiveConfig
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.objective import ObjectiveConfig
 from rdlm.data.batch import Batch
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import loss_terms
+from rdlm.objectives import Objective
+from rdlm.objectives.base import Keys
 from rdlm.registry import build
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -57,13 +58,13 @@ class Arm:
         blocks: dict[str, Any] | None = None,
     ) -> None:
         """settings: an objective; shape: a model, of family huginn unless it says so; blocks: how it is cut, then block 0 is timed."""
-        noisy = parse(ObjectiveConfig, settings, "arm").noisy
+        noisy = parse(ObjectiveConfig, settings, "arm").noise_conditioned
         model = {"family": "huginn", **shape, "max_seq_len": seq_len, "noise_conditioning": noisy}
         cut = {} if blocks is None else {"blocks": blocks, "block": 0}
         config = parse(
             CheckpointConfig, {"name": "bench", "model": model, "objective": settings, **cut}, "arm"
         )
-        self.denoiser: Denoiser = build(config, seed=0).to(device=device, dtype=dtype)
+        self.denoiser: Objective = build(config, seed=0).to(device=device, dtype=dtype)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=1e-4, fused=True)
         ids = torch.randint(
             0, shape["vocab_size"], (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(0)
@@ -74,7 +75,7 @@ class Arm:
     def update(self, clock: Callable[[], float] = time.perf_counter) -> float:
         """Run one update; returns its seconds on ``clock``."""
         started = clock()
-        terms = loss_terms(self.denoiser, self.batch, step=self.step, seed=0)
+        terms = self.denoiser.loss(self.batch, Keys(seed=0, step=self.step))
         (terms.total / terms.count).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -85,7 +86,7 @@ class Arm:
 
     def flops(self) -> int:
         with FlopCounterMode(display=False) as counter:
-            terms = loss_terms(self.denoiser, self.batch, step=0, seed=0)
+            terms = self.denoiser.loss(self.batch, Keys(seed=0, step=0))
             (terms.total / terms.count).backward()
         self.optimizer.zero_grad()
         return counter.get_total_flops()

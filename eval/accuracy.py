@@ -10,14 +10,12 @@ import torch
 
 from eval.nll import check_steps
 from eval.stats import interval, resamples
-from rdlm.answers import greedy_answers
 from rdlm.checkpoints.folder import Loaded
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import VitConfig
 from rdlm.data.images import ImageStore
 from rdlm.errors import UserError
 from rdlm.sampling_params import Bridge, check_bridge
-from rdlm.scoring import class_scores, estimator_of
 
 USUAL_STEPS = (1, 2, 4, 8)
 
@@ -76,7 +74,7 @@ def evaluate_accuracy(
         batch = store.rows(np.arange(rows.start, rows.stop)).to(device)
         inputs = batch.inputs.to(next(loaded.denoiser.parameters()).dtype)
         nats[rows] = (
-            -class_scores(loaded.denoiser, inputs, batch.targets).logprobs[:, 0].double().cpu().numpy()
+            -loaded.denoiser.score(inputs, batch.targets, (1,))[1].logprobs[:, 0].double().cpu().numpy()
         )
         labels[rows] = batch.targets[:, 0].cpu().numpy()
         for bridge in bridges:
@@ -84,9 +82,7 @@ def evaluate_accuracy(
                 ks = [k for k in steps if draw < len(hits[bridge, k])]
                 if not ks:
                     continue
-                answers = greedy_answers(
-                    loaded.denoiser, loaded.config, inputs, ks, seed, bridge=bridge, first=first, draw=draw
-                )
+                answers = loaded.denoiser.answer(inputs, ks, seed, sampler=bridge, first=first, draw=draw)
                 for k in ks:
                     hits[bridge, k][draw, rows] = (answers[k] == batch.targets)[:, 0].cpu().numpy()
         if progress:
@@ -94,7 +90,7 @@ def evaluate_accuracy(
     draws = resamples(count, seed) / count
     known = {
         "images": count, "nll": float(nats.mean()), "nll_interval": interval(draws @ nats),
-        "estimator": estimator_of(loaded.config, 1),
+        "estimator": loaded.config.objective.estimator_at(1),
     }  # fmt: skip
     return {**known, "results": _summarise(hits, labels, draws)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from eval.stats import interval, resamples
 from rdlm.checkpoints.folder import Loaded
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
-from rdlm.scoring import think
+from rdlm.objectives.next_token import NextToken
 
 PICTURE_COLUMNS = 64
 """Positions are averaged into at most so many columns of a picture."""
@@ -56,7 +56,7 @@ def evaluate_convergence(
 
 def _changes(loaded: Loaded, input_ids: Tensor, num_steps: int, seed: int) -> np.ndarray:
     """[2, num_steps - 1, rows, positions]: distance and changed."""
-    denoiser, last, found = loaded.denoiser, dict[str, Tensor](), []
+    denoiser, last, found = cast(NextToken, loaded.denoiser), dict[str, Tensor](), []
 
     def compare(k: int, state: Tensor, ctx: Any) -> None:
         top = denoiser.predict(denoiser.model.decode(state, ctx)).prior.argmax(-1)
@@ -65,7 +65,7 @@ def _changes(loaded: Loaded, input_ids: Tensor, num_steps: int, seed: int) -> np
             found.append(torch.stack([step, (top != last["top"]).float()]).cpu())
         last.update(state=state, top=top)
 
-    think(denoiser, input_ids, num_steps, seed, compare)
+    denoiser.iterate(input_ids, num_steps, seed, compare)
     return torch.stack(found, dim=1).numpy()
 
 

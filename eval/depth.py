@@ -10,11 +10,10 @@ import torch
 
 from eval.nll import check_steps
 from eval.stats import interval, resamples
-from rdlm.answers import greedy_answers
 from rdlm.checkpoints.folder import Loaded
 from rdlm.data.synthetic import FilledIn, Generated, Task
 from rdlm.errors import UserError
-from rdlm.objectives.masked_denoiser import MaskedDenoiser
+from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.sampling_params import Order
 
 USUAL_STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -26,7 +25,7 @@ def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]
 
     None takes USUAL_STEPS: all of them where K means thinking, else as far as the checkpoint goes.
     """
-    most, masked = loaded.config.max_steps, loaded.config.objective.masking is not None
+    most, masked = loaded.config.max_steps, not loaded.config.objective.left_to_right
     if steps is None:
         thinking = loaded.config.objective.k_meaning == "thinking"
         limit = USUAL_STEPS[-1] if thinking and loaded.config.model.iterates else most
@@ -38,7 +37,7 @@ def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]
 
 def choose_order(order: Order | None, loaded: Loaded) -> Order | None:
     """In which order a masked checkpoint's answers come into sight, random by default; None for others, UserError if asked for one."""
-    if loaded.config.objective.masking is not None:
+    if not loaded.config.objective.left_to_right:
         return order or "random"
     if order is not None:
         raise UserError("--order", order, "this model gives all answers at once", "leave the option out")
@@ -47,7 +46,7 @@ def choose_order(order: Order | None, loaded: Loaded) -> Order | None:
 
 def as_trained(loaded: Loaded, task: Generated) -> Task:
     """The task in the form that the checkpoint's objective is trained on (train/corpora)."""
-    return task if loaded.config.objective.masking is None else FilledIn(task)
+    return task if loaded.config.objective.left_to_right else FilledIn(task)
 
 
 def check_task(loaded: Loaded, name: str, task: Task) -> None:
@@ -91,8 +90,8 @@ def evaluate_depth(
     """
     device = next(loaded.denoiser.parameters()).device
     hidden = (
-        cast(MaskedDenoiser, loaded.denoiser.at(1.0)).mask_id
-        if loaded.config.objective.masking is not None
+        cast(MaskedDiffusion, loaded.denoiser.at(1.0)).mask_id
+        if not loaded.config.objective.left_to_right
         else None
     )
     right: dict[int, list[np.ndarray]] = {k: [] for k in steps}
@@ -102,14 +101,8 @@ def evaluate_depth(
         numbers = np.arange(start, min(rows, start + batch_size))
         batch = task.rows(numbers, seed, "test")
         inputs = batch.inputs if hidden is None else batch.inputs.masked_fill(batch.mask, hidden)
-        answers = greedy_answers(
-            loaded.denoiser,
-            loaded.config,
-            inputs.to(device),
-            steps,
-            seed=seed,
-            order=order or "random",
-            first=start,
+        answers = loaded.denoiser.answer(
+            inputs.to(device), steps, seed=seed, order=order or "random", first=start
         )
         masks.append(batch.mask.numpy())
         for k in steps:

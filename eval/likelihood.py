@@ -13,7 +13,6 @@ from torch import Tensor
 from rdlm.checkpoints.folder import Loaded
 from rdlm.diffusion.masked_likelihood import bound, left_to_right
 from rdlm.errors import UserError
-from rdlm.scoring import token_scores
 
 logger = logging.getLogger("rdlm.eval")
 
@@ -54,7 +53,7 @@ def score_continuations(
         logger.warning("%d of %d contexts exceed %d tokens and lose their start", cut, len(pairs), max_length)
     scores: dict[int, list[Score]] = {k: [(0.0, True)] * len(rows) for k in ks}
     longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), rows[i]))
-    masked = loaded.config.objective.masking is not None
+    masked = not loaded.config.objective.left_to_right
     score = _ordered_batch if in_order else _bound_batch if masked else _score_batch
     # A masked model would see the padding of a shorter row.
     groups = [list(group) for _, group in groupby(longest_first, key=lambda i: len(rows[i]) if masked else 0)]
@@ -79,7 +78,7 @@ def _score_batch(
         target[: len(row)] = torch.tensor(row)
     padded = padded.to(next(loaded.denoiser.parameters()).device)
     inputs, targets = padded[:, :-1], padded[:, 1:]
-    scores = token_scores(loaded.denoiser, loaded.config, inputs, targets, ks, seed=seed, num_draws=num_draws)
+    scores = loaded.denoiser.score(inputs, targets, ks, seed=seed, num_draws=num_draws)
     spans = [
         (i, slice(len(row) - 1 - n, len(row) - 1))
         for i, (row, n) in enumerate(zip(rows, wanted, strict=True))

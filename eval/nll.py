@@ -14,7 +14,6 @@ from rdlm.checkpoints.folder import Loaded
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
-from rdlm.scoring import estimator_of, token_logprobs
 
 PER_WINDOW = ("window_nll", "window_tokens")
 """Entries of the result with a number for every window: what a paired comparison of two checkpoints needs."""
@@ -37,7 +36,7 @@ def check_steps(
     MOST_STEPS, by default USUAL_BOUNDS.
     """
     limit, thinking = config.max_steps, config.objective.k_meaning == "thinking"
-    if config.objective.masking is not None:
+    if not config.objective.left_to_right:
         steps, limit = steps or USUAL_BOUNDS, MOST_STEPS
     if beyond and thinking and config.model.iterates:
         limit = max(limit, MOST_STEPS)
@@ -72,9 +71,7 @@ def evaluate_nll(
     device = next(loaded.denoiser.parameters()).device
     for batch in corpus_windows:
         inputs, targets, mask = (t.to(device) for t in (batch.inputs, batch.targets, batch.mask))
-        scores = token_logprobs(
-            loaded.denoiser, loaded.config, inputs, targets, steps, seed=seed, num_draws=num_draws
-        )
+        scores = loaded.denoiser.token_logprobs(inputs, targets, steps, seed=seed, num_draws=num_draws)
         widths = num_bytes.to(device)[targets] * mask
         for k in steps:
             nll = -scores[k].double() * mask
@@ -93,7 +90,7 @@ def evaluate_nll(
         bits = text_nats[k] / math.log(2)
         result["bits_per_byte"] = bits / bytes_ if bytes_ else None
         result["bits_per_character"] = bits / characters if characters else None
-        result["estimator"] = estimator_of(loaded.config, k, num_draws)
+        result["estimator"] = loaded.config.objective.estimator_at(k, num_draws)
     return {
         "tokens": int(counts.sum()),
         "windows": len(counts),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,10 +21,8 @@ from eval.stats import interval, resamples
 from rdlm.checkpoints.folder import Loaded
 from rdlm.data.batch import Batch
 from rdlm.diffusion.partition import Curve, equal_drops
-from rdlm.diffusion.samplers import renoise
-from rdlm.objectives.losses import two_stream_hidden
+from rdlm.objectives.next_token import NextToken, renoise
 from rdlm.random_streams import generator
-from rdlm.scoring import think
 
 
 @torch.no_grad()
@@ -64,17 +62,15 @@ def _batch_sums(
     prior = _prior(loaded, ids, num_steps, seed)
     rows = [_nats(prior, batch)]
     for level, sigma in enumerate(sigmas):
-        denoiser = loaded.denoiser.at(sigma)
+        denoiser = cast(NextToken, loaded.denoiser.at(sigma))
         table = denoiser.unit_table()
         noise = torch.randn((*ids.shape, table.shape[1]), generator=generator(seed, number, level)).to(
             ids.device
         )
         levels = torch.full(ids.shape, sigma, device=ids.device)
         z = renoise(denoiser, targets, levels, noise)
-        if loaded.config.objective.noisy:
-            hidden = two_stream_hidden(
-                denoiser, ids, z, levels, sees_own_clean=denoiser.objective.name == "paper"
-            )
+        if loaded.config.objective.noise_conditioned:
+            hidden = denoiser.two_stream_hidden(ids, z, levels, sees_own_clean=denoiser.sees_own_clean)
             rows.append(_nats(denoiser.predict(hidden, z, levels).logits(), batch))
         else:
             rows.append(torch.zeros(len(ids)))
@@ -84,16 +80,16 @@ def _batch_sums(
 
 def _prior(loaded: Loaded, input_ids: Tensor, num_steps: int, seed: int) -> Tensor:
     """Logits of the next token without z, fp32 [B, T, V]."""
-    denoiser = loaded.denoiser.at(None)
-    if denoiser.objective.name == "paper":
-        return denoiser.predict(two_stream_hidden(denoiser, input_ids, None, None)).prior
+    denoiser = cast(NextToken, loaded.denoiser.at(None))
+    if denoiser.two_streams:
+        return denoiser.predict(denoiser.two_stream_hidden(input_ids, None, None)).prior
     found: list[Tensor] = []
 
     def read(k: int, state: Tensor, ctx: Any) -> None:
         if k == num_steps:
             found.append(denoiser.predict(denoiser.model.decode(state, ctx)).prior)
 
-    think(denoiser, input_ids, num_steps, seed, read)
+    denoiser.iterate(input_ids, num_steps, seed, read)
     return found[0]
 
 
@@ -118,7 +114,7 @@ def _summarise(
     for level, sigma in enumerate(sigmas):
         ce, reference = sums[1 + 2 * level], sums[2 + 2 * level]
         row = {"sigma": sigma, **figure("reference", reference)}
-        if loaded.config.objective.noisy:
+        if loaded.config.objective.noise_conditioned:
             row |= figure("ce", ce) | figure("gap", ce - reference)
         else:
             row |= {name: None for name in ("ce", "ce_interval", "gap", "gap_interval")}

@@ -9,32 +9,18 @@ import torch
 
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import DitConfig, ModelConfig, VitConfig
-from rdlm.diffusion.blockwise import Blockwise, blocks_of
+from rdlm.config.objective import VARIANTS
 from rdlm.diffusion.partition import Block, partition_of
 from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
 from rdlm.models.base import Backbone
 from rdlm.models.recurrent import Recurrent
 from rdlm.models.vision import Dit, Vit
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.forward_forward import ForwardForward
-from rdlm.objectives.image_denoiser import ImageDenoiser
-from rdlm.objectives.masked_denoiser import MaskedDenoiser
+from rdlm.objectives import OBJECTIVES, Objective
+from rdlm.objectives.blockwise import blockwise
 from rdlm.random_streams import generator
 
 _INIT_KEY = 5
-
-
-OF_TEXT = ("single_pass", "onestep", "evidence", "paper", "bptt", "next_token")
-OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "recurrent": OF_TEXT,
-    "huginn": OF_TEXT,
-    "llama": OF_TEXT,
-    "masked": ("masked",),
-    "vit": ("classify", "paper", "evidence", "forward_forward"),
-    "dit": ("edm",),
-}
-"""What each family can be trained with."""
 
 
 def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
@@ -49,78 +35,79 @@ def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
         case VitConfig():
             return Vit(config, layers)
         case DitConfig():
-            # It shares with the others what trainers and checkpoints ask of a network; only an ImageDenoiser runs it.
+            # It shares with the others what trainers and checkpoints ask of a network; only the edm objective runs it.
             return cast(Backbone, Dit(config, layers))
         case _:
             return Recurrent(config.layout(), layers)
 
 
-def build(config: CheckpointConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Denoiser:
-    """The denoiser a checkpoint describes, in fp32 on ``device``; initialised from ``seed`` where given.
+def build(config: CheckpointConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Objective:
+    """The network a checkpoint describes, under its objective, in fp32 on ``device``; initialised from ``seed`` where given.
 
     A Blockwise where it has several blocks, one of them where ``config.block`` names one: the others are never allocated, and
     its weights are the same as when all are built. Raises UserError where objective, model and blocks contradict each other.
     """
-    objective, model = config.objective, config.model
-    if objective.name not in OBJECTIVES[model.family]:
-        problem = f"family {model.family!r} cannot be trained with it"
-        raise UserError(
-            "objective.name",
-            objective.name,
-            problem,
-            f"use {' or '.join(OBJECTIVES[model.family])}, or another family",
-        )
-    if objective.noisy != model.noise_conditioning:
-        raise UserError(
-            "model.noise_conditioning", model.noise_conditioning,
-            f"objective '{objective.name}' {'has' if objective.noisy else 'has no'} levels to be told",
-            "leave noise_conditioning to the trainer",
-        )  # fmt: skip
+    _check_objective(config)
     _check_blocks(config)
+    _check_depth(config)
     cut = partition_of(config)
     if cut.num_blocks == 1:
         places: list[Block | None] = [None]
     else:
         places = [Block(cut, b) for b in (range(cut.num_blocks) if config.block is None else [config.block])]
     with torch.device(device):
-        parts = [_denoiser(config, place) for place in places]
-        denoiser = parts[0] if len(parts) == 1 else Blockwise(parts)
-    if not model.iterates and (objective.depth.mean > 1 or objective.depth.distribution != "fixed"):
-        raise UserError(
-            "objective.depth",
-            objective.depth.mean,
-            f"family '{model.family}' runs its layers once",
-            "use depth {distribution: fixed, mean: 1}",
-        )
+        parts = [_build_part(config, place) for place in places]
+        objective = parts[0] if len(parts) == 1 else blockwise(parts)
     if seed is not None:
-        for part in blocks_of(denoiser):
+        for part in objective.parts:
             rng = (
                 torch.Generator().manual_seed(seed)
                 if part.block is None
                 else generator(seed, _INIT_KEY, part.block.index)
             )
             part.model.init_weights(rng)
-    return denoiser
+    return objective
 
 
-def _denoiser(config: CheckpointConfig, block: Block | None) -> Denoiser:
-    blocks, model = config.blocks, config.model
+def objectives_of(model: ModelConfig) -> list[str]:
+    """Names of the objectives that can train a model."""
+    return [str(v.model_fields["name"].default) for v in VARIANTS if model.task in v.tasks]
+
+
+def _build_part(config: CheckpointConfig, block: Block | None) -> Objective:
     layers = None if block is None else block.partition.layers[block.index]
-    if config.objective.masking is not None:
-        return MaskedDenoiser(build_model(model, layers), config.objective, config.noise, block)
-    if config.objective.goodness is not None:
-        return ForwardForward(build_model(model, layers), config.objective, config.noise, block)
-    if isinstance(model, DitConfig):
-        return ImageDenoiser(build_model(model, layers), config.objective, config.noise, block)
-    targets = None
-    if blocks is not None and blocks.targets == "frozen":
-        targets = partial(frozen_rows, blocks.target_seed, model.vocab_size, model.d_model)
-    return Denoiser(build_model(model, layers), config.objective, config.noise, block, targets)
+    part = OBJECTIVES[config.objective.name](config, build_model(config.model, layers), block)
+    if config.blocks is not None and config.blocks.targets == "frozen" and part.noises_rows:
+        blocks, model = config.blocks, config.model
+        part.targets = partial(frozen_rows, blocks.target_seed, model.vocab_size, model.d_model)
+    return part
+
+
+def _check_objective(config: CheckpointConfig) -> None:
+    objective, model = config.objective, config.model
+    if objective.name not in objectives_of(model):
+        problem = f"family {model.family!r} cannot be trained with it"
+        remedy = f"use {' or '.join(objectives_of(model))}, or another family"
+        raise UserError("objective.name", objective.name, problem, remedy)
+    if objective.noise_conditioned != model.noise_conditioning:
+        has = "has" if objective.noise_conditioned else "has no"
+        raise UserError(
+            "model.noise_conditioning", model.noise_conditioning,
+            f"objective '{objective.name}' {has} noise levels to condition on",
+            "leave noise_conditioning to the trainer",
+        )  # fmt: skip
+
+
+def _check_depth(config: CheckpointConfig) -> None:
+    depth, model = config.objective.depth_in_training, config.model
+    if not model.iterates and not depth.is_single:
+        problem = f"family '{model.family}' runs its layers once"
+        raise UserError("objective.depth", depth.mean, problem, "use depth {distribution: fixed, mean: 1}")
 
 
 def _check_blocks(config: CheckpointConfig) -> None:
     count = 1 if config.blocks is None else config.blocks.num_blocks
-    if config.blocks is not None and not config.objective.noisy:
+    if config.blocks is not None and not config.objective.noise_conditioned:
         problem = f"objective {config.objective.name!r} has no noise levels to share out"
         raise UserError(
             "blocks",
@@ -136,7 +123,7 @@ def _check_blocks(config: CheckpointConfig) -> None:
     if (
         config.blocks is not None
         and config.blocks.partition == "equal_information"
-        and config.objective.masking is not None
+        and not config.objective.levels_are_sigma
     ):
         problem = "its curve is one over sigma, and objective 'masked' has none"
         raise UserError(

@@ -108,7 +108,7 @@ def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
         return
     if config.objective.k_meaning == "thinking":
         problem = "this model iterates its core and reads out once: it has no noise levels to go between"
-    elif config.objective.masking is not None:
+    elif not config.objective.left_to_right:
         problem = "this model hides tokens instead of noising them: there is no ODE"
     elif config.blocks is not None and config.blocks.num_blocks > 1 and config.blocks.targets == "own":
         problem = (
@@ -121,7 +121,7 @@ def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
 
 def check_masked(params: SamplingParams, order: Order | None, config: CheckpointConfig) -> None:
     """Raises UserError for an order of what is drawn one after the other, and for penalties of what is drawn together."""
-    if config.objective.masking is None:
+    if config.objective.left_to_right:
         if order is not None:
             raise UserError("order", order, "this model draws one token after the other", "leave order out")
         return

@@ -118,7 +118,7 @@ def _answer(
             f"its {len(ids)} tokens and --max-tokens {max_tokens} do not fit the context of {served.max_len}"
         )
         raise UserError("--prompt", prompt, problem, "shorten it, or ask for fewer tokens")
-    if not ids and served.config.objective.masking is None:
+    if not ids and served.config.objective.left_to_right:
         raise UserError("--prompt", prompt, "it has no tokens", "write at least one word")
     typer.secho(f"K = {num_steps}", bold=True)
     typer.echo(prompt, nl=False)

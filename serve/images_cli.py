@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -59,7 +59,7 @@ def images(
 
     from rdlm.checkpoints.folder import load, load_config
     from rdlm.config.model import DitConfig
-    from rdlm.diffusion.image_sampler import draw_images, pixels
+    from rdlm.objectives.edm import Edm, pixels
     from serve.loading import usable_device
 
     config = load_config(checkpoint)
@@ -76,8 +76,8 @@ def images(
         for first in range(0, num_images, batch_size):
             numbers = range(first, min(first + batch_size, num_images))
             asked = torch.tensor([wanted[i % len(wanted)] for i in numbers], device=usable_device(device))
-            drawn = draw_images(
-                loaded.denoiser, config, asked, k, first=first, guidance=guidance, solver=solver, seed=seed
+            drawn = cast(Edm, loaded.denoiser).sample_images(
+                asked, k, first=first, guidance=guidance, sampler=solver, seed=seed
             )
             parts.append(pixels(drawn).numpy())
             bar.update(len(asked))

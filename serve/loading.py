@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -11,7 +12,9 @@ from rdlm.checkpoints import folder as checkpoint
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError, reason
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
+from rdlm.objectives.masked import MaskedDiffusion
+from rdlm.objectives.next_token import NextToken
 from serve.engine.events import Served
 from serve.engine.masked_runner import MaskedRunner
 from serve.engine.packing import pack_weights
@@ -76,7 +79,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def build_served(
-    denoiser: Denoiser,
+    denoiser: Objective,
     config: CheckpointConfig,
     tokenizer: Tokenizer,
     settings: EngineSettings,
@@ -122,7 +125,7 @@ def build_served(
 
 
 def _parts(
-    denoiser: Denoiser,
+    denoiser: Objective,
     config: CheckpointConfig,
     settings: EngineSettings,
     max_len: int,
@@ -130,15 +133,19 @@ def _parts(
     num_tokens: int,
 ) -> tuple[Runner | MaskedRunner, int]:
     """What runs the model, and how many positions of longer segments may share a step. Raises UserError."""
-    if config.objective.masking is None:
+    if config.objective.left_to_right:
         sizes = {
             "num_slots": settings.max_slots,
             "max_len": max_len,
             "max_steps": max_steps,
             "num_tokens": num_tokens,
         }
-        return Runner(denoiser, config, kv_cache=settings.kv_cache, **sizes), settings.prefill_rows
+        return Runner(
+            cast(NextToken, denoiser), config, kv_cache=settings.kv_cache, **sizes
+        ), settings.prefill_rows
     if settings.kv_cache != "shared":
         raise UserError("kv_cache", settings.kv_cache, "a masked model keeps no keys", "leave it out")
     # All texts that have a slot step together: one that waited for a longer one would wait for all of its steps.
-    return MaskedRunner(denoiser, num_tokens), max(settings.chunk, settings.max_slots * max_len)
+    return MaskedRunner(cast(MaskedDiffusion, denoiser), num_tokens), max(
+        settings.chunk, settings.max_slots * max_len
+    )

@@ -12,8 +12,7 @@ from litestar import Litestar
 from pydantic import Field
 from ray import serve as ray_serve
 
-from rdlm.config.base import parse
-from rdlm.config.checkpoint import Strict
+from rdlm.config.base import Strict, parse
 from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.settings import EngineSettings, HttpSettings

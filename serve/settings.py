@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rdlm.config.checkpoint import Strict
+from rdlm.config.base import Strict
 
 
 class EngineSettings(Strict):

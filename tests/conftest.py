@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
 from rdlm.registry import build
 
 REPO = Path(__file__).resolve().parent.parent
@@ -70,7 +70,7 @@ def tiny_config() -> Callable[..., CheckpointConfig]:
         settings = {"name": objective} if isinstance(objective, str) else objective
         noisy = CheckpointConfig.model_validate(
             _document({"family": family}, settings, model)
-        ).objective.noisy
+        ).objective.noise_conditioned
         return CheckpointConfig.model_validate(
             _document({"family": family, "noise_conditioning": noisy}, settings, model)
         )
@@ -95,10 +95,10 @@ def _document(family: dict[str, object], objective: object, model: dict[str, obj
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_config: Callable[..., CheckpointConfig]) -> Callable[..., Denoiser]:
-    """``tiny(family="huginn", objective="single_pass", **model)`` -> a freshly initialised Denoiser, the same at every call."""
+def tiny(tiny_config: Callable[..., CheckpointConfig]) -> Callable[..., Objective]:
+    """``tiny(family="huginn", objective="single_pass", **model)`` -> a freshly initialised Objective, the same at every call."""
 
-    def make(family: str = "huginn", objective: object = "single_pass", **model: object) -> Denoiser:
+    def make(family: str = "huginn", objective: object = "single_pass", **model: object) -> Objective:
         return build(tiny_config(family, objective, **model), seed=0)
 
     return make
@@ -120,10 +120,10 @@ def masked_config(tiny_config: Callable[..., CheckpointConfig]) -> Callable[...,
 
 
 @pytest.fixture(scope="session")
-def awake() -> Callable[[Denoiser], Denoiser]:
+def awake() -> Callable[[Objective], Objective]:
     """``awake(denoiser)`` -> the same with AdaLN that does something: it starts at zero."""
 
-    def wake(denoiser: Denoiser) -> Denoiser:
+    def wake(denoiser: Objective) -> Objective:
         rng = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for name, parameter in denoiser.named_parameters():

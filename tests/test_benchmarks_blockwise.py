@@ -11,8 +11,8 @@ from benchmarks import blockwise, tables
 from benchmarks.common import read_json
 from rdlm.cli import run
 from rdlm.config.base import parse
-from rdlm.diffusion.blockwise import drawn_block
 from rdlm.errors import UserError
+from rdlm.objectives.blockwise import drawn_block
 from rdlm.registry import build
 from train.settings import TrainConfig
 

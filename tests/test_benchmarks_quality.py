@@ -14,12 +14,12 @@ from benchmarks import quality, tables
 from benchmarks.quality import arm_of
 from rdlm.checkpoints.folder import save
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
 
 
 @pytest.fixture
 def run_of(
-    tmp_path: Path, tiny: Callable[..., Denoiser], tiny_config: Callable[..., CheckpointConfig]
+    tmp_path: Path, tiny: Callable[..., Objective], tiny_config: Callable[..., CheckpointConfig]
 ) -> Callable[[str], Path]:
     """A folder as training leaves it."""
 

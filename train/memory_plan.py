@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 
-from rdlm.diffusion.blockwise import blocks_of
 from rdlm.registry import build
 from train.memory_trace import Traced, trace
 from train.optimizer import parameter_groups
@@ -67,14 +66,16 @@ class _Sizes:
 @lru_cache(maxsize=256)
 def _traced(text: str, micro_size: int, on_gpu: bool) -> tuple[_Sizes, Traced]:
     config = TrainConfig.model_validate_json(text)
-    denoiser = blocks_of(build(config.checkpoint_config, device="meta"))[0]
+    denoiser = build(config.checkpoint_config, device="meta").parts[0]
     counts = [p.numel() for p in denoiser.parameters()]
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(denoiser, 0.1)]
     frozen = 0 if denoiser.targets is None else 4 * config.model.vocab_size * config.model.d_model
     if config.activation_checkpointing:
         recompute_layers(denoiser)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    traced = trace(denoiser, micro_size, config.seq_len, dtype, config.objective.depth.mean, on_gpu)
+    traced = trace(
+        denoiser, micro_size, config.seq_len, dtype, config.objective.depth_in_training.mean, on_gpu
+    )
     return _Sizes(sum(counts), max(counts), max(groups), frozen), traced
 
 

@@ -17,14 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rdlm.data.batch import Batch
 from rdlm.nn.attention import rotary_table
 from rdlm.nn.cross_entropy import CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.forward_forward import ForwardForward
-from rdlm.objectives.image_denoiser import ImageDenoiser
-from rdlm.objectives.losses import Noised, forward_forward_terms, in_place_hidden, two_stream_hidden
-from rdlm.objectives.masked_denoiser import MaskedDenoiser
+from rdlm.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class _ReadOut(torch.autograd.Function):
 
 
 def trace(
-    denoiser: Denoiser,
+    denoiser: Objective,
     micro_size: int,
     seq_len: int,
     dtype: torch.dtype,
@@ -120,8 +115,15 @@ def trace(
                 rows = torch.empty(denoiser.model.vocab_size, denoiser.model.ln_f.weight.shape[0])
                 denoiser.targets = lambda device: rows
             inputs = denoiser.model.empty_inputs(micro_size, seq_len)
+            chunk_elements = CHUNK_ELEMENTS_GPU if on_gpu else CHUNK_ELEMENTS
+
+            def read_out(hidden: Tensor, u: Tensor | None, table: Tensor | None) -> Tensor:
+                return denoiser.model.head(
+                    use=lambda weight: _ReadOut.apply(hidden, weight, u, table, chunk_elements)
+                )
+
             with _LiveBytes() as count:
-                loss = _loss(denoiser, inputs, core_steps, CHUNK_ELEMENTS_GPU if on_gpu else CHUNK_ELEMENTS)
+                loss = denoiser.traced_loss(inputs, core_steps, read_out)
                 forward, forward_peak = count.live, count.peak
                 count.peak = count.live
                 loss.backward()
@@ -129,44 +131,3 @@ def trace(
             return Traced(forward, forward_peak, count.peak, left)
     finally:
         rotary_table.cache_clear()
-
-
-def _loss(denoiser: Denoiser, inputs: Tensor, core_steps: int, chunk_elements: int) -> Tensor:
-    if isinstance(denoiser, ImageDenoiser):
-        z, sigma = inputs + torch.empty_like(inputs), torch.ones(len(inputs))
-        return (
-            (denoiser.estimate(z, sigma, torch.zeros(len(inputs), dtype=torch.int64)) - inputs)
-            .square()
-            .flatten(1)
-            .mean(1)
-            .sum()
-        )
-    if isinstance(denoiser, ForwardForward):
-        classes = torch.zeros(len(inputs), 1, dtype=torch.int64)
-        return forward_forward_terms(
-            denoiser, Batch(inputs, classes, torch.ones_like(classes)), torch.Generator()
-        ).total
-    noised = _noised(denoiser, inputs)
-    hidden = _hidden(denoiser, inputs, noised, core_steps).flatten(0, 1)
-    u = table = None
-    if noised is not None and denoiser.evidence_scale is not None:
-        u = (noised.z / noised.sigma.square().unsqueeze(-1)).to(hidden.dtype).flatten(0, 1)
-        table = denoiser.unit_table().to(hidden.dtype)
-    return denoiser.model.head(use=lambda weight: _ReadOut.apply(hidden, weight, u, table, chunk_elements))
-
-
-def _noised(denoiser: Denoiser, inputs: Tensor) -> Noised | None:
-    if not denoiser.objective.noisy or isinstance(denoiser, MaskedDenoiser):
-        return None
-    shape = denoiser.model.target_shape(inputs)
-    z = torch.empty(*shape, denoiser.model.ln_f.weight.shape[0])
-    return Noised(z, torch.ones(shape), torch.ones(shape, dtype=torch.bool))
-
-
-def _hidden(denoiser: Denoiser, inputs: Tensor, noised: Noised | None, core_steps: int) -> Tensor:
-    if isinstance(denoiser, MaskedDenoiser):
-        return denoiser.hidden(inputs, torch.ones(len(inputs)))
-    if denoiser.two_streams:
-        assert noised is not None
-        return two_stream_hidden(denoiser, inputs, noised.z, noised.sigma)
-    return in_place_hidden(denoiser, inputs, noised, core_steps, torch.Generator())

@@ -80,7 +80,7 @@ def _fingerprint(part: Loaded) -> str | None:
 
 
 def _card(config: CheckpointConfig, parts: Sequence[Loaded]) -> str:
-    cut, masked = partition_of(config), config.objective.masking is not None
+    cut, masked = partition_of(config), not config.objective.left_to_right
     noised = "tokens are hidden" if masked else f"targets {config.blocks.targets if config.blocks else ''}"
     lines = ["## Blocks", "", f"Trained alone and merged; {noised}.", ""]
     for b, part in enumerate(parts):

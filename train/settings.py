@@ -8,17 +8,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from rdlm.config.base import parse
-from rdlm.config.checkpoint import (
-    BlocksConfig,
-    CheckpointConfig,
-    ModelConfig,
-    NoiseConfig,
-    ObjectiveConfig,
-    RecurrenceConfig,
-    Strict,
-)
+from rdlm.config.base import Strict, parse
+from rdlm.config.checkpoint import BlocksConfig, CheckpointConfig, ModelConfig, RecurrenceConfig
 from rdlm.config.model import ImageConfig
+from rdlm.config.objective import NoiseConfig, ObjectiveConfig, SinglePassConfig, objective_config
 from rdlm.errors import UserError
 
 
@@ -234,7 +227,7 @@ class TrainConfig(Strict):
     """Folder of checkpoints, logs, metrics and the exported model."""
     seed: int = Field(0, ge=0, lt=2**31)
     model: ModelConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: ObjectiveConfig = SinglePassConfig()
     noise: NoiseConfig = NoiseConfig()
     recurrence: RecurrenceConfig = RecurrenceConfig()
     blocks: BlocksConfig | None = None
@@ -266,7 +259,7 @@ class TrainConfig(Strict):
         ):
             return data
         try:
-            noisy = ObjectiveConfig.model_validate(data.get("objective", {})).noisy
+            noisy = objective_config.validate_python(data.get("objective", {})).noise_conditioned
         except ValidationError:
             return data  # the field's own validation reports it
         return {**data, "model": {**data["model"], "noise_conditioning": noisy}}
@@ -274,7 +267,7 @@ class TrainConfig(Strict):
     @property
     def fills_in(self) -> bool:
         """Whether the model fills in hidden tokens: inputs and answers of a task then share a row."""
-        return self.objective.masking is not None
+        return self.model.task == "masked"
 
     @property
     def seq_len(self) -> int:
@@ -331,8 +324,8 @@ def block_folder(config: TrainConfig, block: int) -> Path:
 def _check(config: TrainConfig) -> None:
     """What no section can see alone."""
     conditioned, objective = config.model.noise_conditioning, config.objective
-    if conditioned != objective.noisy:
-        verb = "noises" if objective.noisy else "does not noise"
+    if conditioned != objective.noise_conditioned:
+        verb = "noises" if objective.noise_conditioned else "does not noise"
         problem = f"objective {objective.name!r} {verb} its targets"
         raise UserError(
             "model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective"

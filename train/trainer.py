@@ -14,15 +14,15 @@ from typing import Any, TextIO
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rdlm.data.batch import Batch
-from rdlm.diffusion.blockwise import Blockwise, drawn_block
 from rdlm.errors import UserError
 from rdlm.nn.transformer import TransformerLayer
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import loss_terms
+from rdlm.objectives import Objective
+from rdlm.objectives.base import Keys
+from rdlm.objectives.blockwise import blockwise, drawn_block
 from rdlm.registry import build
 from train import checkpoints as resume
 from train.data import Corpus
@@ -37,27 +37,16 @@ from train.schedule import learning_rate
 from train.settings import TrainConfig
 
 
-def recompute_layers(denoiser: Denoiser) -> None:
+def recompute_layers(denoiser: Objective) -> None:
     """Keep only the inputs of each transformer layer and run it again in the backward pass.
 
     Of a noise level that is its embedding, C wide; scales, shifts and gates, 6 D wide at each position, are recomputed with the layer.
     Not re-entrant: that gives the shared core one gradient per iteration, and ZeRO 3 accepts one per parameter and backward pass.
     """
-    denoiser.model.modulates_in_layers = True
+    denoiser.drops_modulation_activations()
     for layer in (m for m in denoiser.modules() if isinstance(m, TransformerLayer)):
         plain = layer.forward
         setattr(layer, "forward", partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False))  # noqa: B010
-
-
-class Stage(nn.Module):
-    """Runs a function of the denoiser inside a module's forward: there ZeRO stage 3 can gather the weights it touches."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(self.denoiser, *args, **kwargs)
 
 
 @dataclass
@@ -92,9 +81,9 @@ class Trainer:
         if self.rank == 0:
             self._lock = _lock(self.output)
             resume.clean(self.checkpoints)
-        self._built: list[Denoiser] = []
+        self._built: list[Objective] = []
         self.engines = self._engines()
-        self.denoiser = self._built[0] if len(self._built) == 1 else Blockwise(self._built)
+        self.network = self._built[0] if len(self._built) == 1 else blockwise(self._built)
         self._own_norm: Tensor | None = None
         self.step = self._saved_step = self._resume()
         """Updates made."""
@@ -124,7 +113,7 @@ class Trainer:
         if self.config.activation_checkpointing:
             recompute_layers(denoiser)
         optimizer, config = build_optimizer(denoiser, self.config), ds_config(self.config, self.world)
-        return deepspeed.initialize(model=Stage(denoiser), optimizer=optimizer, config=config)[0]
+        return deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)[0]
 
     def fit(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end; False if ``should_stop`` cut it short. A checkpoint is written either way."""
@@ -169,9 +158,7 @@ class Trainer:
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         for micro, batch in enumerate(batches):
-            total, count, metrics = engine(
-                _loss, batch, step=self.step, seed=seed, rank=self.rank, micro=micro
-            )
+            total, count, metrics = engine(batch, Keys(seed, self.step, self.rank, micro))
             engine.backward(total * scale)
             tally.add(total, count, metrics)
             if micro == len(batches) - 1:
@@ -207,7 +194,7 @@ class Trainer:
         """fp32 weights under their names in the network, one block in memory at a time; empty except on rank 0. Collective."""
         for block, engine in enumerate(self.engines):
             prefix = "" if len(self.engines) == 1 else f"blocks.{block}."
-            part = full_precision_weights(engine, engine.module.denoiser) or {}
+            part = full_precision_weights(engine, engine.module) or {}
             yield {prefix + name: weight for name, weight in part.items()}
 
     def _resume(self) -> int:
@@ -255,16 +242,10 @@ class Trainer:
             return
         # Resident blocks are asked for K = 1 alone (train/settings.py), which is block 0.
         one = len(self.engines) == 1 or self.config.resident is not None
-        stage = self.engines.choose(0).module if one else Stage(self.denoiser)
-        found = held_out(stage, self.config, self.corpus, self.device)
+        network = self.engines.choose(0).module if one else self.network
+        found = held_out(network, self.config, self.corpus, self.device)
         if report is not None:
             report.held_out(found)
-
-
-def _loss(denoiser: Denoiser, batch: Batch, **keys: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The loss terms as a plain tuple: DeepSpeed's hooks look for tensors in tuples and dictionaries only."""
-    terms = loss_terms(denoiser, batch, **keys)
-    return terms.total, terms.count, terms.metrics
 
 
 class Report:

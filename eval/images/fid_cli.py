@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -127,16 +127,17 @@ class Drawing:
         from eval.images.samples import settings
         from eval.provenance import checkpoint_facts
         from rdlm.checkpoints.folder import load, load_config
-        from rdlm.diffusion.samplers import Solver
 
         config = load_config(folder)
         config.check_family("--checkpoint of rdlm eval fid", "dit")
         config.check_whole()
+        from rdlm.diffusion.samplers import SAMPLERS
+
         solvers: list[Any] = list(dict.fromkeys(solver.split(",")))
         for each in solvers:
-            if each not in get_args(Solver):
+            if each not in SAMPLERS:
                 raise UserError(
-                    "--solver", each, "there is no such solver", f"use some of {', '.join(get_args(Solver))}"
+                    "--solver", each, "there is no such solver", f"use some of {', '.join(SAMPLERS)}"
                 )
         ks = [config.default_steps] if steps is None else numbers("--steps", steps, int)
         self.settings = settings(ks, numbers("--guidance", guidance, float), solvers, config.max_steps)

@@ -16,9 +16,8 @@ from eval.texts.judge_models import cached
 from rdlm.checkpoints.folder import Loaded
 from rdlm.config.model import ImageConfig
 from rdlm.data.image_files import ImageSet
-from rdlm.diffusion.image_sampler import draw_images, pixels
-from rdlm.diffusion.samplers import Solver
 from rdlm.errors import UserError
+from rdlm.objectives.edm import Edm, pixels
 
 BATCH = 64
 """Images of one network call (twice as many rows with guidance)."""
@@ -30,7 +29,7 @@ class Setting:
 
     num_steps: int
     guidance: float = 1.0
-    solver: Solver = "euler"
+    solver: str = "euler"
 
     @property
     def rest(self) -> str:
@@ -42,7 +41,7 @@ class Setting:
 
 
 def settings(
-    steps: Sequence[int], guidance: Sequence[float], solvers: Sequence[Solver], most: int
+    steps: Sequence[int], guidance: Sequence[float], solvers: Sequence[str], most: int
 ) -> list[Setting]:
     """All combinations, K changing fastest; UserError for values out of range (``most``: the checkpoint's largest K)."""
     for k in steps:
@@ -81,10 +80,7 @@ def drawn(
         for first in range(0, len(numbers), BATCH):
             chunk = numbers[first : first + BATCH]
             classes = torch.tensor(chunk, device=device) % shape.num_classes
-            images = draw_images(
-                loaded.denoiser, loaded.config, classes, setting.num_steps,
-                first=chunk[0], guidance=setting.guidance, solver=setting.solver, seed=seed,
-            )  # fmt: skip
+            images = cast(Edm, loaded.denoiser).sample_images(classes, setting.num_steps, first=chunk[0], guidance=setting.guidance, sampler=setting.solver, seed=seed)  # fmt: skip
             out.append(pixels(images).numpy())
             if progress:
                 progress(len(chunk))

@@ -36,7 +36,6 @@ from rdlm.data.manifest import file_sha256
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams, check_bridge, check_masked
-from rdlm.scoring import estimator_of
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served
@@ -128,7 +127,7 @@ class RecurrentLM(TemplateLM):
         }
         self.settings: EngineSettings = parse(EngineSettings, given, "--model_args")
         self.loaded, self.text = _load(self.folder, self.settings)
-        self.masked = self.loaded.config.objective.masking is not None
+        self.masked = not self.loaded.config.objective.left_to_right
         self._device = next(self.loaded.denoiser.parameters()).device
         self.num_steps = self._steps(num_steps)
         self.estimator = self._estimator(estimator)
@@ -176,7 +175,7 @@ class RecurrentLM(TemplateLM):
         return num_steps if thinking or self.estimator in ("mixture", "bound") else 1
 
     def _named_estimator(self) -> str:
-        return estimator_of(self.loaded.config, self.scored_steps, in_order=self.estimator == "left_to_right")
+        return self.loaded.config.objective.estimator_at(self.scored_steps)
 
     # What lm-eval asks about a model ---------------------------------------------------------------------------------
 

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rdlm.atomic import replacing
+from rdlm.checkpoints.resident import ResidentBlocks, absent
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import SCHEMA_VERSION, CheckpointConfig
 from rdlm.config.model import ImageConfig
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
-from rdlm.diffusion.blockwise import Blockwise
-from rdlm.diffusion.resident import ResidentBlocks, absent
 from rdlm.errors import UserError
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
+from rdlm.objectives.blockwise import Blockwise
 from rdlm.registry import build
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer", "README.md"
@@ -38,14 +38,14 @@ FIELD = "checkpoint"
 class Loaded:
     """A model ready to run: in eval mode, its tokenizer None where the ids are not text."""
 
-    denoiser: Denoiser
+    denoiser: Objective
     config: CheckpointConfig
     tokenizer: Tokenizer | None
 
 
 def save(
     folder: str | Path,
-    denoiser: Denoiser,
+    denoiser: Objective,
     config: CheckpointConfig,
     tokenizer: Tokenizer | None,
     card: str = "",
@@ -89,7 +89,7 @@ def load(
     """Read a checkpoint folder. Raises UserError where a file, a weight or a shape is not what the config says, or where a newer
     version wrote it.
 
-    resident_blocks: most blocks whose weights are in memory; the others are read again when they are used (rdlm/diffusion/resident.py). On a
+    resident_blocks: most blocks whose weights are in memory; the others are read again when they are used (rdlm/checkpoints/resident.py). On a
     CPU, in the dtype of the file, they are mapped and not copied. UserError where the network is not cut into so many blocks.
     """
     folder = Path(folder)
@@ -141,7 +141,7 @@ def parse_config(data: Any, where: str) -> CheckpointConfig:
     return parse(CheckpointConfig, data, where)
 
 
-def _check_resident(count: int, denoiser: Denoiser) -> None:
+def _check_resident(count: int, denoiser: Objective) -> None:
     if not isinstance(denoiser, Blockwise):
         problem = "the checkpoint is not a network of several blocks, which could be in memory one by one"
         raise UserError("resident_blocks", count, problem, "leave it out")
@@ -180,7 +180,7 @@ def compare(
             raise UserError(f"{where}: shape of {name}", found[name], f"the model has {tuple(shape)}", remedy)
 
 
-def _with_ties(denoiser: Denoiser, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_ties(denoiser: Objective, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """``state_dict`` names every use of a tied weight; the file holds it under its first name."""
     first: dict[int, str] = {id(parameter): name for name, parameter in denoiser.named_parameters()}
     every: dict[str, Any] = dict(denoiser.named_parameters(remove_duplicate=False))
@@ -188,53 +188,23 @@ def _with_ties(denoiser: Denoiser, weights: dict[str, Tensor]) -> dict[str, Tens
 
 
 def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -> str:
-    model, objective, depth = config.model, config.objective, config.objective.depth
+    model, objective, depth = config.model, config.objective, config.objective.depth_in_training
     count = sum(weight.numel() for weight in weights.values())
     dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
     if isinstance(model, ImageConfig):
         shape = f"images of {model.image_size}x{model.image_size} in patches of {model.patch_size}, {model.num_classes} classes"
     else:
         shape = f"vocabulary {model.vocab_size}, up to {model.max_seq_len} tokens"
-    noised = f"{objective.corruption.share:.0%} of the positions"
-    if objective.masking is not None:
-        noised = "none: tokens are hidden"
-    elif isinstance(model, ImageConfig):
-        noised = (
-            "the images"
-            if objective.name == "edm"
-            else f"the class rows of {objective.corruption.share:.0%} of the images"
-        )
     rows = {
         "family": f"{model.family}, d_model {model.d_model}, {shape}",
         "parameters": f"{count:,} ({dtypes})",
         "objective": f"`{objective.name}`, read-out {objective.readout}",
         "core steps in training": f"{depth.distribution}, mean {depth.mean}; the last {depth.grad_steps} with gradient",
-        "noised targets": noised,
+        "noised in training": objective.noised_in_training,
         "updates": f"{config.step:,}",
-        "K": f"{_meaning(config)}. Default {config.default_steps}, at most {config.max_steps}",
-        "normalised likelihood": config.estimator,
+        "K": f"{objective.k_description}. Default {config.default_steps}, at most {config.max_steps}",
+        "normalised likelihood": objective.estimator,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    commands = "\n".join(_commands(config))
+    commands = "\n".join(model.commands)
     return f"# {config.name}\n\n| | |\n|---|---|\n{table}\n\n{notes.strip()}\n\n## Run it\n\n```\n{commands}\n```\n"
-
-
-def _meaning(config: CheckpointConfig) -> str:
-    if config.objective.k_meaning == "thinking":
-        return (
-            "K is the number of core steps before the one read-out: more steps, more computation per answer"
-        )
-    if config.objective.masking is not None:
-        return "K is the number of steps in which hidden tokens come into sight: a setting of the sampler, not more thought"
-    if config.objective.name == "edm":
-        return "K is the number of steps from noise to an image"
-    what = "class" if isinstance(config.model, ImageConfig) else "token"
-    return f"K is the number of noise levels a {what} is drawn through: a setting of the sampler, not more thought"
-
-
-def _commands(config: CheckpointConfig) -> tuple[str, ...]:
-    if config.objective.name == "edm":
-        return "rdlm images --checkpoint THIS_FOLDER --out samples.png", "rdlm eval fid --help"
-    if isinstance(config.model, ImageConfig):
-        return ("rdlm eval accuracy --checkpoint THIS_FOLDER --data PREPARED_IMAGES",)
-    return "rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help"

@@ -24,6 +24,12 @@ def parse(schema: type[C] | Any, data: Any, where: str) -> C:
         return TypeAdapter(schema).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        if first["type"] in ("union_tag_invalid", "union_tag_not_found"):  # a name that no variant has
+            context = first["ctx"]
+            field, expected = context["discriminator"].strip("'"), context.get("expected_tags", "")
+            path = ".".join([*_written(first["loc"], False, data), field])
+            remedy = f"use {expected}" if expected else f"name it: {field}: ..."
+            raise UserError(path, context.get("tag"), "there is no such choice", remedy) from None
         path = ".".join(_written(first["loc"], first["type"] == "missing", data)) or where
         remedy = (
             "remove it or correct its name"

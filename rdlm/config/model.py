@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 
 from rdlm.config.base import Strict
 
+TEXT_COMMANDS = ("rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help")
+
 PLAIN_STD = 0.02
 """Initial standard deviation of plain transformers (Radford et al. 2019)."""
 
@@ -154,6 +156,7 @@ class RecurrentConfig(Strict):
     """A recurrent-depth text model; a plain transformer is the one without prelude, coda and injection whose core runs once."""
 
     family: Literal["recurrent"] = "recurrent"
+    commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
     origin: str | None = None
     """The published family that it was imported from."""
     vocab_size: int = Field(ge=2)
@@ -203,6 +206,11 @@ class RecurrentConfig(Strict):
         return self
 
     @property
+    def task(self) -> str:
+        """What the network computes: see HuginnConfig."""
+        return "masked" if self.masked else "causal"
+
+    @property
     def iterates(self) -> bool:
         """Whether its layers may run K times, or once."""
         return self.loop.iterates
@@ -221,6 +229,10 @@ class HuginnConfig(Strict):
     """Prelude, core applied K times, coda: the shape of Geiping et al. 2025 (sandwich norms, RoPE, qk-bias, gated MLP)."""
 
     family: Literal["huginn"] = "huginn"
+    task: ClassVar[str] = "causal"
+    """What its networks compute: causal (the next token), masked (masked tokens), classify or denoise (images)."""
+    commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
+    """What to run with a checkpoint, for its card."""
     can_be_cut: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     vocab_size: int = Field(ge=2)
@@ -292,6 +304,9 @@ class HuginnConfig(Strict):
 class PreNormConfig(Strict):
     """A stack of pre-norm transformer layers with gated MLPs; the layers are the core."""
 
+    task: ClassVar[str]
+    commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
+    """See HuginnConfig."""
     can_be_cut: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
     family: str
@@ -381,6 +396,7 @@ class LlamaConfig(TextConfig):
     """Autoregressive, with grouped-query attention (Touvron et al. 2023)."""
 
     family: Literal["llama"] = "llama"
+    task = "causal"
     num_kv_heads: int | None = Field(None, ge=1)
     """Key-value heads; None means num_heads."""
 
@@ -408,6 +424,7 @@ class MaskedConfig(TextConfig):
     """Bidirectional: fills in masked tokens (MD4, Shi et al. 2024). The input knows one id more than the read-out, the mask."""
 
     family: Literal["masked"] = "masked"
+    task = "masked"
 
     def layout(self) -> RecurrentConfig:
         """The general form."""
@@ -419,12 +436,16 @@ class VitConfig(ImageConfig):
     """Names the class of an image (Dosovitskiy et al. 2021): the noised class row, if there is one, is a row beside the patches."""
 
     family: Literal["vit"] = "vit"
+    task = "classify"
+    commands = ("rdlm eval accuracy --checkpoint THIS_FOLDER --data PREPARED_IMAGES",)
 
 
 class DitConfig(ImageConfig):
     """Denoises images given their class (Peebles and Xie 2023)."""
 
     family: Literal["dit"] = "dit"
+    task = "denoise"
+    commands = ("rdlm images --checkpoint THIS_FOLDER --out samples.png", "rdlm eval fid --help")
     noise_conditioning: bool = True
     noise_embed_dim: int = Field(256, ge=8)
     """Width of what drives AdaLN, level and class added up; one vector an image, so it may be wide."""

@@ -6,12 +6,12 @@ Both samplers are in rdlm/diffusion/unmasking.py. Shapes: ids [B, T] int64, ``ma
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rdlm.diffusion.unmasking import Asked, by_owner, mask_of, read
-from rdlm.objectives.denoiser import Denoiser
 from rdlm.random_streams import generator
 
 _BOUND_KEY = 6
@@ -21,7 +21,7 @@ POSITIONS_AT_ONCE = 1 << 14
 
 @torch.no_grad()
 def bound(
-    denoiser: Denoiser,
+    denoiser: Any,
     targets: Tensor,
     num_steps: int,
     *,
@@ -58,7 +58,9 @@ def bound(
         for owner, rows in by_owner(denoiser, levels, possible):
             here = hidden[rows] if mask is None else hidden[rows] & mask[rows]
             states = owner.hidden(targets[rows].masked_fill(here, owner.mask_id), level[rows])[here]
-            losses = owner.loss(states, targets[rows][here], torch.ones(len(states), device=states.device))[1]
+            losses = owner.cross_entropy(
+                states, targets[rows][here], torch.ones(len(states), device=states.device)
+            )[1]
             weight = torch.tensor(
                 [num_steps / k[row] / draws for row in rows.tolist()], device=targets.device
             )
@@ -67,7 +69,7 @@ def bound(
 
 
 @torch.no_grad()
-def left_to_right(denoiser: Denoiser, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def left_to_right(denoiser: Any, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Log-probability of each token given those before it, all from itself on hidden -> fp32 [B, T], and whether it is the arg max, bool.
 
     By the chain rule their sum over a row is exactly log p(row) of ``unmask`` in this order with as many steps as tokens (temperature 1,

@@ -11,49 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdlm.config.checkpoint import CheckpointConfig, CorruptionConfig, NoiseConfig
-from rdlm.diffusion.masking import LinearMasking
-from rdlm.diffusion.noise import LogNormalSchedule
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.objective import NoiseConfig
+from rdlm.diffusion.schedules import LogNormalSchedule, NoiseSchedule, schedule_of
 from rdlm.errors import UserError
 
 PartitionKind = Literal["equi_probability", "uniform", "log_uniform", "equal_information", "explicit"]
 Curve = Sequence[tuple[float, float]]
 """(sigma, cross-entropy in nats) pairs, rising in sigma."""
-
-
-@dataclass(frozen=True)
-class BandSchedule:
-    """The two-band training distribution: half the mass log-uniform in each band. Same questions as LogNormalSchedule."""
-
-    corruption: CorruptionConfig
-
-    @property
-    def _knots(self) -> tuple[np.ndarray, np.ndarray]:
-        """(log sigma, mass below it) where the slope changes; linear in between."""
-        bands = np.log([self.corruption.low_band, self.corruption.high_band])  # [2, 2]
-        levels = np.sort(bands.flatten())
-        return levels, np.mean([np.clip((levels - a) / (b - a), 0, 1) for a, b in bands], axis=0)
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """(lowest, highest) level."""
-        (a, b), (c, d) = self.corruption.low_band, self.corruption.high_band
-        return min(a, c), max(b, d)
-
-    def cdf(self, sigma: Tensor) -> Tensor:
-        levels, mass = self._knots
-        return torch.as_tensor(np.interp(sigma.double().log().numpy(), levels, mass))
-
-    def icdf(self, q: Tensor) -> Tensor:
-        levels, mass = self._knots
-        return torch.as_tensor(np.interp(q.double().numpy(), mass, levels)).exp().clamp(*self.ends)
-
-    def widen(self, low: float, high: float, overlap: float) -> tuple[float, float]:
-        factor = (high / low) ** overlap
-        return max(low / factor, self.ends[0]), min(high * factor, self.ends[1])
-
-
-Schedule = LogNormalSchedule | BandSchedule | LinearMasking
 
 
 @dataclass(frozen=True)
@@ -64,7 +29,7 @@ class BlockPartition:
     layers: the contiguous layers of each block. overlap widens a block's training range, never its ownership.
     """
 
-    schedule: Schedule
+    schedule: NoiseSchedule
     edges: tuple[float, ...]
     layers: tuple[range, ...]
     overlap: float = 0.0
@@ -133,7 +98,7 @@ def partition(
     kind: PartitionKind = "equi_probability",
     layers_per_block: Sequence[int] | None = None,
     overlap: float = 0.0,
-    schedule: Schedule | None = None,
+    schedule: NoiseSchedule | None = None,
     edges: Sequence[float] | None = None,
     curve: Curve | None = None,
 ) -> BlockPartition:
@@ -187,18 +152,6 @@ def partition_of(config: CheckpointConfig) -> BlockPartition:
     )  # fmt: skip
 
 
-def schedule_of(config: CheckpointConfig) -> Schedule:
-    """The distribution of levels that an objective trains on."""
-    objective = config.objective
-    if objective.masking is not None:
-        return LinearMasking(objective.masking)
-    return (
-        BandSchedule(objective.corruption)
-        if objective.corruption.distribution == "bands"
-        else LogNormalSchedule(config.noise)
-    )
-
-
 def evidence_curve(
     prior_nats: float, low: float, high: float, num_levels: int = 256
 ) -> list[tuple[float, float]]:
@@ -215,7 +168,7 @@ def evidence_curve(
 
 
 def _edges(
-    schedule: Schedule, num_blocks: int, kind: PartitionKind, inner: Sequence[float], curve: Curve
+    schedule: NoiseSchedule, num_blocks: int, kind: PartitionKind, inner: Sequence[float], curve: Curve
 ) -> tuple[float, ...]:
     low, high = schedule.ends
     fractions = [b / num_blocks for b in range(num_blocks + 1)]  # 0 = noisiest edge

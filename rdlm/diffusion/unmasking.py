@@ -11,21 +11,36 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rdlm.diffusion.samplers import run
 from rdlm.diffusion.unmasking_plan import Turn, turns
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.masked_denoiser import MaskedDenoiser
 from rdlm.sampling import sample
 from rdlm.sampling_params import History, Order, SamplingParams, uniform
 
 _TOKEN = 1
 LOGITS_AT_ONCE = 1 << 24
 """``fill`` holds at most so many logits (64 MiB of fp32), or else those of one text."""
+
+
+class MaskedNetwork(Protocol):
+    """What sampling needs of a masked model (rdlm/objectives/masked.py)."""
+
+    @property
+    def mask_id(self) -> int:
+        """The id of a masked token."""
+
+    def at(self, sigma: float | None) -> Any:
+        """The network that owns a level."""
+
+    def hidden(self, ids: Tensor, level: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """ids [B, T], level [B] -> hidden states [B, T, D]."""
+
+    def predict(self, hidden: Tensor) -> Any:
+        """Hidden states [..., D] -> a prediction with ``logits()`` [..., V]."""
 
 
 @dataclass(slots=True)
@@ -55,7 +70,7 @@ class Draft:
 
 @torch.no_grad()
 def unmask(
-    denoiser: Denoiser,
+    denoiser: MaskedNetwork,
     ids: Tensor,
     num_steps: int,
     params: SamplingParams,
@@ -94,7 +109,7 @@ def unmask(
 
 @torch.no_grad()
 def fill(
-    denoiser: Denoiser, drafts: Sequence[Draft], num_tokens: int | None = None
+    denoiser: MaskedNetwork, drafts: Sequence[Draft], num_tokens: int | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """Take the next turn of every draft, together -> of each the places [P] that came into sight and their logits [P, V].
 
@@ -165,7 +180,7 @@ class Asked:
 
 
 @torch.no_grad()
-def read(denoiser: Denoiser, asked: Sequence[Asked]) -> list[Tensor]:
+def read(denoiser: MaskedNetwork, asked: Sequence[Asked]) -> list[Tensor]:
     """Logits [P, V] fp32 of the places of each row. Rows of similar length share a pass, where their owner is the same."""
     found: dict[int, Tensor] = {}
     for owner, mine in by_owner(denoiser, [ask.level for ask in asked]):
@@ -186,9 +201,9 @@ def read(denoiser: Denoiser, asked: Sequence[Asked]) -> list[Tensor]:
     return [found[i] for i in range(len(asked))]
 
 
-def mask_of(denoiser: Denoiser) -> int:
+def mask_of(denoiser: MaskedNetwork) -> int:
     """The id of a hidden token."""
-    return cast(MaskedDenoiser, denoiser.at(1.0)).mask_id
+    return denoiser.at(1.0).mask_id
 
 
 def _alike(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
@@ -203,14 +218,14 @@ def _alike(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
 
 
 def by_owner(
-    denoiser: Denoiser, levels: Sequence[float], possible: Sequence[float] = ()
-) -> Iterator[tuple[MaskedDenoiser, Tensor]]:
+    denoiser: MaskedNetwork, levels: Sequence[float], possible: Sequence[float] = ()
+) -> Iterator[tuple[Any, Tensor]]:
     """The denoisers that own the rows' levels, each with its rows' numbers.
 
     Owners of ``possible`` levels come in any case, without rows: every process then makes the same calls, which ZeRO 3 needs.
     """
-    rows: dict[Denoiser, list[int]] = {denoiser.at(level): [] for level in possible}
+    rows: dict[MaskedNetwork, list[int]] = {denoiser.at(level): [] for level in possible}
     for row, level in enumerate(levels):
         rows.setdefault(denoiser.at(level), []).append(row)
     for owner, mine in rows.items():
-        yield cast(MaskedDenoiser, owner), torch.tensor(mine, dtype=torch.long)
+        yield owner, torch.tensor(mine, dtype=torch.long)

@@ -125,12 +125,12 @@ class Limits:
     @property
     def left_to_right(self) -> bool:
         """Whether the model draws one token after the other."""
-        return self.served.config.objective.masking is None
+        return self.served.config.objective.left_to_right
 
     @property
     def supports_exits(self) -> bool:
         """Whether a position may stop before its K steps."""
-        return self.served.config.objective.k_meaning == "thinking"
+        return self.served.config.objective.supports_exits
 
     @property
     def meaning(self) -> str:

@@ -79,7 +79,9 @@ async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], s
     server: ServerState = state.server
     parsed, ks = await in_thread_if_large(_size(data.prompt), parse_score, data, server.limits())
     events = await until_disconnect(request, last_events(server.submit(parsed)))
-    return Response(score_answer(parsed, server.token_names, ks, server.served.config.estimator, events))
+    return Response(
+        score_answer(parsed, server.token_names, ks, server.served.config.objective.estimator, events)
+    )
 
 
 def _size(prompts: Any) -> int:

@@ -86,7 +86,7 @@ def _card(limits: Limits, name: str) -> dict[str, Any]:
         "orders": [] if limits.left_to_right else list(get_args(Order)),
         "meaning": limits.meaning,
         "kind": config.objective.k_meaning,
-        "estimator": config.estimator,
+        "estimator": config.objective.estimator,
         "objective": config.objective.name,
         "training_step": config.step,
     }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rdlm.config.model import Llama3Scaling
 from rdlm.nn.attention import rotary_table
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class _Tally:
 
 
 @torch.inference_mode()
-def costs_of(denoiser: Denoiser) -> Costs:
+def costs_of(denoiser: Objective) -> Costs:
     """One row is sent through each part, and the matrices it meets are counted."""
     model = denoiser.model
     device = model.head.weight.device

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rdlm.diffusion.blockwise import blocks_of
 from rdlm.diffusion.unmasking import Asked, Draft, fill, mask_of, read
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives.masked import MaskedDiffusion
 from serve.engine.flops import costs_of
 from serve.engine.masked_sequence import MaskedSequence
 from serve.engine.rows import logprobs_of, step_of
@@ -36,11 +35,11 @@ class MaskedRunner:
     position_bytes = 0
     """No keys are kept: every step of a text sees tokens that the one before did not."""
 
-    def __init__(self, denoiser: Denoiser, num_tokens: int) -> None:
+    def __init__(self, denoiser: MaskedDiffusion, num_tokens: int) -> None:
         """num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are never drawn."""
         self.denoiser, self._num_tokens, self._mask_id = denoiser, num_tokens, mask_of(denoiser)
         self._device = next(denoiser.parameters()).device
-        self._costs = {block: costs_of(block) for block in blocks_of(denoiser)}
+        self._costs = {block: costs_of(block) for block in denoiser.parts}
         self._spent: Counter[int] = Counter()
         self._filled: dict[int, _Filled] = {}
 

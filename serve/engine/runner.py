@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Seq
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.diffusion.blockwise import blocks_of
-from rdlm.diffusion.samplers import Flow, StepPlan, flow_step, renoise, soft_bridge, step_plan
+from rdlm.diffusion.samplers import Flow, StepPlan, expected_target, sampler_named
 from rdlm.nn import kv_cache as cache
 from rdlm.nn.layers import Condition
-from rdlm.objectives.denoiser import Denoiser, Prediction
+from rdlm.objectives.base import Prediction
+from rdlm.objectives.next_token import NextToken, renoise
 from rdlm.random_streams import generator
 from rdlm.sampling import process, sample
 from rdlm.sampling_params import uniform
@@ -38,7 +38,7 @@ class Runner:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: NextToken,
         config: CheckpointConfig,
         *,
         num_slots: int,
@@ -53,14 +53,14 @@ class Runner:
         """
         model, weight = denoiser.model, next(denoiser.model.parameters())
         self.denoiser, self.config, self.device = denoiser, config, weight.device
-        self._blocks = blocks_of(denoiser)
+        self._blocks = cast(list[NextToken], denoiser.parts)
         self._owner = self._blocks[0]
         """The block whose rows are at work."""
         self._costs = [costs_of(block) for block in self._blocks]
         self._cost = self._costs[0]
         self._spent: Counter[int] = Counter()
         """FLOPs of each sequence so far."""
-        self._plans = {k: step_plan(config, k) for k in range(1, max_steps + 1)}
+        self._plans = {k: denoiser.step_plan(k) for k in range(1, max_steps + 1)}
         iterates = config.objective.k_meaning == "thinking"
         self.pool = cache.KVPool(
             model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim,
@@ -71,7 +71,7 @@ class Runner:
         self._num_tokens = num_tokens
         self._live: dict[int, Live] = {}
         self._seen: dict[int, Tensor] = {}
-        self._silent: dict[Denoiser, Condition | None] = {}
+        self._silent: dict[NextToken, Condition | None] = {}
         self._context: tuple[list[cache.Segment], cache.PackedContext] | None = None
 
     def depth(self, num_steps: int) -> Depth:
@@ -342,7 +342,7 @@ class Runner:
                 [params[i] for i in flowing],
                 [histories[i] for i in flowing],
             )
-            x0 = soft_bridge(
+            x0 = expected_target(
                 logits if evidence is None else logits + evidence[flowing], self._owner.unit_table()[known]
             )
             self._bridge([rows[i] for i in flowing], self._flowed([rows[i] for i in flowing], x0))
@@ -400,7 +400,7 @@ class Runner:
             )
             at = live.flow or Flow(top * self._noise(sequence))
             assert below is not None
-            live.flow = flow_step(
-                at, estimate, sigma or top, below, sequence.request.sampling.bridge == "multistep"
+            live.flow = sampler_named(sequence.request.sampling.bridge).step(
+                at, estimate, sigma or top, below
             )
         return torch.stack([live.flow.z for s in rows if (live := self._live[s.id]).flow])

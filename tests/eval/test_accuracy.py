@@ -15,9 +15,8 @@ from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.images import ImageStore, as_batch
-from rdlm.diffusion.blockwise import blocks_of
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import loss_terms
+from rdlm.objectives import Objective
+from rdlm.objectives.base import Keys
 from rdlm.registry import build
 from train.data.image_prepare import ImagePreparation, prepare_images
 
@@ -73,12 +72,12 @@ def config(objective: str, blocks: dict[str, Any] | None = None, **changes: Any)
     return CheckpointConfig.model_validate(document)
 
 
-def learned(shape: CheckpointConfig) -> Denoiser:
+def learned(shape: CheckpointConfig) -> Objective:
     denoiser = build(shape, seed=0)
-    for part in blocks_of(denoiser):
+    for part in denoiser.parts:
         optimizer = torch.optim.AdamW(part.parameters(), lr=3e-3)
         for step in range(60):
-            terms = loss_terms(part, as_batch(*pictures(32, 1000 + step)), step=step, seed=0)
+            terms = part.loss(as_batch(*pictures(32, 1000 + step)), Keys(seed=0, step=step))
             optimizer.zero_grad()
             (terms.total / terms.count).backward()
             optimizer.step()
@@ -132,7 +131,7 @@ def test_figures_are_those_of_a_model_whose_mistakes_are_known(
 def test_noise_depends_on_image_and_draw_alone(data: Path, blocks: dict[str, Any] | None, awake: Any) -> None:
     shape = config("evidence", blocks)
     denoiser = build(shape, seed=0)
-    for part in blocks_of(denoiser):
+    for part in denoiser.parts:
         awake(part)
         with torch.no_grad():
             part.model.adapter.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr]

@@ -11,11 +11,11 @@ from eval.convergence import check_iterates, evaluate_convergence
 from rdlm.checkpoints.folder import Loaded
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
 
 
 @pytest.fixture
-def loaded(tiny: Callable[..., Denoiser], tiny_config: Callable) -> Loaded:
+def loaded(tiny: Callable[..., Objective], tiny_config: Callable) -> Loaded:
     return Loaded(tiny("huginn", "onestep").eval(), tiny_config("huginn", "onestep"), None)
 
 
@@ -69,7 +69,7 @@ def test_only_counted_positions_matter_whatever_the_batches(loaded: Loaded) -> N
     assert len(late["picture"]["distance"][0]) == 6 and late["results"][0]["distance"] != whole[0]["distance"]
 
 
-def test_what_does_not_iterate_is_refused(tiny: Callable[..., Denoiser], tiny_config: Callable) -> None:
+def test_what_does_not_iterate_is_refused(tiny: Callable[..., Objective], tiny_config: Callable) -> None:
     for arguments in (("huginn", "evidence"), ("llama", "next_token")):
         with pytest.raises(UserError, match="not an iteration"):
             check_iterates(Loaded(tiny(*arguments), tiny_config(*arguments), None))

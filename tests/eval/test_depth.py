@@ -19,13 +19,13 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.batch import Batch
 from rdlm.data.synthetic import FilledIn, Generated, GroupProduct, LatinSquare, PointerChasing
 from rdlm.errors import UserError
-from rdlm.objectives.denoiser import Denoiser, Prediction
-from rdlm.objectives.losses import loss_terms
-from rdlm.objectives.masked_denoiser import MaskedDenoiser
+from rdlm.objectives import Objective
+from rdlm.objectives.base import Keys, Prediction
+from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.registry import build
 from rdlm.sampling_params import Order
 
-Tiny = Callable[..., Denoiser]
+Tiny = Callable[..., Objective]
 TinyConfig = Callable[..., CheckpointConfig]
 
 
@@ -181,7 +181,7 @@ def test_command_measures_every_task(
 
 
 @pytest.fixture
-def masked(masked_config: TinyConfig, awake: Callable[[Denoiser], Denoiser]) -> Loaded:
+def masked(masked_config: TinyConfig, awake: Callable[[Objective], Objective]) -> Loaded:
     """Untrained, in two blocks; offers K up to 64."""
     config = masked_config(model={"vocab_size": 6}, num_blocks=2)
     return Loaded(awake(build(config, seed=0)).eval(), config, None)
@@ -194,9 +194,9 @@ def test_hidden_answers_tell_nothing_and_inputs_do(
 ) -> None:
     """All that the network says while evaluate_depth asks it, with the truth, then the inputs changed behind its back."""
     said: list[torch.Tensor] = []
-    real_rows, real_predict = task.rows, MaskedDenoiser.predict
+    real_rows, real_predict = task.rows, MaskedDiffusion.predict
 
-    def predict(self: MaskedDenoiser, hidden: torch.Tensor) -> Prediction:
+    def predict(self: MaskedDiffusion, hidden: torch.Tensor) -> Prediction:
         said.append(real_predict(self, hidden).logits())
         return real_predict(self, hidden)
 
@@ -214,11 +214,11 @@ def test_hidden_answers_tell_nothing_and_inputs_do(
         evaluate_depth(masked, FilledIn(task), (3,), rows=40, order=order)
         return list(said)
 
-    monkeypatch.setattr(MaskedDenoiser, "predict", predict)
+    monkeypatch.setattr(MaskedDiffusion, "predict", predict)
     before = says(0, 0)
     assert len(before) == 3 and all(map(torch.equal, before, says(0, 1)))
     monkeypatch.undo()
-    monkeypatch.setattr(MaskedDenoiser, "predict", predict)
+    monkeypatch.setattr(MaskedDiffusion, "predict", predict)
     assert not torch.equal(before[0], says(1, 0)[0])
 
 
@@ -244,8 +244,8 @@ def test_a_masked_model_learns_a_task_and_its_squares_get_whole_with_more_steps(
     denoiser = build(config, seed=0)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=3e-3, betas=(0.9, 0.95))
     for step in range(150):
-        terms = loss_terms(
-            denoiser, task.rows(np.arange(step * 32, step * 32 + 32), seed=0), step=step, seed=0
+        terms = denoiser.loss(
+            task.rows(np.arange(step * 32, step * 32 + 32), seed=0), Keys(seed=0, step=step)
         )
         (terms.total / terms.count).backward()
         optimizer.step()

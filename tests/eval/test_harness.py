@@ -17,7 +17,6 @@ import yaml
 from rdlm.checkpoints.folder import Loaded, load
 from rdlm.cli import app, run
 from rdlm.errors import UserError
-from rdlm.scoring import token_logprobs
 
 pytest.importorskip("lm_eval", reason="the harness is not installed")
 
@@ -39,7 +38,7 @@ def _ask(kind: str, *arguments: Any, doc: int = 0) -> Instance:
 def _by_hand(loaded: Loaded, context: list[int], continuation: list[int], k: int) -> float:
     """One row at a time, without padding or batches."""
     row = torch.tensor([context + continuation])
-    logprobs = token_logprobs(loaded.denoiser, loaded.config, row[:, :-1], row[:, 1:], [k])[k][0]
+    logprobs = loaded.denoiser.token_logprobs(row[:, :-1], row[:, 1:], [k])[k][0]
     return sum(logprobs.tolist()[len(context) - 1 :])
 
 
@@ -50,7 +49,7 @@ def _greedy(loaded: Loaded, context: list[int], length: int, k: int) -> list[int
         rows = torch.tensor([ids] * loaded.config.model.vocab_size)
         last = torch.arange(loaded.config.model.vocab_size)
         targets = torch.cat([rows[:, 1:], last[:, None]], 1)
-        ids.append(int(token_logprobs(loaded.denoiser, loaded.config, rows, targets, [k])[k][:, -1].argmax()))
+        ids.append(int(loaded.denoiser.token_logprobs(rows, targets, [k])[k][:, -1].argmax()))
     return ids[len(context) :]
 
 

@@ -22,8 +22,7 @@ from rdlm.errors import UserError
 from rdlm.models.base import Backbone
 from rdlm.nn.attention import AttentionContext
 from rdlm.nn.layers import Condition, TokenTable
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.scoring import token_logprobs
+from rdlm.objectives import Objective
 from train.data.prepare import Preparation, prepare
 
 VOCAB = 300
@@ -46,7 +45,7 @@ def tokenizer(data: Path) -> Tokenizer:
 
 
 @pytest.fixture
-def loaded(tiny: Callable[..., Denoiser], tiny_config: Callable, tokenizer: Tokenizer) -> Loaded:
+def loaded(tiny: Callable[..., Objective], tiny_config: Callable, tokenizer: Tokenizer) -> Loaded:
     return Loaded(
         tiny("huginn", "onestep", vocab_size=VOCAB).eval(),
         tiny_config("huginn", "onestep", vocab_size=VOCAB),
@@ -114,7 +113,7 @@ def test_a_bigram_model_scores_what_its_counts_say(
         tiny_config("huginn", "onestep", vocab_size=VOCAB),
         TokenStore(data, "train").read(0, 3000).tolist(),
     )
-    denoiser = Denoiser(Bigram(torch.tensor(train), VOCAB), config.objective, config.noise).eval()
+    denoiser = Objective(Bigram(torch.tensor(train), VOCAB), config.objective, config.noise).eval()
     report = evaluate_nll(Loaded(denoiser, config, tokenizer), store.windows(32, 640, 8), (1, 4))
     pairs, singles = Counter(pairwise(train)), Counter(train[:-1])
     read = store.read(0, 641).tolist()
@@ -135,7 +134,7 @@ def test_a_bigram_model_scores_what_its_counts_say(
 def test_nll_is_the_mean_of_the_scored_tokens_whatever_the_batch_size(loaded: Loaded, data: Path) -> None:
     store = TokenStore(data, "valid")
     rows = store.rows(np.arange(5), 32)
-    expected = -token_logprobs(loaded.denoiser, loaded.config, rows.inputs, rows.targets, (2,))[2].mean()
+    expected = -loaded.denoiser.token_logprobs(rows.inputs, rows.targets, (2,))[2].mean()
     for batch_size in (1, 5):
         report = evaluate_nll(loaded, store.windows(32, 160, batch_size), (2,))
         assert report["results"][0]["nll"] == pytest.approx(float(expected), abs=1e-5)

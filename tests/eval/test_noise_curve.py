@@ -20,8 +20,7 @@ from rdlm.cli import app, run
 from rdlm.data.batch import Batch
 from rdlm.data.token_shards import TokenStore
 from rdlm.errors import UserError
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.scoring import token_logprobs
+from rdlm.objectives import Objective
 from train.data.prepare import Preparation, prepare
 
 VOCAB = 300
@@ -33,7 +32,7 @@ def _batch(rows: int = 4, length: int = 16) -> Batch:
 
 
 @pytest.fixture
-def uniform(tiny: Callable[..., Denoiser], tiny_config: Callable) -> Loaded:
+def uniform(tiny: Callable[..., Objective], tiny_config: Callable) -> Loaded:
     """An evidence denoiser that says nothing about the next token: with the exact evidence scale it is the exact denoiser."""
     denoiser = tiny("huginn", "evidence", tie_embeddings=False).eval()
     with torch.no_grad():
@@ -59,7 +58,7 @@ def test_an_exact_denoiser_has_no_gap_and_a_scaled_one_has(uniform: Loaded) -> N
 
 
 def test_the_reference_is_bayes_with_the_prior_at_zero(
-    tiny: Callable[..., Denoiser], tiny_config: Callable
+    tiny: Callable[..., Objective], tiny_config: Callable
 ) -> None:
     """One position, one level: p(x | z) by hand from the model's own prior and the Gaussian density of z."""
     denoiser = tiny("huginn", "onestep").eval()
@@ -73,7 +72,7 @@ def test_the_reference_is_bayes_with_the_prior_at_zero(
         + sigma * torch.randn((1, 1, table.shape[1]), generator=generator(0, 0, 0))[0, 0]
     )
     every = torch.arange(64)[:, None]
-    prior = token_logprobs(denoiser, loaded.config, batch.inputs.expand(64, 1), every, [3])[3][:, 0]
+    prior = denoiser.token_logprobs(batch.inputs.expand(64, 1), every, [3])[3][:, 0]
     density = -(z - table).square().sum(1) / (2 * sigma**2)
     posterior = (prior + density).log_softmax(0)
     assert found["reference"] == pytest.approx(-float(posterior[batch.targets[0, 0]]), abs=1e-4)
@@ -106,7 +105,7 @@ def test_a_curve_without_a_drop_is_refused(curve: list[tuple[float, float]]) -> 
 
 
 @pytest.fixture
-def command(tmp_path: Path, tiny: Callable[..., Denoiser], tiny_config: Callable) -> Callable[..., int]:
+def command(tmp_path: Path, tiny: Callable[..., Objective], tiny_config: Callable) -> Callable[..., int]:
     rows = [{"text": f"Verse {i}: and {i * i} foxes ran." * (1 + i % 4)} for i in range(200)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare(

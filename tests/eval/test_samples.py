@@ -13,9 +13,8 @@ from eval.texts.sweep import Setting
 from rdlm.checkpoints.folder import save
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.token_shards import TokenStore
-from rdlm.diffusion.blockwise import blocks_of
 from rdlm.errors import UserError
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
 from rdlm.registry import build
 from serve.engine.engine import Engine
 from serve.settings import EngineSettings
@@ -40,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 def _checkpoint(
-    folder: Path, store: TokenStore, tiny: Callable[..., Denoiser], tiny_config: Callable, objective: str
+    folder: Path, store: TokenStore, tiny: Callable[..., Objective], tiny_config: Callable, objective: str
 ) -> Path:
     denoiser = tiny("huginn", objective, vocab_size=VOCAB)
     with torch.no_grad():  # sharp enough that contexts and steps matter
@@ -50,7 +49,7 @@ def _checkpoint(
 
 
 @pytest.fixture
-def folder(tmp_path: Path, store: TokenStore, tiny: Callable[..., Denoiser], tiny_config: Callable) -> Path:
+def folder(tmp_path: Path, store: TokenStore, tiny: Callable[..., Objective], tiny_config: Callable) -> Path:
     return _checkpoint(tmp_path / "model", store, tiny, tiny_config, "single_pass")
 
 
@@ -104,7 +103,7 @@ def test_prompt_and_human_continuation_join_to_the_original_text(
 
 @pytest.mark.parametrize("objective", ["single_pass", "evidence"])
 def test_same_seed_same_texts_whatever_the_batch(
-    objective: str, store: TokenStore, tmp_path: Path, tiny: Callable[..., Denoiser], tiny_config: Callable
+    objective: str, store: TokenStore, tmp_path: Path, tiny: Callable[..., Objective], tiny_config: Callable
 ) -> None:
     folder = _checkpoint(tmp_path / "m", store, tiny, tiny_config, objective)
     alone, together = (_texts(folder, store, tmp_path / str(slots), slots=slots) for slots in (1, 16))
@@ -239,16 +238,16 @@ def test_a_masked_model_fills_in_continuations_alike_in_any_batch(
     store: TokenStore,
     tmp_path: Path,
     masked_config: Callable[..., CheckpointConfig],
-    awake: Callable[[Denoiser], Denoiser],
+    awake: Callable[[Objective], Objective],
 ) -> None:
     """Two blocks, so that the steps ask both; texts of full length without an end of text, others at another K, resumed from the file."""
     config = masked_config(num_blocks=2, model={"vocab_size": VOCAB})
     denoiser = awake(build(config, seed=0))
     end = store.manifest.eos_id
     with torch.no_grad():
-        for block in blocks_of(
-            denoiser
-        ):  # what answers look like to the read-out: it would nearly always be drawn
+        for (
+            block
+        ) in denoiser.parts:  # what answers look like to the read-out: it would nearly always be drawn
             hidden = block.hidden(torch.full((1, 14), block.mask_id), torch.ones(1))
             block.model.wte.weight[end] = hidden.mean((0, 1))
     folder = save(tmp_path / "masked", denoiser, config, store.tokenizer())

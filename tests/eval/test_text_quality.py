@@ -21,7 +21,7 @@ from rdlm.checkpoints.folder import save
 from rdlm.cli import app, run
 from rdlm.data.token_shards import TokenStore
 from rdlm.errors import UserError
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
 from train.data.prepare import Preparation, prepare
 
 VOCAB = 300
@@ -254,7 +254,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(
     data: Path,
     tmp_path: Path,
-    tiny: Callable[..., Denoiser],
+    tiny: Callable[..., Objective],
     tiny_config: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., int]:

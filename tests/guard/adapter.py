@@ -16,29 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdlm.answers import greedy_answers as rdlm_greedy_answers
 from rdlm.checkpoints import folder as checkpoint
-from rdlm.config.checkpoint import CheckpointConfig, ObjectiveConfig
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.objective import VARIANTS, CorruptionConfig, objective_config
 from rdlm.data.batch import Batch
 from rdlm.data.tokenizer import Tokenizer, train_tokenizer
-from rdlm.diffusion.blockwise import blocks_of, drawn_block
-from rdlm.diffusion.image_sampler import draw_images as rdlm_draw_images
 from rdlm.diffusion.masked_likelihood import bound
 from rdlm.diffusion.masked_likelihood import left_to_right as rdlm_left_to_right
 from rdlm.diffusion.partition import partition_of
-from rdlm.diffusion.samplers import step_plan
 from rdlm.diffusion.unmasking import mask_of
 from rdlm.diffusion.unmasking import unmask as rdlm_unmask
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.image_denoiser import ImageDenoiser
-from rdlm.objectives.losses import in_place_hidden, loss_terms, two_stream_hidden
-from rdlm.objectives.masked_denoiser import MaskedDenoiser
-from rdlm.registry import OBJECTIVES
+from rdlm.objectives import Objective
+from rdlm.objectives.base import Keys
+from rdlm.objectives.blockwise import drawn_block
+from rdlm.objectives.edm import Edm
+from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.registry import build as rdlm_build
 from rdlm.sampling_params import SamplingParams
-from rdlm.scoring import class_scores as rdlm_class_scores
-from rdlm.scoring import estimator_of, think
-from rdlm.scoring import token_scores as rdlm_token_scores
 from serve.engine.engine import Engine
 from serve.engine.events import Event
 from serve.engine.exits import ExitRule
@@ -51,7 +45,7 @@ from serve.settings import EngineSettings
 class Model:
     """A network and the config that describes it."""
 
-    network: Denoiser
+    network: Objective
     config: CheckpointConfig
 
 
@@ -60,13 +54,31 @@ class Model:
 
 def objectives() -> dict[str, list[str]]:
     """Which objectives each family can be trained with."""
-    # Commit 7f1b628 knew no family "recurrent", the general form of the others.
-    return {family: list(names) for family, names in OBJECTIVES.items() if family != "recurrent"}
+    tasks = {"huginn": "causal", "llama": "causal", "masked": "masked", "vit": "classify", "dit": "denoise"}
+    names = {str(variant.model_fields["name"].default): variant.tasks for variant in VARIANTS}
+    order = [
+        "single_pass",
+        "onestep",
+        "evidence",
+        "paper",
+        "bptt",
+        "next_token",
+        "masked",
+        "classify",
+        "paper",
+        "evidence",
+    ]
+    order = list(dict.fromkeys([*order, "forward_forward", "edm"]))
+    if_images = ["classify", "paper", "evidence", "forward_forward"]
+    return {
+        family: [name for name in (if_images if task == "classify" else order) if task in names[name]]
+        for family, task in tasks.items()
+    }
 
 
 def build(document: dict[str, Any], seed: int) -> Model:
     """The freshly initialised network of a config with version 1's fields; ``noise_conditioning`` follows the objective."""
-    noisy = ObjectiveConfig.model_validate(document["objective"]).noisy
+    noisy = objective_config.validate_python(document["objective"]).noise_conditioned
     model = {**document["model"], "noise_conditioning": noisy}
     config = CheckpointConfig.model_validate({"name": "guard", **document, "model": model})
     return Model(rdlm_build(config, seed=seed), config)
@@ -79,7 +91,7 @@ def weights(model: Model) -> dict[str, Tensor]:
 
 def parts(model: Model) -> list[Any]:
     """What trains on its own: the blocks, or the whole network."""
-    return list(blocks_of(model.network))
+    return list(model.network.parts)
 
 
 def parameters(part: Any) -> list[Tensor]:
@@ -114,11 +126,11 @@ def facts(model: Model, ks: Sequence[int]) -> dict[str, Any]:
         "k_meaning": config.objective.k_meaning,
         "max_steps": config.max_steps,
         "default_steps": config.default_steps,
-        "estimator": config.estimator,
-        "estimators": [estimator_of(config, k) for k in ks],
+        "estimator": config.objective.estimator,
+        "estimators": [config.objective.estimator_at(k) for k in ks],
     }
-    if config.objective.masking is None and config.model.family != "dit":
-        plans = [step_plan(config, k) for k in ks]
+    if config.objective.left_to_right and config.model.family != "dit":
+        plans = [model.network.step_plan(k) for k in ks]
         found["plans"] = [
             {
                 "sigmas": list(plan.sigmas),
@@ -159,7 +171,7 @@ def update_loss(
     micro: int = 0,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum of weighted losses, positions that count, metrics) of one micro-batch."""
-    terms = loss_terms(part, Batch(inputs, targets, mask), step=step, seed=seed, rank=rank, micro=micro)
+    terms = part.loss(Batch(inputs, targets, mask), Keys(seed, step, rank, micro))
     return terms.total, terms.count, terms.metrics
 
 
@@ -194,7 +206,23 @@ def train_config(path: Path) -> dict[str, Any]:
     """The resolved training config of a YAML file, as JSON with version 1's fields."""
     from train.settings import load as load_settings
 
-    return load_settings(path).model_dump(mode="json")
+    document = load_settings(path).model_dump(mode="json")
+    return {**document, "objective": _objective_v1(document["objective"])}
+
+
+def _objective_v1(section: dict[str, Any]) -> dict[str, Any]:
+    """An objective section with the fields that version 1 wrote for every objective."""
+    config = objective_config.validate_python(section)
+    absent = {
+        "depth": config.depth_in_training.model_dump(mode="json"),
+        "corruption": CorruptionConfig().model_dump(mode="json"),
+        "readout": config.readout,
+        "loss_weighting": "none",
+        "label_dropout": 0.0,
+        "goodness": None,
+        "masking": None,
+    }
+    return {**absent, **section}
 
 
 # Scores and answers -----------------------------------------------------------------------------------------------------------
@@ -204,29 +232,27 @@ def train_config(path: Path) -> dict[str, Any]:
 def logits(model: Model, inputs: Tensor, num_steps: int) -> Tensor:
     """Logits after K core steps of thinking models, at sigma_max with z = 0 of sampling ones (K = 1)."""
     network = model.network
-    if model.config.objective.k_meaning == "thinking" and model.config.objective.goodness is None:
+    if hasattr(network, "iterate") and model.config.objective.k_meaning == "thinking":
         found: list[Tensor] = []
 
         def keep(k: int, state: Tensor, ctx: Any) -> None:
             if k == num_steps:
                 found.append(network.predict(network.model.decode(state, ctx)).logits())
 
-        think(network, inputs, num_steps, 0, keep)
+        network.iterate(inputs, num_steps, 0, keep)
         return found[0]
     if hasattr(network, "class_logits"):
         return network.class_logits(inputs)
     assert num_steps == 1
     first = network.at(None)
-    if first.two_streams:
-        return first.predict(two_stream_hidden(first, inputs, None, None)).logits()
-    return first.predict(in_place_hidden(first, inputs, None, 1, torch.Generator().manual_seed(0))).logits()
+    return first.predict(first.hidden(inputs, None, 1, torch.Generator().manual_seed(0))).logits()
 
 
 @torch.no_grad()
 def masked_logits(model: Model, ids: Tensor, level: float) -> Tensor:
     """Of a masked model: logits of every place, from the block that owns the level."""
     owner = model.network.at(level)
-    assert isinstance(owner, MaskedDenoiser)
+    assert isinstance(owner, MaskedDiffusion)
     return owner.predict(owner.hidden(ids, torch.full((len(ids),), level))).logits()
 
 
@@ -234,7 +260,7 @@ def masked_logits(model: Model, ids: Tensor, level: float) -> Tensor:
 def estimated_images(model: Model, z: Tensor, sigma: float, classes: Tensor, guidance: float) -> Tensor:
     """Of a model that denoises images: the image it sees in z."""
     owner = model.network.at(sigma)
-    assert isinstance(owner, ImageDenoiser)
+    assert isinstance(owner, Edm)
     return owner.guided(z, sigma, classes, guidance)
 
 
@@ -246,14 +272,12 @@ def token_scores(
     model: Model, inputs: Tensor, targets: Tensor, ks: Sequence[int], *, seed: int, num_draws: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """K -> (log-probabilities, whether they are the largest)."""
-    found = rdlm_token_scores(
-        model.network, model.config, inputs, targets, ks, seed=seed, num_draws=num_draws
-    )
+    found = model.network.score(inputs, targets, ks, seed=seed, num_draws=num_draws)
     return {k: (scores.logprobs, scores.is_greedy) for k, scores in found.items()}
 
 
 def class_scores(model: Model, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    scores = rdlm_class_scores(model.network, images, classes)
+    scores = model.network.score(images, classes, (1,))[1]
     return scores.logprobs, scores.is_greedy
 
 
@@ -270,11 +294,15 @@ def unmask(model: Model, ids: Tensor, num_steps: int, sampling: dict[str, Any], 
 
 
 def greedy_answers(model: Model, inputs: Tensor, ks: Sequence[int], **options: Any) -> dict[int, Tensor]:
-    return rdlm_greedy_answers(model.network, model.config, inputs, ks, **options)
+    if "bridge" in options:
+        options["sampler"] = options.pop("bridge")
+    return model.network.answer(inputs, ks, **options)
 
 
 def draw_images(model: Model, classes: Tensor, num_steps: int, **options: Any) -> Tensor:
-    return rdlm_draw_images(model.network, model.config, classes, num_steps, **options)
+    if "solver" in options:
+        options["sampler"] = options.pop("solver")
+    return model.network.sample_images(classes, num_steps, **options)
 
 
 # Serving ----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rdlm.data.batch import Batch
-from rdlm.objectives.denoiser import Denoiser, Prediction
+from rdlm.objectives import Objective
+from rdlm.objectives.base import Prediction
 
 V, T = 64, 12
 
@@ -55,7 +56,7 @@ class Exact(nn.Module):
     def predict(self, states: Tensor) -> Prediction:
         return Prediction(states.clamp(min=-1e4).float())
 
-    def loss(self, states: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def cross_entropy(self, states: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         losses = -states.gather(1, targets.unsqueeze(1)).squeeze(1).float()
         return (losses * weight).sum(), losses
 
@@ -78,7 +79,7 @@ def expected_bound(denoiser: Any, row: Tensor, num_steps: int) -> float:
         states = denoiser.hidden(ids.masked_fill(ways, denoiser.mask_id), torch.full((len(ways),), level))[
             ways
         ]
-        losses = denoiser.loss(states, ids[ways], torch.ones(len(states)))[1]
+        losses = denoiser.cross_entropy(states, ids[ways], torch.ones(len(states)))[1]
         total += float((torch.zeros(ways.shape).masked_scatter(ways, losses).sum(1) * share).sum()) / k
     return total
 
@@ -86,7 +87,7 @@ def expected_bound(denoiser: Any, row: Tensor, num_steps: int) -> float:
 class Levels(nn.Module):
     """Asks the block that owns the level."""
 
-    def __init__(self, denoiser: Denoiser, mask_id: int) -> None:
+    def __init__(self, denoiser: Objective, mask_id: int) -> None:
         super().__init__()
         self.denoiser, self.mask_id = denoiser, mask_id
 
@@ -94,8 +95,8 @@ class Levels(nn.Module):
         self.owner: Any = self.denoiser.at(float(level[0]))
         return self.owner.hidden(ids, level)
 
-    def loss(self, *args: Tensor) -> tuple[Tensor, Tensor]:
-        return self.owner.loss(*args)
+    def cross_entropy(self, *args: Tensor) -> tuple[Tensor, Tensor]:
+        return self.owner.cross_entropy(*args)
 
 
 def law_of(drawn: Tensor) -> dict[tuple[int, ...], float]:

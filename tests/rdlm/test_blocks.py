@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.config.checkpoint import CheckpointConfig, NoiseConfig
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.objective import NoiseConfig
 from rdlm.data.batch import Batch
-from rdlm.diffusion.blockwise import Blockwise, blocks_of, drawn_block
+from rdlm.diffusion.corruption import draw_levels
 from rdlm.diffusion.partition import partition_of
-from rdlm.diffusion.samplers import sampling_levels
 from rdlm.errors import UserError
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import draw_levels, loss_terms
+from rdlm.objectives import Objective
+from rdlm.objectives.base import Keys
+from rdlm.objectives.blockwise import Blockwise, drawn_block
+from rdlm.objectives.next_token import NextToken
 from rdlm.registry import build
-from rdlm.scoring import token_logprobs
 
 T, V = 10, 64
 
@@ -44,15 +45,15 @@ def batch() -> Batch:
 def test_a_block_built_alone_is_the_block_of_the_whole(cut, targets: str) -> None:
     """Same weights, same loss to the last bit, and no parameter of another block exists."""
     whole = build(cut(targets=targets, layers_per_block=(1, 3)), seed=5)
-    for b, part in enumerate(blocks_of(whole)):
+    for b, part in enumerate(whole.parts):
         alone = build(cut(targets=targets, layers_per_block=(1, 3), block=b), seed=5)
         assert not isinstance(alone, Blockwise)
         ours, theirs = dict(alone.named_parameters()), dict(part.named_parameters())
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert sum("layers" in name and "proj.weight" in name for name in ours) == 2 * (1, 3)[b]
-        totals = [loss_terms(d, batch(), step=3, seed=7).total for d in (alone, part)]
+        totals = [d.loss(batch(), Keys(seed=7, step=3)).total for d in (alone, part)]
         assert torch.equal(totals[0], totals[1])
-    first, second = blocks_of(whole)
+    first, second = whole.parts
     assert not torch.equal(first.model.wte.weight, second.model.wte.weight), (
         "every block has a stem of its own"
     )
@@ -79,7 +80,11 @@ def test_blocks_train_on_their_own_levels(cut, objective: str) -> None:
     for b in range(4):
         denoiser = build(cut(objective, num_blocks=4, overlap=0.1, block=b))
         sigma, noised = draw_levels(
-            config.objective.corruption, denoiser, (4000, 1), torch.Generator().manual_seed(0)
+            config.objective.corruption,
+            denoiser.noise,
+            denoiser.block,
+            (4000, 1),
+            torch.Generator().manual_seed(0),
         )
         low, high = partition_of(config).training_range(b)
         assert low <= sigma[noised].min() and sigma[noised].max() <= high * (1 + 1e-6)
@@ -89,18 +94,14 @@ def test_blocks_train_on_their_own_levels(cut, objective: str) -> None:
 
 def test_the_noise_of_blocks_is_independent(cut, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same step and seed must not give every block the same draws."""
-    import rdlm.objectives.losses
-
     seen = []
     whole = build(cut("paper"), seed=0)
-    real = rdlm.objectives.losses.corrupt
+    real = NextToken.corrupt
     monkeypatch.setattr(
-        rdlm.objectives.losses,
-        "corrupt",
-        lambda d, t, rng: seen.append(torch.rand(64, generator=rng)) or real(d, t, rng),
+        NextToken, "corrupt", lambda d, t, rng: seen.append(torch.rand(64, generator=rng)) or real(d, t, rng)
     )
-    for part in blocks_of(whole):
-        loss_terms(part, batch(), step=0, seed=0)
+    for part in whole.parts:
+        part.loss(batch(), Keys(seed=0, step=0))
     assert abs(float(torch.corrcoef(torch.stack(seen))[0, 1])) < 0.4
 
 
@@ -124,17 +125,25 @@ def test_scoring_asks_the_owner_of_each_level(cut, objective: str, targets: str)
     data = batch()
 
     def scores(ks: list[int]) -> dict[int, torch.Tensor]:
-        return token_logprobs(whole, config, data.inputs, data.targets, ks, num_draws=2)
+        return whole.token_logprobs(data.inputs, data.targets, ks, num_draws=2)
 
     def spoil(b: int) -> None:
         with torch.no_grad():
-            blocks_of(whole)[b].model.head.weight.mul_(-1.5)
+            whole.parts[b].model.head.weight.mul_(-1.5)
 
     before = scores([1, 2])
     alone = build(cut(objective, num_blocks=4, targets=targets, block=0), seed=0)
-    assert torch.equal(before[1], token_logprobs(alone, config, data.inputs, data.targets, [1])[1])
-    assert [partition_of(config).block_of(s) for s in sampling_levels(config, 4)] == [0, 1, 2, 3]
-    assert [partition_of(config).block_of(s) for s in sampling_levels(config, 2)] == [0, 2]
+    assert torch.equal(before[1], alone.token_logprobs(data.inputs, data.targets, [1])[1])
+    assert [partition_of(config).block_of(s) for s in build(config, device="meta").sampling_levels(4)] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert [partition_of(config).block_of(s) for s in build(config, device="meta").sampling_levels(2)] == [
+        0,
+        2,
+    ]
     for b in (1, 3):
         spoil(b)
     after = scores([1, 2])
@@ -209,7 +218,7 @@ def test_one_block_is_the_network_as_it_was(tiny, tiny_config) -> None:
         ),
         seed=0,
     )
-    plain: Denoiser = tiny("llama", "evidence")
-    totals = [loss_terms(d, batch(), step=1, seed=2).total for d in (one, plain)]
+    plain: Objective = tiny("llama", "evidence")
+    totals = [d.loss(batch(), Keys(seed=2, step=1)).total for d in (one, plain)]
     assert torch.equal(totals[0], totals[1]) and math.isfinite(totals[0].item())
     assert NoiseConfig() == one.noise

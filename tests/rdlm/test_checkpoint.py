@@ -98,7 +98,7 @@ def change_weights(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.update(schema_version=2), ["schema_version", "2", "update rdlm"]),
+        (lambda c: c.update(schema_version=3), ["schema_version", "3", "update rdlm"]),
         (lambda c: c.update(colour="red"), ["colour", "remove it"]),
         (lambda c: c["model"].update(colour="red"), ["model.colour"]),
         (lambda c: c["model"].update(num_heads=3), ["model", "num_heads"]),

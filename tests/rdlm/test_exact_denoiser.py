@@ -11,20 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rdlm.config.checkpoint import CheckpointConfig, NoiseConfig, ObjectiveConfig
+from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import HuginnConfig
-from rdlm.diffusion.noise import LogNormalSchedule, geometric_grid
-from rdlm.diffusion.samplers import (
-    Solver,
-    hard_bridge_chain,
-    heun_step,
-    renoise,
-    sampling_levels,
-    soft_bridge,
-    solve,
-    step_plan,
-)
-from rdlm.objectives.denoiser import Denoiser, Prediction
+from rdlm.config.objective import NoiseConfig, objective_config
+from rdlm.diffusion.samplers import SAMPLERS, Flow, expected_target, renoise_chain, solve
+from rdlm.diffusion.schedules import LogNormalSchedule, geometric_grid
+from rdlm.objectives import Objective
+from rdlm.objectives.base import Prediction
+from rdlm.objectives.next_token import renoise
 from rdlm.registry import build
 
 V, D, N = 7, 16, 60_000
@@ -32,7 +26,7 @@ PRIOR = torch.softmax(torch.linspace(0.0, 2.0, V), 0)
 
 
 @pytest.fixture(scope="module")
-def denoiser() -> Denoiser:
+def denoiser() -> Objective:
     """An evidence denoiser whose hidden state is log p in the first V coordinates and whose head reads exactly that."""
     config = HuginnConfig(
         vocab_size=V,
@@ -44,21 +38,22 @@ def denoiser() -> Denoiser:
         noise_conditioning=True,
     )
     built = build(
-        CheckpointConfig(name="exact", model=config, objective=ObjectiveConfig(name="evidence")), seed=0
+        CheckpointConfig(name="exact", model=config, objective=objective_config.validate_python("evidence")),
+        seed=0,
     )
     with torch.no_grad():
         built.model.head.weight.copy_(torch.eye(V, D))
     return built
 
 
-def exact(denoiser: Denoiser, z: torch.Tensor | None, sigma: float | None, rows: int = N) -> Prediction:
+def exact(denoiser: Objective, z: torch.Tensor | None, sigma: float | None, rows: int = N) -> Prediction:
     hidden = F.pad(PRIOR.log(), (0, D - V)).expand(rows, D)
     levels = None if sigma is None else torch.full((rows,), sigma)
     return denoiser.predict(hidden, z, levels)
 
 
 @pytest.mark.parametrize("sigma", [0.2, 0.5, 2.0])
-def test_evidence_readout_is_bayes_rule(denoiser: Denoiser, sigma: float) -> None:
+def test_evidence_readout_is_bayes_rule(denoiser: Objective, sigma: float) -> None:
     """Against the posterior from Gaussian densities, which knows nothing of the identity."""
     rng = torch.Generator().manual_seed(1)
     ids = torch.multinomial(PRIOR, 500, replacement=True, generator=rng)
@@ -74,10 +69,10 @@ def test_evidence_readout_is_bayes_rule(denoiser: Denoiser, sigma: float) -> Non
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
 @torch.no_grad()
-def test_hard_bridge_samples_the_exact_law_at_every_k(denoiser: Denoiser, num_steps: int) -> None:
+def test_hard_bridge_samples_the_exact_law_at_every_k(denoiser: Objective, num_steps: int) -> None:
     rng = torch.Generator().manual_seed(num_steps)
     levels: list[float | None] = [None, *geometric_grid(2.0, 0.2, num_steps - 1)]
-    ids, _ = hard_bridge_chain(
+    ids, _ = renoise_chain(
         lambda z, sigma: exact(denoiser, z, sigma),
         lambda prediction: torch.multinomial(
             torch.softmax(prediction.logits(), -1), 1, generator=rng
@@ -91,7 +86,7 @@ def test_hard_bridge_samples_the_exact_law_at_every_k(denoiser: Denoiser, num_st
 
 
 @torch.no_grad()
-def test_temperature_on_the_prior_means_the_same_at_every_k(denoiser: Denoiser) -> None:
+def test_temperature_on_the_prior_means_the_same_at_every_k(denoiser: Objective) -> None:
     """Sharpening the prior and keeping the evidence samples the sharpened prior whatever K is."""
     rng, target = torch.Generator().manual_seed(5), torch.softmax(PRIOR.log() / 0.5, -1)
 
@@ -99,7 +94,7 @@ def test_temperature_on_the_prior_means_the_same_at_every_k(denoiser: Denoiser) 
         logits = prediction.prior / 0.5 + (0.0 if prediction.evidence is None else prediction.evidence)
         return torch.multinomial(torch.softmax(logits, -1), 1, generator=rng).squeeze(1)
 
-    ids, _ = hard_bridge_chain(
+    ids, _ = renoise_chain(
         lambda z, sigma: exact(denoiser, z, sigma),
         draw,
         lambda ids, sigma: renoise(denoiser, ids, torch.full((N,), sigma), torch.randn(N, D, generator=rng)),
@@ -108,7 +103,7 @@ def test_temperature_on_the_prior_means_the_same_at_every_k(denoiser: Denoiser) 
     torch.testing.assert_close(torch.bincount(ids, minlength=V) / N, target, atol=0.01, rtol=0)
 
 
-SOLVERS: dict[Solver, int] = {"euler": 1, "heun": 2, "multistep": 2}
+SOLVERS: dict[str, int] = {"euler": 1, "heun": 2, "multistep": 2}
 """Each solver with its order."""
 
 
@@ -118,7 +113,7 @@ def test_a_perfect_denoiser_is_recovered_by_every_solver_at_every_k() -> None:
     for num_steps in (1, 2, 5, 17):
         for solver in SOLVERS:
             torch.testing.assert_close(
-                solve(lambda z, s: y, z, LogNormalSchedule(NoiseConfig()).grid(num_steps), solver), y
+                solve(lambda z, s: y, z, [*LogNormalSchedule(NoiseConfig()).grid(num_steps), 0.0], solver), y
             )
 
 
@@ -146,7 +141,7 @@ def test_solvers_converge_at_their_order() -> None:
 
 @pytest.mark.parametrize("grid", [even, uneven])
 def test_solvers_follow_the_exact_denoiser_of_tokens(
-    denoiser: Denoiser, grid: Callable[[int], list[float]]
+    denoiser: Objective, grid: Callable[[int], list[float]]
 ) -> None:
     """The posterior mean over tokens, which bends: orders hold. On even steps multistep errs least for equally many calls."""
     table = denoiser.unit_table().double()
@@ -156,11 +151,11 @@ def test_solvers_follow_the_exact_denoiser_of_tokens(
     def mean(z: torch.Tensor, sigma: float) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return soft_bridge(PRIOR.double().log() + z @ table.T / sigma**2, table)
+        return expected_target(PRIOR.double().log() + z @ table.T / sigma**2, table)
 
     truth = solve(mean, start, grid(1500), "heun")
 
-    def error(solver: Solver, num_steps: int) -> float:
+    def error(solver: str, num_steps: int) -> float:
         return (solve(mean, start, grid(num_steps), solver) - truth).norm(dim=1).mean().item()
 
     for solver, order in SOLVERS.items():
@@ -177,41 +172,47 @@ def test_solvers_follow_the_exact_denoiser_of_tokens(
 
 def test_heun_falls_back_to_euler_at_zero() -> None:
     z = torch.randn(3, D)
-    torch.testing.assert_close(heun_step(lambda z, s: 0.25 * z, z, 0.3, 0.0), 0.25 * z)
+    torch.testing.assert_close(SAMPLERS["heun"].advance(lambda z, s: 0.25 * z, Flow(z), 0.3, 0.0).z, 0.25 * z)
 
 
 def test_soft_bridge_is_the_mean_row_and_shrinks_when_uncertain() -> None:
     table = F.normalize(torch.randn(50, D, generator=torch.Generator().manual_seed(0)), dim=-1)
     certain = torch.full((1, 50), -100.0)
     certain[0, 3] = 100.0
-    torch.testing.assert_close(soft_bridge(certain, table)[0], table[3])
-    assert soft_bridge(torch.zeros(1, 50), table).norm() < 0.5
+    torch.testing.assert_close(expected_target(certain, table)[0], table[3])
+    assert expected_target(torch.zeros(1, 50), table).norm() < 0.5
 
 
 def test_plans() -> None:
-    thinking = CheckpointConfig(name="a", model=_shape(True), objective=ObjectiveConfig(name="single_pass"))
-    plan = step_plan(thinking, 4)
+    thinking = CheckpointConfig(
+        name="a", model=_shape(True), objective=objective_config.validate_python("single_pass")
+    )
+    plan = build(thinking, device="meta").step_plan(4)
     assert (
         plan.sigmas == (None,) * 4
         and plan.readout == (False, False, False, True)
         and plan.commit == (True,) * 4
     )
-    sampling = CheckpointConfig(name="a", model=_shape(True), objective=ObjectiveConfig(name="evidence"))
-    plan = step_plan(sampling, 3)
+    sampling = CheckpointConfig(
+        name="a", model=_shape(True), objective=objective_config.validate_python("evidence")
+    )
+    plan = build(sampling, device="meta").step_plan(3)
     assert (
         plan.sigmas == (None, *geometric_grid(2.0, 0.2, 2))
         and all(plan.readout)
         and plan.commit == (True, False, False)
     )
-    paper = CheckpointConfig(name="a", model=_shape(True), objective=ObjectiveConfig(name="paper"))
-    plan = step_plan(paper, 3)
+    paper = CheckpointConfig(
+        name="a", model=_shape(True), objective=objective_config.validate_python("paper")
+    )
+    plan = build(paper, device="meta").step_plan(3)
     assert (
         plan.num_core_steps == 4
         and plan.num_draws_skipped == 1
         and plan.append_own
         and plan.commit == (True, *(False,) * 3)
     )
-    assert sampling_levels(paper, 3)[1:] == LogNormalSchedule(NoiseConfig()).grid(3)[1:-1]
+    assert build(paper, device="meta").sampling_levels(3)[1:] == LogNormalSchedule(NoiseConfig()).grid(3)[1:]
 
 
 def _shape(noisy: bool) -> HuginnConfig:

@@ -10,14 +10,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from rdlm.answers import greedy_answers
-from rdlm.config.checkpoint import CheckpointConfig, ObjectiveConfig
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.objective import objective_config
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
+from rdlm.objectives.base import Keys
 from rdlm.objectives.forward_forward import ForwardForward, goodness_loss
-from rdlm.objectives.losses import loss_terms
 from rdlm.registry import build
-from rdlm.scoring import class_scores, estimator_of
 
 SHAPE: dict[str, Any] = {
     "family": "vit", "image_size": 8, "patch_size": 4, "num_classes": 4, "d_model": 32, "num_heads": 2, "mlp_width": 48, "num_layers": 3,
@@ -66,10 +65,10 @@ def test_classes_are_judged_by_all_layers_but_the_first(model: ForwardForward) -
     for number in range(4):
         alone = torch.cat([model.goodness(image[None], torch.tensor([number])) for image in images(5)], 1)
         torch.testing.assert_close(found[:, number], alone[1:].sum(0))
-    scores = class_scores(model, images(5), torch.tensor([[0], [1], [2], [3], [0]]))
-    assert torch.equal(greedy_answers(model, config(), images(5), [1])[1][:, 0], found.argmax(1))
+    scores = model.score(images(5), torch.tensor([[0], [1], [2], [3], [0]]), (1,))[1]
+    assert torch.equal(model.answer(images(5), [1])[1][:, 0], found.argmax(1))
     torch.testing.assert_close(scores.logprobs[3, 0], found[3].log_softmax(0)[3])
-    assert "goodness" in estimator_of(config(), 1) and config().max_steps == 1
+    assert "goodness" in config().objective.estimator_at(1) and config().max_steps == 1
 
 
 def test_the_losses_by_hand() -> None:
@@ -88,21 +87,21 @@ def test_every_wrong_class_is_drawn_and_the_right_one_never(
     monkeypatch.setattr(ForwardForward, "goodness", lambda self, x, c: asked.append(c) or real(self, x, c))
     right = torch.tensor([[0], [1], [2], [3]] * 16)
     batch = Batch(images(64), right, torch.ones_like(right, dtype=torch.bool))
-    terms = loss_terms(model, batch, step=0, seed=0)
+    terms = model.loss(batch, Keys(seed=0, step=0))
     given, drawn = asked[0].split(64)
     assert torch.equal(given, right[:, 0]) and not (drawn == given).any()
     assert {(int(a), int(b)) for a, b in zip(given, drawn, strict=True)} == {
         (a, b) for a in range(4) for b in range(4) if a != b
     }
     assert float(terms.count) == 64 and torch.equal(
-        terms.total, loss_terms(model, batch, step=0, seed=0).total
+        terms.total, model.loss(batch, Keys(seed=0, step=0)).total
     )
     half = Batch(batch.inputs, right, torch.arange(64).unsqueeze(1) < 32)
     first = Batch(batch.inputs[:32], right[:32], half.mask[:32])
     assert (
-        float(loss_terms(model, half, step=0, seed=0).count)
+        float(model.loss(half, Keys(seed=0, step=0)).count)
         == 32
-        == float(loss_terms(model, first, step=0, seed=0).count)
+        == float(model.loss(first, Keys(seed=0, step=0)).count)
     )
 
 
@@ -120,22 +119,22 @@ def test_it_learns_which_quarter_is_bright(goodness: str) -> None:
         return Batch(x, classes.unsqueeze(1), torch.ones(count, 1, dtype=torch.bool))
 
     for step in range(250):
-        terms = loss_terms(learner, batch(32), step=step, seed=0)
+        terms = learner.loss(batch(32), Keys(seed=0, step=step))
         optimizer.zero_grad()
         (terms.total / terms.count).backward()
         optimizer.step()
     test = batch(200)
-    accuracy = (greedy_answers(learner, config(), test.inputs, [1])[1] == test.targets).float().mean()
+    accuracy = (learner.answer(test.inputs, [1])[1] == test.targets).float().mean()
     assert accuracy > 0.9
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValidationError, match="noises nothing"):
-        ObjectiveConfig.model_validate(
+    with pytest.raises(ValidationError, match="forward_forward.corruption\\n.*not permitted"):
+        objective_config.validate_python(
             {"name": "forward_forward", "corruption": {"share": 0.5}, "readout": "evidence"}
         )
-    with pytest.raises(ValidationError, match="goodness belongs to"):
-        ObjectiveConfig.model_validate({"name": "classify", "goodness": "threshold"})
+    with pytest.raises(ValidationError, match="goodness\\n.*not permitted"):
+        objective_config.validate_python({"name": "classify", "goodness": "threshold"})
     with pytest.raises(UserError, match="no noise levels to share out"):
         build(config(blocks={"num_blocks": 2}))
     with pytest.raises(UserError, match="cannot be trained with it"):

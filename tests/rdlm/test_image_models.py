@@ -7,22 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from rdlm.answers import greedy_answers
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.batch import Batch
-from rdlm.diffusion.blockwise import blocks_of
-from rdlm.diffusion.image_sampler import draw_images, pixels
-from rdlm.diffusion.noise import denoise_scalings, edm_weight
-from rdlm.diffusion.samplers import Solver
+from rdlm.diffusion.corruption import draw_levels
+from rdlm.diffusion.preconditioning import denoise_scalings, edm_weight
 from rdlm.errors import UserError
 from rdlm.models.vision import assemble, patches
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.image_denoiser import ImageDenoiser
-from rdlm.objectives.losses import draw_levels, in_place_hidden, loss_terms
+from rdlm.objectives import Objective
+from rdlm.objectives.base import Keys
+from rdlm.objectives.edm import Edm, pixels
 from rdlm.random_streams import generator
 from rdlm.registry import build
-from rdlm.scoring import class_scores
 
 SIDE, CLASSES = 8, 4
 SHAPE = {
@@ -63,11 +60,11 @@ def batch(rows: int, seed: int = 0) -> Batch:
     return Batch(images, classes, torch.ones_like(classes, dtype=torch.bool))
 
 
-def learn(denoiser: Denoiser, updates: int, lr: float = 3e-3) -> Denoiser:
-    for part in blocks_of(denoiser):
+def learn(denoiser: Objective, updates: int, lr: float = 3e-3) -> Objective:
+    for part in denoiser.parts:
         optimizer = torch.optim.AdamW(part.parameters(), lr=lr)
         for step in range(updates):
-            terms = loss_terms(part, batch(32, seed=step), step=step, seed=0)
+            terms = part.loss(batch(32, seed=step), Keys(seed=0, step=step))
             optimizer.zero_grad()
             (terms.total / terms.count).backward()
             optimizer.step()
@@ -85,14 +82,14 @@ def test_patches_are_those_of_unfold_and_come_back() -> None:
 def test_a_vit_knows_the_places_of_patches_by_their_vectors_alone(objective: str) -> None:
     """Patches in another order, their vectors moved along: the same prediction. No order enters through attention."""
     denoiser, images = build(config("vit", objective), seed=0), batch(3).inputs
-    before = class_scores(denoiser, images, torch.zeros(3, 1, dtype=torch.long)).logprobs
+    before = denoiser.score(images, torch.zeros(3, 1, dtype=torch.long), (1,))[1].logprobs
     order = torch.tensor([2, 0, 3, 1])
     moved = assemble(patches(images, 4)[:, order], 4, 3)
-    changed = class_scores(denoiser, moved, torch.zeros(3, 1, dtype=torch.long)).logprobs
+    changed = denoiser.score(moved, torch.zeros(3, 1, dtype=torch.long), (1,))[1].logprobs
     with torch.no_grad():
         places = denoiser.model.patches.places  # type: ignore[union-attr]
         places.copy_(places[order])  # type: ignore[operator, index]
-    after = class_scores(denoiser, moved, torch.zeros(3, 1, dtype=torch.long)).logprobs
+    after = denoiser.score(moved, torch.zeros(3, 1, dtype=torch.long), (1,))[1].logprobs
     torch.testing.assert_close(after, before)
     assert (changed - before).abs().max() > 20 * (after - before).abs().max()
 
@@ -103,14 +100,11 @@ def test_a_noised_class_row_moves_its_own_image_only(awake: Any) -> None:
         denoiser.model.adapter.weight.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(1))
 
     def hidden(targets: torch.Tensor) -> torch.Tensor:
-        from rdlm.objectives.losses import corrupt
 
-        return in_place_hidden(
-            denoiser, data.inputs, corrupt(denoiser, targets, generator(0, 1)), 1, generator(0)
-        )
+        return denoiser.hidden(data.inputs, denoiser.corrupt(targets, generator(0, 1)), 1, generator(0))
 
-    denoiser.objective = denoiser.objective.model_copy(
-        update={"corruption": denoiser.objective.corruption.model_copy(update={"share": 1.0})}
+    denoiser.objective = denoiser.settings.model_copy(
+        update={"corruption": denoiser.settings.corruption.model_copy(update={"share": 1.0})}
     )
     other = data.targets.clone()
     other[2] = (other[2] + 1) % CLASSES
@@ -127,13 +121,13 @@ def test_a_vit_learns_to_classify(objective: str, blocks: dict[str, Any] | None)
     denoiser, held_out = learn(build(shape, seed=0), 60), batch(200, seed=10_000)
     ks, bridges = ([1], ["hard"]) if objective == "classify" else ([1, 4], ["hard", "euler", "multistep"])
     for bridge in bridges:
-        for answers in greedy_answers(denoiser, shape, held_out.inputs, ks, bridge=bridge).values():  # type: ignore[arg-type]
+        for answers in denoiser.answer(held_out.inputs, ks, sampler=bridge).values():  # type: ignore[arg-type]
             assert (answers == held_out.targets).float().mean() > 0.9, (objective, bridge)
-    scores = class_scores(denoiser, held_out.inputs, held_out.targets)
+    scores = denoiser.score(held_out.inputs, held_out.targets, (1,))[1]
     assert scores.is_greedy.float().mean() > 0.9 and -scores.logprobs.mean() < 1.0
     every = torch.arange(CLASSES).expand(200, CLASSES)
     whole = torch.stack(
-        [class_scores(denoiser, held_out.inputs, every[:, [c]]).logprobs[:, 0] for c in range(CLASSES)], 1
+        [denoiser.score(held_out.inputs, every[:, [c]], (1,))[1].logprobs[:, 0] for c in range(CLASSES)], 1
     )
     torch.testing.assert_close(whole.exp().sum(1), torch.ones(200))
 
@@ -143,9 +137,9 @@ def test_the_loss_of_a_dit_is_that_of_karras(awake: Any) -> None:
     denoiser, data = awake(build(config("dit", "edm"), seed=0)), batch(5)
     with torch.no_grad():
         denoiser.model.pixels.weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
-    terms = loss_terms(denoiser, data, step=3, seed=7)
+    terms = denoiser.loss(data, Keys(seed=7, step=3))
     rng = generator(7, 2, 3, 0, 0)
-    sigma = draw_levels(denoiser.objective.corruption, denoiser, (5, 1), rng)[0][:, 0]
+    sigma = draw_levels(denoiser.settings.corruption, denoiser.noise, denoiser.block, (5, 1), rng)[0][:, 0]
     untold = torch.rand(5, generator=rng) < 0.1
     noise = torch.randn(data.inputs.shape, generator=rng)
     classes = torch.where(untold, CLASSES, data.targets[:, 0])
@@ -159,10 +153,11 @@ def test_the_loss_of_a_dit_is_that_of_karras(awake: Any) -> None:
     assert len(sigma.unique()) == 5 and float(terms.count) == 5
 
 
-class _Gaussian:
+class _Gaussian(Edm):
     """The exact denoiser of images drawn from N(mean, s^2) in each value."""
 
     def __init__(self, mean: float, s: float) -> None:
+        super().__init__(config("dit", "edm"), nn.Module())  # type: ignore[arg-type]
         self.mean, self.s, self.asked = mean, s, []  # type: ignore[var-annotated]
 
     def at(self, sigma: float) -> _Gaussian:
@@ -174,13 +169,13 @@ class _Gaussian:
 
 
 @pytest.mark.parametrize(("solver", "tolerance"), [("euler", 0.01), ("heun", 0.01), ("multistep", 0.003)])
-def test_images_follow_the_flow_of_an_exact_denoiser(solver: Solver, tolerance: float) -> None:
+def test_images_follow_the_flow_of_an_exact_denoiser(solver: str, tolerance: float) -> None:
     """Of Gaussian data the ODE is solved by x = mean + (z - mean) s / sqrt(s^2 + sigma_max^2). Levels at equal mass are far apart at
     the top, so even a second-order solver needs many."""
-    shape, exact, classes = config("dit", "edm"), _Gaussian(0.2, 0.3), torch.zeros(16, dtype=torch.int64)
+    exact, classes = _Gaussian(0.2, 0.3), torch.zeros(16, dtype=torch.int64)
     start = torch.stack([torch.randn((3, SIDE, SIDE), generator=generator(3, 8, i)) for i in range(16)]) * 80
     wanted = 0.2 + (start - 0.2) * 0.3 / (0.3**2 + 80**2) ** 0.5
-    few, many = (draw_images(exact, shape, classes, k, solver=solver, seed=3) for k in (64, 256))  # type: ignore[arg-type]
+    few, many = (exact.sample_images(classes, k, sampler=solver, seed=3) for k in (64, 256))
     assert (many - wanted).abs().max() < tolerance
     assert (few - wanted).abs().max() > 2.5 * (many - wanted).abs().max()
     assert abs(float(many.std()) - 0.3) < 0.01
@@ -190,14 +185,14 @@ def test_images_follow_the_flow_of_an_exact_denoiser(solver: Solver, tolerance: 
 def test_an_image_does_not_depend_on_its_batch(awake: Any) -> None:
     shape = config("dit", "edm", {"num_blocks": 2})
     denoiser = build(shape, seed=0)
-    for block in blocks_of(denoiser):
+    for block in denoiser.parts:
         with torch.no_grad():
             awake(block).model.pixels.weight.normal_(0.0, 0.3)
     classes = torch.tensor([0, 1, 2, 3])
-    whole = draw_images(denoiser, shape, classes, 6, guidance=2.0)
-    alone = draw_images(denoiser, shape, classes[2:3], 6, first=2, guidance=2.0)
+    whole = denoiser.sample_images(classes, 6, guidance=2.0)
+    alone = denoiser.sample_images(classes[2:3], 6, first=2, guidance=2.0)
     torch.testing.assert_close(whole[2:3], alone, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(whole, draw_images(denoiser, shape, classes, 6, guidance=1.0))
+    assert not torch.allclose(whole, denoiser.sample_images(classes, 6, guidance=1.0))
     assert pixels(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(5, 1, 1, 1)).flatten().tolist() == [
         0,
         0,
@@ -209,7 +204,7 @@ def test_an_image_does_not_depend_on_its_batch(awake: Any) -> None:
 
 def test_guidance_leads_away_from_no_class(awake: Any) -> None:
     denoiser = awake(build(config("dit", "edm"), seed=0))
-    assert isinstance(denoiser, ImageDenoiser)
+    assert isinstance(denoiser, Edm)
     with torch.no_grad():
         denoiser.network.pixels.weight.normal_(0.0, 0.3)
         z, classes = torch.randn(3, 3, SIDE, SIDE), torch.tensor([0, 1, CLASSES])
@@ -229,7 +224,7 @@ def test_a_dit_draws_the_class_it_is_asked_for(blocks: dict[str, Any] | None) ->
     )
     denoiser = learn(build(shape, seed=0), 150)
     classes = torch.arange(CLASSES).repeat(8)
-    images = draw_images(denoiser, shape, classes, 16)
+    images = denoiser.sample_images(classes, 16)
     half = SIDE // 2
     quadrants = torch.stack(
         [images[:, :, y : y + half, x : x + half].mean((1, 2, 3)) for y in (0, half) for x in (0, half)], 1
@@ -241,7 +236,7 @@ def test_a_dit_draws_the_class_it_is_asked_for(blocks: dict[str, Any] | None) ->
 def test_small_places_and_classes_are_drowned_by_patches() -> None:
     """Why they start at 0.5 and not at 0.02 like other weights: a class is then learned early, by DiT and ViT alike."""
 
-    def initial(shape: CheckpointConfig, std: float) -> Denoiser:
+    def initial(shape: CheckpointConfig, std: float) -> Objective:
         denoiser = build(shape, seed=0)
         for name, weight in denoiser.named_parameters():
             if name in ("model.patches.places", "model.classes.weight"):
@@ -252,13 +247,13 @@ def test_small_places_and_classes_are_drowned_by_patches() -> None:
     classes, half, held_out = torch.arange(CLASSES).repeat(16), SIDE // 2, batch(200, seed=10_000)
     right, nats = {}, {}
     for std in (0.02, 0.5):
-        images = draw_images(learn(initial(drawing, std), 300), drawing, classes, 16)
+        images = (learn(initial(drawing, std), 300)).sample_images(classes, 16)
         means = [
             images[:, :, y : y + half, x : x + half].mean((1, 2, 3)) for y in (0, half) for x in (0, half)
         ]
         right[std] = float((torch.stack(means, 1).argmax(1) == classes).float().mean())
         named = learn(initial(config("vit", "classify"), std), 50)
-        nats[std] = -float(class_scores(named, held_out.inputs, held_out.targets).logprobs.mean())
+        nats[std] = -float(named.score(held_out.inputs, held_out.targets, (1,))[1].logprobs.mean())
     assert right[0.02] < 0.5 and right[0.5] > 0.9, right
     assert nats[0.02] > 1 and nats[0.5] < 0.3, nats
 
@@ -266,7 +261,7 @@ def test_small_places_and_classes_are_drowned_by_patches() -> None:
 def test_families_and_objectives_that_do_not_fit() -> None:
     with pytest.raises(UserError, match="use edm"):
         build(config("dit", "paper"))
-    with pytest.raises(UserError, match="use classify or paper or evidence"):
+    with pytest.raises(UserError, match="use evidence or paper or classify"):
         build(config("vit", "single_pass"))
     with pytest.raises(UserError, match="patch_size"):
         from rdlm.config.base import parse

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.diffusion.blockwise import blocks_of
 from rdlm.diffusion.masked_likelihood import bound, left_to_right
 from rdlm.diffusion.unmasking import unmask
 from rdlm.errors import UserError
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
-from rdlm.scoring import estimator_of, token_logprobs, token_scores
 from tests.rdlm.masked_laws import Exact, Levels, T, V, batch, distance, expected_bound, joint
 
 # The bound --------------------------------------------------------------------------------------------------------------------
@@ -75,7 +73,7 @@ def test_bound_does_not_depend_on_the_batch_and_asks_the_owners(masked_config, a
     assert not torch.equal(together, bound(denoiser, data, 16, seed=3))
     first = bound(denoiser, data, 1)
     with torch.no_grad():
-        for part in blocks_of(denoiser)[1:]:
+        for part in denoiser.parts[1:]:
             part.model.head.weight.mul_(-1.5)
     assert torch.equal(first, bound(denoiser, data, 1)), "all hidden is block 0's"
     assert not torch.equal(together, bound(denoiser, data, 16, seed=2))
@@ -114,25 +112,25 @@ def test_bound_of_a_continuation_tells_the_layers_the_share_that_is_hidden(maske
 def test_scores_are_named_a_bound_and_tokens_have_none(masked_config) -> None:
     shape, data = masked_config(), batch(2)
     denoiser = build(shape, seed=0)
-    found = token_logprobs(denoiser, shape, data.inputs, data.targets, [1, 4], num_draws=3)
+    found = denoiser.token_logprobs(data.inputs, data.targets, [1, 4], num_draws=3)
     assert found[4].shape == (2, T) and torch.equal(-found[4], bound(denoiser, data.targets, 4, num_draws=3))
     assert (
-        estimator_of(shape, 4, 3)
+        shape.objective.estimator_at(4, 3)
         == "upper bound of the NLL, not its value: K = 4 unmasking steps, 3 stratified draws"
     )
     with pytest.raises(UserError, match="no next token"):
-        token_scores(denoiser, shape, data.inputs, data.targets, [1])
+        denoiser.score(data.inputs, data.targets, [1])
 
 
 # Left to right ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def loud(masked_config, awake) -> Denoiser:
+def loud(masked_config, awake) -> Objective:
     """Three tokens, two blocks, predictions far from uniform."""
     denoiser = awake(build(masked_config(model={"vocab_size": 3}, num_blocks=2), seed=0))
     with torch.no_grad():
-        for part in blocks_of(denoiser):
+        for part in denoiser.parts:
             part.model.wte.weight.mul_(20)
     return denoiser
 
@@ -140,7 +138,7 @@ def loud(masked_config, awake) -> Denoiser:
 ALL = torch.tensor(list(itertools.product(range(3), repeat=3)))
 
 
-def test_left_to_right_is_a_likelihood_and_that_of_its_sampler(loud: Denoiser) -> None:
+def test_left_to_right_is_a_likelihood_and_that_of_its_sampler(loud: Objective) -> None:
     """All 3^3 sequences together have probability 1, and ``unmask`` draws them as often as that; more steps than tokens change nothing."""
     probability = left_to_right(loud, ALL)[0].double().sum(1).exp()
     assert (
@@ -160,7 +158,7 @@ def test_left_to_right_is_a_likelihood_and_that_of_its_sampler(loud: Denoiser) -
     assert distance(probability.view(3, 3, 3), other) > 0.06, "in random order the law is another one"
 
 
-def test_left_to_right_of_a_continuation(loud: Denoiser) -> None:
+def test_left_to_right_of_a_continuation(loud: Objective) -> None:
     """Behind a token in sight all continuations together have probability 1, each token has what it has where its context is modelled
     too, and samples agree."""
     mask = torch.tensor([False, True, True]).expand(len(ALL), 3)
@@ -213,7 +211,7 @@ def test_the_bound_is_that_of_the_very_sampler(masked_config, awake) -> None:
     ``unmask`` draws from, and no sequence is more probable under the bound than under it."""
     denoiser, num_steps = awake(build(masked_config(model={"vocab_size": 3}, num_blocks=2), seed=0)), 3
     with torch.no_grad():
-        for part in blocks_of(denoiser):
+        for part in denoiser.parts:
             part.model.wte.weight.mul_(20)  # tied: predictions far from uniform
 
     def probability(x: tuple[int, ...], k: int, hidden: frozenset[int]) -> float:

@@ -13,7 +13,7 @@ from rdlm.diffusion.samplers import run
 from rdlm.errors import UserError
 from rdlm.nn.attention import CausalContext, rotary_table
 from rdlm.nn.kv_cache import KVPool, PackedContext, Segment
-from rdlm.objectives.denoiser import Denoiser
+from rdlm.objectives import Objective
 from rdlm.registry import build_model
 
 T, V = 12, 64
@@ -126,13 +126,13 @@ def test_grouped_heads_equal_repeated_heads() -> None:
     torch.testing.assert_close(forward(grouped), forward(full), atol=1e-6, rtol=1e-5)
 
 
-def pool_for(denoiser: Denoiser, depth: int, slots: int = 3) -> KVPool:
+def pool_for(denoiser: Objective, depth: int, slots: int = 3) -> KVPool:
     m = denoiser.model
     return KVPool(m.num_cache_layers, slots, 32, m.num_kv_heads, m.head_dim, depth)
 
 
 def through_cache(
-    denoiser: Denoiser, pool: KVPool, ids: torch.Tensor, num_steps: int, spans: list[int], slot: int
+    denoiser: Objective, pool: KVPool, ids: torch.Tensor, num_steps: int, spans: list[int], slot: int
 ) -> torch.Tensor:
     """Logits [T, V] of one sequence fed in pieces of the given lengths, each piece iterated num_steps times."""
     model, start, rows = denoiser.model, 0, []
@@ -219,13 +219,12 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
 @torch.no_grad()
 def test_uncommitted_rows_equal_the_two_stream_forward(tiny, objective: str, append_own: bool) -> None:
     """A noise level served from the cache must compute what the clean-and-noisy forward computes, and leave the cache alone."""
-    from rdlm.objectives.losses import two_stream_hidden
 
     denoiser = tiny("huginn", objective)
     model, ids = denoiser.model, torch.randint(0, V, (1, T))
     z, sigma = torch.randn(1, T, 32), torch.full((1, T), 0.5)
     expected = denoiser.predict(
-        two_stream_hidden(denoiser, ids, z, sigma, sees_own_clean=append_own), z, sigma
+        denoiser.two_stream_hidden(ids, z, sigma, sees_own_clean=append_own), z, sigma
     ).logits()[0, -1]
     pool = pool_for(denoiser, 1)
     through_cache(denoiser, pool, ids[:, :-1], 1, [T - 1], 0)
@@ -243,7 +242,7 @@ def test_uncommitted_rows_equal_the_two_stream_forward(tiny, objective: str, app
     assert torch.equal(pool.k, committed) and torch.allclose(before[1:], committed[1:], atol=1e-6)
 
 
-def through_clean_row(denoiser: Denoiser, pool: KVPool, ids: torch.Tensor) -> None:
+def through_clean_row(denoiser: Objective, pool: KVPool, ids: torch.Tensor) -> None:
     context = PackedContext(pool, [Segment(0, T - 1, 1)])
     e = denoiser.model.encode(ids[:, -1:], context)
     denoiser.model.decode(

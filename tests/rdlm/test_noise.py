@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from rdlm.config.checkpoint import NoiseConfig
-from rdlm.diffusion.noise import LogNormalSchedule, denoise_scalings, edm_weight, geometric_grid
+from rdlm.config.objective import NoiseConfig
 from rdlm.diffusion.partition import partition
+from rdlm.diffusion.preconditioning import denoise_scalings, edm_weight
+from rdlm.diffusion.schedules import LogNormalSchedule, geometric_grid
 from rdlm.errors import UserError
 
 SCHEDULE = LogNormalSchedule(NoiseConfig())
@@ -56,8 +57,8 @@ def test_high_noise_belongs_to_early_layers_and_ownership_is_exact() -> None:
 def test_every_grid_level_belongs_to_the_block_of_the_same_index() -> None:
     blocks = partition(NoiseConfig(), 12, 4)
     levels = SCHEDULE.grid(4)
-    assert levels[0] == pytest.approx(80.0) and levels[-1] == 0.0
-    assert [blocks.block_of(sigma) for sigma in levels[:-1]] == [0, 1, 2, 3]
+    assert len(levels) == 4 and levels[0] == pytest.approx(80.0)
+    assert [blocks.block_of(sigma) for sigma in levels] == [0, 1, 2, 3]
 
 
 def test_samples_follow_the_training_distribution_inside_the_widened_range() -> None:

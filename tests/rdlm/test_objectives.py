@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from rdlm.config.base import parse
-from rdlm.config.checkpoint import CorruptionConfig, DepthConfig, ObjectiveConfig
+from rdlm.config.objective import DepthConfig, ObjectiveConfig
 from rdlm.data.batch import Batch
 from rdlm.diffusion.samplers import run
 from rdlm.errors import UserError
-from rdlm.objectives.losses import corrupt, in_place_hidden, loss_terms, num_recurrences
+from rdlm.objectives.base import Keys
+from rdlm.objectives.next_token import num_recurrences
 from rdlm.random_streams import generator
 
 V, B, T = 64, 4, 16
@@ -69,7 +70,7 @@ def test_truncation_reaches_the_parameters(tiny) -> None:
             denoiser.model.adapter.weight.add_(
                 0.1 * torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
             )
-        loss_terms(denoiser, batch_of(ids), step=0, seed=0).total.backward()
+        denoiser.loss(batch_of(ids), Keys(seed=0, step=0)).total.backward()
         grads[name] = denoiser.model.core_block[0].mlp.fc.weight.grad
     assert not torch.allclose(grads["one"], grads["all"], rtol=1e-3)
     torch.testing.assert_close(grads["r1"], grads["r1_deep"], atol=0, rtol=0)
@@ -78,7 +79,7 @@ def test_truncation_reaches_the_parameters(tiny) -> None:
 def test_corruption_share_levels_and_zero_rows(tiny) -> None:
     denoiser = tiny("huginn", {"name": "single_pass", "corruption": {"share": 0.3, "per": "position"}})
     targets = torch.randint(0, V, (200, 100))
-    noised = corrupt(denoiser, targets, generator(0))
+    noised = denoiser.corrupt(targets, generator(0))
     assert noised is not None
     assert noised.is_noised.float().mean().item() == pytest.approx(0.3, abs=0.01)
     assert bool((noised.z[~noised.is_noised] == 0).all()) and bool(
@@ -95,7 +96,7 @@ def test_corruption_share_levels_and_zero_rows(tiny) -> None:
 
 def test_noise_per_sequence_is_one_level_a_row(tiny) -> None:
     denoiser = tiny("huginn", "paper")
-    noised = corrupt(denoiser, torch.randint(0, V, (50, 8)), generator(0))
+    noised = denoiser.corrupt(torch.randint(0, V, (50, 8)), generator(0))
     assert (
         noised is not None
         and bool((noised.sigma == noised.sigma[:, :1]).all())
@@ -113,12 +114,12 @@ def test_one_level_a_sequence_is_told_to_every_position(tiny) -> None:
         once.model.core_block[0].modulation.linear.weight.normal_(generator=torch.Generator().manual_seed(0))
     each.load_state_dict(once.state_dict())
     ids = torch.randint(0, V, (8, T))
-    noised = corrupt(once, ids, generator(0))
+    noised = once.corrupt(ids, generator(0))
     assert noised is not None and 0 < int(noised.is_noised[:, 0].sum()) < 8
-    hidden = [in_place_hidden(denoiser, ids, noised, 2, generator(1)) for denoiser in (once, each)]
+    hidden = [denoiser.hidden(ids, noised, 2, generator(1)) for denoiser in (once, each)]
     torch.testing.assert_close(hidden[0], hidden[1])
-    told_nothing = in_place_hidden(
-        each, ids, replace(noised, sigma=torch.full_like(noised.sigma, 80.0)), 2, generator(1)
+    told_nothing = each.hidden(
+        ids, replace(noised, sigma=torch.full_like(noised.sigma, 80.0)), 2, generator(1)
     )
     assert not torch.allclose(told_nothing, hidden[1], atol=1e-3)
 
@@ -127,9 +128,7 @@ def test_noise_depends_on_rank_and_micro_batch_and_nothing_else(tiny) -> None:
     denoiser, batch = tiny("huginn", "single_pass"), batch_of(torch.randint(0, V, (B, T + 1)))
 
     def total(**key: int) -> float:
-        return loss_terms(
-            denoiser, batch, **{"step": 3, "seed": 0, "rank": 0, "micro": 0, **key}
-        ).total.item()
+        return denoiser.loss(batch, Keys(**{"step": 3, "seed": 0, "rank": 0, "micro": 0, **key})).total.item()
 
     base = total()
     torch.manual_seed(99)
@@ -140,10 +139,10 @@ def test_noise_depends_on_rank_and_micro_batch_and_nothing_else(tiny) -> None:
 def test_edm_weighting_scales_each_position_by_its_own_level(tiny) -> None:
     plain, weighted = (tiny("huginn", {"name": "paper", "loss_weighting": w}) for w in ("none", "edm"))
     batch = batch_of(torch.randint(0, V, (B, T + 1)))
-    noised = corrupt(plain, batch.targets, generator(0, 2, 0, 0, 0))  # the noise key of step 0
+    noised = plain.corrupt(batch.targets, generator(0, 2, 0, 0, 0))  # the noise key of step 0
     assert noised is not None
     w = (noised.sigma.square() + 0.25) / (noised.sigma * 0.5).square()
-    ratio = loss_terms(weighted, batch, step=0, seed=0).total / loss_terms(plain, batch, step=0, seed=0).total
+    ratio = weighted.loss(batch, Keys(seed=0, step=0)).total / plain.loss(batch, Keys(seed=0, step=0)).total
     assert w.min() <= ratio <= w.max() and ratio > 1.5
 
 
@@ -153,11 +152,11 @@ def test_mask_removes_positions(tiny) -> None:
     half = Batch(batch.inputs, batch.targets, torch.arange(T).expand(B, T) < T // 2)
     other = batch.targets.clone()
     other[:, T // 2 :] = 0
-    terms = loss_terms(denoiser, half, step=0, seed=0)
+    terms = denoiser.loss(half, Keys(seed=0, step=0))
     assert terms.count.item() == B * T // 2
     assert (
         terms.total.item()
-        == loss_terms(denoiser, Batch(batch.inputs, other, half.mask), step=0, seed=0).total.item()
+        == denoiser.loss(Batch(batch.inputs, other, half.mask), Keys(seed=0, step=0)).total.item()
     )
 
 
@@ -177,7 +176,7 @@ def test_every_objective_learns(tiny, family: str, name: str) -> None:
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-2)
     first = last = 0.0
     for step in range(60):
-        terms = loss_terms(denoiser, batch, step=step, seed=0)
+        terms = denoiser.loss(batch, Keys(seed=0, step=step))
         last = (terms.total / terms.count).item()
         first = first or last
         (terms.total / terms.count).backward()
@@ -188,8 +187,8 @@ def test_every_objective_learns(tiny, family: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        ({"name": "single_pass", "readout": "plain"}, "objective"),
-        ({"name": "paper", "depth": {"mean": 3}}, "objective"),
+        ({"name": "single_pass", "readout": "plain"}, "readout"),
+        ({"name": "paper", "depth": {"mean": 3}}, "depth"),
         ({"name": "bptt", "depth": {"means": 3}}, "depth.means"),
         ({"name": "nonsense"}, "name"),
     ],
@@ -202,4 +201,4 @@ def test_contradictions_are_refused(settings: dict, field: str) -> None:
 def test_presets_keep_overrides() -> None:
     objective = parse(ObjectiveConfig, {"name": "bptt", "depth": {"mean": 8}}, "x")
     assert objective.depth == DepthConfig(distribution="lognormal_poisson", mean=8, grad_steps=8)
-    assert objective.corruption == CorruptionConfig(share=0.0) and objective.k_meaning == "thinking"
+    assert not objective.noise_conditioned and objective.k_meaning == "thinking"

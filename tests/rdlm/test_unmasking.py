@@ -12,13 +12,12 @@ from torch import Tensor
 
 from rdlm.data.batch import Batch
 from rdlm.diffusion import unmasking
-from rdlm.diffusion.blockwise import blocks_of
 from rdlm.diffusion.masked_likelihood import bound
 from rdlm.diffusion.unmasking import Draft, fill, unmask
 from rdlm.diffusion.unmasking_plan import turns
-from rdlm.objectives.denoiser import Denoiser
-from rdlm.objectives.losses import loss_terms
-from rdlm.objectives.masked_denoiser import MaskedDenoiser
+from rdlm.objectives import Objective
+from rdlm.objectives.base import Keys
+from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
 from tests.rdlm.masked_laws import Exact, T, V, batch, distance, joint
@@ -29,20 +28,20 @@ def test_rows_of_a_task_are_asked_at_the_levels_and_by_the_blocks_that_learned_t
 ) -> None:
     """Half of each row is always given: training, the sampler and the bound tell the network the hidden share of the other half."""
     seen: list[tuple[Any, Tensor, Tensor]] = []
-    real = MaskedDenoiser.hidden
+    real = MaskedDiffusion.hidden
     monkeypatch.setattr(
-        MaskedDenoiser,
+        MaskedDiffusion,
         "hidden",
         lambda self, ids, level, lengths=None: (
             seen.append((self, ids, level)) or real(self, ids, level, lengths)
         ),
     )
     whole = awake(build(masked_config(num_blocks=2, overlap=0.0), seed=0))
-    first, second = blocks_of(whole)
+    first, second = whole.parts
     ids = batch(200).targets
     mask = (torch.arange(T) >= T // 2).expand(ids.shape)
     for owner, low, high in ((first, 0.5, 1.0), (second, 0.0, 0.5)):
-        loss_terms(owner, Batch(ids, ids, mask), step=0, seed=0)
+        owner.loss(Batch(ids, ids, mask), Keys(seed=0, step=0))
         hidden, told = (seen[-1][1] == V).float(), seen[-1][2]
         assert low <= told.min() and told.max() <= high + 1e-3 and told.max() - told.min() > 0.45
         assert not hidden[:, : T // 2].any() and hidden[:, T // 2 :].mean() == pytest.approx(
@@ -92,7 +91,7 @@ def test_a_token_in_sight_never_changes_and_none_stays_hidden(
     states: list[list[Tensor]] = [[row] for row in ids]
     real = unmasking.fill
 
-    def spy(denoiser: Denoiser, drafts: Sequence[Draft], num_tokens: int | None = None) -> object:
+    def spy(denoiser: Objective, drafts: Sequence[Draft], num_tokens: int | None = None) -> object:
         for draft in drafts:
             states[draft.choice].append(draft.ids.clone())
         return real(denoiser, drafts, num_tokens)

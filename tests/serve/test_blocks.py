@@ -14,16 +14,14 @@ from rdlm.checkpoints.folder import save
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import Tokenizer
-from rdlm.diffusion.blockwise import blocks_of
-from rdlm.diffusion.samplers import renoise, sampling_levels, solve
+from rdlm.diffusion.samplers import solve
 from rdlm.errors import UserError
-from rdlm.objectives.denoiser import Prediction
-from rdlm.objectives.losses import two_stream_hidden
+from rdlm.objectives.base import Prediction
+from rdlm.objectives.next_token import renoise
 from rdlm.random_streams import generator
 from rdlm.registry import build
 from rdlm.sampling import process, sample
 from rdlm.sampling_params import Bridge, History, SamplingParams, uniform
-from rdlm.scoring import token_logprobs
 from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.engine.events import Served
@@ -77,11 +75,11 @@ def written_out(served: Served, one: Request) -> list[int]:
     """The answer by whole-sequence forwards without a cache: each level by the block that owns it, the hard bridge."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper = config.objective.name == "paper"
-    fills = len({denoiser.partition.block_of(s) for s in sampling_levels(config, one.budget.num_steps)}) - (
+    fills = len({denoiser.partition.block_of(s) for s in denoiser.sampling_levels(one.budget.num_steps)}) - (
         not paper
     )
     for _ in range(one.max_tokens):
-        levels, token = sampling_levels(config, one.budget.num_steps), torch.tensor([0])
+        levels, token = denoiser.sampling_levels(one.budget.num_steps), torch.tensor([0])
         row = torch.tensor([ids])
         for k, level in enumerate(levels):
             step, owner = fills + k, denoiser.at(level)
@@ -91,7 +89,7 @@ def written_out(served: Served, one: Request) -> list[int]:
                 last = renoise(owner, token, torch.tensor([level]), torch.randn(1, 32, generator=key))
                 z = torch.zeros(1, len(ids), 32)
                 z[0, -1], sigma = last[0], torch.full((1, len(ids)), level)
-            hidden = two_stream_hidden(owner, row, z, sigma, sees_own_clean=paper)[:, -1]
+            hidden = owner.two_stream_hidden(row, z, sigma, sees_own_clean=paper)[:, -1]
             prediction = owner.predict(
                 hidden, None if z is None else z[:, -1], None if sigma is None else sigma[:, -1]
             )
@@ -123,7 +121,7 @@ def solved(served: Served, one: Request) -> list[int]:
     """The answer by ``solve`` over whole-sequence forwards: from noise at sigma_max, which the network reads as z = 0."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper, top = config.objective.name == "paper", config.noise.sigma_max
-    levels = [top, *(level for level in sampling_levels(config, one.budget.num_steps) if level is not None)]
+    levels = [top, *(level for level in denoiser.sampling_levels(one.budget.num_steps) if level is not None)]
     for _ in range(one.max_tokens):
         row, history = torch.tensor([ids]), History(one.prompt, out, ())
         fills = len({denoiser.at(None if level == top else level) for level in levels}) - (not paper)
@@ -131,10 +129,10 @@ def solved(served: Served, one: Request) -> list[int]:
         def predict(z: torch.Tensor, level: float) -> Prediction:
             owner = denoiser.at(None if level == top else level)
             if level == top:
-                return owner.predict(two_stream_hidden(owner, row, None, None, sees_own_clean=paper)[:, -1])  # noqa: B023
+                return owner.predict(owner.two_stream_hidden(row, None, None, sees_own_clean=paper)[:, -1])  # noqa: B023
             zs, sigma = torch.zeros(1, len(ids), 32), torch.full((1, len(ids)), level)
             zs[0, -1] = z[0]
-            hidden = two_stream_hidden(owner, row, zs, sigma, sees_own_clean=paper)[:, -1]  # noqa: B023
+            hidden = owner.two_stream_hidden(row, zs, sigma, sees_own_clean=paper)[:, -1]  # noqa: B023
             return owner.predict(hidden, z, sigma[:, -1])
 
         def denoise(z: torch.Tensor, level: float) -> torch.Tensor:
@@ -192,8 +190,8 @@ def test_scores_over_the_engine_are_those_of_block_0(cut: Callable[..., Served],
     with Engine(lambda: served) as engine:
         events = engine.generate([one])[0]
     ids = torch.tensor([one.prompt])
-    first = blocks_of(served.runner.denoiser)[0]  # type: ignore[attr-defined]
-    expected = token_logprobs(first, served.config, ids[:, :-1], ids[:, 1:], [1])[1][0]
+    first = served.runner.denoiser.parts[0]  # type: ignore[attr-defined]
+    expected = first.token_logprobs(ids[:, :-1], ids[:, 1:], [1])[1][0]
     found = torch.tensor([entry.logprob for entry in events[0].prompt_logprobs or []])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
@@ -206,7 +204,7 @@ def test_a_block_alone_is_not_served(cut: Callable[..., Served], tokenizer: Toke
 
 def materialised(served: Served) -> set[int]:
     """Blocks of which any weight takes more memory than a placeholder."""
-    parts = enumerate(blocks_of(served.runner.denoiser))  # type: ignore[attr-defined]
+    parts = enumerate(served.runner.denoiser.parts)  # type: ignore[attr-defined]
     return {b for b, part in parts if any(w.untyped_storage().nbytes() > 4 for w in part.model.parameters())}
 
 
@@ -276,7 +274,7 @@ def test_merged_blocks_answer_over_http(
 ) -> None:
     """Each block saved alone, merged, loaded, served: the answers of the network in memory, at every K."""
     served = cut("evidence")
-    for b, part in enumerate(blocks_of(served.runner.denoiser)):  # type: ignore[attr-defined]
+    for b, part in enumerate(served.runner.denoiser.parts):  # type: ignore[attr-defined]
         save(tmp_path / f"block_{b}", part, served.config.model_copy(update={"block": b}), tokenizer)
     merged = merge([tmp_path / f"block_{b}" for b in (2, 0, 1)], tmp_path / "model")
     body = {"prompt": "in the beginning", "max_tokens": 6, "seed": 3, "temperature": 0.9}

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from rdlm.sampling_params import SamplingParams
-from rdlm.scoring import token_logprobs
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Served
 from serve.engine.sequence import Request, StepBudget
@@ -75,9 +74,7 @@ def test_prompt_logprobs_equal_whole_sequence_scoring(
     ids = torch.tensor([one.prompt])
     thinking = served.config.objective.k_meaning == "thinking"
     steps = k if thinking else 1
-    expected = token_logprobs(served.runner.denoiser, served.config, ids[:, :-1], ids[:, 1:], [steps])[steps][
-        0
-    ]  # type: ignore[attr-defined]
+    expected = served.runner.denoiser.token_logprobs(ids[:, :-1], ids[:, 1:], [steps])[steps][0]  # type: ignore[attr-defined]
     found = torch.tensor([entry.logprob for entry in events[0].prompt_logprobs or []])
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 

@@ -14,7 +14,6 @@ import torch
 from litestar.testing import TestClient
 
 from rdlm.data.tokenizer import Tokenizer
-from rdlm.diffusion.blockwise import blocks_of
 from rdlm.diffusion.masked_likelihood import left_to_right
 from rdlm.diffusion.unmasking import mask_of, unmask
 from rdlm.errors import UserError
@@ -112,7 +111,7 @@ def test_both_blocks_are_asked_and_answer_together(
 ) -> None:
     """A text of blanks alone starts in block 0; behind a long prompt block 1 says everything. Texts of one block share its passes."""
     seen: list[tuple[int, int]] = []
-    for index, block in enumerate(blocks_of(denoiser_of(served))):
+    for index, block in enumerate(denoiser_of(served).parts):
         real = block.hidden  # type: ignore[operator]
         monkeypatch.setattr(
             block, "hidden", lambda ids, *rest, i=index, f=real: seen.append((i, len(ids))) or f(ids, *rest)

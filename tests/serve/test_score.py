@@ -9,7 +9,6 @@ import pytest
 import torch
 from litestar.testing import TestClient
 
-from rdlm.scoring import token_logprobs
 from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.engine.events import Served
@@ -36,9 +35,7 @@ def ids(length: int) -> list[int]:
 def reference(served: Served, prompt: list[int], ks: list[int]) -> dict[int, torch.Tensor]:
     tokens = torch.tensor([prompt])
     denoiser = served.runner.denoiser  # type: ignore[attr-defined]
-    return {
-        k: v[0] for k, v in token_logprobs(denoiser, served.config, tokens[:, :-1], tokens[:, 1:], ks).items()
-    }
+    return {k: v[0] for k, v in denoiser.token_logprobs(tokens[:, :-1], tokens[:, 1:], ks).items()}
 
 
 def test_a_sweep_equals_scoring_at_each_k_among_strangers(client: TestClient, served: Served) -> None:

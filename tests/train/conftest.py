@@ -101,7 +101,7 @@ def only_drawn_blocks_move() -> Callable[[Any, int, int], None]:
     """``only_drawn_blocks_move(trainer, num_blocks, updates)``: in each update the drawn block moves, and no other."""
     import torch
 
-    from rdlm.diffusion.blockwise import drawn_block
+    from rdlm.objectives.blockwise import drawn_block
 
     def check(running: Any, num_blocks: int, updates: int) -> None:
         order = [drawn_block(num_blocks, step, seed=TINY["seed"]) for step in range(updates)]
@@ -122,12 +122,12 @@ def only_drawn_blocks_move() -> Callable[[Any, int, int], None]:
 @pytest.fixture(scope="session")
 def allocated() -> Callable[..., tuple[int, int]]:
     """``allocated(denoiser, batch)`` -> bytes alive when the real loss is known, and at the peak of both passes."""
-    from rdlm.objectives.losses import loss_terms
+    from rdlm.objectives.base import Keys
     from train.memory_trace import _LiveBytes
 
     def count(denoiser: Any, batch: Any) -> tuple[int, int]:
         with _LiveBytes() as counted:
-            total = loss_terms(denoiser, batch, step=0, seed=0).total
+            total = denoiser.loss(batch, Keys(seed=0, step=0)).total
             forward = counted.live
             total.backward()
         return forward, counted.peak

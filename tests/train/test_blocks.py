@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from rdlm.checkpoints.folder import load
-from rdlm.diffusion.blockwise import blocks_of, drawn_block
-from rdlm.scoring import token_logprobs
+from rdlm.objectives.blockwise import drawn_block
 from train.export import export
 
 BLOCKS: dict[str, Any] = {
@@ -87,7 +86,7 @@ def test_joint_training_resumes_to_the_bit_and_exports(
     loaded = load(Path(second.config.output) / "model")
     assert loaded.config.blocks == second.config.blocks and loaded.config.block is None
     ids = torch.randint(0, 8, (1, 9))
-    scores = token_logprobs(loaded.denoiser, loaded.config, ids[:, :-1], ids[:, 1:], [1, 2])
+    scores = loaded.denoiser.token_logprobs(ids[:, :-1], ids[:, 1:], [1, 2])
     assert all(torch.isfinite(s).all() for s in scores.values())
 
 
@@ -97,11 +96,11 @@ def test_a_block_alone_holds_nothing_of_the_others(trainer, block: int) -> None:
         {**BLOCKS, "block": block, "evaluation": {"interval_steps": 6, "steps": [1], "max_tokens": 24}}
     )
     whole = trainer({**BLOCKS, "output": run.config.output + "_whole"})
-    alone = sum(p.numel() for p in run.denoiser.parameters())
+    alone = sum(p.numel() for p in run.network.parameters())
     assert (
         alone
-        == sum(p.numel() for p in blocks_of(whole.denoiser)[block].parameters())
-        < sum(p.numel() for p in whole.denoiser.parameters())
+        == sum(p.numel() for p in whole.network.parts[block].parameters())
+        < sum(p.numel() for p in whole.network.parameters())
     )
     assert run.fit()
     held_out = json.loads((Path(run.config.output) / "held_out.jsonl").read_text())

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
-from rdlm.diffusion.blockwise import Blockwise
 from rdlm.errors import UserError
+from rdlm.objectives.blockwise import Blockwise
 from train.export import export
 from train.launch import launch
 from train.merge import merge

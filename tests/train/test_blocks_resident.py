@@ -19,10 +19,10 @@ from torch import nn
 
 from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
-from rdlm.diffusion.blockwise import drawn_block
 from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
 from rdlm.nn.attention import rotary_table
+from rdlm.objectives.blockwise import drawn_block
 from tests.train.test_blocks import BLOCKS
 from train import checkpoints as resume
 from train.export import export

@@ -13,12 +13,10 @@ import pytest
 import torch
 import yaml
 
-from rdlm.answers import greedy_answers
 from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
 from rdlm.config.base import parse
 from rdlm.data.batch import Batch
-from rdlm.diffusion.image_sampler import draw_images
 from rdlm.errors import UserError
 from rdlm.registry import build
 from train.data.image_prepare import ImagePreparation, prepare_images
@@ -129,18 +127,16 @@ def test_layers_that_learn_each_for_itself_train_resume_and_export(job, tmp_path
     assert all("ln_f" in name for name in still), still
     export(second)
     loaded = load(Path(second.config.output) / "model")
-    assert greedy_answers(loaded.denoiser, loaded.config, torch.rand(5, 3, 8, 8), [1])[1].shape == (5, 1)
+    assert loaded.denoiser.answer(torch.rand(5, 3, 8, 8), [1])[1].shape == (5, 1)
 
 
 def _usable(folder: Path) -> None:
     loaded = load(folder)
     if loaded.config.model.family == "dit":
-        assert torch.isfinite(
-            draw_images(loaded.denoiser, loaded.config, torch.tensor([0, 2]), 4, guidance=2.0)
-        ).all()
+        assert torch.isfinite(loaded.denoiser.sample_images(torch.tensor([0, 2]), 4, guidance=2.0)).all()
         assert "rdlm images" in (folder / "README.md").read_text()
     else:
-        answers = greedy_answers(loaded.denoiser, loaded.config, torch.rand(5, 3, 8, 8), [1, 4])
+        answers = loaded.denoiser.answer(torch.rand(5, 3, 8, 8), [1, 4])
         assert all(found.shape == (5, 1) and found.max() < 3 for found in answers.values())
         assert "rdlm eval accuracy" in (folder / "README.md").read_text()
 

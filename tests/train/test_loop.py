@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rdlm.errors import UserError
-from rdlm.objectives.losses import loss_terms
+from rdlm.objectives.base import Keys
 from train.schedule import learning_rate
 
 PLAIN: dict[str, Any] = {
@@ -32,7 +32,7 @@ def losses(trainer) -> list[float]:
 def test_equals_a_plain_torch_loop(trainer) -> None:
     """ZeRO 0 in fp32 against a loop written out with torch alone: same losses, gradient norms and weights."""
     run = trainer({**PLAIN, "deepspeed.zero_stage": 0, "optimizer.grad_clip": 0.5})
-    model, config = copy.deepcopy(run.denoiser), run.config
+    model, config = copy.deepcopy(run.network), run.config
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     groups = [
         {
@@ -46,7 +46,7 @@ def test_equals_a_plain_torch_loop(trainer) -> None:
     expected, norms = [], []
     for step in range(config.schedule.steps):
         batch = run.corpus.batch(step, seed=3, global_batch=4, rank=0, world=1, micro_index=0, micro_size=4)
-        terms = loss_terms(model, batch, step=step, seed=3)
+        terms = model.loss(batch, Keys(seed=3, step=step))
         loss = terms.total / terms.count
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
@@ -95,8 +95,8 @@ def test_loss_divides_by_the_global_count_of_masked_positions(trainer) -> None:
     run = trainer({**PLAIN, "deepspeed.zero_stage": 0, "batch.micro_size": 2, "optimizer.grad_clip": 0.0})
     batches = run._batches(0)
     batches[0].mask[:, 3:] = False
-    model = copy.deepcopy(run.denoiser)
-    terms = [loss_terms(model, batch, step=0, seed=3, micro=i) for i, batch in enumerate(batches)]
+    model = copy.deepcopy(run.network)
+    terms = [model.loss(batch, Keys(seed=3, step=0, micro=i)) for i, batch in enumerate(batches)]
     (sum(t.total for t in terms) / sum(t.count for t in terms)).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     tally = run.train_step(batches, float(sum(batch.mask.sum() for batch in batches)))
@@ -107,7 +107,7 @@ def test_loss_divides_by_the_global_count_of_masked_positions(trainer) -> None:
 def test_divergence_ends_the_run_without_a_checkpoint(trainer) -> None:
     run = trainer({"schedule.warmup_steps": 0, "schedule.steps": 20, "checkpoint.interval_steps": 100})
     with torch.no_grad():
-        for weight in run.denoiser.parameters():
+        for weight in run.network.parameters():
             weight.mul_(float("nan"))
     with pytest.raises(UserError, match="diverged at update 1"):
         run.fit()
@@ -139,7 +139,7 @@ def test_no_parameter_is_idle(tiny, objective: str) -> None:
     from rdlm.data.batch import Batch
 
     batch = Batch(run_one[:, :-1], run_one[:, 1:], torch.ones(2, 8, dtype=torch.bool))
-    loss_terms(denoiser, batch, step=0, seed=0).total.backward()
+    denoiser.loss(batch, Keys(seed=0, step=0)).total.backward()
     assert [name for name, p in denoiser.named_parameters() if p.grad is None] == []
 
 

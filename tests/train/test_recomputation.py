@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rdlm.data.batch import Batch
-from rdlm.objectives.losses import loss_terms
+from rdlm.objectives.base import Keys
 from rdlm.registry import build
 from train.memory_trace import trace
 from train.trainer import recompute_layers
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_layers_that_keep_everything(
     ids = torch.randint(0, 64, (3, 13))
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones(3, 12, dtype=torch.bool))
     for denoiser in (plain, again):
-        loss_terms(denoiser, batch, step=0, seed=0).total.backward()
+        denoiser.loss(batch, Keys(seed=0, step=0)).total.backward()
     for (name, kept), recomputed in zip(plain.named_parameters(), again.parameters(), strict=True):
         tolerance = 0.0 if grad_steps == 1 else 1e-5
         torch.testing.assert_close(recomputed.grad, kept.grad, rtol=tolerance, atol=tolerance, msg=name)

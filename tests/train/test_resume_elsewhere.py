@@ -78,7 +78,7 @@ def moments(trainer: Any, key: str) -> dict[str, torch.Tensor]:
     if trainer.config.deepspeed.zero_stage == 3:
         return {
             name: safe_get_full_optimizer_state(p, key).clone()
-            for name, p in trainer.denoiser.named_parameters()
+            for name, p in trainer.network.named_parameters()
         }
     whole: dict[str, torch.Tensor] = {}
     for i, group in enumerate(optimizer.param_groups):

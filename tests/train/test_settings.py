@@ -48,7 +48,7 @@ BAD = [
     ({"objective.name": "next_token", "model.noise_conditioning": True}, "model.noise_conditioning"),
     ({"objective.name": "two_pass"}, "objective.name"),
     ({"data.length": 33}, "data.seq_len"),
-    ({"data.kind": "sounds"}, "data"),
+    ({"data.kind": "sounds"}, "data.kind"),
     ({"data": {"kind": "images", "augment": "flip"}}, "data.path"),
     ({"data": {"kind": "images", "path": "d", "augment": "turn"}}, "data.augment"),
     ({"data": {"kind": "images", "path": "d", "length": 3}}, "data.length"),

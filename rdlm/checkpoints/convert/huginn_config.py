@@ -83,10 +83,10 @@ def to_published(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
             "for these weights",
             "export a model of an objective without noise: onestep, bptt or next_token",
         )
-    if objective.depth.distribution not in SCHEMES:
+    if objective.depth_in_training.distribution not in SCHEMES:
         raise UserError(
             "objective.depth.distribution",
-            objective.depth.distribution,
+            objective.depth_in_training.distribution,
             "the published layout has no name for it",
             f"export a model trained with {' or '.join(SCHEMES)}",
         )
@@ -114,9 +114,9 @@ def to_published(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
             "embedding": std,
             "embed_scale": math.sqrt(model.d_model),
         },
-        "sampling_scheme": SCHEMES[objective.depth.distribution],
+        "sampling_scheme": SCHEMES[objective.depth_in_training.distribution],
         "mean_recurrence": recurrence,
-        "mean_backprop_depth": objective.depth.grad_steps,
+        "mean_backprop_depth": objective.depth_in_training.grad_steps,
         "effective_expected_depth": depth,
         "torch_dtype": dtype,
         "rdlm": config.model_dump(mode="json"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdlm.diffusion.blockwise import Blockwise, blocks_of
+from rdlm.objectives.blockwise import Blockwise
 
 Read = Callable[[list[str]], Mapping[str, Tensor]]
 """Names -> weights, ready to use on their device."""
@@ -29,7 +29,7 @@ class ResidentBlocks:
         self.present: list[int] = []
         """The blocks in memory, the one used last at the end."""
         self._weights: list[dict[str, torch.nn.Parameter]] = []
-        for index, block in enumerate(blocks_of(denoiser)):
+        for index, block in enumerate(denoiser.parts):
             prefix = f"blocks.{index}.model."
             self._weights.append({prefix + name: weight for name, weight in block.model.named_parameters()})
             for module in block.model.modules():

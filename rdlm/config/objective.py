@@ -1,0 +1,405 @@
+"""What a network is trained to do, as one config class an objective; rdlm/objectives has the classes that do it.
+
+A config names its objective (``name``) and carries the fields of that objective alone. Facts about an objective that
+need no tensors (what K means, whether it decodes from left to right) are properties here, because the server and the
+command line read them. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+
+from rdlm.config.base import Strict
+
+KMeaning = Literal["thinking", "sampling"]
+
+
+class NoiseConfig(Strict):
+    """Variance-exploding noise on unit-norm targets: z = y + sigma * eps (DiffusionBlocks App. C, EDM Table 1)."""
+
+    sigma_min: float = Field(0.002, gt=0)
+    """Lowest noise level."""
+    sigma_max: float = Field(80.0, gt=0)
+    """Highest noise level, at which z carries no information about its target."""
+    p_mean: float = -1.2
+    """Mean of log sigma under the published log-normal training distribution."""
+    p_std: float = Field(1.2, gt=0)
+    """Standard deviation of log sigma."""
+    sigma_data: float = Field(0.5, gt=0)
+    """Per-coordinate scale of the clean target in the EDM coefficients; 0.5 is what the paper uses for every family."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NoiseConfig:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min ({self.sigma_min}) must be below sigma_max ({self.sigma_max})")
+        return self
+
+
+class DepthConfig(Strict):
+    """How often the core runs in one update (r), and how many of these runs record gradient."""
+
+    distribution: Literal["fixed", "uniform", "lognormal_poisson"] = "fixed"
+    """fixed: r = mean. uniform: r in 1..2*mean-1. lognormal_poisson: r = 1 + Poisson(LogNormal) (Geiping et al. 2025)."""
+    mean: int = Field(1, ge=1, le=256)
+    """Mean of r (of r - 1 for lognormal_poisson, as in the Huginn code)."""
+    spread: float = Field(0.5, ge=0, le=2)
+    """Standard deviation of the log rate of lognormal_poisson."""
+    max_steps: int = Field(256, ge=1, le=1024)
+    """r is clipped here, so that the tail of the distribution cannot exhaust memory."""
+    grad_steps: int = Field(1, ge=1, le=256)
+    """The last so many runs record gradient (truncated backpropagation through time); 1 is a single backward pass."""
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the core always runs exactly once."""
+        return self.distribution == "fixed" and self.mean == 1
+
+
+class CorruptionConfig(Strict):
+    """Which positions start from a noised copy of their target, and how their noise levels are drawn."""
+
+    share: float = Field(0.0, ge=0, le=1)
+    """Probability that a position is noised; the others start from z = 0 and learn the plain prediction."""
+    distribution: str = "bands"
+    """A noise schedule of rdlm/diffusion/schedules.py: bands (half the levels log-uniform in low_band, half in high_band) or
+    lognormal (the published distribution, with the parameters of NoiseConfig)."""
+    low_band: tuple[float, float] = (0.2, 2.0)
+    high_band: tuple[float, float] = (2.0, 80.0)
+    per: Literal["position", "sequence"] = "position"
+    """Whether each position or each sequence is noised, and draws its level, independently."""
+
+    @model_validator(mode="after")
+    def _bands(self) -> CorruptionConfig:
+        for name in ("low_band", "high_band"):
+            low, high = getattr(self, name)
+            if not 0 < low < high:
+                raise ValueError(f"{name} must be two rising positive levels, got {(low, high)}")
+        return self
+
+
+class MaskingConfig(Strict):
+    """Tokens that are masked instead of noised (MD4, Shi et al. 2024)."""
+
+    schedule: str = "linear"
+    """A masking schedule of rdlm/diffusion/schedules.py; linear: alpha(t) = 1 - t is the probability of staying unmasked."""
+    t_min: float = Field(1e-3, gt=0, lt=1)
+    """Lowest level in training: the weight of a masked token is 1 / t there."""
+
+
+class BaseObjectiveConfig(Strict):
+    """What every objective says about itself."""
+
+    name: str
+    tasks: ClassVar[tuple[str, ...]]
+    """Kinds of models it can train, see ``task`` in rdlm/config/model.py."""
+    readout: ClassVar[Literal["plain", "evidence", "edm"]] = "plain"
+    """plain: logits = W h. evidence: W h + a <E, z> / sigma^2. edm: logits of c_skip z + c_out h (the published form)."""
+    k_meaning: ClassVar[KMeaning] = "thinking"
+    """thinking: K core iterations, then one read-out. sampling: K levels of noise or masking, with a read-out at each."""
+    left_to_right: ClassVar[bool] = True
+    """Whether text is decoded one token after the other; masked models fill several positions at once."""
+    supports_exits: ClassVar[bool] = True
+    """Whether a position may leave the loop over K before its last step."""
+    k_description: ClassVar[str] = (
+        "K is the number of core steps before the one read-out: more steps, more computation per answer"
+    )
+    levels_are_sigma: ClassVar[bool] = True
+    """Whether a level is a standard deviation of noise; a masking level is a probability."""
+    default_steps_in_evaluation: ClassVar[tuple[int, ...] | None] = None
+    """K of a held-out likelihood where none is given; None: the usual powers of two up to the largest K."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nested_defaults(cls, data: Any) -> Any:
+        """A section given in part keeps the other defaults of this objective, not those of the section's own class."""
+        if not isinstance(data, Mapping):
+            return data
+        merged = dict(data)
+        for key, field in cls.model_fields.items():
+            if isinstance(field.default, Strict) and isinstance(merged.get(key), Mapping):
+                merged[key] = {**field.default.model_dump(), **merged[key]}
+            elif isinstance(field.default, Strict) and key in merged and merged[key] is None:
+                del merged[key]
+        return merged
+
+    @property
+    def noise_conditioned(self) -> bool:
+        """Whether the network is conditioned on a level of noise or masking."""
+        return False
+
+    @property
+    def noised_in_training(self) -> str:
+        """What is noised, for the model card."""
+        corruption = getattr(self, "corruption", None)
+        return "nothing" if corruption is None else f"{corruption.share:.0%} of the positions"
+
+    @property
+    def depth_in_training(self) -> DepthConfig:
+        """How often the core runs in one update."""
+        return getattr(self, "depth", DepthConfig())
+
+    def estimator_at(self, num_steps: int, num_draws: int | None = None) -> str:
+        """The name of the likelihood estimate that rdlm/scoring.py gives at K = num_steps."""
+        return f"normalised: logits after K = {num_steps} core steps"
+
+    @property
+    def estimator(self) -> str:
+        """Which of the model's likelihoods is normalised."""
+        return "logits after K iterations"
+
+
+class NextTokenConfig(BaseObjectiveConfig):
+    """Plain next-token prediction; the core runs once unless ``depth`` says otherwise."""
+
+    name: Literal["next_token"] = "next_token"
+    tasks = ("causal",)
+    depth: DepthConfig = DepthConfig()
+
+
+class OneStepConfig(NextTokenConfig):
+    """Several runs of the core, of which only the last records gradient."""
+
+    name: Literal["onestep"] = "onestep"  # type: ignore[assignment]
+    depth: DepthConfig = DepthConfig(distribution="lognormal_poisson", mean=2, grad_steps=1)
+
+
+class BpttConfig(NextTokenConfig):
+    """Truncated backpropagation through time, as Huginn was trained (Geiping et al. 2025)."""
+
+    name: Literal["bptt"] = "bptt"  # type: ignore[assignment]
+    depth: DepthConfig = DepthConfig(distribution="lognormal_poisson", mean=32, grad_steps=8)
+
+
+class SinglePassConfig(NextTokenConfig):
+    """The default: one backward pass through one core run, with a share of the positions noised."""
+
+    name: Literal["single_pass"] = "single_pass"  # type: ignore[assignment]
+    readout = "evidence"
+    depth: DepthConfig = DepthConfig(distribution="lognormal_poisson", mean=2, grad_steps=1)
+    corruption: CorruptionConfig = CorruptionConfig(share=0.25)
+    loss_weighting: Literal["none", "edm"] = "none"
+    """Per-position weight of the loss; edm is w(sigma) of Karras et al. 2022."""
+
+    @property
+    def noise_conditioned(self) -> bool:
+        return self.corruption.share > 0
+
+
+class _SamplingConfig(BaseObjectiveConfig):
+    """One network call at each of K noise levels, and a token drawn at each."""
+
+    tasks = ("causal", "classify")
+    k_meaning = "sampling"
+    supports_exits = False
+    k_description = "K is the number of noise levels that a token (of images: the class) is drawn through: a setting of the sampler"
+    default_steps_in_evaluation = (1,)
+    corruption: CorruptionConfig
+    loss_weighting: Literal["none", "edm"] = "none"
+
+    @property
+    def noise_conditioned(self) -> bool:
+        return self.corruption.share > 0
+
+    def estimator_at(self, num_steps: int, num_draws: int | None = None) -> str:
+        if num_steps == 1:
+            return "normalised: logits at sigma_max with z = 0"
+        return f"mixture over noise draws at K = {num_steps} (biased upward in NLL)"
+
+    @property
+    def estimator(self) -> str:
+        return "logits at sigma_max with z = 0 (K = 1)"
+
+
+class EvidenceConfig(_SamplingConfig):
+    """One forward pass, most positions noised, and the exact evidence of z added to the prediction."""
+
+    name: Literal["evidence"] = "evidence"
+    readout = "evidence"
+    corruption: CorruptionConfig = CorruptionConfig(share=0.75)
+
+
+class PaperConfig(_SamplingConfig):
+    """DiffusionBlocks as published (App. E.4): a noisy stream beside the clean one, EDM preconditioning."""
+
+    name: Literal["paper"] = "paper"
+    readout = "edm"
+    corruption: CorruptionConfig = CorruptionConfig(share=1.0, distribution="lognormal", per="sequence")
+
+
+class MaskedConfig(BaseObjectiveConfig):
+    """Masked diffusion (MD4, Shi et al. 2024)."""
+
+    name: Literal["masked"] = "masked"
+    tasks = ("masked",)
+    k_meaning = "sampling"
+    left_to_right = False
+    supports_exits = False
+    levels_are_sigma = False
+    k_description = "K is the number of steps in which masked tokens are filled in: a setting of the sampler"
+    default_steps_in_evaluation = (1, 4, 16, 64, 256, 1024)
+    masking: MaskingConfig = MaskingConfig()
+
+    @property
+    def noised_in_training(self) -> str:
+        return "nothing: tokens are masked"
+
+    @property
+    def noise_conditioned(self) -> bool:
+        return True
+
+    def estimator_at(self, num_steps: int, num_draws: int | None = None) -> str:
+        drawn = (
+            "exact"
+            if num_steps == 1
+            else "stratified draws"
+            if num_draws is None
+            else f"{num_draws} stratified draws"
+        )
+        return f"upper bound of the NLL, not its value: K = {num_steps} unmasking steps, {drawn}"
+
+    @property
+    def estimator(self) -> str:
+        return "normalised: one token a step, from left to right"
+
+
+class ClassifyConfig(BaseObjectiveConfig):
+    """Cross-entropy of the class of an image."""
+
+    name: Literal["classify"] = "classify"
+    tasks = ("classify",)
+
+
+class ForwardForwardConfig(BaseObjectiveConfig):
+    """Forward-Forward (Hinton 2022), a baseline without a backward pass between layers."""
+
+    name: Literal["forward_forward"] = "forward_forward"
+    tasks = ("classify",)
+    goodness: Literal["threshold", "difference"] = "difference"
+    """How the goodness of the right class is compared with that of a wrong one: see rdlm/objectives/forward_forward.py."""
+
+    def estimator_at(self, num_steps: int, num_draws: int | None = None) -> str:
+        return self.estimator
+
+    @property
+    def estimator(self) -> str:
+        return "softmax of goodness over classes: normalised, not calibrated"
+
+
+class EdmConfig(BaseObjectiveConfig):
+    """Denoising of images (Karras et al. 2022; DiffusionBlocks Sec. 3)."""
+
+    name: Literal["edm"] = "edm"
+    tasks = ("denoise",)
+    readout = "edm"
+    k_meaning = "sampling"
+    left_to_right = False
+    supports_exits = False
+    k_description = "K is the number of steps from noise to an image"
+    corruption: CorruptionConfig = CorruptionConfig(share=1.0, distribution="lognormal", per="sequence")
+    loss_weighting: Literal["none", "edm"] = "edm"
+    label_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of the images that are trained without their class, which guidance needs."""
+
+    @model_validator(mode="after")
+    def _whole_images(self) -> EdmConfig:
+        if self.corruption.share != 1 or self.corruption.per != "sequence":
+            raise ValueError(
+                "objective 'edm' noises every image at one level: corruption.share is 1, corruption.per sequence"
+            )
+        return self
+
+    @property
+    def noised_in_training(self) -> str:
+        return "the images"
+
+    @property
+    def noise_conditioned(self) -> bool:
+        return True
+
+    def estimator_at(self, num_steps: int, num_draws: int | None = None) -> str:
+        return self.estimator
+
+    @property
+    def estimator(self) -> str:
+        return "none: it denoises images"
+
+
+VARIANTS: tuple[type[BaseObjectiveConfig], ...] = (
+    SinglePassConfig, OneStepConfig, EvidenceConfig, PaperConfig, BpttConfig, NextTokenConfig, MaskedConfig, ClassifyConfig,
+    ForwardForwardConfig, EdmConfig,
+)  # fmt: skip
+_BY_NAME = {str(variant.model_fields["name"].default): variant for variant in VARIANTS}
+
+_V1_FIELDS = {"depth", "corruption", "readout", "loss_weighting", "label_dropout", "goodness", "masking"}
+
+
+def _current(data: Any) -> Any:
+    """An objective section as today's classes read it.
+
+    Schema version 1 wrote all fields of all objectives. Those that another objective owns are dropped where they hold the only
+    value they could have; a value that would mean something is left for validation to refuse. Two names of version 1 overlapped:
+    the evidence read-out with one core run is ``evidence``, with several it is ``single_pass``.
+    """
+    if isinstance(data, str):
+        data = {"name": data}  # objective: bptt
+    if not isinstance(data, Mapping):
+        return data
+    section = {"name": "single_pass", **data}
+    variant = _BY_NAME.get(str(section["name"]))
+    if variant is None:
+        return section
+    defaults = variant.model_fields
+    depth = _merged(section.get("depth"), defaults["depth"].default if "depth" in defaults else DepthConfig())
+    corruption = _merged(
+        section.get("corruption"),
+        defaults["corruption"].default if "corruption" in defaults else CorruptionConfig(),
+    )
+    noised = isinstance(corruption, dict) and float(corruption.get("share") or 0) > 0
+    if section.get("readout", variant.readout) == "evidence" and noised and "causal" in variant.tasks:
+        single = isinstance(depth, dict) and depth.get("distribution") == "fixed" and depth.get("mean") == 1
+        section = {
+            **section,
+            "name": "evidence" if single else "single_pass",
+            "depth": depth,
+            "corruption": corruption,
+        }
+        variant = _BY_NAME[section["name"]]
+    for key in (_V1_FIELDS - variant.model_fields.keys()) & section.keys():
+        if _is_neutral(key, section[key], variant):
+            del section[key]
+    return section
+
+
+def _merged(given: Any, default: Strict) -> Any:
+    if given is None:
+        return default.model_dump()
+    return {**default.model_dump(), **given} if isinstance(given, Mapping) else given
+
+
+def _is_neutral(key: str, value: Any, variant: type[BaseObjectiveConfig]) -> bool:
+    """Whether a field of another objective says nothing."""
+    if key == "readout":
+        return bool(value == variant.readout)
+    if key == "depth":
+        return (
+            isinstance(value, Mapping)
+            and value.get("distribution", "fixed") == "fixed"
+            and value.get("mean", 1) == 1
+        )
+    if key == "corruption":
+        return isinstance(value, Mapping) and not value.get("share", 0)
+    return value in (None, "none", 0, 0.0)
+
+
+ObjectiveConfig = Annotated[
+    SinglePassConfig | OneStepConfig | EvidenceConfig | PaperConfig | BpttConfig | NextTokenConfig | MaskedConfig
+    | ClassifyConfig | ForwardForwardConfig | EdmConfig,
+    Field(discriminator="name"),
+    BeforeValidator(_current),
+]  # fmt: skip
+"""An objective section: ``{name: bptt, depth: {mean: 16}}``, or ``bptt`` alone."""
+
+objective_config: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)

@@ -1,0 +1,123 @@
+"""Masked diffusion of text (MD4, Shi et al. 2024, arXiv 2406.04329): a bidirectional model predicts masked tokens.
+
+Shapes: ids [B, T] int64 with ``mask_id`` where masked; level [B] fp32 in (0, 1], the probability that a token is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from rdlm.data.batch import Batch
+from rdlm.diffusion.corruption import mask_tokens
+from rdlm.diffusion.masked_likelihood import bound
+from rdlm.diffusion.schedules import low_discrepancy, masking_schedule
+from rdlm.diffusion.unmasking import unmask
+from rdlm.models.recurrent import Recurrent
+from rdlm.nn.attention import PaddedContext
+from rdlm.nn.layers import Condition
+from rdlm.objectives.base import Keys, LossTerms, Objective, ReadOut, TokenScores
+from rdlm.random_streams import generator
+from rdlm.sampling_params import Order, SamplingParams
+
+_NOISE_KEY = 2
+
+
+class MaskedDiffusion(Objective):
+    """Cross-entropy of masked tokens, weighted by -alpha' / (1 - alpha) (MD4 Sec. 3; DiffusionBlocks Eq. 8)."""
+
+    @property
+    def mask_id(self) -> int:
+        """The id of a masked token."""
+        return cast(Recurrent, self.model).mask_id
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, keys: Keys) -> LossTerms:
+        """One level a sequence. Over all levels the expectation is the bound in continuous time, in nats, less what lies below t_min.
+
+        The model learns the sequence ``targets`` itself, all T tokens at once; ``inputs`` are not used. Positions outside
+        ``batch.mask`` are never masked and never count, in the level neither: it is the masked share of the others.
+        """
+        which = () if self.block is None else (self.block.index,)
+        rng = generator(keys.seed, _NOISE_KEY, keys.step, keys.rank, keys.micro, *which)
+        schedule, uniform = masking_schedule(self.settings.masking), low_discrepancy(len(batch.targets), rng)
+        level = schedule.icdf(uniform).float() if self.block is None else self.block.levels_at(uniform)
+        masked = mask_tokens(level, batch.mask, rng)
+        hidden = self.hidden(batch.targets.masked_fill(masked, self.mask_id), level)
+        weight = schedule.weight(level).to(hidden.device).unsqueeze(1).expand(masked.shape)
+        total, losses = self.cross_entropy(hidden[masked], batch.targets[masked], weight[masked])
+        metrics = {
+            "core_steps": torch.ones(()),
+            "ce": losses.sum() / max(1, len(losses)),
+        }  # a tiny batch may mask nothing
+        return LossTerms(total, batch.mask.sum().float(), metrics)
+
+    def traced_loss(self, inputs: Tensor, num_steps: int, read_out: ReadOut) -> Tensor:
+        return read_out(self.hidden(inputs, torch.ones(len(inputs))).flatten(0, 1), None, None)
+
+    # Single steps --------------------------------------------------------------------------------------------------
+
+    def condition(self, level: Tensor | None, like: Tensor) -> Condition | None:
+        """The conditioning of the layers on levels [B, 1]; None means 1, where everything is masked."""
+        return self.model.condition(torch.ones((1, 1), device=like.device) if level is None else level)
+
+    def hidden(self, ids: Tensor, level: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T, D], of which ``predict`` and ``cross_entropy`` read the rows that matter.
+
+        lengths: [B] int64, for rows that are padded at their ends; None: all have T tokens.
+        """
+        ctx = self.model.context(ids) if lengths is None else PaddedContext(lengths, ids.shape[1], ids.device)
+        e = self.model.encode(ids, ctx)
+        cond = self.condition(level.float().to(ids.device).unsqueeze(1), e)
+        return self.model.decode(self.step(self.model.initial_state(e), e, cond, ctx), ctx)
+
+    # Evaluation ----------------------------------------------------------------------------------------------------
+
+    def score(
+        self, inputs: Tensor, targets: Tensor, num_steps: Sequence[int], *, seed: int = 0, num_draws: int = 8
+    ) -> dict[int, TokenScores]:
+        """Raises UserError: a masked model scores whole rows (``rdlm.diffusion.masked_likelihood.left_to_right``)."""
+        self.config.check_next_token("a score of each token")
+        raise AssertionError
+
+    def token_logprobs(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        num_steps: Sequence[int],
+        *,
+        mask: Tensor | None = None,
+        seed: int = 0,
+        num_draws: int = 8,
+    ) -> dict[int, Tensor]:
+        """Terms whose sum over a row estimates a lower bound of log p(targets); ``inputs`` are not used.
+
+        mask: bool [B, T], the ``Batch.mask`` of training: the bound is that of the targets where it is True, given the others.
+        """
+        given = mask is not None
+        return {
+            k: -bound(self, targets, k, mask=mask, always_given=given, seed=seed, num_draws=num_draws)
+            for k in num_steps
+        }
+
+    def answer(
+        self,
+        inputs: Tensor,
+        num_steps: Sequence[int],
+        seed: int = 0,
+        *,
+        order: str = "random",
+        sampler: str = "renoise",
+        first: int = 0,
+        draw: int = 0,
+    ) -> dict[int, Tensor]:
+        """K unmasking steps in ``order``; inputs are rows of ``FilledIn`` with the mask's id at every answer that counts."""
+        greedy, by = SamplingParams(temperature=0), cast(Order, order)
+        return {
+            k: unmask(self, inputs, k, greedy, seed=seed, order=by, first=first, always_given=True)
+            for k in num_steps
+        }

@@ -1,0 +1,536 @@
+"""Next-token objectives of recurrent-depth models, and of image classifiers, whose one target is a class.
+
+Two settings tell them apart. ``depth``: how often the core runs (r) and how many of these runs record gradient.
+``corruption``: which positions start from a noised copy of their target, and at which level sigma.
+
+| name        | r                          | gradient | noised positions | K at inference | normalised likelihood      |
+|-------------|----------------------------|----------|------------------|----------------|----------------------------|
+| next_token  | 1                          | all      | none             | thinking (1)   | logits at K                |
+| bptt        | 1 + Poisson(LogNormal(32)) | last 8   | none             | thinking       | logits at K                |
+| onestep     | 1 + Poisson(LogNormal)     | last 1   | none             | thinking       | logits at K                |
+| single_pass | 1 + Poisson(LogNormal)     | last 1   | a share          | thinking       | logits at K with z = 0     |
+| evidence    | 1                          | all      | most             | sampling       | logits at sigma_max, z = 0 |
+| paper       | 1                          | all      | all, two streams | sampling       | logits at sigma_max, z = 0 |
+
+Each makes one backward pass through at most ``grad_steps`` core runs and minimises the cross-entropy of the next token given
+clean context (and, where noised, z = y + sigma eps of that token): a mixture over sigma and r of proper scoring rules.
+
+Shapes: B sequences, T positions, D width; targets [...] int64; y, z [..., D] fp32; sigma [...] fp32 with the leading shape of z, or
+None: z = 0, read at sigma_max. Row i predicts targets[i] and sees targets[j >= i] in no way but through its own z_i.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.objective import CorruptionConfig, DepthConfig
+from rdlm.data.batch import Batch
+from rdlm.diffusion.corruption import Noised, add_noise, draw_levels
+from rdlm.diffusion.partition import Block, partition_of
+from rdlm.diffusion.preconditioning import denoise_scalings, edm_weight
+from rdlm.diffusion.samplers import (
+    StepPlan,
+    expected_target,
+    ode_chain,
+    renoise_chain,
+    run,
+    sampler_named,
+)
+from rdlm.diffusion.schedules import schedule_of
+from rdlm.models.base import Backbone
+from rdlm.nn.attention import AttentionContext, TwoStreamContext
+from rdlm.nn.cross_entropy import linear_cross_entropy
+from rdlm.nn.layers import Condition
+from rdlm.objectives.base import HeldOut, Keys, LossTerms, Objective, Prediction, ReadOut, TokenScores
+from rdlm.random_streams import generator
+
+_DEPTH_KEY, _NOISE_KEY, _STATE_KEY = 1, 2, 3
+EVIDENCE_FLOOR = 0.02
+"""Smallest sigma^2 in the evidence term: below it a nearest-neighbour lookup already names the token and logits only grow."""
+LOGITS_AT_ONCE = 1 << 24
+"""Rows are read out in chunks of at most this many logits (64 MiB of fp32)."""
+
+
+class NextToken(Objective):
+    """Cross-entropy of the next token after r core runs, with noised targets in the recurrent state's place where there are any.
+
+    With clean context and unit targets, p(x | context, z, sigma) is proportional to p(x | context) exp(<y_x, z> / sigma^2): the
+    ``evidence`` read-out gives the network this known term with a learned scale instead of making it learn to read z.
+    """
+
+    noises_rows = True
+
+    sees_own_clean = False
+    """Whether a noisy row also sees the clean row of its own position; if not, it stands in its place."""
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether noised rows run beside the clean ones: only a causal model's targets are its inputs, too."""
+        return False
+
+    def __init__(self, config: CheckpointConfig, model: Backbone, block: Block | None = None) -> None:
+        super().__init__(config, model, block)
+        # One element and not a scalar tensor: DeepSpeed 0.19.8 can neither broadcast nor partition a 0-d parameter.
+        evidence = config.objective.readout == "evidence"
+        self.evidence_scale = nn.Parameter(torch.ones(1)) if evidence else None
+
+    # Training ------------------------------------------------------------------------------------------------------
+
+    @property
+    def corruption(self) -> CorruptionConfig:
+        return getattr(self.settings, "corruption", CorruptionConfig())
+
+    def loss(self, batch: Batch, keys: Keys) -> LossTerms:
+        noised = self.corrupt(batch.targets, self._noise_generator(keys))
+        num_steps = num_recurrences(self.settings.depth_in_training, keys.step, keys.seed)
+        hidden = self.hidden(
+            batch.inputs,
+            noised,
+            num_steps,
+            generator(keys.seed, _STATE_KEY, keys.step, keys.rank, keys.micro),
+        )
+        return self._reduce(hidden, batch, noised, num_steps)
+
+    def _noise_generator(self, keys: Keys) -> torch.Generator:
+        which = () if self.block is None else (self.block.index,)
+        return generator(keys.seed, _NOISE_KEY, keys.step, keys.rank, keys.micro, *which)
+
+    def corrupt(self, targets: Tensor, rng: torch.Generator) -> Noised | None:
+        """Noise the targets [B, T]; None where the objective noises none."""
+        if self.corruption.share == 0:
+            return None
+        shape = (targets.shape[0], targets.shape[1])
+        sigma, is_noised = draw_levels(self.corruption, self.noise, self.block, shape, rng)
+        return add_noise(self.clean(targets), sigma, is_noised, rng)
+
+    def hidden(self, inputs: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:
+        """Hidden states [B, T, D] after ``num_steps`` core runs, the noised target standing in the state's place at the start.
+
+        z_j of a past position reveals only token j + 1, which position i > j reads in clean form anyway: nothing leaks.
+        """
+        model = self.model
+        ctx = model.context(inputs)
+        e = model.encode(inputs, ctx)
+        state = model.initial_state(e, rng)
+        levels = None if noised is None else noised.sigma
+        if levels is not None and self.corruption.per == "sequence":
+            levels = levels[
+                :, :1
+            ]  # one level a sequence: its modulation is computed once, not at every position
+        cond = self.condition(levels, e)
+        if noised is not None:
+            state = torch.where(noised.is_noised.unsqueeze(-1), self.inject(noised.z, noised.sigma), state)
+        grad_steps = self.settings.depth_in_training.grad_steps
+        state = run(lambda s, _: self.step(s, e, cond, ctx), state, num_steps, grad_steps=grad_steps)
+        return model.decode(state, ctx)
+
+    def two_stream_hidden(
+        self, inputs: Tensor, z: Tensor | None, sigma: Tensor | None, sees_own_clean: bool = True
+    ) -> Tensor:
+        """Hidden states [B, T, D] of the noisy stream beside a clean one (DiffusionBlocks App. E.4): one pass over 2T rows.
+
+        Both streams inject the same clean prelude states; the clean stream is read at sigma_max with z = 0: its keys know no noise.
+        z, sigma: [B, T, D] and [B, T], or None for z = 0 at sigma_max.
+        """
+        model, length = self.model, inputs.shape[1]
+        e = model.encode(inputs, model.context(inputs))
+        silent = torch.zeros_like(e)
+        noisy = silent if z is None or sigma is None else self.inject(z, sigma)
+        ctx = TwoStreamContext(length, sees_own_clean, inputs.device)
+        sigma_max = torch.full(inputs.shape, self.noise.sigma_max, device=inputs.device)
+        cond = self.condition(torch.cat([sigma_max, sigma_max if sigma is None else sigma], 1), e)
+        state = self.step(torch.cat([silent, noisy], 1), torch.cat([e, e], 1), cond, ctx)
+        return model.decode(state, ctx)[:, length:]
+
+    def _reduce(self, hidden: Tensor, batch: Batch, noised: Noised | None, num_steps: int) -> LossTerms:
+        weight = batch.mask.float()
+        if noised is not None and self.settings.loss_weighting == "edm":
+            weight = weight * edm_weight(noised.sigma, self.noise.sigma_data)
+        z, sigma = (None, None) if noised is None else (noised.z.flatten(0, 1), noised.sigma.flatten())
+        total, losses = self.cross_entropy(
+            hidden.flatten(0, 1), batch.targets.flatten(), weight.flatten(), z, sigma
+        )
+        counted = batch.mask.flatten()
+        metrics = {"core_steps": torch.tensor(float(num_steps)), "ce": losses[counted].mean()}
+        if noised is not None:
+            flags = noised.is_noised.flatten()
+            for name, chosen in (("ce_prior", counted & ~flags), ("ce_noised", counted & flags)):
+                if bool(chosen.any()):
+                    metrics[name] = losses[chosen].mean()
+        return LossTerms(total, batch.mask.sum().float(), metrics)
+
+    def traced_loss(self, inputs: Tensor, num_steps: int, read_out: ReadOut) -> Tensor:
+        noised = None
+        if self.settings.noise_conditioned:
+            shape = self.model.target_shape(inputs)
+            z = torch.empty(*shape, self.model.ln_f.weight.shape[0])
+            noised = Noised(z, torch.ones(shape), torch.ones(shape, dtype=torch.bool))
+        hidden = self.hidden(inputs, noised, num_steps, torch.Generator()).flatten(0, 1)
+        u = table = None
+        if noised is not None and self.evidence_scale is not None:
+            u = (noised.z / noised.sigma.square().unsqueeze(-1)).to(hidden.dtype).flatten(0, 1)
+            table = self.unit_table().to(hidden.dtype)
+        return read_out(hidden, u, table)
+
+    def evaluate(self, batch: Batch, held_out: HeldOut) -> dict[str, Tensor]:
+        if held_out.denoising or self.model.is_causal:
+            return super().evaluate(batch, held_out)
+        answers = self.answer(batch.inputs, held_out.num_steps, seed=held_out.index)
+        nats = -self.score(batch.inputs, batch.targets, (1,))[1].logprobs.sum()
+        right = {f"accuracy at K={k}": (answers[k] == batch.targets).sum() for k in held_out.num_steps}
+        return {"K=1": nats, **right}
+
+    # Single steps: what the engine and the loops call ----------------------------------------------------------------
+
+    def clean(self, targets: Tensor) -> Tensor:
+        """Unit-norm target rows of the ids, fp32 [..., D], detached: noise must not train the table to collapse."""
+        if self.targets is not None:
+            return self.unit_table()[targets]
+        return self.model.wte(
+            use=lambda weight: F.normalize(F.embedding(targets, weight.detach()).float(), dim=-1)
+        )
+
+    def unit_table(self) -> Tensor:
+        """All unit-norm target rows, fp32 [V, D], detached."""
+        if self.targets is not None:
+            return self.targets(self.model.ln_f.weight.device)
+        return self.model.wte(use=lambda weight: F.normalize(weight.detach().float(), dim=-1))
+
+    def inject(self, z: Tensor, sigma: Tensor) -> Tensor:
+        """c_in(sigma) z: the noised target in the place of the recurrent state, in the model's dtype."""
+        c_in = denoise_scalings(sigma, self.noise.sigma_data).c_in
+        return (c_in.unsqueeze(-1) * z).to(self.model.ln_f.weight.dtype)
+
+    def condition(self, sigma: Tensor | None, like: Tensor) -> Condition | None:
+        """The conditioning of the core on levels sigma [B, T]; None means sigma_max for all rows. None if unconditioned.
+
+        It does not depend on the core step: compute it once per level, not once per step.
+        """
+        if sigma is None:
+            sigma = torch.full((1, 1), self.noise.sigma_max, device=like.device)
+        return self.model.condition(denoise_scalings(sigma, self.noise.sigma_data).c_noise)
+
+    def predict(self, hidden: Tensor, z: Tensor | None = None, sigma: Tensor | None = None) -> Prediction:
+        prior = self.model.logits(hidden)
+        if z is None or sigma is None or self.evidence_scale is None:
+            return Prediction(prior)
+        evidence = self.evidence_scale.float() * F.linear(precision_weighted(z, sigma), self.unit_table())
+        return Prediction(prior, evidence)
+
+    def cross_entropy(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        z: Tensor | None = None,
+        sigma: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        evidence = None
+        if z is not None and sigma is not None and self.evidence_scale is not None:
+            noised = z.ne(0).any(-1)  # z = 0 carries no evidence: such rows need no second matmul
+            u = precision_weighted(z[noised], sigma[noised]).to(hidden.dtype)
+            evidence = (noised, u, self.unit_table().to(hidden.dtype), self.evidence_scale)
+        return self.model.head(
+            use=lambda table: linear_cross_entropy(hidden, table, targets, weight, evidence)
+        )
+
+    # Evaluation ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(
+        self, inputs: Tensor, targets: Tensor, num_steps: Sequence[int], *, seed: int = 0, num_draws: int = 8
+    ) -> dict[int, TokenScores]:
+        """One pass to the largest K; the softmax of the logits is normalised at each."""
+        wanted, out = set(num_steps), {}
+
+        def read(k: int, state: Tensor, ctx: AttentionContext) -> None:
+            if k in wanted:
+                out[k] = self.read_scores(self.model.decode(state, ctx), targets)
+
+        self.iterate(inputs, max(wanted), seed, read)
+        return {k: out[k] for k in num_steps}
+
+    @torch.no_grad()
+    def answer(
+        self,
+        inputs: Tensor,
+        num_steps: Sequence[int],
+        seed: int = 0,
+        *,
+        order: str = "random",
+        sampler: str = "renoise",
+        first: int = 0,
+        draw: int = 0,
+    ) -> dict[int, Tensor]:
+        """Arg max after K core steps."""
+        wanted, out = set(num_steps), {}
+
+        def read(k: int, state: Tensor, ctx: AttentionContext) -> None:
+            if k in wanted:
+                out[k] = self.predict(self.model.decode(state, ctx)).prior.argmax(-1)
+
+        self.iterate(inputs, max(wanted), seed + first, read)
+        return out
+
+    @torch.no_grad()
+    def iterate(
+        self,
+        inputs: Tensor,
+        num_steps: int,
+        seed: int,
+        on_step: Callable[[int, Tensor, AttentionContext], None],
+    ) -> None:
+        """Core steps from z = 0 over whole rows [B, T]; on_step(k, state [B, T, D], ctx) after each, k = 1, 2, ...
+
+        ``predict(model.decode(state, ctx)).prior`` are the logits at K = k.
+        """
+        model = self.model
+        ctx = model.context(inputs)
+        e = model.encode(inputs, ctx)
+        cond = self.condition(None, e)
+        start = model.initial_state(e, generator(seed))
+        run(
+            lambda s, _: self.step(s, e, cond, ctx),
+            start,
+            num_steps,
+            on_step=lambda k, state: on_step(k, state, ctx),
+        )
+
+    def read_scores(self, hidden: Tensor, targets: Tensor) -> TokenScores:
+        """Softmax of the prior logits at the targets, a chunk of rows at a time. [B, T, D], [B, T] -> [B, T]."""
+        rows, ids = hidden.flatten(0, 1), targets.flatten()
+        chunk = max(1, LOGITS_AT_ONCE // self.model.vocab_size)
+        parts, hits = [], []
+        for part, index in zip(rows.split(chunk), ids.split(chunk), strict=True):
+            logits = self.predict(part).prior
+            parts.append(logits.gather(1, index.unsqueeze(1)).squeeze(1) - logits.logsumexp(1))
+            hits.append(logits.argmax(1) == index)
+        return TokenScores(torch.cat(parts).view(targets.shape), torch.cat(hits).view(targets.shape))
+
+
+class OneStep(NextToken):
+    """``next_token`` with several core runs of which the last records gradient."""
+
+
+class Bptt(NextToken):
+    """Truncated backpropagation through time, as Huginn was trained."""
+
+
+class SinglePass(NextToken):
+    """``onestep`` with a share of the positions noised: the default, for the reasons in docs/architecture.md."""
+
+
+class Classify(NextToken):
+    """The class of an image, read from a row behind its patches."""
+
+
+class Evidence(NextToken):
+    """One core run; K noise levels at inference, with a token drawn at each.
+
+    z = 0 at sigma_max (K = 1) is a normalised likelihood. For K > 1 the law of the token drawn last is a mixture over noise and
+    earlier draws, which ``num_draws`` paths estimate. That estimate is normalised but biased (by Jensen its logarithm is too low).
+    """
+
+    def sampling_levels(self, num_steps: int) -> list[float | None]:
+        """Noise levels of ``num_steps`` network calls, noisiest first; the first is z = 0 (None).
+
+        They are the schedule's grid, or that of the partition where the network is cut into blocks.
+        """
+        cut = partition_of(self.config)
+        grid = cut.grid(num_steps) if cut.num_blocks > 1 else schedule_of(self.config).grid(num_steps)
+        return [None, *grid[1:]]
+
+    def step_plan(self, num_steps: int) -> StepPlan:
+        """K noise levels. Every block in use first fills its own cache at z = 0.
+
+        Block 0 comes last of these: in place, its first prediction is itself the pass that fills its cache. With two streams a
+        clean pass fills every cache, then each level is a noisy row that also sees the clean one.
+        """
+        k, cut = num_steps, partition_of(self.config)
+        levels = self.sampling_levels(k)
+        owners = [cut.block_of(level) for level in levels]
+        fills = [block for block in sorted(set(owners), reverse=True) if block or self.sees_own_clean]
+        committing = len(fills) + (not self.sees_own_clean)
+        count = len(fills) + k
+        return StepPlan(
+            (None,) * len(fills) + tuple(levels), (True,) * count, (True,) * committing + (False,) * (count - committing),
+            (*fills, *owners), append_own=self.sees_own_clean, num_draws_skipped=len(fills),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def score(
+        self, inputs: Tensor, targets: Tensor, num_steps: Sequence[int], *, seed: int = 0, num_draws: int = 8
+    ) -> dict[int, TokenScores]:
+        return {
+            k: cast(Evidence, self.at(None)).score_at_prior(inputs, targets)
+            if k == 1
+            else self._mixture(inputs, targets, k, seed, num_draws)
+            for k in num_steps
+        }
+
+    def score_at_prior(self, inputs: Tensor, targets: Tensor) -> TokenScores:
+        """Normalised scores of the network that owns sigma_max, at z = 0."""
+        if self.two_streams:
+            return self.read_scores(self.two_stream_hidden(inputs, None, None), targets)
+        model = self.model
+        ctx = model.context(inputs)
+        e = model.encode(inputs, ctx)
+        state = self.step(model.initial_state(e), e, self.condition(None, e), ctx)
+        return self.read_scores(model.decode(state, ctx), targets)
+
+    def _mixture(
+        self, inputs: Tensor, targets: Tensor, num_steps: int, seed: int, num_draws: int
+    ) -> TokenScores:
+        """log mean over paths of the last level's posterior of the target. Context is always the clean stream."""
+        paths = []
+        for draw_index in range(num_draws):
+            rng = generator(seed, draw_index)
+
+            def predict(z: Tensor | None, sigma: float | None) -> Prediction:
+                levels = None if sigma is None else torch.full(inputs.shape, sigma, device=inputs.device)
+                owner = cast(Evidence, self.at(sigma))
+                hidden = owner.two_stream_hidden(inputs, z, levels, sees_own_clean=self.sees_own_clean)
+                return owner.predict(hidden, z, levels)
+
+            def draw(prediction: Prediction, rng: torch.Generator = rng) -> Tensor:
+                logits = prediction.logits()
+                uniform = torch.rand(logits.shape, generator=rng).clamp_(1e-9, 1 - 1e-7).to(logits.device)
+                return (logits - (-uniform.log()).log()).argmax(-1)  # Gumbel-max
+
+            def again(ids: Tensor, sigma: float, rng: torch.Generator = rng) -> Tensor:
+                shape = (*ids.shape, self.config.model.d_model)
+                eps = torch.randn(shape, generator=rng).to(ids.device)
+                return renoise(self.at(sigma), ids, torch.full(ids.shape, sigma), eps)
+
+            _, last = renoise_chain(predict, draw, again, self.sampling_levels(num_steps))
+            logits = last.logits()
+            paths.append(logits.gather(2, targets.unsqueeze(2)).squeeze(2) - logits.logsumexp(2))
+        logprobs = torch.stack(paths).logsumexp(0) - math.log(num_draws)
+        return TokenScores(logprobs, logprobs > math.log(0.5))
+
+    @torch.no_grad()
+    def answer(
+        self,
+        inputs: Tensor,
+        num_steps: Sequence[int],
+        seed: int = 0,
+        *,
+        order: str = "random",
+        sampler: str = "renoise",
+        first: int = 0,
+        draw: int = 0,
+    ) -> dict[int, Tensor]:
+        """K noise levels. With ``renoise`` the arg max of all positions is noised again together in between, so that a position
+        may use what earlier positions have answered so far; other samplers follow the ODE."""
+        return {k: self._denoised(inputs, k, sampler, (seed, draw), first) for k in num_steps}
+
+    def _denoised(
+        self, inputs: Tensor, num_steps: int, name: str, key: tuple[int, int], first: int
+    ) -> Tensor:
+        rng, shape = generator(*key), self.model.target_shape(inputs)
+        levels, top, sampler = self.sampling_levels(num_steps), self.noise.sigma_max, sampler_named(name)
+        steps = itertools.count()
+
+        def predict(z: Tensor | None, sigma: float | None) -> Prediction:
+            if z is None or sigma is None:
+                level, noised = None, None
+            else:
+                level = torch.full(shape, sigma, device=inputs.device)
+                noised = Noised(z, level, torch.ones(shape, dtype=torch.bool, device=inputs.device))
+            owner = cast(Evidence, self.at(sigma))
+            return owner.predict(owner.hidden(inputs, noised, 1, rng), z, level)
+
+        def eps() -> Tensor:
+            step, size = next(steps), (shape[1], self.config.model.d_model)
+            rows = [
+                torch.randn(size, generator=generator(*key, first + row, step)) for row in range(shape[0])
+            ]
+            return torch.stack(rows).to(inputs.device)
+
+        def again(ids: Tensor, sigma: float) -> Tensor:
+            return renoise(self.at(sigma), ids, torch.full(shape, sigma, device=ids.device), eps())
+
+        if sampler.draws_tokens:
+            return renoise_chain(predict, lambda p: p.logits().argmax(-1), again, levels)[0]
+
+        def estimate(prediction: Prediction, sigma: float | None) -> Tensor:
+            return expected_target(prediction.logits(), cast(Evidence, self.at(sigma)).unit_table())
+
+        return ode_chain(predict, estimate, top * eps(), levels, top, sampler).logits().argmax(-1)
+
+
+class Paper(Evidence):
+    """DiffusionBlocks as published (App. E.4): a noisy stream beside the clean one, and the EDM read-out.
+
+    A model that is not causal (ViT) noises the row of its target in place, as in App. B.
+    """
+
+    sees_own_clean = True
+
+    @property
+    def two_streams(self) -> bool:
+        return self.model.is_causal
+
+    def hidden(self, inputs: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:
+        if not self.two_streams:
+            return super().hidden(inputs, noised, num_steps, rng)
+        return self.two_stream_hidden(inputs, *((None, None) if noised is None else (noised.z, noised.sigma)))
+
+    def predict(self, hidden: Tensor, z: Tensor | None = None, sigma: Tensor | None = None) -> Prediction:
+        return Prediction(self.model.logits(self.denoised(hidden, z, sigma)))
+
+    def cross_entropy(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        z: Tensor | None = None,
+        sigma: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return super().cross_entropy(self.denoised(hidden, z, sigma), targets, weight)
+
+    def denoised(self, hidden: Tensor, z: Tensor | None, sigma: Tensor | None) -> Tensor:
+        """c_skip z + c_out F in fp32, returned in the network's dtype; z = 0 at sigma_max where absent."""
+        if z is None or sigma is None:
+            sigma_max = torch.tensor(self.noise.sigma_max, device=hidden.device)
+            return hidden * denoise_scalings(sigma_max, self.noise.sigma_data).c_out.to(hidden.dtype)
+        c = denoise_scalings(sigma, self.noise.sigma_data)
+        return (c.c_skip.unsqueeze(-1) * z + c.c_out.unsqueeze(-1) * hidden.float()).to(hidden.dtype)
+
+
+def num_recurrences(depth: DepthConfig, step: int, seed: int) -> int:
+    """r of one optimizer step: a pure function of (step, seed), the same on every rank and micro-batch.
+
+    lognormal_poisson: 1 + Poisson(rate), log rate ~ N(log mean - spread^2/2, spread^2) (Geiping et al. 2025, Sec. 3.3; the code
+    adds the 1, so a mean of 32 runs 33 times on average).
+    """
+    if depth.distribution == "fixed":
+        return min(depth.mean, depth.max_steps)
+    rng = np.random.default_rng([seed & 0xFFFF_FFFF_FFFF_FFFF, _DEPTH_KEY, step])
+    if depth.distribution == "uniform":
+        drawn = int(rng.integers(1, 2 * depth.mean))
+    else:
+        drawn = 1 + int(rng.poisson(rng.lognormal(np.log(depth.mean) - depth.spread**2 / 2, depth.spread)))
+    return min(drawn, depth.max_steps)
+
+
+def renoise(owner: Any, token_ids: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:
+    """z = y + sigma * eps of drawn tokens: ids, sigma [...], eps [..., D] standard normal -> z [..., D] fp32.
+
+    owner: the network that owns the level sigma.
+    """
+    return owner.clean(token_ids) + sigma.unsqueeze(-1) * eps
+
+
+def precision_weighted(z: Tensor, sigma: Tensor) -> Tensor:
+    """z / max(sigma^2, EVIDENCE_FLOOR), what the evidence term multiplies with the target table."""
+    return z / sigma.square().clamp_min(EVIDENCE_FLOOR).unsqueeze(-1)
