@@ -172,7 +172,7 @@ def measure(arm: Arm, shape: dict[str, int], micro_size: int, seq_len: int, fold
     peak = peak_of(
         lambda: [run.update(lambda phase: at.update({phase: held(device)})) for _ in blocks], device
     )
-    denoiser = run.trainer.engines.active.module
+    denoiser = run.trainer.engines[run.trainer.block].module
     return {
         **asdict(arm), "fixed": fixed, "peak": peak - fixed, "parameters_and_optimizer": steady - fixed,
         "activations": at["forward"] - steady, "gradients": at["backward"] - steady,

@@ -40,3 +40,11 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_file(path: Path, text: str) -> None:
+    """A text file that is there as a whole or as it was before."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(text)
+    sync(temporary)
+    os.replace(temporary, path)

@@ -21,17 +21,20 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Turn text into tokenised shards and labelled images into arrays, both memory-mapped.",
     ),
     "plan": (
-        "train.plan_cli:app",
+        "train.cli:plan_app",
         "Predict the memory of a config and suggest how to train it on what there is.",
     ),
-    "train": ("train.cli:app", "Train a model from a config, on one process or under DeepSpeed."),
-    "merge": ("train.merge_cli:app", "Put blocks that were trained alone together into one checkpoint."),
+    "train": ("train.cli:train_app", "Train a model from a config, on one process or under DeepSpeed."),
+    "merge": ("train.cli:merge_app", "Put blocks that were trained alone together into one checkpoint."),
     "generate": ("serve.generate_cli:app", "Continue a prompt from a checkpoint, without a server."),
     "images": ("serve.images_cli:app", "Draw images from a checkpoint of family dit."),
     "serve": ("serve.cli:app", "Serve a checkpoint over an OpenAI-compatible HTTP interface."),
     "eval": ("eval.cli:app", "Measure a checkpoint, for instance its held-out NLL against the core steps K."),
     "import": ("rdlm.checkpoints.cli:import_app", "Turn a published checkpoint into one of rdlm."),
-    "export": ("rdlm.checkpoints.cli:export_app", "Write a checkpoint in a published layout."),
+    "export": (
+        "train.cli:export_app",
+        "Turn a training checkpoint into a model, or a model into a published layout.",
+    ),
 }
 """Command name -> (``module:typer app``, one line of help)."""
 

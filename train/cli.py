@@ -1,37 +1,58 @@
-"""``rdlm train``: checks the config, then hands over to the DeepSpeed launcher."""
+"""``rdlm train``, ``plan``, ``merge`` and ``export``: what is done with training configs and runs."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
 
+from rdlm.checkpoints.cli import export_app as published_layouts
 from rdlm.errors import UserError
 
-app = typer.Typer(add_completion=False)
+if TYPE_CHECKING:
+    from train.memory_plan import Arm
+
+train_app = typer.Typer(add_completion=False)
+plan_app = typer.Typer(add_completion=False)
+merge_app = typer.Typer(add_completion=False)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; see configs/ and docs/training.md.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Fields to change, as section.field=value in YAML."),
+]
 
 
-@app.command(
-    epilog="Example: rdlm train configs/debug.yaml schedule.steps=50 optimizer.lr=0.001 --num-procs 2"
+@train_app.command(
+    epilog="Examples: rdlm train configs/debug.yaml  |  rdlm train configs/demo.yaml optimizer.lr=0.001 output=runs/lr1 --num-procs 2"
 )
 def train(
-    config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="YAML file; see configs/ and docs/training.md.")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Change fields of the config.")
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
     num_procs: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Processes (of each block with --parallel); by default one per GPU, or 2 on CPU.",
+            help="Processes (of each block with --parallel); by default one per GPU, or 2 on a CPU.",
             show_default=False,
         ),
     ] = None,
     devices: Annotated[
         str | None, typer.Option(help="GPUs to use, for instance 2,3.", show_default=False)
     ] = None,
+    allow_changes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changes",
+            help="Resume although data, objective, seed or batch.global_size have changed; noted in the run's history.",
+        ),
+    ] = False,
     block: Annotated[
         int | None,
         typer.Option(
@@ -51,28 +72,190 @@ def train(
         int, typer.Option(min=0, help="--parallel: restarts of a block from its last checkpoint.")
     ] = 3,
 ) -> int:
-    """Train a model, or go on where an interrupted run of the same config stopped."""
+    """Train a model, or resume an interrupted run: the same command goes on from the last checkpoint.
+
+    A config has the sections model, objective, data, batch, optimizer and schedule, and some optional ones. Start from a file in configs/:
+    debug.yaml (a minute), demo.yaml (text, ten minutes on a CPU), ar_lm1b.yaml (the published autoregressive setting).
+
+    OUTPUT then holds metrics.jsonl and loss.png (what happened), checkpoints/ (to resume from), model/ (to serve, evaluate and
+    generate with) and logs/ (messages of libraries, one file per process).
+
+    What to change first: output (a folder for each run), optimizer.lr, batch.global_size and batch.micro_size (memory), schedule.steps
+    (updates). `rdlm plan CONFIG --memory 24GiB` says what fits. Ctrl-C saves and stops; `rdlm export OUTPUT OUT` turns any
+    checkpoint into a model.
+    """
     given = list(overrides or [])
+    if allow_changes:
+        given.append("allow_changes=true")
     if parallel:
         if block is not None or devices is not None:
             name, value = ("--block", block) if block is not None else ("--devices", devices)
-            raise UserError(
-                name,
-                value,
-                "--parallel trains all blocks and shares out the GPUs itself",
-                "use one of the two",
-            )
-        from train.parallel import launch_blocks
+            problem = "--parallel trains all blocks and shares out the GPUs itself"
+            raise UserError(name, value, problem, "use one of the two")
+        from train.launcher import launch_blocks
 
         return launch_blocks(config, given, num_procs, at_once, retries)
-    from train.launch import launch
+    from train.launcher import launch
 
     chosen = given if block is None else [*given, f"block={block}"]
-    return launch(config, chosen, num_procs, _parse_devices(devices))
+    return launch(config, chosen, num_procs, _device_numbers(devices))
 
 
-def _parse_devices(text: str | None) -> list[int] | None:
+def _device_numbers(text: str | None) -> list[int] | None:
     try:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError("--devices", text, "is not a list of numbers", "write for instance 2,3") from None
+
+
+@merge_app.command(epilog="Example: rdlm merge runs/ar/block_0 runs/ar/block_1 --out runs/ar/model")
+def merge(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Output folders of `rdlm train --block N`, one per block."),
+    ],
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+) -> None:
+    """Put blocks that were trained alone together into one checkpoint."""
+    from train.export import merge as merge_blocks
+
+    typer.echo(f"wrote {merge_blocks(runs, out)}")
+
+
+class ExportGroup(TyperGroup):
+    """``rdlm export SOURCE OUT`` is ``rdlm export run SOURCE OUT``; a published layout is named first."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+
+_EXPORT_EXAMPLES = (
+    "Examples: rdlm export runs/demo exported/demo  |  rdlm export huginn runs/onestep/model exported/onestep"
+)
+export_app = typer.Typer(
+    add_completion=False, cls=ExportGroup, no_args_is_help=True, epilog=_EXPORT_EXAMPLES
+)
+
+
+@export_app.callback()
+def exporting() -> None:
+    """Turn a training checkpoint into a model (`rdlm export RUN OUT`), or a model into a published layout (`rdlm export huginn MODEL OUT`)."""
+
+
+@export_app.command("run", epilog="Example: rdlm export runs/demo exported/demo --which best")
+def export_run(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Output folder of `rdlm train`, or one of its checkpoints/step_N."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint folder to create.")],
+    which: Annotated[
+        str,
+        typer.Option(help="Of a run: last, best (needs checkpoint.keep_best) or the number of a step."),
+    ] = "last",
+    force: Annotated[bool, typer.Option("--force", help="Replace what OUT holds.")] = False,
+) -> None:
+    """Turn a checkpoint of a run, finished or not, into a model to serve, evaluate and generate with. Needs little memory."""
+    if which not in ("last", "best") and not which.isdecimal():
+        raise UserError("--which", which, "is neither last, best nor a number", "write for instance 2000")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise UserError("OUT", str(out), "holds something already", "choose another folder, or add --force")
+    from train.export import export, find_checkpoint
+
+    checkpoint = find_checkpoint(source, which, lambda text: typer.echo(f"warning: {text}", err=True))
+    typer.echo(f"{export(checkpoint, out)}: exported from {checkpoint}. Try: rdlm serve --checkpoint {out}")
+
+
+export_app.registered_commands += published_layouts.registered_commands
+
+UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
+
+
+@plan_app.command(epilog="Example: rdlm plan configs/ar_lm1b.yaml --memory 24GiB --devices 4")
+def plan(
+    config: Config,
+    memory: Annotated[str, typer.Option(help="What one device has, for instance 24GiB or 900MB.")],
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(min=1, help="Devices, or processes on a CPU.")] = 1,
+    gpu: Annotated[
+        bool, typer.Option(help="Predict for GPUs: AdamW works on all weights at once there.")
+    ] = True,
+) -> int:
+    """Predict memory per device by part; suggest blocks, micro-batch, recomputation, ZeRO stage and mode. Exit status 1: none fits."""
+    budget = size(memory)
+    from train.memory_plan import arms
+    from train.pretrain import count_parameters
+    from train.settings import load
+
+    settings = load(config, overrides or [])
+    settings.batch.accumulation(devices)
+    count_parameters(settings)
+    rows: dict[tuple[int, bool, int], Arm] = {}
+    chosen: Arm | None = None
+    for arm in arms(settings, devices, gpu):
+        if chosen is not None and arm.num_blocks > chosen.num_blocks:
+            break
+        fits = arm.memory.total <= budget
+        kind = (arm.num_blocks, arm.config.activation_checkpointing, arm.config.deepspeed.zero_stage)
+        if kind not in rows and (
+            fits or arm.config.batch.micro_size == 1
+        ):  # the largest micro-batch that fits, or the least there is
+            rows[kind] = arm
+        if fits and chosen is None:
+            chosen = arm
+    _show(list(rows.values()), chosen, budget)
+    return 0 if chosen is not None else 1
+
+
+def size(text: str) -> int:
+    """Bytes of ``24GiB``; raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MiB|GiB|MB|GB)", text)
+    if match is None:
+        raise UserError("--memory", text, "is not a size", "write for example 24GiB, 80GB or 900MiB")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+COLUMNS = ("B", "recom.", "ZeRO", "micro", "weights", "optim.", "grads", "activ.", "total", "")
+"""Of the table of ``rdlm plan``; together they fit into 80 characters."""
+
+
+def plan_row(arm: Arm, verdict: str) -> Sequence[str]:
+    """The cells of one way to train, in the order of COLUMNS."""
+    c, m = arm.config, arm.memory
+    parts = (m.parameters, m.optimizer, m.gradients, m.activations, m.total)
+    return (
+        str(arm.num_blocks),
+        "yes" if c.activation_checkpointing else "no",
+        str(c.deepspeed.zero_stage),
+        str(c.batch.micro_size),
+        *(f"{part / 2**30:.2f}" for part in parts),
+        verdict,
+    )
+
+
+def _show(rows: list[Arm], chosen: Arm | None, budget: int) -> None:
+    table = Table(title="GiB of one device at the peak of an update", padding=(0, 0, 0, 1))
+    for column in COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for arm in rows:
+        verdict = "suggested" if arm == chosen else ("fits" if arm.memory.total <= budget else "")
+        table.add_row(*plan_row(arm, verdict))
+    console = Console()
+    console.print(table)
+    console.print(
+        "B: blocks. recom.: activations recomputed in the backward pass. micro: sequences of a forward pass.\n"
+        "Not included: the fixed cost of a process, 0.3 GiB on a CPU, the CUDA context on a GPU."
+    )
+    if chosen is None:
+        console.print(
+            "nothing fits: take more devices, shorter sequences, or offload (deepspeed.offload_optimizer=cpu)"
+        )
+    else:
+        console.print(f"suggested, {chosen.mode}, {chosen.num_blocks} block(s):")
+        mode = " --parallel" if chosen.mode == "parallel" else ""
+        console.print(
+            f"rdlm train CONFIG {' '.join(chosen.settings)} --num-procs {chosen.processes}{mode}",
+            soft_wrap=True,
+        )

@@ -1,4 +1,4 @@
-"""Training a network of blocks: one DeepSpeed engine each, of which an update touches one.
+"""DeepSpeed engines: one for a whole network, one for each block of a network that is cut.
 
 One engine over all blocks would move idle ones: DeepSpeed fills missing gradients with zeros, on which AdamW still decays weights and
 lets momentum coast. An engine that is not called cannot; its step count, clipping and momentum are those of the block alone.
@@ -7,90 +7,147 @@ lets momentum coast. An engine that is not called cannot; its step count, clippi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
 
 import deepspeed
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from train.offload import Rest, Sleeper
+from train.offload import Mover, Store
+from train.optim import reset_state
+from train.settings import TrainConfig
 
-Start = Callable[[int], deepspeed.DeepSpeedEngine]
-"""Builds the engine of a block."""
+PERSISTENT_ELEMENTS = 10_000
+"""ZeRO 3 keeps parameters of at most this size (norms, biases) whole on every process: gathering them costs more than it saves."""
 
 
-class BlockEngines:
-    """The engines of a run in block order, all on the device; a network that is not cut has one. Saves and loads as one engine does.
+def start_engine(
+    module: nn.Module, optimizer: Optimizer, config: TrainConfig, world: int
+) -> DeepSpeedEngine:
+    """The engine of one module, before its first update. Collective."""
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config(config, world))[0]
+    # At ZeRO stage 0 in bf16 DeepSpeed makes an update with zero gradients to allocate the state: Adam's step count would stay
+    # one ahead, and its bias correction with it.
+    reset_state(optimizer)
+    if config.deepspeed.zero_stage in (1, 2):  # by default DeepSpeed looks for overflows in 16-bit training only
+        engine.optimizer.check_grad_overflow = True
+    return engine
 
-    Whoever wants an engine asks for it by ``choose``, or iterates, which chooses one after the other.
-    """
 
-    swap_seconds = 0.0
-    """Time spent on moving blocks."""
+def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
+    """The dictionary that ``deepspeed.initialize`` takes for ``world`` processes; every number comes from ``config``."""
+    micro, accumulation = config.batch.accumulation(world)
+    spec = config.deepspeed
+    zero: dict[str, Any] = {
+        "stage": spec.zero_stage,
+        "reduce_bucket_size": spec.bucket_elements,
+        "allgather_bucket_size": spec.bucket_elements,
+        # Stages 1 and 2: one stream, so that the order of additions, and every bit, stays the same between runs. Stage 3: without
+        # it gathers and reductions would run on the stream of the computation, one after the other.
+        "overlap_comm": spec.zero_stage == 3,
+    }
+    if spec.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if spec.zero_stage == 3:
+        zero["stage3_prefetch_bucket_size"] = spec.bucket_elements
+        zero["stage3_param_persistence_threshold"] = PERSISTENT_ELEMENTS
+        if spec.live_elements is not None:
+            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = spec.live_elements
+        if spec.offload_param == "cpu":
+            zero["offload_param"] = {"device": "cpu"}
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.grad_clip,
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "steps_per_print": None,
+    }
+    if config.precision == "bf16" and spec.zero_stage > 0:  # stage 0 offers bf16 accumulation only
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
 
-    def __init__(self, count: int, start: Start) -> None:
-        self._engines: list[deepspeed.DeepSpeedEngine] = []
-        self.index = 0
-        for block in range(count):
-            self._admit(start, block)
+
+class ResidentEngines(Sequence[DeepSpeedEngine]):
+    """The engines of all blocks, of which one at a time is on the device: ``engines[b]`` moves the previous block off it and block
+    b onto it. An engine is ready for use until another one is taken."""
+
+    def __init__(
+        self,
+        starts: Sequence[Callable[[], DeepSpeedEngine]],
+        store: Callable[[], Store],
+        device: torch.device,
+    ) -> None:
+        """starts: builds the engine of each block. store: makes the place for the bytes of one inactive block."""
+        self.swap_seconds = 0.0
+        """Time spent on moving blocks."""
+        self.active = 0
+        self._engines: list[DeepSpeedEngine] = []
+        self._movers: list[Mover] = []
+        for block, start in enumerate(starts):
+            if block:
+                self._movers[-1].leave()
+            self._engines.append(start())
+            self._movers.append(Mover(self._engines[-1], store(), device))
+            self.active = block
 
     def __len__(self) -> int:
         return len(self._engines)
 
-    def __iter__(self) -> Iterator[deepspeed.DeepSpeedEngine]:
-        return (self.choose(block) for block in range(len(self)))
-
-    @property
-    def active(self) -> deepspeed.DeepSpeedEngine:
-        """The engine that was chosen last."""
-        return self._engines[self.index]
-
-    def choose(self, block: int) -> deepspeed.DeepSpeedEngine:
-        """The engine of a block, ready for use until another is chosen."""
-        self.index = block
-        return self.active
-
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        """One engine writes ``folder/tag``, several ``folder/tag/block_<n>``. Collective."""
-        for engine, name in self.parts(tag):
-            engine.save_checkpoint(folder, tag=name, save_latest=save_latest)
-
-    def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
-        """What ``save_checkpoint`` wrote: (path or None, the last engine's client state), as DeepSpeed returns it. Collective."""
-        results = [engine.load_checkpoint(folder, tag=name) for engine, name in self.parts(tag)]
-        path, state = results[-1]
-        return (None if any(found is None for found, _ in results) else path), state
-
-    def parts(self, tag: str) -> Iterator[tuple[deepspeed.DeepSpeedEngine, str]]:
-        """Each engine with the tag of its own files under a checkpoint's ``tag``, to be used before the next is asked for."""
-        return ((engine, tag if len(self) == 1 else f"{tag}/block_{self.index}") for engine in self)
-
-    def _admit(self, start: Start, block: int) -> None:
-        self._engines.append(start(block))
-        self.index = block
-
-
-class ResidentEngines(BlockEngines):
-    """One block on the device at a time: choosing another puts the one before to rest and fetches the other."""
-
-    def __init__(self, count: int, start: Start, rest: Callable[[], Rest], device: torch.device) -> None:
-        """rest: makes the resting place of a block."""
-        self._sleepers: list[Sleeper] = []
-        self._rest, self._device = rest, device
-        super().__init__(count, start)
-
-    def choose(self, block: int) -> deepspeed.DeepSpeedEngine:
-        if block != self.index:
+    @overload
+    def __getitem__(self, block: int) -> DeepSpeedEngine: ...
+    @overload
+    def __getitem__(self, block: slice) -> Sequence[DeepSpeedEngine]: ...
+    def __getitem__(self, block: int | slice) -> DeepSpeedEngine | Sequence[DeepSpeedEngine]:
+        if isinstance(block, slice):
+            raise TypeError("one block at a time is on the device")
+        engine = self._engines[block]
+        if block != self.active:
             get_accelerator().synchronize()  # what is still computing is not part of the move
             begun = time.perf_counter()
-            self._sleepers[self.index].sleep()
-            self._sleepers[block].wake()
+            self._movers[self.active].leave()
+            self._movers[block].come_back()
             self.swap_seconds += time.perf_counter() - begun
-        return super().choose(block)
+            self.active = block
+        return engine
 
-    def _admit(self, start: Start, block: int) -> None:
-        if block:
-            self._sleepers[self.index].sleep()
-        super()._admit(start, block)
-        self._sleepers.append(Sleeper(self.active, self._rest(), self._device))
+    def __iter__(self) -> Iterator[DeepSpeedEngine]:
+        return (self[block] for block in range(len(self)))
+
+
+def full_precision_weights(engine: DeepSpeedEngine, model: nn.Module) -> dict[str, Tensor] | None:
+    """fp32 copies of the model's parameters on the CPU of rank 0, tied ones once; None on the other ranks. Collective."""
+    masters = _unpartitioned_masters(engine)
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        value = (
+            masters[id(parameter)]
+            if engine.zero_optimization_stage() == 0
+            else safe_get_full_fp32_param(parameter)
+        )
+        if engine.global_rank == 0:
+            weights[name] = value.detach().float().cpu().clone()
+    return weights if engine.global_rank == 0 else None
+
+
+def _unpartitioned_masters(engine: DeepSpeedEngine) -> dict[int, Tensor]:
+    """Stage 0: parameter id -> fp32 master, which in fp32 training is the parameter itself."""
+    if engine.zero_optimization_stage() > 0:
+        return {}
+    if not engine.bfloat16_enabled():
+        return {id(p): p for p in engine.module.parameters()}
+    optimizer = engine.optimizer
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+
+def unreported_grad_norm(engine: DeepSpeedEngine) -> Tensor | None:
+    """Gradient norm before ``engine.step()`` where DeepSpeed reports none afterwards: stage 0 in fp32. None elsewhere."""
+    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
+        return None
+    return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

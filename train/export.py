@@ -1,71 +1,301 @@
-"""The portable model at the end of a run: ``model/``, with a card written from the run's own facts."""
+"""The portable model ``model/``: written from a training checkpoint, read to start another run from, merged from single blocks.
+
+A training checkpoint is all that is needed: the files of every process are mapped and weights pass through memory one at a time.
+"""
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from math import prod
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rdlm.checkpoints import safetensors_io as tensors
-from rdlm.checkpoints.folder import WEIGHTS, compare, write
+from rdlm.checkpoints.folder import CONFIG, WEIGHTS, Loaded, compare, load, load_config, save, write
+from rdlm.config.base import parse
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.tokenizer import Tokenizer, load_tokenizer
+from rdlm.diffusion.partition import partition_of
+from rdlm.errors import UserError
+from rdlm.objectives import Objective
 from rdlm.registry import build
+from train.checkpoints import (
+    TAG,
+    TOKENIZER,
+    WEIGHT,
+    SavedState,
+    best,
+    checkpoints_in,
+    damage_of,
+    manifest_of,
+    newest,
+)
+from train.data import build_corpus
 from train.metrics import read
-from train.trainer import Trainer
+from train.optim import parameter_groups
+from train.settings import ImagesConfig, TrainConfig
 
 
-def export(trainer: Trainer) -> None:
-    """Write ``model/`` from the full-precision weights, one block in memory at a time. Collective; rank 0 writes."""
-    parts = trainer.output / ".tmp-weights"
-    if trainer.rank == 0:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir()
-    for number, weights in enumerate(trainer.weights_by_block()):
-        if trainer.rank == 0:
-            save_file(weights, parts / f"{number}.safetensors")
-    if trainer.rank == 0:
-        _put_together(trainer, parts)
-        shutil.rmtree(parts)
+def find_checkpoint(source: Path, which: str, warn: Callable[[str], None], field: str = "SOURCE") -> Path:
+    """The training checkpoint that a run folder, its ``checkpoints`` or a ``step_<n>`` folder stands for; UserError if there is none.
+
+    which: of a run, ``last``, ``best`` (needs checkpoint.keep_best) or the number of a step.
+    """
+    if (source / "manifest.json").is_file():
+        damage = damage_of(source)
+        if damage is not None:
+            raise UserError(field, str(source), damage, "give another checkpoint")
+        return source
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    if not checkpoints_in(folder):
+        remedy = "give the output folder of `rdlm train` or one of its checkpoints"
+        raise UserError(field, str(source), "holds no training checkpoint", remedy)
+    if which == "last":
+        found = newest(folder, warn)
+    elif which == "best":
+        found = best(folder)
+    else:
+        found = next((p for p in checkpoints_in(folder) if p.name == f"step_{int(which):06d}"), None)
+    if found is None:
+        there = ", ".join(str(int(path.name[5:])) for path in checkpoints_in(folder))
+        remedy = "set checkpoint.keep_best in the run's config" if which == "best" else f"there are {there}"
+        raise UserError("--which", which, "there is no such checkpoint", remedy)
+    return found
 
 
-def _put_together(trainer: Trainer, parts: Path) -> None:
-    config = trainer.config.checkpoint_config.model_copy(update={"step": trainer.step})
-    entries = {name: entry for part in parts.iterdir() for name, entry in tensors.stored(part).items()}
-    weights: dict[str, nn.Parameter] = dict(build(config, device="meta").named_parameters())
-    shapes = {name: weight.shape for name, weight in weights.items()}
+def export(checkpoint: Path, out: Path, tokenizer: Tokenizer | None = None) -> Path:
+    """Write the fp32 model of a training checkpoint to ``out``, replacing what is there once it is complete. Returns ``out``.
+
+    tokenizer: by default the one that the checkpoint holds, or that of its data. UserError if a weight is not finite.
+    """
+    manifest = manifest_of(checkpoint)
+    config: TrainConfig = parse(TrainConfig, manifest["config"], str(checkpoint / "manifest.json"))
+    model_config = config.checkpoint_config.model_copy(update={"step": int(manifest["step"])})
+    entries = {
+        prefix + name: tensors.Entry("F32", shape, 4 * prod(shape), partial(_bytes, saved, name, checkpoint))
+        for prefix, saved in saved_parts(checkpoint, config)
+        for name, shape in saved.shapes.items()
+    }
+    weights: dict[str, nn.Parameter] = dict(build(model_config, device="meta").named_parameters())
     compare(
-        str(parts),
+        str(checkpoint),
         {name: entry.shape for name, entry in entries.items()},
-        shapes,
-        "report this: it is a defect",
+        {name: weight.shape for name, weight in weights.items()},
+        "use the version of rdlm that wrote it",
     )
 
     def fill(folder: Path) -> None:
         tensors.write(folder / WEIGHTS, entries, lambda size: None)
 
-    write(trainer.output / "model", config, trainer.corpus.tokenizer, weights, fill, _card(trainer))
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(checkpoint, config)
+    return write(out, model_config, tokenizer, weights, fill, _card(checkpoint, manifest, config))
 
 
-def _card(trainer: Trainer) -> str:
-    config, log = trainer.config, read(trainer.output / "metrics.jsonl")
-    last, held_out = log[-1], read(trainer.output / "held_out.jsonl")
+def export_run(output: Path) -> Path:
+    """Write ``model/`` of a run from its newest checkpoint."""
+    return export(checkpoints_in(output / "checkpoints")[-1], output / "model")
+
+
+def saved_parts(checkpoint: Path, config: TrainConfig) -> Iterator[tuple[str, SavedState]]:
+    """What each engine saved, with the prefix of its parameters' names in the network."""
+    joint = config.blocks is not None and config.blocks.num_blocks > 1 and config.block is None
+    for block in range(config.blocks.num_blocks) if joint and config.blocks is not None else [None]:
+        part = config if block is None else config.model_copy(update={"block": block})
+        denoiser = build(part.checkpoint_config, device="meta")
+        names = {id(p): name for name, p in denoiser.named_parameters()}
+        groups = [
+            [names[id(p)] for p in group["params"]] for group in parameter_groups(denoiser, weight_decay=0.0)
+        ]
+        prefix, tag = ("", TAG) if block is None else (f"blocks.{block}.", f"{TAG}/block_{block}")
+        yield prefix, SavedState(checkpoint / tag, groups)
+
+
+def _bytes(saved: SavedState, name: str, checkpoint: Path) -> Iterator[bytes]:
+    weight = saved.tensor(WEIGHT, name)
+    if not bool(weight.isfinite().all()):
+        raise UserError("checkpoint", str(checkpoint), f"weight {name} is not finite", "export an earlier one")
+    yield weight.numpy().tobytes()
+
+
+def _tokenizer_of(checkpoint: Path, config: TrainConfig) -> Tokenizer | None:
+    if (checkpoint / TOKENIZER).is_dir():
+        return load_tokenizer(checkpoint / TOKENIZER)
+    return build_corpus(config.data, config.fills_in).tokenizer
+
+
+def initialize_from(denoiser: Objective, source: str, block: int | None) -> list[str]:
+    """Copy the weights of ``source`` (see ``weights_of``) into ``denoiser``; returns lines about the weights that it does not have.
+
+    block: the block that ``denoiser`` is, of a checkpoint of the whole network. Raises UserError where a shape differs or the
+    checkpoint has weights that the model lacks.
+    """
+    mine = dict(denoiser.named_parameters())
+    weights = _matching(mine, weights_of(Path(source)), source, block)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            mine[name].copy_(weight)
+    fresh = sorted(mine.keys() - weights.keys())
+    lines = [f"weights of {source}: {len(weights)} of {len(mine)} parameters"]
+    return lines + ([f"initialized anew: {', '.join(fresh)}"] if fresh else [])
+
+
+def check_init_from(config: TrainConfig, source: str) -> None:
+    """UserError where ``initialize_from`` would raise one; reads no weight."""
+    mine: dict[str, Tensor] = dict(build(config.checkpoint_config, device="meta").named_parameters())
+    _matching(mine, weights_of(Path(source), shapes_only=True), source, config.block)
+
+
+def _matching(
+    mine: dict[str, Tensor], weights: dict[str, Tensor], source: str, block: int | None
+) -> dict[str, Tensor]:
+    """The weights for ``mine``; UserError for the first one that ``mine`` lacks or has in another shape."""
+    if block is not None and any(name.startswith("blocks.") for name in weights):
+        prefix = f"blocks.{block}."
+        weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    for name, weight in sorted(weights.items()):
+        if name not in mine:
+            problem = f"has the weight {name}, the model has none"
+            raise UserError("init_from", source, problem, "correct the section model")
+        if mine[name].shape != weight.shape:
+            problem = f"{name} has shape {tuple(weight.shape)}, the model {tuple(mine[name].shape)}"
+            raise UserError("init_from", source, problem, "correct the section model")
+    return weights
+
+
+def weights_of(source: Path, shapes_only: bool = False) -> dict[str, Tensor]:
+    """Weights by name of a portable model, of a training checkpoint, or of a run (its ``model``, else its newest checkpoint).
+
+    shapes_only: meta tensors in their place.
+    """
+    folder = source / "model" if (source / "model" / CONFIG).is_file() else source
+    if (folder / CONFIG).is_file():
+        model = build(load_config(folder), device="meta") if shapes_only else load(folder).denoiser
+        return dict(model.named_parameters())
+    checkpoint = find_checkpoint(source, "last", lambda text: None, "init_from")
+    config: TrainConfig = parse(TrainConfig, manifest_of(checkpoint)["config"], str(checkpoint))
+    return {
+        prefix + name: torch.empty(shape, device="meta")
+        if shapes_only
+        else saved.tensor(WEIGHT, name).view(shape)
+        for prefix, saved in saved_parts(checkpoint, config)
+        for name, shape in saved.shapes.items()
+    }
+
+
+def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> str:
+    step, run = int(manifest["step"]), checkpoint.parent.parent
+    log = [record for record in read(run / "metrics.jsonl") if record["step"] <= step]
+    held_out = [record for record in read(run / "held_out.jsonl") if record["step"] <= step]
     data = ", ".join(f"{key} {value}" for key, value in config.data.model_dump().items())
-    optimizer, schedule, unit = config.optimizer, config.schedule, trainer.corpus.unit
-    examples = "images" if unit == "image" else f"sequences of {trainer.corpus.seq_len} {unit}s"
+    optimizer, schedule = config.optimizer, config.schedule
+    unit = "image" if isinstance(config.data, ImagesConfig) else "token"
+    examples = "images" if unit == "image" else f"sequences of {config.seq_len} {unit}s"
+    seen = step * config.batch.global_size * config.seq_len
+    took = (
+        f"; {log[-1]['seconds']:.0f} s, {log[-1]['cpu_seconds']:.0f} s of CPU time"
+        if log and {"seconds", "cpu_seconds"} <= log[-1].keys()
+        else ""
+    )
     lines = [
         "## Data and training",
         "",
-        f"- Data: {data} (identity {trainer.corpus.identity[:16]}).",
-        f"- {trainer.step:,} updates of {config.batch.global_size} {examples}: "
-        f"{trainer.step * config.batch.global_size * trainer.corpus.seq_len:,} {unit}s.",
-        f"- AdamW, lr {optimizer.lr}, betas {optimizer.betas}, weight decay {optimizer.weight_decay} (matrices of linear layers), "
-        f"gradient norm clipped at {optimizer.grad_clip}; schedule {schedule.kind}, {schedule.warmup_steps} warm-up steps.",
-        f"- {config.precision}, ZeRO stage {config.deepspeed.zero_stage}, {trainer.world} processes, seed {config.seed}; "
-        f"{last['seconds']:.0f} s, {last['cpu_seconds']:.0f} s of CPU time.",
-        f"- Last training loss {last['loss']:.4f} per {unit}.",
+        f"- Data: {data} (identity {manifest['data'][:16]}).",
+        f"- {step:,} updates of {config.batch.global_size} {examples}: {seen:,} {unit}s.",
+        f"- {optimizer.name}, lr {optimizer.lr}, betas {optimizer.betas}, weight decay {optimizer.weight_decay} (matrices of linear "
+        f"layers), gradient norm clipped at {optimizer.grad_clip}; schedule {schedule.kind}, {schedule.warmup_steps} warm-up steps.",
+        f"- {config.precision}, ZeRO stage {config.deepspeed.zero_stage}, {manifest['world']} processes, seed {config.seed}{took}.",
     ]
+    for change in manifest.get("history", []):
+        what = ", ".join(f"{key}: {value}" for key, value in change.items() if key != "step")
+        lines.append(f"- From update {change['step']:,} on: {what}.")
+    if log and log[-1].get("loss") is not None:
+        lines.append(f"- Last training loss {log[-1]['loss']:.4f} per {unit}.")
     if held_out:
-        values = ", ".join(f"{k}: {v:.4f}" for k, v in held_out[-1].items() if k != "step")
+        values = ", ".join(f"{k}: {v:.4f}" for k, v in held_out[-1].items() if k != "step" and v is not None)
         lines.append(f"- Held out, mean per {unit} of {config.evaluation.max_tokens:,} at most: {values}.")
+    return "\n".join(lines)
+
+
+def merge(folders: Sequence[Path], out: Path) -> Path:
+    """Write the merged checkpoint to ``out`` and return it. folders: runs (with ``model/``) or model folders, in any order.
+
+    Raises UserError where they are not the blocks of one network, each exactly once.
+    """
+    parts = {folder: load(folder / "model" if (folder / "model").is_dir() else folder) for folder in folders}
+    ordered = _in_order(parts)
+    config = ordered[0].config.model_copy(
+        update={"block": None, "step": sum(part.config.step for part in ordered)}
+    )
+    whole = build(config, device="meta")
+    weights = {
+        f"blocks.{b}.{n}": w for b, part in enumerate(ordered) for n, w in part.denoiser.state_dict().items()
+    }
+    whole.load_state_dict(weights, strict=True, assign=True)
+    return save(out, whole, config, ordered[0].tokenizer, _merged_card(config, ordered))
+
+
+def _in_order(parts: dict[Path, Loaded]) -> list[Loaded]:
+    """Block 0 first."""
+    found: dict[int, Path] = {}
+    first = next(iter(parts))
+    for folder, part in parts.items():
+        block = part.config.block
+        if block is None:
+            raise UserError(
+                "RUN", str(folder), "holds no single block", "give runs of `rdlm train --block N`"
+            )
+        if block in found:
+            raise UserError(
+                "RUN", str(folder), f"is block {block}, as {found[block]} is", "give each block once"
+            )
+        found[block] = folder
+        differing = _difference(parts[first].config, part.config)
+        if differing is not None:
+            raise UserError(
+                "RUN", str(folder), f"has another {differing} than {first}", "give blocks of one network"
+            )
+        if _fingerprint(part) != _fingerprint(parts[first]):
+            raise UserError(
+                "RUN",
+                str(folder),
+                f"has another tokenizer than {first}",
+                "give blocks trained on the same data",
+            )
+    count = partition_of(parts[first].config).num_blocks
+    missing = sorted(set(range(count)) - found.keys())
+    if missing:
+        raise UserError(
+            "RUN",
+            len(found),
+            f"of {count} blocks, {missing} are missing",
+            "train them with `rdlm train --block N`",
+        )
+    return [parts[found[b]] for b in range(count)]
+
+
+def _difference(one: CheckpointConfig, other: CheckpointConfig) -> str | None:
+    """The first field in which two blocks of one network must not differ."""
+    mine, theirs = one.model_dump(), other.model_dump()
+    return next((name for name in mine if name not in ("block", "step") and mine[name] != theirs[name]), None)
+
+
+def _fingerprint(part: Loaded) -> str | None:
+    return None if part.tokenizer is None else part.tokenizer.fingerprint
+
+
+def _merged_card(config: CheckpointConfig, parts: Sequence[Loaded]) -> str:
+    cut, masked = partition_of(config), not config.objective.left_to_right
+    noised = "tokens are masked" if masked else f"targets {config.blocks.targets if config.blocks else ''}"
+    lines = ["## Blocks", "", f"Trained alone and merged; {noised}.", ""]
+    for b, part in enumerate(parts):
+        layers = cut.layers[b]
+        owned = f"{'t' if masked else 'sigma'} in ({cut.edges[b + 1]:.4g}, {cut.edges[b]:.4g}]"
+        lines.append(
+            f"- Block {b}: {owned}, layers {layers[0]} to {layers[-1]}, {part.config.step:,} updates."
+        )
     return "\n".join(lines)

@@ -15,7 +15,7 @@ import torch
 
 from rdlm.registry import build
 from train.memory_trace import Traced, trace
-from train.optimizer import parameter_groups
+from train.optim import parameter_groups
 from train.settings import TrainConfig
 from train.trainer import recompute_layers
 

@@ -3,17 +3,69 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
+
+from train.engines import ResidentEngines
+from train.optim import learning_rate
+
+if TYPE_CHECKING:
+    from train.trainer import Tally, Trainer
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two progress lines where there is no terminal."""
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
+"""Dense 16-bit operations per second of a device whose name contains the key, from NVIDIA's data sheets."""
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts the floating-point operations of matrix products and attention of the passes that run under it.
+
+    Their number varies with the core steps of a batch, so the first ``SAMPLES`` batches of a run are counted and averaged.
+    """
+
+    SAMPLES = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.samples = 0
+
+    @property
+    def wanted(self) -> bool:
+        return self.samples < self.SAMPLES
+
+    @property
+    def mean(self) -> float:
+        """Operations of one micro-batch, forward and backward pass."""
+        return self.total / max(1, self.samples)
+
+    def __enter__(self) -> FlopCounter:
+        self.samples += 1
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Operations per second that the device could do in 16 bits, None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
 class MetricsLog:
@@ -21,7 +73,14 @@ class MetricsLog:
 
     def __init__(self, path: Path, step: int, tensorboard: bool) -> None:
         self.path = path
-        kept = [record for record in read(self.path) if record["step"] <= step]
+        self.damaged = 0
+        """Lines that were no records; they are dropped."""
+        kept = []
+        if path.exists():
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            records = [_record(line) for line in lines]
+            self.damaged = sum(record is None for record in records[:-1])  # a kill may cut the last one short
+            kept = [record for record in records if record is not None and record["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, self.path)
@@ -34,8 +93,8 @@ class MetricsLog:
             self._board = SummaryWriter(str(path.parent / "tensorboard" / path.stem), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; ``step`` is its number of finished updates."""
-        self._file.write(json.dumps(record) + "\n")
+        """Append one record; ``step`` is its number of finished updates. JSON has no NaN: such a value is null."""
+        self._file.write(json.dumps(finite_only(record), allow_nan=False) + "\n")
         if self._board is not None:
             for key, value in record.items():
                 if key != "step":
@@ -47,11 +106,28 @@ class MetricsLog:
             self._board.close()
 
 
+def finite_only(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with None in the place of numbers that JSON cannot express."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``metrics.jsonl``, without a last line that a kill cut short; none if there is no file."""
+    """Records of a ``metrics.jsonl``; a line that is none, or was cut short by a kill, is passed over. None if there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    found = [_record(line) for line in path.read_text(errors="replace").splitlines(keepends=True)]
+    return [record for record in found if record is not None]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """The record of a whole line of numbers, None for anything else."""
+    try:
+        record = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    return record if all(v is None or isinstance(v, int | float) for v in record.values()) else None
 
 
 def peak_memory(device: torch.device) -> int:
@@ -77,6 +153,10 @@ class Progress:
     def update(self, step: int, record: dict[str, Any]) -> None:
         """After update ``step`` (1-based), with its record."""
         shown = f"loss {record['loss']:.3f}, {record[f'{self.unit}s_per_s']:,.0f} {self.unit}s/s, lr {record['lr']:.2e}"
+        if "epoch" in record:
+            shown += f", epoch {record['epoch']:.2f}"
+        if "mfu" in record:
+            shown += f", {record['mfu']:.0%} of peak FLOPs"
         if "swap_share" in record:
             shown += f", {record['swap_share']:.0%} moving blocks"
         now = time.monotonic()
@@ -105,25 +185,30 @@ def plot_loss(
 ) -> None:
     """Training loss against updates: raw, and an exponential mean over about 2 % of the run (at least 10 points).
 
-    what: the loss and its unit. Held-out accuracies have an axis of their own.
+    what: the loss and its unit. Held-out accuracies have an axis of their own. Where some positions are noised, the curve is the
+    cross-entropy of the others (``ce_prior``): that is what the held-out likelihood is of, and the mixed loss lies below it.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
+    like = "ce_prior" if any(record.get("ce_prior") is not None for record in records) else "loss"
+    drawn = [record for record in records if record.get(like) is not None]
+    steps, losses = [record["step"] for record in drawn], [record[like] for record in drawn]
     keep = 1 - 1 / max(10.0, len(losses) / 50)
     smooth: list[float] = []
     for loss in losses:
         smooth.append(loss if not smooth else keep * smooth[-1] + (1 - keep) * loss)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1, label="each update")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1, label="each update" if like == "loss" else "positions without noise, each update")
     axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="smoothed")
     names = {key for record in held_out for key in record if key != "step"}
     shares = axes.twinx() if any(name.startswith("accuracy") for name in names) else None
     for k in sorted(names, key=lambda name: (len(name), name)):  # K=4 before K=16
-        series = [(record["step"], record[k]) for record in held_out if k in record]
+        series = [(record["step"], record[k]) for record in held_out if record.get(k) is not None]
+        if not series:
+            continue
         panel, line = (shares, ":") if shares is not None and k.startswith("accuracy") else (axes, "-")
         panel.plot(
             *zip(*series, strict=True), line, marker="o", markersize=4, linewidth=1, label=f"held out, {k}"
@@ -138,3 +223,148 @@ def plot_loss(
     figure.savefig(temporary, dpi=150)
     pyplot.close(figure)
     os.replace(temporary, path)
+
+
+class Report:
+    """Rank 0's account of the run: first lines, metrics files, progress, plot."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, config = trainer, trainer.config
+        self.progress = Progress(config.schedule.steps, trainer.step, trainer.terminal, trainer.corpus.unit)
+        self.first_loss: float | None = None
+        self.last_losses: list[float] = []
+        self._open()
+        for line in first_lines(trainer):
+            self.progress.say(line)
+        if trainer.step:
+            self.progress.say(f"resumed {config.name} at step {trainer.step}")
+
+    def _open(self) -> None:
+        trainer, tensorboard = self.trainer, self.trainer.config.log.tensorboard
+        self.log = MetricsLog(trainer.output / "metrics.jsonl", trainer.step, tensorboard)
+        self.held_out_log = MetricsLog(trainer.output / "held_out.jsonl", trainer.step, tensorboard)
+        for log in (self.log, self.held_out_log):
+            if log.damaged:
+                self.progress.say(f"warning: dropped {log.damaged} lines of {log.path} that are no records")
+        self.cpu_seconds = float(self.log.last.get("cpu_seconds") or 0.0)
+        self.seconds = float(self.log.last.get("seconds") or 0.0)
+        self.logged_step, self.swapped = trainer.step, self._swap_seconds()
+
+    def rewind(self) -> None:
+        """Cut the logs back to the trainer's step."""
+        self.log.close()
+        self.held_out_log.close()
+        self._open()
+
+    def _swap_seconds(self) -> float:
+        engines = self.trainer.engines
+        return engines.swap_seconds if isinstance(engines, ResidentEngines) else 0.0
+
+    def step(
+        self, parts: list[tuple[Tally, float]], positions: float, seconds: float, grad_norm: float
+    ) -> None:
+        """Record the update just made. parts: every process's tally and CPU seconds; seconds: since the last record."""
+        trainer, steps = self.trainer, self.trainer.step - self.logged_step
+        tallies = [tally for tally, _ in parts]
+        assert sum(t.count for t in tallies) == positions, (
+            "an objective counted other positions than the batch's mask"
+        )
+        self.cpu_seconds += sum(cpu for _, cpu in parts)
+        self.seconds += seconds
+        config = trainer.config
+        record: dict[str, Any] = {
+            "step": trainer.step,
+            "loss": sum(float(t.total) for t in tallies) / positions,
+            "lr": learning_rate(config.schedule, config.optimizer.lr, trainer.step - 1),
+            "grad_norm": grad_norm,
+            f"{trainer.corpus.unit}s_per_s": positions * steps / seconds,
+            "step_s": seconds / steps,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "peak_memory_bytes": peak_memory(trainer.device),
+            **self._utilisation(seconds / steps),
+        }
+        rows = rows_of(trainer.corpus)
+        if rows is not None:
+            record["epoch"] = (trainer.step + trainer.state.skipped) * config.batch.global_size / rows
+        if len(trainer.engines) > 1:
+            record["block"] = trainer.block
+        if config.resident is not None:
+            swapped = self._swap_seconds()
+            record["swap_share"], self.swapped = (swapped - self.swapped) / seconds, swapped
+        for name in sorted({name for tally in tallies for name in tally.metrics}):
+            pairs = [tally.metrics[name] for tally in tallies if name in tally.metrics]
+            record[name] = sum(float(total) for total, _ in pairs) / sum(number for _, number in pairs)
+        self.logged_step = trainer.step
+        self.first_loss = record["loss"] if self.first_loss is None else self.first_loss
+        self.last_losses = [*self.last_losses[-9:], record["loss"]]
+        self.log.write(record)
+        self.progress.update(trainer.step, record)
+
+    def _utilisation(self, step_seconds: float) -> dict[str, float]:
+        """Operations per second of one process, and their share of what its device could do where that is known."""
+        done = self.trainer.flops.mean * self.trainer.accumulation / step_seconds
+        peak = peak_flops(self.trainer.device)
+        return {"tflops": done / 1e12, **({} if peak is None else {"mfu": done / peak})}
+
+    def held_out(self, found: dict[str, float]) -> None:
+        """Record what train/evaluate.py measured."""
+        self.held_out_log.write({"step": self.trainer.step, **found})
+        kind = "NLL " if any(name.startswith("K=") for name in found) else ""
+        self.progress.say(
+            f"step {self.trainer.step}: held-out {kind}" + ", ".join(f"{k} {v:.3f}" for k, v in found.items())
+        )
+        if not all(math.isfinite(value) for value in found.values()):
+            self.progress.say("warning: a held-out figure is not finite: the model may have diverged")
+
+    def close(self) -> None:
+        self.log.close()
+        self.held_out_log.close()
+        if len(self.last_losses) == 10 and self.first_loss is not None:
+            mean = sum(self.last_losses) / 10
+            if mean > self.first_loss:
+                problem = f"the last losses ({mean:.3f}) lie above the first one ({self.first_loss:.3f})"
+                self.progress.say(f"warning: {problem}: lower optimizer.lr or warm up longer")
+        self.progress.close()
+        output = self.trainer.output
+        records = read(output / "metrics.jsonl")
+        if records:
+            loss = (
+                "weighted squared error"
+                if self.trainer.config.objective.name == "edm"
+                else "cross-entropy, nats"
+            )
+            what = f"{loss} per {self.trainer.corpus.unit}"
+            plot_loss(
+                records, read(output / "held_out.jsonl"), output / "loss.png", self.trainer.config.name, what
+            )
+
+
+def rows_of(corpus: Any) -> int | None:
+    """Rows of an epoch, None for a task that is generated without end."""
+    return getattr(corpus, "num_windows", None)
+
+
+def first_lines(trainer: Trainer) -> list[str]:
+    """What a run is: its size, where it runs, how much of its data it will see."""
+    config, corpus = trainer.config, trainer.corpus
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.network.parameters())
+    per_update = config.batch.global_size
+    lines = [
+        f"{config.name}: {count:,} parameters, family {config.model.family}, objective {config.objective.name}, {config.precision}, "
+        f"ZeRO {config.deepspeed.zero_stage}, {trainer.world} x {trainer.device.type}",
+        f"{config.schedule.steps:,} updates of {per_update:,} x {corpus.seq_len:,} {corpus.unit}s: "
+        f"{config.schedule.steps * per_update * corpus.seq_len:,} {corpus.unit}s",
+    ]
+    rows = rows_of(corpus)
+    if rows is not None:
+        share = config.schedule.steps * per_update / rows
+        seen = f"{share:.1f} epochs" if share >= 1 else f"{share:.1%} of the data"
+        lines.append(f"an epoch has {rows * corpus.seq_len:,} {corpus.unit}s; the run sees {seen}")
+        if per_update > rows:
+            lines.append(
+                f"warning: batch.global_size {per_update} exceeds the {rows} rows there are: an update repeats rows"
+            )
+        elif share > 4:
+            lines.append(f"warning: {share:.1f} epochs: more data would teach more than repetitions do")
+    return lines

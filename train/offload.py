@@ -1,8 +1,10 @@
 """Moving everything that a DeepSpeed engine holds on the device to host memory or disk, and back, bit for bit.
 
-What moves is storage, not tensors: each storage's bytes are copied away and it is resized to nothing, and back before it is used. So
-every view (flat buffers and the parameters inside them) stays what it was, at every ZeRO stage and precision, and DeepSpeed need not
-know. Its own ``offload_states`` knows ZeRO 1 to 3 and host memory only.
+What moves is storage, not tensors: the bytes of each storage are copied away and the storage is resized to nothing; it gets its size
+and bytes back before it is used. Every view (flat buffers and the parameters inside them) stays valid, at every ZeRO stage and precision.
+
+``engine.offload_states`` of DeepSpeed is not used: it knows ZeRO 1 to 3 and host memory only, and moves nothing where the device is
+the CPU.
 """
 
 from __future__ import annotations
@@ -21,27 +23,27 @@ from torch import Tensor, UntypedStorage
 
 from train.process import return_freed_memory
 
-_OURS = ("deepspeed", "torch", "rdlm", "train")
+_SEARCHED = ("deepspeed", "torch", "rdlm", "train")
 """Packages whose objects are searched for tensors."""
 
 
-class Rest(Protocol):
-    """Where the bytes of one object wait. ``parts``: uint8 vectors, the same sizes in the same order at ``put`` and ``take``."""
+class Store(Protocol):
+    """Keeps the bytes of one object. ``parts``: uint8 vectors, the same sizes in the same order at ``write`` and ``read``."""
 
-    def put(self, parts: Iterator[Tensor]) -> None: ...
-    def take(self, parts: Iterator[Tensor]) -> None: ...
+    def write(self, parts: Iterator[Tensor]) -> None: ...
+    def read(self, parts: Iterator[Tensor]) -> None: ...
 
 
 class OnDisk:
-    """A nameless file: it goes when the process does, however that ends.
+    """A file without a name, which the system removes when the process ends.
 
-    It is read straight into its place. A mapping would count against the process' memory besides the copy.
+    It is read straight into place: a mapping would count against the memory of the process in addition to the copy.
     """
 
     def __init__(self, folder: Path) -> None:
         self._file = TemporaryFile(dir=folder, buffering=0)
 
-    def put(self, parts: Iterator[Tensor]) -> None:
+    def write(self, parts: Iterator[Tensor]) -> None:
         self._file.seek(0)
         for part in parts:
             host = part.cpu()
@@ -49,7 +51,7 @@ class OnDisk:
             while left:  # one call writes 2 GiB at most
                 left = left[self._file.write(left) :]
 
-    def take(self, parts: Iterator[Tensor]) -> None:
+    def read(self, parts: Iterator[Tensor]) -> None:
         self._file.seek(0)
         for part in parts:
             target = part if part.device.type == "cpu" else torch.empty_like(part, device="cpu")
@@ -66,7 +68,7 @@ class InHost:
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
-    def put(self, parts: Iterator[Tensor]) -> None:
+    def write(self, parts: Iterator[Tensor]) -> None:
         old, self._buffers = iter(self._buffers), []
         for part in parts:
             buffer = next(old, None)
@@ -75,40 +77,42 @@ class InHost:
                 buffer.copy_(part) if buffer is not None and fits else part.to("cpu", copy=True)
             )
 
-    def take(self, parts: Iterator[Tensor]) -> None:
+    def read(self, parts: Iterator[Tensor]) -> None:
         for part, buffer in zip(parts, self._buffers, strict=True):
             part.copy_(buffer)
 
 
-class Sleeper:
-    """An object whose tensors on ``device`` can be put to rest and fetched back."""
+class Mover:
+    """Moves all tensors that an object holds on ``device`` into a store and back."""
 
-    def __init__(self, root: object, rest: Rest, device: torch.device) -> None:
-        self._root, self._rest, self._device = root, rest, device
-        self._asleep: list[tuple[UntypedStorage, int]] = []
+    def __init__(self, root: object, store: Store, device: torch.device) -> None:
+        self._root, self._store, self._device = root, store, device
+        self._moved: list[tuple[UntypedStorage, int]] = []
 
-    def sleep(self) -> None:
-        """Afterwards none of the object's storages has a byte on the device."""
+    def leave(self) -> None:
+        """None of the object's storages has a byte on the device afterwards."""
         storages = list(_storages(self._root, self._device))
 
-        def leaving() -> Iterator[Tensor]:
-            for storage, _ in self._asleep:
+        def emptied() -> Iterator[Tensor]:
+            for storage, _ in self._moved:
                 yield _bytes(storage)
                 storage.resize_(0)
 
-        self._asleep = [(storage, storage.nbytes()) for storage in storages]
-        self._rest.put(leaving())
+        self._moved = [(storage, storage.nbytes()) for storage in storages]
+        self._store.write(emptied())
         if self._device.type == "cpu":
             return_freed_memory()
 
-    def wake(self) -> None:
-        def coming() -> Iterator[Tensor]:
-            for storage, size in self._asleep:
+    def come_back(self) -> None:
+        """Every storage has its size and bytes again."""
+
+        def filled() -> Iterator[Tensor]:
+            for storage, size in self._moved:
                 storage.resize_(size)
                 yield _bytes(storage)
 
-        self._rest.take(coming())
-        self._asleep = []
+        self._store.read(filled())
+        self._moved = []
 
 
 def _bytes(storage: UntypedStorage) -> Tensor:
@@ -166,5 +170,5 @@ def _tensors(root: object) -> Iterator[Tensor]:
             waiting.append(item.__self__)
         elif isinstance(item, partial):
             waiting.extend((item.func, item.args, item.keywords))
-        elif type(item).__module__.partition(".")[0] in _OURS and hasattr(item, "__dict__"):
+        elif type(item).__module__.partition(".")[0] in _SEARCHED and hasattr(item, "__dict__"):
             waiting.extend(vars(item).values())

@@ -1,46 +1,213 @@
 """What the DeepSpeed launcher starts on every process: ``deepspeed --module train.pretrain --config CONFIG [key=value ...]``.
 
-It parses, sets the process up and calls train/trainer.py. Nothing imports this file: launched, it is ``__main__``.
+`rdlm train` has parsed and checked the config already and passes ``--checked FILE``. Everything that can be wrong is looked for here, by
+``check``, before a weight is allocated.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import tempfile
 import traceback
+from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
-from rdlm.errors import UserError
-from train.process import StopSignal, capture_output, die_with_launcher, environment, fail
-from train.settings import load
+import psutil
+
+from rdlm.config.model import ImageConfig, ModelConfig
+from rdlm.errors import UserError, reason
+from rdlm.registry import build
+from train.data import Corpus, build_corpus
+from train.data.images import ImageCorpus
+from train.process import (
+    ProcessError,
+    StopSignal,
+    capture_output,
+    device_kind,
+    die_with_launcher,
+    environment,
+    fail,
+    tune_cpu,
+)
+from train.settings import TrainConfig, load, read_checked
+
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""Of a collective operation: exporting or reading a large checkpoint takes longer than DeepSpeed's 10 minutes."""
+MOST_LAYERS = 10_000
+BYTES = {"bf16": 14, "fp32": 16}
+"""Of a parameter in a checkpoint: weights, fp32 masters and two moments."""
 
 
 def main() -> int:
     """Exit status: 0 trained or stopped by a signal after a checkpoint, 1 a defect, 2 the user's mistake."""
     parser = argparse.ArgumentParser(prog="train.pretrain")
-    parser.add_argument("--config", required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="YAML file, to be checked here")
+    source.add_argument("--checked", help="JSON file that `rdlm train` has checked")
     parser.add_argument("--local_rank", type=int, help="set by the launcher; LOCAL_RANK says the same")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     rank, _ = environment()
     terminal = sys.stderr
     try:
-        config = load(arguments.config, arguments.overrides)
-        stop = StopSignal()
         die_with_launcher()
-        terminal = capture_output(Path(config.output) / "logs", rank)
-        from train.run import train  # imports torch and deepspeed, which talk
-
+        config = (
+            load(arguments.config, arguments.overrides)
+            if arguments.checked is None
+            else read_checked(Path(arguments.checked))
+        )
+        stop = StopSignal()
+        if rank == 0 and arguments.checked is None:
+            print(f"rdlm train: starting {config.name}", file=terminal, flush=True)
+        terminal = capture_output(config, rank)
         train(config, stop, terminal)
         return 0
     except UserError as error:
-        if rank == 0:  # every rank finds the same mistake
+        if rank == 0 or isinstance(error, ProcessError):  # other mistakes are found by every rank
             fail(str(error), terminal)
         return 2
     except Exception:
         print(f"rdlm train: process {rank} failed:\n{traceback.format_exc()}", file=terminal, flush=True)
         return 1
+
+
+def check(config: TrainConfig, world: int) -> Corpus:
+    """Everything that can be found wrong before a process is started or a weight allocated; raises UserError."""
+    config.batch.accumulation(world)
+    count = count_parameters(config)
+    memory = psutil.virtual_memory().total
+    if 4 * count > memory:
+        problem = f"{count:,} parameters in fp32 do not fit into {memory / 2**30:.0f} GiB of host memory"
+        raise UserError("model", config.model.family, problem, "make the model smaller, or train its blocks apart")
+    if config.init_from is not None:
+        from train.export import check_init_from
+
+        check_init_from(config, config.init_from)
+    corpus = build_corpus(config.data, config.fills_in)
+    if config.resident is not None and config.resident.rest == "host" and device_kind() == "cpu":
+        problem = "without GPUs blocks train in host memory"
+        raise UserError("resident.rest", "host", problem, "set resident.rest=disk")
+    if isinstance(corpus, ImageCorpus):
+        _check_images(config.model, corpus)
+    elif corpus.vocab_size > config.model.vocab_size:
+        problem = f"smaller than the data's vocabulary ({corpus.vocab_size})"
+        remedy = f"set model.vocab_size={corpus.vocab_size}"
+        raise UserError("model.vocab_size", config.model.vocab_size, problem, remedy)
+    if config.evaluation.interval_steps:
+        next(iter(corpus.windows(1, 1)))  # the held-out split is there and long enough
+    return corpus
+
+
+def count_parameters(config: TrainConfig) -> int:
+    """Parameters of the network, or of the one block that is trained. UserError for a model that cannot be built."""
+    if config.model.num_layers > MOST_LAYERS:
+        raise UserError("model", config.model.num_layers, f"more than {MOST_LAYERS} layers", "use fewer")
+    try:
+        return sum(p.numel() for p in build(config.checkpoint_config, device="meta").parameters())
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
+        raise UserError(
+            "model", config.model.family, f"cannot be built: {reason(error)}", "use smaller sizes"
+        ) from None
+
+
+def check_output(config: TrainConfig) -> None:
+    """UserError where the output folder cannot be written, another run holds it, or not even one checkpoint fits on its disk."""
+    from train.trainer import lock_output
+
+    lock_output(Path(config.output), lambda text: None).close()
+    try:
+        with tempfile.TemporaryFile(dir=config.output):
+            free = shutil.disk_usage(config.output).free
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise UserError("output", config.output, problem, "set another output folder") from None
+    count = count_parameters(config)
+    one, model = BYTES[config.precision] * count, 4 * count
+    if free < one + model:
+        problem = f"{free / 1e9:.1f} GB are free; a checkpoint takes {one / 1e9:.1f} GB and the model {model / 1e9:.1f} GB"
+        raise UserError("output", config.output, problem, "make room, or set another output folder")
+    kept = (config.checkpoint.keep + 1) * one + model
+    there = sum(p.stat().st_size for p in Path(config.output, "checkpoints").rglob("*") if p.is_file())
+    if free + there < kept:
+        line = f"{free / 1e9:.1f} GB are free in {config.output}; checkpoint.keep={config.checkpoint.keep} takes {kept / 1e9:.1f} GB"
+        print(f"rdlm train: warning: {line}", file=sys.stderr, flush=True)
+
+
+def check_precision(config: TrainConfig, bf16_supported: bool) -> None:
+    """UserError for bf16 on a device without it."""
+    if config.precision == "bf16" and not bf16_supported:
+        raise UserError("precision", "bf16", "this device does not compute in bf16", "set precision=fp32")
+
+
+def _check_images(model: ModelConfig, corpus: ImageCorpus) -> None:
+    assert isinstance(model, ImageConfig)
+    height, width = corpus.image_size
+    found = {
+        "image_size": (model.image_size,) * 2,
+        "num_channels": model.num_channels,
+        "num_classes": model.num_classes,
+    }
+    wanted = {"image_size": corpus.image_size, "num_channels": 3, "num_classes": corpus.vocab_size}
+    for field, given in found.items():
+        if given != wanted[field]:
+            problem = f"the data's images are {width}x{height} in 3 channels and {corpus.vocab_size} classes"
+            remedy = (
+                f"set model.{field}={wanted[field]}"
+                if field != "image_size"
+                else "prepare the data with --size, or change it"
+            )
+            raise UserError(f"model.{field}", getattr(model, field), problem, remedy)
+
+
+def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
+    """Train, or go on training; export the model at the end or after ``stop``. False if ``stop`` came first. Raises UserError."""
+    rank, processes_here = environment()
+    tune_cpu(processes_here)
+    import torch
+
+    on_gpu = device_kind() == "cuda"
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    if config.deterministic:
+        use_deterministic_algorithms()
+    import deepspeed
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    from train.export import export_run
+    from train.trainer import Trainer
+
+    # An all-reduce for inference that training never calls: compiling it costs the first run a minute and a C++ compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    check_precision(config, get_accelerator().is_bf16_supported())
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    try:
+        corpus = check(config, dist.get_world_size())
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+        trainer = Trainer(config, corpus, device, terminal)
+        finished = trainer.fit(lambda: stop.received)
+        if rank == 0 and trainer.step:
+            export_run(trainer.output)
+        trainer.close()
+        return finished
+    finally:
+        dist.destroy_process_group()
+
+
+def use_deterministic_algorithms() -> None:
+    """Kernels that give the same bits every time; what has none raises. To be called before CUDA is used."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that was not written
+    torch.backends.cudnn.benchmark = False
 
 
 if __name__ == "__main__":

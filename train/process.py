@@ -1,4 +1,4 @@
-"""What a training process does for itself before it trains: threads, allocator, output, signals, and dying with its launcher."""
+"""What a training process sets up before it trains: device, threads, allocator, output, signals, and ending with its launcher."""
 
 from __future__ import annotations
 
@@ -11,20 +11,46 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import psutil
 
-LAUNCHER_PID = "RDLM_LAUNCHER_PID"
-"""Set by ``rdlm train``: its process id, so that training ends with it."""
+from rdlm.errors import UserError
+
+if TYPE_CHECKING:
+    from train.settings import TrainConfig
+
+LAUNCHER = "RDLM_LAUNCHER"
+"""Set by ``rdlm train`` to its ``launcher_name``, so that training ends with it."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc malloc.h
 
 
-def capture_output(folder: Path, rank: int) -> TextIO:
-    """Send stdout and stderr, libraries' chatter included, to ``logs/rank<n>.log``; returns the terminal for our own words."""
+class ProcessError(UserError):
+    """A user's mistake that only one process finds, which has to say it: a write that failed, a batch that is damaged."""
+
+
+def device_kind() -> Literal["cuda", "cpu"]:
+    """Where training runs: what DS_ACCELERATOR names, else a GPU if there is one. UserError where it names what there is not."""
+    import torch
+
+    named = os.environ.get("DS_ACCELERATOR", "")
+    if named not in ("", "cuda", "cpu"):
+        raise UserError("DS_ACCELERATOR", named, "training runs on cuda or cpu", "unset it")
+    if named == "cuda" and not torch.cuda.is_available():
+        raise UserError("DS_ACCELERATOR", named, "torch sees no GPU", "unset it")
+    return "cuda" if named != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def capture_output(config: TrainConfig, rank: int) -> TextIO:
+    """Send stdout and stderr, libraries' messages included, to ``logs/rank<n>.log``; returns the terminal for messages of our own."""
+    folder = Path(config.output) / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise UserError("output", config.output, problem, "set another output folder") from None
     terminal = os.fdopen(os.dup(2), "w", buffering=1)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
@@ -56,7 +82,7 @@ def return_freed_memory() -> None:
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT came; the training loop asks between two updates."""
+    """Remembers that SIGTERM or SIGINT came; the training loop looks between two updates."""
 
     def __init__(self) -> None:
         self.received = False
@@ -67,9 +93,27 @@ class StopSignal:
         self.received = True
 
 
+def launcher_name() -> str:
+    """Names this process for LAUNCHER: its id, and when it began, since ids are used again."""
+    me = psutil.Process()
+    return f"{me.pid}:{me.create_time()}"
+
+
 def die_with_launcher() -> None:
-    """End this process as soon as one of the launchers above it is gone, however it died: a thread looks twice a second."""
-    watched = _launchers()
+    """End this process as soon as one of the launchers above it is gone, however it died, and at once if it is gone already.
+
+    A thread looks twice a second.
+    """
+    watched = [p for p in psutil.Process().parents() if any("deepspeed" in word for word in _words(p)[:4])]
+    if LAUNCHER in os.environ:
+        pid, _, began = os.environ[LAUNCHER].partition(":")
+        try:
+            chief = psutil.Process(int(pid))
+        except psutil.NoSuchProcess:
+            os._exit(1)
+        if str(chief.create_time()) != began or not _alive(chief):
+            os._exit(1)
+        watched.append(chief)
 
     def watch() -> None:
         while all(_alive(process) for process in watched):
@@ -79,10 +123,11 @@ def die_with_launcher() -> None:
     threading.Thread(target=watch, name="die-with-launcher", daemon=True).start()
 
 
-def _launchers() -> list[psutil.Process]:
-    chief = os.environ.get(LAUNCHER_PID)
-    above = psutil.Process().parents()
-    return [p for p in above if str(p.pid) == chief or any("deepspeed" in word for word in p.cmdline()[:4])]
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -93,10 +138,26 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def environment() -> tuple[int, int]:
-    """(rank, processes on this machine) as the launcher set them; 0 and 1 without one."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_SIZE", 1))
+    """(rank, processes on this machine) as deepspeed, torchrun or srun set them; 0 and 1 without one.
+
+    srun names them otherwise: its variables are copied to the names that torch and DeepSpeed read.
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+        local = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+        names = {
+            "RANK": os.environ["SLURM_PROCID"],
+            "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
+            "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+            "LOCAL_SIZE": local.partition("(")[0].partition(",")[0],
+            "MASTER_ADDR": os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"),
+            "MASTER_PORT": "29500",
+        }
+        for name, value in names.items():
+            os.environ.setdefault(name, value)
+    local_size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    return int(os.environ.get("RANK", 0)), int(local_size)
 
 
 def fail(message: str, terminal: TextIO | None = None) -> None:
-    """One line on the terminal, by default stderr as it is when called."""
+    """Print an error as one line, by default on stderr as it is when called."""
     print(f"rdlm train: error: {' '.join(message.split())}", file=terminal or sys.stderr, flush=True)

@@ -1,12 +1,17 @@
-"""What one training run is: a YAML file plus ``key.sub=value`` overrides, checked before anything starts. No torch here."""
+"""The config of one training run: a YAML file plus ``key.sub=value`` overrides, checked before anything starts. No torch here."""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
 
 from rdlm.config.base import Strict, parse
 from rdlm.config.checkpoint import BlocksConfig, CheckpointConfig, ModelConfig, RecurrenceConfig
@@ -15,11 +20,25 @@ from rdlm.config.objective import NoiseConfig, ObjectiveConfig, SinglePassConfig
 from rdlm.errors import UserError
 
 
+def _expanded(path: Any) -> Any:
+    """``~`` and ``$NAME`` in a path stand for what the shell would put there."""
+    if not isinstance(path, str):
+        return path
+    found = os.path.expandvars(os.path.expanduser(path))
+    unset = re.search(r"\$\w+|\$\{[^}]*\}", found)
+    if unset is not None:
+        raise ValueError(f"the environment variable {unset[0]} is not set")
+    return found
+
+
+FolderPath = Annotated[str, BeforeValidator(_expanded), Field(min_length=1)]
+
+
 class TokensConfig(Strict):
     """Prepared shards of ``rdlm data prepare``."""
 
     kind: Literal["tokens"] = "tokens"
-    path: str = Field(min_length=1)
+    path: FolderPath
     seq_len: int = Field(ge=2)
 
 
@@ -77,9 +96,9 @@ class ImagesConfig(Strict):
     """Prepared images of ``rdlm data images``."""
 
     kind: Literal["images"] = "images"
-    path: str = Field(min_length=1)
+    path: FolderPath
     augment: Literal["none", "flip", "flip_crop"] = "flip"
-    """flip: mirrored with p = 1/2. flip_crop: then moved by up to 4 pixels within its reflection."""
+    """flip: mirrored with probability 1/2. flip_crop: then moved by up to 4 pixels within its reflection."""
 
     @property
     def seq_len(self) -> int:
@@ -121,9 +140,10 @@ class BatchConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """AdamW (Loshchilov and Hutter 2019). Weight decay acts on the matrices of linear layers only: never on norms, biases,
-    scalars or token tables."""
+    """Weight decay acts on the matrices of linear layers only: never on norms, biases, scalars or token tables."""
 
+    name: Literal["adamw"] = "adamw"
+    """See OPTIMIZERS in train/optim.py."""
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
@@ -140,7 +160,7 @@ class OptimizerConfig(Strict):
 
 
 class ScheduleConfig(Strict):
-    """Learning rate over the run: see train/schedule.py."""
+    """Learning rate over the run: see SCHEDULES in train/optim.py."""
 
     kind: Literal["cosine", "trapezoid", "constant"] = "cosine"
     steps: int = Field(ge=1)
@@ -158,11 +178,15 @@ class ScheduleConfig(Strict):
             raise ValueError(
                 f"cooldown_steps has no meaning with kind {self.kind!r}; use trapezoid or drop it"
             )
+        if self.kind == "trapezoid" and not self.cooldown_steps:
+            raise ValueError(
+                "kind 'trapezoid' needs cooldown_steps; use kind 'constant' for a rate that stays"
+            )
         return self
 
 
 class DeepSpeedConfig(Strict):
-    """What of the optimizer, gradients and weights is split over processes or kept in host memory."""
+    """Which of optimizer state, gradients and weights are split over processes or kept in host memory."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: Literal["none", "cpu"] = "none"
@@ -170,7 +194,7 @@ class DeepSpeedConfig(Strict):
     bucket_elements: int = Field(50_000_000, ge=1)
     """Elements reduced or gathered in one message."""
     live_elements: int | None = Field(None, ge=1)
-    """ZeRO 3: most elements of gathered weights in memory; fewer are gathered more often. None: DeepSpeed's thousand million."""
+    """ZeRO 3: most elements of gathered weights in memory; a small bound gathers more often. None: DeepSpeed's 1,000 million."""
 
     @model_validator(mode="after")
     def _possible(self) -> DeepSpeedConfig:
@@ -184,12 +208,12 @@ class DeepSpeedConfig(Strict):
 
 
 class ResidentConfig(Strict):
-    """One block on the device at a time: parameters, gradients and optimizer state of the others rest elsewhere."""
+    """One block on the device at a time: parameters, gradients and optimizer states of inactive blocks are moved off it."""
 
     visit_steps: int = Field(100, ge=1)
     """Updates a block makes in a row. Moving blocks takes a share of the time that falls as visits get longer."""
     rest: Literal["disk", "host"] = "disk"
-    """Where idle blocks are: on the disk of ``output``, or in host memory (with GPUs)."""
+    """Where inactive blocks are kept: on the disk of ``output``, or in host memory (with GPUs)."""
 
 
 class CheckpointingConfig(Strict):
@@ -197,6 +221,18 @@ class CheckpointingConfig(Strict):
     """A checkpoint every so many updates, besides one on SIGTERM and one at the end."""
     keep: int = Field(2, ge=1)
     """Newest complete checkpoints that stay."""
+    keep_best: bool = False
+    """Also save after a held-out evaluation that is the best so far, and keep that checkpoint."""
+
+
+class NonfiniteConfig(Strict):
+    """What to do about an update whose loss or gradient is not finite. Such an update never changes the weights."""
+
+    action: Literal["skip", "stop", "rollback"] = "skip"
+    """skip: go on with the next batch. stop: end the run. rollback: go back to the last checkpoint and pass over the batches since."""
+    limit: int = Field(10, ge=0)
+    """skip: the run ends after more non-finite updates in a row than this. rollback: after more rollbacks than this since the last
+    checkpoint."""
 
 
 class EvaluationConfig(Strict):
@@ -223,8 +259,12 @@ class TrainConfig(Strict):
     """One training run."""
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    output: str = Field(min_length=1)
+    output: FolderPath
     """Folder of checkpoints, logs, metrics and the exported model."""
+    init_from: FolderPath | None = None
+    """A checkpoint folder (``model/`` of a run, or an imported one) whose weights the run starts from, with a new optimizer."""
+    allow_changes: bool = False
+    """Resume although fields have changed that decide what is learned. `rdlm train --allow-changes` sets it."""
     seed: int = Field(0, ge=0, lt=2**31)
     model: ModelConfig
     objective: ObjectiveConfig = SinglePassConfig()
@@ -233,9 +273,9 @@ class TrainConfig(Strict):
     blocks: BlocksConfig | None = None
     """How the network is cut into blocks that train on their own; None: it is not."""
     block: int | None = Field(None, ge=0)
-    """Train this block alone, in ``output/block_<n>``; None trains all of them, one an update. `rdlm train --block` sets it."""
+    """Train this block alone, in ``output/block_<n>``; None trains all of them, one per update. `rdlm train --block` sets it."""
     resident: ResidentConfig | None = None
-    """Keep one block on the device at a time; None: all of them."""
+    """Keep one block on the device at a time; None keeps all of them there."""
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
@@ -244,6 +284,9 @@ class TrainConfig(Strict):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
+    deterministic: bool = False
+    """On GPUs: deterministic kernels, which bit-exact resuming needs there and which cost time. CPUs need no switch."""
+    nonfinite: NonfiniteConfig = NonfiniteConfig()
     checkpoint: CheckpointingConfig = CheckpointingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
@@ -251,7 +294,9 @@ class TrainConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _noise_conditioning(cls, data: Any) -> Any:
-        """A noisy objective needs a noise-conditioned model: fill it in where the user left it open."""
+        """``objective: NAME`` is short for its mapping; a noisy objective needs a noise-conditioned model."""
+        if isinstance(data, dict) and isinstance(data.get("objective"), str):
+            data = {**data, "objective": {"name": data["objective"]}}
         if (
             not isinstance(data, dict)
             or not isinstance(data.get("model"), dict)
@@ -288,21 +333,15 @@ class TrainConfig(Strict):
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Read a YAML file, apply ``key.sub=value`` overrides (values are YAML scalars or lists); raises UserError."""
-    source = Path(path)
+    """Read a YAML 1.2 file, apply ``key.sub=value`` overrides (values are YAML), check the whole; raises UserError."""
     try:
-        data = yaml.safe_load(source.read_text())
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            "CONFIG",
-            str(path),
-            error.strerror or "cannot be read",
-            "give the path of a YAML file, see configs/",
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(
-            "CONFIG", str(path), f"is not YAML: {' '.join(str(error).split())}", "correct the file"
-        ) from None
+        remedy = "give the path of a YAML file, see configs/"
+        raise UserError("CONFIG", str(path), error.strerror or "cannot be read", remedy) from None
+    except UnicodeDecodeError as error:
+        raise UserError("CONFIG", str(path), f"is not YAML: {error}", "save it as UTF-8 text") from None
+    data = _parsed(text, "CONFIG", str(path))
     if not isinstance(data, dict):
         raise UserError("CONFIG", str(path), "holds no mapping", "see configs/ for examples")
     for override in overrides:
@@ -316,6 +355,36 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
     )
 
 
+def _parsed(text: str, field: str, value: str) -> Any:
+    """The value of a YAML document. UserError where it has none, with the line and what is wrong there."""
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except RecursionError:
+        raise UserError(field, value, "is not YAML: nested too deeply", "correct it") from None
+    except Exception as error:  # the parser raises more than its own errors: ValueError, TypeError, AttributeError
+        problem = str(error)
+        if isinstance(error, MarkedYAMLError):
+            line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+            problem = f"{line}{error.problem or error.context}"
+        raise UserError(field, value, f"is not YAML: {' '.join(problem.split())}", "correct it") from None
+
+
+@contextmanager
+def written_checked(config: TrainConfig) -> Iterator[Path]:
+    """A JSON file in the output folder that holds a checked config for the processes of its run."""
+    path = Path(config.output) / f".config-{os.getpid()}.json"
+    path.write_text(config.model_dump_json())
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def read_checked(path: Path) -> TrainConfig:
+    """The config of ``written_checked``: nothing is checked again."""
+    return TrainConfig.model_validate_json(path.read_text())
+
+
 def block_folder(config: TrainConfig, block: int) -> Path:
     """Where the run of one block lies in the output folder of the whole."""
     return Path(config.output) / f"block_{block}"
@@ -325,8 +394,9 @@ def _check(config: TrainConfig) -> None:
     """What no section can see alone."""
     conditioned, objective = config.model.noise_conditioning, config.objective
     if conditioned != objective.noise_conditioned:
-        verb = "noises" if objective.noise_conditioned else "does not noise"
-        problem = f"objective {objective.name!r} {verb} its targets"
+        problem = (
+            f"objective {objective.name!r} {'noises' if objective.noise_conditioned else 'does not noise'} its targets"
+        )
         raise UserError(
             "model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective"
         )
@@ -372,7 +442,7 @@ def _check_resident(config: TrainConfig, resident: ResidentConfig) -> None:
         )
     if config.block is not None:
         raise UserError(
-            "block", config.block, "a block trained alone is resident already", "drop the section resident"
+            "block", config.block, "a block that is trained alone is always on the device", "drop the section resident"
         )
     if resident.visit_steps * count > config.schedule.steps:
         problem = f"with {count} blocks some would not be visited in {config.schedule.steps} steps"
@@ -380,7 +450,7 @@ def _check_resident(config: TrainConfig, resident: ResidentConfig) -> None:
         raise UserError("resident.visit_steps", resident.visit_steps, problem, remedy)
     several = [k for k in config.evaluation.steps if k > 1]
     if several and config.evaluation.interval_steps:
-        problem = "asks several blocks for every token, and one is on the device"
+        problem = "K > 1 runs several blocks for every token, and one block is on the device"
         raise UserError(
             "evaluation.steps",
             several[0],
@@ -393,13 +463,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise UserError("override", override, "is not key.sub=value", "write for example optimizer.lr=0.001")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(key, text, "is not a YAML value", "quote it") from None
+    value = _parsed(text, key, text)
     *parents, last = key.split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        below = data.setdefault(parent, {})
+        if parent == "objective" and isinstance(below, str):  # short for its name
+            below = data[parent] = {"name": below}
+        data = below
         if not isinstance(data, dict):
             raise UserError(key, text, f"{parent} holds a value, not a section", "correct the key")
     data[last] = value

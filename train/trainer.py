@@ -1,39 +1,43 @@
-"""The one loop over batches, for every objective. Shapes: see rdlm/objectives/losses.py; one update sees ``batch.global_size`` sequences."""
+"""The one loop over batches, for every objective. Shapes: see rdlm/objectives; one update sees ``batch.global_size`` sequences."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rdlm.atomic import write_file
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
+from rdlm.nn.transformer import TransformerLayer
 from rdlm.nn.transformer import TransformerLayer
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Keys
 from rdlm.objectives.blockwise import blockwise, drawn_block
 from rdlm.registry import build
 from train import checkpoints as resume
+from train.checkpoints import RunState
 from train.data import Corpus
-from train.ds_config import ds_config
-from train.engine_state import full_precision_weights, unreported_grad_norm
-from train.engines import BlockEngines, ResidentEngines
+from train.engines import ResidentEngines, full_precision_weights, start_engine, unreported_grad_norm
 from train.evaluate import held_out
-from train.metrics import MetricsLog, Progress, peak_memory, plot_loss, read
+from train.export import initialize_from
+from train.metrics import FlopCounter, Report
 from train.offload import InHost, OnDisk
-from train.optimizer import build_optimizer
-from train.schedule import learning_rate
+from train.optim import build_optimizer, learning_rate
+from train.process import ProcessError
 from train.settings import TrainConfig
 
 
@@ -51,23 +55,35 @@ def recompute_layers(denoiser: Objective) -> None:
 
 @dataclass
 class Tally:
-    """What one process saw in one update: sum of losses, positions, and metrics as (sum, number of micro-batches)."""
+    """What one process saw in one update: sum of losses, positions, and metrics as (sum, number of micro-batches).
 
-    total: float = 0.0
-    count: float = 0.0
-    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
+    fp64 scalars on the device: adding a micro-batch does not make the host wait.
+    """
+
+    total: Tensor | float = 0.0
+    count: Tensor | float = 0.0
+    metrics: dict[str, tuple[Tensor | float, int]] = field(default_factory=dict)
+    finite: bool = True
+    """Whether loss and gradient of the whole update were finite; where the gradient was not, no weight has changed."""
 
     def add(self, total: Tensor, count: Tensor, metrics: dict[str, Tensor]) -> None:
-        """One micro-batch: see rdlm.objectives.losses.LossTerms."""
-        self.total += float(total.detach())
-        self.count += float(count)
+        """Add one micro-batch: the terms of its loss."""
+        self.total = self.total + total.detach().double()
+        self.count = self.count + count.detach().double()
         for name, value in metrics.items():
             before, number = self.metrics.get(name, (0.0, 0))
-            self.metrics[name] = (before + float(value), number + 1)
+            self.metrics[name] = (before + value.detach().double(), number + 1)
+
+    def on_host(self) -> Tally:
+        """The same in plain numbers."""
+        metrics: dict[str, tuple[Tensor | float, int]] = {
+            name: (float(total), number) for name, (total, number) in self.metrics.items()
+        }
+        return Tally(float(self.total), float(self.count), metrics, self.finite)
 
 
 class Trainer:
-    """Builds model, data and DeepSpeed engine from the config, resumes if there is something to resume, trains.
+    """Builds networks, data and DeepSpeed engines from the config, resumes if there is something to resume, trains.
 
     Raises UserError where config, data and earlier checkpoints do not fit. Every rank makes the same calls.
     """
@@ -79,71 +95,97 @@ class Trainer:
         self.checkpoints = self.output / "checkpoints"
         self.micro_size, self.accumulation = config.batch.accumulation(self.world)
         if self.rank == 0:
-            self._lock = _lock(self.output)
+            self._lock = lock_output(self.output, self.say)
             resume.clean(self.checkpoints)
-        self._built: list[Objective] = []
-        self.engines = self._engines()
-        self.network = self._built[0] if len(self._built) == 1 else blockwise(self._built)
+            write_file(self.output / "config.json", config.model_dump_json(indent=1) + "\n")
+        self._networks: list[Objective] = []
+        self.engines = self._start_engines()
+        """The engine of each block; of a network that is not cut, its one engine."""
+        self.network = self._networks[0] if len(self._networks) == 1 else blockwise(self._networks)
+        self.block = 0
+        """The block of the last update."""
         self._own_norm: Tensor | None = None
-        self.step = self._saved_step = self._resume()
-        """Updates made."""
+        self._last_good: list[Batch] = []
+        """The first micro-batch of the last update that was finite."""
+        self._nonfinite_in_a_row = self._rollbacks = 0
+        self.flops = FlopCounter()
+        self.state = self._resume()
+        self._saved_step = self.step
 
     @property
-    def engine(self) -> deepspeed.DeepSpeedEngine | BlockEngines:
-        """What a checkpoint is made of: the engine, or those of all blocks."""
-        return self.engines.active if len(self.engines) == 1 else self.engines
+    def step(self) -> int:
+        """Updates made."""
+        return self.state.step
 
-    def _engines(self) -> BlockEngines:
+    @step.setter
+    def step(self, value: int) -> None:
+        self.state.step = value
+
+    def say(self, line: str) -> None:
+        """One line on the terminal, from rank 0."""
+        if self.rank == 0:
+            print(line, file=self.terminal, flush=True)
+
+    def _start_engines(self) -> Sequence[DeepSpeedEngine]:
         blocks, resident = self.config.blocks, self.config.resident
         if blocks is None or blocks.num_blocks == 1 or self.config.block is not None:
-            return BlockEngines(1, lambda _: self._start(self.config))
-
-        def start(block: int) -> deepspeed.DeepSpeedEngine:
-            return self._start(self.config.model_copy(update={"block": block}))
-
+            return [self._start_engine(self.config)]
+        starts = [
+            partial(self._start_engine, self.config.model_copy(update={"block": block}))
+            for block in range(blocks.num_blocks)
+        ]
         if resident is None:
-            return BlockEngines(blocks.num_blocks, start)
-        rest = partial(OnDisk, self.output) if resident.rest == "disk" else InHost
-        return ResidentEngines(blocks.num_blocks, start, rest, self.device)
+            return [start() for start in starts]
+        store = partial(OnDisk, self.output) if resident.rest == "disk" else InHost
+        return ResidentEngines(starts, store, self.device)
 
-    def _start(self, part: TrainConfig) -> deepspeed.DeepSpeedEngine:
+    def _start_engine(self, part: TrainConfig) -> DeepSpeedEngine:
         """Build the network, or the one block that ``part`` names, and its engine; nothing else is allocated."""
         denoiser = build(part.checkpoint_config, seed=self.config.seed)
-        self._built.append(denoiser)
+        if self.config.init_from is not None and not resume.checkpoints_in(self.checkpoints):
+            for line in initialize_from(denoiser, self.config.init_from, part.block):
+                self.say(line)
+        self._networks.append(denoiser)
         if self.config.activation_checkpointing:
             recompute_layers(denoiser)
-        optimizer, config = build_optimizer(denoiser, self.config), ds_config(self.config, self.world)
-        return deepspeed.initialize(model=denoiser, optimizer=optimizer, config=config)[0]
+        optimizer = build_optimizer(denoiser, self.config)
+        return start_engine(denoiser, optimizer, self.config, self.world)
 
     def fit(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train to the end; False if ``should_stop`` cut it short. A checkpoint is written either way."""
+        """Train to the end; False if ``should_stop`` cut it short. A checkpoint is written either way.
+
+        Raises UserError where training diverges: ``config.nonfinite`` says what is tolerated.
+        """
+        config = self.config
         report = Report(self) if self.rank == 0 else None
         seconds, cpu = time.perf_counter(), time.process_time()
-        while self.step < self.config.schedule.steps:
-            batches = self._batches(self.step)
+        while self.step < config.schedule.steps:
+            batches = self._batches(self.step + self.state.skipped)
             positions, stopping = self._agree(
                 sum(float(batch.mask.sum()) for batch in batches), should_stop()
             )
             if stopping:
                 break
-            tally = self.train_step(batches, positions)
+            tally = self.train_step([batch.to(self.device) for batch in batches], positions)
             self.step += 1
-            if self.step % self.config.log.interval_steps == 0 or self.step == self.config.schedule.steps:
+            if not tally.finite:
+                self._after_nonfinite(report)
+            else:
+                self._nonfinite_in_a_row, self._last_good = 0, batches[:1]
+            if tally.finite and (
+                self.step % config.log.interval_steps == 0 or self.step == config.schedule.steps
+            ):
                 now, cpu_now = time.perf_counter(), time.process_time()
-                parts = self._gather((tally, cpu_now - cpu))
-                self._check_finite(parts)
+                parts = self._gather((tally.on_host(), cpu_now - cpu))
+                norm = self.grad_norm()
                 if report is not None:
-                    report.step(parts, positions, now - seconds, self.grad_norm())
+                    report.step(parts, positions, now - seconds, norm)
                 seconds, cpu = time.perf_counter(), cpu_now
             self._evaluate(report)
-            if (
-                self.step % self.config.checkpoint.interval_steps == 0
-                and self.step < self.config.schedule.steps
-            ):
+            if self.step % config.checkpoint.interval_steps == 0 and self.step < config.schedule.steps:
                 self.save()
-        finished = self.step == self.config.schedule.steps
-        if self._saved_step != self.step:
-            self.save()
+        finished = self.step == config.schedule.steps
+        self.save()
         if report is not None:
             report.close()
         return finished
@@ -152,33 +194,46 @@ class Trainer:
         """One update on this process's micro-batches; the loss is the sum over all processes' tokens over ``positions``."""
         # DeepSpeed divides by accumulation and averages over processes; both are undone, so that the global count alone divides.
         scale = self.world * self.accumulation / positions
-        tally, seed = Tally(), self.config.seed
+        tally, index = Tally(), self.step + self.state.skipped
         engine = self.due()
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         for micro, batch in enumerate(batches):
-            total, count, metrics = engine(batch, Keys(seed, self.step, self.rank, micro))
-            engine.backward(total * scale)
+            with self.flops if micro == 0 and self.flops.wanted else nullcontext():
+                total, count, metrics = engine(batch, Keys(self.config.seed, index, self.rank, micro))
+                engine.backward(total * scale)
             tally.add(total, count, metrics)
             if micro == len(batches) - 1:
                 self._own_norm = unreported_grad_norm(engine)
+                if self._own_norm is not None and not bool(self._own_norm.isfinite()):
+                    engine.zero_grad()  # the optimizer passes over parameters without a gradient
             engine.step()
+        applied = engine.was_step_applied() if self._own_norm is None else bool(self._own_norm.isfinite())
+        tally.finite = self._everywhere(applied and bool(torch.isfinite(torch.as_tensor(tally.total))))
         return tally
 
-    def due(self) -> deepspeed.DeepSpeedEngine:
+    def due(self) -> DeepSpeedEngine:
         """The engine whose block is trained in the next update."""
         visit = self.step if self.config.resident is None else self.step // self.config.resident.visit_steps
-        return self.engines.choose(drawn_block(len(self.engines), visit, self.config.seed))
+        self.block = drawn_block(len(self.engines), visit, self.config.seed)
+        return self.engines[self.block]
 
     def grad_norm(self) -> float:
         """Norm of the last update's gradient over all parameters that it reached, before clipping."""
-        return float(self.engines.active.get_global_grad_norm() if self._own_norm is None else self._own_norm)
+        if self._own_norm is not None:
+            return float(self._own_norm)
+        return float(self.engines[self.block].get_global_grad_norm())
 
     def save(self) -> None:
-        """Checkpoint the run as it stands."""
-        resume.save(self.engine, self.checkpoints, self.step, self.config, self.corpus.identity)
-        self._saved_step = self.step
+        """Checkpoint the run as it stands, unless that is done. Raises UserError where its loss is not finite. Collective."""
+        if self._saved_step == self.step:
+            return
+        self._check_weights()
+        resume.save(
+            self.engines, self.checkpoints, self.state, self.config, self.corpus.identity, self.corpus.tokenizer
+        )
+        self._saved_step, self._rollbacks = self.step, 0
 
     def close(self) -> None:
         """Let another run have the output folder."""
@@ -186,50 +241,96 @@ class Trainer:
             self._lock.close()
 
     def weights(self) -> dict[str, Tensor] | None:
-        """All fp32 weights on rank 0, None elsewhere. Collective."""
-        whole = {name: weight for part in self.weights_by_block() for name, weight in part.items()}
-        return whole if self.rank == 0 else None
-
-    def weights_by_block(self) -> Iterator[dict[str, Tensor]]:
-        """fp32 weights under their names in the network, one block in memory at a time; empty except on rank 0. Collective."""
+        """All fp32 weights on rank 0 under their names in the network, None elsewhere. Collective."""
+        whole: dict[str, Tensor] = {}
         for block, engine in enumerate(self.engines):
             prefix = "" if len(self.engines) == 1 else f"blocks.{block}."
             part = full_precision_weights(engine, engine.module) or {}
-            yield {prefix + name: weight for name, weight in part.items()}
+            whole |= {prefix + name: weight for name, weight in part.items()}
+        return whole if self.rank == 0 else None
 
-    def _resume(self) -> int:
-        found: list[Path | None] = [None]
-        if self.rank == 0:
-            found = [
-                resume.newest(self.checkpoints, lambda text: print(f"warning: {text}", file=self.terminal))
-            ]
-        dist.broadcast_object_list(found)
-        return (
-            0 if found[0] is None else resume.load(self.engine, found[0], self.config, self.corpus.identity)
+    def _resume(self) -> RunState:
+        """Load the newest checkpoint that is whole; a new run's state where there is none."""
+        found = resume.newest(self.checkpoints, lambda text: self.say(f"warning: {text}"), self._gather)
+        if found is None:
+            return RunState()
+        state = resume.load(
+            self.engines,
+            found,
+            self.config,
+            self.corpus.identity,
+            lambda text: self.say(f"resuming with {text}"),
         )
+        if self.rank == 0:
+            for path in resume.foreign_entries(self.checkpoints):
+                self.say(f"ignoring {path}: it is no checkpoint of this run")
+            for path in resume.set_aside_damaged(self.checkpoints, state.step):
+                self.say(f"renamed a damaged checkpoint to {path}")
+        return state
 
-    def _batches(self, step: int) -> list[Batch]:
+    def _batches(self, index: int) -> list[Batch]:
+        """This process's micro-batches of batch ``index``, on the host. Raises UserError for ids that the model does not know."""
         batches = [
             self.corpus.batch(
-                step, seed=self.config.seed, global_batch=self.config.batch.global_size, rank=self.rank, world=self.world,
+                index, seed=self.config.seed, global_batch=self.config.batch.global_size, rank=self.rank, world=self.world,
                 micro_index=micro, micro_size=self.micro_size,
             )
             for micro in range(self.accumulation)
         ]  # fmt: skip
-        return [batch.to(self.device) for batch in batches]
+        known = self.config.model.vocab_size
+        for ids in (ids for b in batches for ids in (b.inputs, b.targets) if not ids.is_floating_point()):
+            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+                problem = f"batch {index} holds ids from {int(ids.min())} to {int(ids.max())}; the model knows {known}"
+                remedy = "prepare the data again, or raise model.vocab_size"
+                raise ProcessError("data", str(getattr(self.config.data, "path", "")), problem, remedy)
+        return batches
 
     def _agree(self, positions: float, stop: bool) -> tuple[float, bool]:
         """Positions of all processes, and whether any of them was asked to stop."""
-        both = torch.tensor([positions, float(stop)], device=self.device)
+        both = torch.tensor([positions, float(stop)], dtype=torch.float64, device=self.device)
         dist.all_reduce(both)
         return float(both[0]), bool(both[1] > 0)
 
-    def _check_finite(self, parts: list[tuple[Tally, float]]) -> None:
-        """A diverged run must not go on, nor be saved."""
-        loss = sum(tally.total for tally, _ in parts)
-        if not math.isfinite(loss):
-            remedy = "lower optimizer.lr or optimizer.grad_clip, or warm up longer; earlier checkpoints are untouched"
-            raise UserError("loss", loss, f"training diverged at update {self.step}", remedy)
+    def _everywhere(self, mine: bool) -> bool:
+        """Whether it is so on every process."""
+        flag = torch.tensor(float(mine), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
+
+    def _after_nonfinite(self, report: Report | None) -> None:
+        """Do what ``config.nonfinite`` says after an update that was not finite; raises UserError where that has an end."""
+        action, limit = self.config.nonfinite.action, self.config.nonfinite.limit
+        self._nonfinite_in_a_row += 1
+        what = f"loss or gradient of update {self.step} is not finite"
+        if action == "rollback" and self._saved_step > 0 and self._rollbacks < limit:
+            self._rollbacks += 1
+            failed, skipped, history = self.step, self.state.skipped, self.state.history
+            self.state = self._resume()
+            self.state.skipped = skipped + failed - self.step
+            self.state.history = [*history, {"step": self.step, "rollback_from": failed}]
+            self._saved_step = self.step
+            self.say(f"{what}: back to the checkpoint of step {self.step}, with later batches")
+            if report is not None:
+                report.rewind()
+        elif action == "skip" and self._nonfinite_in_a_row <= limit:
+            self.say(f"{what}: it changed no weight ({self._nonfinite_in_a_row} in a row)")
+        else:
+            raise self._diverged(f"training diverged at update {self.step}")
+
+    def _check_weights(self) -> None:
+        """UserError if the loss of a batch that was finite before its update is not finite any more."""
+        if self._nonfinite_in_a_row and not self._last_good:
+            raise self._diverged(f"training diverged at update {self.step}")
+        for batch in self._last_good:
+            network = self.engines[self.block].module
+            with torch.no_grad():
+                total, _, _ = network(batch.to(self.device), Keys(self.config.seed, self.step, self.rank, 0))
+            if not self._everywhere(bool(total.isfinite())):
+                raise self._diverged(f"training diverged before update {self.step + 1}")
+
+    def _diverged(self, problem: str) -> UserError:
+        remedy = "lower optimizer.lr or optimizer.grad_clip, or warm up longer; earlier checkpoints are untouched"
+        return UserError("loss", float("nan"), problem, remedy)
 
     def _gather(self, mine: Any) -> list[Any]:
         parts: list[Any] = [None] * self.world
@@ -240,99 +341,55 @@ class Trainer:
         interval = self.config.evaluation.interval_steps
         if not interval or (self.step % interval and self.step != self.config.schedule.steps):
             return
-        # Resident blocks are asked for K = 1 alone (train/settings.py), which is block 0.
+        # With resident blocks K is 1 (train/settings.py), which is block 0.
         one = len(self.engines) == 1 or self.config.resident is not None
-        network = self.engines.choose(0).module if one else self.network
+        network = self.engines[0].module if one else self.network
         found = held_out(network, self.config, self.corpus, self.device)
         if report is not None:
             report.held_out(found)
+        if self.config.checkpoint.keep_best:
+            self._keep_best(found)
+
+    def _keep_best(self, found: dict[str, float]) -> None:
+        """Save and mark the checkpoint if its held-out figure is the best so far. Collective: all ranks have the same figures."""
+        metric, value, sign = chosen_metric(found)
+        record = resume.best_record(self.checkpoints)
+        better = record is None or record["metric"] != metric or sign * value > sign * record["value"]
+        if self._everywhere(math.isfinite(value) and better):
+            self.save()
+            if self.rank == 0:
+                resume.mark_best(self.checkpoints, self.step, metric, value)
 
 
-class Report:
-    """Rank 0's account of the run: metrics files, progress, plot."""
+def chosen_metric(found: dict[str, float]) -> tuple[str, float, int]:
+    """The held-out figure that decides which checkpoint is best: (name, value, 1 if more is better else -1).
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, config = trainer, trainer.config
-        self.log = MetricsLog(trainer.output / "metrics.jsonl", trainer.step, config.log.tensorboard)
-        self.held_out_log = MetricsLog(
-            trainer.output / "held_out.jsonl", trainer.step, config.log.tensorboard
-        )
-        self.cpu_seconds = float(self.log.last.get("cpu_seconds", 0.0))
-        self.seconds = float(self.log.last.get("seconds", 0.0))
-        self.logged_step, self.swapped = trainer.step, trainer.engines.swap_seconds
-        self.progress = Progress(config.schedule.steps, trainer.step, trainer.terminal, trainer.corpus.unit)
-        if trainer.step:
-            self.progress.say(f"resumed {config.name} at step {trainer.step}")
-
-    def step(
-        self, parts: list[tuple[Tally, float]], positions: float, seconds: float, grad_norm: float
-    ) -> None:
-        """Record the update just made. parts: every process's tally and CPU seconds; seconds: since the last record."""
-        trainer, steps = self.trainer, self.trainer.step - self.logged_step
-        tallies = [tally for tally, _ in parts]
-        assert sum(t.count for t in tallies) == positions, (
-            "an objective counted other positions than the batch's mask"
-        )
-        self.cpu_seconds += sum(cpu for _, cpu in parts)
-        self.seconds += seconds
-        config = trainer.config
-        record: dict[str, Any] = {
-            "step": trainer.step,
-            "loss": sum(t.total for t in tallies) / positions,
-            "lr": learning_rate(config.schedule, config.optimizer.lr, trainer.step - 1),
-            "grad_norm": grad_norm,
-            f"{trainer.corpus.unit}s_per_s": positions * steps / seconds,
-            "step_s": seconds / steps,
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
-            "peak_memory_bytes": peak_memory(trainer.device),
-        }
-        if len(trainer.engines) > 1:
-            record["block"] = trainer.engines.index
-        if config.resident is not None:
-            record["swap_share"] = (trainer.engines.swap_seconds - self.swapped) / seconds
-            self.swapped = trainer.engines.swap_seconds
-        for name in sorted({name for tally in tallies for name in tally.metrics}):
-            pairs = [tally.metrics[name] for tally in tallies if name in tally.metrics]
-            record[name] = sum(total for total, _ in pairs) / sum(number for _, number in pairs)
-        self.logged_step = trainer.step
-        self.log.write(record)
-        self.progress.update(trainer.step, record)
-
-    def held_out(self, found: dict[str, float]) -> None:
-        """Record what train/evaluate.py measured."""
-        self.held_out_log.write({"step": self.trainer.step, **found})
-        kind = "NLL " if any(name.startswith("K=") for name in found) else ""
-        self.progress.say(
-            f"step {self.trainer.step}: held-out {kind}" + ", ".join(f"{k} {v:.3f}" for k, v in found.items())
-        )
-
-    def close(self) -> None:
-        self.log.close()
-        self.held_out_log.close()
-        self.progress.close()
-        output = self.trainer.output
-        records = read(output / "metrics.jsonl")
-        if records:
-            loss = (
-                "weighted squared error"
-                if self.trainer.config.objective.name == "edm"
-                else "cross-entropy, nats"
-            )
-            what = f"{loss} per {self.trainer.corpus.unit}"
-            plot_loss(
-                records, read(output / "held_out.jsonl"), output / "loss.png", self.trainer.config.name, what
-            )
+    The accuracy at the largest K where there is one, else the NLL at the largest K, else the denoising loss.
+    """
+    accuracies = [name for name in found if name.startswith("accuracy")]
+    name = (accuracies or list(found))[-1]
+    return name, found[name], 1 if accuracies else -1
 
 
-def _lock(output: Path) -> TextIO:
-    """Hold the output folder for this run; the kernel releases it when the process ends, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    lock = (output / ".lock").open("w")
+def lock_output(output: Path, warn: Callable[[str], None]) -> TextIO:
+    """Hold the output folder for this run; the kernel releases it when the process ends, however it ends.
+
+    Raises UserError where another run holds it or it cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise UserError("output", str(output), problem, "set another output folder") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
             "output", str(output), "another run is writing there", "wait for it, or set another output folder"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warn(f"warning: {output} lies on a file system without locks: nothing keeps a second run out of it")
     return lock

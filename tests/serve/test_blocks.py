@@ -29,7 +29,7 @@ from serve.engine.runner import NOISE
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served, load_served
 from serve.settings import EngineSettings, HttpSettings
-from train.merge import merge
+from train.export import merge
 
 WARM = SamplingParams(temperature=1.0, top_p=0.9)
 SETTINGS = EngineSettings(max_slots=4, chunk=5, prefill_rows=16)

@@ -56,7 +56,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in train/run.py
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as in train/pretrain.py
     deepspeed.init_distributed("gloo", verbose=False)
     yield
     dist.destroy_process_group()
@@ -80,7 +80,7 @@ def trainer(
     from train.trainer import Trainer
 
     monkeypatch.setattr(
-        "train.ds_config.PERSISTENT_ELEMENTS", 0
+        "train.engines.PERSISTENT_ELEMENTS", 0
     )  # or ZeRO 3 would partition nothing of so small a model
     made: list[Trainer] = []
 

@@ -11,7 +11,7 @@ import torch
 
 from rdlm.checkpoints.folder import load
 from rdlm.objectives.blockwise import drawn_block
-from train.export import export
+from train.export import export_run
 
 BLOCKS: dict[str, Any] = {
     "model": {
@@ -58,7 +58,7 @@ def test_joint_training_resumes_to_the_bit_and_exports(
     trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
     monkeypatch.setattr(
-        "train.ds_config.PERSISTENT_ELEMENTS", 64
+        "train.engines.PERSISTENT_ELEMENTS", 64
     )  # evaluation at K > 1 runs outside any engine: scalars stay whole
     changes = {
         **BLOCKS,
@@ -82,7 +82,7 @@ def test_joint_training_resumes_to_the_bit_and_exports(
         json.loads(line) for line in (Path(second.config.output) / "held_out.jsonl").read_text().splitlines()
     ]
     assert held_out[-1].keys() == {"step", "K=1", "K=2"}
-    export(second)
+    export_run(second.output)
     loaded = load(Path(second.config.output) / "model")
     assert loaded.config.blocks == second.config.blocks and loaded.config.block is None
     ids = torch.randint(0, 8, (1, 9))
@@ -105,7 +105,7 @@ def test_a_block_alone_holds_nothing_of_the_others(trainer, block: int) -> None:
     assert run.fit()
     held_out = json.loads((Path(run.config.output) / "held_out.jsonl").read_text())
     assert held_out.keys() == {"step", "denoising"} and 0 < held_out["denoising"] < 10
-    export(run)
+    export_run(run.output)
     loaded = load(Path(run.config.output) / "model")
     assert loaded.config.block == block
     for name, weight in run.weights().items():

@@ -20,9 +20,8 @@ from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
 from rdlm.errors import UserError
 from rdlm.objectives.blockwise import Blockwise
-from train.export import export
-from train.launch import launch
-from train.merge import merge
+from train.export import export_run, merge
+from train.launcher import launch
 
 REPO = Path(__file__).resolve().parents[2]
 BLOCKS: dict[str, Any] = {
@@ -104,7 +103,7 @@ def test_merge_refuses_what_are_not_the_blocks_of_one_network(trainer, tmp_path:
     def trained(name: str, changes: dict[str, Any]) -> Path:
         one = trainer({**BLOCKS, "schedule.steps": 2, "output": str(tmp_path / name), **changes})
         one.fit()
-        export(one)
+        export_run(one.output)
         return tmp_path / name
 
     first, second = trained("first", {"block": 0}), trained("second", {"block": 1})
@@ -152,9 +151,9 @@ def test_gpus_are_chosen_by_name(document, tmp_path: Path, monkeypatch: pytest.M
     seen: list[list[str]] = []
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(document(BLOCKS)))
-    monkeypatch.setattr("train.launch.accelerators", lambda: (True, 4))
+    monkeypatch.setattr("train.launcher.accelerators", lambda: (True, 4))
     monkeypatch.setattr(
-        "train.launch._run", lambda command, environment: (seen.append(command), (0, None))[1]
+        "train.launcher._run", lambda command, environment: (seen.append(command), (0, None))[1]
     )
     assert launch(str(config), ["block=1"], 2, devices=[2, 3]) == 0
     assert seen[0][seen[0].index("--include") + 1] == "localhost:2,3" and "--num_accelerators" not in seen[0]

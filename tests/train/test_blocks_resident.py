@@ -25,10 +25,10 @@ from rdlm.nn.attention import rotary_table
 from rdlm.objectives.blockwise import drawn_block
 from tests.train.test_blocks import BLOCKS
 from train import checkpoints as resume
-from train.export import export
+from train.export import export_run
+from train.launcher import launch_blocks
 from train.memory_plan import arms
-from train.offload import InHost, OnDisk, Sleeper
-from train.parallel import launch_blocks
+from train.offload import InHost, Mover, OnDisk
 from train.settings import load as load_config
 
 
@@ -107,7 +107,6 @@ def test_nothing_of_a_resting_block_is_in_memory(trainer, tmp_path: Path, stage:
     resident = trainer({**residing(), **changes}, alongside=True)
     assert resident.fit()
     for engine in resident.engines:
-        assert engine is resident.engines.active
         assert live_bytes(before) == wanted
     assert {path.name for path in resident.output.iterdir()} == {path.name for path in alone.output.iterdir()}
 
@@ -130,28 +129,10 @@ def test_a_visit_lasts_and_training_resumes_inside_one_to_the_bit(trainer, tmp_p
     assert [r["block"] for r in records(second)] == [drawn_block(2, step // 4, seed=3) for step in range(16)]
     held_out = [json.loads(line) for line in (second.output / "held_out.jsonl").read_text().splitlines()]
     assert [r["step"] for r in held_out] == [3, 6, 9, 12, 15, 16] and held_out[-1].keys() == {"step", "K=1"}
-    export(second)
+    export_run(second.output)
     loaded = load(second.output / "model")
     assert loaded.config.block is None and loaded.config.step == 16
     for name, weight in loaded.denoiser.named_parameters():
-        assert torch.equal(weight, wanted[name]), name
-
-
-@pytest.mark.parametrize("stage", [0, 2])
-def test_another_number_of_processes_goes_on(trainer, monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
-    """The path that cuts optimizer states anew also takes one block at a time."""
-    run_ = trainer({**residing(), "deepspeed.zero_stage": stage})
-    run_.fit()
-    wanted = run_.weights()
-    for manifest in run_.checkpoints.glob("*/manifest.json"):
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "world": 2}))
-    cut_anew, seen = resume.load_repartitioned, []
-    monkeypatch.setattr(
-        resume, "load_repartitioned", lambda e, path, tag, _: (seen.append(tag), cut_anew(e, path, tag, 1))
-    )
-    again = trainer({**residing(), "deepspeed.zero_stage": stage})
-    assert again.step == 6 and seen == ["state/block_0", "state/block_1"]
-    for name, weight in again.weights().items():
         assert torch.equal(weight, wanted[name]), name
 
 
@@ -165,15 +146,15 @@ def test_storages_leave_and_come_back_under_their_views(tmp_path: Path, rest: st
     copies = [
         t.clone() for t in (flat, layer.weight.grad, layer.bias.data, *layer.odd[:1], layer.odd[1]["a"])
     ]
-    sleeper = Sleeper(layer, OnDisk(tmp_path) if rest == "disk" else InHost(), torch.device("cpu"))
+    mover = Mover(layer, OnDisk(tmp_path) if rest == "disk" else InHost(), torch.device("cpu"))
     for _ in range(2):
         full = psutil.Process().memory_info().rss
-        sleeper.sleep()
+        mover.leave()
         everything = (flat, layer.weight, layer.weight.grad, layer.bias, layer.odd[0], layer.odd[1]["a"])
         assert all(t.untyped_storage().nbytes() == 0 for t in everything)
         if rest == "disk":
             assert full - psutil.Process().memory_info().rss > 18 << 20, "16 MB of weights, 4 of gradients"
-        sleeper.wake()
+        mover.come_back()
         for found, wanted in zip(
             (flat, layer.weight.grad, layer.bias.data, layer.odd[0], layer.odd[1]["a"]), copies, strict=True
         ):

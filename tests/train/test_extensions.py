@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from train.extensions import building
+from train.optim import building
 
 
 @pytest.fixture

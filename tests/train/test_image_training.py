@@ -20,11 +20,10 @@ from rdlm.data.batch import Batch
 from rdlm.errors import UserError
 from rdlm.registry import build
 from train.data.image_prepare import ImagePreparation, prepare_images
-from train.export import export
+from train.export import export_run, merge
 from train.memory_plan import block_counts, predict
 from train.memory_trace import trace
-from train.merge import merge
-from train.run import check
+from train.pretrain import check
 from train.settings import TrainConfig
 from train.settings import load as load_config
 
@@ -93,7 +92,7 @@ def test_a_run_resumes_to_the_bit(job, tmp_path: Path, family: str) -> None:
 def test_joint_blocks_stay_idle_until_drawn_and_export(
     job, only_drawn_blocks_move, stage: int, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.ds_config.PERSISTENT_ELEMENTS", 64)
+    monkeypatch.setattr("train.engines.PERSISTENT_ELEMENTS", 64)
     changes = {
         "blocks": {"num_blocks": 2},
         "deepspeed.zero_stage": stage,
@@ -104,7 +103,7 @@ def test_joint_blocks_stay_idle_until_drawn_and_export(
     only_drawn_blocks_move(running, 2, 4)
     running.step = 3
     assert running.fit()
-    export(running)
+    export_run(running.output)
     _usable(Path(running.config.output) / "model")
 
 
@@ -125,7 +124,7 @@ def test_layers_that_learn_each_for_itself_train_resume_and_export(job, tmp_path
         assert torch.equal(weight, whole.weights()[name]), name
     still = {name for name, weight in whole.weights().items() if torch.equal(weight, before[name])}
     assert all("ln_f" in name for name in still), still
-    export(second)
+    export_run(second.output)
     loaded = load(Path(second.config.output) / "model")
     assert loaded.denoiser.answer(torch.rand(5, 3, 8, 8), [1])[1].shape == (5, 1)
 
@@ -150,7 +149,7 @@ def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(
         alone = job(family, {"blocks": {"num_blocks": 2}, "block": b, "schedule.steps": 2, "output": str(tmp_path / f"b{b}"),
                              "evaluation": {"interval_steps": 2, "steps": [1], "max_tokens": 12}})  # fmt: skip
         assert alone.fit()
-        export(alone)
+        export_run(alone.output)
         folders.append(tmp_path / f"b{b}")
     assert json.loads((folders[1] / "held_out.jsonl").read_text()).keys() == {"step", "denoising"}
     _usable(merge(folders, tmp_path / "merged"))

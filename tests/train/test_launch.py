@@ -18,12 +18,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from train.launch import _conclude
+from train.launcher import _conclude
 from train.settings import load
 
 pytestmark = pytest.mark.multiproc
 REPO = Path(__file__).resolve().parents[2]
-CLOCKS = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "peak_memory_bytes")
+CLOCKS = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "peak_memory_bytes", "tflops")
 
 
 class Run:

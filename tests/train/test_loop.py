@@ -12,7 +12,7 @@ import torch
 
 from rdlm.errors import UserError
 from rdlm.objectives.base import Keys
-from train.schedule import learning_rate
+from train.optim import learning_rate
 
 PLAIN: dict[str, Any] = {
     "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}},
@@ -144,7 +144,7 @@ def test_no_parameter_is_idle(tiny, objective: str) -> None:
 
 
 def test_weight_decay_touches_matrices_only(tiny) -> None:
-    from train.optimizer import parameter_groups
+    from train.optim import parameter_groups
 
     denoiser = tiny()
     decayed, others = parameter_groups(denoiser, 0.5)

@@ -18,10 +18,9 @@ from rdlm.diffusion.masked_likelihood import bound
 from rdlm.errors import UserError
 from rdlm.registry import build
 from train.data.prepare import Preparation, prepare
-from train.export import export
+from train.export import export_run, merge
 from train.memory_plan import block_counts, predict
 from train.memory_trace import trace
-from train.merge import merge
 from train.settings import TrainConfig
 from train.settings import load as load_config
 
@@ -75,13 +74,13 @@ def test_a_run_resumes_to_the_bit_and_learns(masked, tmp_path: Path) -> None:
 def test_joint_blocks_stay_idle_until_drawn_and_export(
     masked, only_drawn_blocks_move, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.ds_config.PERSISTENT_ELEMENTS", 64)
+    monkeypatch.setattr("train.engines.PERSISTENT_ELEMENTS", 64)
     job = masked({"blocks": {"num_blocks": 3}, "deepspeed.zero_stage": stage, "optimizer.weight_decay": 0.3,
                   "evaluation": {"interval_steps": 6, "steps": [1, 5], "max_tokens": 64}})  # fmt: skip
     only_drawn_blocks_move(job, 3, 6)
     job.step = 5
     assert job.fit()
-    export(job)
+    export_run(job.output)
     loaded = load(Path(job.config.output) / "model")
     assert torch.isfinite(bound(loaded.denoiser, torch.randint(0, 257, (2, 16)), 5)).all()
 
@@ -92,7 +91,7 @@ def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(masked, 
         alone = masked({"blocks": {"num_blocks": 2}, "block": b, "schedule.steps": 2, "output": str(tmp_path / f"b{b}"),
                         "evaluation": {"interval_steps": 2, "steps": [1], "max_tokens": 64}})  # fmt: skip
         assert alone.fit()
-        export(alone)
+        export_run(alone.output)
         folders.append(tmp_path / f"b{b}")
     held_out = json.loads((folders[1] / "held_out.jsonl").read_text())
     assert held_out.keys() == {"step", "denoising"} and 3 < held_out["denoising"] < 7
@@ -135,7 +134,7 @@ def test_tasks_are_trained_on_as_rows_that_hold_their_inputs_and_measured(
     assert job.fit() and any(not torch.equal(weight, before[name]) for name, weight in job.weights().items())
     held_out = json.loads((Path(job.config.output) / "held_out.jsonl").read_text())
     assert 1.0 < held_out["K=1"] < 4 and 1.0 < held_out["K=8"] < 4, "nats of an answer, not of a position"
-    export(job)
+    export_run(job.output)
     model = str(Path(job.config.output) / "model")
     measured = [
         "--task",

@@ -18,9 +18,9 @@ from rdlm.data.batch import Batch
 from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
 from rdlm.registry import build
+from train.cli import size
 from train.memory_plan import predict
 from train.memory_trace import _LiveBytes, trace
-from train.plan_cli import size
 from train.settings import TrainConfig
 
 LLAMA = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rdlm.registry import build
-from train.ds_config import ds_config
+from train.engines import ds_config
 from train.settings import TrainConfig, load
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

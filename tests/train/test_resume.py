@@ -12,11 +12,12 @@ import torch
 
 from rdlm.errors import UserError
 from train import checkpoints as resume
+from train.checkpoints import RunState
 
 
 def records(run) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measures."""
-    clocks = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "peak_memory_bytes")
+    clocks = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "peak_memory_bytes", "tflops")
     lines = (Path(run.config.output) / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
 
@@ -81,7 +82,7 @@ def test_interrupted_write_is_no_checkpoint(trainer, monkeypatch: pytest.MonkeyP
         with monkeypatch.context() as patch:
             patch.setattr(resume, victim, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                resume.save(run.engine, run.checkpoints, 9, run.config, "data")
+                resume.save(run.engines, run.checkpoints, RunState(9), run.config, "data")
         assert resume.newest(run.checkpoints, pytest.fail) == run.checkpoints / "step_000002"
     assert list(run.checkpoints.glob(".tmp-*"))
     resume.clean(run.checkpoints)
@@ -134,19 +135,105 @@ def test_finished_run_has_nothing_left_to_do(trainer) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [
-        ({"optimizer.lr": 0.02}, "optimizer.lr"),
-        ({"schedule.steps": 8}, "schedule.steps"),
-        ({"model.mlp_width": 64}, "model.mlp_width"),
-        ({"seed": 4}, "seed"),
-        ({"deepspeed.zero_stage": 1}, "deepspeed.zero_stage"),
-    ],
-)
-def test_resume_refuses_another_config(trainer, changes: dict[str, Any], field: str) -> None:
-    trainer({"schedule.steps": 2, "schedule.warmup_steps": 0}).fit()
-    with pytest.raises(UserError) as error:
-        trainer({"schedule.steps": 2, "schedule.warmup_steps": 0, **changes})
+    [({"model.mlp_width": 64}, "model.mlp_width"), ({"seed": 4}, "seed"), ({"batch.global_size": 8}, "batch.global_size")],
+)  # fmt: skip
+def test_resume_refuses_what_decides_what_is_learned(trainer, changes: dict[str, Any], field: str) -> None:
+    trainer(SHORT).fit()
+    with pytest.raises(UserError, match="--allow-changes") as error:
+        trainer({**SHORT, **changes})
     assert error.value.field == field
+
+
+SHORT: dict[str, Any] = {"schedule.steps": 2, "schedule.warmup_steps": 0}
+
+
+def test_what_was_changed_on_purpose_is_in_the_history(trainer) -> None:
+    trainer(SHORT).fit()
+    changes = {"seed": 4, "allow_changes": True, "optimizer.lr": 0.02, "schedule.steps": 4, "batch.micro_size": 2}
+    again = trainer({**SHORT, **changes})
+    assert again.step == 2 and "optimizer.lr 0.02 (before: 0.01)" in again.terminal.getvalue()
+    again.fit()
+    manifest = resume.manifest_of(again.checkpoints / "step_000004")
+    assert manifest["history"] == [
+        {"step": 2, "batch.micro_size": [None, 2], "optimizer.lr": [0.01, 0.02], "schedule.steps": [2, 4], "seed": [3, 4]}
+    ]  # fmt: skip
+    third = trainer({**SHORT, **changes, "schedule.steps": 6})
+    assert [change["step"] for change in third.state.history] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "precision"), [(0, 3, "fp32"), (3, 2, "bf16"), (2, 1, "bf16"), (1, 0, "bf16")]
+)
+def test_another_zero_stage_goes_on_with_the_same_weights_and_moments(
+    trainer, tmp_path: Path, before: int, after: int, precision: str
+) -> None:
+    """And the losses of the uninterrupted run, to the order of additions (1e-5) and to bf16 sums of gradients (1e-2)."""
+    plain: dict[str, Any] = {
+        "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}}, "precision": precision, "optimizer.eps": 1e-3,
+    }  # fmt: skip
+    whole = trainer({**plain, "deepspeed.zero_stage": before, "output": str(tmp_path / "whole")})
+    assert whole.fit()
+    first = trainer({**plain, "deepspeed.zero_stage": before})
+    assert not first.fit(stop_after(3))
+    saved = first.weights()
+    second = trainer({**plain, "deepspeed.zero_stage": after})
+    assert second.step == 3
+    for name, weight in second.weights().items():
+        assert torch.equal(weight, saved[name]), name
+    assert second.fit()
+    tolerance = 1e-5 if precision == "fp32" else 1e-2
+    assert [r["loss"] for r in records(second)] == pytest.approx([r["loss"] for r in records(whole)], rel=tolerance)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(trainer) -> None:
+    run = trainer()
+    run.fit()
+    log = (run.output / "metrics.jsonl").read_bytes()
+    for path in resume.checkpoints_in(run.checkpoints):
+        (path / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match="none of its 2 checkpoints is whole; .* remove the folder to start over"):
+        trainer()
+    assert [p.name for p in resume.checkpoints_in(run.checkpoints)] == ["step_000004", "step_000006"]
+    assert (run.output / "metrics.jsonl").read_bytes() == log
+
+
+def test_a_damaged_checkpoint_counts_for_nothing_when_old_ones_are_dropped(trainer) -> None:
+    """With keep 2 and step 6 damaged, steps 4 and 5 stay; the damaged one waits under another name."""
+    run = trainer()
+    run.fit()
+    (run.checkpoints / "step_000006" / "manifest.json").unlink()
+    again = trainer({"checkpoint.interval_steps": 5})
+    assert again.step == 4
+    assert "damaged-step_000006" in again.terminal.getvalue()
+    assert not again.fit(stop_after(1))
+    names = sorted(p.name for p in run.checkpoints.iterdir())
+    assert names == ["damaged-step_000006", "step_000004", "step_000005"]
+
+
+@pytest.mark.parametrize("manifest", [b"\xff\xfe\x00", b"[1]", b"{}", b'{"format": 1, "step": 9, "files": []}', b"nul"])
+def test_odd_manifests_are_damage(trainer, tmp_path: Path, manifest: bytes) -> None:
+    folder = tmp_path / "step_000009"
+    folder.mkdir()
+    (folder / "manifest.json").write_bytes(manifest)
+    assert "manifest.json" in str(resume.damage_of(folder))
+
+
+def test_foreign_files_among_the_checkpoints_are_ignored_with_a_line(trainer) -> None:
+    run = trainer(SHORT)
+    run.fit()
+    newest = run.checkpoints / "step_000002"
+    shutil.copytree(newest, run.checkpoints / "step_000002.bak")
+    shutil.copytree(newest, run.checkpoints / "step_best")
+    shutil.copytree(newest, run.checkpoints / "step_000009")  # its manifest says 2
+    (run.checkpoints / "step_000003.tar").write_bytes(b"x")
+    (run.checkpoints / "step_000004").write_text("a file")
+    again = trainer({**SHORT, "schedule.steps": 4})
+    assert again.step == 2 and again.fit()
+    said = again.terminal.getvalue()
+    for name in ("step_000002.bak", "step_best", "step_000003.tar"):
+        assert f"ignoring {run.checkpoints / name}" in said
+        assert (run.checkpoints / name).exists()
+    assert "manifest.json is that of step 2" in said
 
 
 def test_resume_accepts_what_does_not_touch_the_computation(trainer) -> None:
@@ -159,7 +246,7 @@ def test_resume_refuses_other_data(trainer) -> None:
     run = trainer({"schedule.steps": 2})
     run.fit()
     with pytest.raises(UserError, match="data"):
-        resume.load(run.engine, run.checkpoints / "step_000002", run.config, "other data")
+        resume.load(run.engines, run.checkpoints / "step_000002", run.config, "other data")
 
 
 def test_two_runs_cannot_share_an_output_folder(trainer) -> None:

@@ -48,11 +48,11 @@ def document(name: str, output: Path | str) -> dict[str, Any]:
 
 def train(job: dict[str, Any]) -> None:
     """Train to the end in this process, one of several perhaps; ``half.pt`` gets weights and moments as they are at HALF."""
-    from train import ds_config
+    from train import engines
     from train.data import build_corpus
     from train.trainer import Trainer
 
-    ds_config.PERSISTENT_ELEMENTS = (
+    engines.PERSISTENT_ELEMENTS = (
         200  # ZeRO 3 cuts the matrices and keeps the norms whole, as in a large model
     )
     config = parse(TrainConfig, job, "test")
@@ -74,7 +74,7 @@ def moments(trainer: Any, key: str) -> dict[str, torch.Tensor]:
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    optimizer = trainer.engine.optimizer
+    optimizer = trainer.engines[0].optimizer
     if trainer.config.deepspeed.zero_stage == 3:
         return {
             name: safe_get_full_optimizer_state(p, key).clone()
@@ -84,7 +84,7 @@ def moments(trainer: Any, key: str) -> dict[str, torch.Tensor]:
     for i, group in enumerate(optimizer.param_groups):
         parts: list[Any] = [None] * trainer.world
         dist.all_gather_object(parts, optimizer.state[group["params"][0]][key])
-        size = sum(shape.numel() for shape in trainer.engine._get_zero_param_shapes()[i].values())
+        size = sum(shape.numel() for shape in trainer.engines[0]._get_zero_param_shapes()[i].values())
         whole[f"group {i}"] = torch.cat(parts)[:size]
     return whole
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from train.schedule import learning_rate
+from train.optim import learning_rate
 from train.settings import ScheduleConfig
 
 

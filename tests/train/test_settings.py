@@ -11,7 +11,7 @@ import yaml
 
 from rdlm.cli import app, run
 from rdlm.errors import UserError
-from train.ds_config import ds_config
+from train.engines import ds_config
 from train.settings import load
 
 
