@@ -121,7 +121,9 @@ def save(
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         problem = f"the checkpoint of update {step} could not be written ({reason(error)}); {free / 1e9:.1f} GB are free"
-        raise ProcessError("output", str(folder.parent), problem, "make room; the same command goes on") from error
+        raise ProcessError(
+            "output", str(folder.parent), problem, "make room; the same command goes on"
+        ) from error
     return final
 
 
@@ -377,7 +379,7 @@ class SavedState:
     def tensor(self, key: str, name: str) -> Tensor:
         """A copy of the whole fp32 weight or moment of a parameter, flat."""
         group, start = self._places[name]
-        pieces, count = [process[group] for process in self._flat[key]], prod(self.shapes[name])
+        pieces, count = [process[group].detach() for process in self._flat[key]], prod(self.shapes[name])
         if self._cut_each:
             size = -(-count // len(pieces))
             return torch.cat([piece[start : start + size] for piece in pieces])[:count].float()

@@ -22,7 +22,9 @@ train_app = typer.Typer(add_completion=False)
 plan_app = typer.Typer(add_completion=False)
 merge_app = typer.Typer(add_completion=False)
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; see configs/ and docs/training.md.")]
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="YAML file; see configs/ and docs/training.md.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Fields to change, as section.field=value in YAML."),
@@ -134,9 +136,7 @@ class ExportGroup(TyperGroup):
 _EXPORT_EXAMPLES = (
     "Examples: rdlm export runs/demo exported/demo  |  rdlm export huginn runs/onestep/model exported/onestep"
 )
-export_app = typer.Typer(
-    add_completion=False, cls=ExportGroup, no_args_is_help=True, epilog=_EXPORT_EXAMPLES
-)
+export_app = typer.Typer(add_completion=False, cls=ExportGroup, no_args_is_help=True, epilog=_EXPORT_EXAMPLES)
 
 
 @export_app.callback()
@@ -148,7 +148,9 @@ def exporting() -> None:
 def export_run(
     source: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="Output folder of `rdlm train`, or one of its checkpoints/step_N."),
+        typer.Argument(
+            metavar="RUN", help="Output folder of `rdlm train`, or one of its checkpoints/step_N."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint folder to create.")],
     which: Annotated[

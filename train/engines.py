@@ -26,15 +26,16 @@ PERSISTENT_ELEMENTS = 10_000
 """ZeRO 3 keeps parameters of at most this size (norms, biases) whole on every process: gathering them costs more than it saves."""
 
 
-def start_engine(
-    module: nn.Module, optimizer: Optimizer, config: TrainConfig, world: int
-) -> DeepSpeedEngine:
+def start_engine(module: nn.Module, optimizer: Optimizer, config: TrainConfig, world: int) -> DeepSpeedEngine:
     """The engine of one module, before its first update. Collective."""
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config(config, world))[0]
     # At ZeRO stage 0 in bf16 DeepSpeed makes an update with zero gradients to allocate the state: Adam's step count would stay
     # one ahead, and its bias correction with it.
     reset_state(optimizer)
-    if config.deepspeed.zero_stage in (1, 2):  # by default DeepSpeed looks for overflows in 16-bit training only
+    if config.deepspeed.zero_stage in (
+        1,
+        2,
+    ):  # by default DeepSpeed looks for overflows in 16-bit training only
         engine.optimizer.check_grad_overflow = True
     return engine
 

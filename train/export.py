@@ -5,7 +5,7 @@ A training checkpoint is all that is needed: the files of every process are mapp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -118,7 +118,9 @@ def saved_parts(checkpoint: Path, config: TrainConfig) -> Iterator[tuple[str, Sa
 def _bytes(saved: SavedState, name: str, checkpoint: Path) -> Iterator[bytes]:
     weight = saved.tensor(WEIGHT, name)
     if not bool(weight.isfinite().all()):
-        raise UserError("checkpoint", str(checkpoint), f"weight {name} is not finite", "export an earlier one")
+        raise UserError(
+            "checkpoint", str(checkpoint), f"weight {name} is not finite", "export an earlier one"
+        )
     yield weight.numpy().tobytes()
 
 
@@ -146,12 +148,12 @@ def initialize_from(denoiser: Objective, source: str, block: int | None) -> list
 
 def check_init_from(config: TrainConfig, source: str) -> None:
     """UserError where ``initialize_from`` would raise one; reads no weight."""
-    mine: dict[str, Tensor] = dict(build(config.checkpoint_config, device="meta").named_parameters())
+    mine = dict(build(config.checkpoint_config, device="meta").named_parameters())
     _matching(mine, weights_of(Path(source), shapes_only=True), source, config.block)
 
 
 def _matching(
-    mine: dict[str, Tensor], weights: dict[str, Tensor], source: str, block: int | None
+    mine: Mapping[str, Tensor], weights: dict[str, Tensor], source: str, block: int | None
 ) -> dict[str, Tensor]:
     """The weights for ``mine``; UserError for the first one that ``mine`` lacks or has in another shape."""
     if block is not None and any(name.startswith("blocks.") for name in weights):

@@ -95,9 +95,7 @@ def _check_devices(devices: list[int] | None, world: int, num_gpus: int) -> None
         return
     if not num_gpus or not all(0 <= d < num_gpus for d in devices):
         problem = f"there are {num_gpus} GPUs"
-        raise UserError(
-            "--devices", _listed(devices), problem, "name GPUs of this machine, or leave it out"
-        )
+        raise UserError("--devices", _listed(devices), problem, "name GPUs of this machine, or leave it out")
     if len(set(devices)) != world:
         problem = f"does not name {world} GPUs"
         raise UserError("--devices", _listed(devices), problem, "set --num-procs to their number")

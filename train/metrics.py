@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two progress lines where there is no terminal."""
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12, "V100": 125e12, "T4": 65e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
 """Dense 16-bit operations per second of a device whose name contains the key, from NVIDIA's data sheets."""
 
 
@@ -201,7 +210,14 @@ def plot_loss(
     for loss in losses:
         smooth.append(loss if not smooth else keep * smooth[-1] + (1 - keep) * loss)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1, label="each update" if like == "loss" else "positions without noise, each update")
+    axes.plot(
+        steps,
+        losses,
+        color="tab:blue",
+        alpha=0.25,
+        linewidth=1,
+        label="each update" if like == "loss" else "positions without noise, each update",
+    )
     axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="smoothed")
     names = {key for record in held_out for key in record if key != "step"}
     shares = axes.twinx() if any(name.startswith("accuracy") for name in names) else None

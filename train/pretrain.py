@@ -82,7 +82,9 @@ def check(config: TrainConfig, world: int) -> Corpus:
     memory = psutil.virtual_memory().total
     if 4 * count > memory:
         problem = f"{count:,} parameters in fp32 do not fit into {memory / 2**30:.0f} GiB of host memory"
-        raise UserError("model", config.model.family, problem, "make the model smaller, or train its blocks apart")
+        raise UserError(
+            "model", config.model.family, problem, "make the model smaller, or train its blocks apart"
+        )
     if config.init_from is not None:
         from train.export import check_init_from
 
@@ -202,11 +204,14 @@ def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
 def use_deterministic_algorithms() -> None:
     """Kernels that give the same bits every time; what has none raises. To be called before CUDA is used."""
     import torch
+    from torch.utils import deterministic
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory that was not written
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # nothing here reads memory that was not written
+    )
     torch.backends.cudnn.benchmark = False
 
 

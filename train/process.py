@@ -142,7 +142,11 @@ def environment() -> tuple[int, int]:
 
     srun names them otherwise: its variables are copied to the names that torch and DeepSpeed read.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+    if (
+        "RANK" not in os.environ
+        and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+        and "SLURM_PROCID" in os.environ
+    ):
         local = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
         names = {
             "RANK": os.environ["SLURM_PROCID"],

@@ -361,7 +361,9 @@ def _parsed(text: str, field: str, value: str) -> Any:
         return YAML(typ="safe", pure=True).load(text)
     except RecursionError:
         raise UserError(field, value, "is not YAML: nested too deeply", "correct it") from None
-    except Exception as error:  # the parser raises more than its own errors: ValueError, TypeError, AttributeError
+    except (
+        Exception
+    ) as error:  # the parser raises more than its own errors: ValueError, TypeError, AttributeError
         problem = str(error)
         if isinstance(error, MarkedYAMLError):
             line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
@@ -442,7 +444,10 @@ def _check_resident(config: TrainConfig, resident: ResidentConfig) -> None:
         )
     if config.block is not None:
         raise UserError(
-            "block", config.block, "a block that is trained alone is always on the device", "drop the section resident"
+            "block",
+            config.block,
+            "a block that is trained alone is always on the device",
+            "drop the section resident",
         )
     if resident.visit_steps * count > config.schedule.steps:
         problem = f"with {count} blocks some would not be visited in {config.schedule.steps} steps"

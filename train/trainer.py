@@ -231,7 +231,12 @@ class Trainer:
             return
         self._check_weights()
         resume.save(
-            self.engines, self.checkpoints, self.state, self.config, self.corpus.identity, self.corpus.tokenizer
+            self.engines,
+            self.checkpoints,
+            self.state,
+            self.config,
+            self.corpus.identity,
+            self.corpus.tokenizer,
         )
         self._saved_step, self._rollbacks = self.step, 0
 
@@ -329,7 +334,9 @@ class Trainer:
                 raise self._diverged(f"training diverged before update {self.step + 1}")
 
     def _diverged(self, problem: str) -> UserError:
-        remedy = "lower optimizer.lr or optimizer.grad_clip, or warm up longer; earlier checkpoints are untouched"
+        remedy = (
+            "lower optimizer.lr or optimizer.grad_clip, or warm up longer; earlier checkpoints are untouched"
+        )
         return UserError("loss", float("nan"), problem, remedy)
 
     def _gather(self, mine: Any) -> list[Any]:

@@ -24,7 +24,6 @@ from rdlm.errors import UserError
 from rdlm.nn.attention import rotary_table
 from rdlm.objectives.blockwise import drawn_block
 from tests.train.test_blocks import BLOCKS
-from train import checkpoints as resume
 from train.export import export_run
 from train.launcher import launch_blocks
 from train.memory_plan import arms
@@ -106,7 +105,7 @@ def test_nothing_of_a_resting_block_is_in_memory(trainer, tmp_path: Path, stage:
     before = storages_now()
     resident = trainer({**residing(), **changes}, alongside=True)
     assert resident.fit()
-    for engine in resident.engines:
+    for _ in resident.engines:
         assert live_bytes(before) == wanted
     assert {path.name for path in resident.output.iterdir()} == {path.name for path in alone.output.iterdir()}
 

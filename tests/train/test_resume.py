@@ -149,7 +149,13 @@ SHORT: dict[str, Any] = {"schedule.steps": 2, "schedule.warmup_steps": 0}
 
 def test_what_was_changed_on_purpose_is_in_the_history(trainer) -> None:
     trainer(SHORT).fit()
-    changes = {"seed": 4, "allow_changes": True, "optimizer.lr": 0.02, "schedule.steps": 4, "batch.micro_size": 2}
+    changes = {
+        "seed": 4,
+        "allow_changes": True,
+        "optimizer.lr": 0.02,
+        "schedule.steps": 4,
+        "batch.micro_size": 2,
+    }
     again = trainer({**SHORT, **changes})
     assert again.step == 2 and "optimizer.lr 0.02 (before: 0.01)" in again.terminal.getvalue()
     again.fit()
@@ -182,7 +188,9 @@ def test_another_zero_stage_goes_on_with_the_same_weights_and_moments(
         assert torch.equal(weight, saved[name]), name
     assert second.fit()
     tolerance = 1e-5 if precision == "fp32" else 1e-2
-    assert [r["loss"] for r in records(second)] == pytest.approx([r["loss"] for r in records(whole)], rel=tolerance)
+    assert [r["loss"] for r in records(second)] == pytest.approx(
+        [r["loss"] for r in records(whole)], rel=tolerance
+    )
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(trainer) -> None:
@@ -191,7 +199,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(trainer) ->
     log = (run.output / "metrics.jsonl").read_bytes()
     for path in resume.checkpoints_in(run.checkpoints):
         (path / "manifest.json").write_text("[]")
-    with pytest.raises(UserError, match="none of its 2 checkpoints is whole; .* remove the folder to start over"):
+    with pytest.raises(
+        UserError, match="none of its 2 checkpoints is whole; .* remove the folder to start over"
+    ):
         trainer()
     assert [p.name for p in resume.checkpoints_in(run.checkpoints)] == ["step_000004", "step_000006"]
     assert (run.output / "metrics.jsonl").read_bytes() == log
@@ -210,7 +220,9 @@ def test_a_damaged_checkpoint_counts_for_nothing_when_old_ones_are_dropped(train
     assert names == ["damaged-step_000006", "step_000004", "step_000005"]
 
 
-@pytest.mark.parametrize("manifest", [b"\xff\xfe\x00", b"[1]", b"{}", b'{"format": 1, "step": 9, "files": []}', b"nul"])
+@pytest.mark.parametrize(
+    "manifest", [b"\xff\xfe\x00", b"[1]", b"{}", b'{"format": 1, "step": 9, "files": []}', b"nul"]
+)
 def test_odd_manifests_are_damage(trainer, tmp_path: Path, manifest: bytes) -> None:
     folder = tmp_path / "step_000009"
     folder.mkdir()
