@@ -204,14 +204,12 @@ def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
 def use_deterministic_algorithms() -> None:
     """Kernels that give the same bits every time; what has none raises. To be called before CUDA is used."""
     import torch
-    from torch.utils import deterministic
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # nothing here reads memory that was not written
-    )
+    # All memory is written before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 

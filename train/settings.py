@@ -396,9 +396,7 @@ def _check(config: TrainConfig) -> None:
     """What no section can see alone."""
     conditioned, objective = config.model.noise_conditioning, config.objective
     if conditioned != objective.noise_conditioned:
-        problem = (
-            f"objective {objective.name!r} {'noises' if objective.noise_conditioned else 'does not noise'} its targets"
-        )
+        problem = f"objective {objective.name!r} {'noises' if objective.noise_conditioned else 'does not noise'} its targets"
         raise UserError(
             "model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective"
         )

@@ -23,7 +23,6 @@ from rdlm.atomic import write_file
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
 from rdlm.nn.transformer import TransformerLayer
-from rdlm.nn.transformer import TransformerLayer
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Keys
 from rdlm.objectives.blockwise import blockwise, drawn_block

@@ -207,6 +207,9 @@ def train_config(path: Path) -> dict[str, Any]:
     from train.settings import load as load_settings
 
     document = load_settings(path).model_dump(mode="json")
+    for newer in ("init_from", "allow_changes", "deterministic", "nonfinite"):
+        del document[newer]
+    del document["optimizer"]["name"], document["checkpoint"]["keep_best"]
     return {**document, "objective": _objective_v1(document["objective"])}
 
 
@@ -401,4 +404,6 @@ def _logprobs(entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a run's log."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    newer = ("tflops", "epoch")
+    return [{k: v for k, v in record.items() if k not in newer} for record in records]
