@@ -1,16 +1,18 @@
 """From logits to token ids: one vectorised path for the engine, the command line and evaluation.
 
 Rows are independent: each has its own settings, history and uniform number, so a token never depends on its batch neighbours.
-``M`` rows, ``V`` vocabulary. Holds no generator: who draws owns the uniforms (see ``uniform``).
+``M`` rows, ``V`` vocabulary. Holds no generator: the caller draws the uniform numbers (``rdlm.sampling_params.uniform``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rdlm.errors import UserError
 from rdlm.sampling_params import History, SamplingParams
 
 __all__ = ["History", "SamplingParams", "process", "sample", "top_logprobs"]
@@ -62,7 +64,7 @@ def _truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     vocab, device = logits.shape[-1], logits.device
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
+    top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device)[:, None]
     top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
     drop = ranked < ranked[:, :1] + min_p.log()
     drop |= torch.arange(vocab, device=device) >= top_k
@@ -82,32 +84,45 @@ def sample(
     """Draw one id per row. prior [M, V] raw logits, evidence [M, V] or None (added after ``process``) -> ids [M] int64.
 
     Inverse-CDF in fp64 with the row's own uniform; temperature 0 takes the arg-max of the processed prior, whatever the evidence.
+    Raises UserError where a row's every id is banned, ArithmeticError where a row's logits are not numbers: neither has a token.
     """
     logits = process(prior, params, histories)
     greedy = [p.greedy for p in params]
     best = logits.argmax(-1)
+    total = logits if evidence is None else logits + evidence.float()
+    _check_drawable(total.amax(-1))
     if all(greedy):
         return best
-    total = logits if evidence is None else logits + evidence.float()
     cdf = total.double().softmax(-1).cumsum(-1)
     target = torch.tensor(uniforms, dtype=torch.float64, device=cdf.device)[:, None] * cdf[:, -1:]
     drawn = torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
     return torch.where(torch.tensor(greedy, device=cdf.device), best, drawn)
 
 
+def _check_drawable(largest: Tensor) -> None:
+    """``largest``: the largest logit of each row [M]; it is NaN where any of the row is."""
+    for value in largest.tolist():
+        if value == MINUS_INF:
+            problem = "every token of the vocabulary is banned until min_tokens, so none can be drawn"
+            raise UserError("stop_token_ids", "...", problem, "ban fewer ids, or leave min_tokens out")
+        if not math.isfinite(value):
+            raise ArithmeticError(f"the model's largest logit is {value}: no token can be drawn")
+
+
 def top_logprobs(
-    logits: Tensor, chosen: Tensor, count: int, chunk: int = 256
+    logits: Tensor, chosen: Tensor, count: int, num_tokens: int | None = None, chunk: int = 256
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities under the raw logits. logits [M, V], chosen [M] -> chosen [M], top values and top ids [M, count].
 
     fp32, ``chunk`` rows at a time, so that memory stays at chunk * V however long the prompt. Values are the same floats in both
-    tensors when the chosen token is among the top.
+    tensors when the chosen token is among the top. num_tokens: ids from there on, which a padded vocabulary has, are not among the top.
     """
     parts = []
     for start in range(0, logits.shape[0], chunk):
         logp = logits[start : start + chunk].float().log_softmax(-1)
         picked = logp.gather(-1, chosen[start : start + chunk, None])[:, 0]
-        values, ids = logp.topk(min(count, logp.shape[-1]), dim=-1)
+        known = logp[:, :num_tokens]
+        values, ids = known.topk(min(count, known.shape[-1]), dim=-1)
         parts.append((picked, values, ids))
     chosen_values, top_values, top_ids = (torch.cat(part) for part in zip(*parts, strict=True))
     return chosen_values, top_values, top_ids

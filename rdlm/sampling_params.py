@@ -1,4 +1,4 @@
-"""What decoding needs to know about a request, without torch, so that routes and the scheduler may hold it."""
+"""Decoding settings of a request, without torch, so that routes and the scheduler may hold them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ Bridge = Literal["hard", "euler", "multistep"]
 """How a token goes from one noise level to the next (rdlm/diffusion/samplers.py): drawn and re-noised, or along the ODE."""
 
 Order = Literal["random", "left_to_right", "confidence"]
-"""Of masked models: which tokens come into sight first (rdlm/diffusion/unmasking_plan.py). random: the sampler that `rdlm.diffusion.masked_likelihood.bound` bounds.
-left_to_right: with as many steps as hidden tokens the one whose likelihood is `rdlm.diffusion.masked_likelihood.left_to_right`. confidence: those
-whose draw is the most probable (MaskGIT, Chang et al. 2022): surer and less varied at few steps, and no likelihood is known for it."""
+"""Which tokens a masked model unmasks first (rdlm/diffusion/unmasking_plan.py).
+
+random: the sampler that ``rdlm.diffusion.masked_likelihood.bound`` bounds. left_to_right: with as many steps as masked tokens, the sampler
+whose likelihood is ``rdlm.diffusion.masked_likelihood.left_to_right``. confidence: tokens whose draw is the most probable first (MaskGIT,
+Chang et al. 2022); more certain and less varied at few steps, and no likelihood is known for it."""
 
 
 def uniform(*key: int) -> float:
@@ -31,9 +33,9 @@ def uniform(*key: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Decoding settings of one request; the defaults sample from the model's distribution as it is.
+    """Decoding settings of one request; the defaults sample from the model's distribution as it is. Raises UserError.
 
-    temperature: 0 is greedy (arg-max). top_k: 0 is off. top_p in (0, 1], min_p in [0, 1].
+    temperature: 0 is greedy (arg-max). top_k: 0 or -1 is off. top_p in (0, 1], min_p in [0, 1].
     repetition_penalty: Keskar et al. 2019, over prompt and output, 1 is off.
     presence_penalty, frequency_penalty: OpenAI's, over the output only, 0 is off. logit_bias: token id -> added logit.
     All act on the prior logits W h, never on the evidence of a noised target, so they mean the same at every K.
@@ -58,7 +60,8 @@ class SamplingParams:
             "must lie in [0, 100]",
             "0 is greedy, 1 the model's own distribution",
         )
-        self._check("top_k", self.top_k >= 0, "must be 0 or more", "0 switches it off")
+        self._check("top_k", self.top_k >= -1, "must be -1 or more", "0 and -1 switch it off")
+        object.__setattr__(self, "top_k", max(0, self.top_k))
         self._check("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]", "1 switches it off")
         self._check("min_p", 0 <= self.min_p <= 1, "must lie in [0, 1]", "0 switches it off")
         self._check(
@@ -103,40 +106,38 @@ class SamplingParams:
 
 
 def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
-    """Raises UserError where the checkpoint has no levels to bridge, or where its blocks share no space for an ODE to run in."""
+    """Raises UserError where the checkpoint has no noise levels to bridge, or where its blocks share no space for an ODE to run in."""
     if bridge == "hard":
         return
     if config.objective.k_meaning == "thinking":
-        problem = "this model iterates its core and reads out once: it has no noise levels to go between"
+        problem = "this model iterates its core and reads out once, so it has no noise levels"
     elif not config.objective.left_to_right:
-        problem = "this model hides tokens instead of noising them: there is no ODE"
+        problem = "this model masks tokens instead of adding noise, so there is no ODE"
     elif config.blocks is not None and config.blocks.num_blocks > 1 and config.blocks.targets == "own":
-        problem = (
-            "every block of this model has target rows of its own, so no ODE leads from one block to the next"
-        )
+        problem = "every block of this model has its own target embeddings, so no ODE leads from one block to the next"
     else:
         return
     raise UserError("bridge", bridge, problem, "leave bridge out, or send hard")
 
 
 def check_masked(params: SamplingParams, order: Order | None, config: CheckpointConfig) -> None:
-    """Raises UserError for an order of what is drawn one after the other, and for penalties of what is drawn together."""
+    """Raises UserError for an unmasking order where the model decodes left to right, and for penalties where it does not."""
     if config.objective.left_to_right:
         if order is not None:
-            raise UserError("order", order, "this model draws one token after the other", "leave order out")
+            raise UserError("order", order, "this model decodes left to right", "leave order out")
         return
     if order is not None and order not in get_args(Order):
         raise UserError("order", order, "there is no such order", f"use some of {', '.join(get_args(Order))}")
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         value, off = getattr(params, name), float(name == "repetition_penalty")
         if value != off:
-            problem = "this model draws tokens together, so none knows how often it has been said"
+            problem = "repetition penalties need left-to-right decoding; a masked model fills several positions at once"
             raise UserError(name, value, problem, f"leave {name} out")
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a row has seen and said: penalties look at it. ``banned`` ids get probability 0 (``min_tokens`` bans end tokens)."""
+    """Tokens of a row so far, for penalties. ``banned`` ids get probability 0 (``min_tokens`` bans end tokens)."""
 
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()

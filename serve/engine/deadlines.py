@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from serve.engine.active import Active
-from serve.engine.sequence import Depth, Sequence
+from serve.engine.sequence import Sequence, StepCounts
 
 
 class StepCost:
@@ -19,8 +18,25 @@ class StepCost:
 
     def __init__(self) -> None:
         self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
+        self._unfinished: list[int] = []
+        self._unfinished_s = 0.0
 
-    def observe(self, rows: int, seconds: float) -> None:
+    def observe(self, rows: int, seconds: float, finished: bool = True) -> None:
+        """A step over ``rows`` rows took ``seconds``. finished: whether the device had done its work when the clock was read.
+
+        An accelerator only queues kernels until something waits for it: steps that nothing waited for share the time of the next
+        one that was waited for, instead of teaching how long launches take.
+        """
+        self._unfinished.append(rows)
+        self._unfinished_s += seconds
+        if not finished:
+            return
+        share = self._unfinished_s / len(self._unfinished)
+        for count in self._unfinished:
+            self._add(count, share)
+        self._unfinished, self._unfinished_s = [], 0.0
+
+    def _add(self, rows: int, seconds: float) -> None:
         self._weight = self.FADE * self._weight + 1
         self._rows = self.FADE * self._rows + rows
         self._seconds = self.FADE * self._seconds + seconds
@@ -41,41 +57,43 @@ class StepCost:
         return max(mean / 10, mean + slope * (rows - mean_rows))
 
 
-class Pace:
-    """The sequences whose depth varies, and what the next core step of each may cost."""
+class Deadlines:
+    """The sequences whose K varies by schedule or by deadline, and what the next core step of each may cost."""
 
     def __init__(self) -> None:
         self.cost = StepCost()
-        self._varied: dict[int, Active] = {}
+        self._varied: dict[int, Sequence] = {}
 
-    def add(self, active: Active) -> None:
-        request = active.sequence.request
-        if request.budget.schedule or request.budget.max_ms is not None:
-            self._varied[active.sequence.id] = active
+    def add(self, sequence: Sequence) -> None:
+        budget = sequence.request.budget
+        if budget.schedule or budget.max_ms is not None:
+            self._varied[sequence.id] = sequence
 
-    def remove(self, sequence_id: int) -> None:
-        self._varied.pop(sequence_id, None)
+    def remove(self, sequence: Sequence) -> None:
+        self._varied.pop(sequence.id, None)
 
-    def expired(self, now: float) -> list[Active]:
+    def expired(self, now: float) -> list[Sequence]:
         """Those whose time is over."""
-        return [a for a in self._varied.values() if a.deadline is not None and now >= a.deadline]
+        return [s for s in self._varied.values() if s.deadline is not None and now >= s.deadline]
 
-    def settle(self, now: float, running: int, depth: Callable[[int], Depth]) -> None:
-        """Set the depth of every segment that may open now. ``running``: sequences that share the engine's steps."""
-        for active in self._varied.values():
-            if active.sequence.segment is None:
-                steps = self._steps(active, now, max(1, running))
-                active.lowered += steps < active.sequence.request.budget.steps_at(active.sequence.next_token)
-                active.sequence.depth = depth(steps)
+    def update(
+        self, now: float, running: int, step_counts: Callable[[int, frozenset[int]], StepCounts]
+    ) -> None:
+        """Set the step counts of every segment that may open now. ``running``: sequences that share the engine's steps."""
+        for sequence in self._varied.values():
+            if not sequence.is_open:
+                steps = self._steps(sequence, now, max(1, running))
+                sequence.lowered += steps < sequence.request.budget.steps_at(sequence.next_token)
+                sequence.counts = step_counts(steps, sequence.blocks)
 
-    def _steps(self, active: Active, now: float, running: int) -> int:
-        sequence, request = active.sequence, active.sequence.request
-        asked = request.budget.steps_at(sequence.next_token)
-        if active.deadline is None or not request.budget.lowers:
-            return asked
+    def _steps(self, sequence: Sequence, now: float, running: int) -> int:
+        budget = sequence.request.budget
+        requested = budget.steps_at(sequence.next_token)
+        if sequence.deadline is None or not budget.lowers:
+            return requested
         per_k = self._seconds_per_k(sequence, running)
-        affordable = int((active.deadline - now) / per_k) if per_k > 0 else asked
-        return max(min(asked, affordable), min(asked, request.budget.min_steps))
+        affordable = int((sequence.deadline - now) / per_k) if per_k > 0 else requested
+        return max(min(requested, affordable), min(requested, budget.min_steps))
 
     def _seconds_per_k(self, sequence: Sequence, running: int) -> float:
         """What the rest of the answer costs for each step of K: the chunks of the prompt that are left, then every token."""

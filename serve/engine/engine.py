@@ -16,11 +16,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
-from serve.engine.active import Active
-from serve.engine.deadlines import Pace
-from serve.engine.detokenizer import TextStream
+from rdlm.errors import UserError
+from serve.engine.deadlines import Deadlines
+from serve.engine.detokenizer import Detokenizer, StopStrings
 from serve.engine.events import Counters, Event, Served, Sink, State
-from serve.engine.sequence import Drawn, Request, StepResult
+from serve.engine.sequence import Request, Sequence, StepResult, TokenLogprobs
 from serve.errors import EngineClosed, QueueFull
 
 logger = logging.getLogger("rdlm.serve")
@@ -37,10 +37,11 @@ class Engine:
         self.counters = Counters()
         self._served: Served | None = None
         self._ids = itertools.count()
-        self._inbox: deque[Active] = deque()
+        self._inbox: deque[Sequence] = deque()
         self._aborts: deque[int] = deque()
-        self._active: dict[int, Active] = {}
-        self._pace = Pace()
+        self._sequences: dict[int, Sequence] = {}
+        """Those the engine thread has taken in and not finished, by id."""
+        self._deadlines = Deadlines()
         self._wake = threading.Condition()
         self._loaded = threading.Event()
         self._idle = threading.Event()
@@ -91,18 +92,19 @@ class Engine:
 
         Raises what ``check_room`` raises.
         """
+        matchers = {stop: StopStrings(stop) for stop in {tuple(request.stop) for request in requests}}
         with self._wake:
             self.check_room(len(requests))
-            served, now, ids = self.served, time.monotonic(), []
+            served, now, sequences = self.served, time.monotonic(), []
             for index, request in enumerate(requests):
                 sequence = served.runner.sequence(next(self._ids), request, served.scheduler.chunk)
-                self._inbox.append(
-                    Active(sequence, TextStream(served.tokenizer, request.stop), sink, index, now)
-                )
-                ids.append(sequence.id)
+                sequence.index, sequence.sink, sequence.submitted = index, sink, now
+                sequence.detokenizer = Detokenizer(served.tokenizer, matchers[tuple(request.stop)])
+                sequences.append(sequence)
+            self._inbox.extend(sequences)
             self._idle.clear()
             self._wake.notify()
-        return ids
+        return [sequence.id for sequence in sequences]
 
     def abort(self, ids: Seq[int]) -> None:
         """Forget these requests before the next step; unknown or finished ones are fine. Never waits."""
@@ -179,8 +181,8 @@ class Engine:
             logger.exception("the engine stopped")
             self.error, self.state = error, State.STOPPED
         with self._wake:
-            for active in [*self._active.values(), *self._inbox]:
-                self._finish(active, "abort")
+            for sequence in [*self._sequences.values(), *self._inbox]:
+                self._finish(sequence, "abort")
             self._inbox.clear()
             self._idle.set()
 
@@ -192,12 +194,12 @@ class Engine:
                     return False
                 scheduler = self.served.scheduler
                 while self._inbox:
-                    active = self._inbox.popleft()
-                    self._active[active.sequence.id] = active
-                    self._pace.add(active)
-                    scheduler.add(active.sequence)
+                    sequence = self._inbox.popleft()
+                    self._sequences[sequence.id] = sequence
+                    self._deadlines.add(sequence)
+                    scheduler.add(sequence)
                 while self._aborts:
-                    gone = self._active.get(self._aborts.popleft())
+                    gone = self._sequences.get(self._aborts.popleft())
                     if gone is not None:
                         self._finish(gone, "abort")
                 if len(scheduler):
@@ -208,89 +210,109 @@ class Engine:
     def _step(self, served: Served) -> None:
         """One core step of everything that is open, and what follows from it."""
         began = time.monotonic()
-        for late in self._pace.expired(began):
-            self._end_late(late)
-        self._pace.settle(began, len(served.scheduler.running), served.runner.depth)
+        for late in self._deadlines.expired(began):
+            self._finish(late, late.expire(), Event(late.index, text=late.detokenizer.finish()))
+        self._deadlines.update(began, len(served.scheduler.running), served.runner.step_counts)
         batch = served.scheduler.schedule()
         if not batch:
             return
         for sequence in batch:
-            active = self._active[sequence.id]
-            if active.started is None:
-                active.started = began
-        rows = sum(s.segment.length for s in batch if s.segment)
+            if sequence.started is None:
+                sequence.started = began
+        rows = sum(sequence.length for sequence in batch)
         before_model = time.monotonic()
-        try:
-            results = served.runner.run(batch)
-        except Exception:  # the sequences of this step are lost, the server is not
-            logger.exception(
-                "a step over %d rows failed; its %d requests end with an error", rows, len(batch)
-            )
-            for sequence in batch:
-                self._finish(self._active[sequence.id], "error")
-            return
+        results = run_isolated(served.runner.run, batch)
         after_model = time.monotonic()
         self.counters.steps += 1
         self.counters.rows.observe(rows)
-        self._pace.cost.observe(rows, after_model - began)
+        self._deadlines.cost.observe(rows, after_model - began, served.runner.waits or bool(results))
         self.counters.model_s += after_model - before_model
         self.counters.busy_s += after_model - began
-        for sequence in batch:  # whoever is told of a token finds its step counted
-            self._settle(self._active[sequence.id], results.get(sequence.id))
+        for sequence in batch:  # a reader that gets a token finds its step counted
+            try:
+                self._advance(sequence, results.get(sequence.id) or StepResult())
+            except Exception as error:
+                self._fail(sequence, error)
         self.counters.busy_s += time.monotonic() - after_model
 
-    def _settle(self, active: Active, result: StepResult | None) -> None:
-        """Move a sequence past the step it has just taken."""
-        sequence = active.sequence
-        assert sequence.segment is not None
-        steps, found = sequence.segment.step + 1, result or StepResult()
-        sequence.advance(found.exited)
-        if found.prompt_logprobs is not None:
-            active.score(found.prompt_logprobs, steps)
-        if found.glimpse is not None:
-            self._emit(active, Event(active.index, glimpse=found.glimpse))
-        for drawn in found.drawn:
-            if self._say(active, drawn, steps, found.exited):
+    def _advance(self, sequence: Sequence, result: StepResult) -> None:
+        """Move a sequence past the step it has just taken, and emit what came out."""
+        if result.error is not None:
+            raise result.error
+        steps = sequence.step + 1
+        sequence.advance(result.exited)
+        if result.prompt_logprobs is not None:
+            sequence.add_prompt_logprobs(result.prompt_logprobs, steps)
+        if result.glimpse is not None:
+            self._emit(sequence, Event(sequence.index, glimpse=result.glimpse))
+        for token, logprobs in zip(result.tokens, result.logprobs, strict=True):
+            if self._append(sequence, token, logprobs, steps, result.exited):
                 return
         if sequence.is_done:
-            self._finish(active, "length")  # nothing was to be drawn
+            self._finish(sequence, "length")  # nothing was to be drawn
 
-    def _say(self, active: Active, drawn: Drawn, steps: int, exited: bool) -> bool:
-        """Append a token and tell the sink -> whether it ends the answer."""
-        text, finish = active.hear(drawn.token, steps, exited)
+    def _append(
+        self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None, steps: int, exited: bool
+    ) -> bool:
+        """Append a token and emit it -> whether it ends the answer."""
+        text, finish = sequence.append(token, steps, exited)
         now = time.monotonic()
-        self.counters.token(steps, active.clock(now), now - active.submitted)
-        event = Event(active.index, drawn.token, text, steps, drawn.logprobs)
+        self.counters.token(steps, sequence.time_token(now), now - sequence.submitted)
+        event = Event(sequence.index, token, text, steps, logprobs)
         if finish is None:
-            self._emit(active, event)
+            self._emit(sequence, event)
         else:
-            self._finish(active, finish, event)
+            self._finish(sequence, finish, event)
         return finish is not None
 
-    def _end_late(self, active: Active) -> None:
-        """The deadline has passed: end with what has been said."""
-        reason = active.give_up()
-        self._finish(active, reason, Event(active.index, text=active.text.finish()))
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End one sequence with an error; the others and the server go on."""
+        mendable = error if isinstance(error, UserError) else None
+        if mendable is None:
+            logger.error("request %d ends with an error", sequence.id, exc_info=error)
+        if sequence.id in self._sequences:
+            self._finish(sequence, "error", Event(sequence.index, error=mendable))
 
-    def _finish(self, active: Active, reason: str, event: Event | None = None) -> None:
-        """Forget a sequence and tell its sink why, with the last token if there is one."""
-        self.served.scheduler.remove(active.sequence.id)
-        flops = self.served.runner.release(active.sequence.id)
-        self._active.pop(active.sequence.id, None)
-        self._pace.remove(active.sequence.id)
-        usage = active.usage(time.monotonic(), flops, self.served.runner.position_bytes)
+    def _finish(self, sequence: Sequence, reason: str, event: Event | None = None) -> None:
+        """Forget a sequence and emit why it ended, with the last token if there is one."""
+        kv_bytes = self.served.runner.release(sequence)
+        self.served.scheduler.remove(sequence)
+        self._sequences.pop(sequence.id, None)
+        self._deadlines.remove(sequence)
+        usage = sequence.usage(time.monotonic(), kv_bytes)
         self.counters.end(reason, usage)
         if reason in ("stop", "length"):
             self._seconds_per_sequence += 0.1 * (usage.total_s - usage.queue_s - self._seconds_per_sequence)
-        self._emit(
-            active,
-            replace(event or Event(active.index), finish=reason, usage=usage, sweep=active.sweep or None),
-        )
+        last = event or Event(sequence.index)
+        self._emit(sequence, replace(last, finish=reason, usage=usage, sweep=sequence.sweep or None))
 
-    def _emit(self, active: Active, event: Event) -> None:
-        prompt_logprobs = None if event.glimpse is not None else active.take_prompt_logprobs()
+    def _emit(self, sequence: Sequence, event: Event) -> None:
+        """Hand an event to the sequence's sink. One that raises, as where its event loop is gone, loses its sequence and no other."""
+        prompt_logprobs = None if event.glimpse is not None else sequence.take_prompt_logprobs()
         try:
-            active.sink(event if prompt_logprobs is None else replace(event, prompt_logprobs=prompt_logprobs))
-        except RuntimeError:  # its event loop is gone: nobody is listening any more
-            logger.debug("listener of sequence %d is gone", active.sequence.id)
-            self.abort([active.sequence.id])
+            sequence.sink(
+                event if prompt_logprobs is None else replace(event, prompt_logprobs=prompt_logprobs)
+            )
+        except Exception as error:
+            logger.debug("the sink of request %d failed", sequence.id, exc_info=error)
+            self.abort([sequence.id])
+
+
+def run_isolated(
+    run: Callable[[list[Sequence]], dict[int, StepResult]], batch: list[Sequence]
+) -> dict[int, StepResult]:
+    """One step of ``batch``; where it fails, of its halves, until those sequences that fail are alone: they get the error.
+
+    The others get what they get without them: a failed step leaves nothing but ``rows`` and ``flops``, which are restored here.
+    """
+    saved = [(sequence, sequence.rows, sequence.flops) for sequence in batch]
+    try:
+        return run(batch)
+    except Exception as error:
+        for sequence, rows, flops in saved:
+            sequence.rows, sequence.flops = rows, flops
+        if len(batch) == 1:
+            return {batch[0].id: StepResult(error=error)}
+        logger.warning("a step of %d requests failed and is repeated in halves: %r", len(batch), error)
+        half = len(batch) // 2
+        return run_isolated(run, batch[:half]) | run_isolated(run, batch[half:])

@@ -1,4 +1,4 @@
-"""What the engine is made of and what it says: the loaded model, its state, events, work accounts. No torch."""
+"""What the engine is made of and what it reports: the loaded model, its state, events, usage, totals. No torch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.data.tokenizer import Tokenizer
-from serve.engine.scheduler import Scheduler
-from serve.engine.sequence import Depth, Glimpse, Request, Sequence, StepResult, TokenLogprobs
+from rdlm.errors import UserError
+
+if TYPE_CHECKING:
+    from rdlm.config.checkpoint import CheckpointConfig
+    from rdlm.data.tokenizer import Tokenizer
+    from serve.engine.scheduler import Scheduler
+    from serve.engine.sequence import Glimpse, Request, Sequence, StepCounts, StepResult, TokenLogprobs
 
 
 class Runner(Protocol):
     """What the engine needs of serve.engine.runner.Runner and serve.engine.masked_runner.MaskedRunner."""
 
-    position_bytes: int
+    waits: bool
+    """Whether every step has been computed when ``run`` returns; on an accelerator only those that return a result have."""
 
     def sequence(self, number: int, request: Request, chunk: int) -> Sequence: ...
-    def depth(self, num_steps: int) -> Depth: ...
+    def step_counts(self, num_steps: int, blocks: frozenset[int] = ...) -> StepCounts: ...
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]: ...
-    def release(self, sequence_id: int) -> int: ...
+    def release(self, sequence: Sequence) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,17 @@ class Usage:
     prefill_core_steps: int
     decode_core_steps: int
     saved_core_steps: int
-    """What exits spared."""
+    """Core steps that exits saved."""
     flops: int
     """Floating-point operations of its rows (serve/engine/flops.py)."""
     kv_bytes: int
-    """Keys and values of its positions."""
+    """Memory of the keys and values of its positions."""
     token_steps: int
     """Core steps of the positions that tokens were drawn from, summed."""
     exits: int
-    """Tokens whose position left early."""
+    """Tokens whose position exited early."""
     lowered: int
-    """Chunks of the prompt and tokens that took fewer steps than asked for, to meet the deadline."""
+    """Chunks of the prompt and tokens that took fewer steps than requested, to meet the deadline."""
     overdue: bool
     """Whether the deadline ended the answer."""
     queue_s: float
@@ -78,7 +82,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One token of one submitted request, or its end, or both; or a glimpse of a token that is not drawn yet.
+    """One token of one submitted request, or its end, or both; or an intermediate read-out of a token that is not drawn yet.
 
     ``index`` is the request's place in the list given to ``submit``.
     """
@@ -90,13 +94,15 @@ class Event:
     """Core steps of the position the token was drawn from."""
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """With the first event of a request that asked for them: of prompt tokens 1, 2, ..."""
+    """With the first event of a request that wants them: those of prompt tokens 1, 2, ..."""
     sweep: dict[int, list[TokenLogprobs]] | None = None
-    """With the last event of a request that asked for one: K -> the prompt's log-probabilities, as above."""
+    """With the last event of a request that wants one: K -> the prompt's log-probabilities, as above."""
     glimpse: Glimpse | None = None
     """Alone on its event."""
     finish: str | None = None
     """stop | length | abort | error | expired, on the last event."""
+    error: UserError | None = None
+    """With finish "error": what the client can mend; None where the model failed."""
     usage: Usage | None = None
     """On the last event."""
 

@@ -204,20 +204,19 @@ CRITERIA: dict[str, type[Criterion]] = {
 
 def is_measured(sequence: Sequence, reads: Literal["states", "predictions"]) -> bool:
     """Whether the step now taken is checked by a criterion on ``reads``, or is one that a later check compares with."""
-    rule, segment = sequence.request.budget.exit, sequence.segment
-    assert segment is not None
-    if rule is None or (not rule.prefill and segment.start < len(sequence.request.prompt)):
+    rule = sequence.request.budget.exit
+    if rule is None or (not rule.prefill and sequence.start < len(sequence.request.prompt)):
         return False
-    criterion, taken = CRITERIA[rule.criterion], segment.step + 1
-    if criterion.reads != reads or taken >= sequence.depth.drawn or taken % rule.check_every:
+    criterion, taken = CRITERIA[rule.criterion], sequence.step + 1
+    if criterion.reads != reads or taken >= sequence.counts.drawn or taken % rule.check_every:
         return False
     return taken >= criterion.first_check(rule)
 
 
 def _exits(sequence: Sequence, value: float) -> bool:
-    rule, segment = sequence.request.budget.exit, sequence.segment
-    assert rule is not None and segment is not None
-    return segment.step + 1 >= rule.min_steps and CRITERIA[rule.criterion].settled(value, rule.threshold)
+    rule = sequence.request.budget.exit
+    assert rule is not None
+    return sequence.step + 1 >= rule.min_steps and CRITERIA[rule.criterion].settled(value, rule.threshold)
 
 
 def exits_on_states(batch: list[Sequence], lengths: list[int], before: Tensor, after: Tensor) -> set[int]:
@@ -235,19 +234,24 @@ def exits_on_states(batch: list[Sequence], lengths: list[int], before: Tensor, a
     return exiting
 
 
-def exits_on_predictions(sequences: list[Sequence], logits: Tensor, memory: dict[int, Tensor]) -> set[int]:
-    """Ids of the sequences whose segment exits: logits [M, V]. ``memory`` (by sequence id) is brought up to date."""
+def exits_on_predictions(
+    sequences: list[Sequence], logits: Tensor, memory: Memory
+) -> tuple[set[int], list[Tensor]]:
+    """Ids of the sequences whose segment exits, and what to remember of each row: logits [M, V], memory of their last checks."""
     exiting: set[int] = set()
+    kept: dict[int, Tensor] = {}
     groups: dict[str, list[int]] = defaultdict(list)
     for i, sequence in enumerate(sequences):
         assert sequence.request.budget.exit is not None
         groups[sequence.request.budget.exit.criterion].append(i)
     for name, rows in groups.items():
-        criterion, ids = CRITERIA[name], [sequences[i].id for i in rows]
+        criterion = CRITERIA[name]
         assert issubclass(criterion, PredictionCriterion)
-        values, kept = criterion.measure(logits[rows].log_softmax(-1), [memory.get(j) for j in ids])
-        memory.update(zip(ids, kept, strict=True))
+        values, new = criterion.measure(logits[rows].log_softmax(-1), [memory[i] for i in rows])
+        kept.update(zip(rows, new, strict=True))
         exiting |= {
-            j for i, j, value in zip(rows, ids, values.tolist(), strict=True) if _exits(sequences[i], value)
+            sequences[i].id
+            for i, value in zip(rows, values.tolist(), strict=True)
+            if _exits(sequences[i], value)
         }
-    return exiting
+    return exiting, [kept[i] for i in range(len(sequences))]

@@ -1,132 +1,178 @@
-"""One step of masked texts in flight: a turn of those that are filled in, a token of those prompts that are scored.
+"""One step of masked texts in flight: an unmasking step of those that are filled in, a token of those prompts that are scored.
 
-The counterpart of serve/engine/runner.py for models without a next token. Texts of similar length and one owner share a pass, whatever their K,
-order and step; the answer's tokens leave in order, each as soon as all before it are in sight, for what is in sight never changes.
+The counterpart of serve/engine/runner.py for models without a next token: nothing is cached, and all of the answer is in every step.
+Texts of similar length and one owner share a pass, whatever their K, order and step. Tokens of the answer leave in order, each as
+soon as all before it are unmasked, for an unmasked token never changes.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from rdlm.diffusion.unmasking import Asked, Draft, fill, mask_of, read
+from rdlm.diffusion.unmasking_plan import Turn, turns
 from rdlm.objectives.masked import MaskedDiffusion
 from serve.engine.flops import costs_of
-from serve.engine.masked_sequence import MaskedSequence
-from serve.engine.rows import logprobs_of, step_of
-from serve.engine.sequence import Depth, Drawn, Request, Sequence, StepResult, TokenLogprobs
+from serve.engine.runner import logprobs_of
+from serve.engine.sequence import Request, Sequence, StepCounts, StepResult, TokenLogprobs
 
 
-@dataclass(slots=True)
-class _Filled:
-    """A text between two turns, and the log-probabilities of its drawn tokens by place, where they are wanted."""
+@dataclass(slots=True, eq=False)
+class MaskedSequence(Sequence):
+    """First, where the prompt is scored, a segment over the prompt with a step for each token; then one over prompt and answer with a
+    step for each turn of the sampler (rdlm/diffusion/unmasking_plan.py)."""
+
+    is_scored: bool = False
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def scores(self) -> bool:
+        """Whether the open segment, or the next one, scores the prompt."""
+        return self.request.prompt_logprobs is not None and not self.is_scored
+
+    @property
+    def is_done(self) -> bool:
+        return not self.is_open and not self.wants_token and not self.scores
+
+    def next_length(self) -> int:
+        return len(self.request.prompt) + (0 if self.scores else self.request.max_tokens)
+
+    def open(self) -> None:
+        assert not self.is_open
+        self.start, self.length, self.step, request = 0, self.next_length(), 0, self.request
+        if not self.scores:
+            places = range(len(request.prompt), self.length)
+            start = len(places) / self.length
+            self.turns = tuple(
+                turns(places, self.counts.num_steps, start, request.order, request.seed, request.choice)
+            )
+
+    def advance(self, exited: bool = False) -> None:
+        assert self.is_open and not exited
+        prompt = len(self.request.prompt)
+        steps = prompt - 1 if self.scores else len(self.turns)
+        if steps:  # one prompt token has nothing to be scored, and a text that is not continued no turn
+            self.prompt_row_steps += prompt
+            self.decode_row_steps += self.length - prompt
+        self.step += 1
+        if self.step >= steps:
+            self.is_scored = self.is_scored or self.scores
+            self.length = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedRows:
+    """A text between two steps, and the log-probabilities of its drawn tokens by place, where they are wanted."""
 
     draft: Draft
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
+    def copy(self) -> MaskedRows:
+        """Another that a step may modify: the first one is what a failed step goes back to."""
+        return MaskedRows(replace(self.draft, ids=self.draft.ids.clone()), dict(self.logprobs))
+
 
 class MaskedRunner:
-    """A masked denoiser and the texts in flight. Called by one thread only."""
-
-    position_bytes = 0
-    """No keys are kept: every step of a text sees tokens that the one before did not."""
+    """A masked denoiser. Called by one thread only."""
 
     def __init__(self, denoiser: MaskedDiffusion, num_tokens: int) -> None:
-        """num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are never drawn."""
+        """num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor reported."""
         self.denoiser, self._num_tokens, self._mask_id = denoiser, num_tokens, mask_of(denoiser)
         self._device = next(denoiser.parameters()).device
+        self.waits = self._device.type == "cpu"
         self._costs = {block: costs_of(block) for block in denoiser.parts}
-        self._spent: Counter[int] = Counter()
-        self._filled: dict[int, _Filled] = {}
 
-    def depth(self, num_steps: int) -> Depth:
-        return Depth(num_steps, num_steps, num_steps, num_steps)
+    def step_counts(self, num_steps: int, blocks: frozenset[int] = frozenset()) -> StepCounts:
+        return StepCounts(num_steps, num_steps, num_steps, num_steps)
 
     def sequence(self, number: int, request: Request, chunk: int) -> MaskedSequence:
-        """chunk is of no use: every token is in every step."""
-        return MaskedSequence(number, request, self.depth(request.budget.num_steps), chunk)
+        """chunk has no effect: every token is in every step."""
+        return MaskedSequence(number, request, self.step_counts(request.budget.num_steps), chunk)
 
-    def release(self, sequence_id: int) -> int:
-        """Forget a text -> the FLOPs it has taken."""
-        self._filled.pop(sequence_id, None)
-        return self._spent.pop(sequence_id, 0)
+    def release(self, sequence: Sequence) -> int:
+        """Free what is kept for a sequence that leaves -> bytes of its keys and values: none are kept."""
+        sequence.rows = None
+        return 0
 
     @torch.inference_mode()
     def run(self, batch: Seq[Sequence]) -> dict[int, StepResult]:
-        """One step of every sequence in ``batch`` -> what came out, by sequence id."""
-        masked = [s for s in batch if isinstance(s, MaskedSequence)]
-        assert len(masked) == len(batch), "this runner makes its sequences itself"
+        """One step of every sequence in ``batch`` -> what came out, by sequence id. It can be repeated as serve.engine.runner says."""
+        masked = cast(Seq[MaskedSequence], batch)  # ``sequence`` makes no others
         return self._score([s for s in masked if s.scores]) | self._fill(
             [s for s in masked if not s.scores and s.turns]
         )
 
     def _score(self, sequences: Seq[MaskedSequence]) -> dict[int, StepResult]:
-        """Log-probability of the prompt token that follows as many as there were steps, it and all behind it hidden."""
+        """Log-probability of the prompt token that follows as many as there were steps, it and all behind it masked."""
         results = {s.id: StepResult(prompt_logprobs=[]) for s in sequences}
         sequences = [s for s in sequences if len(s.request.prompt) > 1]
-        asked = []
+        queries = []
         for s in sequences:
-            place, ids = step_of(s) + 1, self._tensor(s.request.prompt)
+            place, ids = s.step + 1, self._tensor(s.request.prompt)
             ids[place:] = self._mask_id
-            asked.append(Asked(ids, (len(ids) - place) / len(ids), self._tensor((place,))))
-            self._spend(s, asked[-1].level, len(ids), 1)
-        for s, ask, logits in zip(sequences, asked, read(self.denoiser, asked), strict=True):
-            token, count = s.request.prompt[int(ask.places)], s.request.prompt_logprobs
+            queries.append(Asked(ids, (len(ids) - place) / len(ids), self._tensor((place,))))
+            self._charge(s, queries[-1].level, len(ids), 1)
+        for s, query, logits in zip(sequences, queries, read(self.denoiser, queries), strict=True):
+            token, count = s.request.prompt[int(query.places)], s.request.prompt_logprobs
             assert count is not None
-            results[s.id].prompt_logprobs = logprobs_of(logits, self._tensor((token,)), count)
+            results[s.id].prompt_logprobs = logprobs_of(
+                logits, self._tensor((token,)), count, self._num_tokens
+            )
         return results
 
     def _fill(self, sequences: Seq[MaskedSequence]) -> dict[int, StepResult]:
-        """Take a turn, and say which tokens of the answer are now certain."""
-        states = [self._filled.get(s.id) or self._begin(s) for s in sequences]
+        """Take an unmasking step, and report which tokens of the answer are now certain."""
+        states = [self._begin(s) if s.rows is None else cast(MaskedRows, s.rows).copy() for s in sequences]
         for s, state in zip(sequences, states, strict=True):
             turn = state.draft.turn
             assert turn is not None
             hidden = int((state.draft.ids == self._mask_id).sum()) if turn.places is None else turn.count
-            self._spend(s, turn.level, len(state.draft.ids), hidden)
+            self._charge(s, turn.level, len(state.draft.ids), hidden)
         found = fill(self.denoiser, [state.draft for state in states], self._num_tokens)
         results = {}
         for s, state, (places, logits) in zip(sequences, states, found, strict=True):
             if s.request.logprobs is not None:
-                entries = logprobs_of(logits, state.draft.ids[places], s.request.logprobs)
+                chosen = state.draft.ids[places]
+                entries = logprobs_of(logits, chosen, s.request.logprobs, self._num_tokens)
                 state.logprobs.update(zip(places.tolist(), entries, strict=True))
-            results[s.id] = StepResult(self._certain(s, state))
+            tokens = self._certain(s, state)
+            first = s.context_length
+            logprobs = [state.logprobs.get(first + i) for i in range(len(tokens))]
+            results[s.id] = StepResult(tokens, logprobs)
+            s.rows = state
         return results
 
-    def _begin(self, sequence: MaskedSequence) -> _Filled:
+    def _begin(self, sequence: MaskedSequence) -> MaskedRows:
         request, prompt = sequence.request, sequence.request.prompt
         ids = self._tensor((*prompt, *[self._mask_id] * request.max_tokens))
-        draft = Draft(
-            ids,
-            sequence.turns,
-            request.sampling,
-            request.seed,
-            request.choice,
-            request.stop_ids,
-            len(prompt) + request.min_tokens,
+        ends_from = len(prompt) + request.min_tokens
+        return MaskedRows(
+            Draft(
+                ids,
+                sequence.turns,
+                request.sampling,
+                request.seed,
+                request.choice,
+                request.stop_ids,
+                ends_from,
+            )
         )
-        self._filled[sequence.id] = _Filled(draft)
-        return self._filled[sequence.id]
 
-    def _certain(self, sequence: MaskedSequence, state: _Filled) -> list[Drawn]:
-        """The tokens behind those already said, up to the first hidden one."""
-        place, found = sequence.context_length, []
-        for token in state.draft.ids[place:].tolist():
-            if token == self._mask_id:
-                break
-            found.append(Drawn(token, state.logprobs.pop(place, None)))
-            place += 1
-        return found
+    def _certain(self, sequence: MaskedSequence, state: MaskedRows) -> list[int]:
+        """The tokens behind those already reported, up to the first masked one."""
+        rest = state.draft.ids[sequence.context_length :].tolist()
+        return rest[: rest.index(self._mask_id)] if self._mask_id in rest else rest
 
-    def _spend(self, sequence: Sequence, level: float, length: int, read_out: int) -> None:
-        """Charge a pass over ``length`` positions, of which so many are read out, to a sequence."""
+    def _charge(self, sequence: Sequence, level: float, length: int, read_out: int) -> None:
+        """Add the FLOPs of a pass over ``length`` positions, of which so many are read out."""
         cost = self._costs[self.denoiser.at(level)]
         passes = cost.encode.of_all(length) + cost.core.of_all(length) + cost.decode.of_all(length)
-        self._spent[sequence.id] += passes + cost.condition + read_out * cost.head
+        sequence.flops += passes + cost.condition + read_out * cost.head
 
     def _tensor(self, ids: Seq[int]) -> Tensor:
         return torch.tensor(ids, device=self._device)

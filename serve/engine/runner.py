@@ -1,13 +1,16 @@
-"""The file of the server with tensors: runs one core step over a ragged pack of rows, and what comes before and after it.
+"""Tensors of the server: one core step over a ragged pack of rows, and what comes before and after it.
 
 Shapes: S sequences in the pack, N rows (their segments one after another), M rows read out, D d_model, V vocabulary.
-A sequence's rows between two steps live in ``Live``; the past lives in the KV pool. Nothing here decides who runs.
+A sequence's rows between two steps live in ``Sequence.rows``; the past lives in the KV pool. Nothing here decides who runs.
+
+A failed step can be repeated with fewer sequences: ``run`` replaces ``rows`` and ``flops`` of a sequence and changes nothing else of
+it, random draws are pure functions of their keys, and a step writes only the keys of its own rows, before it reads them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -15,26 +18,93 @@ from torch import Tensor
 
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.diffusion.samplers import Flow, StepPlan, expected_target, sampler_named
+from rdlm.errors import UserError
 from rdlm.nn import kv_cache as cache
 from rdlm.nn.layers import Condition
 from rdlm.objectives.base import Prediction
 from rdlm.objectives.next_token import NextToken, renoise
 from rdlm.random_streams import generator
-from rdlm.sampling import process, sample
+from rdlm.sampling import process, sample, top_logprobs
 from rdlm.sampling_params import uniform
 from serve.engine.exits import LatentDiff, exits_on_predictions, exits_on_states, is_measured
-from serve.engine.flops import Cost, costs_of
-from serve.engine.rows import Live, length_of, logprobs_of, predicts, score_step, shows, slot_of, step_of
-from serve.engine.sequence import Depth, Drawn, Glimpse, Request, Sequence, StepResult, TokenLogprobs
+from serve.engine.flops import Cost, Costs, costs_of
+from serve.engine.sequence import (
+    NO_SLOT,
+    Glimpse,
+    Request,
+    Sequence,
+    StepBudget,
+    StepCounts,
+    StepResult,
+    TokenLogprobs,
+)
 
 LOGITS_AT_ONCE = 1 << 24
 """Scored prompt rows are read out in chunks of at most this many logits (64 MiB of fp32)."""
 NOISE, STATE = 1, 2
 """Which stream of a request's randomness a generator is for."""
+PACKS = 4
+"""Packs of rows that are kept: a step has one of the segments that open, one of the core and one of those that are read out."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the network, or the whole of one that is not cut into blocks, and what its parts cost."""
+
+    index: int
+    denoiser: NextToken
+    costs: Costs
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tensors of an open segment between two steps. They are replaced and never modified, so that a failed step can be undone.
+
+    e, state [L, D]. Of the position that is drawn: z [D], its noised target; prior [V], its normalised next-token logits; flow, its
+    soft bridge. previous [D]: the last row's state before the step, where a stream reports it. memory: of the exit criterion.
+    """
+
+    e: Tensor
+    state: Tensor
+    z: Tensor | None = None
+    prior: Tensor | None = None
+    flow: Flow | None = None
+    previous: Tensor | None = None
+    memory: Tensor | None = None
+
+
+def rows_of(sequence: Sequence) -> Rows:
+    rows = sequence.rows
+    assert isinstance(rows, Rows)
+    return rows
+
+
+def reports_step(sequence: Sequence) -> bool:
+    """Whether a stream gets an intermediate read-out of the step now taken: of a position that is drawn, and not of its last step."""
+    show, taken = sequence.request.show, sequence.step + 1
+    return show is not None and sequence.draws and taken < sequence.counts.drawn and taken % show.every == 0
+
+
+def predicts(plan: StepPlan, step: int) -> bool:
+    """Whether the step's read-out is a prediction, and not one that only fills the cache."""
+    return plan.readout[step] and sum(plan.readout[:step]) >= plan.num_draws_skipped
+
+
+def score_step(plan: StepPlan) -> int:
+    """The step whose read-out is the normalised likelihood: the first prediction (rdlm/scoring.py says why)."""
+    return next(step for step in range(plan.num_core_steps) if predicts(plan, step))
+
+
+def logprobs_of(prior: Tensor, chosen: Tensor, count: int, num_tokens: int) -> list[TokenLogprobs]:
+    """prior [M, V], chosen [M] -> one entry a row, ``count`` alternatives each, all below ``num_tokens``."""
+    picked, values, ids = (part.tolist() for part in top_logprobs(prior, chosen, count, num_tokens))
+    return [
+        TokenLogprobs(p, tuple(zip(i, v, strict=True))) for p, v, i in zip(picked, values, ids, strict=True)
+    ]
 
 
 class Runner:
-    """A denoiser, its KV pool and the rows in flight. Called by one thread only."""
+    """A denoiser and its KV pool. Called by one thread only."""
 
     def __init__(
         self,
@@ -47,155 +117,161 @@ class Runner:
         num_tokens: int,
         kv_cache: Literal["shared", "full"] = "shared",
     ) -> None:
-        """kv_cache: shared keeps the keys of each position's last step; full those of every step (exact, larger).
+        """kv_cache: shared keeps the keys of each position's last step; full those of every step, allocated as they are written.
 
-        num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are never drawn.
+        num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor reported.
         """
         model, weight = denoiser.model, next(denoiser.model.parameters())
         self.denoiser, self.config, self.device = denoiser, config, weight.device
-        self._blocks = cast(list[NextToken], denoiser.parts)
-        self._owner = self._blocks[0]
-        """The block whose rows are at work."""
-        self._costs = [costs_of(block) for block in self._blocks]
-        self._cost = self._costs[0]
-        self._spent: Counter[int] = Counter()
-        """FLOPs of each sequence so far."""
+        self.waits = weight.device.type == "cpu"
+        self._blocks = [
+            Block(i, block, costs_of(block)) for i, block in enumerate(cast(list[NextToken], denoiser.parts))
+        ]
         self._plans = {k: denoiser.step_plan(k) for k in range(1, max_steps + 1)}
-        iterates = config.objective.k_meaning == "thinking"
-        self.pool = cache.KVPool(
-            model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim,
-            max_steps if kv_cache == "full" and iterates else 1, weight.dtype, weight.device,
+        self._filling: dict[tuple[int, frozenset[int]], StepPlan] = {}
+        keeps_steps = kv_cache == "full" and config.objective.k_meaning == "thinking"
+        self.pool = (cache.FullKVPool if keeps_steps else cache.KVPool)(
+            model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim, weight.dtype, weight.device
         )  # fmt: skip
-        self.position_bytes = self.pool.num_bytes // (num_slots * max_len)
-        """Keys and values of one position of one sequence."""
         self._num_tokens = num_tokens
-        self._live: dict[int, Live] = {}
-        self._seen: dict[int, Tensor] = {}
-        self._silent: dict[NextToken, Condition | None] = {}
-        self._context: tuple[list[cache.Segment], cache.PackedContext] | None = None
+        self._base_conditions: dict[int, Condition | None] = {}
+        """By block: its conditioning where no row has a noised target."""
+        self._packs: list[tuple[list[cache.Segment], cache.PackedContext]] = []
+        """The last ``PACKS`` packs, the newest last."""
 
-    def depth(self, num_steps: int) -> Depth:
-        """Core steps that each kind of position takes at K = num_steps."""
-        plan = self._plans[num_steps]
+    def step_counts(self, num_steps: int, blocks: frozenset[int] = frozenset()) -> StepCounts:
+        """Core steps that each kind of position takes at K = num_steps where it fills the cache of ``blocks``. Raises UserError."""
+        if num_steps not in self._plans:
+            most = len(self._plans)
+            raise UserError("num_steps", num_steps, "is out of range", f"this model takes 1 to {most}")
+        plan = self._plan_at(num_steps, blocks)
         context = max(i for i, commits in enumerate(plan.commit) if commits) + 1
-        return Depth(num_steps, plan.num_core_steps, context, max(context, score_step(plan) + 1))
+        return StepCounts(num_steps, plan.num_core_steps, context, max(context, score_step(plan) + 1))
 
     def sequence(self, number: int, request: Request, chunk: int) -> Sequence:
-        """The request as the engine steps it. chunk: prompt positions of a segment; a sweep's prompt is one."""
-        return Sequence(
-            number,
-            request,
-            self.depth(request.budget.steps_at(0)),
-            len(request.prompt) if request.sweep else chunk,
-        )
+        """The request as the engine steps it. chunk: prompt positions of a segment; a sweep's prompt is one segment."""
+        blocks, first = self._blocks_of(request.budget), request.budget.steps_at(0)
+        chunk = len(request.prompt) if request.sweep else chunk
+        return Sequence(number, request, self.step_counts(first, blocks), chunk, blocks)
 
-    def release(self, sequence_id: int) -> int:
-        """Forget the rows of a sequence that left -> the FLOPs it has taken."""
-        self._live.pop(sequence_id, None)
-        self._seen.pop(sequence_id, None)
-        return self._spent.pop(sequence_id, 0)
+    def _blocks_of(self, budget: StepBudget) -> frozenset[int]:
+        """Blocks that every position must fill where K varies: one that a position skipped would be a hole in its later context."""
+        if len(self._blocks) == 1 or not (budget.schedule or budget.lowers):
+            return frozenset()
+        highest = {budget.num_steps, *budget.schedule}
+        taken = {k for most in highest for k in range(1 if budget.lowers else most, most + 1)}
+        return frozenset(block for k in taken if k in self._plans for block in self._plans[k].blocks)
 
-    def _spend(self, sequences: list[Sequence], cost: Cost) -> None:
-        """Charge the rows of the open segments with one pass through a part of the network."""
-        for sequence in sequences:
-            segment, plan = sequence.segment, self._plan(sequence)
-            assert segment is not None
-            beside = plan.append_own and not plan.commit[segment.step]  # it sees the position's clean row too
-            self._spent[sequence.id] += cost.of(segment.start + beside, segment.length)
+    def _plan_at(self, num_steps: int, blocks: frozenset[int]) -> StepPlan:
+        """The plan at K, after a clean pass through those of ``blocks`` that it does not run through anyway."""
+        plan = self._plans[num_steps]
+        missing = tuple(sorted(blocks - set(plan.blocks), reverse=True))
+        if not missing:
+            return plan
+        key = (num_steps, blocks)
+        if key not in self._filling:
+            count = len(missing)
+            self._filling[key] = replace(
+                plan,
+                sigmas=(None,) * count + plan.sigmas,
+                readout=(True,) * count + plan.readout,
+                commit=(True,) * count + plan.commit,
+                blocks=missing + plan.blocks,
+                num_draws_skipped=count + plan.num_draws_skipped,
+            )
+        return self._filling[key]
+
+    def release(self, sequence: Sequence) -> int:
+        """Free what is kept for a sequence that leaves, while it still has its slot -> bytes of its keys and values."""
+        sequence.rows, self._packs = None, []
+        return 0 if sequence.slot == NO_SLOT else self.pool.free(sequence.slot, sequence.next_start)
 
     @torch.inference_mode()
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
         """One core step for the segment of every sequence in ``batch`` -> what came out, by sequence id.
 
-        Rows at work in different blocks of a network share no forward.
+        Rows that are in different blocks of a network share no forward. Whatever is raised, the step can be repeated with some of the
+        sequences once their ``rows`` and ``flops`` are what they were.
         """
         results: dict[int, StepResult] = {}
-        for index, owner in enumerate(self._blocks):
-            here = sorted(
-                (s for s in batch if self._block(s) == index), key=slot_of
-            )  # rdlm/nn/kv_cache.py reads neighbours in place
-            if here:
-                self._owner, self._cost = owner, self._costs[index]
-                results |= self._run(here)
+        for block in self._blocks:
+            # In the order of their slots: rdlm/nn/kv_cache.py reads neighbouring slots in place.
+            mine = sorted((s for s in batch if self._block_index(s) == block.index), key=lambda s: s.slot)
+            if mine:
+                results |= self._run(block, mine)
         return results
 
-    def _run(self, batch: list[Sequence]) -> dict[int, StepResult]:
-        self._enter([s for s in batch if step_of(s) == 0])
-        self._change_block([s for s in batch if step_of(s) and self._block(s, -1) != self._block(s)])
-        settled = self._core(batch)
-        return self._read(
-            [
-                s
-                for s in batch
-                if s.id in settled or self._reads(s) or is_measured(s, "predictions") or shows(s)
-            ],
-            settled,
-        )
+    def _run(self, block: Block, batch: list[Sequence]) -> dict[int, StepResult]:
+        self._enter(block, [s for s in batch if s.step == 0])
+        changing = [s for s in batch if s.step and self._block_index(s, -1) != block.index]
+        for sequence, e in zip(changing, self._encode(block, changing), strict=True):
+            sequence.rows = replace(
+                rows_of(sequence), e=e
+            )  # every block reads the tokens through a stem of its own
+        exiting = self._core(block, batch)
+        readers = [
+            s
+            for s in batch
+            if s.id in exiting or self._reads(s) or is_measured(s, "predictions") or reports_step(s)
+        ]
+        return self._read(block, readers, exiting) if readers else {}
 
     def _plan(self, sequence: Sequence) -> StepPlan:
-        return self._plans[sequence.depth.num_steps]
+        return self._plan_at(sequence.counts.num_steps, sequence.blocks)
 
-    def _block(self, sequence: Sequence, later: int = 0) -> int:
-        return self._plan(sequence).blocks[step_of(sequence) + later]
+    def _block_index(self, sequence: Sequence, later: int = 0) -> int:
+        return self._plan(sequence).blocks[sequence.step + later]
 
-    def _encode(self, sequences: list[Sequence]) -> Seq[Tensor]:
+    def _charge(self, sequences: list[Sequence], cost: Cost) -> None:
+        """Add the FLOPs of one pass of the open segments' rows through a part of the network."""
+        for sequence in sequences:
+            plan = self._plan(sequence)
+            appended = (
+                plan.append_own and not plan.commit[sequence.step]
+            )  # it attends to the position's clean row too
+            sequence.flops += cost.of(sequence.start + appended, sequence.length)
+
+    def _encode(self, block: Block, sequences: list[Sequence]) -> Seq[Tensor]:
         """Prelude of the segments' rows: [L, D] each."""
-        self._spend(sequences, self._cost.encode)
-        ids = [i for s in sequences if s.segment for i in s.token_ids(s.segment)]
-        e = self._owner.model.encode(
-            torch.tensor([ids], device=self.device), self._pack(sequences, once=True)
-        )  # [1, N, D]
-        return e[0].split([length_of(s) for s in sequences])
+        if not sequences:
+            return []
+        self._charge(sequences, block.costs.encode)
+        ids = torch.tensor([[i for s in sequences for i in s.token_ids()]], device=self.device)
+        e = block.denoiser.model.encode(ids, self._pack(sequences, once=True))  # [1, N, D]
+        return e[0].split([s.length for s in sequences])
 
-    def _change_block(self, changing: list[Sequence]) -> None:
-        """Every block reads the tokens through a stem of its own."""
-        if changing:
-            for sequence, rows in zip(changing, self._encode(changing), strict=True):
-                self._live[sequence.id].e = rows
-
-    def _enter(self, entering: list[Sequence]) -> None:
+    def _enter(self, block: Block, entering: list[Sequence]) -> None:
         """Prelude and initial state of segments that have just opened."""
-        if not entering:
-            return
-        for sequence, rows in zip(entering, self._encode(entering), strict=True):
-            self._seen.pop(sequence.id, None)
-            request, start = sequence.request, sequence.segment.start if sequence.segment else 0
-            draw = generator(request.seed, request.choice, start, STATE)
-            self._live[sequence.id] = Live(rows, self._owner.model.initial_state(rows[None], draw)[0])
+        for sequence, e in zip(entering, self._encode(block, entering), strict=True):
+            draw = generator(sequence.request.seed, sequence.request.choice, sequence.start, STATE)
+            sequence.rows = Rows(e, block.denoiser.model.initial_state(e[None], draw)[0])
 
-    def _core(self, batch: list[Sequence]) -> set[int]:
-        """One core step -> ids of the sequences whose states have settled."""
-        lengths = [length_of(s) for s in batch]
-        lives = [self._live[s.id] for s in batch]
-        for live, length in zip(lives, lengths, strict=True):
-            if (
-                max(len(live.e), len(live.state)) > length
-            ):  # the segment has shrunk to the position that is drawn from
-                live.e, live.state = live.e[-length:], live.state[-length:]
-        state, e = (
-            torch.cat([getattr(live, name) for live in lives])[None] for name in ("state", "e")
-        )  # [1, N, D]
-        sigmas = [
-            self._plan(s).sigmas[step_of(s)] for s, n in zip(batch, lengths, strict=True) for _ in range(n)
-        ]
-        self._spend(batch, self._cost.core)
-        for sequence, length in zip(batch, lengths, strict=True):
-            if self._plan(sequence).sigmas[step_of(sequence)] is not None:
-                self._spent[sequence.id] += length * self._cost.condition
-        cond = self._condition(sigmas, state)
-        after = self._owner.step(state, e, cond, self._pack(batch, once=False))
-        for sequence, live, rows in zip(batch, lives, after[0].split(lengths), strict=True):
-            live.before = live.state[-1] if shows(sequence) else None
-            live.state = rows
-        return exits_on_states(batch, lengths, state[0], after[0])
+    def _core(self, block: Block, batch: list[Sequence]) -> set[int]:
+        """One core step -> ids of the sequences that exit on their states."""
+        lengths = [s.length for s in batch]
+        # A segment that has shrunk to the position that is drawn keeps its last row.
+        before = torch.cat([rows_of(s).state[-s.length :] for s in batch])[None]  # [1, N, D]
+        e = torch.cat([rows_of(s).e[-s.length :] for s in batch])[None]
+        sigmas = [self._plan(s).sigmas[s.step] for s in batch for _ in range(s.length)]
+        self._charge(batch, block.costs.core)
+        for sequence in batch:
+            if self._plan(sequence).sigmas[sequence.step] is not None:
+                sequence.flops += sequence.length * block.costs.condition
+        condition = self._condition(block, sigmas, before)
+        after = block.denoiser.step(before, e, condition, self._pack(batch, once=False))[0]
+        parts = zip(batch, before[0].split(lengths), e[0].split(lengths), after.split(lengths), strict=True)
+        for sequence, was, own, state in parts:
+            previous = was[-1] if reports_step(sequence) else None
+            sequence.rows = replace(rows_of(sequence), e=own, state=state, previous=previous)
+        return exits_on_states(batch, lengths, before[0], after)
 
-    def _condition(self, sigmas: Seq[float | None], like: Tensor) -> Condition | None:
-        """What the core is told about the rows' levels. Where all are z = 0 it is one constant of the block."""
+    def _condition(self, block: Block, sigmas: Seq[float | None], like: Tensor) -> Condition | None:
+        """Conditioning of the core on the rows' noise levels. Where all are z = 0 it is one constant of the block."""
         if any(sigma is not None for sigma in sigmas):
-            return self._owner.condition(self._levels(sigmas)[None], like)
-        if self._owner not in self._silent:
-            self._silent[self._owner] = self._owner.condition(None, like)
-        return self._silent[self._owner]
+            return block.denoiser.condition(self._levels(sigmas)[None], like)
+        if block.index not in self._base_conditions:
+            self._base_conditions[block.index] = block.denoiser.condition(None, like)
+        return self._base_conditions[block.index]
 
     def _levels(self, sigmas: Seq[float | None]) -> Tensor:
         """fp32 [N]; a row without a noised target reads at sigma_max."""
@@ -203,54 +279,48 @@ class Runner:
         return torch.tensor([top if sigma is None else sigma for sigma in sigmas], device=self.device)
 
     def _pack(self, sequences: list[Sequence], once: bool) -> cache.PackedContext:
-        """The context of the sequences' rows; the last one serves again while no row moves to another position."""
+        """The context of the sequences' rows, a recent one where it is the same: while no row moves to another position."""
         segments = [segment for s in sequences for segment in self._cache_segments(s, once)]
-        if self._context is None or self._context[0] != segments:
-            self._context = (segments, cache.PackedContext(self.pool, segments))
-        return self._context[1]
+        for known, pack in self._packs:
+            if known == segments:
+                return pack
+        pack = cache.PackedContext(self.pool, segments)
+        self._packs = [*self._packs[1 - PACKS :], (segments, pack)]
+        return pack
 
     def _cache_segments(self, sequence: Sequence, once: bool) -> list[cache.Segment]:
         """The sequence's rows as the cache sees them. once: a prelude or coda pass, whose keys do not depend on the step."""
-        segment, plan = sequence.segment, self._plan(sequence)
-        assert segment is not None and sequence.slot is not None
-        commit = plan.commit[segment.step]
-        step = 0 if once or self.pool.depth == 1 else segment.step
-        spans = (
-            [(segment.start, segment.length)]
-            if commit
-            else [(segment.start + i, 1) for i in range(segment.length)]
-        )
-        return [cache.Segment(sequence.slot, start, n, step, commit, plan.append_own) for start, n in spans]
+        plan, start, length = self._plan(sequence), sequence.start, sequence.length
+        commit = plan.commit[sequence.step]
+        step = 0 if once or not self.pool.keeps_steps else sequence.step
+        spans = [(start, length)] if commit else [(start + i, 1) for i in range(length)]
+        return [cache.Segment(sequence.slot, first, n, step, commit, plan.append_own) for first, n in spans]
 
-    def _read(self, readers: list[Sequence], settled: set[int]) -> dict[int, StepResult]:
-        """Coda for every row that reads out; head, log-probabilities and a draw for those somebody needs.
+    def _read(self, block: Block, readers: list[Sequence], exiting: set[int]) -> dict[int, StepResult]:
+        """Coda for every row that is read out; head, log-probabilities and a draw where they are needed.
 
-        settled: sequences that leave with this step. Those that only compare predictions either join them or go on.
+        exiting: sequences that exit on their states. Those that only compare predictions either join them or go on.
         """
-        if not readers:
-            return {}
-        self._spend(readers, self._cost.decode)
-        state = torch.cat([self._live[s.id].state for s in readers])[None]
-        hidden = self._owner.model.decode(state, self._pack(readers, once=True))[0].split(
-            [length_of(s) for s in readers]
+        self._charge(readers, block.costs.decode)
+        state = torch.cat([rows_of(s).state for s in readers])[None]
+        hidden = block.denoiser.model.decode(state, self._pack(readers, once=True))[0]
+        read = list(zip(readers, hidden.split([s.length for s in readers]), strict=True))
+        exiting = exiting | self._exits(block, [(s, h[-1]) for s, h in read if is_measured(s, "predictions")])
+        glimpses = self._glimpses(
+            block, [(s, h[-1]) for s, h in read if reports_step(s) and s.id not in exiting]
         )
-        read = list(zip(readers, hidden, strict=True))
-        settled = settled | self._converged(
-            [(s, rows[-1]) for s, rows in read if is_measured(s, "predictions")]
-        )
-        glimpses = self._glimpses([(s, rows[-1]) for s, rows in read if shows(s) and s.id not in settled])
-        read = [(s, rows) for s, rows in read if s.id in settled or self._reads(s)]
-        results = {s.id: StepResult(exited=s.id in settled) for s, _ in read}
-        for sequence, rows in read:
-            if sequence.request.prompt_logprobs is not None and self._is_likelihood(sequence, results):
-                results[sequence.id].prompt_logprobs = self._score(sequence, rows)
+        read = [(s, h) for s, h in read if s.id in exiting or self._reads(s)]
+        results = {s.id: StepResult(exited=s.id in exiting) for s, _ in read}
+        for sequence, h in read:
+            if sequence.request.prompt_logprobs is not None and self._is_likelihood(
+                sequence, sequence.id in exiting
+            ):
+                results[sequence.id].prompt_logprobs = self._score(block, sequence, h)
         drawing = [
-            (s, rows[-1])
-            for s, rows in read
-            if s.draws and (s.id in settled or predicts(self._plan(s), step_of(s)))
+            (s, h[-1]) for s, h in read if s.draws and (s.id in exiting or predicts(self._plan(s), s.step))
         ]
         if drawing:
-            self._draw([s for s, _ in drawing], torch.stack([row for _, row in drawing]), results)
+            self._draw(block, [s for s, _ in drawing], torch.stack([h for _, h in drawing]), results)
         for sequence, _ in read:
             self._start_level(sequence)
         for number, glimpse in glimpses.items():
@@ -258,149 +328,153 @@ class Runner:
         return results
 
     def _reads(self, sequence: Sequence) -> bool:
-        """Whether the step reads out whatever it found: by plan, or for a sweep."""
-        return (
-            self._plan(sequence).readout[step_of(sequence)] or step_of(sequence) + 1 in sequence.request.sweep
-        )
+        """Whether the step is read out in any case: by plan, or for a sweep."""
+        return self._plan(sequence).readout[sequence.step] or sequence.step + 1 in sequence.request.sweep
 
-    def _is_likelihood(self, sequence: Sequence, results: dict[int, StepResult]) -> bool:
+    def _is_likelihood(self, sequence: Sequence, exits: bool) -> bool:
         """Whether this step's read-out is the normalised likelihood; that of a thinking model always is."""
         if sequence.request.sweep:
-            return step_of(sequence) + 1 in sequence.request.sweep
-        return results[sequence.id].exited or step_of(sequence) == score_step(self._plan(sequence))
+            return sequence.step + 1 in sequence.request.sweep
+        return exits or sequence.step == score_step(self._plan(sequence))
 
-    def _converged(self, watching: list[tuple[Sequence, Tensor]]) -> set[int]:
-        """Ids of those whose prediction, read from hidden [D], satisfies their exit criterion."""
-        if not watching:
+    def _exits(self, block: Block, measured: list[tuple[Sequence, Tensor]]) -> set[int]:
+        """Ids of the sequences whose prediction, read from hidden [D], satisfies their exit criterion."""
+        if not measured:
             return set()
-        self._spent.update({s.id: self._cost.head for s, _ in watching})
-        prior = self._owner.predict(torch.stack([row for _, row in watching])).prior[:, : self._num_tokens]
-        return exits_on_predictions([s for s, _ in watching], prior, self._seen)
+        for sequence, _ in measured:
+            sequence.flops += block.costs.head
+        prior = block.denoiser.predict(torch.stack([h for _, h in measured])).prior[:, : self._num_tokens]
+        sequences = [s for s, _ in measured]
+        exiting, memory = exits_on_predictions(sequences, prior, [rows_of(s).memory for s in sequences])
+        for sequence, kept in zip(sequences, memory, strict=True):
+            sequence.rows = replace(rows_of(sequence), memory=kept)
+        return exiting
 
-    def _glimpses(self, showing: list[tuple[Sequence, Tensor]]) -> dict[int, Glimpse]:
-        """What rows that go on would say now, by sequence id; from their last hidden [D]."""
-        if not showing:
+    def _glimpses(self, block: Block, reported: list[tuple[Sequence, Tensor]]) -> dict[int, Glimpse]:
+        """Intermediate read-outs of rows that go on, by sequence id; from their last hidden [D]."""
+        if not reported:
             return {}
-        sequences = [s for s, _ in showing]
-        prior = self._predict(sequences, torch.stack([row for _, row in showing])).prior
+        sequences = [s for s, _ in reported]
+        prior = self._predict(block, sequences, torch.stack([h for _, h in reported])).prior
         most = max(s.request.show.top for s in sequences if s.request.show)
+        best = prior[:, : self._num_tokens].argmax(-1)
         found: dict[int, Glimpse] = {}
-        for sequence, entry in zip(sequences, logprobs_of(prior, prior.argmax(-1), most), strict=True):
-            live, show = self._live[sequence.id], sequence.request.show
-            assert show is not None and live.before is not None
-            moved = LatentDiff.measure(live.before[None], live.state[-1:]).item()
-            found[sequence.id] = Glimpse(step_of(sequence) + 1, moved, entry.top[: show.top])
+        for sequence, entry in zip(sequences, logprobs_of(prior, best, most, self._num_tokens), strict=True):
+            rows, show = rows_of(sequence), sequence.request.show
+            assert show is not None and rows.previous is not None
+            moved = LatentDiff.measure(rows.previous[None], rows.state[-1:]).item()
+            found[sequence.id] = Glimpse(sequence.step + 1, moved, entry.top[: show.top])
         return found
 
     def _start_level(self, sequence: Sequence) -> None:
         """After a read-out that is not the last, the next level starts from z = 0 unless a bridge set it."""
-        plan, step = self._plan(sequence), step_of(sequence)
+        plan, step = self._plan(sequence), sequence.step
         if plan.readout[step] and step + 1 < plan.num_core_steps and plan.sigmas[step + 1] is None:
-            self._live[sequence.id].state = torch.zeros_like(self._live[sequence.id].state)
+            rows = rows_of(sequence)
+            sequence.rows = replace(rows, state=torch.zeros_like(rows.state))
 
-    def _score(self, sequence: Sequence, hidden: Tensor) -> list[TokenLogprobs]:
+    def _score(self, block: Block, sequence: Sequence, hidden: Tensor) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt tokens that follow the segment's rows. hidden [L, D]."""
-        segment, request = sequence.segment, sequence.request
-        assert segment is not None and request.prompt_logprobs is not None
-        targets = request.prompt[segment.start + 1 : segment.start + 1 + segment.length]
-        self._spent[sequence.id] += len(targets) * self._cost.head
+        request, first = sequence.request, sequence.start + 1
+        assert request.prompt_logprobs is not None
+        targets = request.prompt[first : first + sequence.length]
+        sequence.flops += len(targets) * block.costs.head
         found: list[TokenLogprobs] = []
         chunk = max(1, LOGITS_AT_ONCE // self.config.model.vocab_size)
         for start in range(0, len(targets), chunk):
             wanted = torch.tensor(targets[start : start + chunk], device=self.device)
-            prior = self._owner.predict(hidden[start : start + len(wanted)]).prior
-            found += logprobs_of(prior, wanted, request.prompt_logprobs)
+            prior = block.denoiser.predict(hidden[start : start + len(wanted)]).prior
+            found += logprobs_of(prior, wanted, request.prompt_logprobs, self._num_tokens)
         return found
 
-    def _draw(self, rows: list[Sequence], hidden: Tensor, results: dict[int, StepResult]) -> None:
+    def _draw(
+        self, block: Block, drawn: list[Sequence], hidden: Tensor, results: dict[int, StepResult]
+    ) -> None:
         """Draw a token for each row: the last step's is the answer, before it a bridge leads on. hidden [M, D]."""
-        prediction = self._predict(rows, hidden)
-        for i, sequence in enumerate(rows):
-            if sequence.request.logprobs is not None and self._is_likelihood(sequence, results):
-                self._live[sequence.id].prior = prediction.prior[i]
-        uniforms = [uniform(s.request.seed, s.request.choice, s.context_length, step_of(s)) for s in rows]
-        params, histories = [s.request.sampling for s in rows], [s.history for s in rows]
+        prediction = self._predict(block, drawn, hidden)
+        for i, sequence in enumerate(drawn):
+            if sequence.request.logprobs is not None and self._is_likelihood(
+                sequence, results[sequence.id].exited
+            ):
+                sequence.rows = replace(rows_of(sequence), prior=prediction.prior[i])
+        uniforms = [uniform(s.request.seed, s.request.choice, s.context_length, s.step) for s in drawn]
+        params, histories = [s.request.sampling for s in drawn], [s.history for s in drawn]
         known = slice(0, self._num_tokens)
         evidence = None if prediction.evidence is None else prediction.evidence[:, known]
         ids = sample(prediction.prior[:, known], params, histories, uniforms, evidence)
-        again: list[int] = []
+        renoised: list[int] = []
         flowing: list[int] = []
-        for i, (sequence, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
-            if step_of(sequence) + 1 < sequence.depth.drawn and not results[sequence.id].exited:
-                (again if params[i].bridge == "hard" else flowing).append(i)
+        for i, (sequence, token) in enumerate(zip(drawn, ids.tolist(), strict=True)):
+            if sequence.step + 1 < sequence.counts.drawn and not results[sequence.id].exited:
+                (renoised if params[i].bridge == "hard" else flowing).append(i)
                 continue
-            prior, count = self._live[sequence.id].prior, sequence.request.logprobs
+            prior, count = rows_of(sequence).prior, sequence.request.logprobs
             logprobs = (
-                None if prior is None or count is None else logprobs_of(prior[None], ids[i : i + 1], count)[0]
+                None
+                if prior is None or count is None
+                else logprobs_of(prior[None], ids[i : i + 1], count, self._num_tokens)[0]
             )
-            results[sequence.id].drawn = (Drawn(token, logprobs),)
-        if again:
-            self._bridge([rows[i] for i in again], self._renoised([rows[i] for i in again], ids[again]))
+            results[sequence.id].tokens, results[sequence.id].logprobs = (token,), (logprobs,)
+        if renoised:
+            rows = [drawn[i] for i in renoised]
+            self._bridge(block, rows, self._renoised(rows, ids[renoised]))
         if flowing:
+            rows = [drawn[i] for i in flowing]
             logits = process(
                 prediction.prior[flowing, known],
                 [params[i] for i in flowing],
                 [histories[i] for i in flowing],
             )
-            x0 = expected_target(
-                logits if evidence is None else logits + evidence[flowing], self._owner.unit_table()[known]
+            total = logits if evidence is None else logits + evidence[flowing]
+            self._bridge(
+                block, rows, self._flowed(rows, expected_target(total, block.denoiser.unit_table()[known]))
             )
-            self._bridge([rows[i] for i in flowing], self._flowed([rows[i] for i in flowing], x0))
 
-    def _predict(self, rows: list[Sequence], hidden: Tensor) -> Prediction:
-        sigmas = [self._plan(s).sigmas[step_of(s)] for s in rows]
-        evident = self._owner.evidence_scale is not None  # what z says is a second read-out
-        self._spent.update(
-            {
-                s.id: self._cost.head * (1 + (evident and x is not None))
-                for s, x in zip(rows, sigmas, strict=True)
-            }
-        )
+    def _predict(self, block: Block, rows: list[Sequence], hidden: Tensor) -> Prediction:
+        sigmas = [self._plan(s).sigmas[s.step] for s in rows]
+        has_evidence = block.denoiser.evidence_scale is not None  # a second read-out, of z
+        for sequence, sigma in zip(rows, sigmas, strict=True):
+            sequence.flops += block.costs.head * (1 + (has_evidence and sigma is not None))
         if all(sigma is None for sigma in sigmas):
-            return self._owner.predict(hidden)
-        silent = hidden.new_zeros(hidden.shape[1], dtype=torch.float32)
-        z = torch.stack([silent if (kept := self._live[s.id].z) is None else kept for s in rows])
-        return self._owner.predict(hidden, z, self._levels(sigmas))
+            return block.denoiser.predict(hidden)
+        zero = hidden.new_zeros(hidden.shape[1], dtype=torch.float32)
+        z = torch.stack([zero if (kept := rows_of(s).z) is None else kept for s in rows])
+        return block.denoiser.predict(hidden, z, self._levels(sigmas))
 
-    def _bridge(self, rows: list[Sequence], z: Tensor) -> None:
+    def _bridge(self, block: Block, rows: list[Sequence], z: Tensor) -> None:
         """Put z [M, D] of each row's next level in the state's place."""
-        sigma = self._levels([self._plan(s).sigmas[step_of(s) + 1] for s in rows])
-        for sequence, row, state in zip(rows, z, self._owner.inject(z, sigma), strict=True):
-            live = self._live[sequence.id]
-            live.z, live.state = row, state[None]
+        sigma = self._levels([self._plan(s).sigmas[s.step + 1] for s in rows])
+        for sequence, row, state in zip(rows, z, block.denoiser.inject(z, sigma), strict=True):
+            sequence.rows = replace(rows_of(sequence), z=row, state=state[None])
 
     def _noise(self, sequence: Sequence) -> Tensor:
         """Standard normal [D] of the step now taken."""
-        draw = generator(
-            sequence.request.seed, sequence.request.choice, sequence.context_length, step_of(sequence), NOISE
-        )
+        request = sequence.request
+        draw = generator(request.seed, request.choice, sequence.context_length, sequence.step, NOISE)
         return torch.randn(self.config.model.d_model, generator=draw).to(self.device)
 
     def _renoised(self, rows: list[Sequence], ids: Tensor) -> Tensor:
         """Hard bridge: drawn ids [M] -> z [M, D] at each row's next level."""
-        sigma = self._levels([self._plan(s).sigmas[step_of(s) + 1] for s in rows])
+        sigma = self._levels([self._plan(s).sigmas[s.step + 1] for s in rows])
         noise = torch.stack([self._noise(s) for s in rows])
         z = torch.empty_like(noise)
-        for index in {self._block(s, 1) for s in rows}:
-            into = torch.tensor([self._block(s, 1) == index for s in rows], device=self.device)
-            z[into] = renoise(self._blocks[index], ids[into], sigma[into], noise[into])
+        for index in {self._block_index(s, 1) for s in rows}:
+            into = torch.tensor([self._block_index(s, 1) == index for s in rows], device=self.device)
+            z[into] = renoise(self._blocks[index].denoiser, ids[into], sigma[into], noise[into])
         return z
 
     def _flowed(self, rows: list[Sequence], x0: Tensor) -> Tensor:
         """Soft bridge: estimates x0 [M, D] -> z [M, D] at each row's next level.
 
         The first level is read at z = 0; the ODE starts from the noise that this stands for: at sigma_max, far above the unit rows,
-        it says nothing about the token.
+        it carries nothing about the token.
         """
-        top = self.denoiser.noise.sigma_max
+        top, flows = self.denoiser.noise.sigma_max, []
         for sequence, estimate in zip(rows, x0, strict=True):
-            live, (sigma, below) = (
-                self._live[sequence.id],
-                self._plan(sequence).sigmas[step_of(sequence) :][:2],
-            )
-            at = live.flow or Flow(top * self._noise(sequence))
+            sigma, below = self._plan(sequence).sigmas[sequence.step :][:2]
+            at = rows_of(sequence).flow or Flow(top * self._noise(sequence))
             assert below is not None
-            live.flow = sampler_named(sequence.request.sampling.bridge).step(
-                at, estimate, sigma or top, below
-            )
-        return torch.stack([live.flow.z for s in rows if (live := self._live[s.id]).flow])
+            sampler = sampler_named(sequence.request.sampling.bridge)
+            flows.append(sampler.step(at, estimate, sigma or top, below))
+            sequence.rows = replace(rows_of(sequence), flow=flows[-1])
+        return torch.stack([flow.z for flow in flows])

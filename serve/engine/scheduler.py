@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 
-from serve.engine.sequence import Sequence
+from serve.engine.sequence import NO_SLOT, Sequence
 
 
 class Scheduler:
@@ -38,11 +38,10 @@ class Scheduler:
             sequence = self.waiting.popleft()
             sequence.slot = self._free.pop()
             self.running[sequence.id] = sequence
-        open_rows = [s.segment.length for s in self.running.values() if s.segment is not None]
-        budget = self.prefill_rows - sum(length for length in open_rows if length > 1)
+        budget = self.prefill_rows - sum(s.length for s in self.running.values() if s.length > 1)
         blocked = False
         for sequence in self.running.values():
-            if sequence.segment is not None:
+            if sequence.is_open:
                 continue
             length = sequence.next_length()
             if length == 1:
@@ -54,21 +53,15 @@ class Scheduler:
                 budget -= length
             else:
                 blocked = True  # a later, shorter prompt must not overtake
-        return [s for s in self.running.values() if s.segment is not None]
+        return [s for s in self.running.values() if s.is_open]
 
-    def remove(self, sequence_id: int) -> Sequence | None:
-        """Forget a sequence, whatever its state, and free its slot; None when it is not here."""
-        sequence = self.running.pop(sequence_id, None)
-        if sequence is not None:
-            assert sequence.slot is not None
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, whatever its state, and free its slot."""
+        if self.running.pop(sequence.id, None) is not None:
             self._free.append(sequence.slot)
-            sequence.slot = sequence.segment = None
-            return sequence
-        for sequence in self.waiting:
-            if sequence.id == sequence_id:
-                self.waiting.remove(sequence)
-                return sequence
-        return None
+            sequence.slot, sequence.length = NO_SLOT, 0
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
 
     @property
     def free_slots(self) -> int:

@@ -1,7 +1,7 @@
-"""One sequence as the engine sees it: what was asked, which rows are in flight, what came out. No torch here.
+"""A request and its sequence, the one object that the engine keeps for it. No torch here.
 
 A *segment* is the contiguous run of positions of one sequence that steps together: a chunk of the prompt, or the one position
-that is being decoded. Only a segment that ends the context is drawn from.
+that is being decoded. A token is drawn only from a segment that ends the context.
 """
 
 from __future__ import annotations
@@ -9,17 +9,25 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from rdlm.sampling_params import History, Order, SamplingParams
+from serve.engine.detokenizer import Detokenizer
+from serve.engine.events import Usage
 from serve.engine.exits import ExitRule
+
+if TYPE_CHECKING:
+    from serve.engine.events import Sink
+
+NO_SLOT = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Depth:
-    """How many core steps each kind of position takes at one K; the runner derives it from the checkpoint's step plan."""
+class StepCounts:
+    """Core steps that each kind of position takes at one K; the runner derives them from the checkpoint's step plan."""
 
     num_steps: int
-    """K as the user asked for it."""
+    """K as the request has it."""
     drawn: int
     """Steps of a position that a token is drawn from."""
     context: int
@@ -30,14 +38,14 @@ class Depth:
 
 @dataclass(frozen=True, slots=True)
 class StepBudget:
-    """How many core steps (or noise levels, or unmasking steps) the positions of one request may take: the only carrier of K."""
+    """How many core steps (noise levels, unmasking steps) the positions of one request may take: the only carrier of K."""
 
     num_steps: int
     """K; with ``exit``, ``schedule`` or ``max_ms`` the most steps of a position."""
     exit: ExitRule | None = None
     """For thinking models only: the others need every step."""
     schedule: tuple[int, ...] = ()
-    """K of the prompt (and so of the first token), of the position of the second token, ...; the last entry goes on. Empty: all K."""
+    """K of the prompt (and so of the first token), of the position of the second token, ...; the last entry goes on. Empty: K."""
     min_steps: int = 1
     """Fewest steps that a deadline may lower K to."""
     max_ms: int | None = None
@@ -57,7 +65,7 @@ class StepBudget:
 
 @dataclass(frozen=True, slots=True)
 class Show:
-    """What a stream tells of steps before the last: ``top`` likeliest tokens every ``every`` steps."""
+    """Intermediate read-outs in a stream: the ``top`` likeliest tokens after every ``every`` steps of a position."""
 
     every: int
     top: int
@@ -86,16 +94,7 @@ class Request:
     so that step r sees step r everywhere, whatever the cache."""
     show: Show | None = None
     order: Order = "random"
-    """Of masked models: which tokens come into sight first."""
-
-
-@dataclass(slots=True)
-class Segment:
-    """Positions start .. start + length - 1 of a sequence, about to take core step ``step``."""
-
-    start: int
-    length: int
-    step: int = 0
+    """Which tokens a masked model unmasks first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +107,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Glimpse:
-    """What a position would have said after a step that is not its last."""
+    """An intermediate read-out: what a position predicts after a step that is not its last."""
 
     step: int
     delta: float
@@ -117,44 +116,80 @@ class Glimpse:
     """(token, log-probability under the raw model), best first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A token of the answer, with log-probabilities if they were asked for."""
-
-    token: int
-    logprobs: TokenLogprobs | None = None
-
-
 @dataclass(slots=True)
 class StepResult:
-    """What one sequence got out of one engine step: the next tokens of its answer, log-probabilities if they were asked for."""
+    """What one sequence got out of one engine step."""
 
-    drawn: Seq[Drawn] = ()
+    tokens: Seq[int] = ()
+    """The next tokens of its answer."""
+    logprobs: Seq[TokenLogprobs | None] = ()
+    """One entry a token, None where none were requested."""
     exited: bool = False
-    """Whether the segment leaves with this step, before its last."""
+    """Whether the segment exits with this step, before its last."""
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """Of prompt tokens start + 1 .. of the segment, in order."""
+    """Those of prompt tokens start + 1 .. of the segment, in order."""
     glimpse: Glimpse | None = None
+    error: Exception | None = None
+    """Why the step failed for this sequence; nothing else is set then."""
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request in the engine. The scheduler moves it; the runner only reads it."""
+    """A request in the engine: the open segment, the output, its text, its times and the work it took.
+
+    Only the scheduler and the engine write it, except for ``rows`` and ``flops``: a runner replaces these two and changes nothing
+    else, so that restoring them undoes a failed step. Times are seconds of the monotonic clock.
+    """
 
     id: int
     request: Request
-    depth: Depth
-    """Of the open segment; between segments, of the next. ``StepBudget.schedule`` and ``max_ms`` make it change."""
+    counts: StepCounts
+    """Those of the open segment; between segments, of the next. ``StepBudget.schedule`` and ``max_ms`` make them change."""
     chunk: int
     """Prompt positions per segment: fixed, so that the cut never depends on what else is running."""
-    slot: int | None = None
-    segment: Segment | None = None
+    blocks: frozenset[int] = frozenset()
+    """Of a network of blocks: those whose cache each position fills although its own K may not run them, where K varies."""
+    slot: int = NO_SLOT
+    start: int = 0
+    """Position of the open segment's first row."""
+    length: int = 0
+    """Rows of the open segment; 0 while none is open."""
+    step: int = 0
+    """The core step that the open segment is about to take, from 0."""
     next_start: int = 0
     output: list[int] = field(default_factory=list)
+
+    rows: Any = None
+    """The runner's tensors of the open segment, an immutable object."""
+    flops: int = 0
     prompt_row_steps: int = 0
     decode_row_steps: int = 0
     saved_row_steps: int = 0
     """Core steps of positions that exits have spared."""
+    token_steps: int = 0
+    exits: int = 0
+    lowered: int = 0
+    """Segments that took fewer steps than requested, to meet the deadline."""
+
+    index: int = 0
+    """The request's place in the list given to ``Engine.submit``."""
+    sink: Sink = field(init=False)
+    detokenizer: Detokenizer = field(init=False)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Those that no event has carried yet."""
+    sweep: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+    submitted: float = 0.0
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float = 0.0
+    overdue: bool = False
+    """Whether the deadline ended the answer."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a segment is in flight."""
+        return self.length > 0
 
     @property
     def context_length(self) -> int:
@@ -167,19 +202,16 @@ class Sequence:
     @property
     def is_done(self) -> bool:
         """Whether nothing is left to do: the prompt has been read and no token is wanted."""
-        return self.segment is None and not self.wants_token and self.next_start >= len(self.request.prompt)
+        return not self.is_open and not self.wants_token and self.next_start >= len(self.request.prompt)
 
     @property
     def prompt_steps(self) -> int:
-        return self.depth.context if self.request.prompt_logprobs is None else self.depth.scored
+        return self.counts.context if self.request.prompt_logprobs is None else self.counts.scored
 
     @property
     def draws(self) -> bool:
-        """Whether the last position of the current segment is one that a token is drawn from."""
-        segment = self.segment
-        return (
-            segment is not None and self.wants_token and segment.start + segment.length == self.context_length
-        )
+        """Whether a token is drawn from the last position of the open segment."""
+        return self.is_open and self.wants_token and self.start + self.length == self.context_length
 
     @property
     def banned(self) -> Collection[int]:
@@ -189,17 +221,22 @@ class Sequence:
     def history(self) -> History:
         return History(self.request.prompt, self.output, self.banned)
 
-    def token_ids(self, segment: Segment) -> list[int]:
-        """Input ids of the segment's positions."""
-        boundary = len(self.request.prompt)
-        if segment.start >= boundary:
-            return self.output[segment.start - boundary : segment.start - boundary + segment.length]
-        return list(self.request.prompt[segment.start : segment.start + segment.length])
+    @property
+    def deadline(self) -> float | None:
+        limit = self.request.budget.max_ms
+        return None if limit is None else self.submitted + limit / 1000
 
     @property
     def next_token(self) -> int:
         """Number of the token that is drawn from the segment to open next, or after it (chunks of a prompt): 0, 1, ..."""
         return max(0, self.next_start - len(self.request.prompt) + 1)
+
+    def token_ids(self) -> list[int]:
+        """Input ids of the open segment's positions."""
+        boundary, end = len(self.request.prompt), self.start + self.length
+        if self.start >= boundary:
+            return self.output[self.start - boundary : end - boundary]
+        return list(self.request.prompt[self.start : end])
 
     def next_length(self) -> int:
         """Positions of the segment to open next."""
@@ -208,24 +245,79 @@ class Sequence:
 
     def open(self) -> None:
         """Put the next segment in flight."""
-        assert self.segment is None
-        self.segment = Segment(self.next_start, self.next_length())
-        self.next_start += self.segment.length
+        assert not self.is_open
+        self.start, self.length, self.step = self.next_start, self.next_length(), 0
+        self.next_start += self.length
 
-    def advance(self, exited: bool = False) -> bool:
-        """Record one core step. True when the segment's last position is done, or exits, and so the segment is closed."""
-        segment = self.segment
-        assert segment is not None
-        prompt_rows = max(0, min(len(self.request.prompt) - segment.start, segment.length))
+    def advance(self, exited: bool = False) -> None:
+        """Record one core step; close the segment where it was the last one of its last position, or where it exits."""
+        assert self.is_open
+        prompt_rows = max(0, min(len(self.request.prompt) - self.start, self.length))
         self.prompt_row_steps += prompt_rows
-        self.decode_row_steps += segment.length - prompt_rows
-        segment.step += 1
+        self.decode_row_steps += self.length - prompt_rows
+        self.step += 1
         draws = self.draws
-        needed = self.depth.drawn if draws else self.prompt_steps
-        if exited or segment.step >= needed:
-            self.saved_row_steps += (needed - segment.step) * segment.length
-            self.segment = None
-            return True
-        if draws and segment.length > 1 and segment.step >= self.prompt_steps:
-            segment.start, segment.length = segment.start + segment.length - 1, 1  # the rest was only context
-        return False
+        needed = self.counts.drawn if draws else self.prompt_steps
+        if exited or self.step >= needed:
+            self.saved_row_steps += (needed - self.step) * self.length
+            self.length = 0
+        elif draws and self.length > 1 and self.step >= self.prompt_steps:
+            self.start, self.length = self.start + self.length - 1, 1  # the rest was only context
+
+    def append(self, token: int, steps: int, exited: bool) -> tuple[str, str | None]:
+        """Append a drawn token -> the text that is now certain, and why the answer ends with it (None: it goes on)."""
+        self.output.append(token)
+        self.token_steps += steps
+        self.exits += exited
+        may_stop = len(self.output) > self.request.min_tokens
+        if token in self.request.stop_ids and may_stop:
+            return self.detokenizer.finish(), "stop"
+        text, stopped = self.detokenizer.feed(token, may_stop)
+        if stopped:
+            return text, "stop"
+        return (text, None) if self.wants_token else (text + self.detokenizer.finish(), "length")
+
+    def add_prompt_logprobs(self, logprobs: list[TokenLogprobs], steps: int) -> None:
+        """Record log-probabilities of prompt tokens after ``steps`` core steps."""
+        if self.request.sweep:
+            self.sweep[steps] = logprobs
+        else:
+            self.prompt_logprobs += logprobs
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs] | None:
+        taken, self.prompt_logprobs = self.prompt_logprobs, []
+        return taken or None
+
+    def time_token(self, now: float) -> float | None:
+        """Record the time of a token -> seconds since the one before; None for the first."""
+        before, self.last_token = self.last_token, now
+        if self.first_token is None:
+            self.first_token = now
+            return None
+        return now - before
+
+    def expire(self) -> str:
+        """Record that the deadline has passed -> why the answer ends: "length", or "expired" where there is nothing to return."""
+        self.overdue = True
+        only_scores = self.request.prompt_logprobs is not None and not self.output
+        return "expired" if self.started is None or only_scores else "length"
+
+    def usage(self, now: float, kv_bytes: int) -> Usage:
+        started = self.started or now
+        return Usage(
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=len(self.output),
+            num_steps=self.request.budget.num_steps,
+            prefill_core_steps=self.prompt_row_steps,
+            decode_core_steps=self.decode_row_steps,
+            saved_core_steps=self.saved_row_steps,
+            flops=self.flops,
+            kv_bytes=kv_bytes,
+            token_steps=self.token_steps,
+            exits=self.exits,
+            lowered=self.lowered,
+            overdue=self.overdue,
+            queue_s=started - self.submitted,
+            first_token_s=(self.first_token or now) - self.submitted,
+            total_s=now - self.submitted,
+        )

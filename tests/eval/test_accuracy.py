@@ -220,7 +220,7 @@ def test_from_checkpoints_to_a_report(data: Path, tmp_path: Path, capsys: pytest
     ("changes", "options", "said"),
     [
         ({}, ["--steps", "2"], "this checkpoint takes 1 to 1"),
-        ({}, ["--bridge", "euler"], "no noise levels to go between"),
+        ({}, ["--bridge", "euler"], "has no noise levels"),
         ({}, ["--bridge", "rope"], "no such bridge"),
         ({}, ["--split", "dev"], "dev"),
         ({"model": {**config("classify").model.model_dump(), "num_classes": 10}}, [], "the model was built for 8x8 in 10"),

@@ -14,6 +14,18 @@ TOLERANCE = 1e-4
 """Of numbers, on another CPU or with another build of torch."""
 ROUNDED = 5e-2
 """The same of a run in bf16."""
+INTENDED = {
+    (
+        "full cache",
+        "usage/kv_bytes",
+    ): "the full cache allocates the steps that were taken, not the most steps there may be",
+    (
+        "served/llama",
+        "in 2 blocks",
+        "[15]",
+    ): "a schedule over blocks read cache entries that no position had written",
+}
+"""Parts of the paths of values that have changed on purpose, and why."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +40,8 @@ def guard() -> Any:
 
 def beyond(golden: dict[str, Any], found: dict[str, Any], section: str, tolerance: float) -> Iterator[str]:
     for path, what, within in differences(golden[section], found[section], tolerance, section):
-        if not within:
+        intended = any(all(part in path for part in parts) for parts in INTENDED)
+        if not within and not intended:
             yield f"{path}: {what}"
 
 

@@ -12,7 +12,7 @@ from rdlm.config.model import HuginnConfig, LlamaConfig
 from rdlm.diffusion.samplers import run
 from rdlm.errors import UserError
 from rdlm.nn.attention import CausalContext, rotary_table
-from rdlm.nn.kv_cache import KVPool, PackedContext, Segment
+from rdlm.nn.kv_cache import FullKVPool, KVPool, PackedContext, Segment
 from rdlm.objectives import Objective
 from rdlm.registry import build_model
 
@@ -126,13 +126,18 @@ def test_grouped_heads_equal_repeated_heads() -> None:
     torch.testing.assert_close(forward(grouped), forward(full), atol=1e-6, rtol=1e-5)
 
 
-def pool_for(denoiser: Objective, depth: int, slots: int = 3) -> KVPool:
-    m = denoiser.model
-    return KVPool(m.num_cache_layers, slots, 32, m.num_kv_heads, m.head_dim, depth)
+def pool_for(denoiser: Objective, depth: int, slots: int = 3) -> KVPool | FullKVPool:
+    m, kind = denoiser.model, KVPool if depth == 1 else FullKVPool
+    return kind(m.num_cache_layers, slots, 32, m.num_kv_heads, m.head_dim)
 
 
 def through_cache(
-    denoiser: Objective, pool: KVPool, ids: torch.Tensor, num_steps: int, spans: list[int], slot: int
+    denoiser: Objective,
+    pool: KVPool | FullKVPool,
+    ids: torch.Tensor,
+    num_steps: int,
+    spans: list[int],
+    slot: int,
 ) -> torch.Tensor:
     """Logits [T, V] of one sequence fed in pieces of the given lengths, each piece iterated num_steps times."""
     model, start, rows = denoiser.model, 0, []
@@ -188,6 +193,7 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
     model, depth = denoiser.model, 4
     a, b, c = (torch.randint(0, V, (1, n)) for n in (6, 4, 3))
     alone, packed = pool_for(denoiser, depth), pool_for(denoiser, depth)
+    assert isinstance(alone, FullKVPool) and isinstance(packed, FullKVPool)
     for pool in (alone, packed):  # b and c have a past; a is prefilled beside them
         through_cache(denoiser, pool, b[:, :3], 4, [3], 1)
         through_cache(denoiser, pool, c[:, :2], 2, [2], 2)  # fewer steps: its last keys serve the deeper ones
@@ -212,14 +218,17 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
     stepped = [Segment(slot, start, length, step) for _, slot, start, length, step in plans]
     got = denoiser.step(torch.ones_like(e), e, denoiser.condition(None, e), PackedContext(packed, stepped))
     torch.testing.assert_close(got, torch.cat(outs, 1), atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(packed.k, alone.k, atol=2e-5, rtol=1e-4)
+    for _, slot, start, length, step in plans:
+        segment = Segment(slot, start, length, step)
+        for layer in range(model.num_cache_layers):
+            kept = [pool.read(layer, segment, pool.places(segment)) for pool in (packed, alone)]
+            torch.testing.assert_close(*kept, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("objective", "append_own"), [("evidence", False), ("paper", True)])
 @torch.no_grad()
 def test_uncommitted_rows_equal_the_two_stream_forward(tiny, objective: str, append_own: bool) -> None:
     """A noise level served from the cache must compute what the clean-and-noisy forward computes, and leave the cache alone."""
-
     denoiser = tiny("huginn", objective)
     model, ids = denoiser.model, torch.randint(0, V, (1, T))
     z, sigma = torch.randn(1, T, 32), torch.full((1, T), 0.5)
@@ -242,7 +251,7 @@ def test_uncommitted_rows_equal_the_two_stream_forward(tiny, objective: str, app
     assert torch.equal(pool.k, committed) and torch.allclose(before[1:], committed[1:], atol=1e-6)
 
 
-def through_clean_row(denoiser: Objective, pool: KVPool, ids: torch.Tensor) -> None:
+def through_clean_row(denoiser: Objective, pool: KVPool | FullKVPool, ids: torch.Tensor) -> None:
     context = PackedContext(pool, [Segment(0, T - 1, 1)])
     e = denoiser.model.encode(ids[:, -1:], context)
     denoiser.model.decode(

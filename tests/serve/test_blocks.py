@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -75,11 +76,11 @@ def written_out(served: Served, one: Request) -> list[int]:
     """The answer by whole-sequence forwards without a cache: each level by the block that owns it, the hard bridge."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper = config.objective.name == "paper"
-    fills = len({denoiser.partition.block_of(s) for s in denoiser.sampling_levels(one.budget.num_steps)}) - (
-        not paper
-    )
-    for _ in range(one.max_tokens):
-        levels, token = denoiser.sampling_levels(one.budget.num_steps), torch.tensor([0])
+    ks = {one.budget.steps_at(i) for i in range(one.max_tokens)}
+    used = {denoiser.partition.block_of(s) for k in ks for s in denoiser.sampling_levels(k)}
+    for number in range(one.max_tokens):
+        levels, token = denoiser.sampling_levels(one.budget.steps_at(number)), torch.tensor([0])
+        fills = len(used) - (not paper)  # every block that some token uses reads every position
         row = torch.tensor([ids])
         for k, level in enumerate(levels):
             step, owner = fills + k, denoiser.at(level)
@@ -115,6 +116,29 @@ def test_the_engine_draws_what_forwards_without_a_cache_draw(
         answers = engine.generate(wanted)
     found = [[e.token for e in events if e.token is not None] for events in answers]
     assert found == [written_out(served, one) for one in wanted]
+
+
+@pytest.mark.parametrize(
+    ("objective", "targets"), [("evidence", "frozen"), ("evidence", "own"), ("paper", "own")]
+)
+@torch.no_grad()
+def test_a_schedule_leaves_no_holes_in_the_caches_of_blocks(
+    cut: Callable[..., Served], objective: str, targets: str
+) -> None:
+    """A token at K = 1 runs block 0 alone, and the next one at K = 5 reads its position in every block: what is there was written for it.
+
+    Slots have had other owners, whose keys would be read instead.
+    """
+    served = cut(objective, targets)
+    schedules = [(5, 1, 1, 5), (1, 4, 1, 2, 6), (2, 1, 3), (1, 1, 1, 6)]
+    wanted = [
+        replace(request(3 + 2 * i, 6, i), budget=StepBudget(6, schedule=schedule))
+        for i, schedule in enumerate(schedules)
+    ]
+    with Engine(lambda: served) as engine:
+        for _ in range(2):
+            found = [[e.token for e in events if e.token is not None] for events in engine.generate(wanted)]
+            assert found == [written_out(served, one) for one in wanted]
 
 
 def solved(served: Served, one: Request) -> list[int]:

@@ -12,12 +12,10 @@ from litestar.testing import TestClient
 
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
-from serve.engine.active import Active
-from serve.engine.deadlines import Pace, StepCost
-from serve.engine.detokenizer import TextStream
+from serve.engine.deadlines import Deadlines, StepCost
 from serve.engine.engine import Engine
 from serve.engine.events import Served
-from serve.engine.sequence import Depth, Request, Sequence, StepBudget
+from serve.engine.sequence import Request, Sequence, StepBudget, StepCounts
 from serve.settings import EngineSettings, HttpSettings
 
 GREEDY = SamplingParams(temperature=0)
@@ -82,35 +80,40 @@ def test_step_costs_are_learned() -> None:
     assert steady.predict(3) == steady.predict(7) == pytest.approx(0.01)
 
 
-def paced(request: Request, served: Served) -> tuple[Pace, Active]:
-    """A pace that knows a step to take 10 ms, with one sequence submitted at time 0."""
-    active = Active(
-        Sequence(0, request, Depth(8, 8, 8, 8), 16),
-        TextStream(served.tokenizer, ()),
-        lambda event: None,
-        0,
-        0.0,
-    )
-    pace = Pace()
-    pace.cost.observe(1, 0.01)
-    pace.add(active)
-    return pace, active
+def at_ten_milliseconds(budget: StepBudget) -> tuple[Deadlines, Sequence]:
+    """Deadlines that have seen a step take 10 ms, with one sequence submitted at time 0."""
+    sequence = Sequence(0, Request((5, 6), budget, 10), StepCounts(8, 8, 8, 8), 16)
+    deadlines = Deadlines()
+    deadlines.cost.observe(1, 0.01)
+    deadlines.add(sequence)
+    return deadlines, sequence
 
 
-def test_a_deadline_lowers_k_to_what_fits(make_served: Callable[..., Served]) -> None:
+def test_a_deadline_lowers_k_to_what_fits() -> None:
     def steps(now: float, **fields: Any) -> int:
-        pace, active = paced(Request((5, 6), StepBudget(8, **fields), 10), served)
-        pace.settle(now, 1, lambda k: Depth(k, k, k, k))
-        return active.sequence.depth.num_steps
+        deadlines, sequence = at_ten_milliseconds(StepBudget(8, **fields))
+        deadlines.update(now, 1, lambda k, blocks: StepCounts(k, k, k, k))
+        return sequence.counts.num_steps
 
-    served = make_served()
     assert steps(0.0, max_ms=10_000, lowers=True) == 8
     assert steps(0.0, max_ms=430, lowers=True) == 4  # one chunk and nine tokens at 10 ms a step
     assert steps(0.4, max_ms=430, lowers=True) == 1
     assert steps(0.4, max_ms=430, lowers=True, min_steps=3) == 3
-    assert steps(0.4, max_ms=430) == 8  # the server's limit ends an answer and never thins it
-    pace, active = paced(Request((5, 6), StepBudget(8, max_ms=430), 10), served)
-    assert pace.expired(0.42) == [] and pace.expired(0.43) == [active]
+    assert steps(0.4, max_ms=430) == 8  # the server's limit ends an answer and never lowers K
+    deadlines, sequence = at_ten_milliseconds(StepBudget(8, max_ms=430))
+    assert deadlines.expired(0.42) == [] and deadlines.expired(0.43) == [sequence]
+
+
+def test_steps_that_only_queued_their_kernels_share_the_time_of_the_one_that_waited() -> None:
+    """On an accelerator seven launches return at once and the eighth step waits for all: each step took an eighth of the sum."""
+    cost = StepCost()
+    for _ in range(5):
+        for _ in range(7):
+            cost.observe(4, 0.001, finished=False)
+        cost.observe(4, 0.073)
+    assert cost.predict(4) == pytest.approx(0.01)
+    cost.observe(4, 100.0, finished=False)
+    assert cost.predict(4) == pytest.approx(0.01)
 
 
 def slow(served: Served, seconds: float) -> Served:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.engine.scheduler import Scheduler
-from serve.engine.sequence import Depth, Request, Sequence, StepBudget
+from serve.engine.sequence import NO_SLOT, Request, Sequence, StepBudget, StepCounts
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ arrivals = st.lists(
 
 
 def build(number: int, a: Arrival, chunk: int) -> Sequence:
-    depth = Depth(a.drawn, a.drawn, min(a.context, a.drawn), a.drawn)
+    counts = StepCounts(a.drawn, a.drawn, min(a.context, a.drawn), a.drawn)
     request = Request(
         tuple(range(a.prompt)), StepBudget(a.drawn), a.max_tokens, prompt_logprobs=0 if a.scored else None
     )
-    return Sequence(number, request, depth, chunk)
+    return Sequence(number, request, counts, chunk)
 
 
 class World:
@@ -70,26 +70,23 @@ class World:
         slots = [s.slot for s in scheduler.running.values()]
         assert (
             len(set(slots)) == len(slots)
-            and None not in slots
+            and NO_SLOT not in slots
             and len(slots) + scheduler.free_slots == scheduler.num_slots
         )
-        assert (
-            sum(s.segment.length for s in batch if s.segment and s.segment.length > 1)
-            <= scheduler.prefill_rows
-        )
+        assert sum(s.length for s in batch if s.length > 1) <= scheduler.prefill_rows
         for sequence in batch:
-            segment = sequence.segment
-            assert segment is not None
+            assert sequence.is_open
             self.first_step.setdefault(sequence.id, self.clock)
-            for position in range(segment.start, segment.start + segment.length):
-                self.steps[sequence.id, position].append(segment.step)
-            draws, ends_context = sequence.draws, segment.start + segment.length == sequence.context_length
-            if sequence.advance() and ends_context:
+            for position in range(sequence.start, sequence.start + sequence.length):
+                self.steps[sequence.id, position].append(sequence.step)
+            draws, ends_context = sequence.draws, sequence.start + sequence.length == sequence.context_length
+            sequence.advance()
+            if not sequence.is_open and ends_context:
                 if draws:
                     sequence.output.append(0)
                 if not sequence.wants_token:
                     self.finished.add(sequence.id)
-                    scheduler.remove(sequence.id)
+                    scheduler.remove(sequence)
         self.clock += 1
 
 
@@ -112,7 +109,7 @@ def test_every_position_gets_exactly_its_steps(
                 and now == a.at + a.abort_after
                 and sequence.id not in world.finished
             ):
-                assert world.scheduler.remove(sequence.id) is sequence
+                world.scheduler.remove(sequence)
                 aborted.add(sequence.id)
         world.step()
         if now > 30 and not len(world.scheduler):
@@ -124,10 +121,10 @@ def test_every_position_gets_exactly_its_steps(
         if sequence.id not in world.finished:
             continue
         last = a.prompt + max(a.max_tokens, 1) - 2 if a.max_tokens else a.prompt - 1
-        context = sequence.depth.scored if a.scored else sequence.depth.context
+        context = sequence.counts.scored if a.scored else sequence.counts.context
         for position in range(last + 1):
             is_context = position < a.prompt - 1 or not a.max_tokens
-            expected = context if is_context else sequence.depth.drawn
+            expected = context if is_context else sequence.counts.drawn
             assert world.steps[sequence.id, position] == list(range(expected)), (position, a)
         assert (sequence.id, last + 1) not in world.steps
         assert sequence.prompt_row_steps == sum(len(world.steps[sequence.id, p]) for p in range(a.prompt))
@@ -167,11 +164,7 @@ def test_cut_of_a_prompt_does_not_depend_on_the_traffic() -> None:
         found: set[tuple[int, int]] = set()
         while len(world.scheduler):
             batch = world.scheduler.schedule()
-            found |= {
-                (s.segment.start, s.segment.length)
-                for s in batch
-                if s.id == 0 and s.segment and not s.segment.step
-            }
+            found |= {(s.start, s.length) for s in batch if s.id == 0 and not s.step}
             world.step()
         return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve.engine.detokenizer import TextStream
+from serve.engine.detokenizer import Detokenizer, StopStrings
 
 
 class Bytes:
@@ -20,7 +20,7 @@ class Bytes:
     stop=st.lists(st.text(alphabet="abcé", min_size=1, max_size=4), max_size=3),
 )
 def test_stream_equals_cut_of_the_whole(text: str, stop: list[str]) -> None:
-    stream, said, stopped = TextStream(Bytes(), stop), "", False  # type: ignore[arg-type]
+    stream, said, stopped = Detokenizer(Bytes(), StopStrings(stop)), "", False  # type: ignore[arg-type]
     for byte in text.encode():
         delta, stopped = stream.feed(byte)
         said += delta
@@ -38,12 +38,12 @@ def test_stream_equals_cut_of_the_whole(text: str, stop: list[str]) -> None:
 
 
 def test_nothing_is_held_that_cannot_stop() -> None:
-    stream = TextStream(Bytes(), ["abc"])  # type: ignore[arg-type]
+    stream = Detokenizer(Bytes(), StopStrings(["abc"]))  # type: ignore[arg-type]
     assert [stream.feed(byte)[0] for byte in b"xaabd"] == ["x", "", "a", "", "abd"]
 
 
 def test_stop_strings_sleep_until_min_tokens() -> None:
-    stream = TextStream(Bytes(), ["b"])  # type: ignore[arg-type]
+    stream = Detokenizer(Bytes(), StopStrings(["b"]))  # type: ignore[arg-type]
     assert [
         stream.feed(byte, may_stop)
         for byte, may_stop in zip(b"abab", [False, False, True, True], strict=True)
@@ -56,6 +56,6 @@ def test_stop_strings_sleep_until_min_tokens() -> None:
 
 
 def test_unfinished_character_is_replaced_at_the_end() -> None:
-    stream = TextStream(Bytes(), [])  # type: ignore[arg-type]
+    stream = Detokenizer(Bytes(), StopStrings([]))  # type: ignore[arg-type]
     assert stream.feed(0xE2) == ("", False) and stream.feed(0x82) == ("", False)
     assert stream.finish() == "\ufffd"

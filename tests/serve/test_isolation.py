@@ -1,0 +1,222 @@
+"""A request that fails ends alone: whatever raises at whatever stage of a step, every other request gets what it gets alone."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rdlm.errors import UserError
+from rdlm.sampling_params import SamplingParams
+from serve.engine import masked_runner, runner
+from serve.engine.engine import Engine
+from serve.engine.events import Event, Served
+from serve.engine.exits import ExitRule
+from serve.engine.sequence import Request, StepBudget
+from serve.settings import EngineSettings
+
+MARK = 299
+"""The prompt token of a request that makes a stage fail."""
+STAGES = ("encode", "core", "decode", "predict", "sample")
+SETTINGS = EngineSettings(max_slots=4, chunk=8, prefill_rows=24)
+
+
+@dataclass
+class Injector:
+    """Makes one stage of a step raise, or return NaN, from its ``first`` call on in which a request with MARK takes part."""
+
+    stage: str = ""
+    kind: str = "raise"
+    first: int = 0
+    calls: int = 0
+
+    def reset(self, stage: str = "", kind: str = "raise", first: int = 0) -> None:
+        self.stage, self.kind, self.first, self.calls = stage, kind, first, 0
+
+
+@pytest.fixture(scope="module", params=["onestep", "evidence", "masked"])
+def world(request: pytest.FixtureRequest, make_served: Callable[..., Served]) -> Iterator[Any]:
+    """(engine, injector): stages of the runner's step are wrapped; which rows belong to whom is read off the batch."""
+    objective = request.param
+    served = make_served(objective, "masked" if objective == "masked" else "huginn", SETTINGS)
+    injector = Injector()
+    model: Any = served.runner
+    marked: list[bool] = []
+    real_run = model.run
+
+    def run(batch: list[Any]) -> Any:
+        marked[:] = [any(MARK in s.request.prompt for s in batch)]
+        return real_run(batch)
+
+    def wrap(stage: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if injector.stage == stage and marked and marked[0]:
+                injector.calls += 1
+                if injector.calls > injector.first:
+                    raise RuntimeError(f"injected into {stage}")
+            return real(*args, **kwargs)
+
+        return call
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(model, "run", run)
+    denoiser = model.denoiser
+    if objective == "masked":
+        for stage, name in (("core", "fill"), ("predict", "read"), ("decode", "logprobs_of")):
+            patch.setattr(masked_runner, name, wrap(stage, getattr(masked_runner, name)))
+    else:
+        patch.setattr(denoiser.model, "encode", wrap("encode", denoiser.model.encode))
+        patch.setattr(denoiser, "step", wrap("core", denoiser.step))
+        patch.setattr(denoiser.model, "decode", wrap("decode", denoiser.model.decode))
+        patch.setattr(denoiser, "predict", wrap("predict", denoiser.predict))
+        patch.setattr(runner, "sample", wrap("sample", runner.sample))
+    with Engine(lambda: served) as engine:
+        yield engine, injector
+    patch.undo()
+
+
+def bystander(number: int, masked: bool, thinking: bool) -> Request:
+    ids = tuple((7 * i + 3 * number) % 280 + 5 for i in range((5 * number) % 23 + 1))
+    sampling = (SamplingParams(temperature=0.9, top_p=0.95), SamplingParams(temperature=0))[number % 2]
+    rule = ExitRule("kl", 0.3, 2) if thinking and number % 3 == 1 else None
+    budget = StepBudget(1 + number % 6, rule)
+    scored = 0 if number % 4 == 2 and rule is None else None
+    return Request(ids, budget, 4, sampling, seed=number, logprobs=number % 2, prompt_logprobs=scored)
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "a bias beyond the vocabulary": {"sampling": SamplingParams(logit_bias={10**6: 1.0})},
+    "a top_k that no tensor holds": {"sampling": SamplingParams(top_k=1 << 70)},
+    "every token banned": {"stop_ids": frozenset(range(300)), "min_tokens": 2},
+}
+
+
+def outcome(events: list[Event]) -> tuple[list[int | None], list[float], str | None]:
+    scores = [e.logprobs.logprob for e in events if e.logprobs is not None]
+    return [e.token for e in events if e.token is not None], scores, events[-1].finish
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    numbers=st.lists(st.integers(0, 23), min_size=1, max_size=6, unique=True),
+    place=st.integers(0, 6),
+    stage=st.sampled_from(("", *STAGES)),
+    first=st.integers(0, 4),
+    hostile=st.sampled_from(sorted(HOSTILE)),
+    raising_sink=st.booleans(),
+)
+def test_bystanders_get_what_they_get_alone(
+    world: Any, numbers: list[int], place: int, stage: str, first: int, hostile: str, raising_sink: bool
+) -> None:
+    engine, injector = world
+    config = engine.served.config
+    masked, thinking = config.objective.name == "masked", config.objective.k_meaning == "thinking"
+    injector.reset()
+    others = [bystander(number, masked, thinking) for number in numbers]
+    alone = [outcome(engine.generate([one])[0]) for one in others]
+    villain = replace(bystander(24, masked, thinking), prompt=(MARK, 7, 8), logprobs=1, prompt_logprobs=0)
+    villain = replace(villain, **HOSTILE[hostile])
+    requests = [*others[:place], villain, *others[place:]]
+    at = requests.index(villain)
+    injector.reset(stage, first=first)
+    events: list[list[Event]] = [[] for _ in requests]
+
+    arrived: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def deliver(event: Event) -> None:
+        arrived.put(event)
+        if raising_sink and event.index == at:
+            raise ValueError("injected into the sink")
+
+    engine.submit(requests, deliver)
+    unfinished = len(requests)
+    while unfinished:
+        event = arrived.get(timeout=60)
+        events[event.index].append(event)
+        unfinished -= event.finish is not None
+    assert [outcome(events[i])[0::2] for i in range(len(requests)) if i != at] == [o[0::2] for o in alone]
+    found = [outcome(events[i])[1] for i in range(len(requests)) if i != at]
+    for scores, expected in zip(found, (o[1] for o in alone), strict=True):
+        assert scores == pytest.approx(expected, abs=1e-4)
+    injector.reset()
+    again = engine.generate(others)  # nothing of the failure stays behind in slots or packs
+    assert [outcome(one)[0::2] for one in again] == [o[0::2] for o in alone]
+
+
+def test_a_failure_in_one_call_costs_nobody_an_answer(make_engine: Callable[..., Engine]) -> None:
+    """A fault that a repetition does not meet again ends no request."""
+    engine = make_engine("onestep", settings=SETTINGS)
+    requests = [bystander(number, False, True) for number in range(4)]
+    alone = [outcome(engine.generate([one])[0]) for one in requests]
+    model: Any = engine.served.runner
+    real, calls = model.denoiser.step, itertools.count()
+
+    def step(*args: Any) -> Any:
+        after = real(*args)
+        if next(calls) == 2:
+            raise RuntimeError("injected after the keys were written")
+        return after
+
+    model.denoiser.step = step
+    together = engine.generate(requests)
+    assert [outcome(events)[0::2] for events in together] == [o[0::2] for o in alone]
+
+
+@pytest.mark.parametrize("kv_cache", ["shared", "full"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_stay_in_their_row(
+    value: float, kv_cache: str, make_served: Callable[..., Served]
+) -> None:
+    """A row whose states become NaN ends with an error, in its slot and in those that later own the slot nobody sees it."""
+    settings = EngineSettings(max_slots=3, chunk=8, prefill_rows=24, kv_cache=kv_cache)  # type: ignore[arg-type]
+    served = make_served("onestep", settings=settings)
+    model: Any = served.runner
+    others = [
+        Request(tuple(range(5, 5 + length)), StepBudget(3), 16, SamplingParams(temperature=0))
+        for length in (3, 30)
+    ]
+    long = replace(bystander(4, False, False), prompt=(MARK, *range(5, 40)), max_tokens=20)
+    with Engine(lambda: served) as engine:
+        alone = [outcome(engine.generate([one])[0]) for one in others]
+        real = model.denoiser.model.encode
+
+        def encode(ids: torch.Tensor, ctx: Any) -> torch.Tensor:
+            e = real(ids, ctx)
+            return torch.where((ids == MARK)[..., None], torch.full_like(e, value), e)
+
+        model.denoiser.model.encode = encode
+        for _ in range(3):  # each slot is owned by the row once
+            together = engine.generate([long, *others])
+            assert together[0][-1].finish == "error"
+            assert [outcome(events)[0::2] for events in together[1:]] == [o[0::2] for o in alone]
+            for order in (
+                (0, 1, 0),
+                (1, 0, 0),
+                (0, 0, 1),
+            ):  # short ones beside a long one: their rows are padded to its length
+                after = engine.generate([others[i] for i in order])
+                assert [outcome(events)[0::2] for events in after] == [alone[i][0::2] for i in order]
+
+
+def test_a_request_that_bans_every_token_ends_with_what_to_mend(make_engine: Callable[..., Engine]) -> None:
+    one = Request((5, 6), StepBudget(2), 4, stop_ids=frozenset(range(300)), min_tokens=1)
+    last = make_engine("onestep").generate([one])[0][-1]
+    assert (
+        last.finish == "error" and isinstance(last.error, UserError) and last.error.field == "stop_token_ids"
+    )
+    assert last.token is None and last.usage is not None and last.usage.completion_tokens == 0
+
+
+def test_requests_are_queued_all_or_none(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine("onestep")
+    with pytest.raises(UserError, match="num_steps"):
+        engine.submit([Request((5,), StepBudget(2), 2), Request((5,), StepBudget(9), 2)], lambda event: None)
+    assert engine.num_waiting == 0 and len(engine.generate([Request((5,), StepBudget(2), 2)])[0]) == 2
