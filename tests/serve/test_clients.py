@@ -278,3 +278,18 @@ def test_old_names_of_options_work_and_say_so(tmp_path: Path, monkeypatch: pytes
         cli, ["--checkpoint", str(tmp_path), "--default-steps", "3", "--num-steps", "3"]
     )
     assert isinstance(both.exception, UserError)
+
+
+def test_the_documented_snippet_runs_in_process(
+    make_served: Callable[..., Served], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    from rdlm.checkpoints.folder import save
+
+    served = make_served()
+    save(tmp_path / "model", served.runner.denoiser, served.config, served.tokenizer)  # type: ignore[attr-defined]
+    document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    snippet = re.findall(r"```python\n(.*?)```", document, re.DOTALL)[-1]
+    exec(snippet.replace("runs/demo/model", str(tmp_path / "model")), {})
+    assert capsys.readouterr().out.strip()
