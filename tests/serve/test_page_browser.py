@@ -64,7 +64,7 @@ def visit(browser: Any, url: str) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if _is_defect(message) else None)
         page.goto(address)
-        page.wait_for_function("() => document.getElementById('steps').max > 1")
+        page.wait_for_function("() => document.getElementById('k').max > 1")
         return page
 
     yield open_page
@@ -113,9 +113,9 @@ def test_several_k_side_by_side_stream_and_say_what_the_api_says(visit: Callable
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
         assert "".join(tokens(page, i).all_text_contents()) == answer["choices"][0]["text"]
         count, cost = answer["usage"]["completion_tokens"], answer["usage"]["recurrence"]["core_steps"]
-        note = page.locator("article div").nth(i).inner_text()
+        note = page.locator("article .note").nth(i).inner_text()
         assert note.startswith(f"{count} tokens · ") and " tokens/s" in note and f"{cost} core steps" in note
-    assert page.locator("#legend").is_hidden()
+    assert page.locator("#legend").inner_text().split() == ["probable", "improbable"]
 
 
 def test_a_masked_model_asks_for_an_order_and_for_nothing_it_has_not(
@@ -128,7 +128,8 @@ def test_a_masked_model_asks_for_an_order_and_for_nothing_it_has_not(
             and page.locator("#exit").is_hidden()
             and page.locator("#threshold").is_hidden()
         )
-        assert page.locator("label[for=steps]").inner_text() == "Steps that fill the answer in: K = 2"
+        assert page.locator("label[for=steps]").inner_text() == "Steps that fill the answer in, K"
+        assert page.input_value("#k") == "2" and page.locator("#score").is_hidden()
         for order in ("confidence", "left_to_right"):
             page.select_option("#order", order)
             page.fill("#tokens", "30")
@@ -152,13 +153,13 @@ def test_keyboard_alone(visit: Callable[..., Any]) -> None:
     page.keyboard.press("Tab")
     for _ in range(5):
         page.keyboard.press("ArrowRight")
-    assert page.locator("#stepsOut").inner_text() == "7"
+    assert page.input_value("#k") == "7" and page.get_attribute("#steps", "aria-valuetext") == "7"
     page.fill("#tokens", "400")
     page.keyboard.press("Control+Enter")
     tokens(page).nth(3).wait_for(state="attached")
     page.keyboard.press("Escape")
     ended(page, "stopped")
-    assert "stopped" in page.locator("article div").inner_text() and tokens(page).count() < 400
+    assert "stopped" in page.locator("article .note").inner_text() and tokens(page).count() < 400
     page.fill("#tokens", "3")
     page.focus("#go")
     page.keyboard.press("Enter")
@@ -166,11 +167,131 @@ def test_keyboard_alone(visit: Callable[..., Any]) -> None:
     assert page.evaluate("document.activeElement.id") == "go", (
         "the button keeps the focus, for the next answer"
     )
+    page.focus("article p")
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
+    assert page.locator(".detail").inner_text().startswith("token 2 ")
+    page.focus("#generate")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.id") == "score" and page.inner_text("#go") == "Score"
+
+
+def test_the_slider_is_logarithmic(visit: Callable[..., Any]) -> None:
+    page = visit()
+    places = page.evaluate("() => [1, 2, 4, 8].map(k => { setK(k); return $('steps').valueAsNumber; })")
+    assert places == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert page.evaluate("() => { $('k').max = 64; return ladder(); }")[-4:] == [42, 50, 60, 64]
+
+
+def test_a_token_tells_its_alternatives_and_every_steps_prediction(
+    visit: Callable[..., Any], url: str
+) -> None:
+    page = visit()
+    page.fill("#k", "4")
+    page.fill("#tokens", "5")
+    page.click("#more summary")
+    page.check("#trajectory")
+    page.click("#go")
+    ended(page)
+    page.focus("article p")
+    page.keyboard.press("ArrowRight")
+    alternatives, path = (page.locator(".detail table").nth(i).locator("tbody tr") for i in range(2))
+    assert alternatives.count() == 5 and path.locator("td:first-child").all_inner_texts() == ["1", "2", "3"]
+    body = {
+        "prompt": "And it came to pass",
+        "num_steps": 4,
+        "max_tokens": 1,
+        "temperature": 0.8,
+        "seed": 0,
+        "logprobs": 1,
+    }
+    top = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["logprobs"]
+    assert f"({top['token_logprobs'][0]:.3f})" in page.locator(".detail").inner_text()
+
+
+def test_panels_show_where_they_part(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.fill("#compare", "1, 8")
+    page.click("#go")
+    ended(page)
+    texts = [tokens(page, i).all_text_contents() for i in range(3)]
+    for i, k in ((1, 2), (2, 8)):
+        place = next(
+            at for at, pair in enumerate(zip(texts[0], texts[i], strict=False)) if len(set(pair)) == 2
+        )
+        assert f"differs from K = 1 at token {place + 1}" in page.locator("article .note").nth(i).inner_text()
+        assert page.locator("article h2").nth(i).inner_text() == f"K = {k}"
+
+
+def test_a_text_is_scored_at_many_k(visit: Callable[..., Any], url: str) -> None:
+    page = visit()
+    page.click("#score")
+    page.fill("#prompt", "in the beginning")
+    page.click("#go")
+    ended(page)
+    body = {"prompt": "in the beginning", "num_steps": [1, 2, 4, 8]}
+    scores = httpx.post(f"{url}/v1/score", json=body, timeout=60).json()["scores"][0]
+    count = len(scores["tokens"]) - 1
+    rows = page.locator(".heat tbody tr")
+    assert rows.count() == 4 and page.locator(".heat td").count() == 4 * count
+    heads = [f"{k} ({-scores['logprob'][str(k)] / count:.3f})" for k in (1, 2, 4, 8)]
+    assert page.locator(".heat tbody th").all_inner_texts() == heads
+    assert all(head.split("(")[1][:-1] in page.get_attribute("svg", "aria-label") for head in heads)
+    page.focus(".heat")
+    for key in ("ArrowRight", "ArrowDown", "ArrowRight"):
+        page.keyboard.press(key)
+    shown = page.locator(".detail tbody tr").all_inner_texts()
+    assert [line.split()[1] for line in shown] == [
+        f"{scores['token_logprobs'][str(k)][2]:.3f}" for k in (1, 2, 4, 8)
+    ]
+
+
+def test_a_conversation_goes_on(visit: Callable[..., Any]) -> None:
+    page = visit()
+    sent: list[Any] = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if "chat" in request.url else None)
+    page.click("#chat")
+    for message in ("the word", "and it came"):
+        page.fill("#prompt", message)
+        page.fill("#tokens", "6")
+        page.click("#go")
+        ended(page)
+    assert page.locator("article h2").all_inner_texts()[::2] == ["user", "user"]
+    assert [m["role"] for m in sent[1]["messages"]] == ["user", "assistant", "user"]
+    assert sent[1]["messages"][1]["content"] == page.locator("article p").nth(1).evaluate(
+        "p => p.textContent"
+    )
+    page.click("#clear")
+    assert page.locator("article").count() == 0
+
+
+def test_settings_are_kept_and_travel_in_links(visit: Callable[..., Any], url: str) -> None:
+    page = visit()
+    page.fill("#prompt", "ærlig & #talt")
+    page.fill("#k", "5")
+    page.fill("#tokens", "7")
+    page.click("#link")
+    link = page.url
+    page.goto(url)
+    page.wait_for_function("() => document.getElementById('k').max > 1")
+    assert page.input_value("#tokens") == "7", "kept by the browser"
+    other = visit(link)
+    assert [other.input_value(f"#{name}") for name in ("prompt", "k", "tokens")] == [
+        "ærlig & #talt",
+        "5",
+        "7",
+    ]
+    other.click("#go")
+    ended(other)
+    with other.expect_download() as download:
+        other.click("#save")
+    saved = json.loads(Path(download.value.path()).read_text())
+    assert saved[0]["request"]["num_steps"] == 5 and len(saved[0]["tokens"]) == 7
 
 
 def test_steps_of_each_token_are_shown_as_colour_and_in_words(visit: Callable[..., Any]) -> None:
     page = visit()
-    page.fill("#steps", "8")
+    page.fill("#k", "8")
     page.select_option("#exit", "latent-diff")
     page.fill("#threshold", "0.6")
     page.fill("#tokens", "30")
@@ -184,7 +305,7 @@ def test_steps_of_each_token_are_shown_as_colour_and_in_words(visit: Callable[..
     )
     assert (
         page.locator("#legend").inner_text().split() == ["1", "step", "8", "steps"]
-        and "steps a token" in page.locator("article div").inner_text()
+        and "steps a token" in page.locator("article .note").inner_text()
     )
 
 
@@ -232,7 +353,7 @@ def test_it_waits_for_a_server_that_loads(visit: Callable[..., Any]) -> None:
     page.route("**/v1/models", lambda route: route.fulfill(status=503, body=json.dumps(loading)), times=1)
     page.reload()
     page.wait_for_function("() => document.getElementById('about').textContent.includes('loading')")
-    page.wait_for_function("() => document.getElementById('steps').max > 1")
+    page.wait_for_function("() => document.getElementById('k').max > 1")
     assert "bad" not in (page.locator("#about").get_attribute("class") or "")
 
 
