@@ -1,4 +1,4 @@
-"""``rdlm import`` and ``rdlm export``: checkpoints of other formats."""
+"""``rdlm import``, ``rdlm export``, ``rdlm logits`` and ``rdlm inspect``: checkpoints of other formats, and what is in one of ours."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from typing import Annotated
 
 import typer
 
-_IMPORT_EXAMPLE = "Example: rdlm import huginn tomg-group-umd/huginn-0125 runs/huginn-0125"
+from rdlm.errors import UserError
+
+_IMPORT_EXAMPLE = "Example: rdlm import ByteDance/Ouro-1.4B runs/ouro"
 _EXPORT_EXAMPLE = "Example: rdlm export huginn runs/onestep/model exported/onestep"
-import_app = typer.Typer(no_args_is_help=True, epilog=_IMPORT_EXAMPLE)
+_LOGITS_EXAMPLE = (
+    "Example: rdlm logits runs/ouro inputs.safetensors --num-steps 1,2,4 --out logits.safetensors"
+)
+import_app = typer.Typer(no_args_is_help=True)
 export_app = typer.Typer(no_args_is_help=True, epilog=_EXPORT_EXAMPLE)
+logits_app = typer.Typer(no_args_is_help=True)
+inspect_app = typer.Typer(no_args_is_help=True)
 Force = Annotated[bool, typer.Option("--force", help="Replace what OUT holds.")]
+Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint folder.")]
 
 
-@import_app.callback()
-def importing() -> None:
-    """Turn a published checkpoint into one of rdlm."""
-
-
-@export_app.callback()
-def exporting() -> None:
-    """Write a checkpoint in a published layout."""
-
-
-@import_app.command("huginn", epilog=_IMPORT_EXAMPLE)
-def huginn_in(
-    source: Annotated[
-        str, typer.Argument(help="Folder in the layout of tomg-group-umd/huginn-0125, or its id on the hub.")
+@import_app.command(epilog=_IMPORT_EXAMPLE)
+def importing(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[FAMILY] SOURCE OUT",
+            help="SOURCE: folder in the published layout, or its id on the hub. OUT: checkpoint folder to create. FAMILY: what SOURCE is; "
+            "left out, its files say so.",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Checkpoint folder to create.")],
     name: Annotated[str | None, typer.Option(help="Model name on the server [the source's].")] = None,
     zero_state: Annotated[
         bool,
@@ -39,11 +41,28 @@ def huginn_in(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Read a Huginn of Hugging Face layout: weights bit by bit, tokenizer, and the config's meaning. Needs little memory."""
-    from rdlm.checkpoints.convert.huginn import import_huginn
+    """Turn a published checkpoint into one of rdlm: weights keep their dtype, tokenizer and chat template come along.
 
-    import_huginn(source, out, name=name, zero_state=zero_state, force=force)
-    typer.echo(f"{out}: imported. Try: rdlm serve --checkpoint {out}")
+    Families: Huginn, retrofitted recurrence, Ouro, Parcae, IFM LoopedLM P2, Nanbeige4.2, LoopUS, and plain decoders (Llama, SmolLM2,
+    Mistral, Qwen2, Qwen3, OLMo-2). Needs little memory.
+    """
+    from rdlm.checkpoints.convert.importers import import_checkpoint
+    from rdlm.checkpoints.folder import TOKENIZER
+
+    if len(paths) not in (2, 3):
+        problem = "SOURCE and OUT are needed, and at most a family before them"
+        raise UserError("arguments", " ".join(paths), problem, "see `rdlm import --help`")
+    family, (source, out) = paths[0] if len(paths) == 3 else None, paths[-2:]
+    import_checkpoint(source, Path(out), family=family, name=name, zero_state=zero_state, force=force)
+    if (Path(out) / TOKENIZER).is_dir():
+        typer.echo(f"{out}: imported. Try: rdlm serve --checkpoint {out}")
+    else:
+        typer.echo(f"{out}: imported without a tokenizer, so it takes ids only. Try: rdlm inspect {out}")
+
+
+@export_app.callback()
+def exporting() -> None:
+    """Write a checkpoint in a published layout."""
 
 
 @export_app.command("huginn", epilog=_EXPORT_EXAMPLE)
@@ -61,4 +80,44 @@ def huginn_out(
     from rdlm.checkpoints.convert.huginn import export_huginn
 
     export_huginn(checkpoint, out, shard_bytes=int(shard_gb * 1e9), force=force)
-    typer.echo(f"{out}: exported")
+    typer.echo(f"{out}: exported. Check it: rdlm import {out} CHECKPOINT")
+
+
+@logits_app.command(epilog=_LOGITS_EXAMPLE)
+def logits(
+    checkpoint: Checkpoint,
+    inputs: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN",
+            help="Safetensors file: input_ids [B, T] int64; optionally input_states [B, T, D], the state before the first step, and "
+            "token_type_ids [B, T], where 1 marks a prefix that sees itself in both directions.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="File to write: logits_K{K} [B, T, V] fp32, and gate_K{K} [B, T] where there is a gate."
+        ),
+    ],
+    num_steps: Annotated[str, typer.Option(help="Core steps K, by commas [the checkpoint's default].")] = "",
+    zero_state: Annotated[bool, typer.Option("--zero-state", help="Start the recurrence from zero.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of a drawn initial state.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Compute the logits of whole sequences at several K, in fp32 and without a tokenizer."""
+    from rdlm.inference import logits_file
+
+    note = logits_file(
+        checkpoint, inputs, out, num_steps=num_steps, zero_state=zero_state, seed=seed, device=device
+    )
+    typer.echo(f"{out}: {note}")
+
+
+@inspect_app.command(epilog="Example: rdlm inspect runs/demo/model")
+def inspect(checkpoint: Checkpoint) -> None:
+    """Say what a checkpoint is: topology, parameters, cache, FLOPs by K, what K means, and which commands apply."""
+    from rdlm.inference import description
+
+    for name, value in description(checkpoint).items():
+        typer.echo(f"{name:<22} {value}")

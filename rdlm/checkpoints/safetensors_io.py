@@ -37,9 +37,21 @@ class Entry:
 
 
 def entry_of(tensor: Tensor) -> Entry:
-    """An fp32 tensor in memory."""
-    data = tensor.contiguous().numpy().tobytes()
-    return Entry("F32", tuple(tensor.shape), len(data), lambda: iter([data]))
+    """A tensor in memory, or mapped into it; its bytes are copied when they are read."""
+    name = {dtype: name for name, dtype in DTYPES.items()}.get(tensor.dtype, str(tensor.dtype))
+    size = tensor.numel() * tensor.element_size()
+    return Entry(name, tuple(tensor.shape), size, lambda: iter([to_bytes(tensor)]))
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """Its values as a file holds them."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def to_tensor(entry: Entry) -> Tensor:
+    """The tensor itself, in memory."""
+    data = bytearray(b"".join(entry.read()))
+    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
 
 
 def stored(file: Path) -> dict[str, Entry]:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from rdlm.errors import UserError
 from rdlm.nn.attention import AttentionContext, CausalContext
 from rdlm.nn.layers import Condition, Modulation, NoiseEmbedding, RMSNorm, TokenTable
 
@@ -59,6 +60,10 @@ class Backbone(nn.Module, ABC):
     def context(self, inputs: Tensor) -> AttentionContext:
         """How the rows of whole sequences see each other where nothing is cached."""
         return CausalContext(inputs.shape[1], inputs.device)
+
+    def prefix_context(self, token_types: Tensor) -> AttentionContext:
+        """The same where rows of type 1 form a prefix that sees itself in both directions; token_types [B, T] int64."""
+        raise UserError("token_type_ids", "...", "this model knows no prefix", "leave them out")
 
     def empty_inputs(self, count: int, length: int) -> Tensor:
         """Inputs of ``count`` examples, of text ``length`` tokens long, without values: for counting what a pass allocates."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -14,12 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rdlm.checkpoints import folder as checkpoint
-from rdlm.checkpoints.convert.huginn import export_huginn, import_huginn
+from rdlm.checkpoints.convert.huginn import export_huginn
+from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.cli import app, run
 from rdlm.data.tokenizer import train_tokenizer
 from rdlm.errors import UserError
 
 WHOLE = 1 << 40
+import_huginn = partial(import_checkpoint, family="huginn")
 
 
 @pytest.fixture
@@ -349,7 +352,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, tiny_config) -> Non
     config = tiny_config("huginn", "onestep", d_model=1024, mlp_width=2048, vocab_size=16384)
     code = (
         "import resource, sys, json; from pathlib import Path; from rdlm.checkpoints.convert.huginn import *\n"
-        "from rdlm.registry import build; from rdlm.checkpoints.safetensors_io import write, Entry\n"
+        "from rdlm.checkpoints.convert.importers import import_checkpoint; from rdlm.registry import build; from rdlm.checkpoints.safetensors_io import write, Entry\n"
         "config = checkpoint.parse_config(json.loads(sys.argv[2]), 'x'); root = Path(sys.argv[1])\n"
         "def zeros(n):\n    return lambda: (bytes(min(1 << 20, n - i)) for i in range(0, n, 1 << 20))\n"
         "shapes = {k: tuple(p.shape) for k, p in build(config, device='meta').named_parameters()}\n"
@@ -358,7 +361,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, tiny_config) -> Non
         " {k: Entry('F32', shapes[k], n, zeros(n)) for k, n in sizes.items()}, lambda n: None)\n"
         "checkpoint.write(root / 'a', config, None, {}, fill, '')\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "export_huginn(root / 'a', root / 'b', shard_bytes=1 << 25); import_huginn(str(root / 'b'), root / 'c')\n"
+        "export_huginn(root / 'a', root / 'b', shard_bytes=1 << 25); import_checkpoint(str(root / 'b'), root / 'c')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sum(sizes.values()) // 1024)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path), config.model_dump_json()]

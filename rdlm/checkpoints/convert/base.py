@@ -1,0 +1,381 @@
+"""What every importer is made of: the source's files, its config read field by field, and tensors that are converted when written.
+
+An importer is a class with a family name, a config and a renaming of tensors (``Importer``); rdlm/checkpoints/convert/importers.py lists
+them. No tensor is read before the config was found to be one that this code computes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rdlm.checkpoints import folder as checkpoint
+from rdlm.checkpoints import safetensors_io as tensors
+from rdlm.checkpoints.safetensors_io import DTYPES, Entry
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.tokenizer import Tokenizer, load_tokenizer
+from rdlm.errors import UserError, reason
+from rdlm.registry import build
+
+HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "pytorch_model.bin", "model.pt")
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Fields:
+    """A published config that is read field by field; ``unread`` lists what nobody looked at."""
+
+    def __init__(self, data: Mapping[str, Any], where: str) -> None:
+        self.data, self.where = data, where
+        self._read: set[str] = set()
+
+    def get(self, field: str, default: Any = None) -> Any:
+        self._read.add(field)
+        value = self.data.get(field)
+        return default if value is None else value
+
+    def need(self, field: str) -> Any:
+        """UserError where it is missing."""
+        if self.get(field) is None:
+            raise self.refused(
+                field, "is missing", "give the config.json that was published with the weights"
+            )
+        return self.data[field]
+
+    def number(self, field: str, default: float | None = None) -> Any:
+        """An int or float; UserError where it is missing without a default, or something else."""
+        value = self.need(field) if default is None else self.get(field, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.refused(field, "is not a number", "correct it there")
+        return value
+
+    def section(self, field: str) -> Fields:
+        """The fields of an object; empty where it is missing."""
+        value = self.get(field, {})
+        if not isinstance(value, dict):
+            raise self.refused(field, "is not an object", "correct it there")
+        return Fields(value, f"{self.where}: {field}")
+
+    def only(self, allowed: Mapping[str, Any]) -> None:
+        """UserError for a field whose value is not the one that is built here; an absent field, or null, has that value."""
+        for field, value in allowed.items():
+            if self.get(field, value) != value:
+                problem, remedy = f"only {value!r} is built here", "import a model of that variant"
+                raise self.refused(field, problem, remedy)
+
+    def ignore(self, *fields: str) -> None:
+        """Fields that change nothing that is computed at inference."""
+        self._read.update(fields)
+
+    def refused(self, field: str, problem: str, remedy: str = "import another model") -> UserError:
+        return UserError(f"{self.where}: {field}", self.data.get(field), problem, remedy)
+
+    def unread(self) -> dict[str, Any]:
+        return {key: value for key, value in self.data.items() if key not in self._read}
+
+
+class Source:
+    """The tensors of a folder. Each is taken once; ``finish`` refuses what nobody took."""
+
+    def __init__(self, where: str, entries: Mapping[str, Entry]) -> None:
+        self.where, self.entries = where, dict(entries)
+        self._left = set(entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def take(self, name: str) -> Entry:
+        if name not in self.entries:
+            remedy = "give the config.json and weights of one model"
+            raise UserError(f"{self.where}: weight", name, "is missing", remedy)
+        self._left.discard(name)
+        return self.entries[name]
+
+    def drop(self, *names: str) -> None:
+        """Tensors that follow from others."""
+        self._left.difference_update(names)
+
+    def finish(self) -> None:
+        for name in sorted(self._left):
+            remedy = "give the config.json and weights of one model"
+            raise UserError(f"{self.where}: weight", name, "the model has no such weight", remedy)
+
+
+class Importer(ABC):
+    """One published family."""
+
+    family: ClassVar[str]
+    title: ClassVar[str]
+    """How the family is called in messages, with an example of a model."""
+
+    @abstractmethod
+    def recognises(self, data: Mapping[str, Any], names: Collection[str]) -> bool:
+        """Whether a folder is of this family, by its config and the names of its tensors."""
+
+    @abstractmethod
+    def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
+        """Our config, and lines for the card about what is lost. UserError where this code computes something else."""
+
+    @abstractmethod
+    def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
+        """Our tensors by name."""
+
+    def tokenizer_folder(self, folder: Path) -> Path:
+        return folder
+
+
+def import_from(
+    importer_of: Callable[[Mapping[str, Any], Collection[str], str], Importer],
+    source: str,
+    out: Path,
+    name: str | None,
+    zero_state: bool,
+    force: bool,
+) -> Path:
+    """Write the checkpoint folder ``out`` from a folder or hub id; see rdlm.checkpoints.convert.importers.import_checkpoint."""
+    folder = local(source)
+    check_out(out, folder, force)
+    data = read_json(folder / "config.json", required=True)
+    entries = stored(folder)
+    importer = importer_of(data, entries, str(folder))
+    called = name or re.sub(
+        r"[^A-Za-z0-9._-]", "-", Path(source).resolve().name if Path(source).is_dir() else Path(source).name
+    )
+    where = str(folder / "config.json")
+    shapes = {key: entry.shape for key, entry in entries.items()}
+    fields = Fields(data, where)
+    config, lost = importer.config(fields, called, shapes)
+    if name is not None:
+        config = checkpoint.parse_config({**config.model_dump(), "name": name}, "--name")
+    if zero_state:
+        config = with_zero_state(config)
+    taken = Source(str(folder), entries)
+    weights = importer.weights(taken, config)
+    taken.finish()
+    check(str(folder), weights, config, "give the config.json and weights of one model")
+    tokenizer = tokenizer_of(importer.tokenizer_folder(folder), config)
+    read_json(folder / checkpoint.GENERATION, required=False)
+
+    def fill(temporary: Path) -> None:
+        with progress_bar(weights, "import") as bar:
+            tensors.write(temporary / checkpoint.WEIGHTS, weights, bar.update)
+        if (folder / checkpoint.GENERATION).is_file():
+            shutil.copyfile(folder / checkpoint.GENERATION, temporary / checkpoint.GENERATION)
+
+    described = {
+        key: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+        for key, entry in weights.items()
+    }
+    notes = _notes(source, importer, fields.unread(), lost)
+    return checkpoint.write(out, config, tokenizer, described, fill, notes)
+
+
+def with_zero_state(config: CheckpointConfig) -> CheckpointConfig:
+    """The same model whose recurrence starts from zero. UserError where the state is not drawn."""
+    model = config.model
+    if hasattr(model, "state_init"):
+        return config.model_copy(update={"model": model.model_copy(update={"state_init": "zero"})})
+    loop = getattr(model, "loop", None)
+    if loop is None or loop.state == "embedding" or loop.injection == "replace":
+        problem = "this model draws no state: it starts from the tokens"
+        raise UserError("--zero-state", config.name, problem, "leave it out")
+    zero = loop.model_copy(update={"state": "zero", "state_std": None, "state_scale": 1.0})
+    return config.model_copy(update={"model": model.model_copy(update={"loop": zero})})
+
+
+def stored(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a folder: safetensors, or a pickled state dict that holds nothing but tensors."""
+    pickled = next((folder / n for n in ("pytorch_model.bin", "model.pt") if (folder / n).is_file()), None)
+    if pickled is None or (folder / tensors.SINGLE).is_file() or (folder / tensors.INDEX).is_file():
+        return tensors.stored_in(folder)
+    try:
+        state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle, zip and operating system each raise their own
+        problem = f"is no file of tensors alone ({reason(error)})"
+        raise UserError("weights", str(pickled), problem, "convert it to safetensors") from None
+    found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {
+        re.sub(r"^(module\.|_orig_mod\.|model\.)+", "", name): tensors.entry_of(value)
+        for name, value in found.items()
+    }
+
+
+def converted(
+    entry: Entry, shape: Sequence[int], make: Callable[[Tensor], Tensor], dtype: str | None = None
+) -> Entry:
+    """An entry that is computed from another when it is written: one tensor is in memory at a time."""
+    kept = dtype or entry.dtype
+    size = DTYPES[kept].itemsize if kept in DTYPES else 1
+    for n in shape:
+        size *= n
+    return Entry(kept, tuple(shape), size, lambda: iter([tensors.to_bytes(make(tensors.to_tensor(entry)))]))
+
+
+def stacked(where: str, entries: Sequence[tuple[str, Entry]]) -> Entry:
+    """Rows of several matrices (or vectors) one below the other."""
+    first = entries[0][1]
+    for name, entry in entries[1:]:
+        if entry.shape[1:] != first.shape[1:] or entry.dtype != first.dtype:
+            problem = (
+                f"{entry.dtype} {entry.shape} does not go with {first.dtype} {first.shape} of {entries[0][0]}"
+            )
+            raise UserError(f"{where}: weight", name, problem, "give weights of one model")
+    shape = (sum(entry.shape[0] for _, entry in entries), *first.shape[1:])
+    parts = [entry for _, entry in entries]
+    return Entry(
+        first.dtype, shape, sum(e.size for e in parts), lambda: (piece for e in parts for piece in e.read())
+    )
+
+
+def rows(entry: Entry, start: int, stop: int) -> Entry:
+    """Some rows of a matrix."""
+    return converted(entry, (stop - start, *entry.shape[1:]), lambda whole: whole[start:stop])
+
+
+def adjacent_pairs(
+    entry: Entry, head_dim: int, num_dims: int | None = None, num_heads: int | None = None
+) -> Entry:
+    """Rows of queries or keys, reordered within each head from split-half rotation (i with i + n/2) to adjacent pairs.
+
+    num_dims: leading dimensions of a head that are rotated; num_heads: leading heads that are; None for all.
+    """
+    order = torch.arange(head_dim)
+    rotated = head_dim if num_dims is None else num_dims
+    order[:rotated] = torch.arange(rotated).view(2, -1).T.flatten()
+
+    def reorder(whole: Tensor) -> Tensor:
+        heads = whole.unflatten(0, (-1, head_dim))
+        count = len(heads) if num_heads is None else num_heads
+        return torch.cat([heads[:count, order], heads[count:]]).flatten(0, 1)
+
+    if entry.shape[0] % head_dim:
+        return entry  # a wrong shape, which the comparison with the model names
+    return converted(entry, entry.shape, reorder)
+
+
+def recurrent(
+    name: str, model: Mapping[str, Any], default_steps: int, where: str, max_steps: int | None = None
+) -> CheckpointConfig:
+    """Config of an imported next-token model whose K is the number of core steps."""
+    if isinstance(default_steps, bool) or not isinstance(default_steps, int) or default_steps < 1:
+        raise UserError(
+            f"{where}: default number of loops",
+            default_steps,
+            "is no positive whole number",
+            "correct it there",
+        )
+    recurrence = {"default_steps": default_steps, "max_steps": max_steps or 4 * default_steps}
+    document = {
+        "name": name,
+        "model": {"family": "recurrent", **model},
+        "objective": {"name": "next_token"},
+        "recurrence": recurrence,
+    }
+    return checkpoint.parse_config(document, where)
+
+
+def check(where: str, found: Mapping[str, Entry], config: CheckpointConfig, remedy: str) -> None:
+    """UserError where the tensors are not those of the model, or of a dtype that is not read."""
+    expected = {key: tuple(p.shape) for key, p in build(config, device="meta").named_parameters()}
+    checkpoint.compare(where, {key: entry.shape for key, entry in found.items()}, expected, remedy)
+    check_dtypes(where, found)
+
+
+def check_dtypes(where: str, found: Mapping[str, Entry]) -> None:
+    for key, entry in found.items():
+        if entry.dtype not in DTYPES:
+            problem, remedy = f"only {', '.join(DTYPES)} are read", "convert the weights"
+            raise UserError(f"{where}: dtype of {key}", entry.dtype, problem, remedy)
+
+
+def local(source: str) -> Path:
+    """The folder itself, or where the hub's files were downloaded to; an interrupted download goes on."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not HUB_ID.fullmatch(source) or Path(source).exists():
+        raise UserError(
+            "SOURCE", source, "is no folder", "give a folder in Hugging Face layout, or a hub id OWNER/NAME"
+        )
+    from huggingface_hub import snapshot_download  # slow to import, and only an id of the hub needs it
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+    except (
+        Exception
+    ) as error:  # the library raises its own, the HTTP client's and the operating system's exceptions
+        raise UserError(
+            "SOURCE",
+            source,
+            f"is no folder here and cannot be downloaded ({reason(error)})",
+            "check name and network, or run `hf download` for it where there is one and give that folder",
+        ) from error
+
+
+def check_out(out: Path, source: Path, force: bool) -> None:
+    target, origin = out.resolve(), source.resolve()
+    if target == origin or target in origin.parents:
+        raise UserError("OUT", str(out), "it would replace the source", "name another folder")
+    if out.exists() and not force:
+        raise UserError("OUT", str(out), "exists already", "name another folder, or replace it with --force")
+
+
+def read_json(file: Path, required: bool) -> dict[str, Any]:
+    if not required and not file.is_file():
+        return {}
+    try:
+        data = json.loads(file.read_text())
+    except OSError:
+        raise UserError(
+            "SOURCE", str(file.parent), f"has no {file.name}", "give a folder in Hugging Face layout"
+        ) from None
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise UserError("SOURCE", str(file), "is not a JSON object", "copy or download it again")
+    return data
+
+
+def tokenizer_of(folder: Path, config: CheckpointConfig) -> Tokenizer | None:
+    """None where there is none: such a model can be scored on ids but not served."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        problem = f"has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}"
+        raise UserError(
+            "tokenizer", str(folder), problem, "put the tokenizer the model was trained with there"
+        )
+    return tokenizer
+
+
+def progress_bar(weights: Mapping[str, Entry], what: str) -> Any:
+    return tqdm(
+        total=sum(entry.size for entry in weights.values()), unit="B", unit_scale=True, desc=what, leave=False
+    )
+
+
+def _notes(source: str, importer: Importer, unused: Mapping[str, Any], lost: Sequence[str]) -> str:
+    lines = [
+        "## Origin",
+        "",
+        f"Imported with `rdlm import` from `{Path(source).name}` ({importer.title}). The weights are the source's.",
+        *(f"- {line}" for line in lost),
+    ]
+    if unused:
+        lines += [
+            "Fields of its config.json that rdlm does not use:",
+            "",
+            "```json",
+            json.dumps(unused, indent=1),
+            "```",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,207 @@
+"""Decoders in transformers' layout: plain ones (Llama, SmolLM2, Mistral, Qwen2, Qwen3, OLMo-2), and what looped ones share with them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rdlm.checkpoints import safetensors_io as tensors
+from rdlm.checkpoints.convert.base import Fields, Importer, Shapes, Source, adjacent_pairs, recurrent, stacked
+from rdlm.checkpoints.safetensors_io import Entry
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.model import LayerConfig, RecurrentConfig
+from rdlm.errors import UserError
+
+PRE_NORMS = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
+POST_NORMS = {"norm_1": "post_attention_layernorm", "norm_2": "post_feedforward_layernorm"}
+
+
+def rope_of(fields: Fields, head_dim: int, default_base: float = 10_000.0) -> dict[str, Any]:
+    """RopeConfig of ``rope_theta`` and ``rope_scaling``, or of ``rope_parameters`` as transformers 5 writes them."""
+    given = fields.section("rope_parameters")
+    base = given.get("rope_theta") or fields.number("rope_theta", default_base)
+    scaling = given if given.data else fields.section("rope_scaling")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    share = scaling.get("partial_rotary_factor") or fields.get("partial_rotary_factor", 1.0)
+    rope: dict[str, Any] = {"base": base}
+    if share != 1.0:
+        rope["num_dims"] = int(head_dim * share)
+    if kind == "llama3":
+        rope["scaling"] = {
+            "factor": scaling.number("factor"),
+            "low_freq_factor": scaling.number("low_freq_factor"),
+            "high_freq_factor": scaling.number("high_freq_factor"),
+            "original_max_seq_len": scaling.number("original_max_position_embeddings"),
+        }
+    elif kind != "default":
+        field = "rope_parameters" if given.data else "rope_scaling"
+        raise fields.refused(field, f"rope type {kind!r} is not built here, only default and llama3")
+    return rope
+
+
+def head_dim_of(fields: Fields) -> int:
+    """Dimensions of a head, which a config may leave out."""
+    return int(fields.get("head_dim") or fields.number("hidden_size") // fields.number("num_attention_heads"))
+
+
+def layer_of(fields: Fields, **settings: Any) -> dict[str, Any]:
+    """LayerConfig of a config of transformers, with rotary positions and a gated MLP of silu."""
+    fields.only({"hidden_act": "silu", "mlp_bias": False})
+    fields.ignore("attention_dropout")
+    head_dim = head_dim_of(fields)
+    return {
+        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "num_heads": fields.number("num_attention_heads"),
+        "num_kv_heads": fields.get("num_key_value_heads", fields.number("num_attention_heads")),
+        "head_dim": head_dim,
+        "rope": rope_of(fields, head_dim),
+        "mlp_width": fields.number("intermediate_size"),
+        **settings,
+    }
+
+
+def size_of(fields: Fields, **settings: Any) -> dict[str, Any]:
+    """The fields of RecurrentConfig that are not about layers or the loop."""
+    return {
+        "vocab_size": fields.number("vocab_size"),
+        "d_model": fields.number("hidden_size"),
+        "max_seq_len": fields.number("max_position_embeddings"),
+        **settings,
+    }
+
+
+def refuse_windows(fields: Fields) -> None:
+    """UserError for layers that see a window only."""
+    kinds = set(fields.get("layer_types", [])) - {"full_attention"}
+    if fields.get("use_sliding_window", False) or kinds:
+        field = "layer_types" if kinds else "use_sliding_window"
+        raise fields.refused(field, "layers that see a window only are not built here")
+    fields.ignore("sliding_window", "max_window_layers")
+
+
+def layer_tensors(
+    source: Source, theirs: str, ours: str, layer: LayerConfig, d_model: int, norms: Mapping[str, str]
+) -> dict[str, Entry]:
+    """One layer. norms: our name -> theirs."""
+
+    def take(name: str) -> tuple[str, Entry]:
+        return f"{theirs}.{name}", source.take(f"{theirs}.{name}")
+
+    def rotated(name: str) -> tuple[str, Entry]:
+        path, entry = take(name)
+        dims = None if layer.rope is None else layer.rope.num_dims
+        return path, adjacent_pairs(entry, layer.head_width(d_model), dims)
+
+    kinds = ("weight", "bias") if layer.bias == "qkv" else ("weight",)
+    found = {
+        f"{ours}.attn.Wqkv.{kind}": stacked(
+            source.where,
+            [
+                rotated(f"self_attn.q_proj.{kind}"),
+                rotated(f"self_attn.k_proj.{kind}"),
+                take(f"self_attn.v_proj.{kind}"),
+            ],
+        )
+        for kind in kinds
+    }
+    if layer.qk_norm in ("full", "head"):
+        for name in ("q_norm", "k_norm"):
+            found[f"{ours}.attn.{name}.weight"] = rotated(f"self_attn.{name}.weight")[1]
+    gate_and_up = [take("mlp.gate_proj.weight"), take("mlp.up_proj.weight")]
+    return {
+        **found,
+        f"{ours}.attn.proj.weight": take("self_attn.o_proj.weight")[1],
+        f"{ours}.mlp.fc.weight": stacked(source.where, gate_and_up),
+        f"{ours}.mlp.proj.weight": take("mlp.down_proj.weight")[1],
+        **{f"{ours}.{name}.weight": take(f"{path}.weight")[1] for name, path in norms.items()},
+    }
+
+
+def is_tied(fields: Fields, shapes: Shapes, default: bool, head: str = "lm_head.weight") -> bool:
+    """Whether the read-out is the embedding: where the file has no other, or where the config says so."""
+    tied = bool(fields.get("tie_word_embeddings", default))
+    return tied or head not in shapes
+
+
+def head_tensors(
+    source: Source, tied: bool, table: str = "model.embed_tokens.weight", head: str = "lm_head.weight"
+) -> dict[str, Entry]:
+    """Embedding and read-out; two copies of a tied pair must be equal, and either is enough."""
+    if not tied:
+        return {"model.wte.weight": source.take(table), "model.lm_head.weight": source.take(head)}
+    if table in source and head in source and not tensors.same(source.take(table), source.take(head)):
+        problem = f"differs from {table}, to which config.json ties it"
+        raise UserError(f"{source.where}: weight", head, problem, "untie them there if both are meant")
+    return {"model.wte.weight": source.take(table if table in source else head)}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a plain decoder of one ``model_type`` is. tied: default of tie_word_embeddings."""
+
+    layer: Mapping[str, Any]
+    norms: Mapping[str, str]
+    tied: bool = False
+    has_window: bool = False
+
+
+KINDS = {
+    "llama": Kind({}, PRE_NORMS),
+    "mistral": Kind({}, PRE_NORMS, has_window=True),
+    "qwen2": Kind({"bias": "qkv"}, PRE_NORMS),
+    "qwen3": Kind({"qk_norm": "head"}, PRE_NORMS),
+    "olmo2": Kind({"norms": "post", "qk_norm": "full"}, POST_NORMS),
+}
+"""``model_type`` -> its settings. SmolLM2 is a llama."""
+
+
+class PlainDecoder(Importer):
+    """A transformer whose layers run once: K is 1."""
+
+    family = "decoder"
+    title = "plain decoders: Llama, SmolLM2, Mistral, Qwen2, Qwen3, OLMo-2"
+
+    def recognises(self, data: Mapping[str, Any], names: Collection[str]) -> bool:
+        return data.get("model_type") in KINDS
+
+    def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
+        kind = fields.need("model_type")
+        if kind not in KINDS:
+            raise fields.refused("model_type", f"only {', '.join(KINDS)} are plain decoders here")
+        about, lost = KINDS[kind], []
+        if kind != "qwen2":
+            fields.only({"attention_bias": False})
+        fields.only({"pretraining_tp": 1})
+        model = size_of(
+            fields,
+            origin=kind,
+            tie_embeddings=is_tied(fields, shapes, about.tied),
+            layer=layer_of(fields, **about.layer),
+            loop={
+                "num_core_layers": fields.number("num_hidden_layers"),
+                "iterates": False,
+                "injection": "replace",
+            },
+        )
+        window = fields.get("sliding_window") if about.has_window else None
+        if window is not None and window < model["max_seq_len"]:
+            lost.append(
+                f"Layers see {window} tokens back; here the context ends there, where both are the same."
+            )
+            model["max_seq_len"] = window
+        if not about.has_window:
+            refuse_windows(fields)
+        return recurrent(name, model, 1, fields.where), lost
+
+    def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
+        model = config.model
+        assert isinstance(model, RecurrentConfig)
+        found = head_tensors(source, model.tie_embeddings)
+        for i in range(model.num_layers):
+            norms = KINDS[model.origin or ""].norms
+            found |= layer_tensors(
+                source, f"model.layers.{i}", f"model.layers.{i}", model.layer, model.d_model, norms
+            )
+            source.drop(f"model.layers.{i}.self_attn.rotary_emb.inv_freq")
+        return {**found, "model.ln_f.weight": source.take("model.norm.weight")}

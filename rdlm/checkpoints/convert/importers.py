@@ -1,0 +1,54 @@
+"""Which published families can be imported: a class each, registered here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from rdlm.checkpoints.convert.base import Importer, import_from
+from rdlm.checkpoints.convert.decoder import PlainDecoder
+from rdlm.checkpoints.convert.huginn import Huginn
+from rdlm.checkpoints.convert.looped_lm import LoopedLM
+from rdlm.checkpoints.convert.loopus import LoopUS
+from rdlm.checkpoints.convert.ouro import Nanbeige, Ouro
+from rdlm.checkpoints.convert.parcae import Parcae
+from rdlm.checkpoints.convert.retrofit import Retrofit
+from rdlm.errors import UserError
+
+IMPORTERS: dict[str, Importer] = {
+    importer.family: importer
+    for importer in (Huginn(), Retrofit(), Ouro(), Parcae(), LoopedLM(), Nanbeige(), LoopUS(), PlainDecoder())
+}
+"""Family -> what reads it; the first one that recognises a folder does."""
+
+
+def import_checkpoint(
+    source: str,
+    out: Path,
+    *,
+    family: str | None = None,
+    name: str | None = None,
+    zero_state: bool = False,
+    force: bool = False,
+) -> Path:
+    """Write the checkpoint folder ``out`` from a folder in the family's layout, or a hub id. Returns ``out``.
+
+    family: None finds it from the files. name: model name; None takes the source's. zero_state: start the recurrence from zero where the
+    published model draws its state. UserError where the source is no model that this code computes exactly, or ``out`` exists and
+    ``force`` is not given.
+    """
+    if family is not None and family not in IMPORTERS:
+        raise UserError("FAMILY", family, "is not known", f"use {', '.join(IMPORTERS)}, or leave it out")
+
+    def importer_of(data: Mapping[str, Any], names: Collection[str], where: str) -> Importer:
+        if family is not None:
+            return IMPORTERS[family]
+        for importer in IMPORTERS.values():
+            if importer.recognises(data, names):
+                return importer
+        known = "; ".join(importer.title for importer in IMPORTERS.values())
+        problem = f"model_type {data.get('model_type')!r} is no family that can be imported"
+        raise UserError("SOURCE", where, problem, f"import one of these: {known}")
+
+    return import_from(importer_of, source, out, name, zero_state, force)

@@ -1,0 +1,99 @@
+"""LoopUS (arXiv 2605.11011): a pretrained decoder whose middle layers loop, each step gated by a learned share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rdlm.checkpoints.convert.base import Fields, Importer, Shapes, Source, recurrent
+from rdlm.checkpoints.convert.decoder import (
+    KINDS,
+    head_tensors,
+    layer_of,
+    layer_tensors,
+    refuse_windows,
+    size_of,
+)
+from rdlm.checkpoints.safetensors_io import Entry
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.model import RecurrentConfig
+
+PARTS = {"encoder": "prelude", "reasoning": "core_block", "decoder": "coda"}
+
+
+class LoopUS(Importer):
+    """Layers of the base model by index lists; j counts from 0 within each part."""
+
+    family = "loopus"
+    title = "LoopUS, e.g. Thrillcrazyer/Qwen3_1.7B_LoopUS"
+
+    def recognises(self, data: Mapping[str, Any], names: Collection[str]) -> bool:
+        return data.get("model_type") == "lds"
+
+    def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
+        fields.only({"model_type": "lds", "q_eval_interval": 1})
+        base = fields.section("base_config_dict")
+        kind = base.get("model_type")
+        if kind not in KINDS:
+            raise base.refused("model_type", f"only {', '.join(KINDS)} are built here as base models")
+        if kind != "qwen2":
+            base.only({"attention_bias": False})
+        refuse_windows(base)
+        counts = [
+            self._count(fields, f"{part}_layer_indices", base.number("num_hidden_layers")) for part in PARTS
+        ]
+        fields.ignore("hidden_size", "vocab_size")
+        gate_in = shapes.get("reasoning.gate.dt_input_proj.weight", (1,))
+        model = size_of(
+            base,
+            origin=f"loopus-{kind}",
+            tie_embeddings=False,
+            layer=layer_of(base, **KINDS[kind].layer),
+            loop={
+                "num_prelude_layers": counts[0],
+                "num_core_layers": counts[1],
+                "num_coda_layers": counts[2],
+                "state": "embedding",
+                "step_gate_width": gate_in[0],
+                "exit_gate": "norm_linear" if "q_head.0.weight" in shapes else "none",
+            },
+        )
+        rule = fields.get("halting_strategy", "threshold")
+        lost = [
+            f"Its halting rule ({rule!r}, threshold {fields.get('q_threshold')}) is not applied: all K loops run unless a request asks for "
+            "an exit criterion."
+        ]
+        return recurrent(name, model, fields.number("N"), fields.where), lost
+
+    def _count(self, fields: Fields, field: str, num_layers: int) -> int:
+        indices = fields.need(field)
+        if not isinstance(indices, list) or not all(isinstance(i, int) for i in indices):
+            raise fields.refused(field, "is no list of layers")
+        if len(indices) == 1 and indices[0] < 0:  # [-n]: from n to the last one
+            return num_layers + indices[0]
+        return len(indices)
+
+    def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
+        model = config.model
+        assert isinstance(model, RecurrentConfig)
+        loop = model.loop
+        found = head_tensors(source, False, "encoder.embed_tokens.weight", "decoder.lm_head.weight")
+        counts = (loop.num_prelude_layers, loop.num_core_layers, loop.num_coda_layers)
+        norms = KINDS[(model.origin or "").removeprefix("loopus-")].norms
+        for (theirs, ours), count in zip(PARTS.items(), counts, strict=True):
+            for j in range(count):
+                found |= layer_tensors(
+                    source, f"{theirs}.layers.{j}", f"model.{ours}.{j}", model.layer, model.d_model, norms
+                )
+        if loop.exit_gate != "none":
+            for kind in ("weight", "bias"):
+                found[f"model.exit_gate.norm.{kind}"] = source.take(f"q_head.0.{kind}")
+                found[f"model.exit_gate.linear.{kind}"] = source.take(f"q_head.1.{kind}")
+        return {
+            **found,
+            "model.step_gate.A_log": source.take("reasoning.gate.A_log"),
+            "model.step_gate.dt_in.weight": source.take("reasoning.gate.dt_input_proj.weight"),
+            "model.step_gate.dt_out.weight": source.take("reasoning.gate.delta_proj.weight"),
+            "model.step_gate.dt_out.bias": source.take("reasoning.gate.delta_proj.bias"),
+            "model.ln_f.weight": source.take("decoder.norm.weight"),
+        }

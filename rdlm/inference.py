@@ -1,0 +1,209 @@
+"""A checkpoint from Python: ``rdlm.load(folder).logits(ids, num_steps=[1, 4])``. Also behind ``rdlm logits`` and ``rdlm inspect``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rdlm.checkpoints import folder as checkpoint
+from rdlm.checkpoints.folder import Loaded
+from rdlm.errors import UserError, reason
+from rdlm.nn.attention import AttentionContext
+from rdlm.random_streams import generator
+
+
+class Model:
+    """A checkpoint of text in memory. ids: [B, T] int64; a state is what stands before the read-out after K core steps."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.denoiser, self.config, self.tokenizer = loaded.denoiser, loaded.config, loaded.tokenizer
+
+    def logits(
+        self,
+        ids: Tensor,
+        num_steps: int | Sequence[int] | None = None,
+        *,
+        states: Tensor | None = None,
+        zero_state: bool = False,
+        token_type_ids: Tensor | None = None,
+        seed: int = 0,
+    ) -> dict[int, Tensor]:
+        """{K: fp32 logits [B, T, V] of the next token}; num_steps: the K, None for the default of the checkpoint.
+
+        states [B, T, D]: the recurrent state before the first step; zero_state: zeros; else what the model starts from, drawn with
+        ``seed`` where it is drawn. UserError where the model has no next token, or for a K that it does not have.
+        """
+        found = self.steps(ids, num_steps, states, zero_state, token_type_ids, seed)
+        return {k: self.read_out(state, ctx) for k, state, ctx in found}
+
+    def states(
+        self,
+        ids: Tensor,
+        num_steps: int | Sequence[int] | None = None,
+        *,
+        states: Tensor | None = None,
+        zero_state: bool = False,
+        token_type_ids: Tensor | None = None,
+        seed: int = 0,
+    ) -> dict[int, Tensor]:
+        """{K: state [B, T, S] after K core steps}; of the arguments see ``logits``."""
+        return {k: s for k, s, _ in self.steps(ids, num_steps, states, zero_state, token_type_ids, seed)}
+
+    @torch.no_grad()
+    def gate(self, state: Tensor) -> Tensor:
+        """Trained probability of stopping at a state [..., S] -> [...] fp32. UserError where there is no gate."""
+        if not self.denoiser.model.has_exit_gate:
+            remedy = "use a model with one, for instance Ouro"
+            raise UserError("checkpoint", self.config.name, "it has no exit gate", remedy)
+        return self.denoiser.model.gate(state)
+
+    @torch.no_grad()
+    def read_out(self, state: Tensor, ctx: AttentionContext) -> Tensor:
+        """Logits [B, T, V] of states, fp32."""
+        return self.denoiser.predict(self.denoiser.model.decode(state, ctx)).logits()
+
+    @torch.no_grad()
+    def steps(
+        self,
+        ids: Tensor,
+        num_steps: int | Sequence[int] | None,
+        states: Tensor | None,
+        zero_state: bool,
+        token_type_ids: Tensor | None,
+        seed: int,
+    ) -> list[tuple[int, Tensor, AttentionContext]]:
+        """(K, state, what ``read_out`` needs with it) of every K; of the arguments see ``logits``."""
+        ks, found = self._ks(num_steps), []
+        model = self.denoiser.model
+        device = model.head.weight.device
+        ids = self._checked(ids).to(device)
+        ctx = (
+            model.context(ids) if token_type_ids is None else model.prefix_context(token_type_ids.to(device))
+        )
+        e = model.encode(ids, ctx)
+        cond = self.denoiser.condition(None, e)
+        latent = None
+        if states is not None or zero_state:
+            shape = (*ids.shape, self.config.model.d_model)
+            if states is not None and tuple(states.shape) != shape:
+                raise UserError(
+                    "input_states",
+                    tuple(states.shape),
+                    f"the model has states {shape}",
+                    "give one of that shape",
+                )
+            latent = torch.zeros(shape) if states is None else states
+            latent = latent.to(e)
+        if latent is not None and not self.draws_state:
+            latent = None
+            if states is not None:
+                problem = "this model starts from its tokens, not from a given state"
+                raise UserError("input_states", tuple(states.shape), problem, "leave it out")
+        state = model.initial_state(e, generator(seed), latent)
+        for k in range(1, max(ks) + 1):
+            state = self.denoiser.step(state, e, cond, ctx)
+            if k in ks:
+                found.append((k, state, ctx))
+        return found
+
+    @property
+    def draws_state(self) -> bool:
+        """Whether the recurrent state before the first step is free: drawn, zero or given."""
+        model: Any = self.config.model
+        if hasattr(model, "layout"):
+            loop = model.layout().loop
+            return loop.state != "embedding" and loop.injection != "replace"
+        return False
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+            problem = f"it is {ids.dtype} {tuple(ids.shape)}, not int64 [B, T]"
+            raise UserError("input_ids", "...", problem, "give a matrix of token ids")
+        size, limit = self.config.model.vocab_size, self.config.model.max_seq_len
+        if int(ids.min()) < 0 or int(ids.max()) >= size:
+            wrong = int(ids.max()) if int(ids.max()) >= size else int(ids.min())
+            raise UserError(
+                "input_ids", wrong, f"the model knows ids 0 to {size - 1}", "encode with its tokenizer"
+            )
+        if ids.shape[1] > limit:
+            raise UserError(
+                "input_ids",
+                ids.shape[1],
+                f"the model was built for {limit} positions",
+                f"give at most {limit}",
+            )
+        return ids
+
+    def _ks(self, num_steps: int | Sequence[int] | None) -> list[int]:
+        self.config.check_next_token("logits of the next token")
+        self.config.check_whole()
+        ks = [self.config.default_steps] if num_steps is None else num_steps
+        ks = [ks] if isinstance(ks, int) else list(ks)
+        most = self.config.max_steps if self.config.objective.k_meaning == "thinking" else 1
+        for k in ks:
+            if not 1 <= k <= most:
+                raise UserError(
+                    "num_steps",
+                    k,
+                    f"the checkpoint allows K from 1 to {most} here",
+                    f"ask for at most {most}",
+                )
+        return ks
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """Read a checkpoint folder. UserError where a file or weight is not what its config says."""
+    return Model(checkpoint.load(folder, device, dtype))
+
+
+def logits_file(
+    folder: Path, source: Path, out: Path, *, num_steps: str, zero_state: bool, seed: int, device: str
+) -> str:
+    """``rdlm logits``: see rdlm/checkpoints/cli.py. Returns what was written, in words."""
+    try:
+        ks = [int(part) for part in num_steps.split(",")] if num_steps else None
+    except ValueError:
+        raise UserError(
+            "--num-steps", num_steps, "is no list of numbers", "write for instance 1,2,4"
+        ) from None
+    try:
+        given = load_file(source)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            "IN", str(source), f"cannot be read ({reason(error)})", "give a safetensors file"
+        ) from None
+    for name in sorted(given.keys() - {"input_ids", "input_states", "token_type_ids"}):
+        raise UserError("IN", name, "is not read", "keep input_ids, input_states and token_type_ids")
+    if "input_ids" not in given:
+        raise UserError("IN", str(source), "holds no input_ids", "give input_ids [B, T] int64")
+    if zero_state and "input_states" in given:
+        raise UserError("--zero-state", str(source), "holds input_states", "choose one of both")
+    model = load(folder, device)
+    options: dict[str, Any] = {
+        "states": given.get("input_states"),
+        "zero_state": zero_state,
+        "token_type_ids": given.get("token_type_ids"),
+        "seed": seed,
+    }
+    found = {}
+    for k, state, ctx in model.steps(given["input_ids"], ks, **options):
+        found[f"logits_K{k}"] = model.read_out(state, ctx)
+        if model.denoiser.model.has_exit_gate:
+            found[f"gate_K{k}"] = model.gate(state)
+    save = {name: value.float().contiguous().cpu() for name, value in found.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    save_file(save, temporary)
+    temporary.replace(out)
+    start = (
+        " (this model starts from its tokens: --zero-state changes nothing)"
+        if zero_state and not model.draws_state
+        else ""
+    )
+    return f"{', '.join(save)}{start}"

@@ -1,0 +1,219 @@
+"""Published looped models: what an import computes is what the reference implementation computes (golden outputs, fp32)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rdlm
+from rdlm.checkpoints.convert.importers import import_checkpoint
+from rdlm.cli import app, run
+from rdlm.errors import UserError
+from rdlm.inference import Model
+from rdlm.nn.kv_cache import KVPool, PackedContext, Segment
+
+FAMILIES = (
+    "huginn", "ouro", "retro_llama", "retro_olmo", "parcae", "ifm_p2", "ifm_p2_orthoinj", "ifm_p2_linear", "nanbeige", "loopus",
+)  # fmt: skip
+TOLERANCE = 5e-5
+"""Rounding is 1e-5, a wrong operation 0.6 or more."""
+CHUNKS = (16, 5, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def golden(shared_data: Path) -> Path:
+    folder = shared_data.parent / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"no golden outputs at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(
+    request: pytest.FixtureRequest, golden: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Case]:
+    yield Case(golden / f"{request.param}_tiny", tmp_path_factory.mktemp(request.param) / "model")
+
+
+class Case:
+    """An import of a golden folder, and what the reference computed."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        self.model: Model = rdlm.load(import_checkpoint(str(folder), out))
+        self.expected = load_file(folder / "outputs.safetensors")
+        self.ids = self.expected["input_ids"]
+
+    def named(self, kind: str) -> dict[int, torch.Tensor]:
+        found = {re.fullmatch(rf"{kind}_K(\d+)", name): value for name, value in self.expected.items()}
+        return {int(match[1]): value for match, value in found.items() if match}
+
+
+def assert_near(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_logits_at_every_k_are_the_reference(case: Case) -> None:
+    zero, given = case.named("logits_zero_init"), case.named("logits_given_state")
+    plain = case.named("logits")
+    assert zero or plain
+    for expected, options in (
+        (zero, {"zero_state": True}),
+        (given, {"states": case.expected.get("input_states")}),
+        (plain, {}),
+    ):
+        if expected:
+            got = case.model.logits(case.ids, list(expected), **options)
+            for k, logits in expected.items():
+                assert_near(got[k], logits)
+
+
+def test_greedy_texts_are_the_reference(case: Case) -> None:
+    for kind, zero in (("greedy_zero_init", True), ("greedy", False)):
+        for k, expected in case.named(kind).items():
+            ids = case.ids
+            for _ in range(expected.shape[1]):
+                last = case.model.logits(ids, k, zero_state=zero)[k][:, -1]
+                ids = torch.cat([ids, last.argmax(-1, keepdim=True)], dim=1)
+            assert torch.equal(ids[:, case.ids.shape[1] :], expected)
+
+
+def test_chunked_prefill_and_decoding_with_the_full_cache_equal_the_whole(case: Case) -> None:
+    model, k = case.model.denoiser.model, min(3, case.model.config.max_steps)
+    pool = KVPool(
+        model.num_cache_layers, len(case.ids), case.ids.shape[1], model.num_kv_heads, model.head_dim, k
+    )
+    whole, parts, start = case.model.logits(case.ids, k, zero_state=True)[k], [], 0
+    with torch.no_grad():
+        for length in CHUNKS:
+
+            def context(step: int, start: int = start, length: int = length) -> PackedContext:
+                return PackedContext(
+                    pool, [Segment(i, start, length, step=step) for i in range(len(case.ids))]
+                )
+
+            ids = case.ids[:, start : start + length].reshape(1, -1)
+            e = model.encode(ids, context(0))
+            zeros = torch.zeros(1, ids.shape[1], case.model.config.model.d_model)
+            state = model.initial_state(e, latent=zeros if case.model.draws_state else None)
+            for step in range(k):
+                state = model.core(state, e, None, context(step))
+            hidden = model.decode(state, context(0))
+            parts.append(model.logits(hidden).view(len(case.ids), length, -1))
+            start += length
+    assert_near(torch.cat(parts, 1), whole)
+    for name, cached in case.expected.items():
+        if match := re.fullmatch(r"logits_cached_full_(zero_init_)?K(\d+)", name):
+            k = int(match[2])
+            assert_near(case.model.logits(case.ids, k, zero_state=True)[k], cached)
+
+
+def test_exit_gates_of_ouro(golden: Path, tmp_path: Path) -> None:
+    """lambda after every loop; the exit distribution, whose last loop takes the rest, gives the reference's weighted logits."""
+    case = Case(golden / "ouro_tiny", tmp_path / "model")
+    states = case.model.states(case.ids, [1, 2, 3, 4])
+    gates = torch.stack([case.model.gate(states[k]) for k in (1, 2, 3, 4)], -1)
+    assert_near(gates, case.expected["gate_lambda_K4"])
+    left = torch.cumprod(1 - gates[..., :-1], -1)
+    stay = torch.cat([torch.ones_like(left[..., :1]), left], -1)
+    pdf = torch.cat([gates[..., :-1] * stay[..., :-1], stay[..., -1:]], -1)
+    assert_near(pdf, case.expected["exit_pdf_K4"])
+    logits = case.model.logits(case.ids, [1, 2, 3, 4])
+    weighted = torch.stack([logits[k] for k in (1, 2, 3, 4)], -1) @ pdf.unsqueeze(-1)
+    assert_near(weighted.squeeze(-1), case.expected["logits_weighted_exit_K4"])
+    step = (pdf.cumsum(-1) >= case.expected["exit_threshold"]).int().argmax(-1)
+    assert torch.equal(step, case.expected["exit_step_threshold_K4"])
+    chosen = torch.stack([logits[k] for k in (1, 2, 3, 4)], -2).gather(
+        -2, step[..., None, None].expand(*step.shape, 1, logits[1].shape[-1])
+    )
+    assert_near(chosen.squeeze(-2), case.expected["logits_exit_threshold_K4"])
+
+
+def test_states_and_halting_probabilities_of_loopus(golden: Path, tmp_path: Path) -> None:
+    case = Case(golden / "loopus_tiny", tmp_path / "model")
+    states = case.model.states(case.ids, list(range(1, 9)))
+    assert_near(states[6], case.expected["state_K6"])
+    halts = torch.stack([case.model.gate(states[k])[:, -1] for k in range(1, 9)], -1)
+    assert_near(halts, case.expected["halt_prob_last_position"])
+
+
+def test_pickled_weights_of_parcae_are_read_without_running_code(golden: Path, tmp_path: Path) -> None:
+    """The published form: ``pytorch_model.bin`` with the tied head and a buffer that follows from the config."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "pytorch_model.bin"):
+        shutil.copyfile(golden / "parcae_tiny" / name, source / name)
+    pickled, safe = (
+        load_file(import_checkpoint(str(folder), tmp_path / out) / "model.safetensors")
+        for folder, out in ((source, "a"), (golden / "parcae_tiny", "b"))
+    )
+    assert pickled.keys() == safe.keys() and all(torch.equal(pickled[name], safe[name]) for name in safe)
+
+
+@pytest.mark.parametrize(
+    ("folder", "fields", "word"),
+    [
+        ("ouro_tiny", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ("ouro_tiny", {"use_sliding_window": True}, "use_sliding_window"),
+        ("ouro_tiny", {"hidden_act": "gelu"}, "hidden_act"),
+        ("ouro_tiny", {"attention_bias": True}, "attention_bias"),
+        ("ouro_tiny", {"num_hidden_layers": 4}, "model.layers.3"),
+        ("ouro_tiny", {"num_hidden_layers": 2}, "model.layers.2"),
+        ("ouro_tiny", {"model_type": "mamba"}, "'mamba'"),
+        ("retro_llama_tiny", {"injection_type": "add"}, "injection_type"),
+        ("retro_llama_tiny", {"qk_bias": True}, "qk_bias"),
+        ("retro_olmo_tiny", {"initial_state_mode": "embed-init"}, "initial_state_mode"),
+        ("retro_olmo_tiny", {"test_time_noise": 0.1}, "test_time_noise"),
+        ("parcae_tiny", {"injection_type": "linear"}, "injection_type"),
+        ("parcae_tiny", {"recurrent_embedding_dimension": 96}, "recurrent_embedding_dimension"),
+        ("parcae_tiny", {"logit_softcap": 15.0}, "logit_softcap"),
+        ("parcae_tiny", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        ("nanbeige_tiny", {"loop_share_kv": True}, "loop_share_kv"),
+        ("nanbeige_tiny", {"ngram_sizes": [2]}, "ngram_sizes"),
+        ("nanbeige_tiny", {"pretraining_tp": 2}, "pretraining_tp"),
+        ("loopus_tiny", {"q_eval_interval": 2}, "q_eval_interval"),
+        ("ifm_p2_tiny", {"model": {"arch": "transformer"}}, "arch"),
+    ],
+)
+def test_what_is_not_built_here_is_refused_by_name(
+    golden: Path, tmp_path: Path, folder: str, fields: dict, word: str
+) -> None:
+    source = shutil.copytree(golden / folder, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(UserError) as error:
+        import_checkpoint(str(source), tmp_path / "out")
+    assert word in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_loop_loss_weights_of_nanbeige_set_the_number_of_loops(golden: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(golden / "nanbeige_tiny", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "loop_loss_weights": [0.1, 0.2, 0.3]}))
+    assert rdlm.load(import_checkpoint(str(source), tmp_path / "out")).config.default_steps == 4
+
+
+def test_the_logits_command_writes_logits_and_gates(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, given, made = tmp_path / "model", tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    assert run(app, ["import", str(golden / "ouro_tiny"), str(out)], "rdlm") == 0
+    assert "without a tokenizer" in capsys.readouterr().out
+    expected = load_file(golden / "ouro_tiny" / "outputs.safetensors")
+    save_file({"input_ids": expected["input_ids"]}, given)
+    command = ["logits", str(out), str(given), "--num-steps", "1,4", "--out", str(made)]
+    assert run(app, command, "rdlm") == 0
+    found = load_file(made)
+    assert found.keys() == {"logits_K1", "logits_K4", "gate_K1", "gate_K4"}
+    assert_near(found["logits_K4"], expected["logits_K4"])
+    assert_near(found["gate_K1"], expected["gate_lambda_K4"][..., 0])
+    save_file({"input_ids": expected["input_ids"] + 1_000}, given)
+    assert run(app, command, "rdlm") == 2
+    assert "the model knows ids 0 to 319" in capsys.readouterr().err
