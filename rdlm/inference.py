@@ -13,9 +13,14 @@ from torch import Tensor
 
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints.folder import Loaded
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.model import ImageConfig
 from rdlm.errors import UserError, reason
+from rdlm.flops import costs_of
 from rdlm.nn.attention import AttentionContext
+from rdlm.objectives import Objective
 from rdlm.random_streams import generator
+from rdlm.registry import build
 
 
 class Model:
@@ -207,3 +212,67 @@ def logits_file(
         else ""
     )
     return f"{', '.join(save)}{start}"
+
+
+def description(folder: Path) -> dict[str, str]:
+    """``rdlm inspect``: what a checkpoint is, without reading its weights."""
+    config = checkpoint.load_config(folder)
+    objective = build(config, device="meta")
+    model, count = config.model, sum(p.numel() for p in objective.parameters())
+    origin = getattr(model, "origin", None)
+    found = {
+        "name": config.name,
+        "family": f"{model.family}, imported from {origin}" if origin else model.family,
+        "parameters": f"{count:,}",
+        "objective": config.objective.name,
+        "K": f"{config.objective.k_description}. Default {config.default_steps}, at most {config.max_steps}",
+        "likelihood": config.objective.estimator,
+    }
+    if config.blocks is not None:
+        found["blocks"] = f"{config.blocks.num_blocks}" + (
+            f", block {config.block} alone" if config.block is not None else ""
+        )
+    has_tokenizer = (Path(folder) / checkpoint.TOKENIZER).is_dir()
+    if not isinstance(model, ImageConfig):
+        found |= _text_description(config, objective)
+        found["tokenizer"] = "yes" if has_tokenizer else "none: the model takes ids only"
+    commands = [command.replace("THIS_FOLDER", str(folder)) for command in model.commands]
+    if not isinstance(model, ImageConfig) and not has_tokenizer:
+        commands = [f"rdlm logits {folder} IN.safetensors --out OUT.safetensors"]
+    return {**found, "commands": "; ".join(commands)}
+
+
+def _text_description(config: CheckpointConfig, objective: Objective) -> dict[str, str]:
+    layout, backbone = config.model.layout(), objective.model  # type: ignore[union-attr]
+    layer, loop = layout.layer, layout.loop
+    kv_heads = layer.num_kv_heads or layer.num_heads
+    counts = (
+        f"{loop.num_prelude_layers} prelude, {loop.num_core_layers} core, {loop.num_coda_layers} coda layers"
+    )
+    norms = [f"boundary norm {loop.boundary_norm}"] if loop.boundary_norm != "none" else []
+    extras = [
+        *norms,
+        *(["step gate"] if loop.step_gate_width else []),
+        *(["exit gate"] if backbone.has_exit_gate else []),
+    ]
+    rows = {
+        "topology": f"{counts}; "
+        + ", ".join(
+            [f"state {loop.state}", f"injection {loop.injection}", f"read-out {loop.readout}", *extras]
+        ),
+        "layer": f"d_model {layout.d_model}, {layer.num_heads} heads on {kv_heads} key-value heads of {layer.head_width(layout.d_model)}, "
+        f"{layer.mlp} {layer.mlp_width}, norms {layer.norms}, q/k norm {layer.qk_norm}",
+        "context": f"{layout.max_seq_len} tokens of a vocabulary of {layout.vocab_size}",
+    }
+    ks = sorted({1, config.default_steps, config.max_steps})
+    if backbone.is_causal:
+        once = backbone.num_cache_layers - len(backbone.core_layers)
+        entry = 2 * backbone.num_kv_heads * backbone.head_dim * 2
+        every = ", ".join(f"{entry * (once + k * len(backbone.core_layers)):,} at K = {k}" for k in ks)
+        rows["cache per token"] = f"shared {entry * backbone.num_cache_layers:,} bytes in bf16; full {every}"
+    costs = costs_of(objective)
+    fixed = costs.encode.weights + costs.decode.weights + costs.head
+    rows["FLOPs per token"] = (
+        ", ".join(f"{fixed + k * costs.core.weights:.3g} at K = {k}" for k in ks) + ", attention scores aside"
+    )
+    return rows

@@ -195,13 +195,17 @@ def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -
         shape = f"images of {model.image_size}x{model.image_size} in patches of {model.patch_size}, {model.num_classes} classes"
     else:
         shape = f"vocabulary {model.vocab_size}, up to {model.max_seq_len} tokens"
-    rows = {
-        "family": f"{model.family}, d_model {model.d_model}, {shape}",
-        "parameters": f"{count:,} ({dtypes})",
+    trained = {
         "objective": f"`{objective.name}`, read-out {objective.readout}",
         "core steps in training": f"{depth.distribution}, mean {depth.mean}; the last {depth.grad_steps} with gradient",
         "noised in training": objective.noised_in_training,
         "updates": f"{config.step:,}",
+    }
+    origin = getattr(model, "origin", None)
+    rows = {
+        "family": f"{origin or model.family}, d_model {model.d_model}, {shape}",
+        "parameters": f"{count:,} ({dtypes})",
+        **(trained if origin is None or config.step else {}),
         "K": f"{objective.k_description}. Default {config.default_steps}, at most {config.max_steps}",
         "normalised likelihood": objective.estimator,
     }

@@ -64,7 +64,7 @@ class Usage:
     saved_core_steps: int
     """Core steps that exits saved."""
     flops: int
-    """Floating-point operations of its rows (serve/engine/flops.py)."""
+    """Floating-point operations of its rows (rdlm/flops.py)."""
     kv_bytes: int
     """Memory of the keys and values of its positions."""
     token_steps: int

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rdlm.diffusion.unmasking import Asked, Draft, fill, mask_of, read
 from rdlm.diffusion.unmasking_plan import Turn, turns
+from rdlm.flops import costs_of
 from rdlm.objectives.masked import MaskedDiffusion
-from serve.engine.flops import costs_of
 from serve.engine.runner import logprobs_of
 from serve.engine.sequence import Request, Sequence, StepCounts, StepResult, TokenLogprobs
 

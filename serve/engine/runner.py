@@ -19,6 +19,7 @@ from torch import Tensor
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.diffusion.samplers import Flow, StepPlan, expected_target, sampler_named
 from rdlm.errors import UserError
+from rdlm.flops import Cost, Costs, costs_of
 from rdlm.nn import kv_cache as cache
 from rdlm.nn.layers import Condition
 from rdlm.objectives.base import Prediction
@@ -27,7 +28,6 @@ from rdlm.random_streams import generator
 from rdlm.sampling import process, sample, top_logprobs
 from rdlm.sampling_params import uniform
 from serve.engine.exits import LatentDiff, exits_on_predictions, exits_on_states, is_measured
-from serve.engine.flops import Cost, Costs, costs_of
 from serve.engine.sequence import (
     NO_SLOT,
     Glimpse,

@@ -9,11 +9,11 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rdlm.flops import Cost
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.events import Served
 from serve.engine.exits import ExitRule
-from serve.engine.flops import Cost
 from serve.engine.sequence import Request, Show, StepBudget
 
 GREEDY = SamplingParams(temperature=0)
