@@ -132,7 +132,7 @@ def run_arm(
     train(folder, config)
     row = {
         "arm": name, "seed": seed, "lr": lr, "objective": arm.objective, "num_blocks": arm.num_blocks, "equal": arm.equal,
-        "updates": updates, "commit": provenance()["git_commit"], **held_out(folder, updates, data, max_tokens, ["--steps", "1"]),
+        "updates": updates, "commit": provenance()["git_commit"], **held_out(folder, updates, data, max_tokens, ["--num-steps", "1"]),
     }  # fmt: skip
     common = ["--checkpoint", str(folder / "run" / "model"), "--data", str(data)]
     if arm.objective != "next_token":

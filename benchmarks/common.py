@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from eval.output import write_json
-from eval.provenance import provenance
+from eval.provenance import provenance, write_json
 
 __all__ = ["in_parallel", "provenance", "read_json", "run_rdlm", "train", "write_json"]
 

@@ -76,7 +76,7 @@ def run_arm(
 ) -> dict[str, Any]:
     folder = root / f"{name.replace(' ', '-').replace('/', '-')}-lr{lr:g}-seed{seed}"
     train(folder, config_of(name, seed, updates, lr, data))
-    wanted = ["--steps", STEPS] if name not in ("paper", "evidence") else []
+    wanted = ["--num-steps", STEPS] if name not in ("paper", "evidence") else []
     return {
         "arm": name,
         "seed": seed,

@@ -20,7 +20,7 @@ import typer
 
 from benchmarks.common import in_parallel, last_metrics, provenance, read_json, run_rdlm, train, write_json
 from benchmarks.train_step import Arm, interleaved_medians
-from eval.report.images import plot_images
+from eval.images.fid import plot_images
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.batch import Batch
@@ -114,7 +114,9 @@ def run_arm(
     train(folder, written)
     found, model = folder / "found.json", str(folder / "run" / "model")
     if not found.exists() and family == "vit":
-        sampling = [] if ARMS[family][arm][0] in ONCE else ["--steps", "1,2,4,8", "--bridge", "hard,euler"]
+        sampling = (
+            [] if ARMS[family][arm][0] in ONCE else ["--num-steps", "1,2,4,8", "--bridge", "hard,euler"]
+        )
         command = [
             "eval",
             "accuracy",
@@ -142,7 +144,7 @@ def run_arm(
             str(found),
         ]
         options = [
-            "--steps",
+            "--num-steps",
             SAMPLED["steps"],
             "--guidance",
             SAMPLED["guidance"],

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.common import provenance, read_json, run_rdlm, write_json
 from eval.texts.gen_ppl import perplexity
 from eval.texts.judge_models import load_teacher, where
-from eval.texts.mauve_score import PROTOCOLS, evaluate_mauve, shuffled_words
+from eval.texts.mauve import PROTOCOLS, evaluate_mauve, shuffled_words
 from eval.texts.samples import Shape, passages, to_text
 from rdlm.data.token_shards import TokenStore
 
@@ -76,7 +76,7 @@ def blimp_of_chance(blimp: Path, pairs: int) -> dict[str, Any]:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-    from eval.texts.lm_eval_cli import TASKS
+    from eval.texts.lm_eval import TASKS
 
     class Chance(LM):
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -76,7 +76,7 @@ def run_arm(name: str, updates: int, lr: float, data: Path, root: Path, max_toke
             "recurrence": {"default_steps": 1 if objective == "next_token" else 16, "max_steps": 64}, "blocks": blocks,
         },
     )  # fmt: skip
-    steps = ["--steps", BOUNDS if objective == "masked" else "1"]
+    steps = ["--num-steps", BOUNDS if objective == "masked" else "1"]
     row = {"arm": name, "lr": lr, "updates": updates, **held_out(folder, updates, data, max_tokens, steps)}
     if objective == "masked":
         row["samples"] = samples(folder / "run" / "model")

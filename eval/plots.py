@@ -1,4 +1,4 @@
-"""Figures of evaluation results. No display is needed."""
+"""What figures of several metrics share. No display is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from eval.output import write_bytes
+from eval.provenance import write_bytes
 
 Row = dict[str, Any]
 
@@ -79,93 +79,3 @@ def against_k(
     axes.set_ylabel(what)
     axes.legend(fontsize=7)
     return png(figure)
-
-
-def draw_nll(axes: Axes, report: Row, **style: Any) -> None:
-    """Held-out NLL against K. Mixture estimates and bounds are hollow: they are not the likelihood."""
-    results = report["results"]
-    style = {"color": "tab:blue", **style}
-    axes.plot([r["K"] for r in results], [r["nll"] for r in results], color=style["color"], linewidth=1.5)
-    name = style.pop("label", None)
-    for normalised in (True, False):
-        chosen = [r for r in results if r["estimator"].startswith("normalised") == normalised]
-        if chosen:
-            other = (
-                "upper bound"
-                if chosen[0]["estimator"].startswith("upper bound")
-                else "mixture over noise draws (biased upward)"
-            )
-            kind = "normalised likelihood" if normalised else other
-            face = style["color"] if normalised else "white"
-            label = f"{name}: {kind}" if name else kind
-            with_errors(axes, chosen, "K", "nll", fmt="o", markerfacecolor=face, label=label, **style)
-    axes.set_ylabel("held-out NLL (nats per token)")
-
-
-def plot_nll(report: Row, file: Path) -> None:
-    """Held-out NLL against K with its 95 % intervals, as PNG."""
-    figure, (axes,) = new_figure()
-    draw_nll(axes, report)
-    for r in report["results"]:
-        axes.annotate(
-            f"{r['nll']:.3f}",
-            (r["K"], r["nll"]),
-            xytext=(0, 9),
-            textcoords="offset points",
-            fontsize=8,
-            ha="center",
-        )
-    k_axis(axes, [r["K"] for r in report["results"]])
-    axes.margins(x=0.1, y=0.15)
-    axes.set_title(f"{heading(report)}: {report['tokens']:,} tokens of {report['data']['split']}")
-    axes.legend(fontsize=8)
-    write_png(figure, file)
-
-
-def draw_depth(axes: Axes, report: Row, name: str = "", **style: Any) -> None:
-    """Accuracy against K, a curve for each length."""
-    for length in dict.fromkeys(r["length"] for r in report["results"]):
-        chosen = [r for r in report["results"] if r["length"] == length]
-        label = f"{name}{report['data']['unit']} {length}"
-        with_errors(axes, chosen, "K", "accuracy", marker="o", label=label, **style)
-    axes.set_ylabel("share of right answers")
-
-
-def plot_depth(report: Row, file: Path) -> None:
-    """Accuracy against K with its 95 % intervals, as PNG."""
-    figure, (axes,) = new_figure()
-    draw_depth(axes, report)
-    axes.axhline(report["chance"], color="grey", linestyle=":", label="chance")
-    k_axis(axes, [r["K"] for r in report["results"]], label="K")
-    axes.set_title(f"{heading(report)}: {report['data']['task']}")
-    axes.legend(fontsize=8)
-    write_png(figure, file)
-
-
-def draw_accuracy(axes: Axes, report: Row, name: str = "", first_colour: int = 0) -> int:
-    """Accuracy against K, a curve for each bridge; -> how many."""
-    bridges = list(dict.fromkeys(r["bridge"] for r in report["results"]))
-    for i, bridge in enumerate(bridges):
-        chosen = [r for r in report["results"] if r["bridge"] == bridge]
-        with_errors(
-            axes,
-            chosen,
-            "K",
-            "accuracy",
-            marker="o",
-            markersize=4,
-            color=colour(first_colour + i),
-            label=f"{name}{bridge}",
-        )
-    axes.set_ylabel("accuracy")
-    return len(bridges)
-
-
-def plot_accuracy(report: Row, file: Path) -> None:
-    """Accuracy against K with its 95 % intervals, as PNG."""
-    figure, (axes,) = new_figure()
-    draw_accuracy(axes, report)
-    k_axis(axes, [r["K"] for r in report["results"]], "K")
-    axes.set_title(f"{heading(report)}: {report['images']:,} images of {report['data']['split']}")
-    axes.legend(fontsize=8)
-    write_png(figure, file)

@@ -1,7 +1,8 @@
-"""Where a number comes from: command, code, machine."""
+"""Where a number comes from (command, code, machine), and how results are written: at once or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -79,3 +80,16 @@ def _cpu() -> str:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.machine(),
     )
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Make the folders and replace the file in one step."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(file)
+
+
+def write_json(file: Path, report: Any) -> None:
+    """Raises ValueError for a number that JSON cannot hold (NaN, infinity)."""
+    write_bytes(file, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())

@@ -1,5 +1,5 @@
-"""Percentile bootstrap (Efron 1979) over independent units: prompts, or groups of texts. Every set that shares prompts is resampled
-with the same draws, so comparisons are paired."""
+"""Percentile bootstrap (Efron 1979) over independent units: prompts, windows, images, or groups of texts; and figures with their
+intervals as text. Every set that shares its units is resampled with the same draws, so comparisons are paired."""
 
 from __future__ import annotations
 
@@ -40,3 +40,24 @@ def mover(a: Pair, b: Pair) -> Pair:
     """a - b with its interval, from those of a and b taken as independent (Zou and Donner 2008, "MOVER")."""
     (x, (x_low, x_high)), (y, (y_low, y_high)) = a, b
     return x - y, [x - y - math.hypot(x - x_low, y_high - y), x - y + math.hypot(x_high - x, y - y_low)]
+
+
+WITHIN_NOISE = " (within noise)"
+
+
+def with_interval(value: float, interval: Sequence[float] | None, digits: str = ".3f") -> str:
+    """ "0.512 [0.498, 0.526]"; without an interval the value alone."""
+    return format(value, digits) + (
+        "" if interval is None else f" [{interval[0]:{digits}}, {interval[1]:{digits}}]"
+    )
+
+
+def difference(value: float, interval: Sequence[float], digits: str = "+.3f", none: float = 0.0) -> str:
+    """The same, and said to be within noise where the interval holds ``none``, the value of no difference."""
+    inside = interval[0] <= none <= interval[1]
+    return with_interval(value, interval, digits) + (WITHIN_NOISE if inside else "")
+
+
+def or_dash(value: float | None, digits: str) -> str:
+    """The value, or "-" where there is none."""
+    return "-" if value is None else format(value, digits)

@@ -66,7 +66,7 @@ class Commands:
         if arguments[1] == self.broken:
             raise quality.subprocess.CalledProcessError(2, list(arguments))
         if arguments[1] == "lm-eval":
-            for k in map(int, options["--steps"].split(",")):
+            for k in map(int, options["--num-steps"].split(",")):
                 report = {
                     "results": {},
                     "config": {"num_steps": k},

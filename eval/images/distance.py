@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval.cache import Bar, cached
 from eval.images.features import Extractor
 from eval.stats import mover
-from eval.texts.gen_ppl import Bar
-from eval.texts.judge_models import cached
 from rdlm.data.image_files import ImageSet
 from rdlm.errors import UserError
 

@@ -11,8 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from eval.texts.gen_ppl import Bar
-from eval.texts.judge_models import cached
+from eval.cache import Bar, cached
 from rdlm.checkpoints.folder import Loaded
 from rdlm.config.model import ImageConfig
 from rdlm.data.image_files import ImageSet
@@ -46,7 +45,7 @@ def settings(
     """All combinations, K changing fastest; UserError for values out of range (``most``: the checkpoint's largest K)."""
     for k in steps:
         if not 1 <= k <= most:
-            raise UserError("--steps", k, "is out of range", f"this checkpoint takes 1 to {most}")
+            raise UserError("--num-steps", k, "is out of range", f"this checkpoint takes 1 to {most}")
     for g in guidance:
         if not 0 <= g <= 100:
             raise UserError("--guidance", g, "must lie in [0, 100]", "1 is none, the usual values are 1 to 4")

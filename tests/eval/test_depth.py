@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import depth
-from eval.depth import choose_steps, evaluate_depth
+from eval.texts.depth import choose_steps, evaluate_depth
 from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
@@ -40,7 +39,7 @@ def _knows_k_factors(task: GroupProduct) -> Callable[..., dict[int, torch.Tensor
     """Answers right at the first K positions and never after them."""
 
     def answers(
-        denoiser: Any, config: Any, input_ids: torch.Tensor, ks: Sequence[int], **_: object
+        self: Objective, input_ids: torch.Tensor, ks: Sequence[int], **_: object
     ) -> dict[int, torch.Tensor]:
         right = input_ids.clone().numpy()
         for i in range(1, task.length):
@@ -55,7 +54,7 @@ def _knows_k_factors(task: GroupProduct) -> Callable[..., dict[int, torch.Tensor
 
 def test_accuracy_counts_positions_and_the_last_one(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     task = GroupProduct("s3", 8)
-    monkeypatch.setattr(depth, "greedy_answers", _knows_k_factors(task))
+    monkeypatch.setattr(type(loaded.denoiser), "answer", _knows_k_factors(task))
     results = evaluate_depth(loaded, task, (1, 4, 8), rows=50, batch_size=16)
     assert [(r["K"], r["length"], r["accuracy"], r["last"]) for r in results] == [
         (1, 8, 1 / 8, 0),
@@ -77,13 +76,13 @@ def test_interval_is_that_of_a_mean_over_examples(loaded: Loaded, monkeypatch: p
     task, rows = GroupProduct("s3", 8), 400
 
     def half(
-        denoiser: Any, config: Any, input_ids: torch.Tensor, ks: Sequence[int], **_: object
+        self: Objective, input_ids: torch.Tensor, ks: Sequence[int], **_: object
     ) -> dict[int, torch.Tensor]:
-        right = _knows_k_factors(task)(denoiser, config, input_ids, [8])[8]
+        right = _knows_k_factors(task)(self, input_ids, [8])[8]
         kept = (torch.arange(len(right)) % 2 == 0)[:, None]
         return {k: torch.where(kept, right, (right + 1) % 6) for k in ks}
 
-    monkeypatch.setattr(depth, "greedy_answers", half)
+    monkeypatch.setattr(type(loaded.denoiser), "answer", half)
     low, high = evaluate_depth(loaded, task, (1,), rows=rows, batch_size=100)[0]["accuracy_interval"]
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(rows), rel=0.1)
 
@@ -137,7 +136,7 @@ def folder(loaded: Loaded, tmp_path: Path) -> Path:
 
 def test_command_writes_results_with_their_provenance_and_a_figure(folder: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "r" / "depth.json", "--plot", tmp_path / "r" / "depth.png"]
-    assert _run("--checkpoint", folder, "--lengths", "4,6", "--steps", "4,1", "--rows", 30, *out) == 0
+    assert _run("--checkpoint", folder, "--lengths", "4,6", "--num-steps", "4,1", "--rows", 30, *out) == 0
     report = json.loads((tmp_path / "r" / "depth.json").read_text())
     assert [(r["length"], r["K"]) for r in report["results"]] == [(4, 1), (4, 4), (6, 1), (6, 4)]
     assert (
@@ -162,7 +161,7 @@ def test_command_measures_every_task(
             task,
             "--lengths",
             3,
-            "--steps",
+            "--num-steps",
             "1,4",
             "--rows",
             40,
@@ -286,7 +285,7 @@ def test_command_measures_masked_checkpoints_in_both_orders(
     assert run(app, ["eval", "report", *files, "--out", str(tmp_path / "r")], "rdlm") == 0
     assert "confidence order" in (tmp_path / "r" / "report.md").read_text()
     for arguments, message in (
-        (["--steps", "65"], "--steps=65: is out of range; this checkpoint takes 1 to 64"),
+        (["--num-steps", "65"], "--num-steps=65: is out of range; this checkpoint takes 1 to 64"),
         (["--lengths", "33"], "--lengths=33: needs 66 positions, the model was built for 64 positions"),
         (["--task", "s5"], "has a vocabulary of 6"),
     ):
@@ -303,7 +302,7 @@ def test_command_measures_masked_checkpoints_in_both_orders(
         (["--task", "s5"], "--task='s5': has a vocabulary of 6, the task has 120 symbols"),
         (["--task", "s4"], "--task='s4': there is no such task"),
         (["--task", "latin3", "--lengths", "10"], "data.blanks=[10, 10]"),
-        (["--steps", "1025"], "--steps=1025: is out of range; this checkpoint takes 1 to 1024"),
+        (["--num-steps", "1025"], "--num-steps=1025: is out of range; this checkpoint takes 1 to 1024"),
         (["--checkpoint", "nowhere"], "has no config.json"),
         (["--order", "random"], "--order='random': this model gives all answers at once"),
     ],

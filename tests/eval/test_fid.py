@@ -22,6 +22,7 @@ from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.image_files import open_images
 from rdlm.errors import UserError
+from rdlm.objectives.edm import Edm
 from rdlm.registry import build
 
 RNG = np.random.default_rng
@@ -350,7 +351,7 @@ def test_a_checkpoint_is_judged_over_its_settings(
     np.save(reference, _pixels(100, seed=1, size=4))
     files = {"reference": str(reference), "cache": str(tmp_path / "c"), "num-images": "30"}
     shared = [part for name, value in files.items() for part in (f"--{name}", value)]
-    sweep = ["--checkpoint", str(model), "--steps", "1,3", "--guidance", "1,2", "--solver", "euler,heun"]
+    sweep = ["--checkpoint", str(model), "--num-steps", "1,3", "--guidance", "1,2", "--solver", "euler,heun"]
     out = tmp_path / "sweep.json"
     command = ["eval", "fid", *shared, *sweep, "--out", str(out), "--plot", str(tmp_path / "p.png")]
     assert run(app, command, "rdlm") == 0
@@ -389,7 +390,7 @@ def test_a_checkpoint_is_judged_over_its_settings(
     found = json.loads(alone.read_text())["results"][0]
     assert one["images"]["sha256"] == found["images"]["sha256"] and one["kernel"] == found["kernel"]
     with monkeypatch.context() as patched:
-        patched.setattr("eval.images.samples.draw_images", lambda *_, **__: pytest.fail("drawn again"))
+        patched.setattr(Edm, "sample_images", lambda *_, **__: pytest.fail("drawn again"))
         assert run(app, command, "rdlm") == 0
     assert json.loads(out.read_text())["results"] == report["results"]
     assert run(app, ["eval", "report", str(out), str(alone), "--out", str(tmp_path / "report")], "rdlm") == 0
@@ -403,8 +404,8 @@ def test_a_checkpoint_is_judged_over_its_settings(
     [
         ([], "one of --images and --checkpoint"),
         (["--images", "IMAGES", "--checkpoint", "DIT"], "one of --images and --checkpoint"),
-        (["--images", "IMAGES", "--steps", "4"], "are of a checkpoint"),
-        (["--checkpoint", "DIT", "--steps", "10"], "this checkpoint takes 1 to 9"),
+        (["--images", "IMAGES", "--num-steps", "4"], "are of a checkpoint"),
+        (["--checkpoint", "DIT", "--num-steps", "10"], "this checkpoint takes 1 to 9"),
         (["--checkpoint", "DIT", "--solver", "rk4"], "no such solver"),
         (["--checkpoint", "DIT", "--guidance", "-1"], "must lie in"),
         (["--checkpoint", "NONE"], "has no config.json"),

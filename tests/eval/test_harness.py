@@ -22,10 +22,10 @@ pytest.importorskip("lm_eval", reason="the harness is not installed")
 
 from lm_eval.api.instance import Instance
 
-from eval.likelihood import score_continuations
 from eval.texts import lm_eval_adapter as harness
+from eval.texts.likelihood import score_continuations
+from eval.texts.lm_eval import TASKS, expand_blimp, taken_out, with_model
 from eval.texts.lm_eval_adapter import RecurrentLM, run_sweep
-from eval.texts.lm_eval_cli import TASKS, expand_blimp, taken_out, with_model
 from eval.texts.tasks.blimp import load as load_paradigm
 
 MakeModel = Callable[..., RecurrentLM]
@@ -404,11 +404,11 @@ def test_a_sweep_over_k_scores_in_one_pass_what_single_runs_score(
 
 
 def test_a_sweep_names_k_once(capfd: pytest.CaptureFixture[str]) -> None:
-    assert taken_out(["a", "--steps", "1,4", "--steps=2", "b"], "--steps") == (["a", "b"], "2")
-    assert taken_out(["a", "--steps"], "--steps") == (["a"], "")
+    assert taken_out(["a", "--num-steps", "1,4", "--num-steps=2", "b"], "--num-steps") == (["a", "b"], "2")
+    assert taken_out(["a", "--num-steps"], "--num-steps") == (["a"], "")
     for arguments in (["--model_args", "checkpoint=x,num_steps=4"], ["--tasks", "piqa"]):
-        assert run(app, ["eval", "lm-eval", *arguments, "--steps", "1,4"], "rdlm") == 2
-        assert "--steps=[1, 4]" in capfd.readouterr().err.splitlines()[-1]
+        assert run(app, ["eval", "lm-eval", *arguments, "--num-steps", "1,4"], "rdlm") == 2
+        assert "--num-steps=[1, 4]" in capfd.readouterr().err.splitlines()[-1]
 
 
 def test_unreadable_blimp_files_are_named(blimp: Path, tmp_path: Path) -> None:

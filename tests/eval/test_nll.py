@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from eval.nll import check_steps, evaluate_nll
+from eval.options import check_steps
+from eval.texts.nll import evaluate_nll
 from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
@@ -23,6 +24,7 @@ from rdlm.models.base import Backbone
 from rdlm.nn.attention import AttentionContext
 from rdlm.nn.layers import Condition, TokenTable
 from rdlm.objectives import Objective
+from rdlm.objectives.next_token import NextToken
 from train.data.prepare import Preparation, prepare
 
 VOCAB = 300
@@ -113,7 +115,7 @@ def test_a_bigram_model_scores_what_its_counts_say(
         tiny_config("huginn", "onestep", vocab_size=VOCAB),
         TokenStore(data, "train").read(0, 3000).tolist(),
     )
-    denoiser = Objective(Bigram(torch.tensor(train), VOCAB), config.objective, config.noise).eval()
+    denoiser = NextToken(config, Bigram(torch.tensor(train), VOCAB)).eval()
     report = evaluate_nll(Loaded(denoiser, config, tokenizer), store.windows(32, 640, 8), (1, 4))
     pairs, singles = Counter(pairwise(train)), Counter(train[:-1])
     read = store.read(0, 641).tolist()
@@ -200,7 +202,18 @@ def _run(*arguments: object) -> int:
 def test_command_writes_results_with_their_provenance_and_a_figure(
     folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--checkpoint", folder, "--data", data, "--steps", "4,1", "--max-tokens", 640, "--seed", 3]
+    arguments = [
+        "--checkpoint",
+        folder,
+        "--data",
+        data,
+        "--num-steps",
+        "4,1",
+        "--max-tokens",
+        640,
+        "--seed",
+        3,
+    ]
     assert _run(*arguments, "--out", tmp_path / "r" / "nll.json", "--plot", tmp_path / "r" / "nll.png") == 0
     report = json.loads((tmp_path / "r" / "nll.json").read_text())
     assert [r["K"] for r in report["results"]] == [1, 4] and report["seed"] == 3 and report["tokens"] == 640
@@ -223,9 +236,9 @@ def test_command_writes_results_with_their_provenance_and_a_figure(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "1,65"], "--steps=65: is out of range; this checkpoint takes 1 to 64"),
-        (["--steps", "0"], "--steps=0"),
-        (["--steps", "one"], "--steps='one'"),
+        (["--num-steps", "1,65"], "--num-steps=65: is out of range; this checkpoint takes 1 to 64"),
+        (["--num-steps", "0"], "--num-steps=0"),
+        (["--num-steps", "one"], "--num-steps='one'"),
         (["--split", "nowhere"], "split='nowhere'"),
         (["--seq-len", "65"], "--seq-len=65"),
         (["--data", "nowhere"], "there is no manifest.json"),

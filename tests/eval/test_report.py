@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eval.metric import Picture, Sample, Section, Table
+from eval.registry import METRICS, load_metric
+from eval.report.report import write_report
 from eval.stats import mover
 from rdlm.cli import app, run
 
@@ -279,3 +282,37 @@ def test_what_was_measured_otherwise_is_refused_in_one_line(
     assert _report(tmp_path, write("1.json", first), write("2.json", second)) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0] and "2.json" in lines[0] and not (tmp_path / "r").exists()
+
+
+def test_every_metric_is_a_line_of_the_registry_and_a_command(capfd: pytest.CaptureFixture[str]) -> None:
+    for name, (path, _) in METRICS.items():
+        metric = load_metric(name)
+        assert metric.name == name and metric.example.startswith(f"rdlm eval {name} ") and metric.__doc__, (
+            path
+        )
+        if name != "lm-eval":  # whose help is that of lm_eval
+            assert run(app, ["eval", name, "--help"], "rdlm") == 0
+            shown = capfd.readouterr().out
+            assert "Example: rdlm eval" in shown and "--num-steps" in shown and "--steps" not in shown
+
+
+def test_the_former_name_of_num_steps_still_works_and_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    for given in (["--steps", "4"], ["--steps=4"]):
+        assert run(app, ["eval", "nll", "--checkpoint", "nowhere", "--data", "nowhere", *given], "rdlm") == 2
+        first, last = capfd.readouterr().err.splitlines()
+        assert first == "rdlm eval: --steps is called --num-steps now; the old name will go"
+        assert "nowhere" in last
+
+
+def test_text_of_a_report_can_be_anything(tmp_path: Path) -> None:
+    """HTML is escaped, and a cell of Markdown stays one cell."""
+    odd = '<b>a</b> | b\nc & "d" {{ e }}'
+    blocks: list[Any] = [
+        Table([odd, "n"], [[odd, "1"]], odd),
+        Sample(odd, [(odd, odd)]),
+        Picture(b"png", odd),
+    ]
+    write_report(tmp_path, odd, [Section(odd, odd, blocks)], [])
+    html, markdown = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "<b>a</b>" not in html and html.count("&lt;b&gt;a&lt;/b&gt;") > 8 and "{{ e }}" in html
+    assert '| <b>a</b> \\| b c & "d" {{ e }} | 1 |\n' in markdown

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval.texts.judge_models import CHUNK_TEXTS, Teacher, cached, load_teacher, pieces, where
+from eval.cache import CHUNK_TEXTS, cached
+from eval.texts.judge_models import Teacher, load_teacher, pieces, where
 from rdlm.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="teachers need transformers")

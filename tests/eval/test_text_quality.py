@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from eval.cache import Progress
 from eval.texts.frontier import at_equal_diversity, plot_frontier
 from eval.texts.gen_ppl import compare, evaluate_gen_ppl, perplexity
-from eval.texts.judge_models import Progress, Teacher
-from eval.texts.mauve_score import PROTOCOLS, evaluate_mauve, mauve, scores_of_shares, shuffled_words
+from eval.texts.judge_models import Teacher
+from eval.texts.mauve import PROTOCOLS, evaluate_mauve, mauve, scores_of_shares, shuffled_words
 from eval.texts.sweep import Setting, grid, setting_of
 from rdlm.checkpoints.folder import save
 from rdlm.cli import app, run
@@ -266,7 +267,8 @@ def command(
         config,
         TokenStore(data, "valid").tokenizer(),
     )
-    monkeypatch.setattr("eval.texts.judge_models.load_teacher", lambda *_: Counting())
+    for metric in ("gen_ppl", "mauve"):
+        monkeypatch.setattr(f"eval.texts.{metric}.load_teacher", lambda *_: Counting())
     fixed = ["--checkpoint", folder, "--data", data, "--cache", tmp_path / "cache"]
     return lambda name, *options: run(app, ["eval", name, *map(str, [*fixed, *options])], "rdlm")
 
@@ -333,7 +335,7 @@ def test_mauve_command_reports_ceiling_and_floor(
         ("gen-ppl", ["--temperature", "warm"], "--temperature='warm'"),
         ("gen-ppl", ["--num-steps", "0", *SHORT], "--num-steps=0"),
         ("gen-ppl", ["--top-p", "0", *SHORT], "top_p=0"),
-        ("gen-ppl", ["--top-k", "-1", *SHORT], "top_k=-1"),
+        ("gen-ppl", ["--top-k", "-2", *SHORT], "top_k=-2"),
         ("gen-ppl", ["--min-p", "2", *SHORT], "min_p=2"),
         ("gen-ppl", ["--bridge", "stone", *SHORT], "bridge='stone'"),
         ("gen-ppl", ["--bridge", "hard,euler", *SHORT], "bridge='euler'"),

@@ -168,7 +168,16 @@ def test_imported_model_serves_and_scores(source: Path, tmp_path: Path) -> None:
     )
     prepare(wanted, progress=False)
     report = tmp_path / "nll.json"
-    command = ["eval", "nll", "--checkpoint", str(folder), "--data", str(tmp_path / "data"), "--steps", "1,4"]
+    command = [
+        "eval",
+        "nll",
+        "--checkpoint",
+        str(folder),
+        "--data",
+        str(tmp_path / "data"),
+        "--num-steps",
+        "1,4",
+    ]
     assert run(app, [*command, "--max-tokens", "256", "--out", str(report)], "rdlm") == 0
     results = json.loads(report.read_text())["results"]
     assert [r["K"] for r in results] == [1, 4] and all(

@@ -141,7 +141,7 @@ def test_tasks_are_trained_on_as_rows_that_hold_their_inputs_and_measured(
         task,
         "--lengths",
         "5",
-        "--steps",
+        "--num-steps",
         "1,4",
         "--rows",
         "20",
@@ -233,7 +233,7 @@ def test_from_a_config_to_text_and_figures_on_the_command_line(
     assert status == 0
 
     figures = tmp_path / "nll.json"
-    wanted = ("--steps", "1,8", "--num-draws", 4, "--out", figures, "--plot", tmp_path / "p.png")
+    wanted = ("--num-steps", "1,8", "--num-draws", 4, "--out", figures, "--plot", tmp_path / "p.png")
     status, out, err = rdlm("eval", "nll", *given, "--data", corpus, *wanted)
     assert status == 0, err
     first, second = json.loads(figures.read_text())["results"]
@@ -254,7 +254,7 @@ def test_from_a_config_to_text_and_figures_on_the_command_line(
         (["eval", "convergence", *given, "--data", corpus], "not an iteration of one state"),
         (["eval", "depth", *given, "--task", "s3", "--lengths", "4"], "is a model of text"),
         (["eval", "gen-ppl", *given, "--data", corpus, *short, "--bridge", "euler"], "there is no ODE"),
-        (["eval", "nll", *given, "--data", corpus, "--steps", "4000"], "is out of range"),
+        (["eval", "nll", *given, "--data", corpus, "--num-steps", "4000"], "is out of range"),
         (["generate", *given, "--prompt", "a", "--bridge", "euler"], "there is no ODE"),
         (["generate", *given, "--prompt", "a", "--kv-cache", "full"], "keeps no keys"),
         (["generate", *given, "--prompt", "a", "--num-steps", "17"], "takes 1 to 16"),

@@ -1,13 +1,15 @@
-"""Held-out tokens in windows for a checkpoint: what ``rdlm eval nll``, ``ce-by-sigma`` and ``convergence`` read."""
+"""Held-out tokens in windows for a checkpoint: what the metrics nll, ce-by-sigma and convergence read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from eval.options import WindowOptions, usable_device
 from eval.provenance import origin
@@ -36,6 +38,12 @@ class HeldOut:
 
     def batches(self) -> Iterator[Batch]:
         return self.store.windows(self.length, self.options.max_tokens, self.options.batch_size)
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[int], object]]:
+        """A progress bar over windows; the callback takes how many are done since."""
+        with tqdm(total=self.count, unit="window", desc=what) as bar:
+            yield bar.update
 
     def origin(self, evaluation: str) -> dict[str, Any]:
         """The head of a report: what was measured, on what, and how."""
@@ -85,3 +93,8 @@ def check_tokenizer(folder: Path, loaded: Loaded, store: TokenStore) -> Tokenize
             "--data", str(store.folder), "was not tokenised with the checkpoint's tokenizer", remedy
         )
     return loaded.tokenizer
+
+
+def window_protocol(report: dict[str, Any]) -> dict[str, Any]:
+    """What must agree between results on windows."""
+    return {"data.seq_len": report["data"]["seq_len"], "tokens": report["tokens"]}

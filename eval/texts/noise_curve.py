@@ -7,22 +7,32 @@ p(x | context) exp(<y_x, z> / sigma^2); with the model's own prediction at z = 0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
+import typer
+from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.plots import heading, new_figure, with_errors, write_png
-from eval.stats import interval, resamples
+from eval.held_out import open_windows, window_protocol
+from eval.metric import Block, Json, Metric, Picture, Run, Section, Table, pair, print_table
+from eval.options import WindowOptions, check_steps, numbers
+from eval.plots import colour, heading, new_figure, png, with_errors, write_png
+from eval.stats import difference, interval, resamples, with_interval
 from rdlm.checkpoints.folder import Loaded
 from rdlm.data.batch import Batch
 from rdlm.diffusion.partition import Curve, equal_drops
+from rdlm.errors import UserError
 from rdlm.objectives.next_token import NextToken, renoise
 from rdlm.random_streams import generator
+
+LEVELS = "0.1,0.14,0.2,0.28,0.4,0.56,0.8,1.1,1.6,2.3,4,10,80"
 
 
 @torch.no_grad()
@@ -133,17 +143,6 @@ def equal_information_edges(curve: Curve, num_blocks: int) -> list[float]:
     return [high, *equal_drops(points, num_blocks, low, high), low]
 
 
-def plot_noise_curve(report: dict[str, Any], file: Path) -> None:
-    """Cross-entropy against sigma for the denoiser and the best one, as PNG."""
-    figure, (axes,) = new_figure()
-    draw_noise_curve(axes, report)
-    axes.set_title(
-        f"{heading(report)}: {report['tokens']:,} tokens of {report['data']['split']}", fontsize=10
-    )
-    axes.legend(fontsize=8)
-    write_png(figure, file)
-
-
 def draw_noise_curve(axes: Any, report: dict[str, Any], name: str = "", color: str = "tab:blue") -> None:
     """The two curves and the level of the prior."""
     results = report["results"]
@@ -158,3 +157,129 @@ def draw_noise_curve(axes: Any, report: dict[str, Any], name: str = "", color: s
     axes.set_xlabel("noise level sigma")
     axes.set_ylabel("cross-entropy with z from the truth\n(nats per token; not a likelihood)")
     axes.grid(alpha=0.3)
+
+
+class NoiseCurve(Metric):
+    """Cross-entropy of the next token with z noised from the truth, against sigma, beside the best possible. Not a likelihood."""
+
+    name = "ce-by-sigma"
+    example = "rdlm eval ce-by-sigma --checkpoint runs/demo/model --data data/demo --plot ce.png"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(WindowOptions):
+        sigmas: Annotated[str, typer.Option(help="Noise levels with commas.")] = LEVELS
+        num_steps: Annotated[
+            int, typer.Option(min=1, help="K of the prior, that is of the prediction at z = 0.")
+        ] = 1
+        blocks: Annotated[
+            int, typer.Option(min=1, help="Blocks of equal information whose edges are printed.")
+        ] = 3
+
+    def measure(self, options: Options) -> Json:
+        levels = sorted(numbers("--sigmas", options.sigmas, float))
+        remedy = "write for instance 0.2,0.5,1,2,80"
+        if not all(0 < level < math.inf for level in levels):
+            problem = "holds a level that is not positive and finite"
+            raise UserError("--sigmas", options.sigmas, problem, remedy)
+        if len(levels) < 2:
+            raise UserError("--sigmas", options.sigmas, "a curve needs at least two levels", remedy)
+        held_out = open_windows(options)
+        config = held_out.loaded.config
+        config.check_next_token("the cross-entropy by sigma")
+        if config.objective.k_meaning == "sampling" and options.num_steps > 1:
+            problem = "the prior of a sampling checkpoint is that of K = 1"
+            raise UserError("--num-steps", options.num_steps, problem, "leave the option out")
+        check_steps([options.num_steps], config)
+        with held_out.progress(f"{len(levels)} levels") as done:
+            measured = evaluate_noise_curve(
+                held_out.loaded,
+                held_out.batches(),
+                levels,
+                num_steps=options.num_steps,
+                seed=options.seed,
+                progress=done,
+            )
+        edges = _edges(measured["results"], options.blocks)
+        return {**held_out.origin(self.name), **measured, "equal_information_edges": edges}
+
+    def show(self, report: Json, console: Console) -> None:
+        rows = []
+        for r in report["results"]:
+            reference = with_interval(r["reference"], r["reference_interval"])
+            own = (
+                ("", "")
+                if r["ce"] is None
+                else (with_interval(r["ce"], r["ce_interval"]), difference(r["gap"], r["gap_interval"]))
+            )
+            rows.append([f"{r['sigma']:g}", own[0], reference, own[1]])
+        prior = with_interval(report["prior_ce"], report["prior_ce_interval"])
+        caption = (
+            f"{report['tokens']:,} tokens; nats per token, NOT a likelihood: z is made from the token that is asked for. "
+            f"Without z: {prior} (K = {report['prior_num_steps']})"
+        )
+        headers = ("sigma", "denoiser [95 %]", "exact for its own prior", "difference")
+        print_table(console, f"{heading(report)} on {report['data']['split']}", headers, rows, caption)
+        for name, edges in report["equal_information_edges"].items():
+            of = {"ce": "denoiser", "reference": "exact"}[name]
+            console.print(
+                f"edges of equal information ({of}): {', '.join(f'{edge:.4g}' for edge in edges)}",
+                highlight=False,
+            )
+
+    def plot(self, report: Json, file: Path) -> None:
+        figure, (axes,) = new_figure()
+        draw_noise_curve(axes, report)
+        axes.set_title(
+            f"{heading(report)}: {report['tokens']:,} tokens of {report['data']['split']}", fontsize=10
+        )
+        axes.legend(fontsize=8)
+        write_png(figure, file)
+
+    def protocol(self, report: Json) -> Json:
+        levels = {
+            "sigmas": [row["sigma"] for row in report["results"]],
+            "prior_num_steps": report["prior_num_steps"],
+        }
+        return {**super().protocol(report), **window_protocol(report), **levels}
+
+    def section(self, runs: list[Run]) -> Section:
+        rows = []
+        figure, (axes,) = new_figure()
+        for i, run in enumerate(runs):
+            draw_noise_curve(axes, run.report, f"{run.label}: ", colour(i))
+            for r in run.report["results"]:
+                own = (
+                    ["-", "-"]
+                    if r["ce"] is None
+                    else [with_interval(*pair(r, "ce")), difference(*pair(r, "gap"))]
+                )
+                rows.append(
+                    [run.label, f"{r['sigma']:g}", own[0], with_interval(*pair(r, "reference")), own[1]]
+                )
+        axes.legend(fontsize=7)
+        edges = [
+            [run.label, name, ", ".join(f"{edge:.4g}" for edge in found)]
+            for run in runs
+            for name, found in run.report["equal_information_edges"].items()
+        ]
+        about = (
+            f"{runs[0].report['tokens']:,} tokens. NOT a likelihood: z is made from the token that is asked for. The exact denoiser is "
+            "p(x | context) exp(<y_x, z> / sigma^2) with the model's own prediction at z = 0 as p(x | context)."
+        )
+        table = Table(["run", "sigma", "denoiser [95 %]", "exact for its own prior", "difference"], rows)
+        blocks: list[Block] = [
+            table,
+            Picture(png(figure), "Cross-entropy against sigma"),
+            Table(["run", "curve", "edges of equal information"], edges),
+        ]
+        return Section("Cross-entropy by noise level", about, blocks)
+
+
+def _edges(results: list[Json], num_blocks: int) -> Json:
+    """Edges of equal information for each curve that there is and that rises: an untrained model's is flat or falls."""
+    out = {}
+    for name in ("ce", "reference"):
+        curve = [(r["sigma"], r[name]) for r in results]
+        if curve[0][1] is not None and max(nats for _, nats in curve) > curve[0][1]:
+            out[name] = equal_information_edges(curve, num_blocks)
+    return out

@@ -10,15 +10,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
+import typer
+from rich.console import Console
 
-from eval.stats import mover
-from eval.texts.gen_ppl import Bar, Texts
-from eval.texts.judge_models import Teacher, cached
-from eval.texts.sweep import Setting
+from eval.cache import Bar, bars, cached
+from eval.metric import Json, Metric, Picture, Run, Section, Table, print_table
+from eval.options import SOURCES, TextOptions
+from eval.plots import Row, against_k, heading
+from eval.stats import difference, mover, with_interval
+from eval.texts.gen_ppl import judge, text_protocol
+from eval.texts.judge_models import Teacher, load_teacher
+from eval.texts.samples import Shape, Texts, open_sampler, sample_all, settings_of, to_text
+from eval.texts.sweep import CELLS, Setting, setting_of
 from rdlm.errors import UserError
 
 
@@ -186,6 +195,129 @@ def _features(featuriser: Teacher, texts: Texts, cache: Path, bar: Bar, what: st
         raise UserError(
             "texts", what, "all of them are empty", "look at the samples: the model writes nothing"
         )
-    key = ("features", featuriser.fingerprint, featuriser.window)
+    key = ("features", *featuriser.identity)
     found = cached(cache, key, full, featuriser.features, bar(f"features, {what}", len(full)))
     return found, len(flat) - len(full)
+
+
+class Mauve(Metric):
+    """Distance of the distribution of generated texts from human ones, with a human ceiling and a shuffled floor."""
+
+    name = "mauve"
+    example = "rdlm eval mauve --checkpoint runs/demo/model --data data/demo --protocol quick --num-steps 1,4"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(TextOptions):
+        protocol: Annotated[
+            Literal["paper", "standard", "quick"], typer.Option(help="What is compared with what.")
+        ] = "quick"
+        featuriser: Annotated[str, typer.Option(help=f"Model whose features are compared: {SOURCES}.")] = (
+            "smollm2"
+        )
+        num_prompts: Annotated[int | None, typer.Option(min=20, help="Instead of the protocol's number.")] = (
+            None
+        )
+        continuations: Annotated[
+            int | None, typer.Option(min=1, help="Instead of the protocol's number.")
+        ] = None
+        scaling_factor: Annotated[float | None, typer.Option(min=0.01, help="Instead of the protocol's.")] = (
+            None
+        )
+        num_seeds: Annotated[
+            int | None, typer.Option(min=1, help="Runs of k-means, instead of the protocol's.")
+        ] = None
+
+    def measure(self, options: Options) -> Json:
+        require_mauve()
+        chosen = PROTOCOLS[options.protocol].changed(
+            prompts=options.num_prompts,
+            continuations=options.continuations,
+            scaling_factor=options.scaling_factor,
+            seeds=options.num_seeds,
+        )
+        shape = Shape(chosen.prompt_tokens, chosen.max_tokens, chosen.continuations, options.across_documents)
+        settings, dtype = settings_of(options), getattr(torch, options.teacher_dtype)
+        with open_sampler(options, shape, chosen.prompts, settings) as (sampler, rest), bars() as bar:
+            model = load_teacher(options.featuriser, options.device, dtype, options.window)
+            others = list(islice(rest, chosen.prompts * chosen.continuations))
+            if len(others) < chosen.prompts:
+                problem = (
+                    f"only {len(others)} passages are left for the human ceiling, which needs as many again"
+                )
+                remedy = "ask for fewer, or prepare more text"
+                raise UserError("--num-prompts", chosen.prompts, problem, remedy)
+            held = [[to_text(sampler.tokenizer, p.continuation)] for p in others]
+            generated = list(zip(settings, sample_all(sampler, settings, bar), strict=True))
+            measured = evaluate_mauve(
+                chosen, sampler.human, held, generated, model, options.cache, bar, options.seed
+            )
+            return {**sampler.origin(self.name), **measured}
+
+    def show(self, report: Json, console: Console) -> None:
+        protocol, rows = report["protocol"], []
+        for label, what in (("ceiling", "human"), ("floor", "shuffled")):
+            rows.append([what, "", "", *_compared(report[label])])
+        rows += [[*setting_of(row).cells, *_compared(row)] for row in report["results"]]
+        caption = (
+            f"{report['references']:,} references, scaling factor {protocol['scaling_factor']:g}, features of "
+            f"{report['featuriser']['name']}; 95 % intervals over texts and {protocol['seeds']} k-means seeds"
+        )
+        headers = (*CELLS, "MAUVE", "- ceiling", "- first", "texts", "empty")
+        title = f"MAUVE of {heading(report)}, protocol {protocol['name']}"
+        print_table(console, title, headers, rows, caption, styles={0: "dim", 1: "dim"})
+        wanted, texts = protocol["prompts"] * protocol["continuations"], report["ceiling"]["texts"]
+        if texts < wanted:
+            console.print(
+                f"The ceiling rests on {texts:,} texts instead of {wanted:,}: the split has no more."
+            )
+
+    def protocol(self, report: Json) -> Json:
+        own = {"protocol": report["protocol"], "featuriser": judge(report["featuriser"])}
+        return {**super().protocol(report), **text_protocol(report), **own}
+
+    def section(self, runs: list[Run]) -> Section:
+        """Every setting between ceiling and floor, and against K."""
+        first, rows, curves = runs[0], [], dict[str, list[Row]]()
+        base = first.report["results"][0]
+        for name, what in (
+            ("ceiling", "human text after other prompts (ceiling)"),
+            ("floor", "its words shuffled (floor)"),
+        ):
+            rows.append([what, "", "", "", *_scored(first.report[name]), "", "", ""])
+        for run in runs:
+            for r in run.report["results"]:
+                others = (first.report["ceiling"], base, run.report["results"][0])
+                compared = ["" if other is r else _against(r, other) for other in others]
+                rows.append([run.label, *setting_of(r).cells, *_scored(r), *compared])
+                name = ", ".join(filter(None, (run.label, f"T {r['temperature']:g}", setting_of(r).rest)))
+                curves.setdefault(name, []).append(
+                    {"K": r["num_steps"], "value": r["value"], "value_interval": r["interval"]}
+                )
+        protocol = first.report["protocol"]
+        about = (
+            f"Protocol {protocol['name']}: {first.report['references']:,} references, scaling factor {protocol['scaling_factor']:g}, "
+            f"features of {first.report['featuriser']['name']}. Intervals cover the drawing of texts and of {protocol['seeds']} k-means seeds."
+        )
+        headers = ["run", *CELLS, "MAUVE [95 %]", "texts", "- ceiling", "- first row", "- own first row"]
+        lines = {name: tuple(first.report[name]["interval"]) for name in ("ceiling", "floor")}
+        return Section(
+            "MAUVE",
+            about,
+            [Table(headers, rows), Picture(against_k(curves, "MAUVE", lines), "MAUVE against K")],
+        )
+
+
+def _scored(entry: Json) -> list[str]:
+    return [with_interval(entry["value"], entry["interval"]), f"{entry['texts']:,}"]
+
+
+def _against(entry: Json, other: Json) -> str:
+    found = _compare(entry, other)
+    return difference(found["difference"], found["interval"])
+
+
+def _compared(entry: Json) -> list[str]:
+    score, texts = _scored(entry)
+    found = [entry.get(name) for name in ("against_ceiling", "against_first")]
+    compared = ["" if each is None else difference(each["difference"], each["interval"]) for each in found]
+    return [score, *compared, texts, str(entry["empty_texts"])]

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
+import typer
+from rich.console import Console
 from torch import Tensor
 
-from eval.plots import heading, k_axis, new_figure, with_errors, write_png
-from eval.stats import interval, resamples
+from eval.held_out import open_windows, window_protocol
+from eval.metric import Json, Metric, Picture, Run, Section, Table, pair, print_table
+from eval.options import WindowOptions, check_steps, iterates
+from eval.plots import colour, heading, k_axis, new_figure, png, with_errors, write_png
+from eval.stats import interval, resamples, with_interval
 from rdlm.checkpoints.folder import Loaded
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
@@ -23,7 +29,7 @@ PICTURE_COLUMNS = 64
 
 def check_iterates(loaded: Loaded) -> None:
     """UserError for a checkpoint whose K steps are no iteration of one state."""
-    if loaded.config.objective.k_meaning == "sampling" or not loaded.config.model.iterates:
+    if not iterates(loaded.config):
         problem = "its core steps are not an iteration of one state"
         remedy = "give a recurrent checkpoint whose K means thinking (bptt, onestep, single_pass)"
         raise UserError("--checkpoint", loaded.config.name, problem, remedy)
@@ -89,15 +95,6 @@ def _summarise(changes: np.ndarray, mask: np.ndarray, seed: int) -> dict[str, An
     return {"results": results, "picture": {"distance": picture[0].tolist(), "changed": picture[1].tolist()}}
 
 
-def plot_convergence(report: dict[str, Any], file: Path) -> None:
-    """Both curves against K, and the distance by position, as PNG."""
-    figure, panels = new_figure(3)
-    draw_convergence(panels[:2], report)
-    draw_picture(panels[2], report)
-    panels[0].set_title(heading(report))
-    write_png(figure, file)
-
-
 def draw_convergence(panels: list[Any], report: dict[str, Any], label: str = "", **style: Any) -> None:
     """Distance (logarithmic) and share of changed tokens against K, in two panels."""
     titles = {"distance": "relative change of the latent state", "changed": "share of top tokens that change"}
@@ -120,3 +117,67 @@ def draw_picture(axes: Any, report: dict[str, Any]) -> None:
     axes.figure.colorbar(image, ax=axes, label="log10 of the relative change")
     axes.set_xlabel("position in the window (share)")
     axes.set_ylabel("core step K")
+
+
+class Convergence(Metric):
+    """Relative change of the latent state and share of changed top tokens at each core step, on held-out text."""
+
+    name = "convergence"
+    example = "rdlm eval convergence --checkpoint runs/demo/model --data data/demo --plot c.png"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(WindowOptions):
+        num_steps: Annotated[int, typer.Option(min=2, help="Core steps to follow.")] = 32
+
+    def measure(self, options: Options) -> Json:
+        held_out = open_windows(options)
+        loaded = held_out.loaded
+        check_iterates(loaded)
+        check_steps([options.num_steps], loaded.config, beyond=True)
+        with held_out.progress(f"K = 1 to {options.num_steps}") as done:
+            measured = evaluate_convergence(
+                loaded, held_out.batches(), options.num_steps, seed=options.seed, progress=done
+            )
+        tokens = held_out.count * held_out.length
+        return {**held_out.origin(self.name), "tokens": tokens, **measured}
+
+    def show(self, report: Json, console: Console) -> None:
+        title = f"{heading(report)}: what step K changes on {report['data']['split']}"
+        print_table(console, title, ("K", "latent state, relative", "top tokens that change"), _rows(report))
+
+    def plot(self, report: Json, file: Path) -> None:
+        figure, panels = new_figure(3)
+        draw_convergence(panels[:2], report)
+        draw_picture(panels[2], report)
+        panels[0].set_title(heading(report))
+        write_png(figure, file)
+
+    def protocol(self, report: Json) -> Json:
+        return {**super().protocol(report), **window_protocol(report)}
+
+    def section(self, runs: list[Run]) -> Section:
+        figure, panels = new_figure(3)
+        rows = []
+        for i, run in enumerate(runs):
+            draw_convergence(panels[:2], run.report, run.label, color=colour(i))
+            rows += [[run.label, *row] for row in _rows(run.report)]
+        panels[0].legend(fontsize=7)
+        draw_picture(panels[2], runs[-1].report)
+        panels[2].set_title(runs[-1].label, fontsize=9)
+        headers = ["run", "K", "relative change of the latent state", "share of top tokens that change"]
+        about = f"What core step K changes, over {runs[0].report['tokens']:,} held-out tokens."
+        return Section(
+            "Convergence",
+            about,
+            [Table(headers, rows), Picture(png(figure), "What one more core step changes")],
+        )
+
+
+def _rows(report: Json) -> list[list[str]]:
+    """The powers of two and the last K."""
+    last = report["results"][-1]["K"]
+    return [
+        [str(r["K"]), *(with_interval(*pair(r, name), ".4f") for name in ("distance", "changed"))]
+        for r in report["results"]
+        if r["K"] == last or r["K"] & (r["K"] - 1) == 0
+    ]
