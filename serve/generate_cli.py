@@ -1,8 +1,13 @@
-"""``rdlm generate``: continue a prompt without a server, through the same engine."""
+"""``rdlm generate``: continue prompts without a server, through the same engine. Imports torch only once its options are valid."""
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,9 +16,14 @@ from rdlm.config.base import parse
 from rdlm.errors import UserError
 from rdlm.sampling_params import Bridge, Order, SamplingParams, check_bridge, check_masked
 from serve.cli import CacheOption, CheckpointOption, DeviceOption, DtypeOption
+from serve.engine.engine import Engine
+from serve.engine.events import Event, Served
+from serve.engine.sequence import Request, StepBudget
 from serve.settings import EngineSettings
 
 app = typer.Typer(add_completion=False)
+MAX_TOGETHER = 16
+"""Prompts that the engine runs at once."""
 
 
 @app.command(
@@ -21,24 +31,38 @@ app = typer.Typer(add_completion=False)
 )
 def generate(
     checkpoint: CheckpointOption,
-    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to continue; repeat the option for several.", show_default=False),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Further prompts: one a line, of a .jsonl file one JSON string a line; - reads standard input.",
+            show_default=False,
+        ),
+    ] = None,
     num_steps: Annotated[
         str | None,
-        typer.Option(help="K, or several K with commas; by default the checkpoint's.", show_default=False),
+        typer.Option(
+            help="K, the core steps (or noise levels, or unmasking steps) of a token; several K with commas. "
+            "By default the checkpoint's.",
+            show_default=False,
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 keeps all.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 or -1 keeps all.")] = 0,
     order: Annotated[
         Order | None,
-        typer.Option(
-            help="Of masked models: which tokens come into sight first [random].", show_default=False
-        ),
+        typer.Option(help="Masked models: which tokens are unmasked first [random].", show_default=False),
     ] = None,
     bridge: Annotated[
         Bridge,
-        typer.Option(help="Of models that draw through noise levels: draw at each level, or follow the ODE."),
+        typer.Option(
+            help="Models with noise levels: draw a token at each level (hard), or follow the ODE to the last."
+        ),
     ] = "hard",
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     device: DeviceOption = "cpu",
@@ -47,44 +71,89 @@ def generate(
     resident_blocks: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Of a network of blocks, keep so many in memory; by default all.", show_default=False
+            min=1,
+            help="Networks of blocks: how many blocks are in memory at once; by default all.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Continue a prompt at one or several K, streaming to the terminal, with tokens/s and core steps.
+    """Continue prompts at one or several K; prints tokens/s and core steps.
 
-    A masked model fills in --max-tokens tokens behind the prompt in K steps; they are printed as far as all before them are in sight.
+    One prompt is streamed. Several run together and are printed in their order, each as it would be alone. A masked model fills in
+    --max-tokens tokens after the prompt in K steps.
     """
+    prompts = [*(prompt or []), *(_read_prompts(prompt_file) if prompt_file is not None else [])]
+    if not prompts:
+        raise UserError("--prompt", None, "there is no prompt", "give --prompt TEXT or --prompt-file FILE")
     given = {
         "device": device,
         "dtype": dtype,
         "kv_cache": kv_cache,
-        "max_slots": 1,
+        "max_slots": min(len(prompts), MAX_TOGETHER),
+        "max_queue": len(prompts),
         "resident_blocks": resident_blocks,
     }
     settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, bridge=bridge)
     ks = _parse_steps(num_steps)
 
-    from serve.engine.engine import Engine
     from serve.loading import load_served
 
-    engine = Engine(lambda: load_served(checkpoint, settings))
-    with engine:
+    with Engine(lambda: load_served(checkpoint, settings), settings.max_queue) as engine:
         served = engine.served
         check_bridge(bridge, served.config)
         check_masked(sampling, order, served.config)
+        ids = [_encode(text, max_tokens, served) for text in prompts]
         for k in check_range(ks or [served.default_steps], served.max_steps):
-            _answer(engine, prompt, k, max_tokens, sampling, order or "random", seed)
+            requests = [
+                Request(
+                    one,
+                    StepBudget(k),
+                    max_tokens,
+                    sampling,
+                    seed,
+                    stop_ids=served.end_ids,
+                    order=order or "random",
+                )
+                for one in ids
+            ]
+            typer.secho(f"K = {k}", bold=True)
+            _generate(engine, prompts, requests)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    """One prompt a line, empty lines apart. Raises UserError."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or 'it is not UTF-8 text'})"
+        raise UserError(
+            "--prompt-file", str(path), problem, "name a UTF-8 text file, or - for standard input"
+        ) from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    if path.suffix != ".jsonl":
+        return lines
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            one = json.loads(line)
+        except ValueError:
+            one = None
+        if not isinstance(one, str):
+            problem = f"line {number} is not a JSON string"
+            raise UserError("--prompt-file", str(path), problem, 'write one "text" a line') from None
+        found.append(one)
+    return found
 
 
 def _parse_steps(text: str | None) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")] if text is not None else []
-    except ValueError:
-        raise UserError(
-            "--num-steps", text, "is not a number or a list of numbers", "write for instance 1,4,16"
-        ) from None
+    """Numbers of the form 1,4,16: ASCII digits only. Raises UserError."""
+    if text is None:
+        return []
+    if not re.fullmatch(r"\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*", text):
+        problem = "is not a number or a list of numbers"
+        raise UserError("--num-steps", text, problem, "write for instance 1,4,16")
+    return [int(part) for part in text.split(",")]
 
 
 def check_range(ks: list[int], most: int) -> list[int]:
@@ -95,48 +164,40 @@ def check_range(ks: list[int], most: int) -> list[int]:
     return ks
 
 
-def _answer(
-    engine: object,
-    prompt: str,
-    num_steps: int,
-    max_tokens: int,
-    sampling: SamplingParams,
-    order: Order,
-    seed: int,
-) -> None:
-    """Stream one answer, then a line with what it cost."""
-    from serve.engine.engine import Engine
-    from serve.engine.events import Event
-    from serve.engine.sequence import Request, StepBudget
-
-    assert isinstance(engine, Engine)
-    served = engine.served
+def _encode(prompt: str, max_tokens: int, served: Served) -> tuple[int, ...]:
+    """Ids of a prompt whose answer fits the context. Raises UserError."""
     tokenizer = served.tokenizer
     ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
     if len(ids) + max_tokens > served.max_len:
         problem = (
             f"its {len(ids)} tokens and --max-tokens {max_tokens} do not fit the context of {served.max_len}"
         )
-        raise UserError("--prompt", prompt, problem, "shorten it, or ask for fewer tokens")
+        raise UserError("--prompt", prompt, problem, "shorten it, or lower --max-tokens")
     if not ids and served.config.objective.left_to_right:
         raise UserError("--prompt", prompt, "it has no tokens", "write at least one word")
-    typer.secho(f"K = {num_steps}", bold=True)
-    typer.echo(prompt, nl=False)
+    return tuple(ids)
 
-    def show(event: Event) -> None:
+
+def _generate(engine: Engine, prompts: Sequence[str], requests: Sequence[Request]) -> None:
+    """Print the answers, one prompt's as it comes, then a line with what they cost. Raises UserError for what a request asked."""
+    streams = len(requests) == 1
+    if streams:
+        typer.echo(prompts[0], nl=False)
+
+    def stream(event: Event) -> None:
         typer.echo(event.text, nl=False)
 
     began = time.monotonic()
-    request = Request(
-        tuple(ids), StepBudget(num_steps), max_tokens, sampling, seed, stop_ids=served.end_ids, order=order
-    )
-    events = engine.generate([request], show)[0]
-    seconds, usage = time.monotonic() - began, events[-1].usage
-    assert usage is not None
-    if events[-1].finish not in ("stop", "length"):
-        raise RuntimeError(f"generation ended with {events[-1].finish!r}")
-    core = usage.prefill_core_steps + usage.decode_core_steps
-    typer.secho(
-        f"\n[{usage.completion_tokens} tokens, {usage.completion_tokens / seconds:.1f} tokens/s, {core} core steps]\n",
-        dim=True,
-    )
+    answers = engine.generate(requests, stream if streams else None)
+    seconds, tokens, steps = time.monotonic() - began, 0, 0
+    for prompt, events in zip(prompts, answers, strict=True):
+        last = events[-1]
+        if last.error is not None:
+            raise last.error
+        if last.finish not in ("stop", "length") or last.usage is None:
+            raise RuntimeError(f"generation ended with {last.finish!r}")
+        tokens += last.usage.completion_tokens
+        steps += last.usage.prefill_core_steps + last.usage.decode_core_steps
+        if not streams:
+            typer.echo(prompt + "".join(event.text for event in events) + "\n")
+    typer.secho(f"\n[{tokens} tokens, {tokens / seconds:.1f} tokens/s, {steps} core steps]\n", dim=True)

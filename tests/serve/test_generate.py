@@ -1,0 +1,73 @@
+"""``rdlm generate``: several prompts at several K, from options and files, and options that mean nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rdlm.checkpoints.folder import save
+from rdlm.errors import UserError
+from serve.engine.events import Served
+from serve.generate_cli import _parse_steps, _read_prompts, generate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_served: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    served = make_served()
+    folder = tmp_path_factory.mktemp("generate") / "tiny"
+    save(folder, served.runner.denoiser, served.config, served.tokenizer)  # type: ignore[attr-defined]
+    return folder
+
+
+def test_several_prompts_are_continued_as_each_alone(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["in the", "and it came to pass in those days", "word"]
+    alone = []
+    for prompt in prompts:
+        generate(checkpoint, [prompt], num_steps="3", max_tokens=5, seed=1)
+        alone.append(capsys.readouterr().out.split("\n", 1)[1].rsplit("\n[", 1)[0])
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts[1:]) + "\n\n")
+    generate(checkpoint, prompts[:1], prompt_file=file, num_steps="1,3", max_tokens=5, seed=1)
+    printed = capsys.readouterr().out
+    at_three = printed[printed.index("K = 3\n") + 6 :]
+    assert printed.startswith("K = 1\n") and at_three.startswith("".join(answer + "\n\n" for answer in alone))
+    assert printed.count("[15 tokens") == 2
+
+
+def test_prompts_of_json_lines_may_have_several_lines(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"a\\nb"\n\n"c"\n')
+    assert _read_prompts(file) == ["a\nb", "c"]
+    file.write_text('"a"\n{"prompt": "b"}\n')
+    with pytest.raises(UserError, match="line 2 is not a JSON string"):
+        _read_prompts(file)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe"])
+def test_a_prompt_file_that_cannot_be_read_is_named(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=r"^--prompt-file=.*prompts.txt.*cannot be read"):
+        _read_prompts(file)
+
+
+def test_a_missing_prompt_is_one_line(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="^--prompt=.*--prompt-file"):
+        generate(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1,", ",1", "1_0", "+1", "-1", "1.5", "\u0661", "\u00b2", "9" * 5000, "1 2", "0x1"]
+)
+def test_numbers_are_ascii_digits(text: str) -> None:
+    with pytest.raises(UserError, match="^--num-steps="):
+        _parse_steps(text)
+
+
+def test_lists_of_k() -> None:
+    assert _parse_steps(None) == [] and _parse_steps("1, 4,16") == [1, 4, 16]
