@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +23,10 @@ from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.settings import EngineSettings
 
+logger = logging.getLogger("rdlm.serve")
+SMALL_TOKENIZER = 0.9
+"""A tokenizer with a smaller share of the model's vocabulary is suspicious: padding adds a few ids."""
+
 
 def load_served(folder: Path, settings: EngineSettings) -> Served:
     """Read a checkpoint and build the parts of an engine. Raises UserError."""
@@ -40,8 +45,8 @@ def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded
         raise UserError(
             "checkpoint",
             str(folder),
-            "it has no tokenizer, so its ids are not text",
-            "serve a model trained on text",
+            "it has no tokenizer, so prompts cannot be read as text",
+            "put the tokenizer that the model was trained with into its folder tokenizer/",
         )
     return loaded, loaded.tokenizer, _end_ids(folder, loaded.tokenizer)
 
@@ -57,7 +62,7 @@ def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
             continue
         try:
             found = json.loads(path.read_text()).get("eos_token_id") or []
-        except (ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError):
             raise UserError("checkpoint", str(path), "is not a JSON object", "correct or remove it") from None
         listed = found if isinstance(found, list) else [found]
         if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in listed):
@@ -89,6 +94,14 @@ def build_served(
 
     Raises UserError where settings and checkpoint contradict each other.
     """
+    known, vocab = tokenizer.vocab_size, config.model.vocab_size
+    if known > vocab:
+        problem = f"it has {known} tokens, the model {vocab}"
+        raise UserError("tokenizer", "...", problem, "serve the tokenizer that the model was trained with")
+    if known < SMALL_TOKENIZER * vocab:
+        logger.warning(
+            "the tokenizer has %d tokens and the model %d ids: the others are never drawn; is it the model's tokenizer?", known, vocab
+        )  # fmt: skip
     if end_ids is None:
         end_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     config.check_text("the engine")

@@ -330,10 +330,10 @@ def _ranked(names: TokenNames, token: int, entry: TokenLogprobs) -> dict[str, An
 
 def step_prediction(names: TokenNames, event: Event) -> dict[str, Any]:
     """``recurrence`` of a chunk between tokens: what choice ``index`` predicts after ``step`` steps, and how far its state moved."""
-    glimpse = event.glimpse
-    assert glimpse is not None
-    top = [{"id": i, "token": names.name(i), "logprob": finite(value)} for i, value in glimpse.top]
-    return {"index": event.index, "step": glimpse.step, "delta": finite(glimpse.delta), "top": top}
+    prediction = event.step_prediction
+    assert prediction is not None
+    top = [{"id": i, "token": names.name(i), "logprob": finite(value)} for i, value in prediction.top]
+    return {"index": event.index, "step": prediction.step, "delta": finite(prediction.delta), "top": top}
 
 
 def finite(value: float) -> float:

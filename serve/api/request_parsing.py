@@ -33,7 +33,7 @@ from serve.api.schemas import (
 )
 from serve.engine.events import Served
 from serve.engine.exits import CRITERIA, ExitRule
-from serve.engine.sequence import Request, Show, StepBudget
+from serve.engine.sequence import Request, StepBudget, StepPredictions
 from serve.errors import ApiError, invalid
 
 P = ParamSpec("P")
@@ -477,12 +477,12 @@ def _request(
         stop=cast(tuple[str, ...], body.stop or ()),
         stop_ids=ends,
         min_tokens=min_tokens,
-        show=_show(body, limits),
+        step_predictions=_step_predictions(body, limits),
         order=body.order or "random",
     )
 
 
-def _show(body: SamplingBody, limits: Limits) -> Show | None:
+def _step_predictions(body: SamplingBody, limits: Limits) -> StepPredictions | None:
     options = body.stream_options
     if options is None:
         return None
@@ -497,7 +497,7 @@ def _show(body: SamplingBody, limits: Limits) -> Show | None:
     if not limits.left_to_right:
         problem = "include_steps needs a model that draws one token after the other"
         raise invalid(f"stream_options: {problem}", "stream_options")
-    return Show(options.steps_every or 1, options.steps_top or 1)
+    return StepPredictions(options.steps_every or 1, options.steps_top or 1)
 
 
 def _sampling(body: SamplingBody, limits: Limits) -> SamplingParams:

@@ -16,7 +16,7 @@ from serve.api.schemas import StreamOptions
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Usage
 from serve.engine.sequence import Request
-from serve.errors import ApiError
+from serve.errors import ApiError, from_user_error
 
 T = TypeVar("T")
 logger = logging.getLogger("rdlm.serve")
@@ -81,6 +81,8 @@ class EngineEvents:
                     )
                     raise ApiError(408, message, "invalid_request_error", code="slow_reader")
                 self._open -= event.finish is not None
+                if event.error is not None:
+                    raise from_user_error(event.error)
                 if event.finish in ENDINGS:
                     status, message, param, code = ENDINGS[event.finish]
                     raise ApiError(status, message, "server_error", param, code)
@@ -124,7 +126,7 @@ async def collect(events: EngineEvents, answer: Format) -> dict[str, Any]:
     pieces: list[list[dict[str, Any]]] = [[] for _ in answer.parsed.requests]
     usages: list[Usage] = []
     async for event in events.events():
-        if event is None or event.glimpse is not None:
+        if event is None or event.step_prediction is not None:
             continue
         pieces[event.index].append(answer.piece(event))
         if event.usage is not None:
@@ -151,7 +153,7 @@ async def chunks(
         if event is None:
             yield None
             continue
-        if event.glimpse is not None:
+        if event.step_prediction is not None:
             yield {**head, "choices": [], "recurrence": step_prediction(answer.names, event)}
             continue
         chunk = {**head, "choices": [answer.piece(event)]}

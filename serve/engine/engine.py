@@ -6,6 +6,7 @@ engine thread calls. In process, without a server: ``with Engine(load) as engine
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import queue
@@ -24,6 +25,8 @@ from serve.engine.sequence import Request, Sequence, StepResult, TokenLogprobs
 from serve.errors import EngineClosed, QueueFull
 
 logger = logging.getLogger("rdlm.serve")
+IDLE_SECONDS = 30.0
+"""After so long without work, and again each time, the process gives memory back: large requests and long prompts leave a large heap."""
 
 
 class Engine:
@@ -205,7 +208,8 @@ class Engine:
                 if len(scheduler):
                     return True
                 self._idle.set()
-                self._wake.wait()
+                if not self._wake.wait(IDLE_SECONDS):
+                    trim_heap()
 
     def _step(self, served: Served) -> None:
         """One core step of everything that is open, and what follows from it."""
@@ -243,8 +247,8 @@ class Engine:
         sequence.advance(result.exited)
         if result.prompt_logprobs is not None:
             sequence.add_prompt_logprobs(result.prompt_logprobs, steps)
-        if result.glimpse is not None:
-            self._emit(sequence, Event(sequence.index, glimpse=result.glimpse))
+        if result.step_prediction is not None:
+            self._emit(sequence, Event(sequence.index, step_prediction=result.step_prediction))
         for token, logprobs in zip(result.tokens, result.logprobs, strict=True):
             if self._append(sequence, token, logprobs, steps, result.exited):
                 return
@@ -288,7 +292,7 @@ class Engine:
 
     def _emit(self, sequence: Sequence, event: Event) -> None:
         """Hand an event to the sequence's sink. One that raises, as where its event loop is gone, loses its sequence and no other."""
-        prompt_logprobs = None if event.glimpse is not None else sequence.take_prompt_logprobs()
+        prompt_logprobs = None if event.step_prediction is not None else sequence.take_prompt_logprobs()
         try:
             sequence.sink(
                 event if prompt_logprobs is None else replace(event, prompt_logprobs=prompt_logprobs)
@@ -296,6 +300,13 @@ class Engine:
         except Exception as error:
             logger.debug("the sink of request %d failed", sequence.id, exc_info=error)
             self.abort([sequence.id])
+
+
+def trim_heap() -> None:
+    """Return freed memory to the operating system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def run_isolated(

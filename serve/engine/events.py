@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rdlm.config.checkpoint import CheckpointConfig
     from rdlm.data.tokenizer import Tokenizer
     from serve.engine.scheduler import Scheduler
-    from serve.engine.sequence import Glimpse, Request, Sequence, StepCounts, StepResult, TokenLogprobs
+    from serve.engine.sequence import Request, Sequence, StepCounts, StepPrediction, StepResult, TokenLogprobs
 
 
 class Runner(Protocol):
@@ -97,7 +97,7 @@ class Event:
     """With the first event of a request that wants them: those of prompt tokens 1, 2, ..."""
     sweep: dict[int, list[TokenLogprobs]] | None = None
     """With the last event of a request that wants one: K -> the prompt's log-probabilities, as above."""
-    glimpse: Glimpse | None = None
+    step_prediction: StepPrediction | None = None
     """Alone on its event."""
     finish: str | None = None
     """stop | length | abort | error | expired, on the last event."""

@@ -30,11 +30,11 @@ from rdlm.sampling_params import uniform
 from serve.engine.exits import LatentDiff, exits_on_predictions, exits_on_states, is_measured
 from serve.engine.sequence import (
     NO_SLOT,
-    Glimpse,
     Request,
     Sequence,
     StepBudget,
     StepCounts,
+    StepPrediction,
     StepResult,
     TokenLogprobs,
 )
@@ -81,8 +81,10 @@ def rows_of(sequence: Sequence) -> Rows:
 
 def reports_step(sequence: Sequence) -> bool:
     """Whether a stream gets an intermediate read-out of the step now taken: of a position that is drawn, and not of its last step."""
-    show, taken = sequence.request.show, sequence.step + 1
-    return show is not None and sequence.draws and taken < sequence.counts.drawn and taken % show.every == 0
+    wanted, taken = sequence.request.step_predictions, sequence.step + 1
+    return (
+        wanted is not None and sequence.draws and taken < sequence.counts.drawn and taken % wanted.every == 0
+    )
 
 
 def predicts(plan: StepPlan, step: int) -> bool:
@@ -306,7 +308,7 @@ class Runner:
         hidden = block.denoiser.model.decode(state, self._pack(readers, once=True))[0]
         read = list(zip(readers, hidden.split([s.length for s in readers]), strict=True))
         exiting = exiting | self._exits(block, [(s, h[-1]) for s, h in read if is_measured(s, "predictions")])
-        glimpses = self._glimpses(
+        step_predictions = self._step_predictions(
             block, [(s, h[-1]) for s, h in read if reports_step(s) and s.id not in exiting]
         )
         read = [(s, h) for s, h in read if s.id in exiting or self._reads(s)]
@@ -323,8 +325,8 @@ class Runner:
             self._draw(block, [s for s, _ in drawing], torch.stack([h for _, h in drawing]), results)
         for sequence, _ in read:
             self._start_level(sequence)
-        for number, glimpse in glimpses.items():
-            results.setdefault(number, StepResult()).glimpse = glimpse
+        for number, prediction in step_predictions.items():
+            results.setdefault(number, StepResult()).step_prediction = prediction
         return results
 
     def _reads(self, sequence: Sequence) -> bool:
@@ -350,20 +352,22 @@ class Runner:
             sequence.rows = replace(rows_of(sequence), memory=kept)
         return exiting
 
-    def _glimpses(self, block: Block, reported: list[tuple[Sequence, Tensor]]) -> dict[int, Glimpse]:
+    def _step_predictions(
+        self, block: Block, reported: list[tuple[Sequence, Tensor]]
+    ) -> dict[int, StepPrediction]:
         """Intermediate read-outs of rows that go on, by sequence id; from their last hidden [D]."""
         if not reported:
             return {}
         sequences = [s for s, _ in reported]
         prior = self._predict(block, sequences, torch.stack([h for _, h in reported])).prior
-        most = max(s.request.show.top for s in sequences if s.request.show)
+        most = max(s.request.step_predictions.top for s in sequences if s.request.step_predictions)
         best = prior[:, : self._num_tokens].argmax(-1)
-        found: dict[int, Glimpse] = {}
+        found: dict[int, StepPrediction] = {}
         for sequence, entry in zip(sequences, logprobs_of(prior, best, most, self._num_tokens), strict=True):
-            rows, show = rows_of(sequence), sequence.request.show
-            assert show is not None and rows.previous is not None
+            rows, wanted = rows_of(sequence), sequence.request.step_predictions
+            assert wanted is not None and rows.previous is not None
             moved = LatentDiff.measure(rows.previous[None], rows.state[-1:]).item()
-            found[sequence.id] = Glimpse(sequence.step + 1, moved, entry.top[: show.top])
+            found[sequence.id] = StepPrediction(sequence.step + 1, moved, entry.top[: wanted.top])
         return found
 
     def _start_level(self, sequence: Sequence) -> None:

@@ -64,7 +64,7 @@ class StepBudget:
 
 
 @dataclass(frozen=True, slots=True)
-class Show:
+class StepPredictions:
     """Intermediate read-outs in a stream: the ``top`` likeliest tokens after every ``every`` steps of a position."""
 
     every: int
@@ -92,7 +92,7 @@ class Request:
     sweep: tuple[int, ...] = ()
     """Score the prompt after each of these numbers of steps (thinking models, with ``prompt_logprobs``): it is one segment then,
     so that step r sees step r everywhere, whatever the cache."""
-    show: Show | None = None
+    step_predictions: StepPredictions | None = None
     order: Order = "random"
     """Which tokens a masked model unmasks first."""
 
@@ -106,7 +106,7 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
-class Glimpse:
+class StepPrediction:
     """An intermediate read-out: what a position predicts after a step that is not its last."""
 
     step: int
@@ -128,7 +128,7 @@ class StepResult:
     """Whether the segment exits with this step, before its last."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Those of prompt tokens start + 1 .. of the segment, in order."""
-    glimpse: Glimpse | None = None
+    step_prediction: StepPrediction | None = None
     error: Exception | None = None
     """Why the step failed for this sequence; nothing else is set then."""
 

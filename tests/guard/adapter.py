@@ -36,7 +36,7 @@ from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.events import Event
 from serve.engine.exits import ExitRule
-from serve.engine.sequence import Request, Show, StepBudget, TokenLogprobs
+from serve.engine.sequence import Request, StepBudget, StepPredictions, TokenLogprobs
 from serve.loading import build_served, load_served
 from serve.settings import EngineSettings
 
@@ -349,7 +349,7 @@ def _request(fields: dict[str, Any]) -> Request:
     if "exit" in depth:
         depth["exit"] = ExitRule(**depth["exit"])
     if "show" in known:
-        known["show"] = Show(**known["show"])
+        known["step_predictions"] = StepPredictions(**known.pop("show"))
     known |= {"prompt": tuple(known["prompt"]), "sampling": SamplingParams(**known.get("sampling", {}))}
     return Request(budget=StepBudget(**depth), **known)
 
@@ -380,7 +380,7 @@ def _answer(events: Sequence[Event]) -> dict[str, Any]:
         **{f"sweep {k}": entries for k, entries in (last.sweep or {}).items()},
     }
     answer |= {name: _logprobs(entries) for name, entries in told.items() if entries}
-    glimpses = [event.glimpse for event in events if event.glimpse is not None]
+    glimpses = [event.step_prediction for event in events if event.step_prediction is not None]
     if glimpses:
         answer["glimpses"] = {
             "steps": [each.step for each in glimpses],

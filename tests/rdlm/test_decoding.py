@@ -160,3 +160,27 @@ def test_uniform_is_a_function_of_its_key() -> None:
 def test_settings_out_of_range_name_themselves(field: str, value: float) -> None:
     with pytest.raises(UserError, match=field):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_row_without_a_token_to_draw_is_an_error() -> None:
+    """All ids banned, or logits that are no numbers: the first id would be drawn."""
+    one, logits = SamplingParams(), torch.zeros(1, 5)
+    for params in (one, SamplingParams(temperature=0), SamplingParams(top_k=2)):
+        with pytest.raises(UserError, match="banned"):
+            sample(logits, [params], [History(banned=range(5))], [0.5])
+        for value in (float("nan"), float("inf"), float("-inf")):
+            bad = logits.clone()
+            bad[:, 1 if value == value and value > 0 else slice(None)] = value
+            with pytest.raises((UserError, ArithmeticError)):
+                sample(bad, [params], [History()], [0.5])
+    assert sample(logits, [one], [History(banned=range(4))], [0.5]).tolist() == [4]
+
+
+def test_top_k_of_any_size_is_cut_to_the_vocabulary() -> None:
+    logits = torch.randn(1, 7, generator=torch.Generator().manual_seed(0))
+    off = sample(logits, [SamplingParams(min_p=0.01)], [History()], [0.4])
+    for k in (0, -1, 7, 1 << 62, 1 << 70):
+        assert torch.equal(off, sample(logits, [SamplingParams(min_p=0.01, top_k=k)], [History()], [0.4]))
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+    with pytest.raises(UserError, match="^top_k=-2"):
+        SamplingParams(top_k=-2)

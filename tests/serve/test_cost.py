@@ -14,7 +14,7 @@ from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.events import Served
 from serve.engine.exits import ExitRule
-from serve.engine.sequence import Request, Show, StepBudget
+from serve.engine.sequence import Request, StepBudget, StepPredictions
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -42,14 +42,19 @@ def counted(served: Served, request: Request) -> tuple[int, int]:
 
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "plain": {}, "scored": {"logprobs": 1, "prompt_logprobs": 1}, "told": {"show": Show(2, 1)},
+    "plain": {}, "scored": {"logprobs": 1, "prompt_logprobs": 1}, "step_predictions": {"step_predictions": StepPredictions(2, 1)},
     "exits": {},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("objective", "k", "case"),
-    [("next_token", 1, "plain"), ("evidence", 3, "plain"), ("evidence", 3, "told"), ("paper", 3, "scored")]
+    [
+        ("next_token", 1, "plain"),
+        ("evidence", 3, "plain"),
+        ("evidence", 3, "step_predictions"),
+        ("paper", 3, "scored"),
+    ]
     + [("onestep", 5, case) for case in FIELDS],
 )
 def test_the_account_is_what_pytorch_counts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Served
-from serve.engine.sequence import Request, StepBudget
+from serve.engine.sequence import Request, StepBudget, StepPredictions
 from serve.errors import EngineClosed, QueueFull
 from serve.settings import EngineSettings
 
@@ -207,3 +208,56 @@ def test_a_defect_stops_the_engine_visibly(make_served: Callable[..., Served]) -
         with pytest.raises(EngineClosed):
             engine.submit([request(4, 2)], lambda event: None)
         assert isinstance(engine.error, KeyError)
+
+
+def test_an_idle_engine_gives_memory_back(
+    make_served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed = threading.Event()
+    monkeypatch.setattr("serve.engine.engine.IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("serve.engine.engine.trim_heap", trimmed.set)
+    with Engine(make_served) as engine:
+        assert trimmed.wait(30)
+        trimmed.clear()
+        assert len(tokens(engine.generate([request(4, 2)])[0])) == 6 and trimmed.wait(30)
+
+
+def test_the_full_cache_holds_nothing_once_its_requests_have_ended(
+    make_served: Callable[..., Served],
+) -> None:
+    served = make_served(settings=EngineSettings(max_slots=4, chunk=16, prefill_rows=32, kv_cache="full"))
+    pool = served.runner.pool  # type: ignore[attr-defined]
+    with Engine(lambda: served) as engine:
+        few, many = (engine.generate([request(20, k, max_tokens=2)])[0][-1].usage for k in (2, 8))
+        assert few is not None and many is not None and 0 < few.kv_bytes < many.kv_bytes
+        held: list[int] = []
+        engine.generate([request(20, 8, max_tokens=4)], lambda event: held.append(pool.num_bytes))
+        engine.generate([request(4, 1, max_tokens=1)])
+        assert held[0] > 0 and pool.num_bytes == 0
+
+
+@pytest.mark.parametrize("objective", ["onestep", "evidence", "masked"])
+def test_ids_that_only_a_padded_vocabulary_has_are_neither_drawn_nor_reported(
+    objective: str, make_served: Callable[..., Served], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model's vocabulary is twice the tokenizer's, which is worth a warning; every place that names tokens is asked."""
+    family = "masked" if objective == "masked" else "huginn"
+    with caplog.at_level("WARNING"):
+        served = make_served(objective, family, vocab_size=600)
+    assert "300 tokens and the model 600 ids" in caplog.text
+    hot = SamplingParams(temperature=100.0)
+    wanted = None if objective == "masked" else StepPredictions(1, 20)
+    with Engine(lambda: served) as engine:
+        requests = [
+            request(6, 3, seed, max_tokens=10, sampling=hot, logprobs=20, prompt_logprobs=20)
+            for seed in range(4)
+        ]
+        events = [event for answer in engine.generate(requests) for event in answer]
+        for event in engine.generate([replace(one, step_predictions=wanted) for one in requests]):
+            events += event
+    entries = [e.logprobs for e in events if e.logprobs] + [
+        x for e in events for x in e.prompt_logprobs or []
+    ]
+    named = {e.token for e in events if e.token is not None} | {i for entry in entries for i, _ in entry.top}
+    named |= {i for e in events if e.step_prediction for i, _ in e.step_prediction.top}
+    assert len(named) > 100 and max(named) < 300
