@@ -32,6 +32,8 @@ CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenize
 GENERATION = "generation_config.json"
 """Optional; imported checkpoints have one. Its ``eos_token_id`` lists every id that ends a text."""
 FIELD = "checkpoint"
+PUBLISHED = {"model_type", "architectures", "_class_name"}
+"""Keys that only the ``config.json`` of other formats has."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,9 @@ def load_config(folder: str | Path) -> CheckpointConfig:
         ) from None
     except ValueError:
         raise UserError(FIELD, str(path), "is not JSON", "copy or export the checkpoint again") from None
+    if isinstance(data, dict) and "schema_version" not in data and PUBLISHED & data.keys():
+        problem = f"is a model in a published layout (model_type {data.get('model_type')!r})"
+        raise UserError(FIELD, str(folder), problem, f"turn it into a checkpoint: `rdlm import {folder} OUT`")
     return parse_config(data, str(path))
 
 

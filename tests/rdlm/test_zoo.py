@@ -17,7 +17,7 @@ from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.cli import app, run
 from rdlm.errors import UserError
 from rdlm.inference import Model
-from rdlm.nn.kv_cache import KVPool, PackedContext, Segment
+from rdlm.nn.kv_cache import FullKVPool, KVPool, PackedContext, Segment
 
 FAMILIES = (
     "huginn", "ouro", "retro_llama", "retro_olmo", "parcae", "ifm_p2", "ifm_p2_orthoinj", "ifm_p2_linear", "nanbeige", "loopus",
@@ -84,34 +84,48 @@ def test_greedy_texts_are_the_reference(case: Case) -> None:
             assert torch.equal(ids[:, case.ids.shape[1] :], expected)
 
 
-def test_chunked_prefill_and_decoding_with_the_full_cache_equal_the_whole(case: Case) -> None:
-    model, k = case.model.denoiser.model, min(3, case.model.config.max_steps)
-    pool = KVPool(
-        model.num_cache_layers, len(case.ids), case.ids.shape[1], model.num_kv_heads, model.head_dim, k
-    )
-    whole, parts, start = case.model.logits(case.ids, k, zero_state=True)[k], [], 0
+def in_chunks(
+    case: Case, k: int, kind: type[KVPool | FullKVPool], latent: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits of both rows, fed in pieces to a cache; latent: None is zeros."""
+    model, rows = case.model.denoiser.model, range(len(case.ids))
+    pool = kind(model.num_cache_layers, len(rows), case.ids.shape[1], model.num_kv_heads, model.head_dim)
+    latent = torch.zeros(*case.ids.shape, case.model.config.model.d_model) if latent is None else latent
+    parts, start = [], 0
     with torch.no_grad():
         for length in CHUNKS:
-
-            def context(step: int, start: int = start, length: int = length) -> PackedContext:
-                return PackedContext(
-                    pool, [Segment(i, start, length, step=step) for i in range(len(case.ids))]
+            span = slice(start, start + length)
+            contexts = [
+                PackedContext(
+                    pool, [Segment(i, start, length, step=step if pool.keeps_steps else 0) for i in rows]
                 )
-
-            ids = case.ids[:, start : start + length].reshape(1, -1)
-            e = model.encode(ids, context(0))
-            zeros = torch.zeros(1, ids.shape[1], case.model.config.model.d_model)
-            state = model.initial_state(e, latent=zeros if case.model.draws_state else None)
-            for step in range(k):
-                state = model.core(state, e, None, context(step))
-            hidden = model.decode(state, context(0))
-            parts.append(model.logits(hidden).view(len(case.ids), length, -1))
+                for step in range(k)
+            ]
+            e = model.encode(case.ids[:, span].reshape(1, -1), contexts[0])
+            given = latent[:, span].reshape(1, len(rows) * length, -1)
+            state = model.initial_state(e, latent=given if case.model.draws_state else None)
+            for context in contexts:
+                state = model.core(state, e, None, context)
+            hidden = model.decode(state, contexts[0])
+            parts.append(model.logits(hidden).view(len(rows), length, -1))
             start += length
-    assert_near(torch.cat(parts, 1), whole)
+    return torch.cat(parts, 1)
+
+
+def test_chunked_prefill_and_decoding_with_the_full_cache_equal_the_whole(case: Case) -> None:
+    k = min(3, case.model.config.max_steps)
+    assert_near(in_chunks(case, k, FullKVPool), case.model.logits(case.ids, k, zero_state=True)[k])
     for name, cached in case.expected.items():
         if match := re.fullmatch(r"logits_cached_full_(zero_init_)?K(\d+)", name):
-            k = int(match[2])
-            assert_near(case.model.logits(case.ids, k, zero_state=True)[k], cached)
+            assert_near(in_chunks(case, int(match[2]), FullKVPool), cached)
+
+
+@pytest.mark.parametrize("family", ["ifm_p2", "ifm_p2_orthoinj", "ifm_p2_linear"])
+def test_the_shared_cache_is_the_published_terminal_kv(golden: Path, tmp_path: Path, family: str) -> None:
+    case = Case(golden / f"{family}_tiny", tmp_path / "model")
+    assert_near(in_chunks(case, 5, KVPool), case.expected["logits_terminal_kv_zero_init_K5"])
+    hashed = in_chunks(case, 5, KVPool, latent=case.expected["hashed_state_identity"])
+    assert_near(hashed, case.expected["logits_terminal_kv_identity_state_K5"])
 
 
 def test_exit_gates_of_ouro(golden: Path, tmp_path: Path) -> None:

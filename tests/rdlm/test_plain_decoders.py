@@ -1,0 +1,109 @@
+"""Plain decoders in transformers' layout: an import computes the logits that transformers computes, in fp32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rdlm
+from rdlm.checkpoints.convert.importers import import_checkpoint
+from rdlm.errors import UserError
+
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed: pip install 'rdlm[serve]'"
+)
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"rms_norm_eps": 1e-5}),
+    "llama with scaled rotations and its own head width": (
+        "Llama",
+        {"rope_parameters": LLAMA3, "head_dim": 16},
+    ),
+    "smollm2, tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "olmo2": ("Olmo2", {}),
+}
+
+
+def published(folder: Path, kind: str, settings: dict[str, Any]) -> Any:
+    """A random model of transformers, every parameter of it far from its initial value, saved as its library saves it."""
+    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **settings})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().float()
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=rng))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(tmp_path: Path, case: str) -> None:
+    theirs = published(tmp_path / "theirs", *CASES[case])
+    model = rdlm.load(import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours"))
+    ids = torch.randint(0, 96, (2, 40))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    torch.testing.assert_close(model.logits(ids)[1], expected, atol=2e-5, rtol=0)
+    assert model.config.max_steps == 1
+
+
+def test_weights_keep_their_dtype(tmp_path: Path) -> None:
+    published(tmp_path / "theirs", "Qwen2", {}).bfloat16().save_pretrained(tmp_path / "theirs")
+    made = load_file(import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours") / "model.safetensors")
+    assert {weight.dtype for weight in made.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "word"),
+    [
+        ("Llama", {"attention_bias": True}, "attention_bias"),
+        ("Llama", {"mlp_bias": True}, "mlp_bias"),
+        ("Llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("Llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
+        ("Qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("Qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("Llama", {"num_hidden_layers": 4}, "model.layers.3"),
+    ],
+)
+def test_variants_are_refused_by_name(tmp_path: Path, kind: str, fields: dict[str, Any], word: str) -> None:
+    published(tmp_path / "theirs", kind, {})
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(UserError) as error:
+        import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
+    assert word in str(error.value)
+
+
+def test_a_window_ends_the_context(tmp_path: Path) -> None:
+    """Within the window a model with one and a model without one are the same."""
+    published(tmp_path / "theirs", "Mistral", {"sliding_window": 32})
+    out = import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
+    assert (
+        rdlm.load(out).config.model.max_seq_len == 32
+        and "Layers see 32 tokens" in (out / "README.md").read_text()
+    )
+
+
+def test_two_different_copies_of_a_tied_head_are_refused(tmp_path: Path) -> None:
+    published(tmp_path / "theirs", "Qwen2", {"tie_word_embeddings": True})
+    weights = load_file(tmp_path / "theirs" / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lm_head.weight.*differs"):
+        import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
