@@ -129,7 +129,7 @@ def test_serve_measures_a_server(checkpoint: Path, tmp_path: Path) -> None:
         "--num-tokens",
         "4",
     ]
-    assert run(serve.api.app, ["--checkpoint", str(checkpoint), "--out", str(out), *options], "serve") == 0
+    assert run(serve.app, ["--checkpoint", str(checkpoint), "--out", str(out), *options], "serve") == 0
     report = json.loads(out.read_text())
     closed, poisson = report["points"]
     assert (closed["mode"], poisson["mode"]) == ("closed", "open") and set(closed["by_status"]) == {"200"}
@@ -147,8 +147,8 @@ def test_serve_measures_a_server(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_options_that_contradict_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "x.json")]
-    assert run(serve.api.app, [*out, "--url", "http://127.0.0.1:1", "--checkpoint", "x"], "serve") == 2
-    assert run(serve.api.app, [*out, "--clients", ""], "serve") == 2
+    assert run(serve.app, [*out, "--url", "http://127.0.0.1:1", "--checkpoint", "x"], "serve") == 2
+    assert run(serve.app, [*out, "--clients", ""], "serve") == 2
     assert "already running" in (said := capsys.readouterr().err) and "relative to closed loops" in said
 
 

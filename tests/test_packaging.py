@@ -167,3 +167,92 @@ def test_docker_image_is_built_by_the_makefile() -> None:
     assert steps == ["install"]
     assert all(re.search(rf"^{step}:", makefile, re.MULTILINE) for step in steps)
     assert "pip install" not in dockerfile
+
+
+# The layout of docs/architecture.md ---------------------------------------------------------------------------------------
+
+LAYERS = ("errors", "config", "data", "nn", "models", "diffusion", "objectives", "registry", "checkpoints")
+"""Packages of rdlm, lowest first: a package imports those before it and never one behind it."""
+KIND = re.compile(
+    r"isinstance\([^()]*(\([^()]*\))?[^()]*(Objective|NextToken|MaskedDiffusion|Edm|Evidence|Paper|ForwardForward|"
+    r"ImageConfig|VitConfig|DitConfig|HuginnConfig|LlamaConfig|MaskedConfig|RecurrentConfig)\b"
+    r"|k_meaning [!=]=|\.task [!=]=|\.task in|objective\.name (==|!=|in)|family (==|!=|in)\b"
+)
+"""A question about the kind of an objective or of a model family."""
+REGISTRIES = (
+    "rdlm/registry.py",
+    "rdlm/config/",
+    "rdlm/objectives/",
+    "rdlm/diffusion/schedules.py",
+    "rdlm/checkpoints/convert/",
+)
+MOST_QUESTIONS = 24
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module -> modules of ours that it imports when it is loaded; imports for type checkers alone are left out."""
+    modules = {
+        ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in SOURCES
+    }
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        tree = ast.parse(path.read_text())
+        typing_only = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        found: set[str] = set()
+        for node in ast.walk(tree):
+            if id(node) in typing_only:
+                continue
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= inside & modules.keys() or {node.module}
+        graph[name] = found & modules.keys()
+    return graph
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    graph, done, path = import_graph(), set[str](), list[str]()
+
+    def visit(name: str) -> None:
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(graph[name]):
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+def test_packages_of_rdlm_import_only_lower_ones() -> None:
+    upward = []
+    for name, imports in import_graph().items():
+        own = name.split(".")[1:2]
+        for other in imports:
+            wanted = other.split(".")[1:2]
+            known = name.startswith("rdlm.") and other.startswith("rdlm.") and own and wanted
+            if known and own[0] in LAYERS and wanted[0] in LAYERS:
+                upward += [f"{name} -> {other}"] * (LAYERS.index(wanted[0]) > LAYERS.index(own[0]))
+    assert upward == []
+
+
+def test_few_places_ask_for_the_kind_of_an_objective_or_family() -> None:
+    """Whoever adds an objective or a family writes a class; places that branch on kinds would have to be found and changed."""
+    questions = [
+        f"{path.relative_to(REPO)}:{number}: {line.strip()}"
+        for path in SOURCES
+        if not str(path.relative_to(REPO)).startswith(REGISTRIES)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if KIND.search(line)
+    ]
+    assert len(questions) <= MOST_QUESTIONS, "\n".join(questions)

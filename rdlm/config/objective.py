@@ -198,6 +198,9 @@ class _SamplingConfig(BaseObjectiveConfig):
     default_steps_in_evaluation = (1,)
     corruption: CorruptionConfig
     loss_weighting: Literal["none", "edm"] = "none"
+    readout_quantile: float = Field(1.0, gt=0, le=1)
+    """The level at which z = 0 is read, as a quantile of the training distribution of levels. 1 is sigma_max, which ``paper``
+    practically never draws: a network is not read outside of what it was trained on."""
 
     @property
     def noise_conditioned(self) -> bool:
@@ -205,12 +208,18 @@ class _SamplingConfig(BaseObjectiveConfig):
 
     def estimator_at(self, num_steps: int, num_draws: int | None = None) -> str:
         if num_steps == 1:
-            return "normalised: logits at sigma_max with z = 0"
+            return f"normalised: logits at {self._level} with z = 0"
         return f"mixture over noise draws at K = {num_steps} (biased upward in NLL)"
 
     @property
     def estimator(self) -> str:
-        return "logits at sigma_max with z = 0 (K = 1)"
+        return f"logits at {self._level} with z = 0 (K = 1)"
+
+    @property
+    def _level(self) -> str:
+        return (
+            "sigma_max" if self.readout_quantile == 1 else f"the {self.readout_quantile:g} quantile of sigma"
+        )
 
 
 class EvidenceConfig(_SamplingConfig):
@@ -227,6 +236,7 @@ class PaperConfig(_SamplingConfig):
     name: Literal["paper"] = "paper"
     readout = "edm"
     corruption: CorruptionConfig = CorruptionConfig(share=1.0, distribution="lognormal", per="sequence")
+    readout_quantile: float = Field(0.99, gt=0, le=1)
 
 
 class MaskedConfig(BaseObjectiveConfig):
@@ -367,6 +377,8 @@ def _current(data: Any) -> Any:
             "corruption": corruption,
         }
         variant = _BY_NAME[section["name"]]
+    if "readout" in data and "readout_quantile" in variant.model_fields:
+        section.setdefault("readout_quantile", 1.0)  # version 1 read at sigma_max
     for key in (_V1_FIELDS - variant.model_fields.keys()) & section.keys():
         if _is_neutral(key, section[key], variant):
             del section[key]

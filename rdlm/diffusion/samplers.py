@@ -210,7 +210,7 @@ def renoise_chain(
 
     def step(carry: tuple[Tensor | None, P | None], k: int) -> tuple[Tensor | None, P | None]:
         ids, sigma = carry[0], levels[k]
-        z = None if sigma is None or ids is None else renoise_ids(ids, sigma)
+        z = None if sigma is None or ids is None else renoise_ids(ids, sigma)  # None first: z = 0
         prediction = predict(z, sigma)
         return draw(prediction), prediction
 
@@ -228,16 +228,18 @@ def ode_chain(
     top: float,
     sampler: Sampler,
 ) -> P:
-    """Follow the ODE through K levels and read out at the last. start: z [..., D] at level ``top``, which stands for z = 0 (None).
+    """Follow the ODE through K levels and read out at the last. start: z [..., D] at level ``top``, which the network reads as z = 0.
 
     estimate: prediction and its level -> x0 [..., D], ``expected_target`` of its logits and the table of the level's owner.
     """
 
     def step(carry: tuple[Flow, P | None], k: int) -> tuple[Flow, P | None]:
         at, sigma = carry[0], levels[k]
-        prediction = predict(None if sigma is None else at.z, sigma)
+        prediction = predict(at.z if k else None, sigma)
         if k + 1 < len(levels):
-            at = sampler.step(at, estimate(prediction, sigma), sigma or top, levels[k + 1] or 0.0)
+            at = sampler.step(
+                at, estimate(prediction, sigma), sigma if k and sigma else top, levels[k + 1] or 0.0
+            )
         return at, prediction
 
     begin: tuple[Flow, P | None] = (Flow(start), None)

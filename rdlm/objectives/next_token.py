@@ -305,13 +305,19 @@ class NextToken(Objective):
             on_step=lambda k, state: on_step(k, state, ctx),
         )
 
-    def read_scores(self, hidden: Tensor, targets: Tensor) -> TokenScores:
+    def read_scores(
+        self, hidden: Tensor, targets: Tensor, z: Tensor | None = None, sigma: Tensor | None = None
+    ) -> TokenScores:
         """Softmax of the prior logits at the targets, a chunk of rows at a time. [B, T, D], [B, T] -> [B, T]."""
         rows, ids = hidden.flatten(0, 1), targets.flatten()
         chunk = max(1, LOGITS_AT_ONCE // self.model.vocab_size)
         parts, hits = [], []
-        for part, index in zip(rows.split(chunk), ids.split(chunk), strict=True):
-            logits = self.predict(part).prior
+        for start in range(0, len(rows), chunk):
+            span = slice(start, start + chunk)
+            noised = (
+                (None, None) if z is None or sigma is None else (z.flatten(0, 1)[span], sigma.flatten()[span])
+            )
+            index, logits = ids[span], self.predict(rows[span], *noised).prior
             parts.append(logits.gather(1, index.unsqueeze(1)).squeeze(1) - logits.logsumexp(1))
             hits.append(logits.argmax(1) == index)
         return TokenScores(torch.cat(parts).view(targets.shape), torch.cat(hits).view(targets.shape))
@@ -347,7 +353,27 @@ class Evidence(NextToken):
         """
         cut = partition_of(self.config)
         grid = cut.grid(num_steps) if cut.num_blocks > 1 else schedule_of(self.config).grid(num_steps)
-        return [None, *grid[1:]]
+        return [self.readout_level, *grid[1:]]
+
+    @property
+    def readout_level(self) -> float | None:
+        """The level at which z = 0 is read; None is sigma_max."""
+        if self.settings.readout_quantile == 1:
+            return None
+        quantile = torch.tensor(self.settings.readout_quantile, dtype=torch.float64)
+        return float(schedule_of(self.config).icdf(quantile))
+
+    def read_at_zero(self, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(z, sigma) of a read-out without a noised target: [B, T, D] zeros and [B, T], or None for both at sigma_max."""
+        return self._zero_at(self.model.target_shape(inputs), self.readout_level, inputs.device)
+
+    def _zero_at(
+        self, shape: tuple[int, int], level: float | None, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if level is None:
+            return None, None
+        z = torch.zeros(*shape, self.config.model.d_model, device=device)
+        return z, torch.full(shape, level, device=device)
 
     def step_plan(self, num_steps: int) -> StepPlan:
         """K noise levels. Every block in use first fills its own cache at z = 0.
@@ -379,13 +405,14 @@ class Evidence(NextToken):
 
     def score_at_prior(self, inputs: Tensor, targets: Tensor) -> TokenScores:
         """Normalised scores of the network that owns sigma_max, at z = 0."""
+        z, sigma = self.read_at_zero(inputs)
         if self.two_streams:
-            return self.read_scores(self.two_stream_hidden(inputs, None, None), targets)
+            return self.read_scores(self.two_stream_hidden(inputs, z, sigma), targets, z, sigma)
         model = self.model
         ctx = model.context(inputs)
         e = model.encode(inputs, ctx)
-        state = self.step(model.initial_state(e), e, self.condition(None, e), ctx)
-        return self.read_scores(model.decode(state, ctx), targets)
+        state = self.step(model.initial_state(e), e, self.condition(sigma, e), ctx)
+        return self.read_scores(model.decode(state, ctx), targets, z, sigma)
 
     def _mixture(
         self, inputs: Tensor, targets: Tensor, num_steps: int, seed: int, num_draws: int
@@ -396,7 +423,8 @@ class Evidence(NextToken):
             rng = generator(seed, draw_index)
 
             def predict(z: Tensor | None, sigma: float | None) -> Prediction:
-                levels = None if sigma is None else torch.full(inputs.shape, sigma, device=inputs.device)
+                zeros, levels = self._zero_at(self.model.target_shape(inputs), sigma, inputs.device)
+                z = zeros if z is None else z
                 owner = cast(Evidence, self.at(sigma))
                 hidden = owner.two_stream_hidden(inputs, z, levels, sees_own_clean=self.sees_own_clean)
                 return owner.predict(hidden, z, levels)
@@ -409,7 +437,7 @@ class Evidence(NextToken):
             def again(ids: Tensor, sigma: float, rng: torch.Generator = rng) -> Tensor:
                 shape = (*ids.shape, self.config.model.d_model)
                 eps = torch.randn(shape, generator=rng).to(ids.device)
-                return renoise(self.at(sigma), ids, torch.full(ids.shape, sigma), eps)
+                return renoise(self.at(sigma), ids, torch.full(ids.shape, sigma, device=ids.device), eps)
 
             _, last = renoise_chain(predict, draw, again, self.sampling_levels(num_steps))
             logits = last.logits()
@@ -441,10 +469,9 @@ class Evidence(NextToken):
         steps = itertools.count()
 
         def predict(z: Tensor | None, sigma: float | None) -> Prediction:
-            if z is None or sigma is None:
-                level, noised = None, None
-            else:
-                level = torch.full(shape, sigma, device=inputs.device)
+            zeros, level = self._zero_at(shape, sigma, inputs.device)
+            z, noised = zeros if z is None else z, None
+            if z is not None and level is not None:
                 noised = Noised(z, level, torch.ones(shape, dtype=torch.bool, device=inputs.device))
             owner = cast(Evidence, self.at(sigma))
             return owner.predict(owner.hidden(inputs, noised, 1, rng), z, level)

@@ -287,7 +287,7 @@ class Runner:
             if known == segments:
                 return pack
         pack = cache.PackedContext(self.pool, segments)
-        self._packs = [*self._packs, (segments, pack)][-PACKS:]
+        self._packs = [*self._packs[1 - PACKS :], (segments, pack)]
         return pack
 
     def _cache_segments(self, sequence: Sequence, once: bool) -> list[cache.Segment]:
@@ -371,9 +371,9 @@ class Runner:
         return found
 
     def _start_level(self, sequence: Sequence) -> None:
-        """After a read-out that is not the last, the next level starts from z = 0 unless a bridge set it."""
+        """After a pass that only fills the cache, the next one starts from z = 0 again."""
         plan, step = self._plan(sequence), sequence.step
-        if plan.readout[step] and step + 1 < plan.num_core_steps and plan.sigmas[step + 1] is None:
+        if plan.readout[step] and step + 1 < plan.num_core_steps and step < plan.num_draws_skipped:
             rows = rows_of(sequence)
             sequence.rows = replace(rows, state=torch.zeros_like(rows.state))
 
@@ -387,7 +387,11 @@ class Runner:
         chunk = max(1, LOGITS_AT_ONCE // self.config.model.vocab_size)
         for start in range(0, len(targets), chunk):
             wanted = torch.tensor(targets[start : start + chunk], device=self.device)
-            prior = block.denoiser.predict(hidden[start : start + len(wanted)]).prior
+            rows, sigma = hidden[start : start + len(wanted)], self._plan(sequence).sigmas[sequence.step]
+            noised = (
+                () if sigma is None else (torch.zeros_like(rows).float(), self._levels([sigma] * len(rows)))
+            )
+            prior = block.denoiser.predict(rows, *noised).prior
             found += logprobs_of(prior, wanted, request.prompt_logprobs, self._num_tokens)
         return found
 
@@ -476,9 +480,10 @@ class Runner:
         top, flows = self.denoiser.noise.sigma_max, []
         for sequence, estimate in zip(rows, x0, strict=True):
             sigma, below = self._plan(sequence).sigmas[sequence.step :][:2]
-            at = rows_of(sequence).flow or Flow(top * self._noise(sequence))
+            flow = rows_of(sequence).flow
+            at, level = (Flow(top * self._noise(sequence)), top) if flow is None else (flow, sigma or top)
             assert below is not None
             sampler = sampler_named(sequence.request.sampling.bridge)
-            flows.append(sampler.step(at, estimate, sigma or top, below))
+            flows.append(sampler.step(at, estimate, level, below))
             sequence.rows = replace(rows_of(sequence), flow=flows[-1])
         return torch.stack([flow.z for flow in flows])

@@ -78,9 +78,12 @@ def objectives() -> dict[str, list[str]]:
 
 def build(document: dict[str, Any], seed: int) -> Model:
     """The freshly initialised network of a config with version 1's fields; ``noise_conditioning`` follows the objective."""
-    noisy = objective_config.validate_python(document["objective"]).noise_conditioned
-    model = {**document["model"], "noise_conditioning": noisy}
-    config = CheckpointConfig.model_validate({"name": "guard", **document, "model": model})
+    objective = objective_config.validate_python(document["objective"])
+    if hasattr(objective, "readout_quantile"):  # version 1 read every sampling model at sigma_max
+        objective = objective.model_copy(update={"readout_quantile": 1.0})
+    model = {**document["model"], "noise_conditioning": objective.noise_conditioned}
+    sections = {**document, "model": model, "objective": objective}
+    config = CheckpointConfig.model_validate({"name": "guard", **sections})
     return Model(rdlm_build(config, seed=seed), config)
 
 
@@ -225,7 +228,7 @@ def _objective_v1(section: dict[str, Any]) -> dict[str, Any]:
         "goodness": None,
         "masking": None,
     }
-    return {**absent, **section}
+    return {**absent, **{key: value for key, value in section.items() if key != "readout_quantile"}}
 
 
 # Scores and answers -----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from rdlm.config.base import parse
 from rdlm.config.objective import DepthConfig, ObjectiveConfig
 from rdlm.data.batch import Batch
 from rdlm.diffusion.samplers import run
+from rdlm.diffusion.schedules import noise_schedule
 from rdlm.errors import UserError
 from rdlm.objectives.base import Keys
 from rdlm.objectives.next_token import num_recurrences
@@ -202,3 +203,29 @@ def test_presets_keep_overrides() -> None:
     objective = parse(ObjectiveConfig, {"name": "bptt", "depth": {"mean": 8}}, "x")
     assert objective.depth == DepthConfig(distribution="lognormal_poisson", mean=8, grad_steps=8)
     assert not objective.noise_conditioned and objective.k_meaning == "thinking"
+
+
+def test_a_sampling_model_is_read_at_a_level_that_its_training_covers(tiny, tiny_config) -> None:
+    """``paper`` trains on no z = 0 at sigma_max: it is read at a quantile of its levels; a quantile of 1 is sigma_max."""
+    config = tiny_config("huginn", "paper")
+    level = tiny("huginn", "paper").readout_level
+    drawn = noise_schedule(config.noise, config.objective.corruption).sample(
+        (20_000,), torch.Generator().manual_seed(0)
+    )
+    assert 0.985 < float((drawn <= level).float().mean()) < 0.995
+    at_top = tiny("huginn", {"name": "paper", "readout_quantile": 1.0})
+    assert at_top.readout_level is None and at_top.sampling_levels(3)[0] is None
+    assert "0.99 quantile" in config.objective.estimator_at(1)
+    assert "sigma_max" in at_top.config.objective.estimator_at(1)
+
+
+@torch.no_grad()
+def test_the_readout_level_moves_the_scores_and_nothing_else(tiny, awake) -> None:
+    data = batch_of(torch.randint(0, V, (B, T + 1)))
+    low, top = (
+        awake(tiny("huginn", "paper")),
+        awake(tiny("huginn", {"name": "paper", "readout_quantile": 1.0})),
+    )
+    assert torch.equal(low.loss(data, Keys(0, 3)).total, top.loss(data, Keys(0, 3)).total)
+    scores = [each.score(data.inputs, data.targets, (1,))[1].logprobs for each in (low, top)]
+    assert not torch.allclose(*scores)

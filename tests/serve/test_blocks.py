@@ -86,6 +86,8 @@ def written_out(served: Served, one: Request) -> list[int]:
             step, owner = fills + k, denoiser.at(level)
             z = sigma = None
             if level is not None:
+                z, sigma = torch.zeros(1, len(ids), 32), torch.full((1, len(ids)), level)
+            if level is not None and k:
                 key = generator(one.seed, one.choice, len(ids), step - 1, NOISE)
                 last = renoise(owner, token, torch.tensor([level]), torch.randn(1, 32, generator=key))
                 z = torch.zeros(1, len(ids), 32)
@@ -145,16 +147,20 @@ def solved(served: Served, one: Request) -> list[int]:
     """The answer by ``solve`` over whole-sequence forwards: from noise at sigma_max, which the network reads as z = 0."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper, top = config.objective.name == "paper", config.noise.sigma_max
-    levels = [top, *(level for level in denoiser.sampling_levels(one.budget.num_steps) if level is not None)]
+    first, *rest = denoiser.sampling_levels(one.budget.num_steps)
+    levels = [top, *rest]
     for _ in range(one.max_tokens):
         row, history = torch.tensor([ids]), History(one.prompt, out, ())
         fills = len({denoiser.at(None if level == top else level) for level in levels}) - (not paper)
 
         def predict(z: torch.Tensor, level: float) -> Prediction:
-            owner = denoiser.at(None if level == top else level)
-            if level == top:
+            read = first if level == top else level
+            owner = denoiser.at(read)
+            if read is None:
                 return owner.predict(owner.two_stream_hidden(row, None, None, sees_own_clean=paper)[:, -1])  # noqa: B023
-            zs, sigma = torch.zeros(1, len(ids), 32), torch.full((1, len(ids)), level)
+            zs, sigma = torch.zeros(1, len(ids), 32), torch.full((1, len(ids)), read)
+            if level == top:
+                z = torch.zeros_like(z)
             zs[0, -1] = z[0]
             hidden = owner.two_stream_hidden(row, zs, sigma, sees_own_clean=paper)[:, -1]  # noqa: B023
             return owner.predict(hidden, z, sigma[:, -1])

@@ -213,8 +213,8 @@ def test_blocks_and_batches_are_planned(document, family: str) -> None:
           "objective": {"name": "evidence"}}, "data.kind"),
         ({"objective": {"name": "classify"}, "evaluation": {"interval_steps": 2, "steps": [1, 4]}}, "evaluation.steps"),
         ({"model.patch_size": 3}, "model"),
-        ({"objective": {"name": "classify", "label_dropout": 0.1}}, "objective"),
-        ({"objective": {"name": "edm", "depth": {"mean": 2}}}, "objective"),
+        ({"objective": {"name": "classify", "label_dropout": 0.1}}, "objective.label_dropout"),
+        ({"objective": {"name": "edm", "depth": {"mean": 2}}}, "objective.depth"),
     ],
 )  # fmt: skip
 def test_a_config_that_does_not_fit_names_its_field(
@@ -236,7 +236,7 @@ def test_a_config_that_does_not_fit_names_its_field(
         ),
         ({"model.num_classes": 10}, "set model.num_classes=3"),
         ({"model.num_channels": 1}, "set model.num_channels=3"),
-        ({"objective": {"name": "edm"}}, "use classify or paper or evidence"),
+        ({"objective": {"name": "edm"}}, "use evidence or paper or classify"),
         ({"data.path": "nowhere"}, "nowhere"),
     ],
 )

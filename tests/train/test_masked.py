@@ -168,7 +168,7 @@ def test_memory_is_planned_from_what_the_objective_allocates(
     settings = TrainConfig.model_validate(document({**MASKED, "model": shape})).checkpoint_config
     traced = trace(build(settings, device="meta"), 4, 32, dtype, 1)
     denoiser = build(settings, seed=0).to(dtype)
-    monkeypatch.setattr("rdlm.objectives.losses.hide", lambda level, countable, rng: countable)
+    monkeypatch.setattr("rdlm.objectives.masked.mask_tokens", lambda level, countable, rng: countable)
     ids = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(0))
     forward, peak = allocated(denoiser, Batch(ids[:, :-1], ids[:, 1:], torch.ones(4, 32, dtype=torch.bool)))
     assert traced.forward == pytest.approx(forward, rel=0.05)
