@@ -179,7 +179,7 @@ def _encode(prompt: str, max_tokens: int, served: Served) -> tuple[int, ...]:
 
 
 def _generate(engine: Engine, prompts: Sequence[str], requests: Sequence[Request]) -> None:
-    """Print the answers, one prompt's as it comes, then a line with what they cost. Raises UserError for what a request asked."""
+    """Print the answers, one prompt's as it comes, then a line with what they cost. Raises UserError where a request cannot be answered."""
     streams = len(requests) == 1
     if streams:
         typer.echo(prompts[0], nl=False)

@@ -52,7 +52,7 @@ def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded
 
 
 def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokenizer's end of text and what ``generation_config.json`` beside it or in the checkpoint has as ``eos_token_id``.
+    """The tokenizer's end of text and what ``generation_config.json`` in its folder or in the checkpoint names as ``eos_token_id``.
 
     Chat models end texts with several ids (Huginn-0125: 65505 and 65508), of which a tokenizer can name one.
     """

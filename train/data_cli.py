@@ -6,16 +6,19 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from rdlm.data.images import open_split, read_image_manifest
 from rdlm.data.manifest import check_hashes, kind_of, read_document
 from rdlm.data.token_shards import Manifest, check_sizes, read_manifest
+from train.data.image_prepare import ImagePreparation, prepare_images
+from train.data.image_sources import PRESETS as IMAGE_PRESETS
 from train.data.prepare import Preparation, prepare
 from train.data.sources import FORMATS, PRESETS
-from train.image_data_cli import EXAMPLE, check_images, images_command, show_images
 
 app = typer.Typer(
     help="Turn text into tokenised shards and labelled images into arrays, both memory-mapped.",
@@ -25,6 +28,11 @@ app = typer.Typer(
 _PREPARE_EXAMPLE = (
     "Examples: rdlm data prepare embedded --out data/demo   |   rdlm data prepare wikitext-103 --out data/wikitext-103   |   "
     "rdlm data prepare books/train.parquet --valid books/valid.parquet --test books/test.parquet --out data/books"
+)
+
+_IMAGES_EXAMPLE = (
+    "Examples: rdlm data images cifar10 --out data/cifar10   |   rdlm data images photos/ --size 64 --out data/photos   |   "
+    "rdlm data images cifar100/train.parquet --test cifar100/test.parquet --label-column fine_label --out data/cifar100"
 )
 
 
@@ -98,7 +106,7 @@ def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> 
     """Check every hash of a prepared folder and print its counts."""
     images = kind_of(read_document(folder)) == "images"
     if images:
-        hashes = check_images(folder)
+        hashes = _check_images(folder)
     else:
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)
@@ -106,10 +114,42 @@ def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> 
     total = sum((folder / file).stat().st_size for file in hashes)
     with tqdm(total=total, unit="B", unit_scale=True, desc="check hashes", leave=False) as bar:
         check_hashes(folder, hashes, bar.update)
-    show_images(folder, "all hashes match") if images else _show(folder, manifest, "all hashes match")
+    _show_images(folder, "all hashes match") if images else _show(folder, manifest, "all hashes match")
 
 
-app.command("images", epilog=EXAMPLE)(images_command)
+@app.command("images", epilog=_IMAGES_EXAMPLE)
+def images_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with one subfolder a class, a .parquet file with images and labels, a folder with train, valid and test of "
+            f"these, one of {', '.join(IMAGE_PRESETS)}, or hub:OWNER/NAME[:CONFIG]."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    valid: Annotated[str | None, typer.Option(help="Source of the valid split.")] = None,
+    test: Annotated[str | None, typer.Option(help="Source of the test split.")] = None,
+    valid_fraction: Annotated[
+        float | None, typer.Option(help="Share of train for valid [0.05 if there is no valid split].")
+    ] = None,
+    test_fraction: Annotated[float | None, typer.Option(help="Share of train for test [0].")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Scale the shorter side to this and cut out the centre; without it images have one size.",
+        ),
+    ] = None,
+    label_column: Annotated[str, typer.Option(help="Integer column that holds the class.")] = "label",
+    force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
+) -> None:
+    """Write labelled images as arrays with a manifest: one size, one list of classes, the same bytes for the same inputs."""
+    options = ImagePreparation(
+        source, out, valid, test, valid_fraction, test_fraction, seed, size, label_column
+    )
+    _, built = prepare_images(options, force=force)
+    _show_images(out, "written" if built else "already prepared")
 
 
 def _show(folder: Path, manifest: Manifest, state: str) -> None:
@@ -134,3 +174,30 @@ def _show(folder: Path, manifest: Manifest, state: str) -> None:
     if manifest.skipped:
         counts = ", ".join(f"{count:,} {what}" for what, count in manifest.skipped.items())
         typer.echo(f"left out: {counts}")
+
+
+def _check_images(folder: Path) -> dict[str, str]:
+    """Every array is there and has its shape; -> file below the folder -> sha256."""
+    manifest = read_image_manifest(folder)
+    for split in manifest.splits:
+        open_split(folder, manifest, split)
+    return manifest.hashes()
+
+
+def _show_images(folder: Path, state: str) -> None:
+    manifest = read_image_manifest(folder)
+    (height, width), classes = manifest.image_size, manifest.classes
+    names = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+    table = Table(
+        title=f"{folder}: {state}",
+        caption=f"source {manifest.source}; {width}x{height}; {len(classes)} classes: {names}",
+    )
+    for name in ("split", "images", "fewest of a class", "most of a class", "bytes"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for split in manifest.splits:
+        images, labels = open_split(folder, manifest, split)
+        counts = np.bincount(labels, minlength=len(classes))
+        table.add_row(
+            split, f"{len(images):,}", f"{counts.min():,}", f"{counts.max():,}", f"{images.nbytes:,}"
+        )
+    Console().print(table)

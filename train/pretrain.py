@@ -22,7 +22,7 @@ from rdlm.config.model import ImageConfig, ModelConfig
 from rdlm.errors import UserError, reason
 from rdlm.registry import build
 from train.data import Corpus, build_corpus
-from train.data.images import ImageCorpus
+from train.data.corpus import ImageCorpus
 from train.process import (
     ProcessError,
     StopSignal,

@@ -1,22 +1,166 @@
-"""Log-likelihoods of continuations in padded batches, through rdlm.scoring."""
+"""Log-likelihoods of continuations in padded batches: which estimates there are, and how each is computed."""
 
 from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from rdlm.checkpoints.folder import Loaded
+from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.diffusion.masked_likelihood import bound, left_to_right
 from rdlm.errors import UserError
 
 logger = logging.getLogger("rdlm.eval")
 
 Score = tuple[float, bool]
+"""log p(continuation | context) in nats, and whether each of its tokens is greedy."""
+
+
+class Estimator(ABC):
+    """One way to estimate log p of a continuation."""
+
+    owners: ClassVar[str]
+    """Which checkpoints have it."""
+    sees_padding: ClassVar[bool] = False
+    """Whether rows of a batch must be equally long, because padding would be read; then all positions are also inputs."""
+
+    def scored_steps(self, config: CheckpointConfig, num_steps: int) -> int:
+        """K of the log-likelihoods where K = num_steps is asked for."""
+        return num_steps
+
+    def described(self, config: CheckpointConfig, num_steps: int) -> str:
+        """What the numbers are, for the results."""
+        return config.objective.estimator_at(num_steps)
+
+    @abstractmethod
+    def score(
+        self,
+        loaded: Loaded,
+        rows: list[list[int]],
+        wanted: list[int],
+        ks: Sequence[int],
+        seed: int,
+        num_draws: int,
+    ) -> dict[int, list[Score]]:
+        """Scores of the last ``wanted`` ids of each row, longest row first, at each K."""
+
+
+class Mixture(Estimator):
+    """The law of the token drawn last, over noise draws: normalised, but biased towards low probabilities.
+
+    Greedy means a probability above 1/2, which is enough but not necessary.
+    """
+
+    owners = "sampling"
+
+    def score(
+        self,
+        loaded: Loaded,
+        rows: list[list[int]],
+        wanted: list[int],
+        ks: Sequence[int],
+        seed: int,
+        num_draws: int,
+    ) -> dict[int, list[Score]]:
+        """Padded on the right, which no earlier position sees."""
+        padded = torch.zeros((len(rows), len(rows[0])), dtype=torch.int64)
+        for row, target in zip(rows, padded, strict=True):
+            target[: len(row)] = torch.tensor(row)
+        padded = padded.to(next(loaded.denoiser.parameters()).device)
+        inputs, targets = padded[:, :-1], padded[:, 1:]
+        scores = loaded.denoiser.score(inputs, targets, ks, seed=seed, num_draws=num_draws)
+        spans = [
+            (i, slice(len(row) - 1 - n, len(row) - 1))
+            for i, (row, n) in enumerate(zip(rows, wanted, strict=True))
+        ]
+        out = {}
+        for k in ks:
+            logprobs, hits = scores[k].logprobs.double().cpu(), scores[k].is_greedy.cpu()
+            out[k] = [(float(logprobs[place].sum()), bool(hits[place].all())) for place in spans]
+        return out
+
+
+class Normalised(Mixture):
+    """The softmax of one read-out: at every K of a thinking checkpoint, at K = 1 of a sampling one. Greedy is exact."""
+
+    owners = "next-token"
+
+    def scored_steps(self, config: CheckpointConfig, num_steps: int) -> int:
+        return num_steps if config.objective.k_meaning == "thinking" else 1
+
+
+class Bound(Estimator):
+    """A lower bound of a masked model, of a continuation whose length is known (rdlm/diffusion/masked_likelihood.py).
+
+    Greedy means that the bound exceeds 1/2, which is enough but not necessary.
+    """
+
+    owners, sees_padding = "masked", True
+
+    def score(
+        self,
+        loaded: Loaded,
+        rows: list[list[int]],
+        wanted: list[int],
+        ks: Sequence[int],
+        seed: int,
+        num_draws: int,
+    ) -> dict[int, list[Score]]:
+        """The last ``wanted`` ids of each row are modelled, those before stay visible."""
+        ids, places = _continuations(loaded, rows, wanted)
+        out = {}
+        for k in ks:
+            nats = bound(loaded.denoiser, ids, k, mask=places, seed=seed, num_draws=num_draws).double().sum(1)
+            out[k] = [(-total, -total > math.log(0.5)) for total in nats.tolist()]
+        return out
+
+
+class LeftToRight(Estimator):
+    """The exact likelihood of a masked model that unmasks one token a step in order: the same at every K, and greedy is exact."""
+
+    owners, sees_padding = "masked", True
+
+    def scored_steps(self, config: CheckpointConfig, num_steps: int) -> int:
+        return 1
+
+    def described(self, config: CheckpointConfig, num_steps: int) -> str:
+        return config.objective.estimator
+
+    def score(
+        self,
+        loaded: Loaded,
+        rows: list[list[int]],
+        wanted: list[int],
+        ks: Sequence[int],
+        seed: int,
+        num_draws: int,
+    ) -> dict[int, list[Score]]:
+        """Nothing is drawn."""
+        logprobs, greedy = left_to_right(loaded.denoiser, *_continuations(loaded, rows, wanted))
+        found = list(zip(logprobs.double().sum(1).tolist(), greedy.all(1).tolist(), strict=True))
+        return {k: found for k in ks}
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "normalised": Normalised(),
+    "mixture": Mixture(),
+    "bound": Bound(),
+    "left_to_right": LeftToRight(),
+}
+
+
+def estimators_of(config: CheckpointConfig) -> tuple[str, ...]:
+    """Names of the estimators that a checkpoint has, its default first."""
+    if not config.objective.left_to_right:
+        return ("bound", "left_to_right")
+    return ("normalised", "mixture") if config.objective.k_meaning == "sampling" else ("normalised",)
 
 
 def score_continuations(
@@ -28,15 +172,13 @@ def score_continuations(
     max_length: int,
     seed: int = 0,
     num_draws: int = 8,
-    in_order: bool = False,
+    estimator: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> dict[int, list[Score]]:
     """{K: (log p(continuation | context) in nats, whether each of its tokens is greedy), in the order given}, in one pass.
 
     pairs: (context ids, at least one; continuation ids). What exceeds max_length positions is cut from the start of the context.
-    rdlm/scoring.py says what is greedy in a mixture. Of masked models log p is a lower bound (rdlm.diffusion.masked_likelihood), of a continuation
-    whose length is known, and greedy means that the bound exceeds 1/2, which is enough but not necessary; ``in_order`` takes their exact
-    likelihood one token a step from left to right instead, the same at every K, and greedy is exact.
+    estimator: a name in ESTIMATORS, by default the checkpoint's own; its class says what log p and greedy are.
     Raises UserError where a continuation alone is too long. ``progress`` is told the rows done.
     """
     rows = [(context + continuation)[-(max_length + 1) :] for context, continuation in pairs]
@@ -53,62 +195,20 @@ def score_continuations(
         logger.warning("%d of %d contexts exceed %d tokens and lose their start", cut, len(pairs), max_length)
     scores: dict[int, list[Score]] = {k: [(0.0, True)] * len(rows) for k in ks}
     longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), rows[i]))
-    masked = not loaded.config.objective.left_to_right
-    score = _ordered_batch if in_order else _bound_batch if masked else _score_batch
-    # A masked model would see the padding of a shorter row.
-    groups = [list(group) for _, group in groupby(longest_first, key=lambda i: len(rows[i]) if masked else 0)]
+    chosen_estimator = ESTIMATORS[estimator or estimators_of(loaded.config)[0]]
+    alike = (lambda i: len(rows[i])) if chosen_estimator.sees_padding else (lambda i: 0)
+    groups = [list(group) for _, group in groupby(longest_first, key=alike)]
     for chosen in (
         group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)
     ):
-        found = score(loaded, [rows[i] for i in chosen], [wanted[i] for i in chosen], ks, seed, num_draws)
+        batch, lengths = [rows[i] for i in chosen], [wanted[i] for i in chosen]
+        found = chosen_estimator.score(loaded, batch, lengths, ks, seed, num_draws)
         for k in ks:
             for i, found_score in zip(chosen, found[k], strict=True):
                 scores[k][i] = found_score
         if progress:
             progress(len(chosen))
     return scores
-
-
-def _score_batch(
-    loaded: Loaded, rows: list[list[int]], wanted: list[int], ks: Sequence[int], seed: int, num_draws: int
-) -> dict[int, list[Score]]:
-    """Longest row first, padded on the right, which no earlier position sees; the last ``wanted`` ids of each row are scored."""
-    padded = torch.zeros((len(rows), len(rows[0])), dtype=torch.int64)
-    for row, target in zip(rows, padded, strict=True):
-        target[: len(row)] = torch.tensor(row)
-    padded = padded.to(next(loaded.denoiser.parameters()).device)
-    inputs, targets = padded[:, :-1], padded[:, 1:]
-    scores = loaded.denoiser.score(inputs, targets, ks, seed=seed, num_draws=num_draws)
-    spans = [
-        (i, slice(len(row) - 1 - n, len(row) - 1))
-        for i, (row, n) in enumerate(zip(rows, wanted, strict=True))
-    ]
-    out = {}
-    for k in ks:
-        logprobs, hits = scores[k].logprobs.double().cpu(), scores[k].is_greedy.cpu()
-        out[k] = [(float(logprobs[place].sum()), bool(hits[place].all())) for place in spans]
-    return out
-
-
-def _bound_batch(
-    loaded: Loaded, rows: list[list[int]], wanted: list[int], ks: Sequence[int], seed: int, num_draws: int
-) -> dict[int, list[Score]]:
-    """Rows of one length; the last ``wanted`` ids of each are modelled, those before stay in sight."""
-    ids, places = _continuations(loaded, rows, wanted)
-    out = {}
-    for k in ks:
-        nats = bound(loaded.denoiser, ids, k, mask=places, seed=seed, num_draws=num_draws).double().sum(1)
-        out[k] = [(-total, -total > math.log(0.5)) for total in nats.tolist()]
-    return out
-
-
-def _ordered_batch(
-    loaded: Loaded, rows: list[list[int]], wanted: list[int], ks: Sequence[int], seed: int, num_draws: int
-) -> dict[int, list[Score]]:
-    """As ``_bound_batch``; nothing is drawn."""
-    logprobs, greedy = left_to_right(loaded.denoiser, *_continuations(loaded, rows, wanted))
-    found = list(zip(logprobs.double().sum(1).tolist(), greedy.all(1).tolist(), strict=True))
-    return {k: found for k in ks}
 
 
 def _continuations(loaded: Loaded, rows: list[list[int]], wanted: list[int]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """lm-eval (EleutherAI's evaluation harness) on a checkpoint in process: the model ``rdlm``. The only file that imports lm_eval.
 
-Log-likelihoods come from rdlm.scoring, texts from the engine that the server runs, so the numbers are those of
+Log-likelihoods come from the checkpoint's objective, texts from the engine that the server runs, so the numbers are those of
 ``local-completions`` against ``rdlm serve``; of masked models, which have a bound too, with estimator=left_to_right. The name of the
 estimator and its K go into the results' ``config``.
 """
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from eval.options import check_steps
 from eval.provenance import machine
-from eval.texts.likelihood import Score, score_continuations
+from eval.texts.likelihood import ESTIMATORS, Score, estimators_of, score_continuations
 from rdlm.checkpoints.folder import CONFIG, WEIGHTS, Loaded, load
 from rdlm.config.base import parse
 from rdlm.data.manifest import file_sha256
@@ -127,7 +127,6 @@ class RecurrentLM(TemplateLM):
         }
         self.settings: EngineSettings = parse(EngineSettings, given, "--model_args")
         self.loaded, self.text = _load(self.folder, self.settings)
-        self.masked = not self.loaded.config.objective.left_to_right
         self._device = next(self.loaded.denoiser.parameters()).device
         self.num_steps = self._steps(num_steps)
         self.estimator = self._estimator(estimator)
@@ -140,7 +139,7 @@ class RecurrentLM(TemplateLM):
         logger.info("log-likelihoods are %s", self._named_estimator())
         self.tied_documents = 0
         # lm-eval's length leaves out the last token, which a causal model need not see.
-        limit = self.loaded.config.model.max_seq_len - self.masked
+        limit = self.loaded.config.model.max_seq_len - ESTIMATORS[self.estimator].sees_padding
         self.max_length = limit if max_length is None else whole_number("max_length", max_length, 2, limit)
 
     def _steps(self, asked: object) -> int:
@@ -154,28 +153,22 @@ class RecurrentLM(TemplateLM):
 
     def _estimator(self, name: str | None) -> str:
         """The estimator, checked; the checkpoint's own where none is asked for."""
-        masked, others = ("bound", "left_to_right"), ("normalised", "mixture")
-        known = masked if self.masked else others
-        if name is None:
-            return known[0]
-        if name not in known:
-            kind = "only masked checkpoints have it" if name in masked else "masked checkpoints have another"
-            problem = kind if name in (*masked, *others) else "there is no such estimator"
-            raise UserError(
-                "model_args: estimator", name, problem, f"leave estimator out, or use {' or '.join(known)}"
+        known = estimators_of(self.loaded.config)
+        if name is not None and name not in known:
+            there = ESTIMATORS.get(name)
+            problem = (
+                "there is no such estimator" if there is None else f"only {there.owners} checkpoints have it"
             )
-        if self.loaded.config.objective.k_meaning == "thinking" and name == "mixture":
-            remedy = "leave estimator out: this checkpoint's likelihood is normalised at every K"
-            raise UserError("model_args: estimator", name, "only sampling checkpoints have it", remedy)
-        return name
+            remedy = f"leave estimator out, or use {' or '.join(known)}"
+            raise UserError("model_args: estimator", name, problem, remedy)
+        return name or known[0]
 
     def _scored_steps(self, num_steps: int) -> int:
         """K of the log-likelihoods, which is not num_steps where that has no normalised likelihood."""
-        thinking = self.loaded.config.objective.k_meaning == "thinking"
-        return num_steps if thinking or self.estimator in ("mixture", "bound") else 1
+        return ESTIMATORS[self.estimator].scored_steps(self.loaded.config, num_steps)
 
     def _named_estimator(self) -> str:
-        return self.loaded.config.objective.estimator_at(self.scored_steps)
+        return ESTIMATORS[self.estimator].described(self.loaded.config, self.scored_steps)
 
     # What lm-eval asks about a model ---------------------------------------------------------------------------------
 
@@ -329,7 +322,7 @@ class RecurrentLM(TemplateLM):
                 max_length=self.max_length,
                 seed=self.seed,
                 num_draws=self.num_draws,
-                in_order=self.estimator == "left_to_right",
+                estimator=self.estimator,
                 progress=bar.update,
             )
         fresh = {key: {k: found[k][i] for k in ks} for i, key in enumerate(missing)}
@@ -377,7 +370,7 @@ class RecurrentLM(TemplateLM):
             kwargs.pop("max_gen_toks"),
         )
         num_steps = self._steps(kwargs.pop("num_steps", self.num_steps))
-        known = MASKED_SAMPLING if self.masked else SAMPLING
+        known = SAMPLING if self.loaded.config.objective.left_to_right else MASKED_SAMPLING
         for name, value in kwargs.items():
             if name not in known:
                 remedy = f"use some of until, max_gen_toks, do_sample, num_steps, {', '.join(known)}"

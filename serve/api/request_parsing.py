@@ -18,7 +18,7 @@ import msgspec
 from litestar import Request as HttpRequest
 
 from rdlm.errors import UserError
-from rdlm.sampling_params import SamplingParams, check_bridge, check_masked
+from rdlm.sampling_params import Bridge, SamplingParams, check_bridge, check_masked
 from serve.api.chat_template import ChatTemplate
 from serve.api.schemas import (
     INT32,
@@ -44,6 +44,8 @@ DEFAULT_MAX_TOKENS = 16
 """Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
 MIN_TEMPERATURE = 1e-4
 """Below, logits leave the range of fp32."""
+BRIDGES: dict[str, Bridge] = {"renoise": "hard", "euler": "euler", "dpmpp_2m": "multistep"}
+"""``sampler`` to its older name."""
 SMALL = 4096
 """Characters that are parsed on the event loop; longer requests are parsed in a thread."""
 EFFORTS: dict[Effort, Callable[[int], int]] = {
@@ -224,16 +226,8 @@ def parse_completion(body: CompletionRequest, limits: Limits) -> Parsed:
         first = _request(body, ids, budget, max_tokens, limits, may_be_empty)
         requests += _choices(replace(first, logprobs=body.logprobs, prompt_logprobs=scored), n)
     echoed = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts] if body.echo else None
-    return Parsed(
-        body.model or limits.name,
-        budget,
-        n,
-        requests,
-        echoed,
-        reports_prompt,
-        bool(body.return_token_ids),
-        browned_out,
-    )
+    name, reports_ids = body.model or limits.name, bool(body.return_token_ids)
+    return Parsed(name, budget, n, requests, echoed, reports_prompt, reports_ids, browned_out)
 
 
 def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None) -> Parsed:
@@ -264,16 +258,8 @@ def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None)
     first = _request(body, ids, budget, max_tokens, limits, may_be_empty=False)
     top = (body.top_logprobs or 0) if body.logprobs else None
     requests = _choices(replace(first, logprobs=top, prompt_logprobs=body.prompt_logprobs), n)
-    return Parsed(
-        body.model or limits.name,
-        budget,
-        n,
-        requests,
-        None,
-        reports_prompt,
-        bool(body.return_token_ids),
-        browned_out,
-    )
+    name, reports_ids = body.model or limits.name, bool(body.return_token_ids)
+    return Parsed(name, budget, n, requests, None, reports_prompt, reports_ids, browned_out)
 
 
 def parse_score(body: ScoreRequest, limits: Limits) -> tuple[Parsed, list[int]]:
@@ -511,11 +497,21 @@ def _sampling(body: SamplingBody, limits: Limits) -> SamplingParams:
     for token in bias:
         if token >= vocab:
             raise invalid(f"logit_bias: {token} is not a token id below {vocab}", "logit_bias")
-    try:
-        check_bridge(body.bridge or "hard", served.config)
-    except UserError as error:
-        raise invalid(str(error), "bridge", "bridge_unsupported") from None
+    bridge = _bridge(body, limits)
     top_k = min(max(0, body.top_k or 0), vocab)
-    params = SamplingParams(**given, top_k=top_k, logit_bias=bias, bridge=body.bridge or "hard")
+    params = SamplingParams(**given, top_k=top_k, logit_bias=bias, bridge=bridge)
     check_masked(params, body.order, served.config)
     return params
+
+
+def _bridge(body: SamplingBody, limits: Limits) -> Bridge:
+    """The sampler under its older name, which the engine uses."""
+    named = None if body.sampler is None else BRIDGES[body.sampler]
+    if None not in (named, body.bridge) and named != body.bridge:
+        raise invalid("bridge: it is the older name of sampler and contradicts it; leave it out", "bridge")
+    bridge, param = named or body.bridge or "hard", "bridge" if named is None else "sampler"
+    try:
+        check_bridge(bridge, limits.served.config)
+    except UserError as error:
+        raise invalid(f"{param}: {error.problem}; leave {param} out", param, "sampler_unsupported") from None
+    return bridge

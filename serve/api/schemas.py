@@ -270,9 +270,11 @@ class SamplingBody(Body):
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, float] | None, PlainValidator(_logit_bias)] = None
     """Token id -> added logit, -100 to 100."""
+    sampler: Literal["renoise", "euler", "dpmpp_2m"] | None = None
+    """For models that draw a token through K noise levels: renoise (default) draws at each level and adds noise to the drawn token;
+    euler and dpmpp_2m follow the probability-flow ODE from one draw of noise and draw at the last level."""
     bridge: Bridge | None = None
-    """For models that draw a token through K noise levels: hard (default) draws at each level and re-noises the drawn token; euler
-    and multistep follow the ODE from one draw of noise and draw at the last level."""
+    """Older name of ``sampler``: hard is renoise, multistep is dpmpp_2m."""
     order: Order | None = None
     """For masked models: which positions of the answer are unmasked first, random by default; /v1/models lists the orders."""
     seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**64 - 1)] | None = None

@@ -325,5 +325,6 @@ def run_isolated(
         if len(batch) == 1:
             return {batch[0].id: StepResult(error=error)}
         logger.warning("a step of %d requests failed and is repeated in halves: %r", len(batch), error)
-        half = len(batch) // 2
-        return run_isolated(run, batch[:half]) | run_isolated(run, batch[half:])
+    # Out of the handler, whose traceback holds the tensors of the failed step: it may have run out of memory.
+    half = len(batch) // 2
+    return run_isolated(run, batch[:half]) | run_isolated(run, batch[half:])

@@ -287,7 +287,7 @@ class Runner:
             if known == segments:
                 return pack
         pack = cache.PackedContext(self.pool, segments)
-        self._packs = [*self._packs[1 - PACKS :], (segments, pack)]
+        self._packs = [*self._packs, (segments, pack)][-PACKS:]
         return pack
 
     def _cache_segments(self, sequence: Sequence, once: bool) -> list[cache.Segment]:

@@ -1,7 +1,7 @@
 """Which rows step now. Pure bookkeeping over Sequence objects: no torch, no clock, no threads.
 
 One engine step is one core step of every open segment. Single rows always run (there are at most ``num_slots`` of them); longer
-prompt chunks share ``prefill_rows`` rows beside them, strictly first come first served, so nothing starves.
+prompt chunks share ``prefill_rows`` further rows, strictly first come first served, so nothing starves.
 A sequence owns a slot of the cache from admission to its end: admission is what keeps memory bounded.
 """
 

@@ -146,14 +146,41 @@ def test_what_cannot_be_taken_is_refused_before_its_body_is_read(make_served: Ca
     assert all(b"retry-after" in dict(answer["headers"]) for answer in answers)
 
 
-def test_a_thinking_model_has_no_levels_to_bridge(client: TestClient) -> None:
-    body = {"prompt": [5, 9, 40], "max_tokens": 2, "bridge": "euler"}
-    answer = client.post("/v1/completions", json=body)
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "bridge"
-    assert client.post("/v1/completions", json={**body, "bridge": "hard"}).status_code == 200
-    assert (
-        client.post("/v1/completions", json={**body, "bridge": "stone"}).json()["error"]["param"] == "bridge"
-    )
+def test_a_thinking_model_has_no_noise_levels_to_sample_through(client: TestClient) -> None:
+    body = {"prompt": [5, 9, 40], "max_tokens": 2}
+    for field, value in (("sampler", "euler"), ("bridge", "euler"), ("bridge", "stone"), ("sampler", "heun")):
+        answer = client.post("/v1/completions", json={**body, field: value})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == field
+    for fields in ({"bridge": "hard"}, {"sampler": "renoise"}, {"sampler": "renoise", "bridge": "hard"}):
+        assert client.post("/v1/completions", json={**body, **fields}).status_code == 200
+    both = client.post("/v1/completions", json={**body, "sampler": "renoise", "bridge": "multistep"})
+    assert both.status_code == 400 and "older name" in both.json()["error"]["message"]
+
+
+def test_samplers_of_noise_levels_have_an_older_name(make_served: Callable[..., Served]) -> None:
+    with (
+        Engine(lambda: make_served("evidence")) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
+        listed = client.get("/v1/models").json()["data"][0]["recurrence"]["samplers"]
+        assert listed == ["renoise", "euler", "dpmpp_2m"]
+        body = {
+            "prompt": [[5, 9, 40]],
+            "max_tokens": 6,
+            "num_steps": 4,
+            "seed": 3,
+            "temperature": 1,
+            "ignore_eos": True,
+        }
+        texts = {}
+        for sampler, bridge in zip(listed, ("hard", "euler", "multistep"), strict=True):
+            new, old = (
+                complete(client, **body, **fields)["choices"]
+                for fields in ({"sampler": sampler}, {"bridge": bridge})
+            )
+            assert new == old
+            texts[sampler] = new[0]["text"]
+        assert len(set(texts.values())) > 1
 
 
 def test_timings_add_up(client: TestClient) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rdlm.sampling_params import SamplingParams
+from serve.engine import runner
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Served
 from serve.engine.sequence import Request, StepBudget, StepPredictions
@@ -261,3 +262,24 @@ def test_ids_that_only_a_padded_vocabulary_has_are_neither_drawn_nor_reported(
     named = {e.token for e in events if e.token is not None} | {i for entry in entries for i, _ in entry.top}
     named |= {i for e in events if e.step_prediction for i, _ in e.step_prediction.top}
     assert len(named) > 100 and max(named) < 300
+
+
+def test_a_step_finds_the_packs_of_the_step_before(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of other K enter, iterate and are read out in packs of their own; each is built once while its rows stay where they are."""
+    built: dict[int, int] = {}
+    answers = []
+    for kept in (1, 4):
+        monkeypatch.setattr(runner, "PACKS", kept)
+        engine, built[kept] = make_engine(), 0
+        real = runner.cache.PackedContext
+
+        def count(*args: object, kept: int = kept, real: type = real) -> object:
+            built[kept] += 1
+            return real(*args)
+
+        monkeypatch.setattr(runner.cache, "PackedContext", count)
+        answers.append([tokens(e) for e in engine.generate([request(3, k, k) for k in (3, 7, 8)])])
+        monkeypatch.setattr(runner.cache, "PackedContext", real)
+    assert answers[0] == answers[1] and built[4] < built[1]

@@ -16,8 +16,8 @@ from rdlm.data.images import ImageStore
 from rdlm.data.manifest import file_sha256
 from rdlm.errors import UserError
 from train.data import build_corpus
+from train.data.corpus import PAD, ImageCorpus, augmented
 from train.data.image_prepare import ImagePreparation, prepare_images
-from train.data.images import PAD, ImageCorpus, augmented
 from train.settings import ImagesConfig
 
 Image = pytest.importorskip("PIL.Image")

@@ -1,0 +1,250 @@
+"""Training data behind one interface: ``build_corpus(config)`` gives batches that depend on their arguments alone.
+
+One kind of data is a class and a line in CORPORA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from rdlm.data.batch import Batch
+from rdlm.data.images import ImageStore, as_batch
+from rdlm.data.synthetic import FilledIn, Generated, GroupProduct, LatinSquare, PointerChasing, Task, mix64
+from rdlm.data.token_shards import TokenStore
+from rdlm.data.tokenizer import Tokenizer
+from rdlm.errors import UserError
+from train.data.order import row_numbers, shuffled
+from train.settings import (
+    DataConfig,
+    GeneratedConfig,
+    GroupProductConfig,
+    ImagesConfig,
+    LatinSquareConfig,
+    PointerChasingConfig,
+    TokensConfig,
+)
+
+Augment = Literal["none", "flip", "flip_crop"]
+PAD = 4
+"""Pixels that ``flip_crop`` moves an image by at most (He et al. 2016, Sec. 4.2, which pads with zeros)."""
+_AUGMENT_KEY = 0x11A6E5  # apart from other uses of the seed
+
+
+class Corpus(Protocol):
+    """What the trainer may ask of its data."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def seq_len(self) -> int:
+        """Targets of an example."""
+
+    @property
+    def unit(self) -> str:
+        """What a target is of: "token", "image"."""
+
+    @property
+    def identity(self) -> str:
+        """Names the data: a resumed run compares it."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where ids stand for something other than text."""
+
+    def batch(
+        self,
+        step: int,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        micro_index: int,
+        micro_size: int,
+    ) -> Batch:
+        """Micro-batch ``micro_index`` of ``rank`` in update ``step``: [micro_size, seq_len], a pure function of the arguments.
+
+        The rows of one update, over all ranks and micro-batches, depend on (step, seed, global_batch) only.
+        """
+
+    def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
+        """Held-out batches, the same ones every time; at most ``max_tokens`` targets, at least one sequence."""
+
+
+class TokenCorpus:
+    """Windows of ``seq_len`` tokens that follow each other without overlap, visited in a seeded order, each once an epoch.
+
+    Windows cross document ends; every target counts. Held-out windows come from ``valid``.
+    """
+
+    unit = "token"
+
+    def __init__(self, path: str | Path, seq_len: int, split: str = "train", held_out: str = "valid") -> None:
+        """UserError if the shards are missing or damaged, or a split is shorter than one window (valid: when first used)."""
+        self._store = TokenStore(path, split)
+        self._held_out = held_out
+        self.seq_len, self.vocab_size = seq_len, self._store.manifest.vocab_size
+        self.num_windows = self._store.num_windows(seq_len)
+        self.identity = self._store.manifest_sha256
+        self.tokenizer = self._store.tokenizer()
+
+    def batch(
+        self,
+        step: int,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        micro_index: int,
+        micro_size: int,
+    ) -> Batch:
+        """See ``train.data.Corpus.batch``."""
+        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
+        rows = row_numbers(step, global_batch=global_batch, **place)
+        return self._store.rows(shuffled(rows, self.num_windows, seed), self.seq_len)
+
+    def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
+        """The first held-out windows, in order."""
+        return TokenStore(self._store.folder, self._held_out).windows(self.seq_len, max_tokens, batch_size)
+
+
+class ImageCorpus:
+    """Images with their class, visited in a seeded order, each once an epoch. Held-out images come from ``valid``, as they are."""
+
+    tokenizer, unit = None, "image"
+    seq_len = 1
+    """Targets of a row: its class."""
+
+    def __init__(
+        self, path: str | Path, augment: Augment = "flip", split: str = "train", held_out: str = "valid"
+    ) -> None:
+        """UserError if the data is missing or damaged, or lacks the split (valid: when first used)."""
+        self._store = ImageStore(path, split)
+        self._augment, self._held_out = augment, held_out
+        height, width = self._store.manifest.image_size
+        self.image_size = (height, width)
+        """H, W."""
+        self.vocab_size = len(self._store.manifest.classes)
+        """Classes."""
+        self.identity = self._store.manifest_sha256
+        if augment == "flip_crop" and min(self.image_size) <= PAD:
+            problem = f"reflects {PAD} pixels at each side, and images are {width}x{height}"
+            raise UserError("data.augment", augment, problem, "use flip or none")
+
+    def batch(
+        self,
+        step: int,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        micro_index: int,
+        micro_size: int,
+    ) -> Batch:
+        """See ``train.data.Corpus.batch``; inputs fp32 [micro_size, 3, H, W], targets [micro_size, 1]."""
+        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
+        rows = row_numbers(step, global_batch=global_batch, **place)
+        pixels, labels = self._store.read(shuffled(rows, len(self._store), seed))
+        return as_batch(augmented(pixels, rows, seed, self._augment), labels)
+
+    def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
+        """The first held-out images, in order; at most ``max_tokens`` of them, since a row has one target."""
+        store = ImageStore(self._store.folder, self._held_out)
+        count = len(store) if max_tokens is None else min(len(store), max(1, max_tokens))
+        for first in range(0, count, batch_size):
+            yield store.rows(np.arange(first, min(first + batch_size, count)))
+
+
+def augmented(pixels: np.ndarray, rows: np.ndarray, seed: int, how: Augment) -> np.ndarray:
+    """uint8 [n, H, W, C] -> the same shape: mirrored with p = 1/2, then (``flip_crop``) moved by up to PAD pixels within its reflection.
+
+    rows: int64 [n], positions in the endless list of training rows. What an image undergoes depends on (seed, position) alone.
+    """
+    if how == "none":
+        return pixels
+    height, width = pixels.shape[1:3]
+    key = np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, _AUGMENT_KEY]).generate_state(1, np.uint64)[0]
+    bits = mix64(mix64(rows.astype(np.uint64)) ^ key)
+    flip = (bits & np.uint64(1)).astype(bool)
+    if how == "flip":
+        return np.where(flip[:, None, None, None], pixels[:, :, ::-1], pixels)
+    span = np.uint64(2 * PAD + 1)
+    down, right = ((bits >> np.uint64(shift) & np.uint64(0xFFFFFF)) % span for shift in (8, 40))
+    y, x = _reflected(down, height), _reflected(right, width)
+    x = np.where(flip[:, None], width - 1 - x, x)
+    return pixels[np.arange(len(rows))[:, None, None], y[:, :, None], x[:, None, :]]
+
+
+def _reflected(offset: np.ndarray, size: int) -> np.ndarray:
+    """Source positions, int64 [n, size], of a crop at ``offset`` in an axis of ``size`` padded by PAD on both sides."""
+    position = np.abs(np.arange(size) + offset.astype(np.int64)[:, None] - PAD)
+    return size - 1 - np.abs(size - 1 - position)
+
+
+class GeneratedCorpus:
+    """A task of rdlm/data/synthetic.py: no row number is used twice; held-out rows come from a random stream of their own."""
+
+    tokenizer, unit = None, "token"
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.seq_len, self.vocab_size, self.identity = task.length, task.vocab_size, task.identity
+
+    def batch(
+        self,
+        step: int,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        micro_index: int,
+        micro_size: int,
+    ) -> Batch:
+        """See ``train.data.Corpus.batch``."""
+        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
+        rows = row_numbers(step, global_batch=global_batch, **place)
+        return self._task.rows(rows, seed)
+
+    def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
+        """Held-out examples of seed 0; 65,536 positions where no bound is given."""
+        count = max(1, (max_tokens or 65_536) // self.seq_len)
+        for first in range(0, count, batch_size):
+            yield self._task.rows(np.arange(first, min(first + batch_size, count)), seed=0, split="valid")
+
+
+TASKS: dict[type[GeneratedConfig], Callable[[Any], Generated]] = {
+    GroupProductConfig: lambda config: GroupProduct(config.group, config.length),
+    PointerChasingConfig: lambda config: PointerChasing(config.nodes, config.hops),
+    LatinSquareConfig: lambda config: LatinSquare(config.side, config.fewest_blanks, config.most_blanks),
+}
+
+
+def build_task(config: GeneratedConfig) -> Generated:
+    """UserError for sizes that make no task."""
+    return TASKS[type(config)](config)
+
+
+def _generated(config: GeneratedConfig, fills_in: bool) -> Corpus:
+    task = build_task(config)
+    return GeneratedCorpus(FilledIn(task) if fills_in else task)
+
+
+CORPORA: dict[type[DataConfig], Callable[[Any, bool], Corpus]] = {
+    TokensConfig: lambda config, fills_in: TokenCorpus(config.path, config.seq_len),
+    ImagesConfig: lambda config, fills_in: ImageCorpus(config.path, config.augment),
+    **dict.fromkeys(TASKS, _generated),
+}
+"""Section ``data`` of a training config -> what reads it."""
+
+
+def build_corpus(config: DataConfig, fills_in: bool = False) -> Corpus:
+    """UserError if the data is missing, damaged or too short. fills_in: whether the model fills in masked tokens of whole rows."""
+    return CORPORA[type(config)](config, fills_in)
