@@ -50,7 +50,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not UTF-8 become U+FFFD; special tokens become nothing."""
 
-    def token_bytes(self) -> list[bytes]:
+    def token_bytes(self) -> Sequence[bytes]:
         """The bytes of every id [vocab_size]; b"" for special tokens."""
 
     def save(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class _ByteTable:
     def __init__(
         self, source: bytes, table: list[bytes], special: dict[str, int], config: Mapping[str, Any]
     ) -> None:
-        self._source, self._table = source, table
+        self._source, self._table = source, tuple(table)  # every text that is decoded shares the table
         self.vocab_size = len(table)
         self.special_tokens: Mapping[str, int] = special
         self.bos_id, self.eos_id = (self._named(config, key) for key in ENDS)
@@ -88,8 +88,8 @@ class _ByteTable:
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(self._table[i] for i in ids).decode("utf-8", errors="replace")
 
-    def token_bytes(self) -> list[bytes]:
-        return list(self._table)
+    def token_bytes(self) -> Sequence[bytes]:
+        return self._table
 
     def save(self, folder: Path) -> None:
         names = {i: text for text, i in self.special_tokens.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,15 +13,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from litestar.testing import TestClient
 
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
+from serve.api.app import create_app
 from serve.engine import masked_runner, runner
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Served
 from serve.engine.exits import ExitRule
 from serve.engine.sequence import Request, StepBudget
-from serve.settings import EngineSettings
+from serve.settings import EngineSettings, HttpSettings
 
 MARK = 299
 """The prompt token of a request that makes a stage fail."""
@@ -220,3 +223,20 @@ def test_requests_are_queued_all_or_none(make_engine: Callable[..., Engine]) -> 
     with pytest.raises(UserError, match="num_steps"):
         engine.submit([Request((5,), StepBudget(2), 2), Request((5,), StepBudget(9), 2)], lambda event: None)
     assert engine.num_waiting == 0 and len(engine.generate([Request((5,), StepBudget(2), 2)])[0]) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_step_finds_wrong_with_a_request_is_the_clients_error(
+    stream: bool, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*args: Any) -> torch.Tensor:
+        raise UserError("logit_bias", "...", "it leaves nothing to draw", "ban fewer tokens")
+
+    monkeypatch.setattr(runner, "sample", refuses)
+    body = {"prompt": "in the", "max_tokens": 4, "stream": stream}
+    with TestClient(create_app(make_engine("onestep"), HttpSettings())) as client:
+        answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == (200 if stream else 400)
+    text = answer.text.split("\n\n")[-3].removeprefix("data: ") if stream else answer.text
+    error = json.loads(text)["error"]
+    assert error["param"] == "logit_bias" and error["type"] == "invalid_request_error"
