@@ -52,8 +52,7 @@ def check_fit(config: CheckpointConfig, store: ImageStore, bridges: Sequence[Bri
     """UserError where checkpoint, images and bridges do not belong together."""
     config.check_family("rdlm eval accuracy", "vit")
     config.check_whole()
-    model = config.model
-    assert isinstance(model, VitConfig)
+    model = cast(VitConfig, config.model)
     height, width = store.manifest.image_size
     if (height, width) != (model.image_size,) * 2 or len(store.manifest.classes) != model.num_classes:
         found = f"holds images of {width}x{height} in {len(store.manifest.classes)} classes"

@@ -219,7 +219,7 @@ class Depth(Metric):
                     order=order,
                     progress=bar.update,
                 )
-                if ks[-1] > 1 and loaded.config.objective.k_meaning == "thinking":
+                if ks[-1] > 1 and iterates(loaded.config):
                     shown = each.rows(np.arange(min(options.rows, options.batch_size)), options.seed, "test")
                     settling[str(each.size)] = evaluate_convergence(
                         loaded, [shown], ks[-1], seed=options.seed

@@ -93,7 +93,7 @@ class Normalised(Mixture):
     owners = "next-token"
 
     def scored_steps(self, config: CheckpointConfig, num_steps: int) -> int:
-        return num_steps if config.objective.k_meaning == "thinking" else 1
+        return 1 if "mixture" in estimators_of(config) else num_steps
 
 
 class Bound(Estimator):

@@ -186,7 +186,8 @@ class NoiseCurve(Metric):
         held_out = open_windows(options)
         config = held_out.loaded.config
         config.check_next_token("the cross-entropy by sigma")
-        if config.objective.k_meaning == "sampling" and options.num_steps > 1:
+        usual = config.objective.default_steps_in_evaluation
+        if usual is not None and options.num_steps not in usual:
             problem = "the prior of a sampling checkpoint is that of K = 1"
             raise UserError("--num-steps", options.num_steps, problem, "leave the option out")
         check_steps([options.num_steps], config)

@@ -45,16 +45,12 @@ def open_images(path: Path, option: str, label_column: str = "label") -> ImageSe
     Labels come from the integer column ``label_column`` of a parquet file (names from its Hugging Face metadata, else the numbers), or
     from the subfolders of a folder, sorted, if every image lies in one.
     """
-    if path.is_dir():
-        found = _folder(path, option)
-    elif not path.exists():
+    if not path.exists():
         raise UserError(option, str(path), "does not exist", f"give {KINDS}")
-    elif path.suffix in (".npy", ".npz"):
-        found = _array(path, option)
-    elif path.suffix == ".parquet":
-        found = _parquet(path, option, label_column)
-    else:
+    read = _folder if path.is_dir() else READERS.get(path.suffix.lower())
+    if read is None:
         raise UserError(option, str(path), "is no set of images", f"give {KINDS}")
+    found = read(path, option, label_column)
     if found.count == 0:
         raise UserError(option, str(path), "holds no images", f"give {KINDS}")
     return found
@@ -92,7 +88,7 @@ def _decoded(option: str, name: str, source: Path | io.BytesIO) -> np.ndarray:
         ) from None
 
 
-def _folder(path: Path, option: str) -> ImageSet:
+def _folder(path: Path, option: str, _: str) -> ImageSet:
     found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     files = tuple(file for file in found if not _hidden(file.relative_to(path)))
     parts = [file.relative_to(path).parts for file in files]
@@ -115,10 +111,10 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _array(path: Path, option: str) -> ImageSet:
+def _array(path: Path, option: str, _: str) -> ImageSet:
     try:
         loaded = np.load(path, mmap_mode="r")
-        if path.suffix == ".npz":
+        if path.suffix.lower() == ".npz":
             names = list(loaded)
             if len(names) != 1 and "arr_0" not in names:
                 raise UserError(
@@ -198,3 +194,11 @@ def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str,
         return tuple(names) if all(isinstance(name, str) for name in names) else ()
     except (KeyError, ValueError, TypeError):
         return ()
+
+
+READERS: dict[str, Callable[[Path, str, str], ImageSet]] = {
+    ".npy": _array,
+    ".npz": _array,
+    ".parquet": _parquet,
+}
+"""Ending -> what reads such a file, given its path, the option that named it, and the column of labels."""

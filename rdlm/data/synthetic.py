@@ -60,6 +60,7 @@ class GroupProduct:
     """
 
     unit, whole, answers_from = "positions", "last", 0
+    answers_fill_blanks = False
 
     def __init__(self, group: str, length: int) -> None:
         """UserError for another group or a length below 1."""
@@ -106,7 +107,7 @@ class PointerChasing:
     f is one random cycle through all nodes. Only the start and what follows counts: hops 1 .. h.
     """
 
-    unit, whole = "hops", "last"
+    unit, whole, answers_fill_blanks = "hops", "last", False
 
     def __init__(self, nodes: int, hops: int) -> None:
         """UserError for fewer than 2 nodes or no hop."""
@@ -152,6 +153,7 @@ class LatinSquare:
     """
 
     unit, whole = "blanks", "valid"
+    answers_fill_blanks = True
 
     def __init__(self, side: int, fewest: int, most: int) -> None:
         """fewest, most: blanks of an example. UserError for what fits in no square."""
@@ -205,13 +207,13 @@ class FilledIn:
         self.size, self.vocab_size, self.chance = task.size, task.vocab_size, task.chance
         self.identity = f"{task.identity}:filled_in"
         answers = task.length - task.answers_from
-        self.length = answers if isinstance(task, LatinSquare) else task.length + answers
+        self.length = answers if task.answers_fill_blanks else task.length + answers
 
     def rows(self, indices: np.ndarray, seed: int, split: Split = "train") -> Batch:
         """inputs and targets are the same whole row; where ``mask`` is True is what must be hidden."""
         batch, first = self.task.rows(indices, seed, split), self.task.answers_from
         mask = batch.mask[:, first:]
-        if isinstance(self.task, LatinSquare):
+        if self.task.answers_fill_blanks:
             row = torch.where(mask, batch.targets[:, first:], batch.inputs[:, first:])
         else:
             row = torch.cat([batch.inputs, batch.targets[:, first:]], dim=1)

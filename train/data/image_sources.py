@@ -87,7 +87,7 @@ def _places(path: Path, option: str) -> dict[str, Path]:
 def _local(path: Path, option: str, label_column: str) -> ImageSource:
     images = open_images(path, option, label_column)
     if images.labels is None:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             problem = f"has no integer column {label_column!r} without gaps"
             raise UserError(option, str(path), problem, "name the column of labels with --label-column")
         raise UserError(option, str(path), "does not say what its images show", f"give {LABELLED}")
