@@ -1,7 +1,8 @@
 """From logits to token ids: one vectorised path for the engine, the command line and evaluation.
 
-Rows are independent: each has its own settings, history and uniform number, so a token never depends on its batch neighbours.
-``M`` rows, ``V`` vocabulary. Holds no generator: the caller draws the uniform numbers (``rdlm.sampling_params.uniform``).
+Rows are independent: each has its own settings, history and uniform number, so a token never depends on its
+batch neighbours. ``M`` rows, ``V`` vocabulary. Holds no generator: the caller draws the uniform numbers
+(``rdlm.sampling_params.uniform``).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ MINUS_INF = float("-inf")
 
 
 def process(logits: Tensor, params: Sequence[SamplingParams], histories: Sequence[History]) -> Tensor:
-    """Prior logits [M, V] -> fp32 logits whose softmax is the distribution to draw from (arg-max for greedy rows).
+    """Prior logits [M, V] -> fp32 logits whose softmax is the distribution to draw from (arg-max for greedy
+    rows).
 
-    Order: bans, biases, penalties, temperature, then min-p, top-k and top-p on what temperature left. Greedy rows skip the
-    last four (temperature included): none of them can change an arg-max.
+    Order: bans, biases, penalties, temperature, then min-p, top-k and top-p on what temperature left. Greedy
+    rows skip the last four (temperature included): none of them can change an arg-max.
     """
     logits = logits.float()
     if any(p.edits or h.banned for p, h in zip(params, histories, strict=True)):
@@ -60,7 +62,8 @@ def _edit(row: Tensor, param: SamplingParams, history: History) -> None:
 
 
 def _truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Keep min-p, then top-k, then the smallest set with mass >= top-p; the most likely token always stays. [m, V] -> [m, V]."""
+    """Keep min-p, then top-k, then the smallest set with mass >= top-p; the most likely token always stays.
+    [m, V] -> [m, V]."""
     vocab, device = logits.shape[-1], logits.device
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
@@ -81,10 +84,12 @@ def sample(
     uniforms: Sequence[float],
     evidence: Tensor | None = None,
 ) -> Tensor:
-    """Draw one id per row. prior [M, V] raw logits, evidence [M, V] or None (added after ``process``) -> ids [M] int64.
+    """Draw one id per row. prior [M, V] raw logits, evidence [M, V] or None (added after ``process``) -> ids
+    [M] int64.
 
-    Inverse-CDF in fp64 with the row's own uniform; temperature 0 takes the arg-max of the processed prior, whatever the evidence.
-    Raises UserError where a row's every id is banned, ArithmeticError where a row's logits are not numbers: neither has a token.
+    Inverse-CDF in fp64 with the row's own uniform; temperature 0 takes the arg-max of the processed prior,
+    whatever the evidence. Raises UserError where a row's every id is banned, ArithmeticError where a row's
+    logits are not numbers: neither has a token.
     """
     logits = process(prior, params, histories)
     greedy = [p.greedy for p in params]
@@ -112,10 +117,12 @@ def _check_drawable(largest: Tensor) -> None:
 def top_logprobs(
     logits: Tensor, chosen: Tensor, count: int, num_tokens: int | None = None, chunk: int = 256
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities under the raw logits. logits [M, V], chosen [M] -> chosen [M], top values and top ids [M, count].
+    """Log-probabilities under the raw logits. logits [M, V], chosen [M] -> chosen [M], top values and top ids
+    [M, count].
 
-    fp32, ``chunk`` rows at a time, so that memory stays at chunk * V however long the prompt. Values are the same floats in both
-    tensors when the chosen token is among the top. num_tokens: ids from there on, which a padded vocabulary has, are not among the top.
+    fp32, ``chunk`` rows at a time, so that memory stays at chunk * V however long the prompt. Values are the
+    same floats in both tensors when the chosen token is among the top. num_tokens: ids from there on, which a
+    padded vocabulary has, are not among the top.
     """
     parts = []
     for start in range(0, logits.shape[0], chunk):

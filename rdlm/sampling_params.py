@@ -12,20 +12,25 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.errors import UserError
 
 Bridge = Literal["hard", "euler", "multistep"]
-"""How a token goes from one noise level to the next (rdlm/diffusion/samplers.py): drawn and re-noised, or along the ODE."""
+"""How a token goes from one noise level to the next (rdlm/diffusion/samplers.py): drawn and re-noised, or
+along the ODE."""
 
 Order = Literal["random", "left_to_right", "confidence"]
 """Which tokens a masked model unmasks first (rdlm/diffusion/unmasking_plan.py).
 
-random: the sampler that ``rdlm.diffusion.masked_likelihood.bound`` bounds. left_to_right: with as many steps as masked tokens, the sampler
-whose likelihood is ``rdlm.diffusion.masked_likelihood.left_to_right``. confidence: tokens whose draw is the most probable first (MaskGIT,
-Chang et al. 2022); more certain and less varied at few steps, and no likelihood is known for it."""
+random: the sampler that ``rdlm.diffusion.masked_likelihood.bound`` bounds. left_to_right: with as many steps
+as masked tokens, the sampler whose likelihood is ``rdlm.diffusion.masked_likelihood.left_to_right``.
+confidence: tokens whose draw is the most probable first (MaskGIT, Chang et al. 2022); more certain and less
+varied at few steps, and no likelihood is known for it.
+"""
 
 
 def uniform(*key: int) -> float:
-    """A uniform number in [0, 1), a pure function of the key (seed, choice, position, step) on every platform and device.
+    """A uniform number in [0, 1), a pure function of the key (seed, choice, position, step) on every platform
+    and device.
 
-    A hash and not a torch generator: one is needed for every token of every request, and this costs a microsecond.
+    A hash and not a torch generator: one is needed for every token of every request, and this costs a
+    microsecond.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2.0**53
@@ -33,14 +38,16 @@ def uniform(*key: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Decoding settings of one request; the defaults sample from the model's distribution as it is. Raises UserError.
+    """Decoding settings of one request; the defaults sample from the model's distribution as it is. Raises
+    UserError.
 
     temperature: 0 is greedy (arg-max). top_k: 0 or -1 is off. top_p in (0, 1], min_p in [0, 1].
-    repetition_penalty: Keskar et al. 2019, over prompt and output, 1 is off.
-    presence_penalty, frequency_penalty: OpenAI's, over the output only, 0 is off. logit_bias: token id -> added logit.
-    All act on the prior logits W h, never on the evidence of a noised target, so they mean the same at every K.
-    bridge: of models that draw a token through noise levels (``check_bridge``): hard draws at each level and re-noises what it drew,
-    exact at every K; euler and multistep follow the probability-flow ODE from one draw of noise to the last level and draw there.
+    repetition_penalty: Keskar et al. 2019, over prompt and output, 1 is off. presence_penalty,
+    frequency_penalty: OpenAI's, over the output only, 0 is off. logit_bias: token id -> added logit. All act
+    on the prior logits W h, never on the evidence of a noised target, so they mean the same at every K.
+    bridge: of models that draw a token through noise levels (``check_bridge``): hard draws at each level and
+    re-noises what it drew, exact at every K; euler and multistep follow the probability-flow ODE from one
+    draw of noise to the last level and draw there.
     """
 
     temperature: float = 1.0
@@ -106,7 +113,8 @@ class SamplingParams:
 
 
 def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
-    """Raises UserError where the checkpoint has no noise levels to bridge, or where its blocks share no space for an ODE to run in."""
+    """Raises UserError where the checkpoint has no noise levels to bridge, or where its blocks share no space
+    for an ODE to run in."""
     if bridge == "hard":
         return
     if config.objective.k_meaning == "thinking":
@@ -114,14 +122,17 @@ def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
     elif not config.objective.left_to_right:
         problem = "this model masks tokens instead of adding noise, so there is no ODE"
     elif config.blocks is not None and config.blocks.num_blocks > 1 and config.blocks.targets == "own":
-        problem = "every block of this model has its own target embeddings, so no ODE leads from one block to the next"
+        problem = (
+            "every block of this model has its own target embeddings, so no ODE leads from one to the next"
+        )
     else:
         return
     raise UserError("bridge", bridge, problem, "leave bridge out, or send hard")
 
 
 def check_masked(params: SamplingParams, order: Order | None, config: CheckpointConfig) -> None:
-    """Raises UserError for an unmasking order where the model decodes left to right, and for penalties where it does not."""
+    """Raises UserError for an unmasking order where the model decodes left to right, and for penalties where
+    it does not."""
     if config.objective.left_to_right:
         if order is not None:
             raise UserError("order", order, "this model decodes left to right", "leave order out")
@@ -131,13 +142,17 @@ def check_masked(params: SamplingParams, order: Order | None, config: Checkpoint
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         value, off = getattr(params, name), float(name == "repetition_penalty")
         if value != off:
-            problem = "repetition penalties need left-to-right decoding; a masked model fills several positions at once"
+            problem = (
+                "repetition penalties need left-to-right decoding; "
+                "a masked model fills several positions at once"
+            )
             raise UserError(name, value, problem, f"leave {name} out")
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Tokens of a row so far, for penalties. ``banned`` ids get probability 0 (``min_tokens`` bans end tokens)."""
+    """Tokens of a row so far, for penalties. ``banned`` ids get probability 0 (``min_tokens`` bans end
+    tokens)."""
 
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()

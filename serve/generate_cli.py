@@ -1,4 +1,5 @@
-"""``rdlm generate``: continue prompts without a server, through the same engine. Imports torch only once its options are valid."""
+"""``rdlm generate``: continue prompts without a server, through the same engine. Imports torch only once its
+options are valid."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ MAX_TOGETHER = 16
 
 
 @app.command(
-    epilog='Example: rdlm generate --checkpoint runs/demo/model --prompt "And it came to pass" --num-steps 1,4,16'
+    epilog="Example: rdlm generate --checkpoint runs/demo/model "
+    '--prompt "And it came to pass" --num-steps 1,4,16'
 )
 def generate(
     checkpoint: CheckpointOption,
@@ -38,7 +40,7 @@ def generate(
     prompt_file: Annotated[
         Path | None,
         typer.Option(
-            help="Further prompts: one a line, of a .jsonl file one JSON string a line; - reads standard input.",
+            help="Further prompts: one a line (.jsonl: one JSON string a line); - reads standard input.",
             show_default=False,
         ),
     ] = None,
@@ -79,8 +81,8 @@ def generate(
 ) -> None:
     """Continue prompts at one or several K; prints tokens/s and core steps.
 
-    One prompt is streamed. Several run together and are printed in their order, each as it would be alone. A masked model fills in
-    --max-tokens tokens after the prompt in K steps.
+    One prompt is streamed. Several run together and are printed in their order, each as it would be alone. A
+    masked model fills in --max-tokens tokens after the prompt in K steps.
     """
     prompts = [*(prompt or []), *(_read_prompts(prompt_file) if prompt_file is not None else [])]
     if not prompts:
@@ -179,7 +181,8 @@ def _encode(prompt: str, max_tokens: int, served: Served) -> tuple[int, ...]:
 
 
 def _generate(engine: Engine, prompts: Sequence[str], requests: Sequence[Request]) -> None:
-    """Print the answers, one prompt's as it comes, then a line with what they cost. Raises UserError where a request cannot be answered."""
+    """Print the answers, one prompt's as it comes, then a line with what they cost. Raises UserError where a
+    request cannot be answered."""
     streams = len(requests) == 1
     if streams:
         typer.echo(prompts[0], nl=False)

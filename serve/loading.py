@@ -1,4 +1,5 @@
-"""From a checkpoint folder to something an Engine can run. Imports torch, so only commands and tests import it."""
+"""From a checkpoint folder to something an Engine can run. Imports torch, so only commands and tests import
+it."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded
 
 
 def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """The tokenizer's end of text and what ``generation_config.json`` in its folder or in the checkpoint names as ``eos_token_id``.
+    """The tokenizer's end of text and what ``generation_config.json`` in its folder or in the checkpoint
+    names as ``eos_token_id``.
 
     Chat models end texts with several ids (Huginn-0125: 65505 and 65508), of which a tokenizer can name one.
     """
@@ -90,7 +92,8 @@ def build_served(
     settings: EngineSettings,
     end_ids: frozenset[int] | None = None,
 ) -> Served:
-    """The parts of an engine around a model in memory. end_ids: ids that end a text, by default the tokenizer's one.
+    """The parts of an engine around a model in memory. end_ids: ids that end a text, by default the
+    tokenizer's one.
 
     Raises UserError where settings and checkpoint contradict each other.
     """
@@ -100,8 +103,11 @@ def build_served(
         raise UserError("tokenizer", "...", problem, "serve the tokenizer that the model was trained with")
     if known < SMALL_TOKENIZER * vocab:
         logger.warning(
-            "the tokenizer has %d tokens and the model %d ids: the others are never drawn; is it the model's tokenizer?", known, vocab
-        )  # fmt: skip
+            "the tokenizer has %d tokens and the model %d ids: is it the model's tokenizer? "
+            "The other ids are never drawn",
+            known,
+            vocab,
+        )
     if end_ids is None:
         end_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     config.check_text("the engine")
@@ -158,7 +164,7 @@ def _parts(
         ), settings.prefill_rows
     if settings.kv_cache != "shared":
         raise UserError("kv_cache", settings.kv_cache, "a masked model keeps no keys", "leave it out")
-    # All texts that have a slot step together: one that waited for a longer one would wait for all of its steps.
+    # Texts that have a slot step together: one that waited for a longer one would wait for all its steps.
     return MaskedRunner(cast(MaskedDiffusion, denoiser), num_tokens), max(
         settings.chunk, settings.max_slots * max_len
     )

@@ -1,11 +1,13 @@
 """Keys and values of past positions, and the context that lets a ragged pack of rows attend to them.
 
-Shapes: S segments (one per sequence in the pack), N rows (the segments' rows one after another), H heads, Dh head width.
+Shapes: S segments (one per sequence in the pack), N rows (the segments' rows one after another), H heads, Dh
+head width.
 
-Two pools. ``KVPool`` makes the cache independent of K: it keeps one key per (layer, position); while a position iterates its key is
-overwritten, so later positions see the keys of its last step (Huginn's shared ring, "compress-s4"). ``FullKVPool`` keeps the keys of
-every step, and a row at step r reads the past at step r (or at the past's last step, where it took fewer): exactly what training and
-scoring compute. docs/results/main-job.md has what the shared ring loses.
+Two pools. ``KVPool`` makes the cache independent of K: it keeps one key per (layer, position); while a
+position iterates its key is overwritten, so later positions see the keys of its last step (Huginn's shared
+ring, "compress-s4"). ``FullKVPool`` keeps the keys of every step, and a row at step r reads the past at step
+r (or at the past's last step, where it took fewer): exactly what training and scoring compute.
+docs/results/main-job.md has what the shared ring loses.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ PAGE = 64
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of one sequence. slot: its place in the pool; start: position of its first row; length: rows.
+    """Consecutive rows of one sequence. slot: its place in the pool; start: position of its first row;
+    length: rows.
 
-    step: which core step the rows are at (0-based; 0 where the pool does not keep steps). commit: whether their keys are kept.
-    append_own: an uncommitted row sees its own key in addition to the position's committed one instead of in its place.
+    step: which core step the rows are at (0-based; 0 where the pool does not keep steps). commit: whether
+    their keys are kept. append_own: an uncommitted row sees its own key in addition to the position's
+    committed one instead of in its place.
     """
 
     slot: int
@@ -45,7 +49,8 @@ class Segment:
 
 
 class KVPool:
-    """One key and value of each position, for ``num_slots`` sequences of ``max_len`` positions, allocated at once.
+    """One key and value of each position, for ``num_slots`` sequences of ``max_len`` positions, allocated at
+    once.
 
     k and v are [layers, slots, max_len, Hkv, Dh].
     """
@@ -72,7 +77,8 @@ class KVPool:
         return 2 * self.k.numel() * self.k.element_size()
 
     def free(self, slot: int, length: int) -> int:
-        """Clear the first ``length`` positions of a slot -> their bytes. A masked NaN would still be a NaN to the slot's next owner."""
+        """Clear the first ``length`` positions of a slot -> their bytes. A masked NaN would still be a NaN to
+        the slot's next owner."""
         for store in (self.k, self.v):
             store[:, slot, :length] = 0
         return length * (self.num_bytes // (self.num_slots * self.max_len))
@@ -122,9 +128,11 @@ class _SharedRows:
 
 
 class FullKVPool:
-    """Keys and values of every core step of every position, allocated as they are written and freed with their sequence.
+    """Keys and values of every core step of every position, allocated as they are written and freed with
+    their sequence.
 
-    A position takes the memory of the steps that it took, in the layers that took them: prelude and coda run once.
+    A position takes the memory of the steps that it took, in the layers that took them: prelude and coda run
+    once.
     """
 
     keeps_steps = True
@@ -142,7 +150,8 @@ class FullKVPool:
         self.max_len, self.num_slots, self.device = max_len, num_slots, torch.device(device)
         self._shape, self._dtype = (num_kv_heads, head_dim), dtype
         self._stores: list[list[list[Tensor]]] = [[[] for _ in range(num_layers)] for _ in range(num_slots)]
-        """By slot, layer and step: keys and values [2, positions, Hkv, Dh], as many pages of positions as have been written."""
+        """By slot, layer and step: keys and values [2, positions, Hkv, Dh], as many pages of positions as
+        have been written."""
         self._taken = torch.zeros(num_slots, max_len, dtype=torch.long)
         """Core steps whose keys each position has."""
 
@@ -175,7 +184,8 @@ class FullKVPool:
         taken.clamp_(min=segment.step + 1)
 
     def places(self, segment: Segment) -> list[tuple[int, Tensor]] | None:
-        """Which step's keys a row of the segment reads at which positions; None where it reads its own step's everywhere."""
+        """Which step's keys a row of the segment reads at which positions; None where it reads its own step's
+        everywhere."""
         last = self._taken[segment.slot, : segment.end].clamp(max=segment.step + 1) - 1
         if bool((last == segment.step).all()):
             return None
@@ -245,11 +255,13 @@ class _FullRows:
 
 
 class PackedContext:
-    """AttentionContext of a pack [1, N, ...]: row p of a sequence sees the pooled positions < p and its own segment up to p.
+    """AttentionContext of a pack [1, N, ...]: row p of a sequence sees the pooled positions < p and its own
+    segment up to p.
 
-    Segments of one row (decoding) are attended together in one padded batch, longer ones (prefill) one by one. Packs whose
-    segments stand in the order of their slots are fastest: a ``KVPool`` is read in place where slots are neighbours.
-    Uncommitted segments must have length 1. Prelude and coda layers run once per position: their packs have step 0.
+    Segments of one row (decoding) are attended together in one padded batch, longer ones (prefill) one by
+    one. Packs whose segments stand in the order of their slots are fastest: a ``KVPool`` is read in place
+    where slots are neighbours. Uncommitted segments must have length 1. Prelude and coda layers run once per
+    position: their packs have step 0.
     """
 
     def __init__(self, pool: KVPool | FullKVPool, segments: list[Segment]) -> None:
@@ -330,7 +342,8 @@ class _Singles:
         ).squeeze(1)
 
     def _with_own(self, past: Tensor, new: Tensor) -> Tensor:
-        """Keys or values [S, width, Hkv, Dh] with those of uncommitted rows, which are not kept, where they stand."""
+        """Keys or values [S, width, Hkv, Dh] with those of uncommitted rows, which are not kept, where they
+        stand."""
         if len(self.uncommitted):
             if past.shape[1] < self.width:  # the appended own key of a row at the last position
                 past = torch.cat([past, torch.zeros_like(past[:, :1])], dim=1)

@@ -1,4 +1,5 @@
-"""K of the next token where it may vary: schedules, and deadlines that lower K before they end an answer. No torch, no clock.
+"""K of the next token where it may vary: schedules, and deadlines that lower K before they end an answer. No
+torch, no clock.
 
 All times are seconds of the engine's clock.
 """
@@ -22,10 +23,11 @@ class StepCost:
         self._unfinished_s = 0.0
 
     def observe(self, rows: int, seconds: float, finished: bool = True) -> None:
-        """A step over ``rows`` rows took ``seconds``. finished: whether the device had done its work when the clock was read.
+        """A step over ``rows`` rows took ``seconds``. finished: whether the device had done its work when the
+        clock was read.
 
-        An accelerator only queues kernels until something waits for it: steps that nothing waited for share the time of the next
-        one that was waited for, instead of teaching how long launches take.
+        An accelerator only queues kernels until something waits for it: steps that nothing waited for share
+        the time of the next one that was waited for, instead of teaching how long launches take.
         """
         self._unfinished.append(rows)
         self._unfinished_s += seconds
@@ -44,7 +46,8 @@ class StepCost:
         self._rows_seconds = self.FADE * self._rows_seconds + rows * seconds
 
     def predict(self, rows: int) -> float:
-        """Seconds of a step over ``rows`` rows, at least a tenth of the average; 0 before anything was observed."""
+        """Seconds of a step over ``rows`` rows, at least a tenth of the average; 0 before anything was
+        observed."""
         if not self._weight:
             return 0.0
         mean_rows, mean = self._rows / self._weight, self._seconds / self._weight
@@ -79,7 +82,8 @@ class Deadlines:
     def update(
         self, now: float, running: int, step_counts: Callable[[int, frozenset[int]], StepCounts]
     ) -> None:
-        """Set the step counts of every segment that may open now. ``running``: sequences that share the engine's steps."""
+        """Set the step counts of every segment that may open now. ``running``: sequences that share the
+        engine's steps."""
         for sequence in self._varied.values():
             if not sequence.is_open:
                 steps = self._steps(sequence, now, max(1, running))
@@ -96,7 +100,8 @@ class Deadlines:
         return max(min(requested, affordable), min(requested, budget.min_steps))
 
     def _seconds_per_k(self, sequence: Sequence, running: int) -> float:
-        """What the rest of the answer costs for each step of K: the chunks of the prompt that are left, then every token."""
+        """What the rest of the answer costs for each step of K: the chunks of the prompt that are left, then
+        every token."""
         waiting = max(0, len(sequence.request.prompt) - sequence.next_start)
         whole, rest = divmod(waiting, sequence.chunk)
         chunks = whole * self.cost.predict(sequence.chunk + running - 1) + (

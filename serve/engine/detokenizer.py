@@ -9,9 +9,11 @@ from rdlm.data.tokenizer import StreamDecoder, Tokenizer
 
 
 class StopStrings:
-    """The automaton of Aho and Corasick (1975) over all stop strings of a request: one transition a character, however many there are.
+    """The automaton of Aho and Corasick (1975) over all stop strings of a request: one transition a
+    character, however many there are.
 
-    A state is the longest end of the text that begins some stop string; 0 is the empty one. Immutable: choices share it.
+    A state is the longest end of the text that begins some stop string; 0 is the empty one. Immutable:
+    choices share it.
     """
 
     def __init__(self, stop: Collection[str]) -> None:
@@ -34,7 +36,8 @@ class StopStrings:
         self._longest[state] = len(string)
 
     def _link(self) -> None:
-        """Breadth first: where a state falls back to, the longest stop string that ends in it, and what it keeps back."""
+        """Breadth first: where a state falls back to, the longest stop string that ends in it, and what it
+        keeps back."""
         states = deque(self._next[0].values())
         while states:
             state = states.popleft()
@@ -72,9 +75,11 @@ class Detokenizer:
         self._pending = ""
 
     def feed(self, token: int, may_stop: bool = True) -> tuple[str, bool]:
-        """Text that is now certain, and whether a stop string has completed (it and all after it are dropped).
+        """Text that is now certain, and whether a stop string has completed (it and all after it are
+        dropped).
 
-        With may_stop False (``min_tokens``) a stop string that completes is ordinary text; one that only begins may complete later.
+        With may_stop False (``min_tokens``) a stop string that completes is ordinary text; one that only
+        begins may complete later.
         """
         return self._release(self._decoder.feed([token]), may_stop)
 

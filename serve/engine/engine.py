@@ -1,7 +1,8 @@
 """The engine: one thread that owns the model and steps every request in flight. No torch, no HTTP.
 
-``submit`` and ``abort`` may be called from any thread and never block on the model; results arrive through a callback that the
-engine thread calls. In process, without a server: ``with Engine(load) as engine: engine.generate([request])``.
+``submit`` and ``abort`` may be called from any thread and never block on the model; results arrive through a
+callback that the engine thread calls. In process, without a server: ``with Engine(load) as engine:
+engine.generate([request])``.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from serve.errors import EngineClosed, QueueFull
 
 logger = logging.getLogger("rdlm.serve")
 IDLE_SECONDS = 30.0
-"""After so long without work, and again each time, the process gives memory back: large requests and long prompts leave a large heap."""
+"""After so long without work, and again each time, the process gives memory back: large requests and long
+prompts leave a large heap."""
 
 
 class Engine:
     """Loads in its own thread, then steps whatever is submitted until it is stopped."""
 
     def __init__(self, load: Callable[[], Served], max_queue: int = 1024) -> None:
-        """load runs in the engine thread. max_queue: sequences that may wait for a slot before ``submit`` refuses more."""
+        """load runs in the engine thread. max_queue: sequences that may wait for a slot before ``submit``
+        refuses more."""
         self._load, self.max_queue = load, max_queue
         self.state = State.LOADING
         self.error: BaseException | None = None
@@ -52,7 +55,7 @@ class Engine:
         self._seconds_per_sequence = 0.0
         self._thread = threading.Thread(target=self._main, name="rdlm-engine", daemon=True)
 
-    # Called from any thread ------------------------------------------------------------------------------------------
+    # Called from any thread ----------------------------------------------------------------------------
 
     def start(self) -> None:
         self._thread.start()
@@ -82,7 +85,8 @@ class Engine:
         return len(self._served.scheduler.running) if self._served else 0
 
     def check_room(self, count: int) -> None:
-        """Raises EngineClosed unless the engine is ready, QueueFull if ``count`` more sequences do not all fit the queue."""
+        """Raises EngineClosed unless the engine is ready, QueueFull if ``count`` more sequences do not all
+        fit the queue."""
         if self.state is not State.READY:
             raise EngineClosed(self.state.value)
         waiting = self.num_waiting
@@ -91,19 +95,20 @@ class Engine:
             raise QueueFull(waiting, self.max_queue, self._retry_after(waiting))
 
     def submit(self, requests: Seq[Request], sink: Sink) -> list[int]:
-        """Queue all of ``requests`` or none; ``sink`` gets their events in the engine thread and must not block.
+        """Queue all of ``requests`` or none; ``sink`` gets their events in the engine thread and must not
+        block.
 
         Raises what ``check_room`` raises.
         """
         matchers = {stop: StopStrings(stop) for stop in {tuple(request.stop) for request in requests}}
+        served, now, sequences = self.served, time.monotonic(), []
+        for index, request in enumerate(requests):
+            sequence = served.runner.sequence(next(self._ids), request, served.scheduler.chunk)
+            sequence.index, sequence.sink, sequence.submitted = index, sink, now
+            sequence.detokenizer = Detokenizer(served.tokenizer, matchers[tuple(request.stop)])
+            sequences.append(sequence)
         with self._wake:
             self.check_room(len(requests))
-            served, now, sequences = self.served, time.monotonic(), []
-            for index, request in enumerate(requests):
-                sequence = served.runner.sequence(next(self._ids), request, served.scheduler.chunk)
-                sequence.index, sequence.sink, sequence.submitted = index, sink, now
-                sequence.detokenizer = Detokenizer(served.tokenizer, matchers[tuple(request.stop)])
-                sequences.append(sequence)
             self._inbox.extend(sequences)
             self._idle.clear()
             self._wake.notify()
@@ -116,7 +121,8 @@ class Engine:
             self._wake.notify()
 
     def generate(self, requests: Seq[Request], on_event: Sink | None = None) -> list[list[Event]]:
-        """Run requests to their end and return each one's events, in the order given; on_event sees them as they come."""
+        """Run requests to their end and return each one's events, in the order given; on_event sees them as
+        they come."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         ids = self.submit(requests, events.put)
         answers: list[list[Event]] = [[] for _ in requests]
@@ -164,7 +170,7 @@ class Engine:
         slots = self.served.scheduler.num_slots
         return max(1, min(60, round(self._seconds_per_sequence * (waiting + 1) / slots)))
 
-    # The engine thread -----------------------------------------------------------------------------------------------
+    # The engine thread ---------------------------------------------------------------------------------
 
     def _main(self) -> None:
         try:
@@ -190,7 +196,8 @@ class Engine:
             self._idle.set()
 
     def _await_work(self) -> bool:
-        """Take in what arrived and drop what was aborted; sleep while there is nothing to do. False when stopped."""
+        """Take in what arrived and drop what was aborted; sleep while there is nothing to do. False when
+        stopped."""
         with self._wake:
             while True:
                 if self.state is State.STOPPED:
@@ -291,7 +298,8 @@ class Engine:
         self._emit(sequence, replace(last, finish=reason, usage=usage, sweep=sequence.sweep or None))
 
     def _emit(self, sequence: Sequence, event: Event) -> None:
-        """Hand an event to the sequence's sink. One that raises, as where its event loop is gone, loses its sequence and no other."""
+        """Hand an event to the sequence's sink. One that raises, as where its event loop is gone, loses its
+        sequence and no other."""
         prompt_logprobs = None if event.step_prediction is not None else sequence.take_prompt_logprobs()
         try:
             sequence.sink(
@@ -312,9 +320,11 @@ def trim_heap() -> None:
 def run_isolated(
     run: Callable[[list[Sequence]], dict[int, StepResult]], batch: list[Sequence]
 ) -> dict[int, StepResult]:
-    """One step of ``batch``; where it fails, of its halves, until those sequences that fail are alone: they get the error.
+    """One step of ``batch``; where it fails, of its halves, until those sequences that fail are alone: they
+    get the error.
 
-    The others get what they get without them: a failed step leaves nothing but ``rows`` and ``flops``, which are restored here.
+    The others get what they get without them: a failed step leaves nothing but ``rows`` and ``flops``, which
+    are restored here.
     """
     saved = [(sequence, sequence.rows, sequence.flops) for sequence in batch]
     try:

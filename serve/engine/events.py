@@ -1,4 +1,5 @@
-"""What the engine is made of and what it reports: the loaded model, its state, events, usage, totals. No torch."""
+"""What the engine is made of and what it reports: the loaded model, its state, events, usage, totals. No
+torch."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Runner(Protocol):
     """What the engine needs of serve.engine.runner.Runner and serve.engine.masked_runner.MaskedRunner."""
 
     waits: bool
-    """Whether every step has been computed when ``run`` returns; on an accelerator only those that return a result have."""
+    """Whether every step has been computed when ``run`` returns; on an accelerator only those that return a
+    result have."""
 
     def sequence(self, number: int, request: Request, chunk: int) -> Sequence: ...
     def step_counts(self, num_steps: int, blocks: frozenset[int] = ...) -> StepCounts: ...
@@ -54,7 +56,8 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Work done for one sequence. Row steps are core steps of one position; steps are the core forwards it took part in."""
+    """Work done for one sequence. Row steps are core steps of one position; steps are the core forwards it
+    took part in."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -82,7 +85,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One token of one submitted request, or its end, or both; or an intermediate read-out of a token that is not drawn yet.
+    """One token of one submitted request, or its end, or both; or an intermediate read-out of a token that is
+    not drawn yet.
 
     ``index`` is the request's place in the list given to ``submit``.
     """
@@ -112,7 +116,8 @@ Sink = Callable[[Event], None]
 
 
 class Histogram:
-    """Counts of values up to each bound, and their sum. Written by one thread, read by any: a plain list costs no lock."""
+    """Counts of values up to each bound, and their sum. Written by one thread, read by any: a plain list
+    costs no lock."""
 
     def __init__(self, *bounds: float) -> None:
         self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
@@ -132,7 +137,8 @@ def _powers() -> Histogram:
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the start; written by the engine thread only. serve/api/metrics.py names them for Prometheus."""
+    """Totals since the start; written by the engine thread only. serve/api/metrics.py names them for
+    Prometheus."""
 
     steps: int = 0
     """Core steps of the engine, each one forward over all rows."""

@@ -1,8 +1,10 @@
-"""Adaptive exits: when a position stops before its last core step. One class per criterion, and ``CRITERIA`` lists them.
+"""Adaptive exits: when a position stops before its last core step. One class per criterion, and ``CRITERIA``
+lists them.
 
-Criteria, names and default thresholds are those of Huginn's code (Geiping et al. 2025, arXiv 2502.05171). A criterion on states
-compares the states before and after a step and costs nothing. A criterion on predictions runs coda and head at every check, about
-half a step. This module imports torch only where it computes, so that the HTTP interface can read the table.
+Criteria, names and default thresholds are those of Huginn's code (Geiping et al. 2025, arXiv 2502.05171). A
+criterion on states compares the states before and after a step and costs nothing. A criterion on predictions
+runs coda and head at every check, about half a step. This module imports torch only where it computes, so
+that the HTTP interface can read the table.
 
 Shapes: N rows of states, M rows read out, D d_model, V vocabulary.
 """
@@ -32,9 +34,11 @@ MIN_P = 0.1
 
 @dataclass(frozen=True, slots=True)
 class ExitRule:
-    """A position exits before its K steps once ``criterion`` is satisfied, after ``min_steps`` steps at the earliest.
+    """A position exits before its K steps once ``criterion`` is satisfied, after ``min_steps`` steps at the
+    earliest.
 
-    In a chunk of a prompt all positions must satisfy a criterion on states, the last one a criterion on predictions. Raises UserError.
+    In a chunk of a prompt all positions must satisfy a criterion on states, the last one a criterion on
+    predictions. Raises UserError.
     """
 
     criterion: str
@@ -61,7 +65,8 @@ class ExitRule:
 
 
 class Criterion(ABC):
-    """Base of the criteria: their description for the API, and when a measured value means that a position has settled."""
+    """Base of the criteria: their description for the API, and when a measured value means that a position
+    has settled."""
 
     name: ClassVar[str]
     default_threshold: ClassVar[float]
@@ -105,7 +110,8 @@ class PredictionCriterion(Criterion):
     @staticmethod
     @abstractmethod
     def measure(logp: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
-        """Log-probabilities [M, V] and what the rows' last checks left -> values [M], and what to remember of each row."""
+        """Log-probabilities [M, V] and what the rows' last checks left -> values [M], and what to remember of
+        each row."""
 
 
 class LatentDiff(StateCriterion):
@@ -203,7 +209,8 @@ CRITERIA: dict[str, type[Criterion]] = {
 
 
 def is_measured(sequence: Sequence, reads: Literal["states", "predictions"]) -> bool:
-    """Whether the step now taken is checked by a criterion on ``reads``, or is one that a later check compares with."""
+    """Whether the step now taken is checked by a criterion on ``reads``, or is one that a later check
+    compares with."""
     rule = sequence.request.budget.exit
     if rule is None or (not rule.prefill and sequence.start < len(sequence.request.prompt)):
         return False
@@ -220,7 +227,8 @@ def _exits(sequence: Sequence, value: float) -> bool:
 
 
 def exits_on_states(batch: list[Sequence], lengths: list[int], before: Tensor, after: Tensor) -> set[int]:
-    """Ids of the sequences whose segment exits: states [N, D], ``lengths`` rows each; all rows must have settled."""
+    """Ids of the sequences whose segment exits: states [N, D], ``lengths`` rows each; all rows must have
+    settled."""
     exiting: set[int] = set()
     measured = {s.id: s.request.budget.exit for s in batch if is_measured(s, "states")}
     for name in sorted({rule.criterion for rule in measured.values() if rule is not None}):
@@ -237,7 +245,8 @@ def exits_on_states(batch: list[Sequence], lengths: list[int], before: Tensor, a
 def exits_on_predictions(
     sequences: list[Sequence], logits: Tensor, memory: Memory
 ) -> tuple[set[int], list[Tensor]]:
-    """Ids of the sequences whose segment exits, and what to remember of each row: logits [M, V], memory of their last checks."""
+    """Ids of the sequences whose segment exits, and what to remember of each row: logits [M, V], memory of
+    their last checks."""
     exiting: set[int] = set()
     kept: dict[int, Tensor] = {}
     groups: dict[str, list[int]] = defaultdict(list)

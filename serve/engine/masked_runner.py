@@ -1,8 +1,10 @@
-"""One step of masked texts in flight: an unmasking step of those that are filled in, a token of those prompts that are scored.
+"""One step of masked texts in flight: an unmasking step of those that are filled in, a token of those prompts
+that are scored.
 
-The counterpart of serve/engine/runner.py for models without a next token: nothing is cached, and all of the answer is in every step.
-Texts of similar length and one owner share a pass, whatever their K, order and step. Tokens of the answer leave in order, each as
-soon as all before it are unmasked, for an unmasked token never changes.
+The counterpart of serve/engine/runner.py for models without a next token: nothing is cached, and all of the
+answer is in every step. Texts of similar length and one owner share a pass, whatever their K, order and step.
+Tokens of the answer leave in order, each as soon as all before it are unmasked, for an unmasked token never
+changes.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from serve.engine.sequence import Request, Sequence, StepCounts, StepResult, Tok
 
 @dataclass(slots=True, eq=False)
 class MaskedSequence(Sequence):
-    """First, where the prompt is scored, a segment over the prompt with a step for each token; then one over prompt and answer with a
-    step for each turn of the sampler (rdlm/diffusion/unmasking_plan.py)."""
+    """First, where the prompt is scored, a segment over the prompt with a step for each token; then one over
+    prompt and answer with a step for each turn of the sampler (rdlm/diffusion/unmasking_plan.py)."""
 
     is_scored: bool = False
     turns: tuple[Turn, ...] = ()
@@ -67,7 +69,8 @@ class MaskedSequence(Sequence):
 
 @dataclass(frozen=True, slots=True)
 class MaskedRows:
-    """A text between two steps, and the log-probabilities of its drawn tokens by place, where they are wanted."""
+    """A text between two steps, and the log-probabilities of its drawn tokens by place, where they are
+    wanted."""
 
     draft: Draft
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
@@ -81,7 +84,8 @@ class MaskedRunner:
     """A masked denoiser. Called by one thread only."""
 
     def __init__(self, denoiser: MaskedDiffusion, num_tokens: int) -> None:
-        """num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor reported."""
+        """num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn
+        nor reported."""
         self.denoiser, self._num_tokens, self._mask_id = denoiser, num_tokens, mask_of(denoiser)
         self._device = next(denoiser.parameters()).device
         self.waits = self._device.type == "cpu"
@@ -101,14 +105,16 @@ class MaskedRunner:
 
     @torch.inference_mode()
     def run(self, batch: Seq[Sequence]) -> dict[int, StepResult]:
-        """One step of every sequence in ``batch`` -> what came out, by sequence id. It can be repeated as serve.engine.runner says."""
+        """One step of every sequence in ``batch`` -> what came out, by sequence id. It can be repeated as
+        serve.engine.runner says."""
         masked = cast(Seq[MaskedSequence], batch)  # ``sequence`` makes no others
         return self._score([s for s in masked if s.scores]) | self._fill(
             [s for s in masked if not s.scores and s.turns]
         )
 
     def _score(self, sequences: Seq[MaskedSequence]) -> dict[int, StepResult]:
-        """Log-probability of the prompt token that follows as many as there were steps, it and all behind it masked."""
+        """Log-probability of the prompt token that follows as many as there were steps, it and all behind it
+        masked."""
         results = {s.id: StepResult(prompt_logprobs=[]) for s in sequences}
         sequences = [s for s in sequences if len(s.request.prompt) > 1]
         queries = []

@@ -1,4 +1,5 @@
-"""Weights in the order that a CPU's matrix products read fastest, arranged once when a model is loaded to be served."""
+"""Weights in the order that a CPU's matrix products read fastest, arranged once when a model is loaded to be
+served."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer for inference whose weight lies in oneDNN's own blocks, where ``F.linear`` would arrange it in every call.
+    """A linear layer for inference whose weight lies in oneDNN's own blocks, where ``F.linear`` would arrange
+    it in every call.
 
-    The same products summed in another order: outputs differ from those of nn.Linear by rounding alone. It has no parameters, so it
-    can be neither trained nor saved. The operators are those that torch.compile uses for frozen weights on a CPU.
+    The same products summed in another order: outputs differ from those of nn.Linear by rounding alone. It
+    has no parameters, so it can be neither trained nor saved. The operators are those that torch.compile uses
+    for frozen weights on a CPU.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -35,17 +38,19 @@ class PackedLinear(nn.Linear):
 
 
 def padded(rows: int) -> int:
-    """The number of rows a product is computed with: itself up to 16, above that one of four in each doubling.
+    """The number of rows a product is computed with: itself up to 16, above that one of four in each
+    doubling.
 
-    oneDNN compiles a kernel for every number of rows and keeps a thousand of them: some 2 MiB a number for a model of width 512, which
-    a server under mixed load would go on collecting for hours.
+    oneDNN compiles a kernel for every number of rows and keeps a thousand of them: some 2 MiB a number for a
+    model of width 512, which a server under mixed load would go on collecting for hours.
     """
     step = 1 << max(0, (rows - 1).bit_length() - 3)
     return rows if rows <= 16 else -(-rows // step) * step
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN has kernels for such a weight on this machine: fp32 on any CPU, bf16 where its instructions are."""
+    """Whether oneDNN has kernels for such a weight on this machine: fp32 on any CPU, bf16 where its
+    instructions are."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return weight.dtype == torch.float32 or (
@@ -54,7 +59,8 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def pack_weights(model: nn.Module) -> int:
-    """Replace every nn.Linear that can be packed, in place -> how many were. The others, and all on a GPU, stay as they are."""
+    """Replace every nn.Linear that can be packed, in place -> how many were. The others, and all on a GPU,
+    stay as they are."""
     places = [
         (parent, name)
         for parent in model.modules()

@@ -1,10 +1,12 @@
 """Tensors of the server: one core step over a ragged pack of rows, and what comes before and after it.
 
-Shapes: S sequences in the pack, N rows (their segments one after another), M rows read out, D d_model, V vocabulary.
-A sequence's rows between two steps live in ``Sequence.rows``; the past lives in the KV pool. Nothing here decides who runs.
+Shapes: S sequences in the pack, N rows (their segments one after another), M rows read out, D d_model, V
+vocabulary. A sequence's rows between two steps live in ``Sequence.rows``; the past lives in the KV pool.
+Nothing here decides who runs.
 
-A failed step can be repeated with fewer sequences: ``run`` replaces ``rows`` and ``flops`` of a sequence and changes nothing else of
-it, random draws are pure functions of their keys, and a step writes only the keys of its own rows, before it reads them.
+A failed step can be repeated with fewer sequences: ``run`` replaces ``rows`` and ``flops`` of a sequence and
+changes nothing else of it, random draws are pure functions of their keys, and a step writes only the keys of
+its own rows, before it reads them.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ LOGITS_AT_ONCE = 1 << 24
 NOISE, STATE = 1, 2
 """Which stream of a request's randomness a generator is for."""
 PACKS = 4
-"""Packs of rows that are kept: a step has one of the segments that open, one of the core and one of those that are read out."""
+"""Packs of rows that are kept: a step has one of the segments that open, one of the core and one of those
+that are read out."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tensors of an open segment between two steps. They are replaced and never modified, so that a failed step can be undone.
+    """Tensors of an open segment between two steps. They are replaced and never modified, so that a failed
+    step can be undone.
 
-    e, state [L, D]. Of the position that is drawn: z [D], its noised target; prior [V], its normalised next-token logits; flow, its
-    soft bridge. previous [D]: the last row's state before the step, where a stream reports it. memory: of the exit criterion.
+    e, state [L, D]. Of the position that is drawn: z [D], its noised target; prior [V], its normalised
+    next-token logits; flow, its soft bridge. previous [D]: the last row's state before the step, where a
+    stream reports it. memory: of the exit criterion.
     """
 
     e: Tensor
@@ -80,7 +85,8 @@ def rows_of(sequence: Sequence) -> Rows:
 
 
 def reports_step(sequence: Sequence) -> bool:
-    """Whether a stream gets an intermediate read-out of the step now taken: of a position that is drawn, and not of its last step."""
+    """Whether a stream gets an intermediate read-out of the step now taken: of a position that is drawn, and
+    not of its last step."""
     wanted, taken = sequence.request.step_predictions, sequence.step + 1
     return (
         wanted is not None and sequence.draws and taken < sequence.counts.drawn and taken % wanted.every == 0
@@ -119,9 +125,11 @@ class Runner:
         num_tokens: int,
         kv_cache: Literal["shared", "full"] = "shared",
     ) -> None:
-        """kv_cache: shared keeps the keys of each position's last step; full those of every step, allocated as they are written.
+        """kv_cache: shared keeps the keys of each position's last step; full those of every step, allocated
+        as they are written.
 
-        num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor reported.
+        num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor
+        reported.
         """
         model, weight = denoiser.model, next(denoiser.model.parameters())
         self.denoiser, self.config, self.device = denoiser, config, weight.device
@@ -132,9 +140,8 @@ class Runner:
         self._plans = {k: denoiser.step_plan(k) for k in range(1, max_steps + 1)}
         self._filling: dict[tuple[int, frozenset[int]], StepPlan] = {}
         keeps_steps = kv_cache == "full" and config.objective.k_meaning == "thinking"
-        self.pool = (cache.FullKVPool if keeps_steps else cache.KVPool)(
-            model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim, weight.dtype, weight.device
-        )  # fmt: skip
+        sizes = (model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim)
+        self.pool = (cache.FullKVPool if keeps_steps else cache.KVPool)(*sizes, weight.dtype, weight.device)
         self._num_tokens = num_tokens
         self._base_conditions: dict[int, Condition | None] = {}
         """By block: its conditioning where no row has a noised target."""
@@ -142,7 +149,8 @@ class Runner:
         """The last ``PACKS`` packs, the newest last."""
 
     def step_counts(self, num_steps: int, blocks: frozenset[int] = frozenset()) -> StepCounts:
-        """Core steps that each kind of position takes at K = num_steps where it fills the cache of ``blocks``. Raises UserError."""
+        """Core steps that each kind of position takes at K = num_steps where it fills the cache of
+        ``blocks``. Raises UserError."""
         if num_steps not in self._plans:
             most = len(self._plans)
             raise UserError("num_steps", num_steps, "is out of range", f"this model takes 1 to {most}")
@@ -151,13 +159,15 @@ class Runner:
         return StepCounts(num_steps, plan.num_core_steps, context, max(context, score_step(plan) + 1))
 
     def sequence(self, number: int, request: Request, chunk: int) -> Sequence:
-        """The request as the engine steps it. chunk: prompt positions of a segment; a sweep's prompt is one segment."""
+        """The request as the engine steps it. chunk: prompt positions of a segment; a sweep's prompt is one
+        segment."""
         blocks, first = self._blocks_of(request.budget), request.budget.steps_at(0)
         chunk = len(request.prompt) if request.sweep else chunk
         return Sequence(number, request, self.step_counts(first, blocks), chunk, blocks)
 
     def _blocks_of(self, budget: StepBudget) -> frozenset[int]:
-        """Blocks that every position must fill where K varies: one that a position skipped would be a hole in its later context."""
+        """Blocks that every position must fill where K varies: one that a position skipped would be a hole in
+        its later context."""
         if len(self._blocks) == 1 or not (budget.schedule or budget.lowers):
             return frozenset()
         highest = {budget.num_steps, *budget.schedule}
@@ -184,7 +194,8 @@ class Runner:
         return self._filling[key]
 
     def release(self, sequence: Sequence) -> int:
-        """Free what is kept for a sequence that leaves, while it still has its slot -> bytes of its keys and values."""
+        """Free what is kept for a sequence that leaves, while it still has its slot -> bytes of its keys and
+        values."""
         sequence.rows, self._packs = None, []
         return 0 if sequence.slot == NO_SLOT else self.pool.free(sequence.slot, sequence.next_start)
 
@@ -192,8 +203,8 @@ class Runner:
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
         """One core step for the segment of every sequence in ``batch`` -> what came out, by sequence id.
 
-        Rows that are in different blocks of a network share no forward. Whatever is raised, the step can be repeated with some of the
-        sequences once their ``rows`` and ``flops`` are what they were.
+        Rows that are in different blocks of a network share no forward. Whatever is raised, the step can be
+        repeated with some of the sequences once their ``rows`` and ``flops`` are what they were.
         """
         results: dict[int, StepResult] = {}
         for block in self._blocks:
@@ -268,7 +279,8 @@ class Runner:
         return exits_on_states(batch, lengths, before[0], after)
 
     def _condition(self, block: Block, sigmas: Seq[float | None], like: Tensor) -> Condition | None:
-        """Conditioning of the core on the rows' noise levels. Where all are z = 0 it is one constant of the block."""
+        """Conditioning of the core on the rows' noise levels. Where all are z = 0 it is one constant of the
+        block."""
         if any(sigma is not None for sigma in sigmas):
             return block.denoiser.condition(self._levels(sigmas)[None], like)
         if block.index not in self._base_conditions:
@@ -281,7 +293,8 @@ class Runner:
         return torch.tensor([top if sigma is None else sigma for sigma in sigmas], device=self.device)
 
     def _pack(self, sequences: list[Sequence], once: bool) -> cache.PackedContext:
-        """The context of the sequences' rows, a recent one where it is the same: while no row moves to another position."""
+        """The context of the sequences' rows, a recent one where it is the same: while no row moves to
+        another position."""
         segments = [segment for s in sequences for segment in self._cache_segments(s, once)]
         for known, pack in self._packs:
             if known == segments:
@@ -291,7 +304,8 @@ class Runner:
         return pack
 
     def _cache_segments(self, sequence: Sequence, once: bool) -> list[cache.Segment]:
-        """The sequence's rows as the cache sees them. once: a prelude or coda pass, whose keys do not depend on the step."""
+        """The sequence's rows as the cache sees them. once: a prelude or coda pass, whose keys do not depend
+        on the step."""
         plan, start, length = self._plan(sequence), sequence.start, sequence.length
         commit = plan.commit[sequence.step]
         step = 0 if once or not self.pool.keeps_steps else sequence.step
@@ -301,7 +315,8 @@ class Runner:
     def _read(self, block: Block, readers: list[Sequence], exiting: set[int]) -> dict[int, StepResult]:
         """Coda for every row that is read out; head, log-probabilities and a draw where they are needed.
 
-        exiting: sequences that exit on their states. Those that only compare predictions either join them or go on.
+        exiting: sequences that exit on their states. Those that only compare predictions either join them or
+        go on.
         """
         self._charge(readers, block.costs.decode)
         state = torch.cat([rows_of(s).state for s in readers])[None]
@@ -398,7 +413,8 @@ class Runner:
     def _draw(
         self, block: Block, drawn: list[Sequence], hidden: Tensor, results: dict[int, StepResult]
     ) -> None:
-        """Draw a token for each row: the last step's is the answer, before it a bridge leads on. hidden [M, D]."""
+        """Draw a token for each row: the last step's is the answer, before it a bridge leads on. hidden [M,
+        D]."""
         prediction = self._predict(block, drawn, hidden)
         for i, sequence in enumerate(drawn):
             if sequence.request.logprobs is not None and self._is_likelihood(
@@ -474,8 +490,8 @@ class Runner:
     def _flowed(self, rows: list[Sequence], x0: Tensor) -> Tensor:
         """Soft bridge: estimates x0 [M, D] -> z [M, D] at each row's next level.
 
-        The first level is read at z = 0; the ODE starts from the noise that this stands for: at sigma_max, far above the unit rows,
-        it carries nothing about the token.
+        The first level is read at z = 0; the ODE starts from the noise that this stands for: at sigma_max,
+        far above the unit rows, it carries nothing about the token.
         """
         top, flows = self.denoiser.noise.sigma_max, []
         for sequence, estimate in zip(rows, x0, strict=True):

@@ -1,8 +1,9 @@
 """Which rows step now. Pure bookkeeping over Sequence objects: no torch, no clock, no threads.
 
-One engine step is one core step of every open segment. Single rows always run (there are at most ``num_slots`` of them); longer
-prompt chunks share ``prefill_rows`` further rows, strictly first come first served, so nothing starves.
-A sequence owns a slot of the cache from admission to its end: admission is what keeps memory bounded.
+One engine step is one core step of every open segment. Single rows always run (there are at most
+``num_slots`` of them); longer prompt chunks share ``prefill_rows`` further rows, strictly first come first
+served, so nothing starves. A sequence owns a slot of the cache from admission to its end: admission is what
+keeps memory bounded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ class Scheduler:
     """First come, first served over a fixed number of cache slots."""
 
     def __init__(self, num_slots: int, prefill_rows: int, chunk: int) -> None:
-        """num_slots: sequences in flight; prefill_rows: prompt positions in one step; chunk: prompt positions of one segment."""
+        """num_slots: sequences in flight; prefill_rows: prompt positions in one step; chunk: prompt positions
+        of one segment."""
         if chunk > prefill_rows:
             raise ValueError(
                 f"chunk ({chunk}) exceeds prefill_rows ({prefill_rows}): no prompt could ever start"

@@ -1,7 +1,7 @@
 """A request and its sequence, the one object that the engine keeps for it. No torch here.
 
-A *segment* is the contiguous run of positions of one sequence that steps together: a chunk of the prompt, or the one position
-that is being decoded. A token is drawn only from a segment that ends the context.
+A *segment* is the contiguous run of positions of one sequence that steps together: a chunk of the prompt, or
+the one position that is being decoded. A token is drawn only from a segment that ends the context.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ NO_SLOT = -1
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
-    """Core steps that each kind of position takes at one K; the runner derives them from the checkpoint's step plan."""
+    """Core steps that each kind of position takes at one K; the runner derives them from the checkpoint's
+    step plan."""
 
     num_steps: int
     """K as the request has it."""
@@ -38,20 +39,23 @@ class StepCounts:
 
 @dataclass(frozen=True, slots=True)
 class StepBudget:
-    """How many core steps (noise levels, unmasking steps) the positions of one request may take: the only carrier of K."""
+    """How many core steps (noise levels, unmasking steps) the positions of one request may take: the only
+    carrier of K."""
 
     num_steps: int
     """K; with ``exit``, ``schedule`` or ``max_ms`` the most steps of a position."""
     exit: ExitRule | None = None
     """For thinking models only: the others need every step."""
     schedule: tuple[int, ...] = ()
-    """K of the prompt (and so of the first token), of the position of the second token, ...; the last entry goes on. Empty: K."""
+    """K of the prompt (and so of the first token), of the position of the second token, ...; the last entry
+    goes on. Empty: K."""
     min_steps: int = 1
     """Fewest steps that a deadline may lower K to."""
     max_ms: int | None = None
     """Milliseconds from submission after which the answer ends, waiting included."""
     lowers: bool = False
-    """Whether K is lowered, down to ``min_steps``, where ``max_tokens`` would not fit ``max_ms`` otherwise."""
+    """Whether K is lowered, down to ``min_steps``, where ``max_tokens`` would not fit ``max_ms`` otherwise.
+    """
 
     @property
     def varies(self) -> bool:
@@ -65,7 +69,8 @@ class StepBudget:
 
 @dataclass(frozen=True, slots=True)
 class StepPredictions:
-    """Intermediate read-outs in a stream: the ``top`` likeliest tokens after every ``every`` steps of a position."""
+    """Intermediate read-outs in a stream: the ``top`` likeliest tokens after every ``every`` steps of a
+    position."""
 
     every: int
     top: int
@@ -90,8 +95,8 @@ class Request:
     """How many alternatives to report for each output token; None reports nothing."""
     prompt_logprobs: int | None = None
     sweep: tuple[int, ...] = ()
-    """Score the prompt after each of these numbers of steps (thinking models, with ``prompt_logprobs``): it is one segment then,
-    so that step r sees step r everywhere, whatever the cache."""
+    """Score the prompt after each of these numbers of steps (thinking models, with ``prompt_logprobs``): it
+    is one segment then, so that step r sees step r everywhere, whatever the cache."""
     step_predictions: StepPredictions | None = None
     order: Order = "random"
     """Which tokens a masked model unmasks first."""
@@ -137,18 +142,21 @@ class StepResult:
 class Sequence:
     """A request in the engine: the open segment, the output, its text, its times and the work it took.
 
-    Only the scheduler and the engine write it, except for ``rows`` and ``flops``: a runner replaces these two and changes nothing
-    else, so that restoring them undoes a failed step. Times are seconds of the monotonic clock.
+    Only the scheduler and the engine write it, except for ``rows`` and ``flops``: a runner replaces these two
+    and changes nothing else, so that restoring them undoes a failed step. Times are seconds of the monotonic
+    clock.
     """
 
     id: int
     request: Request
     counts: StepCounts
-    """Those of the open segment; between segments, of the next. ``StepBudget.schedule`` and ``max_ms`` make them change."""
+    """Those of the open segment; between segments, of the next. ``StepBudget.schedule`` and ``max_ms`` make
+    them change."""
     chunk: int
     """Prompt positions per segment: fixed, so that the cut never depends on what else is running."""
     blocks: frozenset[int] = frozenset()
-    """Of a network of blocks: those whose cache each position fills although its own K may not run them, where K varies."""
+    """Of a network of blocks: those whose cache each position fills although its own K may not run them,
+    where K varies."""
     slot: int = NO_SLOT
     start: int = 0
     """Position of the open segment's first row."""
@@ -228,7 +236,8 @@ class Sequence:
 
     @property
     def next_token(self) -> int:
-        """Number of the token that is drawn from the segment to open next, or after it (chunks of a prompt): 0, 1, ..."""
+        """Number of the token that is drawn from the segment to open next, or after it (chunks of a prompt):
+        0, 1, ..."""
         return max(0, self.next_start - len(self.request.prompt) + 1)
 
     def token_ids(self) -> list[int]:
@@ -250,7 +259,8 @@ class Sequence:
         self.next_start += self.length
 
     def advance(self, exited: bool = False) -> None:
-        """Record one core step; close the segment where it was the last one of its last position, or where it exits."""
+        """Record one core step; close the segment where it was the last one of its last position, or where it
+        exits."""
         assert self.is_open
         prompt_rows = max(0, min(len(self.request.prompt) - self.start, self.length))
         self.prompt_row_steps += prompt_rows
@@ -265,7 +275,8 @@ class Sequence:
             self.start, self.length = self.start + self.length - 1, 1  # the rest was only context
 
     def append(self, token: int, steps: int, exited: bool) -> tuple[str, str | None]:
-        """Append a drawn token -> the text that is now certain, and why the answer ends with it (None: it goes on)."""
+        """Append a drawn token -> the text that is now certain, and why the answer ends with it (None: it
+        goes on)."""
         self.output.append(token)
         self.token_steps += steps
         self.exits += exited
@@ -297,7 +308,8 @@ class Sequence:
         return now - before
 
     def expire(self) -> str:
-        """Record that the deadline has passed -> why the answer ends: "length", or "expired" where there is nothing to return."""
+        """Record that the deadline has passed -> why the answer ends: "length", or "expired" where there is
+        nothing to return."""
         self.overdue = True
         only_scores = self.request.prompt_logprobs is not None and not self.output
         return "expired" if self.started is None or only_scores else "length"

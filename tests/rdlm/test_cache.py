@@ -1,4 +1,5 @@
-"""Packs over the two pools: whatever way the past is read, each row sees its own, and memory is what has been written."""
+"""Packs over the two pools: whatever way the past is read, each row sees its own, and memory is what has been
+written."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def random_rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def filled(kind: type[KVPool] | type[FullKVPool]) -> tuple[KVPool | FullKVPool, torch.Tensor]:
-    """A pool whose three slots have a past, and the keys and values that a row at STEP must see: [2, slots, positions, H, Dh]."""
+    """A pool whose three slots have a past, and the keys and values that a row at STEP must see: [2, slots,
+    positions, H, Dh]."""
     torch.manual_seed(0)
     pool = kind(1, 3, 8, H, DH)
     seen = torch.zeros(2, 3, 8, H, DH)
@@ -83,7 +85,8 @@ def test_a_slot_that_was_freed_tells_its_next_owner_nothing(kind: type[KVPool] |
 
 
 def test_the_full_pool_holds_what_has_been_written() -> None:
-    """Three layers of which the middle one iterates: pages of the steps and positions that were taken, and none after ``free``."""
+    """Three layers of which the middle one iterates: pages of the steps and positions that were taken, and
+    none after ``free``."""
     pool = FullKVPool(3, 2, 1000, H, DH)
     page = 2 * PAGE * H * DH * 4
     assert pool.num_bytes == 0

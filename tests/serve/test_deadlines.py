@@ -1,4 +1,5 @@
-"""Depth that varies by plan or by clock: schedules, deadlines, brown-out, and what a stream tells between tokens."""
+"""Depth that varies by plan or by clock: schedules, deadlines, brown-out, and what a stream tells between
+tokens."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ def test_a_deadline_lowers_k_to_what_fits() -> None:
 
 
 def test_steps_that_only_queued_their_kernels_share_the_time_of_the_one_that_waited() -> None:
-    """On an accelerator seven launches return at once and the eighth step waits for all: each step took an eighth of the sum."""
+    """On an accelerator seven launches return at once and the eighth step waits for all: each step took an
+    eighth of the sum."""
     cost = StepCost()
     for _ in range(5):
         for _ in range(7):
@@ -128,7 +130,8 @@ def slow(served: Served, seconds: float) -> Served:
 
 
 def test_deadlines_over_http(make_served: Callable[..., Served]) -> None:
-    """K falls first; an answer that still does not fit ends with what there is; one that never began is a 504."""
+    """K falls first; an answer that still does not fit ends with what there is; one that never began is a
+    504."""
     served = slow(make_served(settings=EngineSettings(max_slots=1)), 0.01)
     with (
         Engine(lambda: served) as engine,

@@ -67,7 +67,8 @@ def test_batched_equals_alone_among_strangers_of_other_k(
 def test_prompt_logprobs_equal_whole_sequence_scoring(
     objective: str, k: int, make_served: Callable[..., Served]
 ) -> None:
-    """Chunked prefill through the cache against one pass over the whole sequence (K steps exact in the full cache)."""
+    """Chunked prefill through the cache against one pass over the whole sequence (K steps exact in the full
+    cache)."""
     settings = EngineSettings(max_slots=2, chunk=7, prefill_rows=9, kv_cache="full")
     served = make_served(objective, settings=settings)
     one = request(24, k, max_tokens=1, logprobs=1, prompt_logprobs=1)
@@ -241,7 +242,8 @@ def test_the_full_cache_holds_nothing_once_its_requests_have_ended(
 def test_ids_that_only_a_padded_vocabulary_has_are_neither_drawn_nor_reported(
     objective: str, make_served: Callable[..., Served], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The model's vocabulary is twice the tokenizer's, which is worth a warning; every place that names tokens is asked."""
+    """The model's vocabulary is twice the tokenizer's, which is worth a warning; every place that names
+    tokens is asked."""
     family = "masked" if objective == "masked" else "huginn"
     with caplog.at_level("WARNING"):
         served = make_served(objective, family, vocab_size=600)
@@ -267,7 +269,8 @@ def test_ids_that_only_a_padded_vocabulary_has_are_neither_drawn_nor_reported(
 def test_a_step_finds_the_packs_of_the_step_before(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of other K enter, iterate and are read out in packs of their own; each is built once while its rows stay where they are."""
+    """Rows of other K enter, iterate and are read out in packs of their own; each is built once while its
+    rows stay where they are."""
     built: dict[int, int] = {}
     answers = []
     for kept in (1, 4):

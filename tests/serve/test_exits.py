@@ -1,4 +1,5 @@
-"""Depth by need: exit rules end tokens where they say, alike alone and in a crowd, and the reply says what each token took."""
+"""Depth by need: exit rules end tokens where they say, alike alone and in a crowd, and the reply says what
+each token took."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def test_further_criteria_against_their_definitions() -> None:
 def test_every_criterion_of_the_table_exits_at_its_extreme_threshold(
     make_engine: Callable[..., Engine],
 ) -> None:
-    """Whoever adds a criterion finds it here: a threshold that any value satisfies exits at min_steps, 0 never exits."""
+    """Whoever adds a criterion finds it here: a threshold that any value satisfies exits at min_steps, 0
+    never exits."""
     engine = make_engine()
     assert all(name == criterion.name and criterion.description for name, criterion in CRITERIA.items())
     for name in CRITERIA:
@@ -123,7 +125,8 @@ def test_further_criteria_end_tokens(criterion: Any, make_engine: Callable[..., 
 
 
 def test_argmax_stability_counts_equal_predictions(make_engine: Callable[..., Engine]) -> None:
-    """Against what K = 1 .. 8 would say greedily: the exit is at the first step whose answer has repeated often enough."""
+    """Against what K = 1 .. 8 would say greedily: the exit is at the first step whose answer has repeated
+    often enough."""
     engine = make_engine()
     greedy = SamplingParams(temperature=0)
     prompt = ask(8, None).prompt

@@ -1,4 +1,5 @@
-"""A request that fails ends alone: whatever raises at whatever stage of a step, every other request gets what it gets alone."""
+"""A request that fails ends alone: whatever raises at whatever stage of a step, every other request gets what
+it gets alone."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ SETTINGS = EngineSettings(max_slots=4, chunk=8, prefill_rows=24)
 
 @dataclass
 class Injector:
-    """Makes one stage of a step raise, or return NaN, from its ``first`` call on in which a request with MARK takes part."""
+    """Makes one stage of a step raise, or return NaN, from its ``first`` call on in which a request with MARK
+    takes part."""
 
     stage: str = ""
     kind: str = "raise"
@@ -46,7 +48,8 @@ class Injector:
 
 @pytest.fixture(scope="module", params=["onestep", "evidence", "masked"])
 def world(request: pytest.FixtureRequest, make_served: Callable[..., Served]) -> Iterator[Any]:
-    """(engine, injector): stages of the runner's step are wrapped; which rows belong to whom is read off the batch."""
+    """(engine, injector): stages of the runner's step are wrapped; which rows belong to whom is read off the
+    batch."""
     objective = request.param
     served = make_served(objective, "masked" if objective == "masked" else "huginn", SETTINGS)
     injector = Injector()
@@ -178,7 +181,8 @@ def test_a_failure_in_one_call_costs_nobody_an_answer(make_engine: Callable[...,
 def test_numbers_that_are_none_stay_in_their_row(
     value: float, kv_cache: str, make_served: Callable[..., Served]
 ) -> None:
-    """A row whose states become NaN ends with an error, in its slot and in those that later own the slot nobody sees it."""
+    """A row whose states become NaN ends with an error, in its slot and in those that later own the slot
+    nobody sees it."""
     settings = EngineSettings(max_slots=3, chunk=8, prefill_rows=24, kv_cache=kv_cache)  # type: ignore[arg-type]
     served = make_served("onestep", settings=settings)
     model: Any = served.runner
