@@ -120,11 +120,7 @@ class Model:
     @property
     def draws_state(self) -> bool:
         """Whether the recurrent state before the first step is free: drawn, zero or given."""
-        model: Any = self.config.model
-        if hasattr(model, "layout"):
-            loop = model.layout().loop
-            return loop.state != "embedding" and loop.injection != "replace"
-        return False
+        return self.denoiser.model.draws_state
 
     def _checked(self, ids: Tensor) -> Tensor:
         if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
@@ -244,32 +240,19 @@ def description(folder: Path) -> dict[str, str]:
 
 def _text_description(config: CheckpointConfig, objective: Objective) -> dict[str, str]:
     layout, backbone = config.model.layout(), objective.model  # type: ignore[union-attr]
-    layer, loop = layout.layer, layout.loop
-    kv_heads = layer.num_kv_heads or layer.num_heads
-    counts = (
-        f"{loop.num_prelude_layers} prelude, {loop.num_core_layers} core, {loop.num_coda_layers} coda layers"
-    )
-    norms = [f"boundary norm {loop.boundary_norm}"] if loop.boundary_norm != "none" else []
-    extras = [
-        *norms,
-        *(["step gate"] if loop.step_gate_width else []),
-        *(["exit gate"] if backbone.has_exit_gate else []),
-    ]
+    layer, head_dim = layout.layer, layout.layer.head_width(layout.d_model)
     rows = {
-        "topology": f"{counts}; "
-        + ", ".join(
-            [f"state {loop.state}", f"injection {loop.injection}", f"read-out {loop.readout}", *extras]
-        ),
-        "layer": f"d_model {layout.d_model}, {layer.num_heads} heads on {kv_heads} key-value heads of {layer.head_width(layout.d_model)}, "
-        f"{layer.mlp} {layer.mlp_width}, norms {layer.norms}, q/k norm {layer.qk_norm}",
+        "topology": layout.topology(),
+        "layer": f"d_model {layout.d_model}, {layer.num_heads} heads on {layer.num_kv_heads or layer.num_heads} key-value heads of "
+        f"{head_dim}, {layer.mlp} {layer.mlp_width}, norms {layer.norms}, q/k norm {layer.qk_norm}",
         "context": f"{layout.max_seq_len} tokens of a vocabulary of {layout.vocab_size}",
     }
     ks = sorted({1, config.default_steps, config.max_steps})
     if backbone.is_causal:
-        once = backbone.num_cache_layers - len(backbone.core_layers)
-        entry = 2 * backbone.num_kv_heads * backbone.head_dim * 2
-        every = ", ".join(f"{entry * (once + k * len(backbone.core_layers)):,} at K = {k}" for k in ks)
-        rows["cache per token"] = f"shared {entry * backbone.num_cache_layers:,} bytes in bf16; full {every}"
+        core, entry = backbone.num_core_cache_layers, 2 * backbone.num_kv_heads * backbone.head_dim * 2
+        once = backbone.num_cache_layers - core
+        every = ", ".join(f"{entry * (once + k * core):,} at K = {k}" for k in ks)
+        rows["cache per token"] = f"shared {entry * (once + core):,} bytes in bf16; full {every}"
     costs = costs_of(objective)
     fixed = costs.encode.weights + costs.decode.weights + costs.head
     rows["FLOPs per token"] = (

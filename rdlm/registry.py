@@ -8,12 +8,13 @@ from typing import cast
 import torch
 
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import DitConfig, ModelConfig, VitConfig
+from rdlm.config.model import DitConfig, HrmConfig, ModelConfig, VitConfig
 from rdlm.config.objective import VARIANTS
 from rdlm.diffusion.partition import Block, partition_of
 from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
 from rdlm.models.base import Backbone
+from rdlm.models.hrm import Hrm
 from rdlm.models.recurrent import Recurrent
 from rdlm.models.vision import Dit, Vit
 from rdlm.objectives import OBJECTIVES, Objective
@@ -37,6 +38,8 @@ def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
         case DitConfig():
             # It shares with the others what trainers and checkpoints ask of a network; only the edm objective runs it.
             return cast(Backbone, Dit(config, layers))
+        case HrmConfig():
+            return Hrm(config)
         case _:
             return Recurrent(config.layout(), layers)
 

@@ -46,11 +46,13 @@ class RopeConfig(Strict):
 
 
 class LayerConfig(Strict):
-    """One transformer layer. RMS norms with weights; grouped heads: query head h reads key-value head h // (num_heads / num_kv_heads)."""
+    """One transformer layer. RMS norms; grouped heads: query head h reads key-value head h // (num_heads / num_kv_heads)."""
 
     norms: Literal["pre", "post", "sandwich_sum", "sandwich_branch"] = "pre"
     """Where the norms are: see rdlm/nn/transformer.py."""
     norm_eps: float = Field(1e-6, gt=0)
+    norm_weights: bool = True
+    """Whether the norms have learned weights."""
     num_heads: int = Field(ge=1)
     num_kv_heads: int | None = Field(None, ge=1)
     """Key-value heads; None: as many as heads."""
@@ -223,6 +225,54 @@ class RecurrentConfig(Strict):
     @property
     def num_layers(self) -> int:
         return self.loop.num_layers
+
+    def topology(self) -> str:
+        """The loop in words."""
+        loop = self.loop
+        layers = f"{loop.num_prelude_layers} prelude, {loop.num_core_layers} core, {loop.num_coda_layers} coda layers"
+        parts = [f"state {loop.state}", f"injection {loop.injection}", f"read-out {loop.readout}"]
+        if loop.boundary_norm != "none":
+            parts.append(f"boundary norm {loop.boundary_norm}")
+        if loop.step_gate_width:
+            parts.append("step gate")
+        if loop.exit_gate != "none":
+            parts.append("exit gate")
+        return f"{layers}; {', '.join(parts)}"
+
+
+class HrmConfig(Strict):
+    """Two coupled stacks: K times, the low one runs num_low_cycles times and the high one once (HRM-Text, arXiv 2605.20613)."""
+
+    family: Literal["hrm"] = "hrm"
+    task: ClassVar[str] = "causal"
+    commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
+    can_be_cut: ClassVar[bool] = False
+    iterates: ClassVar[bool] = True
+    tie_embeddings: ClassVar[bool] = False
+    origin: str | None = None
+    """The published family that it was imported from."""
+    vocab_size: int = Field(ge=2)
+    d_model: int = Field(ge=1)
+    max_seq_len: int = Field(ge=2)
+    embed_scale: float = 1.0
+    num_stack_layers: int = Field(ge=1)
+    """Layers of each of the two stacks."""
+    num_low_cycles: int = Field(ge=1)
+    """Runs of the low stack in a step."""
+    layer: LayerConfig
+    noise_conditioning: Literal[False] = False
+
+    @property
+    def num_layers(self) -> int:
+        return 2 * self.num_stack_layers
+
+    def layout(self) -> HrmConfig:
+        """The general form, which this is."""
+        return self
+
+    def topology(self) -> str:
+        """The loop in words."""
+        return f"a step is {self.num_low_cycles} runs of a low stack and one of a high stack, {self.num_stack_layers} layers each"
 
 
 class HuginnConfig(Strict):
@@ -451,7 +501,7 @@ class DitConfig(ImageConfig):
     """Width of what drives AdaLN, level and class added up; one vector an image, so it may be wide."""
 
 
-TextModelConfig = RecurrentConfig | HuginnConfig | LlamaConfig | MaskedConfig
+TextModelConfig = RecurrentConfig | HuginnConfig | LlamaConfig | MaskedConfig | HrmConfig
 ModelConfig = Annotated[TextModelConfig | VitConfig | DitConfig, Field(discriminator="family")]
 
 

@@ -37,6 +37,8 @@ class Backbone(nn.Module, ABC):
     """Whether rows of whole sequences see only what precedes them."""
     has_exit_gate: bool = False
     """Whether ``gate`` was trained."""
+    draws_state: bool = True
+    """Whether the state before the first step is free: drawn, zero or given."""
     modulates_in_layers: bool = False
     """Whether a core layer computes its modulation itself whenever it runs, instead of once per level for all core steps. A layer that
     is recomputed then keeps nothing of it."""
@@ -96,6 +98,11 @@ class Backbone(nn.Module, ABC):
         if self.modulates_in_layers:
             return [embedded] * len(self.core_layers)
         return [cast(Modulation, layer.modulation)(embedded) for layer in self.core_layers]
+
+    @property
+    def num_core_cache_layers(self) -> int:
+        """Of the layers that keep keys and values, those of a core step."""
+        return len(self.core_layers)
 
     @property
     def head(self) -> TokenTable:

@@ -63,6 +63,7 @@ class Recurrent(Backbone):
             None if loop.exit_gate == "none" else ExitGate(width, loop.exit_gate == "norm_linear")
         )
         self.has_exit_gate = self.exit_gate is not None
+        self.draws_state = loop.state != "embedding" and loop.injection != "replace"
 
     def _layer(self, place: int, is_core: bool = False) -> TransformerLayer:
         config = self.config

@@ -115,6 +115,33 @@ class PaddedContext(BidirectionalContext):
         return attention(q, k, v, mask=self.mask)
 
 
+class PrefixContext(BidirectionalContext):
+    """Rows are positions 0..T-1 of whole sequences; row i sees rows j <= i, and rows of the prefix see all of the prefix."""
+
+    def __init__(self, in_prefix: Tensor) -> None:
+        """in_prefix: bool [B, T]."""
+        super().__init__(in_prefix.shape[1], in_prefix.device)
+        both = in_prefix.unsqueeze(1) & in_prefix.unsqueeze(2)
+        causal = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device).tril()
+        self.mask = (both | causal).unsqueeze(1)  # [B, 1, T, T]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return attention(q, k, v, mask=self.mask)
+
+
+class LaterLayers:
+    """Another context whose layers have cache indices of their own: a layer that runs several times in a step keeps keys of each run."""
+
+    def __init__(self, inner: AttentionContext, shift: int) -> None:
+        self.inner, self.shift = inner, shift
+
+    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+        return self.inner.rope(num_dims, base, scaling)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return self.inner.attend(q, k, v, layer + self.shift)
+
+
 class TwoStreamContext:
     """Rows are a clean stream 0..T-1 followed by a noisy stream 0..T-1 of the same positions (DiffusionBlocks App. E.4).
 

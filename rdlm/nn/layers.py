@@ -29,6 +29,17 @@ class RMSNorm(nn.Module):
         return normalized(x, self.eps) * self.weight
 
 
+class UnweightedNorm(nn.Module):
+    """RMSNorm without a weight."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
+        return normalized(x, self.eps)
+
+
 R = TypeVar("R")
 
 

@@ -6,10 +6,12 @@ from torch import Tensor, nn
 
 from rdlm.config.model import LayerConfig
 from rdlm.nn.attention import Attention, AttentionContext
-from rdlm.nn.layers import MLP, LayerCondition, Modulation, RMSNorm, modulate
+from rdlm.nn.layers import MLP, LayerCondition, Modulation, RMSNorm, UnweightedNorm, modulate
 
 BranchModulation = tuple[Tensor, Tensor, Tensor]
 """Shift, factor and gate of one branch, each [B or 1, T or 1, D]."""
+
+Norm = RMSNorm | UnweightedNorm
 
 
 class TransformerLayer(nn.Module):
@@ -39,10 +41,10 @@ class TransformerLayer(nn.Module):
         self.norms = config.norms
         self.attn = Attention(config, d_model, layer, value_gate_width)
         self.mlp = MLP(config.mlp, d_model, mlp_width or config.mlp_width, config.mlp_scale)
-        self.norm_1, self.norm_2 = RMSNorm(d_model, config.norm_eps), RMSNorm(d_model, config.norm_eps)
+        self.norm_1, self.norm_2 = _norm(config, d_model), _norm(config, d_model)
         self.norm_3 = self.norm_4 = None
         if config.norms in ("sandwich_sum", "sandwich_branch"):
-            self.norm_3, self.norm_4 = RMSNorm(d_model, config.norm_eps), RMSNorm(d_model, config.norm_eps)
+            self.norm_3, self.norm_4 = _norm(config, d_model), _norm(config, d_model)
         self.modulation = Modulation(cond_width, d_model) if cond_width else None
 
     def forward(
@@ -58,7 +60,7 @@ class TransformerLayer(nn.Module):
         x = self._leave(x, self.attn(_enter(x, before_attn, of_attn), ctx, values), after_attn, of_attn)
         return self._leave(x, self.mlp(_enter(x, before_mlp, of_mlp)), after_mlp, of_mlp)
 
-    def _norms(self) -> tuple[tuple[RMSNorm | None, RMSNorm | None], tuple[RMSNorm | None, RMSNorm | None]]:
+    def _norms(self) -> tuple[tuple[Norm | None, Norm | None], tuple[Norm | None, Norm | None]]:
         """(before, after) of attention and of the feed-forward layer."""
         if self.norms == "pre":
             return (self.norm_1, None), (self.norm_2, None)
@@ -74,7 +76,7 @@ class TransformerLayer(nn.Module):
         return (shift_a, scale_a, gate_a), (shift_m, scale_m, gate_m)
 
     def _leave(
-        self, x: Tensor, branch: Tensor, norm: RMSNorm | None, modulation: BranchModulation | None
+        self, x: Tensor, branch: Tensor, norm: Norm | None, modulation: BranchModulation | None
     ) -> Tensor:
         if norm is not None and self.norms != "sandwich_sum":
             branch = norm(branch)
@@ -84,7 +86,11 @@ class TransformerLayer(nn.Module):
         return norm(branch) if norm is not None and self.norms == "sandwich_sum" else branch
 
 
-def _enter(x: Tensor, norm: RMSNorm | None, modulation: BranchModulation | None) -> Tensor:
+def _norm(config: LayerConfig, width: int) -> Norm:
+    return RMSNorm(width, config.norm_eps) if config.norm_weights else UnweightedNorm(config.norm_eps)
+
+
+def _enter(x: Tensor, norm: Norm | None, modulation: BranchModulation | None) -> Tensor:
     if norm is not None:
         x = norm(x)
     return x if modulation is None else modulate(x, modulation[0], modulation[1])

@@ -149,6 +149,46 @@ def test_exit_gates_of_ouro(golden: Path, tmp_path: Path) -> None:
     assert_near(chosen.squeeze(-2), case.expected["logits_exit_threshold_K4"])
 
 
+def hrm(golden: Path, out: Path, **fields: object) -> Case:
+    """HRM-Text with some fields of its config changed."""
+    source = shutil.copytree(golden / "hrm_text_tiny", out / "source")
+    config = json.loads((source / "config.json").read_text())
+    kept = {key: value for key, value in {**config, **fields}.items() if value is not None}
+    (source / "config.json").write_text(json.dumps(kept))
+    return Case(source, out / "model")
+
+
+def test_hrm_text_at_every_number_of_cycles(golden: Path, tmp_path: Path) -> None:
+    """K is the number of high cycles; the prefix sees itself in both directions."""
+    case = hrm(golden, tmp_path / "a")
+    types, got = case.expected["token_type_ids"], case.model.logits(case.ids, [1, 2, 3, 4])
+    prefixed = case.model.logits(case.ids, [1, 2], token_type_ids=types)
+    for k in (1, 2, 3, 4):
+        assert_near(got[k], case.expected[f"logits_causal_H{k}_L3"])
+    for k in (1, 2):
+        assert_near(prefixed[k], case.expected[f"logits_prefix_H{k}_L3"])
+    again = hrm(golden, tmp_path / "b", L_cycles=1)
+    got = again.model.logits(case.ids, [1, 2])
+    for k in (1, 2):
+        assert_near(got[k], case.expected[f"logits_causal_H{k}_L1"])
+    for k in (1, 2):
+        ids = case.ids
+        for _ in range(16):
+            ids = torch.cat([ids, case.model.logits(ids, k)[k][:, -1].argmax(-1, keepdim=True)], 1)
+        assert torch.equal(ids[:, 24:], case.expected[f"greedy_causal_H{k}_L3"])
+    assert_near(in_chunks(case, 2, FullKVPool), case.expected["logits_causal_H2_L3"])
+
+
+def test_both_forms_of_hrm_text_are_read(golden: Path, tmp_path: Path) -> None:
+    """transformers writes layers per stack, an inflated number of layers and rope_parameters."""
+    resaved = {
+        "num_layers_per_stack": 2, "num_hidden_layers": 16, "rope_theta": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}, "embedding_scale": None,
+    }  # fmt: skip
+    case = hrm(golden, tmp_path, **resaved)
+    assert_near(case.model.logits(case.ids, 2)[2], case.expected["logits_causal_H2_L3"])
+
+
 def test_states_and_halting_probabilities_of_loopus(golden: Path, tmp_path: Path) -> None:
     case = Case(golden / "loopus_tiny", tmp_path / "model")
     states = case.model.states(case.ids, list(range(1, 9)))
@@ -192,6 +232,8 @@ def test_pickled_weights_of_parcae_are_read_without_running_code(golden: Path, t
         ("nanbeige_tiny", {"ngram_sizes": [2]}, "ngram_sizes"),
         ("nanbeige_tiny", {"pretraining_tp": 2}, "pretraining_tp"),
         ("loopus_tiny", {"q_eval_interval": 2}, "q_eval_interval"),
+        ("hrm_text_tiny", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        ("hrm_text_tiny", {"num_layers_per_stack": 3}, "num_layers_per_stack"),
         ("ifm_p2_tiny", {"model": {"arch": "transformer"}}, "arch"),
     ],
 )

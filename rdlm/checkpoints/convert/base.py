@@ -262,23 +262,21 @@ def adjacent_pairs(
     return converted(entry, entry.shape, reorder)
 
 
-def recurrent(
-    name: str, model: Mapping[str, Any], default_steps: int, where: str, max_steps: int | None = None
-) -> CheckpointConfig:
-    """Config of an imported next-token model whose K is the number of core steps."""
+def recurrent(name: str, model: Mapping[str, Any], default_steps: int, where: str) -> CheckpointConfig:
+    """``imported`` of the general family."""
+    return imported(name, {"family": "recurrent", **model}, default_steps, where)
+
+
+def imported(name: str, model: Mapping[str, Any], default_steps: int, where: str) -> CheckpointConfig:
+    """Config of an imported next-token model whose K is the number of core steps; at least 64 of them may be asked for."""
     if isinstance(default_steps, bool) or not isinstance(default_steps, int) or default_steps < 1:
-        raise UserError(
-            f"{where}: default number of loops",
-            default_steps,
-            "is no positive whole number",
-            "correct it there",
-        )
-    recurrence = {"default_steps": default_steps, "max_steps": max_steps or 4 * default_steps}
+        problem, remedy = "is no positive whole number", "correct it there"
+        raise UserError(f"{where}: default number of loops", default_steps, problem, remedy)
     document = {
         "name": name,
-        "model": {"family": "recurrent", **model},
+        "model": model,
         "objective": {"name": "next_token"},
-        "recurrence": recurrence,
+        "recurrence": {"default_steps": default_steps, "max_steps": max(64, 4 * default_steps)},
     }
     return checkpoint.parse_config(document, where)
 

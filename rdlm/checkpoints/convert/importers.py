@@ -8,6 +8,7 @@ from typing import Any
 
 from rdlm.checkpoints.convert.base import Importer, import_from
 from rdlm.checkpoints.convert.decoder import PlainDecoder
+from rdlm.checkpoints.convert.hrm import HrmText
 from rdlm.checkpoints.convert.huginn import Huginn
 from rdlm.checkpoints.convert.looped_lm import LoopedLM
 from rdlm.checkpoints.convert.loopus import LoopUS
@@ -18,7 +19,17 @@ from rdlm.errors import UserError
 
 IMPORTERS: dict[str, Importer] = {
     importer.family: importer
-    for importer in (Huginn(), Retrofit(), Ouro(), Parcae(), LoopedLM(), Nanbeige(), LoopUS(), PlainDecoder())
+    for importer in (
+        Huginn(),
+        Retrofit(),
+        Ouro(),
+        Parcae(),
+        LoopedLM(),
+        Nanbeige(),
+        LoopUS(),
+        HrmText(),
+        PlainDecoder(),
+    )
 }
 """Family -> what reads it; the first one that recognises a folder does."""
 
