@@ -19,7 +19,7 @@ from rdlm import __version__
 from serve.api.errors import EXCEPTION_HANDLERS
 from serve.api.observability import Outermost, traced
 from serve.api.request_parsing import JsonRequest
-from serve.api.routes import chat_completions, completions, score
+from serve.api.routes import chat_completions, completions, responses, score
 from serve.api.routes_info import (
     detokenize,
     health,
@@ -39,6 +39,7 @@ from serve.settings import HttpSettings
 ROUTES = [
     completions,
     chat_completions,
+    responses,
     score,
     models,
     model,

@@ -14,6 +14,7 @@ from litestar.params import JSONBody
 from serve.api.observability import FACTS
 from serve.api.openai_format import ChatFormat, CompletionFormat, score_answer
 from serve.api.request_parsing import in_thread_if_large, parse_chat, parse_completion, parse_score
+from serve.api.responses import ResponseFormat, ResponsesRequest
 from serve.api.schemas import ChatRequest, CompletionRequest, ScoreRequest
 from serve.api.state import ServerState
 from serve.api.streaming import chunks, collect, event_stream, last_events, until_disconnect
@@ -65,6 +66,29 @@ async def chat_completions(
     if data.stream:
         return event_stream(chunks(events, answer, data.stream_options))
     return Response(await until_disconnect(request, collect(events, answer)))
+
+
+@post(
+    "/v1/responses",
+    status_code=200,
+    guards=[has_room],
+    summary="Answer a conversation, in the form of OpenAI's responses",
+    tags=["generation"],
+)
+async def responses(
+    data: JSONBody[ResponsesRequest], request: Request[Any, Any, Any], state: State
+) -> Response[Any]:
+    """OpenAI's responses with ``num_steps``, through the tokenizer's chat template. Nothing is stored."""
+    server: ServerState = state.server
+    request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
+    chat, limits = data.as_chat(), server.limits(request)
+    size = sum(len(message.content) for message in chat.messages)
+    parsed = await in_thread_if_large(size, parse_chat, chat, limits, server.chat_template)
+    answer = ResponseFormat(data, parsed)
+    events = server.submit(parsed, bool(data.stream))
+    if data.stream:
+        return event_stream(answer.stream(events), is_named=True)
+    return Response(await until_disconnect(request, answer.collect(events)))
 
 
 @post(

@@ -168,12 +168,16 @@ async def chunks(
         yield {**head, "choices": [], "usage": usage_of(parsed, usages), "timings": timings_of(usages)}
 
 
-def sse(payload: dict[str, Any] | None) -> bytes:
-    """One unnamed event: a named one would make strict clients fail the request. None is a comment, which clients skip.
+def sse(payload: dict[str, Any] | None, name: str | None = None) -> bytes:
+    """One event. None is a comment, which clients skip.
 
-    Events end with a bare blank line ("\\n\\n"): common clients split on nothing else.
+    Events end with a bare blank line ("\\n\\n"): common clients split on nothing else. Strict clients of completions and chat fail at an
+    event with a name; those of responses need one.
     """
-    return b": ping\n\n" if payload is None else b"data: " + msgspec.json.encode(payload) + b"\n\n"
+    if payload is None:
+        return b": ping\n\n"
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return head + b"data: " + msgspec.json.encode(payload) + b"\n\n"
 
 
 async def _encoded(payloads: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[bytes]:
@@ -187,7 +191,14 @@ async def _encoded(payloads: AsyncIterator[dict[str, Any] | None]) -> AsyncItera
     yield b"data: [DONE]\n\n"
 
 
-def event_stream(payloads: AsyncIterator[dict[str, Any] | None]) -> Stream:
+async def _named(payloads: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[bytes]:
+    """Events that carry their name as ``type``."""
+    async for payload in payloads:
+        yield sse(payload, None if payload is None else payload["type"])
+
+
+def event_stream(payloads: AsyncIterator[dict[str, Any] | None], is_named: bool = False) -> Stream:
     """The HTTP answer; a client that leaves cancels the iterator, and with it the work."""
+    encoded = _named(payloads) if is_named else _encoded(payloads)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return Stream(_encoded(payloads), media_type="text/event-stream", headers=headers, status_code=200)
+    return Stream(encoded, media_type="text/event-stream", headers=headers, status_code=200)

@@ -211,6 +211,68 @@ def test_headers_of_the_openai_sdk_pass_a_preflight(make_served: Callable[..., S
         assert answer.status_code == 204 and all(name.strip() in allowed for name in asked.split(","))
 
 
+def test_openais_responses_are_chat_in_another_form(client: TestClient) -> None:
+    import openai
+
+    sdk = openai.OpenAI(
+        base_url="http://testserver.local/v1", api_key="unused", http_client=client, max_retries=0
+    )  # type: ignore[arg-type]
+    chat = ask(
+        client, CHAT, messages=[{"role": "system", "content": "be brief"}, *MESSAGES], num_steps=3
+    ).json()
+    asked: dict[str, Any] = {"model": "tiny", "instructions": "be brief", "temperature": 0, "max_output_tokens": 3, "store": False,
+                             "extra_body": {"num_steps": 3}}  # fmt: skip
+    whole = sdk.responses.create(input="the word", **asked)
+    assert whole.output_text == chat["choices"][0]["message"]["content"]
+    assert (whole.status, whole.incomplete_details and whole.incomplete_details.reason) == (
+        "incomplete",
+        "max_output_tokens",
+    )
+    assert whole.usage is not None and whole.usage.total_tokens == chat["usage"]["total_tokens"]
+    assert whole.usage.model_extra is not None and whole.usage.model_extra["recurrence"]["num_steps"] == 3
+    events = list(sdk.responses.create(input=MESSAGES, stream=True, **asked))  # type: ignore[arg-type]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert (events[0].type, events[-1].type) == ("response.created", "response.incomplete")
+    assert events[-1].response.output_text == whole.output_text
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+    ends = {"max_output_tokens": 50, "extra_body": {"logit_bias": {"0": 100}}}  # the end of text at once
+    with sdk.responses.stream(input="the word", **{**asked, **ends}) as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_response().status == "completed" and kinds[-1] == "response.completed"
+    again = sdk.responses.create(input=[*MESSAGES, *whole.model_dump()["output"], *MESSAGES], **asked)  # type: ignore[list-item]
+    texts = [*MESSAGES, {"role": "assistant", "content": whole.output_text}, *MESSAGES]
+    longer = ask(
+        client, CHAT, messages=[{"role": "system", "content": "be brief"}, *texts], num_steps=3
+    ).json()
+    assert again.output_text == longer["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"), ({"tools": [{}]}, "tools"),
+        ({"text": {"format": {"type": "json_object"}}}, "text"), ({"max_tokens": 3}, "max_tokens"), ({"n": 2}, "n"),
+        ({"input": []}, "input"), ({"input": [{"type": "function_call_output"}]}, "input"), ({"input": [3]}, "input"),
+        ({"reasoning": {"effort": "much"}}, "reasoning.effort"), ({"background": True}, "background"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content"), ({"max_output_tokens": 0}, "max_tokens"),
+    ],
+)  # fmt: skip
+def test_what_responses_cannot_do_is_refused_by_name(
+    field: dict[str, Any], param: str, client: TestClient
+) -> None:
+    refused = client.post("/v1/responses", json={"input": "x", **field})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text
+
+
+def test_errors_within_a_stream_of_responses_are_events(client: TestClient) -> None:
+    body = {"input": "x", "stream": True, "max_ms": 1, "max_output_tokens": 9}
+    answer = client.post("/v1/responses", json=body)
+    events = [json.loads(part.split("data: ")[1]) for part in answer.text.split("\n\n") if "data: " in part]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert events[-1]["type"] in ("error", "response.incomplete")
+
+
 def templated(tokenizer: Tokenizer, source: str | None) -> Tokenizer:
     import copy
 

@@ -13,6 +13,7 @@ from litestar.testing import TestClient
 
 from serve.api import request_parsing
 from serve.api.app import create_app
+from serve.api.responses import ResponsesRequest
 from serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ScoreRequest, TokenizeRequest
 from serve.engine.engine import Engine
 from serve.engine.events import Served
@@ -23,6 +24,7 @@ MESSAGES = [{"role": "user", "content": "x"}]
 ROUTES: dict[str, tuple[Any, dict[str, Any]]] = {
     "/v1/completions": (CompletionRequest, {"prompt": "x", "max_tokens": 1}),
     "/v1/chat/completions": (ChatRequest, {"messages": MESSAGES, "max_tokens": 1}),
+    "/v1/responses": (ResponsesRequest, {"input": "x", "max_output_tokens": 1}),
     "/v1/score": (ScoreRequest, {"prompt": "and it", "num_steps": [1]}),
     "/tokenize": (TokenizeRequest, {"prompt": "x"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
@@ -297,7 +299,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8)  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/score"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/score"])
 def test_no_combination_of_fields_is_a_server_error(path: str, client: TestClient) -> None:
     """Bodies put together from fields that exist and values that mostly do not fit."""
     model, body = ROUTES[path]
