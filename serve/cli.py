@@ -113,7 +113,9 @@ def serve(
     default_steps: Annotated[int | None, typer.Option(hidden=True)] = None,
     max_steps: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Serve completions and chat with the number of core steps K chosen per request (num_steps, or model alias NAME:kN)."""
+    """Serve completions and chat with the number of core steps K chosen per request (num_steps, or model
+    alias NAME:kN).
+    """
     engine_options = {
         "device": device,
         "dtype": dtype,
@@ -146,7 +148,9 @@ def serve(
 
 
 def renamed(old: str, old_value: T | None, new: str, value: T | None) -> T | None:
-    """The value of an option under either of its names, with a line on stderr about the old one. Raises UserError for both."""
+    """The value of an option under either of its names, with a line on stderr about the old one. Raises
+    UserError for both.
+    """
     if old_value is None:
         return value
     if value is not None:
@@ -158,7 +162,9 @@ def renamed(old: str, old_value: T | None, new: str, value: T | None) -> T | Non
 
 
 def _keys_of(path: Path | None) -> list[str]:
-    """The keys in a file. Raises UserError where it cannot be read or has none: the server would be open to all."""
+    """The keys in a file. Raises UserError where it cannot be read or has none: the server would be open to
+    all.
+    """
     if path is None:
         return []
     try:

@@ -29,11 +29,13 @@ from serve.settings import EngineSettings, HttpSettings
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 GRACE_SECONDS = 5
-"""For clients to read what the drained or stopped engine has said; connections still open after it are cut."""
+"""For clients to read what the drained or stopped engine has said; connections still open after it are cut.
+"""
 
 
 class GracefulServer(uvicorn.Server):
-    """On SIGTERM or SIGINT: answer new requests with 503, let accepted ones finish, return. A second SIGINT does not wait.
+    """On SIGTERM or SIGINT: answer new requests with 503, let accepted ones finish, return. A second SIGINT
+    does not wait.
 
     The port stays open while the engine drains, or clients would see refused connections in place of the 503.
     """
@@ -63,7 +65,9 @@ class GracefulServer(uvicorn.Server):
             threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:
-        """Wait until the engine is idle, or stop it when time is over (its requests end with 503 then), and close the port."""
+        """Wait until the engine is idle, or stop it when time is over (its requests end with 503 then), and
+        close the port.
+        """
         deadline = time.monotonic() + self.drain_seconds
         if not self.engine.drain(self.drain_seconds):
             self.engine.stop()
@@ -74,7 +78,9 @@ class GracefulServer(uvicorn.Server):
 def run_server(
     checkpoint: Path, engine_settings: EngineSettings, settings: HttpSettings, port_file: Path | None
 ) -> None:
-    """Serve until a signal. Raises UserError for a checkpoint that cannot be served or an address that cannot be bound."""
+    """Serve until a signal. Raises UserError for a checkpoint that cannot be served or an address that cannot
+    be bound.
+    """
     observability.configure(settings.log_format)
     load_config(checkpoint).check_text(
         "the server"

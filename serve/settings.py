@@ -17,13 +17,15 @@ class EngineSettings(Strict):
     resident_blocks: int | None = Field(None, ge=1)
     """Most blocks of a network of blocks whose weights are in memory at once; None is all."""
     kv_cache: Literal["shared", "full"] = "shared"
-    """shared: a position keeps the keys of its last core step, whatever K is. full: those of every step (exact, larger)."""
+    """shared: a position keeps the keys of its last core step, whatever K is. full: those of every step
+    (exact, larger)."""
     max_slots: int = Field(16, ge=1, le=1024)
     """Sequences in flight at once; each owns max_len positions of the cache."""
     max_len: int | None = Field(None, ge=2)
     """Positions of prompt and answer together; None is the model's max_seq_len."""
     chunk: int = Field(256, ge=1)
-    """Prompt positions that step together. Part of what a text is computed from in the shared cache, so fixed for a server."""
+    """Prompt positions that step together. Part of what a text is computed from in the shared cache, so fixed
+    for a server."""
     prefill_rows: int = Field(512, ge=1)
     """Prompt positions in one core step beside the decoding rows."""
     max_queue: int = Field(1024, ge=0)
@@ -49,14 +51,18 @@ class HttpSettings(Strict):
     max_body_bytes: int = Field(16 * 1024 * 1024, ge=1024)
     """Larger bodies are refused with 413."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names in the Host header that are answered; "*" or none: all. `rdlm serve` on a loopback address without keys fills it in."""
+    """Names in the Host header that are answered; "*" or none: all. `rdlm serve` on a loopback address
+    without keys fills it in."""
     cors_origins: tuple[str, ...] = ()
-    """Origins whose pages may call the server; "*" for all. None: browsers allow the server's own page only."""
+    """Origins whose pages may call the server; "*" for all. None: browsers allow the server's own page only.
+    """
     request_seconds: float | None = Field(None, gt=0)
     """Longest time a request may take, waiting included; then it ends with what there is. None: no limit."""
     brownout_queue: int | None = Field(None, ge=1)
-    """With so many sequences waiting, requests that name no K get half the default; with twice as many a third, and so on."""
+    """With so many sequences waiting, requests that name no K get half the default; with twice as many a
+    third, and so on."""
     tracing: bool = False
-    """A span of OpenTelemetry for every request; needs the extra ``otel``, and its OTEL_* variables say where spans go."""
+    """A span of OpenTelemetry for every request; needs the extra ``otel``, and its OTEL_* variables say where
+    spans go."""
     drain_seconds: float = Field(30.0, ge=0)
     """How long accepted requests may take to finish after SIGTERM."""

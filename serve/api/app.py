@@ -57,7 +57,7 @@ OPEN_PATHS = ("/health", "/ready", "/schema")
 
 def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
     """The application around an engine that may still be loading. Whoever started the engine stops it."""
-    description = "OpenAI-compatible completions and chat from recurrent-depth models; `num_steps` chooses K per request."
+    description = "Completions and chat from recurrent-depth models; `num_steps` chooses K per request."
     app = Litestar(
         ROUTES,
         state=State({"server": ServerState(engine, settings)}),
@@ -79,7 +79,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
 
 
 def _check_host(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """Raises ApiError 403 for a Host that is not allowed: a web page can give its own name this server's address."""
+    """Raises ApiError 403 for a Host that is not allowed: web pages can give their names this server's address."""
     allowed = connection.app.state.server.settings.allowed_hosts
     host = re.sub(r":[^\]:]*$", "", connection.headers.get("host", "")).lower()
     if allowed and "*" not in allowed and host not in allowed:
@@ -108,7 +108,7 @@ def _digest(key: str) -> bytes:
 
 
 def _cors(settings: HttpSettings) -> CORSConfig | None:
-    """Any header is allowed: clients add their own (x-stainless-...), and none of them grants anything here."""
+    """Any header is allowed: clients add their own (x-stainless-...), and none grants anything here."""
     if not settings.cors_origins:
         return None
     return CORSConfig(

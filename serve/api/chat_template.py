@@ -1,4 +1,4 @@
-"""Messages to a prompt through the tokenizer's own Jinja template, in the environment that transformers gives it."""
+"""Messages to a prompt through the tokenizer's Jinja template, in the environment of transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from serve.errors import invalid
 
 
 class ChatTemplate:
-    """A compiled template: sandbox, filters, globals and extensions are those of ``transformers`` (``apply_chat_template``)."""
+    """A compiled template: sandbox, filters, globals and extensions are those of ``transformers``
+    (``apply_chat_template``).
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Raises UserError for a template that does not compile."""
@@ -41,7 +43,9 @@ class ChatTemplate:
         return None if tokenizer.chat_template is None else cls(tokenizer)
 
     def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
-        """The prompt that asks for the next answer; variables: ``chat_template_kwargs``. Raises ApiError where it refuses."""
+        """The prompt that asks for the next answer; variables: ``chat_template_kwargs``. Raises ApiError
+        where it refuses.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         fixed: dict[str, Any] = {

@@ -1,4 +1,6 @@
-"""What an operator sees: request ids, the access log, log records as JSON lines, Prometheus metrics, OpenTelemetry spans. No torch."""
+"""What an operator sees: request ids, the access log, log records as JSON lines, Prometheus metrics,
+OpenTelemetry spans. No torch.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ _SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 class Outermost:
     """Around the whole application, so that it sees every answer, refusals of the framework included.
 
-    Gives each request an id (the client's ``x-request-id``, else a new one), logs one line for each answer, answers HEAD as GET without
-    a body, and turns the server's cancellation of what outlives its last grace period into a 503.
+    Gives each request an id (the client's ``x-request-id``, else a new one), logs one line for each answer,
+    answers HEAD as GET without a body, and turns the server's cancellation of what outlives its last grace
+    period into a 503.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -103,7 +106,9 @@ class _Answer:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per record: time (UTC seconds), level, logger, message, request_id, the access log's fields, traceback."""
+    """One JSON object per record: time (UTC seconds), level, logger, message, request_id, the access log's
+    fields, traceback.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -126,7 +131,9 @@ def configure(log_format: Literal["text", "json"]) -> None:
 
 
 class Metrics(Collector):
-    """One application's metrics in a registry of its own. The engine thread writes its totals; this only reads them."""
+    """One application's metrics in a registry of its own. The engine thread writes its totals; this only
+    reads them.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

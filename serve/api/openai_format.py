@@ -1,7 +1,7 @@
 """OpenAI-shaped answers from engine events: plain dictionaries ready for JSON.
 
-A format turns each event into a part of its choice (``piece``), which a stream sends as it is, and joins the parts of a choice for an
-answer in one piece (``merge``).
+A format turns each event into a part of its choice (``piece``), which a stream sends as it is, and joins the
+parts of a choice for an answer in one piece (``merge``).
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class CompletionFormat:
 
 
 class ChatFormat:
-    """Answers of /v1/chat/completions. The role comes with the first token: clients time the first chunk as the first token."""
+    """Answers of /v1/chat/completions. The role comes with the first token: clients time the first chunk as
+    the first token.
+    """
 
     def __init__(self, parsed: Parsed, names: TokenNames) -> None:
         self.parsed, self.names = parsed, names
@@ -170,7 +172,9 @@ def envelope(kind: str, model: str, prefix: str) -> dict[str, Any]:
 
 
 def usage_of(parsed: Parsed, usages: Iterable[Usage]) -> dict[str, Any]:
-    """OpenAI's counts, a prompt once however many answers it got, and ``recurrence``: the work done, over all choices."""
+    """OpenAI's counts, a prompt once however many answers it got, and ``recurrence``: the work done, over all
+    choices.
+    """
     done, budget = list(usages), parsed.budget
     prompt = sum(len(parsed.requests[i].prompt) for i in range(0, len(parsed.requests), parsed.n))
     completion = sum(u.completion_tokens for u in done)
@@ -262,7 +266,9 @@ class TextOffsets:
         return start
 
     def of_prompt(self, ids: Sequence[int], text: str) -> list[int]:
-        """Offsets of the prompt's tokens in ``text``, where special tokens may be spelt out (and the added first one is not)."""
+        """Offsets of the prompt's tokens in ``text``, where special tokens may be spelt out (and the added
+        first one is not).
+        """
         places = []
         for token in ids:
             spelt = self._names.special.get(token)
@@ -280,7 +286,9 @@ class TextOffsets:
 def completion_logprobs(
     names: TokenNames, entries: Iterable[tuple[int, int, TokenLogprobs | None]]
 ) -> dict[str, list[Any]]:
-    """The ``logprobs`` object of tokens, offsets and log-probabilities; a token without them (the first of a prompt) gets null."""
+    """The ``logprobs`` object of tokens, offsets and log-probabilities; a token without them (the first of a
+    prompt) gets null.
+    """
     out: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, offset, logprobs in entries:
         out["tokens"].append(names.name(token))
@@ -291,7 +299,9 @@ def completion_logprobs(
 
 
 def _top_by_text(names: TokenNames, token: int, logprobs: TokenLogprobs) -> dict[str, float]:
-    """Text -> log-probability, the chosen token included; where two tokens read the same the likelier one stays."""
+    """Text -> log-probability, the chosen token included; where two tokens read the same the likelier one
+    stays.
+    """
     top: dict[str, float] = {}
     for other, value in (*logprobs.top, (token, logprobs.logprob)):
         name = names.name(other)
@@ -310,7 +320,9 @@ def _chat_entry(names: TokenNames, token: int, logprob: float) -> dict[str, Any]
 
 
 def prompt_scores(names: TokenNames, parsed: Parsed, event: Event) -> dict[str, Any]:
-    """``prompt_logprobs`` of a choice in vLLM's form, where wanted: null, then {id: {logprob, rank, decoded_token}} by token."""
+    """``prompt_logprobs`` of a choice in vLLM's form, where wanted: null, then {id: {logprob, rank,
+    decoded_token}} by token.
+    """
     request = parsed.requests[event.index]
     if not parsed.reports_prompt or (event.prompt_logprobs is None and len(request.prompt) > 1):
         return {}
@@ -329,7 +341,9 @@ def _ranked(names: TokenNames, token: int, entry: TokenLogprobs) -> dict[str, An
 
 
 def step_prediction(names: TokenNames, event: Event) -> dict[str, Any]:
-    """``recurrence`` of a chunk between tokens: what choice ``index`` predicts after ``step`` steps, and how far its state moved."""
+    """``recurrence`` of a chunk between tokens: what choice ``index`` predicts after ``step`` steps, and how
+    far its state moved.
+    """
     prediction = event.step_prediction
     assert prediction is not None
     top = [{"id": i, "token": names.name(i), "logprob": finite(value)} for i, value in prediction.top]

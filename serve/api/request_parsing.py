@@ -1,7 +1,7 @@
 """From bytes and headers to engine requests: JSON, model aliases, K, prompts to ids, limits. No torch.
 
-K comes from one of model alias, header, ``num_steps``, ``reasoning_effort``, ``schedule`` or ``exit`` and is resolved here into one
-``StepBudget``, which every engine request carries.
+K comes from one of model alias, header, ``num_steps``, ``reasoning_effort``, ``schedule`` or ``exit`` and is
+resolved here into one ``StepBudget``, which every engine request carries.
 """
 
 from __future__ import annotations
@@ -56,11 +56,13 @@ EFFORTS: dict[Effort, Callable[[int], int]] = {
     "high": lambda default: default * 2,
     "xhigh": lambda default: default * 4,
 }
-"""``reasoning_effort`` to K, relative to the server's default: a useful K depends on the numbers of steps a model was trained at."""
+"""``reasoning_effort`` to K, relative to the server's default: a useful K depends on the numbers of steps a
+model was trained at."""
 
 
 class JsonRequest(HttpRequest[Any, Any, Any]):
-    """Litestar's request, except for bodies: they must be called JSON and be JSON in UTF-8 that fits the route's schema.
+    """Litestar's request, except for bodies: they must be called JSON and be JSON in UTF-8 that fits the
+    route's schema.
 
     Litestar's own validation lists every wrong item, and parses the URL, which a Host header can make fail.
     """
@@ -109,7 +111,7 @@ async def in_thread_if_large(size: int, parse: Callable[P, T], *args: P.args, **
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request is checked against: the model, the name it is served under, and what the server decides."""
+    """What a request is checked against: the model, its served name, and what the server decides."""
 
     name: str
     served: Served
@@ -138,7 +140,10 @@ class Limits:
     def meaning(self) -> str:
         """What K is, in words."""
         if not self.left_to_right:
-            return "steps in which the masked tokens of an answer are filled in; likelihoods are those of one token a step from left to right"
+            return (
+                "steps in which the masked tokens of an answer are filled in; "
+                "likelihoods are those of one token a step from left to right"
+            )
         if self.supports_exits:
             return "core iterations before each token; likelihoods are those after K iterations"
         return "noise levels each token is drawn through; likelihoods are those at K = 1"
@@ -189,7 +194,7 @@ class Parsed:
 
 
 def header_steps(values: Sequence[str]) -> int | None:
-    """K of the X-Num-Steps headers of a request, which a proxy may have joined with commas. Raises ApiError."""
+    """K of a request's X-Num-Steps headers, which a proxy may have joined with commas. Raises ApiError."""
     values = [part for value in values for part in value.split(",")]
     for value in values:
         if not re.fullmatch("[0-9]{1,9}", value.strip(" ")) or int(value) < 1:
@@ -263,7 +268,9 @@ def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None)
 
 
 def parse_score(body: ScoreRequest, limits: Limits) -> tuple[Parsed, list[int]]:
-    """The request and its K in rising order. Raises ApiError, also where K has no likelihood (rdlm/scoring.py says which have)."""
+    """The request and its K in rising order. Raises ApiError, also where K has no likelihood (rdlm/scoring.py
+    says which have).
+    """
     ks, prompts = sorted(set(body.num_steps)), cast(list[str | list[int]], body.prompt)
     if not limits.left_to_right:
         problem = "a masked model has one likelihood, whatever K is; use completions with echo and logprobs"
@@ -282,7 +289,8 @@ def parse_score(body: ScoreRequest, limits: Limits) -> tuple[Parsed, list[int]]:
     return Parsed(body.model or limits.name, budgets[-1], 1, requests), ks
 
 
-# K ---------------------------------------------------------------------------------------------------------------------
+# K ----------------------------------------------------------------------------------------------------------
+# -----------
 
 
 def step_budget(body: SamplingBody, limits: Limits) -> tuple[StepBudget, bool]:
@@ -313,7 +321,9 @@ def step_budget(body: SamplingBody, limits: Limits) -> tuple[StepBudget, bool]:
 
 
 def _check_left_to_right(body: SamplingBody, limits: Limits) -> None:
-    """Raises ApiError for what varies the steps of single tokens, where all of an answer takes part in every step."""
+    """Raises ApiError for what varies the steps of single tokens, where all of an answer takes part in every
+    step.
+    """
     if limits.left_to_right:
         return
     for param in ("exit", "num_steps", "schedule", "max_ms"):
@@ -325,7 +335,9 @@ def _check_left_to_right(body: SamplingBody, limits: Limits) -> None:
 
 
 def _named_steps(body: SamplingBody, limits: Limits) -> int | None:
-    """The number of steps in model alias, header, num_steps or reasoning_effort; None where none of them has one."""
+    """The number of steps in model alias, header, num_steps or reasoning_effort; None where none of them has
+    one.
+    """
     found = {
         "model": limits.model_steps(body.model),
         STEPS_HEADER: limits.header_steps,
@@ -375,7 +387,8 @@ def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[i
     )
 
 
-# Prompts ----------------------------------------------------------------------------------------------------------------
+# Prompts ----------------------------------------------------------------------------------------------------
+# ------------
 
 
 def _check_number(prompts: int, n: int, limits: Limits) -> None:
@@ -413,7 +426,8 @@ def _ids(prompt: str | list[int], add_special_tokens: bool, limits: Limits) -> t
 def _check_scoring(body: SamplingBody, budget: StepBudget, scored: bool, param: str) -> None:
     """Raises ApiError where the prompt's log-probabilities are wanted and cannot be had."""
     if scored and (budget.lowers or (budget.exit is not None and budget.exit.prefill)):
-        problem = "prompts are scored at a fixed K (a chunk of a prompt exits as one, so later tokens would decide over earlier)"
+        reason = "a chunk of a prompt exits as one, so later tokens would decide over earlier ones"
+        problem = f"prompts are scored at a fixed K ({reason})"
         remedy = "name num_steps, or send exit.prefill = false, and no max_ms"
         raise invalid(f"{param}: {problem}; {remedy}", param)
     if body.stream and body.prompt_logprobs is not None:
@@ -452,7 +466,8 @@ def _request(
             "stop_token_ids: every id ends the text, so none is left for min_tokens", "stop_token_ids"
         )
     sampling = _sampling(body, limits)
-    # A greedy answer depends on the seed only through a random initial state: without a seed it shall be the same every time.
+    # A greedy answer depends on the seed only through a random initial state: without a seed it shall be the
+    # same every time.
     default_seed = 0 if sampling.greedy else secrets.randbits(63)
     return Request(
         ids,

@@ -1,4 +1,6 @@
-"""POST /v1/responses, OpenAI's newer form of chat: translated to a chat request, and its answer back. Nothing is stored."""
+"""POST /v1/responses, OpenAI's newer form of chat: translated to a chat request, and its answer back. Nothing
+is stored.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ class ResponsesRequest(SamplingBody):
     }
 
     def as_chat(self) -> ChatRequest:
-        """The same request to /v1/chat/completions. Raises ApiError for fields that this form has no place for."""
+        """The same request to /v1/chat/completions. Raises ApiError for fields that this form has no place
+        for.
+        """
         for name in ("max_tokens", "n", "prompt_logprobs", "return_token_ids", "stream_options"):
             if getattr(self, name) is not None:
                 remedy = "send max_output_tokens" if name == "max_tokens" else "use /v1/chat/completions"
@@ -161,7 +165,9 @@ class ResponseFormat:
     async def stream(
         self, events: EngineEvents, raises: bool = False
     ) -> AsyncIterator[dict[str, Any] | None]:
-        """Events with numbers; None is a sign of life. raises: ApiErrors leave the iterator, else they are its last event."""
+        """Events with numbers; None is a sign of life. raises: ApiErrors leave the iterator, else they are
+        its last event.
+        """
         number = -1
         try:
             async for payload in self._payloads(events):

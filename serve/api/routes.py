@@ -35,7 +35,9 @@ def has_room(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler
 async def completions(
     data: JSONBody[CompletionRequest], request: Request[Any, Any, Any], state: State
 ) -> Response[Any]:
-    """OpenAI's completions with ``num_steps``; with echo and logprobs it also scores prompts. K may be a header, X-Num-Steps."""
+    """OpenAI's completions with ``num_steps``; with echo and logprobs it also scores prompts. K may be a
+    header, X-Num-Steps.
+    """
     server: ServerState = state.server
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
     parsed = await in_thread_if_large(_size(data.prompt), parse_completion, data, server.limits(request))
@@ -56,7 +58,9 @@ async def completions(
 async def chat_completions(
     data: JSONBody[ChatRequest], request: Request[Any, Any, Any], state: State
 ) -> Response[Any]:
-    """OpenAI's chat with ``num_steps``, through the tokenizer's chat template. K may be a header, X-Num-Steps."""
+    """OpenAI's chat with ``num_steps``, through the tokenizer's chat template. K may be a header,
+    X-Num-Steps.
+    """
     server: ServerState = state.server
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
     size, limits = sum(len(message.content) for message in data.messages), server.limits(request)
@@ -99,7 +103,9 @@ async def responses(
     tags=["scoring"],
 )
 async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
-    """The trajectory is shared: scoring at K = 1, 4 and 16 costs 16 core steps a position and three read-outs."""
+    """The trajectory is shared: scoring at K = 1, 4 and 16 costs 16 core steps a position and three
+    read-outs.
+    """
     server: ServerState = state.server
     parsed, ks = await in_thread_if_large(_size(data.prompt), parse_score, data, server.limits())
     events = await until_disconnect(request, last_events(server.submit(parsed)))

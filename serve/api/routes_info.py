@@ -22,15 +22,17 @@ from serve.errors import invalid
 
 STARTED = int(time.time())
 CONTENT_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data: blob:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """The browser itself refuses whatever is not on the page or this server."""
 
 
 @get("/health", summary="Whether the process is alive", tags=["operations"])
 async def health(state: State) -> Response[dict[str, str]]:
-    """200 while the process can recover by itself, draining and loading included; 503 once the engine has stopped."""
+    """200 while the process can recover by itself, draining and loading included; 503 once the engine has
+    stopped.
+    """
     engine = state.server.engine
     return Response(
         {"status": engine.state.value}, status_code=503 if engine.state is EngineState.STOPPED else 200
@@ -54,7 +56,9 @@ async def metrics(state: State) -> Response[bytes]:
 
 @get("/v1/models", summary="Names this server answers to", tags=["models"])
 async def models(state: State) -> dict[str, Any]:
-    """The model and its aliases ``name:kN`` for powers of two, the default and the largest K; any N in the stated range works."""
+    """The model and its aliases ``name:kN`` for powers of two, the default and the largest K; any N in the
+    stated range works.
+    """
     server: ServerState = state.server
     most, default = server.served.max_steps, server.served.default_steps
     listed = sorted({1 << i for i in range(most.bit_length())} | {default, most})
@@ -148,6 +152,8 @@ def _page() -> bytes:
 
 @get("/", include_in_schema=False)
 async def page() -> Response[bytes]:
-    """A page to try the model from a browser: one file, nothing from elsewhere. Answered without a key: the page asks for one."""
+    """A page to try the model from a browser: one file, nothing from elsewhere. Answered without a key: the
+    page asks for one.
+    """
     headers = {"Content-Security-Policy": CONTENT_POLICY, "Cache-Control": "no-cache"}
     return Response(_page(), media_type=MediaType.HTML, headers=headers)

@@ -1,7 +1,8 @@
 """What clients send, as pydantic models. Unknown fields and values out of range are errors, never ignored.
 
-Every number has an upper bound here and every list a largest length, so that no later code meets a value it cannot hold. Lists stop
-at their first wrong item (``fail_fast``): an error of a megabyte of items would cost more than the request.
+Every number has an upper bound here and every list a largest length, so that no later code meets a value it
+cannot hold. Lists stop at their first wrong item (``fail_fast``): an error of a megabyte of items would cost
+more than the request.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def is_count(value: object, least: int = 0) -> bool:
     return type(value) is int and least <= value <= INT32
 
 
-# One error for the whole field, where a union would report one for each of its members and for each of their items.
+# One error for the whole field, where a union would report one for each of its members and for each of their
+# items.
 
 
 def _steps(value: object) -> object:
@@ -111,7 +113,8 @@ def _logit_bias(value: Any) -> dict[int, float]:
         raise ValueError(f"it must be an object of at most {MAX_BIASES} token ids")
     found = {}
     for key, bias in value.items():
-        # ASCII digits only: int() would read digits of other scripts, and take minutes over a very long number
+        # ASCII digits only: int() would read digits of other scripts, and take minutes over a very long
+        # number
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) <= INT32):
             raise ValueError(f"{shorten(key)!r} is not a token id")
         if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
@@ -167,7 +170,9 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        """``value`` without neutral fields. Raises ApiError at the first unknown field: pydantic would list each of a million."""
+        """``value`` without neutral fields. Raises ApiError at the first unknown field: pydantic would list
+        each of a million.
+        """
         if not isinstance(value, dict):
             return value
         for name, given in value.items():
@@ -206,7 +211,8 @@ class StreamOptions(Body):
     continuous_usage_stats: StrictBool = False
     """Carry the usage so far in every chunk."""
     include_steps: StrictBool = False
-    """Between tokens, send what each core step predicts: chunks without choices whose ``recurrence`` has it."""
+    """Between tokens, send what each core step predicts: chunks without choices whose ``recurrence`` has it.
+    """
     steps_every: Positive | None = None
     """With include_steps: only every so many steps (default 1); each costs coda and head."""
     steps_top: Annotated[StrictInt, Field(ge=1, le=20)] | None = None
@@ -244,20 +250,24 @@ class SamplingBody(Body):
     model: ModelName | None = None
     """Served name, or ``name:kN`` to choose N core steps."""
     num_steps: Annotated[int | Literal["auto"] | None, PlainValidator(_steps)] = None
-    """Core steps K per token; /v1/models states the range, the default and what K means for this model. auto: see ``exit``."""
+    """Core steps K per token; /v1/models states the range, the default and what K means for this model. auto:
+    see ``exit``."""
     reasoning_effort: Effort | None = None
-    """OpenAI's name for K: medium is the default K, each level halves or doubles it; /v1/models states the numbers."""
+    """OpenAI's name for K: medium is the default K, each level halves or doubles it; /v1/models states the
+    numbers."""
     exit: ExitBody | None = None
-    """Adaptive depth: each token takes as many steps as it needs. ``num_steps: "auto"`` is this with its defaults."""
+    """Adaptive depth: each token takes as many steps as it needs. ``num_steps: "auto"`` is this with its
+    defaults."""
     min_steps: Positive | None = None
     """Least steps of a token where ``exit`` or ``max_ms`` makes them vary."""
     max_steps: Positive | None = None
     """Most steps of a token where ``exit`` makes them vary; the same as ``exit.max_steps``."""
     schedule: Annotated[list[int] | Schedule | None, PlainValidator(_schedule)] = None
-    """K by token: a list, whose first entry is the prompt's (and first token's) and whose last goes on, or prefill and decode."""
+    """K by token: a list, whose first entry is the prompt's (and first token's) and whose last goes on, or
+    prefill and decode."""
     max_ms: Annotated[StrictInt, Field(ge=1, le=86_400_000)] | None = None
-    """Deadline in milliseconds, waiting included: K is lowered (to ``min_steps`` at least) where max_tokens would not fit it, and
-    the answer ends with what there is when it has passed."""
+    """Deadline in milliseconds, waiting included: K is lowered (to ``min_steps`` at least) where max_tokens
+    would not fit it, and the answer ends with what there is when it has passed."""
     max_tokens: Count | None = None
     temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
     """0 is greedy; default 1."""
@@ -271,12 +281,14 @@ class SamplingBody(Body):
     logit_bias: Annotated[dict[str, float] | None, PlainValidator(_logit_bias)] = None
     """Token id -> added logit, -100 to 100."""
     sampler: Literal["renoise", "euler", "dpmpp_2m"] | None = None
-    """For models that draw a token through K noise levels: renoise (default) draws at each level and adds noise to the drawn token;
-    euler and dpmpp_2m follow the probability-flow ODE from one draw of noise and draw at the last level."""
+    """For models that draw a token through K noise levels: renoise (default) draws at each level and adds
+    noise to the drawn token; euler and dpmpp_2m follow the probability-flow ODE from one draw of noise and
+    draw at the last level."""
     bridge: Bridge | None = None
     """Older name of ``sampler``: hard is renoise, multistep is dpmpp_2m."""
     order: Order | None = None
-    """For masked models: which positions of the answer are unmasked first, random by default; /v1/models lists the orders."""
+    """For masked models: which positions of the answer are unmasked first, random by default; /v1/models
+    lists the orders."""
     seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     """Same seed, same request: same text, whatever else the server is doing."""
     stop: Annotated[str | list[str] | None, PlainValidator(_stop)] = None
@@ -286,7 +298,8 @@ class SamplingBody(Body):
     min_tokens: Count | None = None
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    """Score the prompt and report that many alternatives for each of its tokens, as vLLM does; not in streams."""
+    """Score the prompt and report that many alternatives for each of its tokens, as vLLM does; not in
+    streams."""
     return_token_ids: StrictBool | None = None
     """Report the ids of the prompt and of the answer, as vLLM does."""
     stream: StrictBool | None = None

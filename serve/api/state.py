@@ -41,7 +41,9 @@ class ServerState:
         return ChatTemplate.of(self.served.tokenizer)
 
     def limits(self, request: Request | None = None) -> Limits:
-        """What ``request``, which arrives now, is checked against. Raises EngineClosed, or ApiError for its X-Num-Steps."""
+        """What ``request``, which arrives now, is checked against. Raises EngineClosed, or ApiError for its
+        X-Num-Steps.
+        """
         served, settings = self.served, self.settings
         pressure = (
             0 if settings.brownout_queue is None else self.engine.num_waiting // settings.brownout_queue
@@ -59,7 +61,8 @@ class ServerState:
     def submit(self, parsed: Parsed, stream: bool = False) -> EngineEvents:
         """Queue all requests of ``parsed`` or none. Raises EngineClosed or QueueFull.
 
-        A stream ends when its client leaves too many events unread, except where a masked model draws whole answers in one step.
+        A stream ends when its client leaves too many events unread, except where a masked model draws whole
+        answers in one step.
         """
         self.metrics.brownouts += parsed.browned_out
         is_bounded = stream and self.limits().left_to_right

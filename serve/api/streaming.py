@@ -1,4 +1,4 @@
-"""The engine's events on the event loop: joined into one answer, or sent as they come (server-sent events)."""
+"""The engine's events on the event loop: joined into one answer, or sent as they come."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ logger = logging.getLogger("rdlm.serve")
 PING_SECONDS = 15.0
 """Proxies close connections that say nothing for a minute, which is not long in a queue."""
 MAX_UNREAD = 4096
-"""Events that may wait for a slow reader before its request is abandoned: memory must not grow with its patience."""
+"""Events that may wait for a slow reader before its request is abandoned: memory must not grow with its
+patience."""
 ENDINGS = {
     "error": (500, "the model failed on this request; the server goes on", None, "engine_error"),
     "abort": (503, "the server stopped before the answer was complete", None, "aborted"),
@@ -41,7 +42,9 @@ class EngineEvents:
     """Submits requests and iterates over their events until each has finished. ``cancel`` never awaits."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request], max_unread: int | None = None) -> None:
-        """max_unread: more events than that waiting for the reader end the answer. Raises EngineClosed or QueueFull."""
+        """max_unread: more events than that waiting for the reader end the answer. Raises EngineClosed or
+        QueueFull.
+        """
         self._engine, self._max_unread = engine, max_unread
         self._loop = asyncio.get_running_loop()
         self._unread: asyncio.Queue[Event] = asyncio.Queue()
@@ -64,8 +67,8 @@ class EngineEvents:
     async def events(self, ping_seconds: float | None = None) -> AsyncIterator[Event | None]:
         """Events as they come; None after each ``ping_seconds`` without one.
 
-        Raises ApiError when the engine loses or drops a request, or the reader fell too far behind; abandons the other requests
-        on any exception or early exit.
+        Raises ApiError when the engine loses or drops a request, or the reader fell too far behind; abandons
+        the other requests on any exception or early exit.
         """
         try:
             while self._open:
@@ -98,7 +101,9 @@ class EngineEvents:
 
 
 async def until_disconnect(request: HttpRequest[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, cancelled as soon as the client has gone. Raises ApiError 499 then (nobody reads it)."""
+    """The result of ``work``, cancelled as soon as the client has gone. Raises ApiError 499 then (nobody
+    reads it).
+    """
     task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
@@ -142,7 +147,8 @@ async def collect(events: EngineEvents, answer: Format) -> dict[str, Any]:
 async def chunks(
     events: EngineEvents, answer: Format, options: StreamOptions | None
 ) -> AsyncIterator[dict[str, Any] | None]:
-    """One chunk a token, the finish reason with the last token's; then, if wanted, one with the usage. None is a sign of life.
+    """One chunk a token, the finish reason with the last token's; then, if wanted, one with the usage. None
+    is a sign of life.
 
     Between tokens, if wanted, chunks without choices with the predictions of each core step.
     """
@@ -171,8 +177,8 @@ async def chunks(
 def sse(payload: dict[str, Any] | None, name: str | None = None) -> bytes:
     """One event. None is a comment, which clients skip.
 
-    Events end with a bare blank line ("\\n\\n"): common clients split on nothing else. Strict clients of completions and chat fail at an
-    event with a name; those of responses need one.
+    Events end with a bare blank line ("\\n\\n"): common clients split on nothing else. Strict clients of
+    completions and chat fail at an event with a name; those of responses need one.
     """
     if payload is None:
         return b": ping\n\n"

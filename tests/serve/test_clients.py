@@ -1,4 +1,6 @@
-"""What stock clients send beside what they mean, and what they read: neutral fields, identifiers, token ids, offsets, templates."""
+"""What stock clients send beside what they mean, and what they read: neutral fields, identifiers, token ids,
+offsets, templates.
+"""
 
 from __future__ import annotations
 

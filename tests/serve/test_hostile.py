@@ -96,7 +96,9 @@ def check(answer: Any, *, refused: bool = False) -> None:
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_no_value_of_any_field_is_a_server_error(path: str, client: TestClient) -> None:
-    """Every field of every request, each with numbers beyond 32 and 64 bits, floats without an end, wrong types and deep nesting."""
+    """Every field of every request, each with numbers beyond 32 and 64 bits, floats without an end, wrong
+    types and deep nesting.
+    """
     model, body = ROUTES[path]
     for field in model.model_fields:
         for value in VALUES:
@@ -258,7 +260,9 @@ HUGE: list[tuple[str, dict[str, Any], str]] = [
 def test_huge_bodies_are_refused_before_they_cost_anything(
     path: str, body: dict[str, Any], says: str, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is tokenised or copied to the engine, and the errors do not list what was wrong a million times."""
+    """Nothing is tokenised or copied to the engine, and the errors do not list what was wrong a million
+    times.
+    """
     tokenizer = client.app.state.server.served.tokenizer
     monkeypatch.setattr(tokenizer, "encode", lambda text: pytest.fail(f"tokenised {len(text)} characters"))
     answer = client.post(path, content=json.dumps(body, separators=(",", ":")).encode(), headers=JSON)

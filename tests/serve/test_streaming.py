@@ -1,4 +1,6 @@
-"""Events on an asyncio loop without a model: comments keep a silent stream open, and nothing ticks after its end."""
+"""Events on an asyncio loop without a model: comments keep a silent stream open, and nothing ticks after its
+end.
+"""
 
 from __future__ import annotations
 
