@@ -134,7 +134,7 @@ def choices(option: str, text: str, known: Collection[str]) -> list[str]:
 
 def iterates(config: CheckpointConfig) -> bool:
     """Whether K steps are an iteration of one state, which may go on beyond the largest K that users are offered."""
-    return config.objective.k_meaning == "thinking" and config.model.iterates
+    return config.objective.supports_exits and config.model.iterates
 
 
 def check_steps(

@@ -14,7 +14,6 @@ from torch import Tensor
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints.folder import Loaded
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import ImageConfig
 from rdlm.errors import UserError, reason
 from rdlm.flops import costs_of
 from rdlm.nn.attention import AttentionContext
@@ -146,7 +145,7 @@ class Model:
         self.config.check_whole()
         ks = [self.config.default_steps] if num_steps is None else num_steps
         ks = [ks] if isinstance(ks, int) else list(ks)
-        most = self.config.max_steps if self.config.objective.k_meaning == "thinking" else 1
+        most = self.config.max_steps if self.config.objective.supports_exits else 1
         for k in ks:
             if not 1 <= k <= most:
                 raise UserError(
@@ -229,11 +228,11 @@ def description(folder: Path) -> dict[str, str]:
             f", block {config.block} alone" if config.block is not None else ""
         )
     has_tokenizer = (Path(folder) / checkpoint.TOKENIZER).is_dir()
-    if not isinstance(model, ImageConfig):
+    if not model.is_image:
         found |= _text_description(config, objective)
         found["tokenizer"] = "yes" if has_tokenizer else "none: the model takes ids only"
     commands = [command.replace("THIS_FOLDER", str(folder)) for command in model.commands]
-    if not isinstance(model, ImageConfig) and not has_tokenizer:
+    if not model.is_image and not has_tokenizer:
         commands = [f"rdlm logits {folder} IN.safetensors --out OUT.safetensors"]
     return {**found, "commands": "; ".join(commands)}
 

@@ -117,7 +117,7 @@ def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
     for an ODE to run in."""
     if bridge == "hard":
         return
-    if config.objective.k_meaning == "thinking":
+    if config.objective.supports_exits:
         problem = "this model iterates its core and reads out once, so it has no noise levels"
     elif not config.objective.left_to_right:
         problem = "this model masks tokens instead of adding noise, so there is no ODE"

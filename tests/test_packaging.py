@@ -186,7 +186,7 @@ REGISTRIES = (
     "rdlm/diffusion/schedules.py",
     "rdlm/checkpoints/convert/",
 )
-MOST_QUESTIONS = 24
+MOST_QUESTIONS = 14
 
 
 def import_graph() -> dict[str, set[str]]:

@@ -211,9 +211,7 @@ def _variant(config: TrainConfig, num_blocks: int, again: bool, stage: int, micr
     else:
         blocks = {**(document["blocks"] or {}), "num_blocks": num_blocks, "layers_per_block": None}
         document |= {"blocks": blocks, "block": 0}
-        if (
-            config.objective.k_meaning != "sampling"
-        ):  # blocks share out noise levels, which this objective lacks
+        if config.objective.supports_exits:  # blocks share out noise levels, which this objective lacks
             del document["model"]["noise_conditioning"]
             document["objective"] = {"name": "evidence"}
     return TrainConfig.model_validate(document)

@@ -345,12 +345,7 @@ class Report:
         output = self.trainer.output
         records = read(output / "metrics.jsonl")
         if records:
-            loss = (
-                "weighted squared error"
-                if self.trainer.config.objective.name == "edm"
-                else "cross-entropy, nats"
-            )
-            what = f"{loss} per {self.trainer.corpus.unit}"
+            what = f"{self.trainer.config.objective.loss_name} per {self.trainer.corpus.unit}"
             plot_loss(
                 records, read(output / "held_out.jsonl"), output / "loss.png", self.trainer.config.name, what
             )

@@ -15,7 +15,6 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from rdlm.config.base import Strict, parse
 from rdlm.config.checkpoint import BlocksConfig, CheckpointConfig, ModelConfig, RecurrenceConfig
-from rdlm.config.model import ImageConfig
 from rdlm.config.objective import NoiseConfig, ObjectiveConfig, SinglePassConfig, objective_config
 from rdlm.errors import UserError
 
@@ -400,7 +399,7 @@ def _check(config: TrainConfig) -> None:
         raise UserError(
             "model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective"
         )
-    of_images = isinstance(config.model, ImageConfig)
+    of_images = config.model.is_image
     if of_images != isinstance(config.data, ImagesConfig):
         problem = f"family {config.model.family!r} learns from {'images' if of_images else 'rows of ids'}"
         raise UserError(
@@ -420,7 +419,7 @@ def _check(config: TrainConfig) -> None:
             f"exceeds recurrence.max_steps ({config.recurrence.max_steps})",
             "use smaller K or raise recurrence.max_steps",
         )
-        if objective.k_meaning == "thinking" and not config.model.iterates:
+        if objective.supports_exits and not config.model.iterates:
             problem, remedy = (
                 f"with objective {objective.name!r} this model runs its layers once",
                 "set evaluation.steps=[1]",

@@ -21,7 +21,6 @@ from rdlm.atomic import replacing
 from rdlm.checkpoints.resident import ResidentBlocks, absent
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import SCHEMA_VERSION, CheckpointConfig
-from rdlm.config.model import ImageConfig
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
 from rdlm.errors import UserError
 from rdlm.objectives import Objective
@@ -196,10 +195,6 @@ def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -
     model, objective, depth = config.model, config.objective, config.objective.depth_in_training
     count = sum(weight.numel() for weight in weights.values())
     dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
-    if isinstance(model, ImageConfig):
-        shape = f"images of {model.image_size}x{model.image_size} in patches of {model.patch_size}, {model.num_classes} classes"
-    else:
-        shape = f"vocabulary {model.vocab_size}, up to {model.max_seq_len} tokens"
     trained = {
         "objective": f"`{objective.name}`, read-out {objective.readout}",
         "core steps in training": f"{depth.distribution}, mean {depth.mean}; the last {depth.grad_steps} with gradient",
@@ -208,7 +203,7 @@ def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -
     }
     origin = getattr(model, "origin", None)
     rows = {
-        "family": f"{origin or model.family}, d_model {model.d_model}, {shape}",
+        "family": f"{origin or model.family}, d_model {model.d_model}, {model.shape_description}",
         "parameters": f"{count:,} ({dtypes})",
         **(trained if origin is None or config.step else {}),
         "K": f"{objective.k_description}. Default {config.default_steps}, at most {config.max_steps}",

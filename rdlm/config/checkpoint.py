@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rdlm.config.base import Strict
-from rdlm.config.model import ImageConfig, ModelConfig
+from rdlm.config.model import ModelConfig
 from rdlm.config.objective import NoiseConfig, ObjectiveConfig, SinglePassConfig
 from rdlm.errors import UserError
 
@@ -106,7 +106,7 @@ class CheckpointConfig(Strict):
 
     def check_text(self, what: str) -> None:
         """Raises UserError for a model of images."""
-        if isinstance(self.model, ImageConfig):
+        if self.model.is_image:
             problem = f"a model of images has no tokens, which {what} needs"
             remedy = (
                 "use `rdlm eval accuracy`"

@@ -13,6 +13,19 @@ from pydantic import Field, model_validator
 
 from rdlm.config.base import Strict
 
+
+class TextShape:
+    """What every config of a text model says of its shape."""
+
+    vocab_size: int
+    max_seq_len: int
+
+    @property
+    def shape_description(self) -> str:
+        """For the model card."""
+        return f"vocabulary {self.vocab_size}, up to {self.max_seq_len} tokens"
+
+
 TEXT_COMMANDS = ("rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help")
 
 PLAIN_STD = 0.02
@@ -154,11 +167,12 @@ class InitConfig(Strict):
     """Of injection linear. identity: [0, I] (state first), so the embedding passes and the state starts silent."""
 
 
-class RecurrentConfig(Strict):
+class RecurrentConfig(Strict, TextShape):
     """A recurrent-depth text model; a plain transformer is the one without prelude, coda and injection whose core runs once."""
 
     family: Literal["recurrent"] = "recurrent"
     commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
+    is_image: ClassVar[bool] = False
     origin: str | None = None
     """The published family that it was imported from."""
     vocab_size: int = Field(ge=2)
@@ -275,7 +289,7 @@ class HrmConfig(Strict):
         return f"a step is {self.num_low_cycles} runs of a low stack and one of a high stack, {self.num_stack_layers} layers each"
 
 
-class HuginnConfig(Strict):
+class HuginnConfig(Strict, TextShape):
     """Prelude, core applied K times, coda: the shape of Geiping et al. 2025 (sandwich norms, RoPE, qk-bias, gated MLP)."""
 
     family: Literal["huginn"] = "huginn"
@@ -283,6 +297,7 @@ class HuginnConfig(Strict):
     """What its networks compute: causal (the next token), masked (masked tokens), classify or denoise (images)."""
     commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
     """What to run with a checkpoint, for its card."""
+    is_image: ClassVar[bool] = False
     can_be_cut: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     vocab_size: int = Field(ge=2)
@@ -356,7 +371,7 @@ class PreNormConfig(Strict):
 
     task: ClassVar[str]
     commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
-    """See HuginnConfig."""
+    is_image: ClassVar[bool] = False
     can_be_cut: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
     family: str
@@ -374,7 +389,7 @@ class PreNormConfig(Strict):
         return self
 
 
-class TextConfig(PreNormConfig):
+class TextConfig(PreNormConfig, TextShape):
     """Of rows of tokens, with RoPE."""
 
     vocab_size: int = Field(ge=2)
@@ -408,6 +423,7 @@ class TextConfig(PreNormConfig):
 class ImageConfig(PreNormConfig):
     """Of square images with a class each, cut into square patches."""
 
+    is_image = True
     tie_embeddings: ClassVar[bool] = True
 
     image_size: int = Field(ge=2)
@@ -426,6 +442,12 @@ class ImageConfig(PreNormConfig):
     def layer(self) -> LayerConfig:
         """Patches carry their positions themselves: no RoPE."""
         return LayerConfig(norm_eps=self.norm_eps, num_heads=self.num_heads, mlp_width=self.mlp_width)
+
+    @property
+    def shape_description(self) -> str:
+        """For the model card."""
+        size = f"{self.image_size}x{self.image_size} in patches of {self.patch_size}"
+        return f"images of {size}, {self.num_classes} classes"
 
     @property
     def num_patches(self) -> int:

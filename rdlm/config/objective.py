@@ -103,6 +103,7 @@ class BaseObjectiveConfig(Strict):
     """Whether text is decoded one token after the other; masked models fill several positions at once."""
     supports_exits: ClassVar[bool] = True
     """Whether a position may leave the loop over K before its last step."""
+    loss_name: ClassVar[str] = "cross-entropy, nats"
     k_description: ClassVar[str] = (
         "K is the number of core steps before the one read-out: more steps, more computation per answer"
     )
@@ -307,6 +308,7 @@ class EdmConfig(BaseObjectiveConfig):
     k_meaning = "sampling"
     left_to_right = False
     supports_exits = False
+    loss_name = "weighted squared error"
     k_description = "K is the number of steps from noise to an image"
     corruption: CorruptionConfig = CorruptionConfig(share=1.0, distribution="lognormal", per="sequence")
     loss_weighting: Literal["none", "edm"] = "edm"

@@ -139,7 +139,7 @@ class Runner:
         ]
         self._plans = {k: denoiser.step_plan(k) for k in range(1, max_steps + 1)}
         self._filling: dict[tuple[int, frozenset[int]], StepPlan] = {}
-        keeps_steps = kv_cache == "full" and config.objective.k_meaning == "thinking"
+        keeps_steps = kv_cache == "full" and config.objective.supports_exits
         sizes = (model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim)
         self.pool = (cache.FullKVPool if keeps_steps else cache.KVPool)(*sizes, weight.dtype, weight.device)
         self._num_tokens = num_tokens
