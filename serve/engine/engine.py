@@ -98,10 +98,12 @@ class Engine:
         """Queue all of ``requests`` or none; ``sink`` gets their events in the engine thread and must not
         block.
 
-        Raises what ``check_room`` raises.
+        Raises what ``check_room`` raises, and UserError for a request that no step could serve.
         """
         matchers = {stop: StopStrings(stop) for stop in {tuple(request.stop) for request in requests}}
         served, now, sequences = self.served, time.monotonic(), []
+        for request in {id(request.prompt): request for request in requests}.values():
+            check_tokens(request, served)  # choices share their prompt
         for index, request in enumerate(requests):
             sequence = served.runner.sequence(next(self._ids), request, served.scheduler.chunk)
             sequence.index, sequence.sink, sequence.submitted = index, sink, now
@@ -308,6 +310,22 @@ class Engine:
         except Exception as error:
             logger.debug("the sink of request %d failed", sequence.id, exc_info=error)
             self.abort([sequence.id])
+
+
+def check_tokens(request: Request, served: Served) -> None:
+    """Raises UserError for tokens that the model does not have, or more or fewer of them than it can take."""
+    prompt, vocab = request.prompt, served.config.model.vocab_size
+    if not prompt and (served.config.objective.left_to_right or not request.max_tokens):
+        raise UserError("prompt", prompt, "it has no tokens", "send at least one")
+    if prompt and not 0 <= min(prompt) <= max(prompt) < vocab:
+        raise UserError(
+            "prompt", prompt, f"ids must lie below {vocab}", "encode it with the model's tokenizer"
+        )
+    if request.max_tokens < 0 or len(prompt) + request.max_tokens > served.max_len:
+        problem = (
+            f"the prompt's {len(prompt)} tokens and the answer do not fit the context of {served.max_len}"
+        )
+        raise UserError("max_tokens", request.max_tokens, problem, "shorten the prompt or the answer")
 
 
 def trim_heap() -> None:

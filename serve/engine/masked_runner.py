@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rdlm.diffusion.unmasking import Asked, Draft, fill, mask_of, read
 from rdlm.diffusion.unmasking_plan import Turn, turns
+from rdlm.errors import UserError
 from rdlm.flops import costs_of
 from rdlm.objectives.masked import MaskedDiffusion
 from serve.engine.runner import logprobs_of
@@ -92,6 +93,8 @@ class MaskedRunner:
         self._costs = {block: costs_of(block) for block in denoiser.parts}
 
     def step_counts(self, num_steps: int, blocks: frozenset[int] = frozenset()) -> StepCounts:
+        if num_steps < 1:
+            raise UserError("num_steps", num_steps, "is out of range", "this model takes 1 or more")
         return StepCounts(num_steps, num_steps, num_steps, num_steps)
 
     def sequence(self, number: int, request: Request, chunk: int) -> MaskedSequence:

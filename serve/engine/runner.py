@@ -162,6 +162,8 @@ class Runner:
         """The request as the engine steps it. chunk: prompt positions of a segment; a sweep's prompt is one
         segment."""
         blocks, first = self._blocks_of(request.budget), request.budget.steps_at(0)
+        for k in {request.budget.num_steps, *request.budget.schedule, *request.sweep}:
+            self.step_counts(k)  # refused here, not by the step that comes to it
         chunk = len(request.prompt) if request.sweep else chunk
         return Sequence(number, request, self.step_counts(first, blocks), chunk, blocks)
 

@@ -4,6 +4,7 @@ each token took."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,13 @@ def test_every_criterion_of_the_table_exits_at_its_extreme_threshold(
             name == "argmax-stability" or steps == [3] * 6
         )
         assert [event.steps for event in engine.generate([ask(8, ExitRule(name, 0.0, 3))])[0]] == [8] * 6
+
+
+def test_the_documentation_has_the_table() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    for name, criterion in CRITERIA.items():
+        threshold = f"{criterion.default_threshold:f}".rstrip("0").rstrip(".")
+        assert f"| `{name}` | {threshold} | {criterion.description} |" in text
 
 
 @pytest.mark.parametrize(

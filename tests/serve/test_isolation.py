@@ -244,3 +244,31 @@ def test_what_a_step_finds_wrong_with_a_request_is_the_clients_error(
     text = answer.text.split("\n\n")[-3].removeprefix("data: ") if stream else answer.text
     error = json.loads(text)["error"]
     assert error["param"] == "logit_bias" and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("objective", ["onestep", "masked"])
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"prompt": ()}, "prompt"),
+        ({"prompt": (5, 300)}, "prompt"),
+        ({"prompt": (-1,)}, "prompt"),
+        ({"max_tokens": 127}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"budget": StepBudget(0)}, "num_steps"),
+        ({"budget": StepBudget(2, schedule=(2, 99))}, "num_steps"),
+    ],
+)
+def test_what_no_step_could_serve_is_refused_at_submission(
+    objective: str, fields: dict[str, Any], names: str, make_engine: Callable[..., Engine]
+) -> None:
+    """In process nothing has checked a request before: it must not come as far as the thread that serves
+    everybody."""
+    engine = make_engine(objective, "masked" if objective == "masked" else "huginn")
+    one = replace(Request((5, 6), StepBudget(2), 0, prompt_logprobs=0), **fields)
+    if objective == "masked" and "budget" in fields and one.budget.schedule:
+        return  # K does not vary there
+    with pytest.raises(UserError) as refused:
+        engine.submit([one], lambda event: None)
+    assert refused.value.field == names
+    assert engine.generate([Request((5, 6), StepBudget(2), 2)])[0][-1].finish == "length"
