@@ -1,4 +1,5 @@
-"""Costly results on disk, so that an interrupted measurement goes on where it stopped; and progress bars for them."""
+"""Costly results on disk, so that an interrupted measurement goes on where it stopped; and progress bars for
+them."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def cached(
     compute: Callable[[Sequence[Any], Progress], np.ndarray],
     progress: Progress = None,
 ) -> np.ndarray:
-    """compute(texts, progress) -> [texts, ...], in chunks kept as files under a hash of ``key`` and the chunk, so that it resumes."""
+    """compute(texts, progress) -> [texts, ...], in chunks kept as files under a hash of ``key`` and the
+    chunk, so that it resumes."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for first in range(0, len(texts), CHUNK_TEXTS):

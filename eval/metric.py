@@ -1,7 +1,8 @@
 """What a metric is: a class that measures, prints, plots and reports; and the parts that a report is made of.
 
-One metric is one class in one file and one line in eval/registry.py. Its options are the fields of a dataclass, its result is a JSON
-document that begins with ``provenance.origin``, and `rdlm eval report` puts the results of several files into one section.
+One metric is one class in one file and one line in eval/registry.py. Its options are the fields of a
+dataclass, its result is a JSON document that begins with ``provenance.origin``, and `rdlm eval report` puts
+the results of several files into one section.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Metric(ABC):
         return report
 
     def run(self, options: Any) -> None:
-        """Measure, print, and write what was asked for."""
+        """Measure, print, and write the files that the options name."""
         report = self.measure(options)
         self.show(report, Console())
         if options.out is not None:

@@ -133,7 +133,8 @@ def choices(option: str, text: str, known: Collection[str]) -> list[str]:
 
 
 def iterates(config: CheckpointConfig) -> bool:
-    """Whether K steps are an iteration of one state, which may go on beyond the largest K that users are offered."""
+    """Whether K steps are an iteration of one state, which may go on beyond the largest K that users are
+    offered."""
     return config.objective.supports_exits and config.model.iterates
 
 
@@ -142,8 +143,9 @@ def check_steps(
 ) -> tuple[int, ...]:
     """The K to evaluate, ascending; UserError for one out of range.
 
-    beyond: iterations of one state may go past ``recurrence.max_steps``, up to MOST_STEPS, as the bound of a masked model always may.
-    None takes those with a likelihood: what the objective names, else USUAL_STEPS, as far as they are in range.
+    beyond: iterations of one state may go past ``recurrence.max_steps``, up to MOST_STEPS, as the bound of a
+    masked model always may. None takes those with a likelihood: what the objective names, else USUAL_STEPS,
+    as far as they are in range.
     """
     limit = config.max_steps
     if not config.objective.left_to_right or (beyond and iterates(config)):

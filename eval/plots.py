@@ -64,16 +64,17 @@ def colour(i: int) -> str:
 def against_k(
     curves: dict[str, list[Row]], what: str, bands: dict[str, tuple[float, float]] | None = None
 ) -> bytes:
-    """PNG with a curve for each name over rows of {"K", "value", "value_interval"}; ``bands``: intervals that do not depend on K."""
+    """PNG with a curve for each name over rows of {"K", "value", "value_interval"}; ``bands``: intervals that
+    do not depend on K."""
     figure, (axes,) = new_figure()
     for name, (low, high) in (bands or {}).items():
         axes.axhspan(low, high, color="grey", alpha=0.3)
         axes.annotate(name, (0.01, high), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
     for i, (name, rows) in enumerate(curves.items()):
-        beside = 1.025 ** (
+        shift = 1.025 ** (
             i - (len(curves) - 1) / 2
         )  # so that the intervals of equal K do not hide each other
-        shifted = [{**row, "K": row["K"] * beside} for row in rows]
+        shifted = [{**row, "K": row["K"] * shift} for row in rows]
         with_errors(axes, shifted, "K", "value", marker="o", markersize=4, color=colour(i), label=name)
     k_axis(axes, [row["K"] for rows in curves.values() for row in rows], "K")
     axes.set_ylabel(what)

@@ -47,7 +47,8 @@ def machine() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """JSON facts about this process; ``git_commit`` is None outside a checkout and ends in ``-dirty`` with uncommitted changes."""
+    """JSON facts about this process; ``git_commit`` is None outside a checkout and ends in ``-dirty`` with
+    uncommitted changes."""
     program = Path(sys.argv[0])
     return {
         "command": shlex.join(

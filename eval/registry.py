@@ -1,4 +1,5 @@
-"""Every metric of ``rdlm eval``: a line each. A metric is imported when it is run, or when a report holds its results."""
+"""Every metric of ``rdlm eval``: a line each. A metric is imported when it is run, or when a report holds its
+results."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ METRICS: dict[str, tuple[str, str]] = {
     ),
     "ce-by-sigma": (
         "eval.texts.noise_curve:NoiseCurve",
-        "Cross-entropy against the noise level, beside the best possible.",
+        "Cross-entropy against the noise level, compared with the best possible.",
     ),
     "accuracy": (
         "eval.images.accuracy:Accuracy",
@@ -45,7 +46,8 @@ def load_metric(name: str) -> Metric:
 
 
 def metric_of(report: Any) -> str | None:
-    """The metric that wrote a file of results; None for a file that is none. lm-eval's own files name no evaluation."""
+    """The metric that wrote a file of results; None for a file that is none. lm-eval's own files name no
+    evaluation."""
     if not isinstance(report, dict):
         return None
     if "lm_eval_version" in report and "results" in report:

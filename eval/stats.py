@@ -1,5 +1,6 @@
-"""Percentile bootstrap (Efron 1979) over independent units: prompts, windows, images, or groups of texts; and figures with their
-intervals as text. Every set that shares its units is resampled with the same draws, so comparisons are paired."""
+"""Percentile bootstrap (Efron 1979) over independent units: prompts, windows, images, or groups of texts; and
+figures with their intervals as text. Every set that shares its units is resampled with the same draws, so
+comparisons are paired."""
 
 from __future__ import annotations
 

@@ -79,7 +79,8 @@ def prepare_command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
 ) -> None:
-    """Tokenise text into shards with a manifest: streamed, split by document, the same bytes for the same inputs."""
+    """Tokenise text into shards with a manifest: streamed, split by document, the same bytes for the same
+    inputs."""
     options = Preparation(
         source=source,
         out=out,
@@ -144,7 +145,8 @@ def images_command(
     label_column: Annotated[str, typer.Option(help="Integer column that holds the class.")] = "label",
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
 ) -> None:
-    """Write labelled images as arrays with a manifest: one size, one list of classes, the same bytes for the same inputs."""
+    """Write labelled images as arrays with a manifest: one size, one list of classes, the same bytes for the
+    same inputs."""
     options = ImagePreparation(
         source, out, valid, test, valid_fraction, test_fraction, seed, size, label_column
     )

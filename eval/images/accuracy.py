@@ -41,7 +41,8 @@ USUAL_STEPS = (1, 2, 4, 8)
 
 
 def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]:
-    """The K to evaluate, ascending; UserError for one out of range. None: 1 where K is one pass, else USUAL_STEPS and the default."""
+    """The K to evaluate, ascending; UserError for one out of range. None: 1 where K is one pass, else
+    USUAL_STEPS and the default."""
     config = loaded.config
     if steps is None:
         steps = sorted({*(k for k in USUAL_STEPS if k <= config.max_steps), config.default_steps})
@@ -77,12 +78,13 @@ def evaluate_accuracy(
     batch_size: int = 128,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """-> {"images", "nll", "nll_interval", "estimator", "results": [{"bridge", "K", "accuracy", "delta", "against_first_bridge", each with
-    "..._interval", "draws", "draw_sd", "by_class", "right"}]}.
+    """-> {"images", "nll", "nll_interval", "estimator", "results": [{"bridge", "K", "accuracy", "delta",
+    "against_first_bridge", each with "..._interval", "draws", "draw_sd", "by_class", "right"}]}.
 
-    delta is against the smallest K over the same bridge, ``against_first_bridge`` at the same K; both are paired by image. ``nll``: nats
-    per image at K = 1, where the likelihood is normalised. Noise of an image depends on (seed, draw, its number) alone. K = 1 reads
-    z = 0, so there is one draw of it. by_class: accuracy of each class. right: of each image in how many draws, a digit each.
+    delta is against the smallest K over the same bridge, ``against_first_bridge`` at the same K; both are
+    paired by image. ``nll``: nats per image at K = 1, where the likelihood is normalised. Noise of an image
+    depends on (seed, draw, its number) alone. K = 1 reads z = 0, so there is one draw of it. by_class:
+    accuracy of each class. right: of each image in how many draws, a digit each.
     """
     count = len(store) if max_images is None else min(len(store), max_images)
     device = next(loaded.denoiser.parameters()).device
@@ -143,7 +145,8 @@ def _summarise(
 
 
 class Accuracy(Metric):
-    """Share of images whose class is named, and the NLL of the class, with 95 % bootstrap intervals over images."""
+    """Share of images whose class is named, and the NLL of the class, with 95 % bootstrap intervals over
+    images."""
 
     name = "accuracy"
     example = "rdlm eval accuracy --checkpoint runs/vit_cifar10/model --data data/cifar10 --num-steps 1,4 --plot a.png"

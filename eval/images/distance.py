@@ -1,7 +1,9 @@
-"""Distances between two sets of images in a network's features: Frechet (Heusel et al. 2017, Eq. 6) and kernel (Binkowski et al. 2018).
+"""Distances between two sets of images in a network's features: Frechet (Heusel et al. 2017, Eq. 6) and
+kernel (Binkowski et al. 2018).
 
-The Frechet distance of finite sets lies above that of their distributions, by more for fewer images, and needs more images than
-features. The kernel distance has no bias. Both stand beside a floor: the same distances between disjoint parts of the reference.
+The Frechet distance of finite sets lies above that of their distributions, by more for fewer images, and
+needs more images than features. The kernel distance has no bias. Both are reported with a floor: the same
+distances between disjoint parts of the reference.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def frechet(x: Tensor, y: Tensor) -> float:
     """|mean difference|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)) of features fp64 [n, D] and [m, D].
 
-    The last trace is the sum of the singular values of A_x A_y^T: no root of a matrix is taken, so none can fail to exist.
+    The last trace is the sum of the singular values of A_x A_y^T: no root of a matrix is taken, so none can
+    fail to exist.
     """
     (mean_x, a), (mean_y, b) = _moments(x), _moments(y)
     cross = torch.linalg.svdvals(a @ b.T).sum()
@@ -53,8 +56,9 @@ def frechet_with_interval(
 ) -> dict[str, Any]:
     """-> {"frechet", "frechet_interval"}: 1.96 standard deviations over random halves of both sets.
 
-    Halves drawn without replacement vary as the whole does (delete-half jackknife, Shao and Wu 1989). It covers the drawing of images, not
-    the bias. Both are None where a set has no more images than features: its covariance is then not known.
+    Halves drawn without replacement vary as the whole does (delete-half jackknife, Shao and Wu 1989). It
+    covers the drawing of images, not the bias. Both are None where a set has no more images than features:
+    its covariance is then not known.
     """
     if min(len(x), len(y)) <= x.shape[1]:
         return {"frechet": None, "frechet_interval": None}
@@ -72,11 +76,12 @@ def frechet_with_interval(
 
 
 def kernel_distance(x: Tensor, y: Tensor, seed: int) -> dict[str, Any]:
-    """Unbiased squared MMD of features fp64 [n, D] and [m, D] under (x.y / D + 1)^3 -> {"kernel", "kernel_interval", "kernel_subset_sd",
-    "subset_size"}.
+    """Unbiased squared MMD of features fp64 [n, D] and [m, D] under (x.y / D + 1)^3 -> {"kernel",
+    "kernel_interval", "kernel_subset_sd", "subset_size"}.
 
-    subset_sd: over SUBSETS random subsets of both sets, as published. The interval is theirs, scaled to the whole sets (delete-d jackknife,
-    Shao and Wu 1989): s of n images drawn without replacement vary n/s - 1 times as much as n images do.
+    subset_sd: over SUBSETS random subsets of both sets, as published. The interval is theirs, scaled to the
+    whole sets (delete-d jackknife, Shao and Wu 1989): s of n images drawn without replacement vary n/s - 1
+    times as much as n images do.
     """
     rng, fewest = np.random.default_rng(seed), min(len(x), len(y))
     size = min(SUBSET_SIZE, fewest // 2)
@@ -139,9 +144,11 @@ def evaluate_images(
     num_images: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Distances of each of ``sets``, which are equally large, from ``reference``, and the floor, with what names all and the features.
+    """Distances of each of ``sets``, which are equally large, from ``reference``, and the floor, with what
+    names all and the features.
 
-    num_images: draw so many of each set (seeded); None takes all. Figures do not depend on the order of images in a set that is used whole.
+    num_images: draw so many of each set (seeded); None takes all. Figures do not depend on the order of
+    images in a set that is used whole.
     """
     results: list[dict[str, Any]] = []
     size, count = None, 0
@@ -233,7 +240,8 @@ def _digests(
     size: tuple[int, ...] | None,
     progress: Callable[[int], object] | None,
 ) -> list[str]:
-    """sha256 of the pixels of each image; UserError where one has not ``size`` (H, W), or without it not that of the first."""
+    """sha256 of the pixels of each image; UserError where one has not ``size`` (H, W), or without it not that
+    of the first."""
     out = []
     for index in indices:
         pixels = images.read(index)

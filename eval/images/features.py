@@ -26,7 +26,8 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 @dataclass(frozen=True)
 class Extractor:
-    """uint8 images [B, 3, H, W] -> features [B, dimensions]. ``fingerprint`` names the weights wherever they came from."""
+    """uint8 images [B, 3, H, W] -> features [B, dimensions]. ``fingerprint`` names the weights wherever they
+    came from."""
 
     name: str
     dimensions: int
@@ -92,7 +93,8 @@ def _lite0(device: str) -> Extractor:
 
 
 def _inception(device: str) -> Extractor:
-    """InceptionV3 with the weights of published FID, through torch-fidelity: 2,048 features after the last pooling."""
+    """InceptionV3 with the weights of published FID, through torch-fidelity: 2,048 features after the last
+    pooling."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (
@@ -115,7 +117,8 @@ def _inception(device: str) -> Extractor:
 
 
 def inception_weights() -> Path:
-    """The file in torch's hub cache, downloaded if it is not there. UserError offline, and for a file of other content."""
+    """The file in torch's hub cache, downloaded if it is not there. UserError offline, and for a file of
+    other content."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
     remedy = f"download {INCEPTION_URL} where it can be reached, and put it there"
     if not file.is_file():

@@ -1,4 +1,5 @@
-"""How far two sets of images lie apart, of files or of a checkpoint that draws them (eval/images/distance.py)."""
+"""How far two sets of images lie apart, of files or of a checkpoint that draws them
+(eval/images/distance.py)."""
 
 from __future__ import annotations
 
@@ -29,14 +30,15 @@ from rdlm.errors import UserError
 
 SET = "a folder of PNG or JPEG files, an .npy or .npz array (uint8 [N, H, W, 3]), or a parquet file with an image column"
 NUM_DRAWN = 2000
-"""Images of a checkpoint where no number is asked for: more than either network has features."""
+"""Images of a checkpoint by default: more than either network has features."""
 DIGITS = {"frechet": ".2f", "kernel": ".5f"}
 
 
 class Fid(Metric):
-    """Frechet and kernel distance between two sets of images, beside the floor between parts of the reference.
+    """Frechet and kernel distance between two sets of images, with the floor between parts of the reference.
 
-    With --checkpoint at every combination of --num-steps, --guidance and --solver, on images of all classes in turn.
+    With --checkpoint at every combination of --num-steps, --guidance and --solver, on images of all classes
+    in turn.
     """
 
     name = "fid"
@@ -214,7 +216,7 @@ def _cells(row: dict[str, Any], name: str) -> tuple[str, str]:
 
 
 def notes(report: Json) -> list[str]:
-    """What a reader must know beside the figures."""
+    """What a reader must know besides the figures."""
     name, kernel = report["figures"]["frechet"], report["figures"]["kernel"]
     out = (
         []
@@ -257,7 +259,7 @@ def _against(mine: Json, other: Json, name: str) -> str:
 
 
 def plot_images(reports: Mapping[str, Json], file: Path) -> None:
-    """Both distances of named reports beside their floors, as PNG; of checkpoints against K."""
+    """Both distances of named reports and their floors, as PNG; of checkpoints against K."""
     write_png(_figure([Run(file, "fid", name, report) for name, report in reports.items()]), file)
 
 

@@ -42,7 +42,8 @@ class Setting:
 def settings(
     steps: Sequence[int], guidance: Sequence[float], solvers: Sequence[str], most: int
 ) -> list[Setting]:
-    """All combinations, K changing fastest; UserError for values out of range (``most``: the checkpoint's largest K)."""
+    """All combinations, K changing fastest; UserError for values out of range (``most``: the checkpoint's
+    largest K)."""
     for k in steps:
         if not 1 <= k <= most:
             raise UserError("--num-steps", k, "is out of range", f"this checkpoint takes 1 to {most}")
@@ -62,7 +63,8 @@ def drawn(
     cache: Path,
     bar: Bar,
 ) -> ImageSet:
-    """``count`` images, of the classes 0, 1, 2, .. in turn. facts: eval.provenance.checkpoint_facts, which names them on disk."""
+    """``count`` images, of the classes 0, 1, 2, .. in turn. facts: eval.provenance.checkpoint_facts, which
+    names them on disk."""
     shape, device = cast(ImageConfig, loaded.config.model), next(loaded.denoiser.parameters()).device
     key = (
         "images",

@@ -1,6 +1,8 @@
-"""One report out of the JSON files that the metrics and lm-eval have written: as HTML, as Markdown and as JSON.
+"""One report out of the JSON files that the metrics and lm-eval have written: as HTML, as Markdown and as
+JSON.
 
-The HTML file has everything inside; Markdown has its figures beside it. Both are templates of this folder.
+The HTML file has everything inside; Markdown refers to its figures as files. Both are templates of this
+folder.
 """
 
 from __future__ import annotations
@@ -35,14 +37,16 @@ def report(
     ),
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "Evaluation",
 ) -> None:
-    """Put results side by side: tables, curves, samples and provenance. Refuses what was not measured in the same way."""
+    """Put results side by side: tables, curves, samples and provenance. Refuses what was not measured in the
+    same way."""
     found = read_runs(runs)
     for file in write_report(out, title, sections(found), found):
         typer.echo(file)
 
 
 def read_runs(files: Sequence[Path]) -> list[Run]:
-    """UserError for a file that is no result. A name that several files of one metric share is told apart by their file names."""
+    """UserError for a file that is no result. A name that several files of one metric share is told apart by
+    their file names."""
     found = [_read(file) for file in files]
     names = [(run.metric, run.label) for run in found]
     return [
@@ -73,7 +77,8 @@ def _read(file: Path) -> Run:
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """One for each metric there is, in the order of the registry, and provenance. UserError where files of one were measured differently."""
+    """One for each metric there is, in the order of the registry, and provenance. UserError where files of
+    one were measured differently."""
     chosen = {name: [run for run in runs if run.metric == name] for name in METRICS}
     metrics: dict[str, Metric] = {name: load_metric(name) for name, found in chosen.items() if found}
     for name, metric in metrics.items():
@@ -91,7 +96,8 @@ def _provenance(runs: Sequence[Run], metrics: dict[str, Metric]) -> Section:
 
 
 def write_report(folder: Path, title: str, sections: Sequence[Section], runs: Sequence[Run]) -> list[Path]:
-    """Write report.html, report.md (with a PNG for each figure) and report.json into the folder. -> their paths."""
+    """Write report.html, report.md (with a PNG for each figure) and report.json into the folder. -> their
+    paths."""
     page, text, data = folder / "report.html", folder / "report.md", folder / "report.json"
     figures = _figures(sections)
     templates = _templates()

@@ -1,4 +1,4 @@
-"""Does the state settle? What one more core step changes: the latent state, and the most probable token."""
+"""Does the state converge? What one more core step changes: the latent state, and the most probable token."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ def evaluate_convergence(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """What step k = 2 .. num_steps changes, means over the positions that count, with bootstrap 95 % intervals over rows.
+    """What step k = 2 .. num_steps changes, means over the positions that count, with bootstrap 95 %
+    intervals over rows.
 
-    -> {"results": [{"K": k, "distance", "changed"}] with "..._interval", "picture": {"distance", "changed"}: [steps][columns]}.
-    distance: |s_k - s_(k-1)| / |s_k| of the latent state. changed: share of positions whose most probable token is another one than
-    a step before. All rows must be equally long.
+    -> {"results": [{"K": k, "distance", "changed"}] with "..._interval", "picture": {"distance", "changed"}:
+    [steps][columns]}. distance: |s_k - s_(k-1)| / |s_k| of the latent state. changed: share of positions
+    whose most probable token is another one than a step before. All rows must be equally long.
     """
     device = next(loaded.denoiser.parameters()).device
     parts, masks = [], []
@@ -120,7 +121,8 @@ def draw_picture(axes: Any, report: dict[str, Any]) -> None:
 
 
 class Convergence(Metric):
-    """Relative change of the latent state and share of changed top tokens at each core step, on held-out text."""
+    """Relative change of the latent state and share of changed top tokens at each core step, on held-out
+    text."""
 
     name = "convergence"
     example = "rdlm eval convergence --checkpoint runs/demo/model --data data/demo --plot c.png"

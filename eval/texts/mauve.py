@@ -1,7 +1,8 @@
-"""MAUVE (Pillutla et al. 2021): how far the distribution of a model's texts lies from that of human ones, in a teacher's features.
+"""MAUVE (Pillutla et al. 2021): how far the distribution of a model's texts lies from that of human ones, in
+a teacher's features.
 
-The only file that imports the package mauve (GPLv3, optional). Features come from eval/texts/judge_models.py: the package's own featuriser
-knows local folders only by certain names.
+The only file that imports the package mauve (GPLv3, optional). Features come from eval/texts/judge_models.py:
+the package's own featuriser knows local folders only by certain names.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from rdlm.errors import UserError
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a score depends on beside the model. Scores of different protocols cannot be compared."""
+    """What a score depends on besides the model. Scores of different protocols cannot be compared."""
 
     name: str
     prompts: int
@@ -59,8 +60,8 @@ PROTOCOLS = {
     "standard": Protocol("standard", 1000, 1, 50, 50, 5.0, 5),
     "quick": Protocol("quick", 200, 1, 50, 50, 5.0, 3),
 }
-"""paper: DiffusionBlocks App. E, after SEDD (the length of its prompts is not stated; 50 here). Factor 5 is the package's default and
-spreads good scores, which factor 2 squeezes to .98-.99."""
+"""paper: DiffusionBlocks App. E, after SEDD (the length of its prompts is not stated; 50 here). Factor 5 is
+the package's default and spreads good scores, which factor 2 squeezes to .98-.99."""
 
 
 RESAMPLES = 200
@@ -75,11 +76,12 @@ def require_mauve() -> None:
 
 
 def mauve(p: np.ndarray, q: np.ndarray, scaling_factor: float, seeds: Sequence[int]) -> dict[str, Any]:
-    """p, q: features [n, D] -> {"value": mean over k-means seeds, "interval", "sd", "text_sd", "per_seed", "num_buckets"}.
+    """p, q: features [n, D] -> {"value": mean over k-means seeds, "interval", "sd", "text_sd", "per_seed",
+    "num_buckets"}.
 
-    Buckets, PCA and k-means are the package's defaults. sd: deviation of clustering (None with one seed). text_sd: of drawing other texts,
-    by bootstrap of the bucket counts. interval: 1.96 times both together, because resampled counts lie too low on average to give
-    the interval by their percentiles.
+    Buckets, PCA and k-means are the package's defaults. sd: deviation of clustering (None with one seed).
+    text_sd: of drawing other texts, by bootstrap of the bucket counts. interval: 1.96 times both together,
+    because resampled counts lie too low on average to give the interval by their percentiles.
     """
     import faiss
     from mauve import compute_mauve
@@ -107,15 +109,16 @@ def mauve(p: np.ndarray, q: np.ndarray, scaling_factor: float, seeds: Sequence[i
 
 
 def _text_sd(p: np.ndarray, num_p: int, q: np.ndarray, num_q: int, scaling_factor: float, seed: int) -> float:
-    """Standard deviation of the score over resamples of the texts, each kept in its bucket. p, q: shares of the buckets."""
+    """Standard deviation of the score over resamples of the texts, each kept in its bucket. p, q: shares of
+    the buckets."""
     rng = np.random.default_rng(seed)
     drawn_p, drawn_q = (rng.multinomial(n, shares, RESAMPLES) / n for n, shares in ((num_p, p), (num_q, q)))
     return float(np.std(scores_of_shares(drawn_p, drawn_q, scaling_factor), ddof=1))
 
 
 def scores_of_shares(p: np.ndarray, q: np.ndarray, scaling_factor: float) -> np.ndarray:
-    """The package's score of histograms p, q [rows, buckets] -> [rows]: the area under the divergence curve (Pillutla et al. 2021, Eq. 3),
-    the mean of the areas seen from either axis."""
+    """The package's score of histograms p, q [rows, buckets] -> [rows]: the area under the divergence curve
+    (Pillutla et al. 2021, Eq. 3), the mean of the areas seen from either axis."""
     weights = np.linspace(1e-6, 1 - 1e-6, 25)[:, None, None]
     mixed = weights * p + (1 - weights) * q
 
@@ -143,8 +146,9 @@ def evaluate_mauve(
     protocol: Protocol, human: Texts, others: Texts, generated: Sequence[tuple[Setting, Texts]], featuriser: Teacher, cache: Path, bar: Bar,
     seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores of every setting against ``human``; ceiling and floor are ``others`` (human texts after other prompts) and their words
-    shuffled. -> {"protocol", "featuriser", "references", "ceiling", "floor", "results"}.
+    """Scores of every setting against ``human``; ceiling and floor are ``others`` (human texts after other
+    prompts) and their words shuffled. -> {"protocol", "featuriser", "references", "ceiling", "floor",
+    "results"}.
 
     Each score holds "texts", how many there were; "empty_texts" had nothing to featurise and were left out.
     """
@@ -180,7 +184,8 @@ def evaluate_mauve(
 
 
 def _compare(score: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """Difference of two scores; its interval takes them as independent, too wide for scores against the same references."""
+    """Difference of two scores; its interval takes them as independent, too wide for scores against the same
+    references."""
     difference, (low, high) = mover(
         (score["value"], score["interval"]), (reference["value"], reference["interval"])
     )
@@ -201,7 +206,8 @@ def _features(featuriser: Teacher, texts: Texts, cache: Path, bar: Bar, what: st
 
 
 class Mauve(Metric):
-    """Distance of the distribution of generated texts from human ones, with a human ceiling and a shuffled floor."""
+    """Distance of the distribution of generated texts from human ones, with a human ceiling and a shuffled
+    floor."""
 
     name = "mauve"
     example = "rdlm eval mauve --checkpoint runs/demo/model --data data/demo --protocol quick --num-steps 1,4"

@@ -35,12 +35,15 @@ def evaluate_nll(
     num_draws: int = 8,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """NLL (nats per token), perplexity, bits per byte and per character at each K, with bootstrap 95 % intervals over windows.
+    """NLL (nats per token), perplexity, bits per byte and per character at each K, with bootstrap 95 %
+    intervals over windows.
 
-    corpus_windows: batches [B, T]; a row is one window, the unit that is resampled. ``progress`` is told the rows done.
-    -> {"tokens", "windows", "bytes", "characters", "results": [{"K", "nll", "delta_nll", both with "..._interval", "perplexity",
-    "bits_per_byte", "bits_per_character", "estimator"}], "window_nll": {K: [nats per window]}, "window_tokens"}.
-    delta_nll is against the smallest K, its interval is paired. Bits per byte and character leave out special tokens.
+    corpus_windows: batches [B, T]; a row is one window, the unit that is resampled. ``progress`` takes the
+    number of rows done.
+    -> {"tokens", "windows", "bytes", "characters", "results": [{"K", "nll", "delta_nll", both with
+    "..._interval", "perplexity", "bits_per_byte", "bits_per_character", "estimator"}], "window_nll": {K:
+    [nats per window]}, "window_tokens"}. delta_nll is against the smallest K, its interval is paired. Bits
+    per byte and character leave out special tokens.
     """
     num_bytes, num_characters = _text_tables(loaded)
     nats: dict[int, list[torch.Tensor]] = {k: [] for k in steps}
@@ -81,7 +84,8 @@ def evaluate_nll(
 
 
 def _text_tables(loaded: Loaded) -> tuple[torch.Tensor, torch.Tensor]:
-    """UTF-8 bytes of each id, and how many characters begin in it, int64 [V] each; zeros where the ids are not text."""
+    """UTF-8 bytes of each id, and how many characters begin in it, int64 [V] each; zeros where the ids are
+    not text."""
     tables = torch.zeros((2, loaded.config.model.vocab_size), dtype=torch.int64)
     if loaded.tokenizer is not None:
         for i, content in enumerate(loaded.tokenizer.token_bytes()):
@@ -112,7 +116,8 @@ def _summarise(sums: dict[int, np.ndarray], counts: np.ndarray, seed: int) -> li
 
 
 class Nll(Metric):
-    """Held-out NLL per token (of masked models a bound), perplexity and bits per byte against K, with 95 % bootstrap intervals."""
+    """Held-out NLL per token (of masked models a bound), perplexity and bits per byte against K, with 95 %
+    bootstrap intervals."""
 
     name = "nll"
     example = "rdlm eval nll --checkpoint runs/demo/model --data data/demo --num-steps 1,4,16 --plot nll.png"
@@ -194,7 +199,8 @@ class Nll(Metric):
         return {**super().protocol(report), **window_protocol(report)}
 
     def section(self, runs: list[Run]) -> Section:
-        """Where both files hold the nats of every window (``--per-window``) the bootstrap of a difference is paired."""
+        """Where both files hold the nats of every window (``--per-window``) the bootstrap of a difference is
+        paired."""
         first, rows = runs[0], []
         for run in runs:
             for r in run.report["results"]:

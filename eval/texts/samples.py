@@ -1,8 +1,9 @@
-"""Continuations of held-out text by a checkpoint, through the engine that serves it, kept in files that resume; and what the author
-wrote in their place.
+"""Continuations of held-out text by a checkpoint, through the engine that serves it, kept in files that
+resume; and what the author wrote in their place.
 
-A file is JSONL: a header with everything that decides the texts, then a line per prompt. Its name is a hash of the header. Prompts are
-taken in one fixed order, so a run that asks for more of them goes on where a smaller one ended.
+A file is JSONL: a header with everything that decides the texts, then a line per prompt. Its name is a hash
+of the header. Prompts are taken in one fixed order, so a run that asks for more of them goes on where a
+smaller one ended.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from serve.settings import EngineSettings
 Texts = list[list[str]]
 """texts[prompt][choice]"""
 CHOICE_SEED = 0
-"""Decides which passages of a split are taken. One for all runs, so that every report continues the same prompts."""
+"""Decides which passages of a split are taken. One for all runs, so that every report continues the same
+prompts."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ class Passage:
 
 @dataclass(frozen=True)
 class Shape:
-    """What is asked for each prompt: tokens of the prompt, tokens of a continuation, and how many of them.
+    """What is generated for each prompt: tokens of the prompt, tokens of a continuation, and how many of
+    them.
 
-    across_documents: prompts may contain an end of text and answers may produce one. Otherwise no passage does, and answers have it
-    banned, so that both sides go on for exactly max_tokens.
+    across_documents: prompts may contain an end of text and answers may produce one. Otherwise no passage
+    does, and answers have it banned, so that both sides go on for exactly max_tokens.
     """
 
     prompt_tokens: int
@@ -76,7 +79,8 @@ def passages(store: TokenStore, shape: Shape) -> Iterator[Passage]:
 
 
 def take(found: Iterator[Passage], count: int, shape: Shape, least: int | None = None) -> list[Passage]:
-    """The next ``count`` passages; UserError if there are fewer than ``least`` (by default ``count``) of them."""
+    """The next ``count`` passages; UserError if there are fewer than ``least`` (by default ``count``) of
+    them."""
     taken = [passage for _, passage in zip(range(count), found, strict=False)]
     if len(taken) < (count if least is None else least):
         whole = (
@@ -101,8 +105,8 @@ def to_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 class Sampler:
-    """Continuations of the same passages at any setting. The engine starts at the first text that no file holds; leaving the ``with``
-    block stops it."""
+    """Continuations of the same passages at any setting. The engine starts at the first text that no file
+    holds; leaving the ``with`` block stops it."""
 
     def __init__(
         self,
@@ -114,7 +118,8 @@ class Sampler:
         cache: Path,
         seed: int = 0,
     ) -> None:
-        """folder: the checkpoint. cache: where the files lie. Raises UserError where checkpoint, data and lengths do not fit."""
+        """folder: the checkpoint. cache: where the files lie. Raises UserError where checkpoint, data and
+        lengths do not fit."""
         self._loaded = checkpoint.load(folder, device=engine.device, dtype=getattr(torch, engine.dtype))
         limit = self._loaded.config.model.max_seq_len
         if shape.prompt_tokens + shape.max_tokens > limit:
@@ -135,7 +140,7 @@ class Sampler:
         self._exit.close()
 
     def _described(self, store: TokenStore) -> dict[str, Any]:
-        """What all settings share beside the checkpoint; together with a setting it decides every token."""
+        """What all settings share besides the checkpoint; together with a setting it decides every token."""
         engine = self._engine_settings
         return {
             "data": {
@@ -185,7 +190,8 @@ class Sampler:
         return self._cache / f"samples-{_digest(self._header(setting))[:20]}.jsonl"
 
     def _header(self, setting: Setting) -> dict[str, Any]:
-        """What decides every text. The number of prompts does not: they are the first ones of a fixed order (``passages``)."""
+        """What decides every text. The number of prompts does not: they are the first ones of a fixed order
+        (``passages``)."""
         samples = {key: value for key, value in self._facts["samples"].items() if key != "prompts"}
         chosen = asdict(setting)
         for name, usual in (("bridge", "hard"), ("order", "random")):  # as without a choice
@@ -196,7 +202,8 @@ class Sampler:
     def continuations(
         self, setting: Setting, progress: Callable[[int], object] | None = None
     ) -> list[list[str]]:
-        """texts[prompt][choice], from the file as far as it goes. ``progress`` is told the prompts done, those found included."""
+        """texts[prompt][choice], from the file as far as it goes. ``progress`` takes the number of prompts
+        done, those found included."""
         file = self.file(setting)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as stream:
@@ -215,7 +222,8 @@ class Sampler:
         return [row["texts"] for row in rows]
 
     def _batches(self, start: int) -> Iterator[list[Passage]]:
-        """As many prompts at a time as the engine has slots for: all answers are equally long, so no slot idles."""
+        """As many prompts at a time as the engine has slots for: all answers are equally long, so no slot
+        idles."""
         size = max(1, self._engine_settings.max_slots // self.shape.continuations)
         for first in range(start, len(self.passages), size):
             yield self.passages[first : first + size]
@@ -322,7 +330,8 @@ def _params(setting: Setting) -> SamplingParams:
 
 
 def _stream(seed: int, window: int) -> int:
-    """A seed for one prompt: with one for all, every prompt would draw the same numbers at the same place. 63 bits."""
+    """A seed for one prompt: with one for all, every prompt would draw the same numbers at the same place. 63
+    bits."""
     return int(hashlib.sha256(f"{seed}:{window}".encode()).hexdigest()[:16], 16) >> 1
 
 
@@ -331,7 +340,8 @@ def _digest(value: object) -> str:
 
 
 def _read(file: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of complete lines. Cuts off a line that an interruption left half written; starts an empty file with its header."""
+    """Rows of complete lines. Cuts off a line that an interruption left half written; starts an empty file
+    with its header."""
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if not whole:

@@ -1,4 +1,5 @@
-"""Decoding settings as a sweep: one point of it, all combinations, and what points are called in tables and figures. No torch here."""
+"""Decoding settings as a sweep: one point of it, all combinations, and what points are called in tables and
+figures. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from rdlm.sampling_params import Bridge, Order
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of decoding: K, temperature (0 is greedy), what cuts the distribution (nothing by default), bridge, and order."""
+    """One way of decoding: K, temperature (0 is greedy), what cuts the distribution (nothing by default),
+    bridge, and order."""
 
     num_steps: int
     temperature: float = 1.0
@@ -27,7 +29,8 @@ class Setting:
 
     @property
     def rest(self) -> str:
-        """What is not K, temperature or a default: "top-p 0.9, min-p 0.05". Settings with equal K and rest form a curve."""
+        """What is not K, temperature or a default: "top-p 0.9, min-p 0.05". Settings with equal K and rest
+        form a curve."""
         others = [field for field in fields(self)[2:] if getattr(self, field.name) != field.default]
         return ", ".join(
             f"{field.name.replace('_', '-')} {_short(getattr(self, field.name))}" for field in others

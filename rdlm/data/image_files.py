@@ -1,4 +1,5 @@
-"""Sets of images, labelled where the source says what they show: a folder of PNG and JPEG files, an array file, or a parquet file."""
+"""Sets of images, labelled where the source says what they show: a folder of PNG and JPEG files, an array
+file, or a parquet file."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ KINDS = "a folder of PNG or JPEG files, an .npy or .npz array of uint8 [N, H, W,
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images that are read when they are asked for. ``option`` is what named the set on the command line."""
+    """Images that are read one at a time. ``option`` is what named the set on the command line."""
 
     option: str
     path: Path
@@ -42,8 +43,8 @@ class ImageSet:
 def open_images(path: Path, option: str, label_column: str = "label") -> ImageSet:
     """UserError for anything that is not KINDS, and for a set without images.
 
-    Labels come from the integer column ``label_column`` of a parquet file (names from its Hugging Face metadata, else the numbers), or
-    from the subfolders of a folder, sorted, if every image lies in one.
+    Labels come from the integer column ``label_column`` of a parquet file (names from its Hugging Face
+    metadata, else the numbers), or from the subfolders of a folder, sorted, if every image lies in one.
     """
     if not path.exists():
         raise UserError(option, str(path), "does not exist", f"give {KINDS}")
@@ -188,7 +189,8 @@ def _parquet(path: Path, option: str, label_column: str) -> ImageSet:
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:
-    """Names of a ``ClassLabel`` column, which the library ``datasets`` writes into the schema; () where there are none."""
+    """Names of a ``ClassLabel`` column, which the library ``datasets`` writes into the schema; () where there
+    are none."""
     try:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
         return tuple(names) if all(isinstance(name, str) for name in names) else ()

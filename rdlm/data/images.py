@@ -1,4 +1,5 @@
-"""Prepared images on disk: ``manifest.json`` and, for each split, ``images.npy`` and ``labels.npy``, both memory-mapped.
+"""Prepared images on disk: ``manifest.json`` and, for each split, ``images.npy`` and ``labels.npy``, both
+memory-mapped.
 
 Training and evaluation both read them here; only ``train`` writes them.
 """
@@ -21,7 +22,8 @@ SCHEMA_VERSION = 1
 
 
 class ImageSplit(Strict):
-    """One split: ``images.npy`` uint8 [count, H, W, 3] and ``labels.npy`` int64 [count] in the folder of its name."""
+    """One split: ``images.npy`` uint8 [count, H, W, 3] and ``labels.npy`` int64 [count] in the folder of its
+    name."""
 
     count: int = Field(ge=1)
     images_sha256: str
@@ -61,7 +63,8 @@ def read_image_manifest(folder: Path) -> ImageManifest:
 def open_split(
     folder: Path, manifest: ImageManifest, split: Literal["train", "valid", "test"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Memory-mapped (images uint8 [N, H, W, 3], labels int64 [N]); UserError where a file is missing or not what the manifest says."""
+    """Memory-mapped (images uint8 [N, H, W, 3], labels int64 [N]); UserError where a file is missing or not
+    what the manifest says."""
     count = manifest.splits[split].count
     images = _open(folder / split / "images.npy", np.uint8, (count, *manifest.image_size, manifest.channels))
     labels = _open(folder / split / "labels.npy", np.int64, (count,))
@@ -107,7 +110,7 @@ class ImageStore:
         return file_sha256(self.folder / MANIFEST)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images by number, in the order asked for. -> (uint8 [n, H, W, 3], int64 [n])"""
+        """Images by number, in the order of ``indices``. -> (uint8 [n, H, W, 3], int64 [n])"""
         return self._images[indices], np.asarray(self._labels[indices])
 
     def rows(self, indices: np.ndarray) -> Batch:
@@ -116,7 +119,8 @@ class ImageStore:
 
 
 def as_batch(pixels: np.ndarray, labels: np.ndarray) -> Batch:
-    """uint8 [n, H, W, C], int64 [n] -> inputs fp32 [n, C, H, W] = pixel / 127.5 - 1, targets int64 [n, 1]; every target counts."""
+    """uint8 [n, H, W, C], int64 [n] -> inputs fp32 [n, C, H, W] = pixel / 127.5 - 1, targets int64 [n, 1];
+    every target counts."""
     inputs = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float().div_(127.5).sub_(1)
     targets = torch.from_numpy(np.array(labels, dtype=np.int64))[:, None]
     return Batch(inputs, targets, torch.ones_like(targets, dtype=torch.bool))

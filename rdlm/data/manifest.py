@@ -1,4 +1,5 @@
-"""What every folder of prepared data has: a ``manifest.json`` that says its kind and version, and files named by their hash."""
+"""What every folder of prepared data has: a ``manifest.json`` that says its kind and version, and files named
+by their hash."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def kind_of(document: dict[str, Any]) -> str:
 
 
 def read_kind(folder: Path, kind: Kind, version: int) -> dict[str, Any]:
-    """The manifest of a folder that holds ``kind`` in ``version``; UserError if it holds another kind or is newer than this code."""
+    """The manifest of a folder that holds ``kind`` in ``version``; UserError if it holds another kind or is
+    newer than this code."""
     document = read_document(folder, COMMANDS[kind])
     if (found := kind_of(document)) != kind:
         remedy = f"give a folder of {COMMANDS[kind]}" + (
@@ -55,7 +57,7 @@ def read_kind(folder: Path, kind: Kind, version: int) -> dict[str, Any]:
 
 
 def file_sha256(file: Path, progress: Callable[[int], object] | None = None) -> str:
-    """Hex digest; ``progress`` is told the bytes of each piece read."""
+    """Hex digest; ``progress`` takes the number of bytes of each piece read."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(1 << 22):

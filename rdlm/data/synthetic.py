@@ -1,12 +1,15 @@
-"""Generated tasks that need serial or joint computation, as rows of token ids with an answer at each position that counts.
+"""Generated tasks that need serial or joint computation, as rows of token ids with an answer at each position
+that counts.
 
-- ``GroupProduct``: the running product in a group (Liu et al. 2023, "Transformers Learn Shortcuts to Automata"; Barrington 1986 for
+- ``GroupProduct``: the running product in a group (Liu et al. 2023, "Transformers Learn Shortcuts to
+  Automata"; Barrington 1986 for
   why S5 cannot be done in constant depth, S3 being the solvable, easier case).
 - ``PointerChasing``: follow a table of pointers, one hop further at every position.
 - ``LatinSquare``: complete a square whose answers depend on each other and may be ambiguous.
 
-Inputs and answers stand beside each other, as a causal model wants them; ``FilledIn`` puts them into one row for masked diffusion.
-Every example is a pure function of (split, seed, row), so the order of generation, batch sizes and restarts change nothing.
+Inputs and answers are two rows of equal length, as a causal model needs them; ``FilledIn`` puts them into one
+row for masked diffusion. Every example is a pure function of (split, seed, row), so the order of generation,
+batch sizes and restarts change nothing.
 """
 
 from __future__ import annotations
@@ -46,17 +49,19 @@ class Task(Protocol):
     """Name of what ``solved`` says."""
 
     def rows(self, indices: np.ndarray, seed: int, split: Split = "train") -> Batch:
-        """Examples by number, [len(indices), length]. Equal arguments give equal examples; the splits draw from different random
-        streams whatever their seeds are."""
+        """Examples by number, [len(indices), length]. Equal arguments give equal examples; the splits draw
+        from different random streams whatever their seeds are."""
 
     def solved(self, batch: Batch, answers: Tensor) -> Tensor:
         """bool [rows]: whether the example's hardest part is right. answers: ids [rows, length]."""
 
 
 class GroupProduct:
-    """Inputs are elements g_1 .. g_T; the target at position i is g_1 * ... * g_i, in the same ids 0 .. |G|-1.
+    """Inputs are elements g_1 .. g_T; the target at position i is g_1 * ... * g_i, in the same ids 0 ..
+    |G|-1.
 
-    Element n is the n-th permutation of ``itertools.permutations(range(k))``; (a * b)(x) = a(b(x)). Id 0 is the identity.
+    Element n is the n-th permutation of ``itertools.permutations(range(k))``; (a * b)(x) = a(b(x)). Id 0 is
+    the identity.
     """
 
     unit, whole, answers_from = "positions", "last", 0
@@ -102,7 +107,8 @@ class GroupProduct:
 
 
 class PointerChasing:
-    """Inputs are a table f(0) .. f(n-1), a start s, then "again" (id n): the target j positions after the start is f^(j+1)(s).
+    """Inputs are a table f(0) .. f(n-1), a start s, then "again" (id n): the target j positions after the
+    start is f^(j+1)(s).
 
     f is one random cycle through all nodes. Only the start and what follows counts: hops 1 .. h.
     """
@@ -146,10 +152,12 @@ class PointerChasing:
 
 
 class LatinSquare:
-    """Inputs are the cells of an n x n square row by row, blanks as id n, and the same again; in the second half each blank's target
-    is its symbol. So answers come after all that is given, and only through their own noised targets do they see each other.
+    """Inputs are the cells of an n x n square row by row, blanks as id n, and the same again; in the second
+    half each blank's target is its symbol. So answers come after all that is given, and only through their
+    own noised targets do they see each other.
 
-    Squares are the cyclic one with rows, columns and symbols permuted. Several completions may exist: ``solved`` accepts each.
+    Squares are the cyclic one with rows, columns and symbols permuted. Several completions may exist:
+    ``solved`` accepts each.
     """
 
     unit, whole = "blanks", "valid"
@@ -196,10 +204,12 @@ Generated = GroupProduct | PointerChasing | LatinSquare
 
 
 class FilledIn:
-    """A task as one row for a model that fills in hidden tokens: what is given stays in sight, the answers that count are hidden.
+    """A task as one row for a model that fills in hidden tokens: what is given stays visible, the answers
+    that count are hidden.
 
-    The row is the inputs with the answers behind them, position by position from ``answers_from``, the first that may count. A Latin
-    square stands there once: its blanks are in the answers' places, so the hidden tokens are the blanks. Nothing else tells an answer.
+    The row is the inputs with the answers behind them, position by position from ``answers_from``, the first
+    that may count. A Latin square stands there once: its blanks are in the answers' places, so the hidden
+    tokens are the blanks. Nothing else tells an answer.
     """
 
     def __init__(self, task: Generated) -> None:
@@ -226,7 +236,8 @@ class FilledIn:
 
 
 def parse_task(name: str, size: int) -> Generated:
-    """ "s3", "s5": products of ``size`` factors; "pointer16": ``size`` hops over 16 nodes; "latin5": ``size`` blanks of 5 x 5 cells.
+    """ "s3", "s5": products of ``size`` factors; "pointer16": ``size`` hops over 16 nodes; "latin5": ``size``
+     blanks of 5 x 5 cells.
 
     Raises UserError for another name.
     """
@@ -251,7 +262,8 @@ def _draws(indices: np.ndarray, count: int, seed: int, split: Split) -> np.ndarr
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele et al. 2014): a bijection of uint64 that scatters neighbouring values."""
+    """SplitMix64's output function (Steele et al. 2014): a bijection of uint64 that scatters neighbouring
+    values."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

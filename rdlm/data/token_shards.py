@@ -1,7 +1,8 @@
-"""Prepared token data on disk: ``manifest.json``, ``tokenizer/`` and memory-mapped ``SPLIT/shard_00000.bin`` files.
+"""Prepared token data on disk: ``manifest.json``, ``tokenizer/`` and memory-mapped ``SPLIT/shard_00000.bin``
+files.
 
-A shard is a flat little-endian array of token ids; the shards of a split are one long stream of documents, each followed by
-the end-of-text token. Training and evaluation both read it here; only ``train`` writes it.
+A shard is a flat little-endian array of token ids; the shards of a split are one long stream of documents,
+each followed by the end-of-text token. Training and evaluation both read it here; only ``train`` writes it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Shard(Strict):
 
 
 class Split(Strict):
-    """Counts of one split. ``bytes``: UTF-8 bytes of its documents; ``tokens`` includes an end-of-text token a document."""
+    """Counts of one split. ``bytes``: UTF-8 bytes of its documents; ``tokens`` includes an end-of-text token
+    a document."""
 
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
@@ -138,7 +140,8 @@ class TokenStore:
         return tokenizer
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), across shards. -> int64 [count]; UserError for an id that the vocabulary has not."""
+        """Tokens [start, start + count), across shards. -> int64 [count]; UserError for an id that the
+        vocabulary has not."""
         if not 0 <= start <= start + count <= len(self):
             raise IndexError(f"tokens {start}..{start + count} of {len(self)}")
         out, filled = np.empty(count, dtype=np.int64), 0
@@ -156,7 +159,8 @@ class TokenStore:
         return out
 
     def num_windows(self, seq_len: int) -> int:
-        """Windows of ``seq_len`` inputs and their next tokens, without overlap of inputs; UserError if there is none."""
+        """Windows of ``seq_len`` inputs and their next tokens, without overlap of inputs; UserError if there
+        is none."""
         count = (len(self) - 1) // seq_len
         if count < 1:
             raise UserError(
@@ -168,13 +172,15 @@ class TokenStore:
         return count
 
     def rows(self, indices: np.ndarray, seq_len: int) -> Batch:
-        """Windows by number: window i is tokens [i T, (i + 1) T] -> Batch [len(indices), T]; every target counts."""
+        """Windows by number: window i is tokens [i T, (i + 1) T] -> Batch [len(indices), T]; every target
+        counts."""
         rows = torch.from_numpy(np.stack([self.read(int(i) * seq_len, seq_len + 1) for i in indices]))
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
         return Batch(inputs, targets, torch.ones_like(targets, dtype=torch.bool))
 
     def windows(self, seq_len: int, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
-        """The first windows in order, at most ``max_tokens`` targets (at least one window): for held-out evaluation."""
+        """The first windows in order, at most ``max_tokens`` targets (at least one window): for held-out
+        evaluation."""
         count = self.num_windows(seq_len)
         if max_tokens is not None:
             count = min(count, max(1, max_tokens // seq_len))

@@ -1,7 +1,8 @@
-"""Text to ids and back: a byte-level BPE (``tokenizer.json``) or a sentencepiece model (``tokenizer.model``), one interface.
+"""Text to ids and back: a byte-level BPE (``tokenizer.json``) or a sentencepiece model (``tokenizer.model``),
+one interface.
 
-Decoding goes through a table of bytes per id, so that a whole text, a stream and a byte count can never disagree.
-Special tokens (end of text, chat marks) are worth no bytes: they decode to nothing.
+Decoding goes through a table of bytes per id, so that a whole text, a stream and a byte count can never
+disagree. Special tokens (end of text, chat marks) are worth no bytes: they decode to nothing.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Tokenizer(Protocol):
         """The text of a special token becomes its single id. UserError if the text is not valid Unicode."""
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Corpus text, taken literally: text that looks like a special token is ordinary text. Nothing is added."""
+        """Corpus text, taken literally: text that looks like a special token is ordinary text. Nothing is
+        added."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not UTF-8 become U+FFFD; special tokens become nothing."""
@@ -137,7 +139,8 @@ class BytePairTokenizer(_ByteTable):
         super().__init__(source, table, special, config)
 
     def encode(self, text: str) -> list[int]:
-        """As the library encodes it, with the ``lstrip``, ``rstrip``, ``single_word`` and ``normalized`` of special tokens."""
+        """As the library encodes it, with the ``lstrip``, ``rstrip``, ``single_word`` and ``normalized`` of
+        special tokens."""
         return self._prompts.encode_batch_fast([_check_unicode(text)], add_special_tokens=False)[0].ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
@@ -146,7 +149,8 @@ class BytePairTokenizer(_ByteTable):
 
 
 class SentencePieceTokenizer(_ByteTable):
-    """A sentencepiece model. Those trained here keep every character; a loaded one applies its own normaliser.
+    """A sentencepiece model. Those trained here keep every character; a loaded one applies its own
+    normaliser.
 
     A model with a "dummy prefix" decodes with that leading space: a continuation of a prompt must keep it.
     """
@@ -206,7 +210,8 @@ class SentencePieceTokenizer(_ByteTable):
 
 
 class StreamDecoder:
-    """Text of a growing list of ids: the deltas of ``feed`` and the last one of ``flush`` join to ``decode`` of all ids.
+    """Text of a growing list of ids: the deltas of ``feed`` and the last one of ``flush`` join to ``decode``
+    of all ids.
 
     A character whose bytes are not complete yet is held back.
     """
@@ -224,12 +229,13 @@ class StreamDecoder:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A folder with tokenizer.json or tokenizer.model, or one of these files; the names of special tokens stand beside it.
+    """A folder with tokenizer.json or tokenizer.model, or one of these files; the names of special tokens are
+    read from files next to it.
 
-    Beginning and end of text are found as transformers finds them: in ``special_tokens_map.json`` (unless ``tokenizer_config.json``
-    lists its added tokens), else in ``tokenizer_config.json``; what they name is special, whatever tokenizer.json calls it. Where
-    none names an end of text it is ``<|endoftext|>``, if that is an added token, or what a sentencepiece model says.
-    UserError if nothing usable is there.
+    Beginning and end of text are found as transformers finds them: in ``special_tokens_map.json`` (unless
+    ``tokenizer_config.json`` lists its added tokens), else in ``tokenizer_config.json``; what they name is
+    special, whatever tokenizer.json calls it. Where none names an end of text it is ``<|endoftext|>``, if
+    that is an added token, or what a sentencepiece model says. UserError if nothing usable is there.
     """
     path = Path(path)
     file = path
@@ -254,7 +260,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_tokenizer(kind: Kind, texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Train on ``texts``; deterministic. The result is lossless and has ``vocab_size`` ids, one of them ``<|endoftext|>``.
+    """Train on ``texts``; deterministic. The result is lossless and has ``vocab_size`` ids, one of them
+    ``<|endoftext|>``.
 
     UserError if the texts cannot fill the vocabulary.
     """
@@ -322,7 +329,7 @@ def _train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """What the files beside a vocabulary say; {} without any."""
+    """What the files next to a vocabulary say; {} without any."""
     config: dict[str, Any] = _read_object(folder / CONFIG_FILE)
     if "added_tokens_decoder" not in config:
         config |= _read_object(folder / "special_tokens_map.json")
@@ -361,7 +368,8 @@ def _with_default_ends(config: Mapping[str, Any], document: Mapping[str, Any]) -
 
 
 def _make_special(document: dict[str, Any], names: set[str]) -> None:
-    """Mark the tokens of these names as special in a tokenizer.json, also where they are ordinary words of the vocabulary."""
+    """Mark the tokens of these names as special in a tokenizer.json, also where they are ordinary words of
+    the vocabulary."""
     added = {token["content"]: token for token in document.get("added_tokens") or ()}
     words = found if isinstance(found := document["model"].get("vocab"), dict) else {}
     for name in sorted(names):
@@ -387,7 +395,8 @@ def _check_unicode(text: str) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Printable stand-in -> byte, as in GPT-2 (Radford et al. 2019): printable Latin-1 is itself, the rest is 256, 257, ..."""
+    """Printable stand-in -> byte, as in GPT-2 (Radford et al. 2019): printable Latin-1 is itself, the rest is
+    256, 257, ..."""
     kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [b for b in range(256) if b not in kept]
     return {chr(b): b for b in kept} | {chr(256 + n): b for n, b in enumerate(moved)}

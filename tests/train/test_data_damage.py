@@ -1,4 +1,5 @@
-"""A prepared folder that was damaged, by whatever means, is one line and exit code 2, or trains as before: never a traceback."""
+"""A prepared folder that was damaged, by whatever means, is one line and exit code 2, or trains as before:
+never a traceback."""
 
 from __future__ import annotations
 

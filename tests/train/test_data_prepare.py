@@ -1,4 +1,5 @@
-"""Preparing data: same bytes for same inputs, split by document, all or nothing, and one clear line for bad input."""
+"""Preparing data: same bytes for same inputs, split by document, all or nothing, and one clear line for bad
+input."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Files of every kind give the same documents; what is not read is said and counted; what is damaged is one clear line."""
+"""Files of every kind give the same documents; what is not read is said and counted; what is damaged is one
+clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Training data behind one interface: ``build_corpus(config)`` gives batches that depend on their arguments alone.
+"""Training data behind one interface: ``build_corpus(config)`` gives batches that depend on their arguments
+alone.
 
 One kind of data is a class and a line in CORPORA.
 """
@@ -67,7 +68,8 @@ class Corpus(Protocol):
         micro_index: int,
         micro_size: int,
     ) -> Batch:
-        """Micro-batch ``micro_index`` of ``rank`` in update ``step``: [micro_size, seq_len], a pure function of the arguments.
+        """Micro-batch ``micro_index`` of ``rank`` in update ``step``: [micro_size, seq_len], a pure function
+        of the arguments.
 
         The rows of one update, over all ranks and micro-batches, depend on (step, seed, global_batch) only.
         """
@@ -77,7 +79,8 @@ class Corpus(Protocol):
 
 
 class TokenCorpus:
-    """Windows of ``seq_len`` tokens that follow each other without overlap, visited in a seeded order, each once an epoch.
+    """Windows of ``seq_len`` tokens that follow each other without overlap, visited in a seeded order, each
+    once an epoch.
 
     Windows cross document ends; every target counts. Held-out windows come from ``valid``.
     """
@@ -85,7 +88,8 @@ class TokenCorpus:
     unit = "token"
 
     def __init__(self, path: str | Path, seq_len: int, split: str = "train", held_out: str = "valid") -> None:
-        """UserError if the shards are missing or damaged, or a split is shorter than one window (valid: when first used)."""
+        """UserError if the shards are missing or damaged, or a split is shorter than one window (valid: when
+        first used)."""
         self._store = TokenStore(path, split)
         self._held_out = held_out
         self.seq_len, self.vocab_size = seq_len, self._store.manifest.vocab_size
@@ -115,7 +119,8 @@ class TokenCorpus:
 
 
 class ImageCorpus:
-    """Images with their class, visited in a seeded order, each once an epoch. Held-out images come from ``valid``, as they are."""
+    """Images with their class, visited in a seeded order, each once an epoch. Held-out images come from
+    ``valid``, as they are."""
 
     tokenizer, unit = None, "image"
     seq_len = 1
@@ -163,9 +168,11 @@ class ImageCorpus:
 
 
 def augmented(pixels: np.ndarray, rows: np.ndarray, seed: int, how: Augment) -> np.ndarray:
-    """uint8 [n, H, W, C] -> the same shape: mirrored with p = 1/2, then (``flip_crop``) moved by up to PAD pixels within its reflection.
+    """uint8 [n, H, W, C] -> the same shape: mirrored with p = 1/2, then (``flip_crop``) moved by up to PAD
+    pixels within its reflection.
 
-    rows: int64 [n], positions in the endless list of training rows. What an image undergoes depends on (seed, position) alone.
+    rows: int64 [n], positions in the endless list of training rows. What an image undergoes depends on (seed,
+    position) alone.
     """
     if how == "none":
         return pixels
@@ -183,13 +190,15 @@ def augmented(pixels: np.ndarray, rows: np.ndarray, seed: int, how: Augment) -> 
 
 
 def _reflected(offset: np.ndarray, size: int) -> np.ndarray:
-    """Source positions, int64 [n, size], of a crop at ``offset`` in an axis of ``size`` padded by PAD on both sides."""
+    """Source positions, int64 [n, size], of a crop at ``offset`` in an axis of ``size`` padded by PAD on both
+    sides."""
     position = np.abs(np.arange(size) + offset.astype(np.int64)[:, None] - PAD)
     return size - 1 - np.abs(size - 1 - position)
 
 
 class GeneratedCorpus:
-    """A task of rdlm/data/synthetic.py: no row number is used twice; held-out rows come from a random stream of their own."""
+    """A task of rdlm/data/synthetic.py: no row number is used twice; held-out rows come from a random stream
+    of their own."""
 
     tokenizer, unit = None, "token"
 
@@ -246,5 +255,6 @@ CORPORA: dict[type[DataConfig], Callable[[Any, bool], Corpus]] = {
 
 
 def build_corpus(config: DataConfig, fills_in: bool = False) -> Corpus:
-    """UserError if the data is missing, damaged or too short. fills_in: whether the model fills in masked tokens of whole rows."""
+    """UserError if the data is missing, damaged or too short. fills_in: whether the model fills in masked
+    tokens of whole rows."""
     return CORPORA[type(config)](config, fills_in)

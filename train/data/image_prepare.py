@@ -40,7 +40,8 @@ class ImagePreparation:
 
 @dataclass(frozen=True)
 class _Part:
-    """One split to be written: the images of a set by number, and their labels among the classes of ``train``."""
+    """One split to be written: the images of a set by number, and their labels among the classes of
+    ``train``."""
 
     images: ImageSet
     indices: np.ndarray
@@ -50,9 +51,11 @@ class _Part:
 def prepare_images(
     options: ImagePreparation, *, force: bool = False, progress: bool = True
 ) -> tuple[ImageManifest, bool]:
-    """Build ``options.out``; -> (manifest, whether it was built now). An identical finished preparation is reused.
+    """Build ``options.out``; -> (manifest, whether it was built now). An identical finished preparation is
+    reused.
 
-    UserError if the folder holds something else and ``force`` is false, or if options or source cannot be used.
+    UserError if the folder holds something else and ``force`` is false, or if options or source cannot be
+    used.
     """
     sources, fractions = _sources(options)
     request = {
@@ -108,7 +111,8 @@ def _sources(options: ImagePreparation) -> tuple[dict[str, ImageSource], dict[st
 def _parts(
     options: ImagePreparation, sets: dict[str, ImageSet], fractions: dict[str, float]
 ) -> dict[str, _Part]:
-    """What each split holds: the first images of a seeded permutation of ``train`` are held out, and order stays that of the source."""
+    """What each split holds: the first images of a seeded permutation of ``train`` are held out, and order
+    stays that of the source."""
     train = sets["train"]
     labels = {split: _labels(images, train.classes) for split, images in sets.items()}
     counts = {split: round(fraction * train.count) for split, fraction in fractions.items()}
@@ -129,7 +133,8 @@ def _parts(
 
 
 def _labels(images: ImageSet, classes: tuple[str, ...]) -> np.ndarray:
-    """The labels of a set as places in ``classes``: names decide, not numbers. UserError for one that is not there."""
+    """The labels of a set as places in ``classes``: names decide, not numbers. UserError for one that is not
+    there."""
     assert images.labels is not None
     low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= len(images.classes):
@@ -152,7 +157,8 @@ def _labels(images: ImageSet, classes: tuple[str, ...]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Brings images to one size [H, W]. ``resize``: scale the shorter side and cut out the centre, else refuse other sizes."""
+    """Brings images to one size [H, W]. ``resize``: scale the shorter side and cut out the centre, else
+    refuse other sizes."""
 
     size: tuple[int, int]
     resize: bool

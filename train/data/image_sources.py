@@ -63,7 +63,8 @@ def open_source(given: str, label_column: str, option: str = "SOURCE") -> dict[s
 
 
 def _places(path: Path, option: str) -> dict[str, Path]:
-    """The sets of a folder that has one a split; a folder of classes (one may be called ``train``) or a file is the train split."""
+    """The sets of a folder that has one a split; a folder of classes (one may be called ``train``) or a file
+    is the train split."""
     classes = path / "train"
     if not (path / "train.parquet").is_file() and not (
         classes.is_dir() and any(each.is_dir() for each in classes.iterdir())

@@ -1,4 +1,5 @@
-"""Which rows a process trains on at a step: pure functions, so that a resumed run needs no state but the step."""
+"""Which rows a process trains on at a step: pure functions, so that a resumed run needs no state but the
+step."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ def row_numbers(
 ) -> np.ndarray:
     """Positions in the endless list of training rows, int64 [micro_size].
 
-    Update ``step`` takes rows [step, step + 1) * global_batch; rank after rank, micro-batch after micro-batch.
+    Update ``step`` takes rows [step, step + 1) * global_batch; rank after rank, micro-batch after
+    micro-batch.
     """
     share = global_batch // world
     if global_batch % world or share % micro_size or not 0 <= micro_index < share // micro_size:
@@ -28,7 +30,8 @@ def row_numbers(
 
 
 def shuffled(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Row numbers -> items 0 .. count-1: each item once an epoch of ``count`` rows, in an order of its own every epoch."""
+    """Row numbers -> items 0 .. count-1: each item once an epoch of ``count`` rows, in an order of its own
+    every epoch."""
     epochs, positions = np.divmod(rows, count)
     items = np.empty_like(rows)
     for epoch in np.unique(epochs):
@@ -38,8 +41,8 @@ def shuffled(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """A seeded bijection of 0 .. count-1 in constant memory: four Feistel rounds on the next power of four, walked until inside
-    (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains")."""
+    """A seeded bijection of 0 .. count-1 in constant memory: four Feistel rounds on the next power of four,
+    walked until inside (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains")."""
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     keys = np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch]).generate_state(4, np.uint64)

@@ -55,10 +55,11 @@ def prepare(
     progress: bool = True,
     note: Callable[[str], object] = lambda line: None,
 ) -> tuple[Manifest, bool]:
-    """Build ``options.out``; -> (manifest, whether it was built now). An identical finished preparation is reused.
+    """Build ``options.out``; -> (manifest, whether it was built now). An identical finished preparation is
+    reused.
 
-    ``note`` is given lines about which files are read and which are not.
-    UserError if the folder holds something else and ``force`` is false, or if options or source cannot be used.
+    ``note`` is given lines about which files are read and which are not. UserError if the folder holds
+    something else and ``force`` is false, or if options or source cannot be used.
     """
     sources, fractions = _sources(options)
     for source in sources.values():
@@ -181,7 +182,8 @@ def _existing(out: Path, request: dict[str, Any]) -> Manifest:
 
 
 def split_of(document: str, seed: int, fractions: dict[str, float]) -> str:
-    """The split of a document by a seeded hash of its text: equal documents land in the same split, in any order."""
+    """The split of a document by a seeded hash of its text: equal documents land in the same split, in any
+    order."""
     if not fractions:
         return "train"
     digest = hashlib.blake2b(

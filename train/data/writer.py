@@ -73,7 +73,8 @@ class SplitWriter:
 
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that becomes ``out`` if the block succeeds. A killed build's remains are replaced by the next."""
+    """A folder next to ``out`` that becomes ``out`` if the block succeeds. A killed build's remains are
+    replaced by the next."""
     folder, old = (out.with_name(f".{out.name}.{what}") for what in ("building", "old"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +119,7 @@ def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
 
 
 def check_same_request(out: Path, request: dict[str, Any]) -> None:
-    """UserError unless ``out`` is a preparation that was asked for in the same words."""
+    """UserError unless ``out`` is a preparation of the same request."""
     if not (out / MANIFEST).is_file():
         raise UserError(
             "--out",
