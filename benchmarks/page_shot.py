@@ -19,8 +19,8 @@ def main(
     url: Annotated[str, typer.Option(help="The server.")],
     out: Annotated[Path, typer.Option(help="PNG to write.")],
     prompt: str = "And it came to pass",
-    steps: Annotated[int, typer.Option(help="K of the slider.")] = 16,
-    compare: Annotated[str, typer.Option(help="K beside it.")] = "2, 4",
+    num_steps: Annotated[int, typer.Option(help="K of the slider.")] = 16,
+    compare: Annotated[str, typer.Option(help="K to compare with.")] = "2, 4",
     tokens: int = 48,
     criterion: Annotated[str, typer.Option(help="Exit criterion, empty for none.")] = "latent-diff",
     threshold: Annotated[str, typer.Option(help="Of the exit, empty for the default.")] = "",
@@ -37,8 +37,8 @@ def main(
         )
         page.set_default_timeout(300_000)
         page.goto(url)
-        page.wait_for_function("() => document.getElementById('steps').max > 1")
-        page.fill("#steps", str(steps))
+        page.wait_for_function("() => document.getElementById('k').max > 1")
+        page.fill("#k", str(num_steps))
         fields = {"#prompt": prompt, "#compare": compare, "#tokens": str(tokens)} | (
             {"#threshold": threshold} if threshold else {}
         )

@@ -33,7 +33,11 @@ def _http_error(request: Request[Any, Any, Any], error: HTTPException) -> Respon
         return _answer(request, ApiError(499, error.detail, "client_error"))
     message = error.detail
     if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
-        message = f"{error.extra[0].get('key', 'the request')}: {error.extra[0]['message']}"
+        key = error.extra[0].get("key", "the request")
+        is_empty = key == "data"  # the routes' name for the body
+        message = (
+            "the body is empty; send a JSON object" if is_empty else f"{key}: {error.extra[0]['message']}"
+        )
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
     return _answer(request, ApiError(error.status_code, shorten(message, 400), kind))
 

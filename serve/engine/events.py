@@ -137,7 +137,7 @@ def _powers() -> Histogram:
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the start; written by the engine thread only. serve/api/metrics.py names them for
+    """Totals since the start; written by the engine thread only. serve/api/observability.py names them for
     Prometheus."""
 
     steps: int = 0

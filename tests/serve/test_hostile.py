@@ -156,6 +156,7 @@ BYTES += [
 def test_bodies_that_are_not_the_json_they_claim_are_refused(path: str, client: TestClient) -> None:
     for content in BYTES:
         check(client.post(path, content=content, headers=JSON), refused=True)
+    assert "the body is empty" in client.post(path, headers=JSON).text
 
 
 def test_a_content_type_other_than_json_is_refused(client: TestClient) -> None:
