@@ -132,3 +132,18 @@ def test_deepspeed_gets_every_number_from_the_config(file) -> None:
     zero = result["zero_optimization"]
     assert zero["offload_param"] == {"device": "cpu"}
     assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == 1234
+
+
+@pytest.mark.parametrize(("flags", "precision"), [("fpu avx2 avx512_bf16", "bf16"), ("fpu avx2", "fp32")])
+def test_precision_auto_is_bf16_where_the_cpu_computes_in_it(
+    file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, flags: str, precision: str
+) -> None:
+    """A CPU without bf16 instructions emulates them: the demo would take an hour there."""
+    real = Path.read_text
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda self, *a, **k: flags if str(self) == "/proc/cpuinfo" else real(self, *a, **k),
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert load(file(), ["precision=auto"]).precision == precision
