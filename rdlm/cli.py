@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve.cli:app", "Serve a checkpoint over an OpenAI-compatible HTTP interface."),
     "eval": ("eval.cli:app", "Measure a checkpoint, for instance its held-out NLL against the core steps K."),
     "import": ("rdlm.checkpoints.cli:import_app", "Turn a published checkpoint into one of rdlm."),
+    "convert": ("rdlm.checkpoints.cli:convert_app", "Make a plain transformer recurrent."),
     "logits": ("rdlm.checkpoints.cli:logits_app", "Compute logits of given ids at several K, into a file."),
     "inspect": ("rdlm.checkpoints.cli:inspect_app", "Say what a checkpoint is and which commands apply."),
     "export": (

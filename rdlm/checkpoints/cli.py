@@ -1,20 +1,22 @@
-"""``rdlm import``, ``rdlm export``, ``rdlm logits`` and ``rdlm inspect``: checkpoints of other formats, and what is in one of ours."""
+"""``rdlm import``, ``rdlm convert``, ``rdlm export``, ``rdlm logits`` and ``rdlm inspect``: checkpoints of other formats, and what is in one of ours."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from rdlm.errors import UserError
 
 _IMPORT_EXAMPLE = "Example: rdlm import ByteDance/Ouro-1.4B runs/ouro"
+_CONVERT_EXAMPLE = "Example: rdlm convert runs/smollm2 runs/smollm2-looped --prelude 8 --core 14 --coda 8"
 _EXPORT_EXAMPLE = "Example: rdlm export huginn runs/onestep/model exported/onestep"
 _LOGITS_EXAMPLE = (
     "Example: rdlm logits runs/ouro inputs.safetensors --num-steps 1,2,4 --out logits.safetensors"
 )
 import_app = typer.Typer(no_args_is_help=True)
+convert_app = typer.Typer(no_args_is_help=True)
 export_app = typer.Typer(no_args_is_help=True, epilog=_EXPORT_EXAMPLE)
 logits_app = typer.Typer(no_args_is_help=True)
 inspect_app = typer.Typer(no_args_is_help=True)
@@ -58,6 +60,62 @@ def importing(
         typer.echo(f"{out}: imported. Try: rdlm serve --checkpoint {out}")
     else:
         typer.echo(f"{out}: imported without a tokenizer, so it takes ids only. Try: rdlm inspect {out}")
+
+
+@convert_app.command(epilog=_CONVERT_EXAMPLE)
+def converting(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder of a plain transformer, for instance of `rdlm import`.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to create.")],
+    prelude: Annotated[int, typer.Option(min=0, help="Layers before the loop.")],
+    core: Annotated[int, typer.Option(min=1, help="Layers inside the loop, which run K times.")],
+    coda: Annotated[int, typer.Option(min=0, help="Layers behind the loop.")],
+    keep_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="The source's layers for prelude, core and coda, in this order, counted from 0, for instance 0-3,10-17,18-21. Left out: "
+            "the first ones for the prelude, the last ones for core and coda.",
+            show_default=False,
+        ),
+    ] = None,
+    injection: Annotated[
+        Literal["linear", "diagonal", "none"],
+        typer.Option(
+            help="How a step combines the state with the prelude's output e. linear: a matrix on [state, e], which starts at [0, I], so "
+            "that K changes nothing until it is trained. diagonal: a decayed state plus a matrix on e. none: the state starts as e and "
+            "is looped, with no new weights.",
+        ),
+    ] = "linear",
+    num_steps: Annotated[int, typer.Option(min=1, help="Default K of the new checkpoint.")] = 1,
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Largest K that may be asked for [64, or the default K].", show_default=False
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Model name on the server [the source's, with -recurrent behind it].", show_default=False
+        ),
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Make a plain transformer recurrent: its layers become prelude, core and coda.
+
+    With all layers kept it computes at K = 1 exactly what the source computes. With fewer, layers between prelude and core are left out.
+    Fine-tune it with `init_from: OUT` in a training config; see docs/finetuning.md. Needs little memory.
+    """
+    from rdlm.checkpoints.retrofit import convert, parse_layers
+
+    kept = None if keep_layers is None else parse_layers(keep_layers)
+    convert(
+        checkpoint, out, prelude=prelude, core=core, coda=coda, keep_layers=kept, injection=injection, num_steps=num_steps,
+        max_steps=max_steps, name=name, force=force,
+    )  # fmt: skip
+    typer.echo(f"{out}: converted. Try: rdlm inspect {out}")
 
 
 @export_app.callback()
