@@ -1,5 +1,5 @@
-"""Costly results on disk, so that an interrupted measurement goes on where it stopped; and progress bars for
-them."""
+"""Costly results on disk, so that an interrupted measurement goes on where it stopped; and progress bars
+for them."""
 
 from __future__ import annotations
 

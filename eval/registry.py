@@ -1,5 +1,5 @@
-"""Every metric of ``rdlm eval``: a line each. A metric is imported when it is run, or when a report holds its
-results."""
+"""Every metric of ``rdlm eval``: a line each. A metric is imported when it is run, or when a report holds
+its results."""
 
 from __future__ import annotations
 

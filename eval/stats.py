@@ -1,6 +1,6 @@
-"""Percentile bootstrap (Efron 1979) over independent units: prompts, windows, images, or groups of texts; and
-figures with their intervals as text. Every set that shares its units is resampled with the same draws, so
-comparisons are paired."""
+"""Percentile bootstrap (Efron 1979) over independent units: prompts, windows, images, or groups of texts;
+and figures with their intervals as text. Every set that shares its units is resampled with the same draws,
+so comparisons are paired."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Pair = tuple[float, Sequence[float]]
 
 SAMPLES = 2000
 FEWEST_UNITS = 5
-"""With fewer units there is no interval: a resample of 2 or 3 things says nothing about their population."""
+"""With fewer units there is no interval: a resample of 2 or 3 things says nothing about their population.
+"""
 
 
 def resamples(count: int, seed: int) -> np.ndarray:

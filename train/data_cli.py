@@ -26,13 +26,17 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 _PREPARE_EXAMPLE = (
-    "Examples: rdlm data prepare embedded --out data/demo   |   rdlm data prepare wikitext-103 --out data/wikitext-103   |   "
-    "rdlm data prepare books/train.parquet --valid books/valid.parquet --test books/test.parquet --out data/books"
+    "Examples: rdlm data prepare embedded --out data/demo   |   rdlm data prepare wikitext-103 --out "
+    "data/wikitext-103   |   "
+    "rdlm data prepare books/train.parquet --valid books/valid.parquet --test books/test.parquet --out "
+    "data/books"
 )
 
 _IMAGES_EXAMPLE = (
-    "Examples: rdlm data images cifar10 --out data/cifar10   |   rdlm data images photos/ --size 64 --out data/photos   |   "
-    "rdlm data images cifar100/train.parquet --test cifar100/test.parquet --label-column fine_label --out data/cifar100"
+    "Examples: rdlm data images cifar10 --out data/cifar10   |   rdlm data images photos/ --size 64 --out "
+    "data/photos   |   "
+    "rdlm data images cifar100/train.parquet --test cifar100/test.parquet --label-column fine_label --out "
+    "data/cifar100"
 )
 
 
@@ -145,8 +149,8 @@ def images_command(
     label_column: Annotated[str, typer.Option(help="Integer column that holds the class.")] = "label",
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
 ) -> None:
-    """Write labelled images as arrays with a manifest: one size, one list of classes, the same bytes for the
-    same inputs."""
+    """Write labelled images as arrays with a manifest: one size, one list of classes, the same bytes for
+    the same inputs."""
     options = ImagePreparation(
         source, out, valid, test, valid_fraction, test_fraction, seed, size, label_column
     )

@@ -1,4 +1,5 @@
-"""Share of images whose class a ViT names, against K and bridge, with paired bootstrap intervals over images."""
+"""Share of images whose class a ViT names, against K and bridge, with paired bootstrap intervals over
+images."""
 
 from __future__ import annotations
 
@@ -82,9 +83,9 @@ def evaluate_accuracy(
     "against_first_bridge", each with "..._interval", "draws", "draw_sd", "by_class", "right"}]}.
 
     delta is against the smallest K over the same bridge, ``against_first_bridge`` at the same K; both are
-    paired by image. ``nll``: nats per image at K = 1, where the likelihood is normalised. Noise of an image
-    depends on (seed, draw, its number) alone. K = 1 reads z = 0, so there is one draw of it. by_class:
-    accuracy of each class. right: of each image in how many draws, a digit each.
+    paired by image. ``nll``: nats per image at K = 1, where the likelihood is normalised. Noise of an
+    image depends on (seed, draw, its number) alone. K = 1 reads z = 0, so there is one draw of it.
+    by_class: accuracy of each class. right: of each image in how many draws, a digit each.
     """
     count = len(store) if max_images is None else min(len(store), max_images)
     device = next(loaded.denoiser.parameters()).device

@@ -43,8 +43,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def frechet(x: Tensor, y: Tensor) -> float:
     """|mean difference|^2 + tr(Sx + Sy - 2 (Sx Sy)^(1/2)) of features fp64 [n, D] and [m, D].
 
-    The last trace is the sum of the singular values of A_x A_y^T: no root of a matrix is taken, so none can
-    fail to exist.
+    The last trace is the sum of the singular values of A_x A_y^T: no root of a matrix is taken, so none
+    can fail to exist.
     """
     (mean_x, a), (mean_y, b) = _moments(x), _moments(y)
     cross = torch.linalg.svdvals(a @ b.T).sum()
@@ -79,9 +79,9 @@ def kernel_distance(x: Tensor, y: Tensor, seed: int) -> dict[str, Any]:
     """Unbiased squared MMD of features fp64 [n, D] and [m, D] under (x.y / D + 1)^3 -> {"kernel",
     "kernel_interval", "kernel_subset_sd", "subset_size"}.
 
-    subset_sd: over SUBSETS random subsets of both sets, as published. The interval is theirs, scaled to the
-    whole sets (delete-d jackknife, Shao and Wu 1989): s of n images drawn without replacement vary n/s - 1
-    times as much as n images do.
+    subset_sd: over SUBSETS random subsets of both sets, as published. The interval is theirs, scaled to
+    the whole sets (delete-d jackknife, Shao and Wu 1989): s of n images drawn without replacement vary n/s
+    - 1 times as much as n images do.
     """
     rng, fewest = np.random.default_rng(seed), min(len(x), len(y))
     size = min(SUBSET_SIZE, fewest // 2)
@@ -218,7 +218,8 @@ def _wanted(images: ImageSet, num_images: int | None) -> int:
 def _digested(
     images: ImageSet, chosen: Sequence[int], size: tuple[int, ...] | None, bar: Bar
 ) -> list[tuple[str, int]]:
-    """(hash of the pixels, number) of the images chosen, sorted: from here on the order of the files is gone."""
+    """(hash of the pixels, number) of the images chosen, sorted: from here on the order of the files is
+    gone."""
     found = _digests(images, chosen, size, bar(f"reading {images.option}", len(chosen)))
     return sorted(zip(found, chosen, strict=True))
 
@@ -240,8 +241,8 @@ def _digests(
     size: tuple[int, ...] | None,
     progress: Callable[[int], object] | None,
 ) -> list[str]:
-    """sha256 of the pixels of each image; UserError where one has not ``size`` (H, W), or without it not that
-    of the first."""
+    """sha256 of the pixels of each image; UserError where one has not ``size`` (H, W), or without it not
+    that of the first."""
     out = []
     for index in indices:
         pixels = images.read(index)

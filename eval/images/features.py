@@ -26,8 +26,8 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 @dataclass(frozen=True)
 class Extractor:
-    """uint8 images [B, 3, H, W] -> features [B, dimensions]. ``fingerprint`` names the weights wherever they
-    came from."""
+    """uint8 images [B, 3, H, W] -> features [B, dimensions]. ``fingerprint`` names the weights wherever
+    they came from."""
 
     name: str
     dimensions: int

@@ -35,10 +35,11 @@ DIGITS = {"frechet": ".2f", "kernel": ".5f"}
 
 
 class Fid(Metric):
-    """Frechet and kernel distance between two sets of images, with the floor between parts of the reference.
+    """Frechet and kernel distance between two sets of images, with the floor between parts of the
+    reference.
 
-    With --checkpoint at every combination of --num-steps, --guidance and --solver, on images of all classes
-    in turn.
+    With --checkpoint at every combination of --num-steps, --guidance and --solver, on images of all
+    classes in turn.
     """
 
     name = "fid"
@@ -115,7 +116,8 @@ class Fid(Metric):
     def show(self, report: Json, console: Console) -> None:
         used, size = report["features"], report["reference"]["size"]
         caption = (
-            f"{size[1]}x{size[0]} images, features of {used['name']} ({used['dimensions']:,}), {used['resize']}; "
+            f"{size[1]}x{size[0]} images, features of {used['name']} ({used['dimensions']:,}), "
+            f"{used['resize']}; "
             "95 % intervals over the drawing of images"
         )
         named = [(str(Setting(**r["setting"])) if "setting" in r else "images", r) for r in report["results"]]
@@ -170,7 +172,8 @@ class Fid(Metric):
             headers += [f"{name} [95 %]", "- floor", f"- {first}"]
         used, size = report["features"], report["reference"]["size"]
         about = (
-            f"Reference {report['reference']['name']}, {size[1]}x{size[0]}; features of {used['name']} ({used['dimensions']:,}), "
+            f"Reference {report['reference']['name']}, {size[1]}x{size[0]}; features of {used['name']} "
+            f"({used['dimensions']:,}), "
             f"{used['resize']}. Intervals cover the drawing of images. " + " ".join(notes(report))
         )
         return Section(
@@ -232,7 +235,8 @@ def notes(report: Json) -> list[str]:
         out.append(f"No floor of {name}: half of the reference is not more than {dimensions:,} images.")
     if not report["floor"]["same_n"]:
         out.append(
-            f"The floor rests on fewer images than the figure: {name}'s lies too high, {kernel}'s is only less certain."
+            f"The floor rests on fewer images than the figure: {name}'s lies too high, {kernel}'s is only "
+            "less certain."
         )
     return out
 

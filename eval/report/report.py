@@ -37,16 +37,16 @@ def report(
     ),
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "Evaluation",
 ) -> None:
-    """Put results side by side: tables, curves, samples and provenance. Refuses what was not measured in the
-    same way."""
+    """Put results side by side: tables, curves, samples and provenance. Refuses what was not measured in
+    the same way."""
     found = read_runs(runs)
     for file in write_report(out, title, sections(found), found):
         typer.echo(file)
 
 
 def read_runs(files: Sequence[Path]) -> list[Run]:
-    """UserError for a file that is no result. A name that several files of one metric share is told apart by
-    their file names."""
+    """UserError for a file that is no result. A name that several files of one metric share is told apart
+    by their file names."""
     found = [_read(file) for file in files]
     names = [(run.metric, run.label) for run in found]
     return [

@@ -47,9 +47,9 @@ def evaluate_convergence(
     """What step k = 2 .. num_steps changes, means over the positions that count, with bootstrap 95 %
     intervals over rows.
 
-    -> {"results": [{"K": k, "distance", "changed"}] with "..._interval", "picture": {"distance", "changed"}:
-    [steps][columns]}. distance: |s_k - s_(k-1)| / |s_k| of the latent state. changed: share of positions
-    whose most probable token is another one than a step before. All rows must be equally long.
+    -> {"results": [{"K": k, "distance", "changed"}] with "..._interval", "picture": {"distance",
+    "changed"}: [steps][columns]}. distance: |s_k - s_(k-1)| / |s_k| of the latent state. changed: share of
+    positions whose most probable token is another one than a step before. All rows must be equally long.
     """
     device = next(loaded.denoiser.parameters()).device
     parts, masks = [], []

@@ -66,7 +66,8 @@ def as_trained(loaded: Loaded, task: Generated) -> Task:
 
 
 def check_task(loaded: Loaded, name: str, task: Task) -> None:
-    """UserError where the checkpoint cannot have been trained on the task, or has too few positions for it."""
+    """UserError where the checkpoint cannot have been trained on the task, or has too few positions for
+    it."""
     loaded.config.check_text("a generated task")
     model = loaded.config.model
     if loaded.tokenizer is not None or model.vocab_size < task.vocab_size:
@@ -96,15 +97,15 @@ def evaluate_depth(
     order: Order | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[dict[str, Any]]:
-    """Share of right answers on the first ``rows`` held-out examples at each K, with bootstrap 95 % intervals
-    over examples.
+    """Share of right answers on the first ``rows`` held-out examples at each K, with bootstrap 95 %
+    intervals over examples.
 
     -> [{"length", "K", "accuracy", "delta", "change", NAME, "by_position"}], the first four figures with
     their "..._interval": over all positions that count, its differences from the smallest K and from the K
-    before (both paired), and NAME = task.whole, the share of examples that are ``task.solved``. by_position:
-    the share at each position that counts. task: ``as_trained``. order: of masked checkpoints, see
-    ``choose_order``. seed: of the examples, of sampling checkpoints' noise and of the bootstrap. ``progress``
-    takes the number of examples done.
+    before (both paired), and NAME = task.whole, the share of examples that are ``task.solved``.
+    by_position: the share at each position that counts. task: ``as_trained``. order: of masked
+    checkpoints, see ``choose_order``. seed: of the examples, of sampling checkpoints' noise and of the
+    bootstrap. ``progress`` takes the number of examples done.
     """
     device = next(loaded.denoiser.parameters()).device
     hidden = (

@@ -1,5 +1,5 @@
-"""How varied texts are, in words: what accompanies every generative perplexity, because a loop scores better
-than English.
+"""How varied texts are, in words: what accompanies every generative perplexity, because a loop scores
+better than English.
 
 A word is a run of letters and digits (with inner apostrophes) or one punctuation mark, lower case: nothing
 here depends on a tokenizer.
@@ -19,8 +19,8 @@ import numpy as np
 from eval.stats import mean_with_interval
 
 GROUP_TEXTS = 50
-"""Texts of a group. Distinct-n and entropy depend on how much text they see, so they are means over groups of
-one size."""
+"""Texts of a group. Distinct-n and entropy depend on how much text they see, so they are means over groups
+of one size."""
 REPETITION_ORDER = 4
 _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
@@ -58,8 +58,8 @@ def unigram_entropy(texts: Sequence[Words]) -> float:
 
 
 def blocks(num_prompts: int, group_texts: int = GROUP_TEXTS) -> list[slice]:
-    """The prompts in whole blocks of ``group_texts``, in order (one smaller block where there are fewer); a
-    rest is left out."""
+    """The prompts in whole blocks of ``group_texts``, in order (one smaller block where there are fewer);
+    a rest is left out."""
     size = min(group_texts, num_prompts)
     return [slice(start, start + size) for start in range(0, num_prompts - size + 1, size)]
 
@@ -67,10 +67,10 @@ def blocks(num_prompts: int, group_texts: int = GROUP_TEXTS) -> list[slice]:
 def measure(texts: Sequence[Sequence[str]], seed: int = 0, group_texts: int = GROUP_TEXTS) -> dict[str, Any]:
     """texts[prompt][choice], equally many for each -> each figure as {"value", "interval"}.
 
-    distinct_1..3 and entropy_bits: means over groups of ``group_texts`` texts, one for each prompt of a block
-    (``blocks``), resampled by block; what fills no group is left out of these four and counted in
-    "texts_outside_groups". "distinct_2" also holds "by_block". repetition and mean_words: means over texts,
-    resampled by prompt.
+    distinct_1..3 and entropy_bits: means over groups of ``group_texts`` texts, one for each prompt of a
+    block (``blocks``), resampled by block; what fills no group is left out of these four and counted in
+    "texts_outside_groups". "distinct_2" also holds "by_block". repetition and mean_words: means over
+    texts, resampled by prompt.
     """
     split = [[words(text) for text in choices] for choices in texts]
     found = blocks(len(split), group_texts)

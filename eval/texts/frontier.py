@@ -1,5 +1,5 @@
-"""Quality against diversity over decoding settings: the plot, and perplexities read off it at the diversity
-of human text."""
+"""Quality against diversity over decoding settings: the plot, and perplexities read off it at the
+diversity of human text."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def curves(results: list[Row]) -> dict[Curve, list[Row]]:
 
 
 def at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> list[Row]:
-    """Perplexity of each curve where its distinct-2 is that of human text, and its 95 % interval over blocks
-    of prompts.
+    """Perplexity of each curve where its distinct-2 is that of human text, and its 95 % interval over
+    blocks of prompts.
 
     -> [{"num_steps", "cut", "perplexity", "interval"}]; None where the curve does not get there.
     """
@@ -52,9 +52,10 @@ def nats_at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> dict[Cu
     """Of each curve: log perplexity at the distinct-2 of human text, fp64 [1 + resamples], NaN where it is
     not reached.
 
-    Log-linear between the two temperatures around it. Entry 0 weighs all blocks of prompts alike, the others
-    are bootstrap resamples, the same for every curve, for human text and for other reports on the same
-    prompts: differences of two results are paired. There are none with fewer than FEWEST_UNITS blocks.
+    Log-linear between the two temperatures around it. Entry 0 weighs all blocks of prompts alike, the
+    others are bootstrap resamples, the same for every curve, for human text and for other reports on the
+    same prompts: differences of two results are paired. There are none with fewer than FEWEST_UNITS
+    blocks.
     """
     human = np.array(report["human"]["diversity"]["distinct_2"]["by_block"])
     drawn = resamples(len(human), seed)[: None if len(human) >= FEWEST_UNITS else 0]
@@ -78,11 +79,11 @@ def _interpolated(x: list[np.ndarray], y: list[np.ndarray], at: np.ndarray) -> n
 
 
 def estimate(nats: np.ndarray) -> Row:
-    """exp of entry 0 and the middle 95 % of the rest, of ``nats_at_equal_diversity`` or a difference of two
-    (then a ratio).
+    """exp of entry 0 and the middle 95 % of the rest, of ``nats_at_equal_diversity`` or a difference of
+    two (then a ratio).
 
-    -> {"perplexity", "interval"}. No value where entry 0 is NaN; no interval where more than 5 % of the rest
-    are, or there are none.
+    -> {"perplexity", "interval"}. No value where entry 0 is NaN; no interval where more than 5 % of the
+    rest are, or there are none.
     """
     value, known = nats[0], nats[1:][~np.isnan(nats[1:])]
     enough = len(known) > 0.95 * (len(nats) - 1)

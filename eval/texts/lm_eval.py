@@ -23,8 +23,8 @@ TASKS = Path(__file__).parent / "tasks"
 
 
 def with_model(arguments: list[str]) -> list[str]:
-    """lm_eval's own default is a Hugging Face model; here it is ours, unless the arguments or a config file
-    name another."""
+    """lm_eval's own default is a Hugging Face model; here it is ours, unless the arguments or a config
+    file name another."""
     named = any(
         item.partition("=")[0] in ("--model", "-M", "--config", "-C", "--help", "-h") for item in arguments
     )
@@ -46,11 +46,11 @@ def taken_out(arguments: list[str], name: str) -> tuple[list[str], str | None]:
 
 
 def expand_blimp(arguments: list[str], together: Path | None = None) -> list[str]:
-    """``--blimp FOLDER`` in lm_eval's terms: our task folder as --include_path, the data folder as metadata
-    of the tasks.
+    """``--blimp FOLDER`` in lm_eval's terms: our task folder as --include_path, the data folder as
+    metadata of the tasks.
 
-    lm_eval takes one --include_path: where the arguments name one too, ``together`` becomes a folder of links
-    to both.
+    lm_eval takes one --include_path: where the arguments name one too, ``together`` becomes a folder of
+    links to both.
     """
     rest, folder = taken_out(arguments, "--blimp")
     if folder is None:
@@ -70,8 +70,8 @@ def expand_blimp(arguments: list[str], together: Path | None = None) -> list[str
 
 
 class LmEval(Metric):
-    """lm-eval on a checkpoint in process: every argument is lm_eval's own, the model is `rdlm` unless another
-    is named.
+    """lm-eval on a checkpoint in process: every argument is lm_eval's own, the model is `rdlm` unless
+    another is named.
 
     Two are ours: --blimp FOLDER (local BLiMP files) and --num-steps 1,4,8 (a run for each K, scored in one
     pass).

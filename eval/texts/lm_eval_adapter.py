@@ -2,8 +2,8 @@
 that imports lm_eval.
 
 Log-likelihoods come from the checkpoint's objective, texts from the engine that the server runs, so the
-numbers are those of ``local-completions`` against ``rdlm serve``; of masked models, which have a bound too,
-with estimator=left_to_right. The name of the estimator and its K go into the results' ``config``.
+numbers are those of ``local-completions`` against ``rdlm serve``; of masked models, which have a bound
+too, with estimator=left_to_right. The name of the estimator and its K go into the results' ``config``.
 """
 
 from __future__ import annotations
@@ -83,11 +83,12 @@ class RecurrentLM(TemplateLM):
     """``--model rdlm --model_args checkpoint=FOLDER,num_steps=8,...``; raises UserError for arguments it
     cannot use.
 
-    num_steps: K, by default the checkpoint's. seed: of noise draws and sampling. estimator: "normalised" (a
-    sampling checkpoint has one at K = 1 only, whatever num_steps is) or "mixture" (sampling checkpoints at K
+    num_steps: K, by default the checkpoint's. seed: of noise draws and sampling. estimator: "normalised"
+    (a sampling checkpoint has one at K = 1 only, whatever num_steps is) or "mixture" (sampling checkpoints
+    at K
     > 1, over ``num_draws`` draws; see eval/likelihood.py on is_greedy). Masked checkpoints have "bound"
-    (default), at num_steps, and "left_to_right", exact and the same whatever num_steps is. batch_size: rows
-    of a scoring pass and texts in flight. max_length: context, by default the model's. kv_cache: of
+    (default), at num_steps, and "left_to_right", exact and the same whatever num_steps is. batch_size:
+    rows of a scoring pass and texts in flight. max_length: context, by default the model's. kv_cache: of
     generation, as in ``rdlm serve``. add_bos_token: put it before every context that is not empty.
     """
 
@@ -174,7 +175,7 @@ class RecurrentLM(TemplateLM):
     def _named_estimator(self) -> str:
         return ESTIMATORS[self.estimator].described(self.loaded.config, self.scored_steps)
 
-    # What lm-eval asks about a model ---------------------------------------------------------------------------------
+    # What lm-eval asks about a model ------------------------------------------------------------------------
 
     def get_model_info(self) -> dict[str, Any]:
         """Goes into the ``config`` of the results."""
@@ -217,8 +218,8 @@ class RecurrentLM(TemplateLM):
         return f"rdlm-{self.text.fingerprint}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; bos first if ``add_special_tokens`` or, without it, the model argument add_bos_token
-        says so."""
+        """Ids of a text; bos first if ``add_special_tokens`` or, without it, the model argument
+        add_bos_token says so."""
         with_bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
         return ([self.text.bos_id] if with_bos and self.text.bos_id is not None else []) + self.text.encode(
             string
@@ -244,11 +245,11 @@ class RecurrentLM(TemplateLM):
             cache_hook.dbdict.encode_key = lambda key: f"{prefix}:{key}"
             cache_hook.dbdict.decode_key = lambda key: key.partition(":")[2]
 
-    # Log-likelihoods -------------------------------------------------------------------------------------------------
+    # Log-likelihoods ----------------------------------------------------------------------------------------
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """log p of whole texts: windows of max_length positions; each token is predicted once, with as much
-        context as fits."""
+        """log p of whole texts: windows of max_length positions; each token is predicted once, with as
+        much context as fits."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -289,8 +290,9 @@ class RecurrentLM(TemplateLM):
         """As lm-eval's own models: the whole text is encoded and cut at the context's number of tokens; ->
         ids of both.
 
-        A context of white space alone counts as none. UserError where no token is left for the continuation:
-        the last token of the context has swallowed it ("pa" + "ss" is one token), so nothing could be scored.
+        A context of white space alone counts as none. UserError where no token is left for the
+        continuation: the last token of the context has swallowed it ("pa" + "ss" is one token), so nothing
+        could be scored.
         """
         if not context.strip():
             return [self.eot_token_id], self.tok_encode(context + continuation, add_special_tokens=False)
@@ -339,7 +341,7 @@ class RecurrentLM(TemplateLM):
         known = SWEEP.scores if SWEEP.ks else fresh
         return [known[key][self.scored_steps] for key in keys]
 
-    # Texts -----------------------------------------------------------------------------------------------------------
+    # Texts -----------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers without prompt and stop string."""
@@ -486,12 +488,12 @@ def _load(folder: Path, settings: EngineSettings) -> tuple[Loaded, Tokenizer]:
     return loaded, loaded.tokenizer
 
 
-# Values of --model_args and --device, which come typed by lm_eval's own parser, or wrongly typed ---------------------------
+# Values of --model_args and --device, which come typed by lm_eval's own parser, or wrongly typed ------------
 
 
 def usable_device(name: str | None) -> str:
-    """What lm_eval's --device can be here. Its default is cuda:0, so without a GPU that means the CPU, as in
-    lm-eval's own models."""
+    """What lm_eval's --device can be here. Its default is cuda:0, so without a GPU that means the CPU, as
+    in lm-eval's own models."""
     if name is None or (name == LM_EVAL_DEVICE and not torch.cuda.is_available()):
         logger.info("no GPU is in use: running on the CPU")
         return "cpu"

@@ -1,8 +1,8 @@
-"""MAUVE (Pillutla et al. 2021): how far the distribution of a model's texts lies from that of human ones, in
-a teacher's features.
+"""MAUVE (Pillutla et al. 2021): how far the distribution of a model's texts lies from that of human ones,
+in a teacher's features.
 
-The only file that imports the package mauve (GPLv3, optional). Features come from eval/texts/judge_models.py:
-the package's own featuriser knows local folders only by certain names.
+The only file that imports the package mauve (GPLv3, optional). Features come from
+eval/texts/judge_models.py: the package's own featuriser knows local folders only by certain names.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ PROTOCOLS = {
     "standard": Protocol("standard", 1000, 1, 50, 50, 5.0, 5),
     "quick": Protocol("quick", 200, 1, 50, 50, 5.0, 3),
 }
-"""paper: DiffusionBlocks App. E, after SEDD (the length of its prompts is not stated; 50 here). Factor 5 is
-the package's default and spreads good scores, which factor 2 squeezes to .98-.99."""
+"""paper: DiffusionBlocks App. E, after SEDD (the length of its prompts is not stated; 50 here). Factor 5
+is the package's default and spreads good scores, which factor 2 squeezes to .98-.99."""
 
 
 RESAMPLES = 200
@@ -109,16 +109,16 @@ def mauve(p: np.ndarray, q: np.ndarray, scaling_factor: float, seeds: Sequence[i
 
 
 def _text_sd(p: np.ndarray, num_p: int, q: np.ndarray, num_q: int, scaling_factor: float, seed: int) -> float:
-    """Standard deviation of the score over resamples of the texts, each kept in its bucket. p, q: shares of
-    the buckets."""
+    """Standard deviation of the score over resamples of the texts, each kept in its bucket. p, q: shares
+    of the buckets."""
     rng = np.random.default_rng(seed)
     drawn_p, drawn_q = (rng.multinomial(n, shares, RESAMPLES) / n for n, shares in ((num_p, p), (num_q, q)))
     return float(np.std(scores_of_shares(drawn_p, drawn_q, scaling_factor), ddof=1))
 
 
 def scores_of_shares(p: np.ndarray, q: np.ndarray, scaling_factor: float) -> np.ndarray:
-    """The package's score of histograms p, q [rows, buckets] -> [rows]: the area under the divergence curve
-    (Pillutla et al. 2021, Eq. 3), the mean of the areas seen from either axis."""
+    """The package's score of histograms p, q [rows, buckets] -> [rows]: the area under the divergence
+    curve (Pillutla et al. 2021, Eq. 3), the mean of the areas seen from either axis."""
     weights = np.linspace(1e-6, 1 - 1e-6, 25)[:, None, None]
     mixed = weights * p + (1 - weights) * q
 
@@ -150,7 +150,8 @@ def evaluate_mauve(
     prompts) and their words shuffled. -> {"protocol", "featuriser", "references", "ceiling", "floor",
     "results"}.
 
-    Each score holds "texts", how many there were; "empty_texts" had nothing to featurise and were left out.
+    Each score holds "texts", how many there were; "empty_texts" had nothing to featurise and were left
+    out.
     """
     flat = [text for choices in others for text in choices]
     sides = {"references": human, "ceiling": others, "floor": [[text] for text in shuffled_words(flat, seed)]}
@@ -184,8 +185,8 @@ def evaluate_mauve(
 
 
 def _compare(score: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
-    """Difference of two scores; its interval takes them as independent, too wide for scores against the same
-    references."""
+    """Difference of two scores; its interval takes them as independent, too wide for scores against the
+    same references."""
     difference, (low, high) = mover(
         (score["value"], score["interval"]), (reference["value"], reference["interval"])
     )
@@ -265,7 +266,8 @@ class Mauve(Metric):
             rows.append([what, "", "", *_compared(report[label])])
         rows += [[*setting_of(row).cells, *_compared(row)] for row in report["results"]]
         caption = (
-            f"{report['references']:,} references, scaling factor {protocol['scaling_factor']:g}, features of "
+            f"{report['references']:,} references, scaling factor {protocol['scaling_factor']:g}, features "
+            "of "
             f"{report['featuriser']['name']}; 95 % intervals over texts and {protocol['seeds']} k-means seeds"
         )
         headers = (*CELLS, "MAUVE", "- ceiling", "- first", "texts", "empty")
@@ -301,8 +303,10 @@ class Mauve(Metric):
                 )
         protocol = first.report["protocol"]
         about = (
-            f"Protocol {protocol['name']}: {first.report['references']:,} references, scaling factor {protocol['scaling_factor']:g}, "
-            f"features of {first.report['featuriser']['name']}. Intervals cover the drawing of texts and of {protocol['seeds']} k-means seeds."
+            f"Protocol {protocol['name']}: {first.report['references']:,} references, scaling factor "
+            f"{protocol['scaling_factor']:g}, "
+            f"features of {first.report['featuriser']['name']}. Intervals cover the drawing of texts and "
+            f"of {protocol['seeds']} k-means seeds."
         )
         headers = ["run", *CELLS, "MAUVE [95 %]", "texts", "- ceiling", "- first row", "- own first row"]
         lines = {name: tuple(first.report[name]["interval"]) for name in ("ceiling", "floor")}

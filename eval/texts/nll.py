@@ -23,7 +23,8 @@ from rdlm.checkpoints.folder import Loaded
 from rdlm.data.batch import Batch
 
 PER_WINDOW = ("window_nll", "window_tokens")
-"""Entries of the result with a number for every window: what a paired comparison of two checkpoints needs."""
+"""Entries of the result with a number for every window: what a paired comparison of two checkpoints needs.
+"""
 
 
 def evaluate_nll(
@@ -95,7 +96,8 @@ def _text_tables(loaded: Loaded) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _summarise(sums: dict[int, np.ndarray], counts: np.ndarray, seed: int) -> list[dict[str, Any]]:
-    """sums: nats per window at each K; counts: tokens per window. The same resamples of windows for every K."""
+    """sums: nats per window at each K; counts: tokens per window. The same resamples of windows for every
+    K."""
     base = next(iter(sums))
     draws = resamples(len(counts), seed)
     resampled = {k: draws @ values / (draws @ counts) for k, values in sums.items()}
@@ -199,8 +201,8 @@ class Nll(Metric):
         return {**super().protocol(report), **window_protocol(report)}
 
     def section(self, runs: list[Run]) -> Section:
-        """Where both files hold the nats of every window (``--per-window``) the bootstrap of a difference is
-        paired."""
+        """Where both files hold the nats of every window (``--per-window``) the bootstrap of a difference
+        is paired."""
         first, rows = runs[0], []
         for run in runs:
             for r in run.report["results"]:
@@ -226,7 +228,8 @@ class Nll(Metric):
         axes.legend(fontsize=7)
         data = first.report["data"]
         about = (
-            f"{first.report['tokens']:,} tokens of {data['source']}, split {data['split']}, in windows of {data['seq_len']}. "
+            f"{first.report['tokens']:,} tokens of {data['source']}, split {data['split']}, in windows of "
+            f"{data['seq_len']}. "
             "Estimators that are mixtures over noise draws are no likelihoods and biased upward."
         )
         return Section(

@@ -1,8 +1,9 @@
-"""Cross-entropy of the next token against the noise level of its own noised copy: how well a denoiser reads
-z, and where on the scale of levels a token is decided. NOT a likelihood: z = y + sigma * eps is made from the
-target token.
+"""Cross-entropy of the next token against the noise level of its own noised copy: how well a denoiser
+reads z, and where on the scale of levels a token is decided. NOT a likelihood: z = y + sigma * eps is made
+from the target token.
 
-With clean context the best possible denoiser has a closed form, p(x | context, z, sigma) proportional to p(x
+With clean context the best possible denoiser has a closed form, p(x | context, z, sigma) proportional to
+p(x
 | context) exp(<y_x, z> / sigma^2); with the model's own prediction at z = 0 for p(x | context) it is the
 reference here.
 """
@@ -49,11 +50,11 @@ def evaluate_noise_curve(
 ) -> dict[str, Any]:
     """Cross-entropy in nats per token at each level, with bootstrap 95 % intervals over windows.
 
-    -> {"tokens", "windows", "prior_num_steps", "prior_ce", "results": [{"sigma", "reference", "ce", "gap"}]},
-    each figure with its "..._interval". The context is clean (z = 0) and the core runs once. gap = ce -
-    reference, paired; ce and gap are None for a model that was not trained on noised targets: its reference
-    alone says where a token is decided. num_steps: K of the prior. ``progress`` takes the number of windows
-    done.
+    -> {"tokens", "windows", "prior_num_steps", "prior_ce", "results": [{"sigma", "reference", "ce",
+    "gap"}]}, each figure with its "..._interval". The context is clean (z = 0) and the core runs once. gap
+    = ce - reference, paired; ce and gap are None for a model that was not trained on noised targets: its
+    reference alone says where a token is decided. num_steps: K of the prior. ``progress`` takes the number
+    of windows done.
     """
     device = next(loaded.denoiser.parameters()).device
     sums: list[np.ndarray] = []
@@ -221,7 +222,8 @@ class NoiseCurve(Metric):
             rows.append([f"{r['sigma']:g}", own[0], reference, own[1]])
         prior = with_interval(report["prior_ce"], report["prior_ce_interval"])
         caption = (
-            f"{report['tokens']:,} tokens; nats per token, NOT a likelihood: z is made from the target token. "
+            f"{report['tokens']:,} tokens; nats per token, NOT a likelihood: z is made from the target "
+            "token. "
             f"Without z: {prior} (K = {report['prior_num_steps']})"
         )
         headers = ("sigma", "denoiser [95 %]", "exact for its own prior", "difference")
@@ -270,8 +272,10 @@ class NoiseCurve(Metric):
             for name, found in run.report["equal_information_edges"].items()
         ]
         about = (
-            f"{runs[0].report['tokens']:,} tokens. NOT a likelihood: z is made from the target token. The exact denoiser is "
-            "p(x | context) exp(<y_x, z> / sigma^2) with the model's own prediction at z = 0 as p(x | context)."
+            f"{runs[0].report['tokens']:,} tokens. NOT a likelihood: z is made from the target token. The "
+            "exact denoiser is "
+            "p(x | context) exp(<y_x, z> / sigma^2) with the model's own prediction at z = 0 as p(x | "
+            "context)."
         )
         table = Table(["run", "sigma", "denoiser [95 %]", "exact for its own prior", "difference"], rows)
         blocks: list[Block] = [
@@ -283,8 +287,8 @@ class NoiseCurve(Metric):
 
 
 def _edges(results: list[Json], num_blocks: int) -> Json:
-    """Edges of equal information for each curve that there is and that rises: an untrained model's is flat or
-    falls."""
+    """Edges of equal information for each curve that there is and that rises: an untrained model's is flat
+    or falls."""
     out = {}
     for name in ("ce", "reference"):
         curve = [(r["sigma"], r[name]) for r in results]

@@ -1,9 +1,9 @@
 """Continuations of held-out text by a checkpoint, through the engine that serves it, kept in files that
 resume; and what the author wrote in their place.
 
-A file is JSONL: a header with everything that decides the texts, then a line per prompt. Its name is a hash
-of the header. Prompts are taken in one fixed order, so a run that asks for more of them goes on where a
-smaller one ended.
+A file is JSONL: a header with everything that decides the texts, then a line per prompt. Its name is a
+hash of the header. Prompts are taken in one fixed order, so a run that asks for more of them goes on where
+a smaller one ended.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class Shape:
 
 
 def passages(store: TokenStore, shape: Shape) -> Iterator[Passage]:
-    """Windows of prompt + continuation tokens that do not overlap, in a fixed random order; all that qualify."""
+    """Windows of prompt + continuation tokens that do not overlap, in a fixed random order; all that
+    qualify."""
     length, end = shape.prompt_tokens + shape.max_tokens, store.manifest.eos_id
     for window in np.random.default_rng(CHOICE_SEED).permutation(store.num_windows(length)).tolist():
         ids = store.read(window * length, length).tolist()
@@ -190,8 +191,8 @@ class Sampler:
         return self._cache / f"samples-{_digest(self._header(setting))[:20]}.jsonl"
 
     def _header(self, setting: Setting) -> dict[str, Any]:
-        """What decides every text. The number of prompts does not: they are the first ones of a fixed order
-        (``passages``)."""
+        """What decides every text. The number of prompts does not: they are the first ones of a fixed
+        order (``passages``)."""
         samples = {key: value for key, value in self._facts["samples"].items() if key != "prompts"}
         chosen = asdict(setting)
         for name, usual in (("bridge", "hard"), ("order", "random")):  # as without a choice
@@ -330,8 +331,8 @@ def _params(setting: Setting) -> SamplingParams:
 
 
 def _stream(seed: int, window: int) -> int:
-    """A seed for one prompt: with one for all, every prompt would draw the same numbers at the same place. 63
-    bits."""
+    """A seed for one prompt: with one for all, every prompt would draw the same numbers at the same place.
+    63 bits."""
     return int(hashlib.sha256(f"{seed}:{window}".encode()).hexdigest()[:16], 16) >> 1
 
 

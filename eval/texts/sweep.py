@@ -1,5 +1,5 @@
-"""Decoding settings as a sweep: one point of it, all combinations, and what points are called in tables and
-figures. No torch here."""
+"""Decoding settings as a sweep: one point of it, all combinations, and what points are called in tables
+and figures. No torch here."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Text: inputs, targets [B, T] int64, ids. Images: inputs fp32 [B, C, H, W] in [-1, 1],
-    targets [B, 1] int64, classes. mask: bool of the targets' shape, True where a target counts."""
+    """One micro-batch. Text: inputs, targets [B, T] int64, ids. Images: inputs fp32 [B, C, H, W] in [-1,
+    1], targets [B, 1] int64, classes. mask: bool of the targets' shape, True where a target counts."""
 
     inputs: Tensor
     targets: Tensor

@@ -189,8 +189,8 @@ def _parquet(path: Path, option: str, label_column: str) -> ImageSet:
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:
-    """Names of a ``ClassLabel`` column, which the library ``datasets`` writes into the schema; () where there
-    are none."""
+    """Names of a ``ClassLabel`` column, which the library ``datasets`` writes into the schema; () where
+    there are none."""
     try:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
         return tuple(names) if all(isinstance(name, str) for name in names) else ()

@@ -22,8 +22,8 @@ SCHEMA_VERSION = 1
 
 
 class ImageSplit(Strict):
-    """One split: ``images.npy`` uint8 [count, H, W, 3] and ``labels.npy`` int64 [count] in the folder of its
-    name."""
+    """One split: ``images.npy`` uint8 [count, H, W, 3] and ``labels.npy`` int64 [count] in the folder of
+    its name."""
 
     count: int = Field(ge=1)
     images_sha256: str
@@ -63,8 +63,8 @@ def read_image_manifest(folder: Path) -> ImageManifest:
 def open_split(
     folder: Path, manifest: ImageManifest, split: Literal["train", "valid", "test"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Memory-mapped (images uint8 [N, H, W, 3], labels int64 [N]); UserError where a file is missing or not
-    what the manifest says."""
+    """Memory-mapped (images uint8 [N, H, W, 3], labels int64 [N]); UserError where a file is missing or
+    not what the manifest says."""
     count = manifest.splits[split].count
     images = _open(folder / split / "images.npy", np.uint8, (count, *manifest.image_size, manifest.channels))
     labels = _open(folder / split / "labels.npy", np.int64, (count,))

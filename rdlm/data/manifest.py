@@ -1,5 +1,5 @@
-"""What every folder of prepared data has: a ``manifest.json`` that says its kind and version, and files named
-by their hash."""
+"""What every folder of prepared data has: a ``manifest.json`` that says its kind and version, and files
+named by their hash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ COMMANDS: dict[str, str] = {"tokens": "rdlm data prepare", "images": "rdlm data 
 
 
 def read_document(folder: Path, command: str = " or ".join(COMMANDS.values())) -> dict[str, Any]:
-    """The manifest as it stands; UserError if there is none (``command`` would write one) or it is not ours."""
+    """The manifest as it stands; UserError if there is none (``command`` would write one) or it is not
+    ours."""
     file = folder / MANIFEST
     if not file.is_file():
         raise UserError("data", str(folder), f"there is no {MANIFEST}", f"prepare it with {command}")
@@ -38,8 +39,8 @@ def kind_of(document: dict[str, Any]) -> str:
 
 
 def read_kind(folder: Path, kind: Kind, version: int) -> dict[str, Any]:
-    """The manifest of a folder that holds ``kind`` in ``version``; UserError if it holds another kind or is
-    newer than this code."""
+    """The manifest of a folder that holds ``kind`` in ``version``; UserError if it holds another kind or
+    is newer than this code."""
     document = read_document(folder, COMMANDS[kind])
     if (found := kind_of(document)) != kind:
         remedy = f"give a folder of {COMMANDS[kind]}" + (

@@ -1,5 +1,5 @@
-"""Generated tasks that need serial or joint computation, as rows of token ids with an answer at each position
-that counts.
+"""Generated tasks that need serial or joint computation, as rows of token ids with an answer at each
+position that counts.
 
 - ``GroupProduct``: the running product in a group (Liu et al. 2023, "Transformers Learn Shortcuts to
   Automata"; Barrington 1986 for
@@ -7,9 +7,9 @@ that counts.
 - ``PointerChasing``: follow a table of pointers, one hop further at every position.
 - ``LatinSquare``: complete a square whose answers depend on each other and may be ambiguous.
 
-Inputs and answers are two rows of equal length, as a causal model needs them; ``FilledIn`` puts them into one
-row for masked diffusion. Every example is a pure function of (split, seed, row), so the order of generation,
-batch sizes and restarts change nothing.
+Inputs and answers are two rows of equal length, as a causal model needs them; ``FilledIn`` puts them into
+one row for masked diffusion. Every example is a pure function of (split, seed, row), so the order of
+generation, batch sizes and restarts change nothing.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class GroupProduct:
     """Inputs are elements g_1 .. g_T; the target at position i is g_1 * ... * g_i, in the same ids 0 ..
     |G|-1.
 
-    Element n is the n-th permutation of ``itertools.permutations(range(k))``; (a * b)(x) = a(b(x)). Id 0 is
-    the identity.
+    Element n is the n-th permutation of ``itertools.permutations(range(k))``; (a * b)(x) = a(b(x)). Id 0
+    is the identity.
     """
 
     unit, whole, answers_from = "positions", "last", 0
@@ -152,9 +152,9 @@ class PointerChasing:
 
 
 class LatinSquare:
-    """Inputs are the cells of an n x n square row by row, blanks as id n, and the same again; in the second
-    half each blank's target is its symbol. So answers come after all that is given, and only through their
-    own noised targets do they see each other.
+    """Inputs are the cells of an n x n square row by row, blanks as id n, and the same again; in the
+    second half each blank's target is its symbol. So answers come after all that is given, and only
+    through their own noised targets do they see each other.
 
     Squares are the cyclic one with rows, columns and symbols permuted. Several completions may exist:
     ``solved`` accepts each.
@@ -207,9 +207,9 @@ class FilledIn:
     """A task as one row for a model that fills in hidden tokens: what is given stays visible, the answers
     that count are hidden.
 
-    The row is the inputs with the answers behind them, position by position from ``answers_from``, the first
-    that may count. A Latin square stands there once: its blanks are in the answers' places, so the hidden
-    tokens are the blanks. Nothing else tells an answer.
+    The row is the inputs with the answers behind them, position by position from ``answers_from``, the
+    first that may count. A Latin square stands there once: its blanks are in the answers' places, so the
+    hidden tokens are the blanks. Nothing else tells an answer.
     """
 
     def __init__(self, task: Generated) -> None:
@@ -236,7 +236,8 @@ class FilledIn:
 
 
 def parse_task(name: str, size: int) -> Generated:
-    """ "s3", "s5": products of ``size`` factors; "pointer16": ``size`` hops over 16 nodes; "latin5": ``size``
+    """ "s3", "s5": products of ``size`` factors; "pointer16": ``size`` hops over 16 nodes; "latin5":
+    ``size``
      blanks of 5 x 5 cells.
 
     Raises UserError for another name.

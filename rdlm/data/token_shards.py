@@ -1,8 +1,9 @@
-"""Prepared token data on disk: ``manifest.json``, ``tokenizer/`` and memory-mapped ``SPLIT/shard_00000.bin``
-files.
+"""Prepared token data on disk: ``manifest.json``, ``tokenizer/`` and memory-mapped
+``SPLIT/shard_00000.bin`` files.
 
 A shard is a flat little-endian array of token ids; the shards of a split are one long stream of documents,
-each followed by the end-of-text token. Training and evaluation both read it here; only ``train`` writes it.
+each followed by the end-of-text token. Training and evaluation both read it here; only ``train`` writes
+it.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Shard(Strict):
 
 
 class Split(Strict):
-    """Counts of one split. ``bytes``: UTF-8 bytes of its documents; ``tokens`` includes an end-of-text token
-    a document."""
+    """Counts of one split. ``bytes``: UTF-8 bytes of its documents; ``tokens`` includes an end-of-text
+    token a document."""
 
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
@@ -159,8 +160,8 @@ class TokenStore:
         return out
 
     def num_windows(self, seq_len: int) -> int:
-        """Windows of ``seq_len`` inputs and their next tokens, without overlap of inputs; UserError if there
-        is none."""
+        """Windows of ``seq_len`` inputs and their next tokens, without overlap of inputs; UserError if
+        there is none."""
         count = (len(self) - 1) // seq_len
         if count < 1:
             raise UserError(

@@ -1,5 +1,5 @@
-"""Text to ids and back: a byte-level BPE (``tokenizer.json``) or a sentencepiece model (``tokenizer.model``),
-one interface.
+"""Text to ids and back: a byte-level BPE (``tokenizer.json``) or a sentencepiece model
+(``tokenizer.model``), one interface.
 
 Decoding goes through a table of bytes per id, so that a whole text, a stream and a byte count can never
 disagree. Special tokens (end of text, chat marks) are worth no bytes: they decode to nothing.
@@ -139,8 +139,8 @@ class BytePairTokenizer(_ByteTable):
         super().__init__(source, table, special, config)
 
     def encode(self, text: str) -> list[int]:
-        """As the library encodes it, with the ``lstrip``, ``rstrip``, ``single_word`` and ``normalized`` of
-        special tokens."""
+        """As the library encodes it, with the ``lstrip``, ``rstrip``, ``single_word`` and ``normalized``
+        of special tokens."""
         return self._prompts.encode_batch_fast([_check_unicode(text)], add_special_tokens=False)[0].ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
@@ -210,8 +210,8 @@ class SentencePieceTokenizer(_ByteTable):
 
 
 class StreamDecoder:
-    """Text of a growing list of ids: the deltas of ``feed`` and the last one of ``flush`` join to ``decode``
-    of all ids.
+    """Text of a growing list of ids: the deltas of ``feed`` and the last one of ``flush`` join to
+    ``decode`` of all ids.
 
     A character whose bytes are not complete yet is held back.
     """
@@ -229,8 +229,8 @@ class StreamDecoder:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A folder with tokenizer.json or tokenizer.model, or one of these files; the names of special tokens are
-    read from files next to it.
+    """A folder with tokenizer.json or tokenizer.model, or one of these files; the names of special tokens
+    are read from files next to it.
 
     Beginning and end of text are found as transformers finds them: in ``special_tokens_map.json`` (unless
     ``tokenizer_config.json`` lists its added tokens), else in ``tokenizer_config.json``; what they name is
@@ -360,7 +360,8 @@ def _name(config: Mapping[str, Any], key: str) -> str | None:
 
 
 def _with_default_ends(config: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
-    """``<|endoftext|>`` for an end of text that is not named, and without any config for the beginning too."""
+    """``<|endoftext|>`` for an end of text that is not named, and without any config for the beginning
+    too."""
     if not any(token["content"] == EOS for token in document.get("added_tokens") or ()):
         return dict(config)
     default = {"eos_token": EOS} if config.keys() & {*ENDS, "tokenizer_class"} else dict.fromkeys(ENDS, EOS)
@@ -395,8 +396,8 @@ def _check_unicode(text: str) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Printable stand-in -> byte, as in GPT-2 (Radford et al. 2019): printable Latin-1 is itself, the rest is
-    256, 257, ..."""
+    """Printable stand-in -> byte, as in GPT-2 (Radford et al. 2019): printable Latin-1 is itself, the rest
+    is 256, 257, ..."""
     kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [b for b in range(256) if b not in kept]
     return {chr(b): b for b in kept} | {chr(256 + n): b for n, b in enumerate(moved)}

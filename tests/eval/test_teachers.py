@@ -131,6 +131,16 @@ def test_equal_weights_have_equal_fingerprints(folder: Path, teacher: Teacher, t
     assert load_teacher(str(changed)).fingerprint != teacher.fingerprint
 
 
+def test_another_tokenizer_is_another_key_of_kept_scores(folder: Path, teacher: Teacher) -> None:
+    again = load_teacher(str(folder))
+    assert (
+        again.identity == teacher.identity
+        and load_teacher(str(folder), window=32).identity != teacher.identity
+    )
+    again.tokenizer.add_tokens(["the heaven"])
+    assert again.fingerprint == teacher.fingerprint and again.identity != teacher.identity
+
+
 def test_what_was_computed_is_not_computed_again(tmp_path: Path) -> None:
     calls: list[int] = []
 

@@ -1,5 +1,5 @@
-"""Training data behind one interface: ``build_corpus(config)`` gives batches that depend on their arguments
-alone.
+"""Training data behind one interface: ``build_corpus(config)`` gives batches that depend on their
+arguments alone.
 
 One kind of data is a class and a line in CORPORA.
 """
@@ -31,7 +31,8 @@ from train.settings import (
 
 Augment = Literal["none", "flip", "flip_crop"]
 PAD = 4
-"""Pixels that ``flip_crop`` moves an image by at most (He et al. 2016, Sec. 4.2, which pads with zeros)."""
+"""Pixels that ``flip_crop`` moves an image by at most (He et al. 2016, Sec. 4.2, which pads with zeros).
+"""
 _AUGMENT_KEY = 0x11A6E5  # apart from other uses of the seed
 
 
@@ -68,19 +69,21 @@ class Corpus(Protocol):
         micro_index: int,
         micro_size: int,
     ) -> Batch:
-        """Micro-batch ``micro_index`` of ``rank`` in update ``step``: [micro_size, seq_len], a pure function
-        of the arguments.
+        """Micro-batch ``micro_index`` of ``rank`` in update ``step``: [micro_size, seq_len], a pure
+        function of the arguments.
 
-        The rows of one update, over all ranks and micro-batches, depend on (step, seed, global_batch) only.
+        The rows of one update, over all ranks and micro-batches, depend on (step, seed, global_batch)
+        only.
         """
 
     def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
-        """Held-out batches, the same ones every time; at most ``max_tokens`` targets, at least one sequence."""
+        """Held-out batches, the same ones every time; at most ``max_tokens`` targets, at least one
+        sequence."""
 
 
 class TokenCorpus:
-    """Windows of ``seq_len`` tokens that follow each other without overlap, visited in a seeded order, each
-    once an epoch.
+    """Windows of ``seq_len`` tokens that follow each other without overlap, visited in a seeded order,
+    each once an epoch.
 
     Windows cross document ends; every target counts. Held-out windows come from ``valid``.
     """
@@ -88,8 +91,8 @@ class TokenCorpus:
     unit = "token"
 
     def __init__(self, path: str | Path, seq_len: int, split: str = "train", held_out: str = "valid") -> None:
-        """UserError if the shards are missing or damaged, or a split is shorter than one window (valid: when
-        first used)."""
+        """UserError if the shards are missing or damaged, or a split is shorter than one window (valid:
+        when first used)."""
         self._store = TokenStore(path, split)
         self._held_out = held_out
         self.seq_len, self.vocab_size = seq_len, self._store.manifest.vocab_size
@@ -171,8 +174,8 @@ def augmented(pixels: np.ndarray, rows: np.ndarray, seed: int, how: Augment) -> 
     """uint8 [n, H, W, C] -> the same shape: mirrored with p = 1/2, then (``flip_crop``) moved by up to PAD
     pixels within its reflection.
 
-    rows: int64 [n], positions in the endless list of training rows. What an image undergoes depends on (seed,
-    position) alone.
+    rows: int64 [n], positions in the endless list of training rows. What an image undergoes depends on
+    (seed, position) alone.
     """
     if how == "none":
         return pixels
@@ -190,15 +193,15 @@ def augmented(pixels: np.ndarray, rows: np.ndarray, seed: int, how: Augment) -> 
 
 
 def _reflected(offset: np.ndarray, size: int) -> np.ndarray:
-    """Source positions, int64 [n, size], of a crop at ``offset`` in an axis of ``size`` padded by PAD on both
-    sides."""
+    """Source positions, int64 [n, size], of a crop at ``offset`` in an axis of ``size`` padded by PAD on
+    both sides."""
     position = np.abs(np.arange(size) + offset.astype(np.int64)[:, None] - PAD)
     return size - 1 - np.abs(size - 1 - position)
 
 
 class GeneratedCorpus:
-    """A task of rdlm/data/synthetic.py: no row number is used twice; held-out rows come from a random stream
-    of their own."""
+    """A task of rdlm/data/synthetic.py: no row number is used twice; held-out rows come from a random
+    stream of their own."""
 
     tokenizer, unit = None, "token"
 

@@ -133,8 +133,8 @@ def _parts(
 
 
 def _labels(images: ImageSet, classes: tuple[str, ...]) -> np.ndarray:
-    """The labels of a set as places in ``classes``: names decide, not numbers. UserError for one that is not
-    there."""
+    """The labels of a set as places in ``classes``: names decide, not numbers. UserError for one that is
+    not there."""
     assert images.labels is not None
     low, high = int(images.labels.min()), int(images.labels.max())
     if low < 0 or high >= len(images.classes):

@@ -24,7 +24,8 @@ _FOLDERS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test"
 
 @dataclass(frozen=True)
 class HubImages:
-    """Names on the Hugging Face hub. ``splits``: ours -> theirs. ``image``: None is the one column of images."""
+    """Names on the Hugging Face hub. ``splits``: ours -> theirs. ``image``: None is the one column of
+    images."""
 
     path: str
     name: str | None
@@ -63,8 +64,8 @@ def open_source(given: str, label_column: str, option: str = "SOURCE") -> dict[s
 
 
 def _places(path: Path, option: str) -> dict[str, Path]:
-    """The sets of a folder that has one a split; a folder of classes (one may be called ``train``) or a file
-    is the train split."""
+    """The sets of a folder that has one a split; a folder of classes (one may be called ``train``) or a
+    file is the train split."""
     classes = path / "train"
     if not (path / "train.parquet").is_file() and not (
         classes.is_dir() and any(each.is_dir() for each in classes.iterdir())

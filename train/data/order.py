@@ -41,8 +41,8 @@ def shuffled(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
-    """A seeded bijection of 0 .. count-1 in constant memory: four Feistel rounds on the next power of four,
-    walked until inside (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains")."""
+    """A seeded bijection of 0 .. count-1 in constant memory: four Feistel rounds on the next power of
+    four, walked until inside (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains")."""
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     keys = np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, epoch]).generate_state(4, np.uint64)

@@ -131,7 +131,8 @@ def _sources(options: Preparation) -> tuple[dict[str, Source], dict[str, float]]
 def held_out_fractions(
     own: Iterable[str], given: dict[str, float | None], default: dict[str, float]
 ) -> dict[str, float]:
-    """Shares of ``train`` for the splits that have no source of their own; what is not given is ``default``."""
+    """Shares of ``train`` for the splits that have no source of their own; what is not given is
+    ``default``."""
     own, fractions = set(own), {}
     for split, fraction in given.items():
         if split in own and fraction is not None:

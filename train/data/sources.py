@@ -1,8 +1,8 @@
 """Where documents come from: the embedded text, files, or a Hugging Face data set. All of them stream.
 
-One source is a class and a line in SOURCES, one kind of file a class and a line in FORMATS. Rows without text
-are skipped and counted, whatever kind of file holds them; files that are damaged, or not what their name
-says, are refused.
+One source is a class and a line in SOURCES, one kind of file a class and a line in FORMATS. Rows without
+text are skipped and counted, whatever kind of file holds them; files that are damaged, or not what their
+name says, are refused.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ TextFiles = Literal["files", "pieces"]
 class Reading:
     """How files and rows become documents.
 
-    column: the field or column that holds the text. rows: what a row is. text_files: a plain text file is one
-    document ("files"), or is cut into pieces of about TEXT_DOCUMENT_CHARS at blank lines; None is "files",
-    but "pieces" for a source of one file, which could not be split otherwise. separator: cut plain text files
-    wherever it stands, instead. option: what named the source.
+    column: the field or column that holds the text. rows: what a row is. text_files: a plain text file is
+    one document ("files"), or is cut into pieces of about TEXT_DOCUMENT_CHARS at blank lines; None is
+    "files", but "pieces" for a source of one file, which could not be split otherwise. separator: cut
+    plain text files wherever it stands, instead. option: what named the source.
     """
 
     column: str = "text"
@@ -55,8 +55,8 @@ class Reading:
 
 
 class FileFormat(ABC):
-    """One kind of file. ``compressible``: it is read as a stream of text, so it may also be compressed as a
-    whole."""
+    """One kind of file. ``compressible``: it is read as a stream of text, so it may also be compressed as
+    a whole."""
 
     compressible = True
 
@@ -149,8 +149,8 @@ class Parquet(FileFormat):
 
 
 class Arrow(FileFormat):
-    """An Arrow IPC file or stream (Feather version 2, the cache of the library ``datasets``), with columns as
-    in Parquet."""
+    """An Arrow IPC file or stream (Feather version 2, the cache of the library ``datasets``), with columns
+    as in Parquet."""
 
     compressible = False
 
@@ -303,15 +303,16 @@ class Source(ABC):
     @classmethod
     @abstractmethod
     def named(cls, given: str, reading: Reading) -> dict[str, Source] | None:
-        """Split -> source, where ``given`` names one of this class, else None. UserError if nothing is there."""
+        """Split -> source, where ``given`` names one of this class, else None. UserError if nothing is
+        there."""
 
     @abstractmethod
     def rows(self) -> Iterator[str | None]:
         """The texts as the source holds them; None for a row without one."""
 
     def documents(self) -> Iterator[str]:
-        """Texts that are not empty; of ``wikitext`` the articles that rows (a line each) make up, which start
-        at `` = Title = ``."""
+        """Texts that are not empty; of ``wikitext`` the articles that rows (a line each) make up, which
+        start at `` = Title = ``."""
         self.skipped.clear()
         join = {"documents": lambda texts: texts, "wikitext": _articles}[self.reading.rows]
         for document in join(self._texts()):
@@ -365,8 +366,8 @@ class Embedded(Source):
 
 
 class Files(Source):
-    """A file, a folder or a pattern: what has a known ending, in order of the paths. Hidden files and folders
-    are not read."""
+    """A file, a folder or a pattern: what has a known ending, in order of the paths. Hidden files and
+    folders are not read."""
 
     @classmethod
     def named(cls, given: str, reading: Reading) -> dict[str, Source] | None:
@@ -410,7 +411,8 @@ class Files(Source):
                 raise self._unreadable(file, error, number) from error
 
     def _unreadable(self, file: Path, error: Exception, after: int = 0) -> UserError:
-        """Every library raises exceptions of its own for files that are damaged or not what they are called."""
+        """Every library raises exceptions of its own for files that are damaged or not what they are
+        called."""
         if isinstance(error, UserError):
             return error
         if isinstance(error, UnicodeDecodeError):
@@ -517,8 +519,8 @@ SOURCES: tuple[type[Source], ...] = (Embedded, Hub, Files)
 
 
 def open_source(given: str, reading: Reading) -> dict[str, Source]:
-    """Split -> source; only a preset has more than ``train``. UserError names ``reading.option`` if nothing
-    is there."""
+    """Split -> source; only a preset has more than ``train``. UserError names ``reading.option`` if
+    nothing is there."""
     return next(found for kind in SOURCES if (found := kind.named(given, reading)) is not None)
 
 
