@@ -48,6 +48,9 @@ class _Tally:
     def __init__(self, device: torch.device) -> None:
         self.device, self.weights, self.scores = device, 0, 0
 
+    def positions(self) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.long, device=self.device)
+
     def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
         return rotary_table(num_dims, base, 1, self.device, scaling)[None, :, None]
 
@@ -82,7 +85,7 @@ def costs_of(denoiser: Objective) -> Costs:
         tally.weights = 0
         cond = denoiser.condition(None, e)
         condition = tally.weights
-        state = count(lambda: denoiser.step(model.initial_state(e), e, cond, tally))
+        state = count(lambda: denoiser.step(model.initial_state(e, num_steps=1), e, cond, tally))
         count(lambda: model.decode(state, tally))
     finally:
         for hook in hooks:

@@ -109,11 +109,12 @@ class Model:
             if states is not None:
                 problem = "this model starts from its tokens, not from a given state"
                 raise UserError("input_states", tuple(states.shape), problem, "leave it out")
-        state = model.initial_state(e, generator(seed), latent)
-        for k in range(1, max(ks) + 1):
-            state = self.denoiser.step(state, e, cond, ctx)
-            if k in ks:
-                found.append((k, state, ctx))
+        for wanted in [[k] for k in ks] if model.depends_on_num_steps else [ks]:
+            state = model.initial_state(e, generator(seed), latent, max(wanted))
+            for k in range(1, max(wanted) + 1):
+                state = self.denoiser.step(state, e, cond, ctx)
+                if k in wanted:
+                    found.append((k, state, ctx))
         return found
 
     @property
@@ -158,7 +159,12 @@ class Model:
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Read a checkpoint folder. UserError where a file or weight is not what its config says."""
+    """Read a checkpoint folder. UserError where a file or weight is not what its config says, or the device cannot be used."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        problem, remedy = f"cannot be used ({reason(error)})", "use cpu, or cuda on a machine with one"
+        raise UserError("device", str(device), problem, remedy) from None
     return Model(checkpoint.load(folder, device, dtype))
 
 
@@ -197,10 +203,15 @@ def logits_file(
         if model.denoiser.model.has_exit_gate:
             found[f"gate_K{k}"] = model.gate(state)
     save = {name: value.float().contiguous().cpu() for name, value in found.items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
-    save_file(save, temporary)
-    temporary.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(save, temporary)
+        temporary.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            "--out", str(out), f"cannot be written ({reason(error)})", "name another file"
+        ) from None
     start = (
         " (this model starts from its tokens: --zero-state changes nothing)"
         if zero_state and not model.draws_state

@@ -8,13 +8,14 @@ from typing import cast
 import torch
 
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import DitConfig, HrmConfig, ModelConfig, VitConfig
+from rdlm.config.model import DitConfig, HrmConfig, LoopFormerConfig, ModelConfig, VitConfig
 from rdlm.config.objective import VARIANTS
 from rdlm.diffusion.partition import Block, partition_of
 from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
 from rdlm.models.base import Backbone
 from rdlm.models.hrm import Hrm
+from rdlm.models.loopformer import LoopFormer
 from rdlm.models.recurrent import Recurrent
 from rdlm.models.vision import Dit, Vit
 from rdlm.objectives import OBJECTIVES, Objective
@@ -40,6 +41,8 @@ def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
             return cast(Backbone, Dit(config, layers))
         case HrmConfig():
             return Hrm(config)
+        case LoopFormerConfig():
+            return LoopFormer(config)
         case _:
             return Recurrent(config.layout(), layers)
 

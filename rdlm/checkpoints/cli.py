@@ -45,7 +45,7 @@ def importing(
 ) -> None:
     """Turn a published checkpoint into one of rdlm: weights keep their dtype, tokenizer and chat template come along.
 
-    Families: Huginn, retrofitted recurrence, Ouro, Parcae, IFM LoopedLM P2, Nanbeige4.2, LoopUS, HRM-Text, and plain decoders (Llama,
+    Families: Huginn, retrofitted recurrence, Ouro, Parcae, IFM LoopedLM P2, Nanbeige4.2, LoopUS, LoopFormer, HRM-Text, and plain decoders (Llama,
     SmolLM2, Mistral, Qwen2, Qwen3, OLMo-2). Needs little memory.
     """
     from rdlm.checkpoints.convert.importers import import_checkpoint

@@ -14,9 +14,15 @@ from pydantic import Field, model_validator
 from rdlm.config.base import Strict
 
 
-class TextShape:
-    """What every config of a text model says of its shape."""
+TEXT_COMMANDS = ("rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help")
 
+
+class TextShape:
+    """What every config of a text model says."""
+
+    is_image: ClassVar[bool] = False
+    commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
+    """What to run with a checkpoint, for its card."""
     vocab_size: int
     max_seq_len: int
 
@@ -25,8 +31,6 @@ class TextShape:
         """For the model card."""
         return f"vocabulary {self.vocab_size}, up to {self.max_seq_len} tokens"
 
-
-TEXT_COMMANDS = ("rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help")
 
 PLAIN_STD = 0.02
 """Initial standard deviation of plain transformers (Radford et al. 2019)."""
@@ -171,8 +175,6 @@ class RecurrentConfig(Strict, TextShape):
     """A recurrent-depth text model; a plain transformer is the one without prelude, coda and injection whose core runs once."""
 
     family: Literal["recurrent"] = "recurrent"
-    commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
-    is_image: ClassVar[bool] = False
     origin: str | None = None
     """The published family that it was imported from."""
     vocab_size: int = Field(ge=2)
@@ -254,12 +256,11 @@ class RecurrentConfig(Strict, TextShape):
         return f"{layers}; {', '.join(parts)}"
 
 
-class HrmConfig(Strict):
+class HrmConfig(Strict, TextShape):
     """Two coupled stacks: K times, the low one runs num_low_cycles times and the high one once (HRM-Text, arXiv 2605.20613)."""
 
     family: Literal["hrm"] = "hrm"
     task: ClassVar[str] = "causal"
-    commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
     can_be_cut: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     tie_embeddings: ClassVar[bool] = False
@@ -289,15 +290,39 @@ class HrmConfig(Strict):
         return f"a step is {self.num_low_cycles} runs of a low stack and one of a high stack, {self.num_stack_layers} layers each"
 
 
+class LoopFormerConfig(Strict, TextShape):
+    """Plain layers that run K times, each step conditioned on its time k / K and its length 1 / K (LoopFormer, arXiv 2602.11451)."""
+
+    family: Literal["loopformer"] = "loopformer"
+    task: ClassVar[str] = "causal"
+    can_be_cut: ClassVar[bool] = False
+    iterates: ClassVar[bool] = True
+    origin: str | None = None
+    """The published family that it was imported from."""
+    vocab_size: int = Field(ge=2)
+    d_model: int = Field(ge=1)
+    max_seq_len: int = Field(ge=2)
+    """Positions have learned embeddings: there are no more."""
+    num_layers: int = Field(ge=1)
+    tie_embeddings: bool = True
+    layer: LayerConfig
+    noise_conditioning: Literal[False] = False
+
+    def layout(self) -> LoopFormerConfig:
+        """The general form, which this is."""
+        return self
+
+    def topology(self) -> str:
+        """The loop in words."""
+        return f"{self.num_layers} layers, conditioned on time and length of the step; state embedding"
+
+
 class HuginnConfig(Strict, TextShape):
     """Prelude, core applied K times, coda: the shape of Geiping et al. 2025 (sandwich norms, RoPE, qk-bias, gated MLP)."""
 
     family: Literal["huginn"] = "huginn"
     task: ClassVar[str] = "causal"
     """What its networks compute: causal (the next token), masked (masked tokens), classify or denoise (images)."""
-    commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
-    """What to run with a checkpoint, for its card."""
-    is_image: ClassVar[bool] = False
     can_be_cut: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     vocab_size: int = Field(ge=2)
@@ -523,7 +548,7 @@ class DitConfig(ImageConfig):
     """Width of what drives AdaLN, level and class added up; one vector an image, so it may be wide."""
 
 
-TextModelConfig = RecurrentConfig | HuginnConfig | LlamaConfig | MaskedConfig | HrmConfig
+TextModelConfig = RecurrentConfig | HuginnConfig | LlamaConfig | MaskedConfig | HrmConfig | LoopFormerConfig
 ModelConfig = Annotated[TextModelConfig | VitConfig | DitConfig, Field(discriminator="family")]
 
 

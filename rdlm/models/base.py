@@ -37,6 +37,8 @@ class Backbone(nn.Module, ABC):
     """Whether rows of whole sequences see only what precedes them."""
     has_exit_gate: bool = False
     """Whether ``gate`` was trained."""
+    depends_on_num_steps: bool = False
+    """Whether a step depends on how many there will be, so that the states of K steps are not the first K states of more."""
     draws_state: bool = True
     """Whether the state before the first step is free: drawn, zero or given."""
     modulates_in_layers: bool = False
@@ -76,9 +78,16 @@ class Backbone(nn.Module, ABC):
         return inputs.shape[0], inputs.shape[1]
 
     def initial_state(
-        self, e: Tensor, generator: torch.Generator | None = None, latent: Tensor | None = None
+        self,
+        e: Tensor,
+        generator: torch.Generator | None = None,
+        latent: Tensor | None = None,
+        num_steps: int | None = None,
     ) -> Tensor:
-        """State before the first step: zeros unless the architecture says otherwise. latent [B, T, D]: given, not drawn."""
+        """State before the first step: zeros unless the architecture says otherwise. latent [B, T, D]: given, not drawn.
+
+        num_steps: how many steps there will be; only models with ``depends_on_num_steps`` need it.
+        """
         return torch.zeros_like(e) if latent is None else latent
 
     def gate(self, state: Tensor) -> Tensor:

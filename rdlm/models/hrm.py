@@ -51,7 +51,11 @@ class Hrm(Backbone):
         return self.embed(inputs)
 
     def initial_state(
-        self, e: Tensor, generator: torch.Generator | None = None, latent: Tensor | None = None
+        self,
+        e: Tensor,
+        generator: torch.Generator | None = None,
+        latent: Tensor | None = None,
+        num_steps: int | None = None,
     ) -> Tensor:
         """[e | a learned vector]; latent takes the place of e."""
         high = e if latent is None else latent

@@ -109,7 +109,11 @@ class Recurrent(Backbone):
         return torch.cat([e, *later], dim=-1) if later else e
 
     def initial_state(
-        self, e: Tensor, generator: torch.Generator | None = None, latent: Tensor | None = None
+        self,
+        e: Tensor,
+        generator: torch.Generator | None = None,
+        latent: Tensor | None = None,
+        num_steps: int | None = None,
     ) -> Tensor:
         """D channels, zeros, e, or a normal draw (of Huginn: std sqrt(2 / 5D) cut at three of them, times the embedding scale); then
         the value embeddings of the coda, which no step changes."""

@@ -100,7 +100,11 @@ class Vit(Backbone):
         return self.patches(inputs)
 
     def initial_state(
-        self, e: Tensor, generator: torch.Generator | None = None, latent: Tensor | None = None
+        self,
+        e: Tensor,
+        generator: torch.Generator | None = None,
+        latent: Tensor | None = None,
+        num_steps: int | None = None,
     ) -> Tensor:
         """Zeros [B, 1, D]."""
         return torch.zeros_like(e[:, :1]) if latent is None else latent

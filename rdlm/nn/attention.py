@@ -53,6 +53,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class AttentionContext(Protocol):
     """What a layer needs to know about the other rows."""
 
+    def positions(self) -> Tensor:
+        """Of the rows in their sequences: int64 [B or 1, T]."""
+
     def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
         """Rotary factors of the rows: complex64 [B or 1, T, 1, num_dims/2]."""
 
@@ -84,6 +87,9 @@ class CausalContext:
 
     def __init__(self, length: int, device: torch.device | str = "cpu") -> None:
         self.length, self.device = length, torch.device(device)
+
+    def positions(self) -> Tensor:
+        return torch.arange(self.length, device=self.device)[None]
 
     def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
         return rotary_table(num_dims, base, self.length, self.device, scaling)[None, :, None]
@@ -135,6 +141,9 @@ class LaterLayers:
     def __init__(self, inner: AttentionContext, shift: int) -> None:
         self.inner, self.shift = inner, shift
 
+    def positions(self) -> Tensor:
+        return self.inner.positions()
+
     def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
         return self.inner.rope(num_dims, base, scaling)
 
@@ -161,6 +170,9 @@ class TwoStreamContext:
         context = clean if self.sees_own_clean else square.tril(-1)
         alone = torch.eye(self.length, dtype=torch.bool, device=self.device)
         return torch.cat([torch.cat([clean, ~square], 1), torch.cat([context, alone], 1)], 0)
+
+    def positions(self) -> Tensor:
+        return torch.arange(self.length, device=self.device).repeat(2)[None]
 
     def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
         return rotary_table(num_dims, base, self.length, self.device, scaling).repeat(2, 1)[None, :, None]

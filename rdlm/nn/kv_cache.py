@@ -283,6 +283,9 @@ class PackedContext:
         chosen = [(first, s) for first, s in zip(self.firsts, self.segments, strict=True) if s.length == 1]
         return _Singles(self.pool, chosen) if chosen else None
 
+    def positions(self) -> Tensor:
+        return self._positions[None]
+
     def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
         key = (num_dims, base, scaling)
         if key not in self._tables:  # every layer asks, at every core step

@@ -120,7 +120,7 @@ class NextToken(Objective):
         model = self.model
         ctx = model.context(inputs)
         e = model.encode(inputs, ctx)
-        state = model.initial_state(e, rng)
+        state = model.initial_state(e, rng, num_steps=num_steps)
         levels = None if noised is None else noised.sigma
         if levels is not None and self.corruption.per == "sequence":
             levels = levels[
@@ -297,13 +297,17 @@ class NextToken(Objective):
         ctx = model.context(inputs)
         e = model.encode(inputs, ctx)
         cond = self.condition(None, e)
+
+        def step(state: Tensor, k: int) -> Tensor:
+            return self.step(state, e, cond, ctx)
+
+        if model.depends_on_num_steps:
+            for k in range(1, num_steps + 1):
+                start = model.initial_state(e, generator(seed), num_steps=k)
+                on_step(k, run(step, start, k), ctx)
+            return
         start = model.initial_state(e, generator(seed))
-        run(
-            lambda s, _: self.step(s, e, cond, ctx),
-            start,
-            num_steps,
-            on_step=lambda k, state: on_step(k, state, ctx),
-        )
+        run(step, start, num_steps, on_step=lambda k, state: on_step(k, state, ctx))
 
     def read_scores(
         self, hidden: Tensor, targets: Tensor, z: Tensor | None = None, sigma: Tensor | None = None

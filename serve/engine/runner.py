@@ -259,7 +259,9 @@ class Runner:
         """Prelude and initial state of segments that have just opened."""
         for sequence, e in zip(entering, self._encode(block, entering), strict=True):
             draw = generator(sequence.request.seed, sequence.request.choice, sequence.start, STATE)
-            sequence.rows = Rows(e, block.denoiser.model.initial_state(e[None], draw)[0])
+            num_steps = self._plan(sequence).num_core_steps
+            state = block.denoiser.model.initial_state(e[None], draw, num_steps=num_steps)
+            sequence.rows = Rows(e, state[0])
 
     def _core(self, block: Block, batch: list[Sequence]) -> set[int]:
         """One core step -> ids of the sequences that exit on their states."""

@@ -21,6 +21,7 @@ from rdlm.nn.kv_cache import FullKVPool, KVPool, PackedContext, Segment
 
 FAMILIES = (
     "huginn", "ouro", "retro_llama", "retro_olmo", "parcae", "ifm_p2", "ifm_p2_orthoinj", "ifm_p2_linear", "nanbeige", "loopus",
+    "loopformer",
 )  # fmt: skip
 TOLERANCE = 5e-5
 """Rounding is 1e-5, a wrong operation 0.6 or more."""
@@ -103,7 +104,8 @@ def in_chunks(
             ]
             e = model.encode(case.ids[:, span].reshape(1, -1), contexts[0])
             given = latent[:, span].reshape(1, len(rows) * length, -1)
-            state = model.initial_state(e, latent=given if case.model.draws_state else None)
+            free = given if case.model.draws_state else None
+            state = model.initial_state(e, latent=free, num_steps=k)
             for context in contexts:
                 state = model.core(state, e, None, context)
             hidden = model.decode(state, contexts[0])
@@ -232,6 +234,8 @@ def test_pickled_weights_of_parcae_are_read_without_running_code(golden: Path, t
         ("nanbeige_tiny", {"ngram_sizes": [2]}, "ngram_sizes"),
         ("nanbeige_tiny", {"pretraining_tp": 2}, "pretraining_tp"),
         ("loopus_tiny", {"q_eval_interval": 2}, "q_eval_interval"),
+        ("loopformer_tiny", {"bias": True}, "bias"),
+        ("loopformer_tiny", {"model_type": "tmlt"}, "model_type"),
         ("hrm_text_tiny", {"num_key_value_heads": 2}, "num_key_value_heads"),
         ("hrm_text_tiny", {"num_layers_per_stack": 3}, "num_layers_per_stack"),
         ("ifm_p2_tiny", {"model": {"arch": "transformer"}}, "arch"),

@@ -19,9 +19,10 @@ from serve.loading import load_served
 from serve.settings import EngineSettings
 
 FAMILIES = (
-    "ouro", "retro_llama", "retro_olmo", "parcae", "ifm_p2", "ifm_p2_orthoinj", "ifm_p2_linear", "nanbeige", "loopus", "hrm_text",
+    "ouro", "retro_llama", "retro_olmo", "parcae", "ifm_p2", "ifm_p2_orthoinj", "ifm_p2_linear", "nanbeige", "loopus",
+    "loopformer", "hrm_text",
 )  # fmt: skip
-STARTS_FROM_TOKENS = ("ouro", "nanbeige", "loopus", "hrm_text")
+STARTS_FROM_TOKENS = ("ouro", "nanbeige", "loopus", "loopformer", "hrm_text")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -104,6 +104,11 @@ class Source:
         """Tensors that follow from others."""
         self._left.difference_update(names)
 
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Call the tensors by other names from now on."""
+        self.entries = {new_name(name): entry for name, entry in self.entries.items()}
+        self._left = {new_name(name) for name in self._left}
+
     def finish(self) -> None:
         for name in sorted(self._left):
             remedy = "give the config.json and weights of one model"

@@ -11,6 +11,7 @@ from rdlm.checkpoints.convert.decoder import PlainDecoder
 from rdlm.checkpoints.convert.hrm import HrmText
 from rdlm.checkpoints.convert.huginn import Huginn
 from rdlm.checkpoints.convert.looped_lm import LoopedLM
+from rdlm.checkpoints.convert.loopformer import LoopFormer
 from rdlm.checkpoints.convert.loopus import LoopUS
 from rdlm.checkpoints.convert.ouro import Nanbeige, Ouro
 from rdlm.checkpoints.convert.parcae import Parcae
@@ -28,6 +29,7 @@ IMPORTERS: dict[str, Importer] = {
         Nanbeige(),
         LoopUS(),
         HrmText(),
+        LoopFormer(),
         PlainDecoder(),
     )
 }

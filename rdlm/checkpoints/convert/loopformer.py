@@ -1,0 +1,68 @@
+"""LoopFormer (arXiv 2602.11451)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rdlm.checkpoints.convert.base import Fields, Importer, Shapes, Source, imported
+from rdlm.checkpoints.convert.decoder import head_tensors
+from rdlm.checkpoints.convert.parcae import FP32_EPS
+from rdlm.checkpoints.safetensors_io import Entry
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.model import LoopFormerConfig
+
+TABLE = "transformer.wte.weight"
+PREFIXES = re.compile(r"^(gpt\.|model\.|module\.)+")
+
+
+class LoopFormer(Importer):
+    """K steps of length 1 / K each; other schedules of the reference are not kept."""
+
+    family = "loopformer"
+    title = "LoopFormer, e.g. of the collection armenjeddi/loopformer"
+
+    def recognises(self, data: Mapping[str, Any], names: Collection[str]) -> bool:
+        return data.get("model_type") == "loopformer" or any(".adaLN_modulation." in name for name in names)
+
+    def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
+        fields.only({"model_type": "loopformer", "bias": False})
+        fields.ignore("dropout")
+        model = {
+            "family": "loopformer",
+            "origin": "loopformer",
+            "vocab_size": fields.number("vocab_size"),
+            "d_model": fields.number("n_embd"),
+            "max_seq_len": fields.number("block_size"),
+            "num_layers": fields.number("n_layer"),
+            "layer": {
+                "norm_eps": FP32_EPS,
+                "norm_weights": False,
+                "num_heads": fields.number("n_head"),
+                "mlp": "gelu",
+                "mlp_width": fields.number("intermediate_dim"),
+            },
+        }
+        lost = ["Its loop may be cut into steps of unequal length; here K steps have length 1 / K each."]
+        return imported(name, model, 8, fields.where), lost
+
+    def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
+        model = config.model
+        assert isinstance(model, LoopFormerConfig)
+        source.rename(lambda name: PREFIXES.sub("", name))
+        found = head_tensors(source, True, TABLE)
+        for i in range(model.num_layers):
+            theirs, ours = f"transformer.h.blocks.{i}", f"model.core_block.{i}"
+            for a, b in (("c_attn", "Wqkv"), ("c_proj", "proj")):
+                found[f"{ours}.attn.{b}.weight"] = source.take(f"{theirs}.attn.{a}.weight")
+            for a, b in (("c_fc", "fc"), ("c_proj", "proj")):
+                found[f"{ours}.mlp.{b}.weight"] = source.take(f"{theirs}.mlp.{a}.weight")
+            for kind in ("weight", "bias"):
+                found[f"model.modulation.{i}.{kind}"] = source.take(f"{theirs}.adaLN_modulation.1.{kind}")
+        for a, b in (("time", "time"), ("dt", "length")):
+            for number, layer in ((0, "fc_1"), (2, "fc_2")):
+                for kind in ("weight", "bias"):
+                    found[f"model.{b}.{layer}.{kind}"] = source.take(f"{a}_embedder.mlp.{number}.{kind}")
+        found["model.wpe.weight"] = source.take("transformer.wpe.weight")
+        return {**found, "model.ln_f.weight": source.take("transformer.norm_f.weight")}

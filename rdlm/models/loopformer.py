@@ -1,0 +1,92 @@
+"""LoopFormer (arXiv 2602.11451): layers that know at which time of the loop they run, and how long the step is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdlm.config.model import LoopFormerConfig, initial_std
+from rdlm.models.base import Backbone, init_weights
+from rdlm.nn.attention import AttentionContext
+from rdlm.nn.layers import Condition, RMSNorm, TokenTable
+from rdlm.nn.transformer import TransformerLayer
+
+NUM_FREQUENCIES = 128
+
+
+class LoopFormer(Backbone):
+    """x = embed(ids) + place; K times x = layers(x; k / K, 1 / K); hidden = norm(x).
+
+    The state is [x | k | K]: whole numbers, which half precision keeps exactly up to 256.
+    """
+
+    noise_embedding = None
+    draws_state = False
+    depends_on_num_steps = True
+
+    def __init__(self, config: LoopFormerConfig) -> None:
+        super().__init__()
+        width, layer = config.d_model, config.layer
+        self.config, self.vocab_size = config, config.vocab_size
+        self.head_dim, self.num_kv_heads = layer.head_width(width), layer.num_kv_heads or layer.num_heads
+        self.num_cache_layers = config.num_layers
+        self.wte, self.wpe = TokenTable(config.vocab_size, width), TokenTable(config.max_seq_len, width)
+        self.time, self.length = StepEmbedding(width), StepEmbedding(width)
+        self.core_block = nn.ModuleList(TransformerLayer(layer, width, i) for i in range(config.num_layers))
+        self.modulation = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(config.num_layers))
+        self.ln_f = RMSNorm(width, layer.norm_eps)
+        self.lm_head = None if config.tie_embeddings else TokenTable(config.vocab_size, width)
+
+    @property
+    def core_layers(self) -> nn.ModuleList:
+        return self.core_block
+
+    def encode(self, inputs: Tensor, ctx: AttentionContext) -> Tensor:
+        return self.embed(inputs) + self.wpe(ctx.positions())
+
+    def initial_state(
+        self,
+        e: Tensor,
+        generator: torch.Generator | None = None,
+        latent: Tensor | None = None,
+        num_steps: int | None = None,
+    ) -> Tensor:
+        assert num_steps is not None, "a step of this model depends on how many there will be"
+        x = e if latent is None else latent
+        return torch.cat([x, torch.zeros_like(x[..., :1]), torch.full_like(x[..., :1], num_steps)], dim=-1)
+
+    def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
+        x, step, num_steps = state.split([self.config.d_model, 1, 1], dim=-1)
+        whole = num_steps.float().squeeze(-1)
+        embedded = F.silu(self.time(step.float().squeeze(-1) / whole) + self.length(1 / whole))  # [B, T, D]
+        none = torch.zeros_like(x)  # there are no shifts
+        for layer, modulation in zip(self.core_block, self.modulation, strict=True):
+            gate_a, gate_m, scale_a, scale_m = modulation(embedded).chunk(4, dim=-1)
+            x = layer(x, ctx, (none, 1 + scale_a, gate_a, none, 1 + scale_m, gate_m))
+        return torch.cat([x, step + 1, num_steps], dim=-1)
+
+    def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
+        return self.ln_f(state[..., : self.config.d_model])
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """See rdlm.models.base.init_weights."""
+        std = initial_std(self.config.d_model)
+        residual = std / math.sqrt(2 * self.config.num_layers)
+        init_weights(self, generator, std=std, residual_std=residual)
+
+
+class StepEmbedding(nn.Module):
+    """[...] fp32 in [0, 1] -> [..., D]: 128 cosines and sines, then a two-layer MLP."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.fc_1, self.fc_2 = nn.Linear(2 * NUM_FREQUENCIES, d_model), nn.Linear(d_model, d_model)
+
+    def forward(self, t: Tensor) -> Tensor:
+        steps = torch.arange(NUM_FREQUENCIES, dtype=torch.float32, device=t.device)
+        angles = t.unsqueeze(-1) * torch.exp(-math.log(10_000.0) * steps / NUM_FREQUENCIES)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.fc_1.weight.dtype)
+        return self.fc_2(F.silu(self.fc_1(waves)))
