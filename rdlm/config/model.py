@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 
 from rdlm.config.base import Strict
 
-
 TEXT_COMMANDS = ("rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help")
 
 
