@@ -397,3 +397,30 @@ CONTRAST = """() => {
     soft: between(colour(soft), behind(article)), button: between(colour(go), behind(go)), shades: Math.min(...shades) };
 }"""
 """WCAG contrast of the page's texts with what is behind them, the shades of steps per token included."""
+
+
+def test_a_model_of_noise_levels_offers_its_samplers_and_one_likelihood(
+    visit: Callable[..., Any], make_served: Callable[..., Served], tmp_path: Path
+) -> None:
+    with _serving(make_served("evidence"), tmp_path / "tiny") as address:
+        page = visit(address)
+        assert page.locator("#exit").is_hidden() and page.locator("#sampler").is_visible()
+        assert page.locator("label[for=steps]").inner_text() == "Noise levels of each token, K"
+        page.select_option("#sampler", "dpmpp_2m")
+        page.fill("#tokens", "12")
+        page.click("#go")
+        ended(page)
+        body = {
+            "prompt": "And it came to pass",
+            "num_steps": 2,
+            "max_tokens": 12,
+            "temperature": 0.8,
+            "seed": 0,
+            "sampler": "dpmpp_2m",
+        }
+        answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()
+        assert "".join(tokens(page).all_text_contents()) == answer["choices"][0]["text"]
+        page.click("#score")
+        page.click("#go")
+        ended(page)
+        assert page.locator(".heat tbody tr").count() == 1 and page.locator("svg").count() == 0
