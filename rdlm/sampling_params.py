@@ -1,4 +1,4 @@
-"""Decoding settings of a request, without torch, so that routes and the scheduler may hold them."""
+"""Decoding settings of a request, so that routes and the scheduler may hold them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.diffusion.samplers import OLD_NAMES, SAMPLERS
 from rdlm.errors import UserError
-
-Bridge = Literal["hard", "euler", "multistep"]
-"""How a token goes from one noise level to the next (rdlm/diffusion/samplers.py): drawn and re-noised, or
-along the ODE."""
 
 Order = Literal["random", "left_to_right", "confidence"]
 """Which tokens a masked model unmasks first (rdlm/diffusion/unmasking_plan.py).
@@ -45,9 +42,8 @@ class SamplingParams:
     repetition_penalty: Keskar et al. 2019, over prompt and output, 1 is off. presence_penalty,
     frequency_penalty: OpenAI's, over the output only, 0 is off. logit_bias: token id -> added logit. All act
     on the prior logits W h, never on the evidence of a noised target, so they mean the same at every K.
-    bridge: of models that draw a token through noise levels (``check_bridge``): hard draws at each level and
-    re-noises what it drew, exact at every K; euler and multistep follow the probability-flow ODE from one
-    draw of noise to the last level and draw there.
+    sampler: of models that draw a token through noise levels (``check_sampler``), a name of
+    rdlm/diffusion/samplers.py; older names (hard, multistep) are stored as today's.
     """
 
     temperature: float = 1.0
@@ -58,7 +54,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    bridge: Bridge = "hard"
+    sampler: str = "renoise"
 
     def __post_init__(self) -> None:
         self._check(
@@ -83,10 +79,7 @@ class SamplingParams:
         self._check(
             "frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie in [-2, 2]", "0 switches it off"
         )
-        bridges = get_args(Bridge)
-        self._check(
-            "bridge", self.bridge in bridges, "there is no such bridge", f"use some of {', '.join(bridges)}"
-        )
+        object.__setattr__(self, "sampler", text_sampler(self.sampler))
         biases_ok = all(math.isfinite(value) and -100 <= value <= 100 for value in self.logit_bias.values())
         self._check(
             "logit_bias", biases_ok, "values must lie in [-100, 100]", "-100 bans a token, 100 forces it"
@@ -112,10 +105,18 @@ class SamplingParams:
         return penalised or bool(self.logit_bias)
 
 
-def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
-    """Raises UserError where the checkpoint has no noise levels to bridge, or where its blocks share no space
-    for an ODE to run in."""
-    if bridge == "hard":
+def text_sampler(name: str, field: str = "sampler") -> str:
+    """Today's name of a sampler that text can be drawn with. Raises UserError for any other name."""
+    known = [each for each, sampler in SAMPLERS.items() if sampler.for_text]
+    found = OLD_NAMES.get(name, name)
+    if found not in known:
+        raise UserError(field, name, "text cannot be sampled this way", f"use one of {', '.join(known)}")
+    return found
+
+
+def check_sampler(sampler: str, config: CheckpointConfig) -> None:
+    """Raises UserError where the checkpoint has no noise levels, or where its blocks share no space for an ODE to run in."""
+    if SAMPLERS[text_sampler(sampler)].draws_tokens:
         return
     if config.objective.supports_exits:
         problem = "this model iterates its core and reads out once, so it has no noise levels"
@@ -127,7 +128,7 @@ def check_bridge(bridge: Bridge, config: CheckpointConfig) -> None:
         )
     else:
         return
-    raise UserError("bridge", bridge, problem, "leave bridge out, or send hard")
+    raise UserError("sampler", sampler, problem, "leave sampler out, or send renoise")
 
 
 def check_masked(params: SamplingParams, order: Order | None, config: CheckpointConfig) -> None:

@@ -15,7 +15,7 @@ import typer
 
 from rdlm.config.base import parse
 from rdlm.errors import UserError
-from rdlm.sampling_params import Bridge, Order, SamplingParams, check_bridge, check_masked
+from rdlm.sampling_params import Order, SamplingParams, check_masked, check_sampler
 from serve.cli import CacheOption, CheckpointOption, DeviceOption, DtypeOption
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Served
@@ -60,12 +60,14 @@ def generate(
         Order | None,
         typer.Option(help="Masked models: which tokens are unmasked first [random].", show_default=False),
     ] = None,
-    bridge: Annotated[
-        Bridge,
+    sampler: Annotated[
+        str,
         typer.Option(
-            help="Models with noise levels: draw a token at each level (hard), or follow the ODE to the last."
+            "--sampler",
+            "--bridge",
+            help="Models with noise levels: draw a token at each level (renoise), or follow the ODE (euler, dpmpp_2m).",
         ),
-    ] = "hard",
+    ] = "renoise",
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
@@ -96,14 +98,14 @@ def generate(
         "resident_blocks": resident_blocks,
     }
     settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, bridge=bridge)
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, sampler=sampler)
     ks = _parse_steps(num_steps)
 
     from serve.loading import load_served
 
     with Engine(lambda: load_served(checkpoint, settings), settings.max_queue) as engine:
         served = engine.served
-        check_bridge(bridge, served.config)
+        check_sampler(sampler, served.config)
         check_masked(sampling, order, served.config)
         ids = [_encode(text, max_tokens, served) for text in prompts]
         for k in check_range(ks or [served.default_steps], served.max_steps):

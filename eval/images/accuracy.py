@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -35,8 +35,9 @@ from rdlm.checkpoints.folder import Loaded, load, load_config
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import VitConfig
 from rdlm.data.images import ImageStore
+from rdlm.diffusion.samplers import OLD_NAMES, SAMPLERS
 from rdlm.errors import UserError
-from rdlm.sampling_params import Bridge, check_bridge
+from rdlm.sampling_params import check_sampler
 
 USUAL_STEPS = (1, 2, 4, 8)
 
@@ -50,7 +51,7 @@ def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]
     return check_steps(steps, config)
 
 
-def check_fit(config: CheckpointConfig, store: ImageStore, bridges: Sequence[Bridge]) -> None:
+def check_fit(config: CheckpointConfig, store: ImageStore, bridges: Sequence[str]) -> None:
     """UserError where checkpoint, images and bridges do not belong together."""
     config.check_family("rdlm eval accuracy", "vit")
     config.check_whole()
@@ -63,7 +64,7 @@ def check_fit(config: CheckpointConfig, store: ImageStore, bridges: Sequence[Bri
         )
         raise UserError("--data", str(store.folder), problem, "give the data it was trained on")
     for bridge in bridges:
-        check_bridge(bridge, config)
+        check_sampler(bridge, config)
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def evaluate_accuracy(
     loaded: Loaded,
     store: ImageStore,
     steps: Sequence[int],
-    bridges: Sequence[Bridge] = ("hard",),
+    bridges: Sequence[str] = ("hard",),
     *,
     num_draws: int = 1,
     max_images: int | None = None,
@@ -118,7 +119,7 @@ def evaluate_accuracy(
 
 
 def _summarise(
-    hits: dict[tuple[Bridge, int], np.ndarray], labels: np.ndarray, draws: np.ndarray
+    hits: dict[tuple[str, int], np.ndarray], labels: np.ndarray, draws: np.ndarray
 ) -> list[dict[str, Any]]:
     """hits: {(bridge, K): bool [draws, images]}; draws: weights [resamples, images], the same for all."""
     shares = {key: found.mean(0) for key, found in hits.items()}
@@ -191,7 +192,11 @@ class Accuracy(Metric):
         plot: Plot = None
 
     def measure(self, options: Options) -> Json:
-        bridges = cast(list[Bridge], choices("--bridge", options.bridge, get_args(Bridge)))
+        bridges = choices(
+            "--bridge",
+            options.bridge,
+            [*OLD_NAMES, *(name for name, each in SAMPLERS.items() if each.for_text)],
+        )
         store = ImageStore(options.data, options.split)
         check_fit(load_config(options.checkpoint), store, bridges)
         loaded = load(

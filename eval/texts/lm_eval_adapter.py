@@ -35,7 +35,7 @@ from rdlm.config.base import parse
 from rdlm.data.manifest import file_sha256
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError, reason
-from rdlm.sampling_params import SamplingParams, check_bridge, check_masked
+from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served
@@ -56,6 +56,7 @@ SAMPLING = (
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "sampler",
     "bridge",
 )
 MASKED_SAMPLING = (*SAMPLING[:4], "order")
@@ -401,7 +402,7 @@ class RecurrentLM(TemplateLM):
             )
         order = kwargs.pop("order", None)
         sampling = _sampling({"temperature": 1.0, **kwargs, **({"temperature": 0.0} if greedy else {})})
-        check_bridge(sampling.bridge, self.loaded.config)
+        check_sampler(sampling.sampler, self.loaded.config)
         check_masked(sampling, order, self.loaded.config)
         ends = frozenset() if self.text.eos_id is None else frozenset({self.text.eos_id})
         stops = tuple(s for s in stop if s)
@@ -420,11 +421,18 @@ class RecurrentLM(TemplateLM):
 def _sampling(given: dict[str, Any]) -> SamplingParams:
     """UserError for a value of another type."""
     for name, value in given.items():
-        kinds = str if name == "bridge" else int if name == "top_k" else (int, float)
+        kinds = str if name in ("sampler", "bridge") else int if name == "top_k" else (int, float)
         if not isinstance(value, kinds) or isinstance(value, bool):
-            wanted = "text" if name == "bridge" else "a whole number" if name == "top_k" else "a number"
+            wanted = (
+                "text"
+                if name in ("sampler", "bridge")
+                else "a whole number"
+                if name == "top_k"
+                else "a number"
+            )
             raise UserError(f"gen_kwargs: {name}", value, f"is not {wanted}", "correct it")
-    return SamplingParams(**given)
+    older = given.pop("bridge", None)  # the older name of sampler
+    return SamplingParams(**given, **({} if older is None else {"sampler": older}))
 
 
 def run_sweep(arguments: Sequence[str], ks: Sequence[int]) -> None:

@@ -31,7 +31,7 @@ from rdlm.config.base import parse
 from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from rdlm.sampling_params import SamplingParams, check_bridge, check_masked
+from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served
@@ -183,7 +183,7 @@ class Sampler:
         """UserError for a K or a decoding setting that cannot be used."""
         check_steps([s.num_steps for s in settings], self._loaded.config)
         for s in settings:
-            check_bridge(_params(s).bridge, self._loaded.config)
+            check_sampler(_params(s).sampler, self._loaded.config)
             check_masked(_params(s), None if s.order == "random" else s.order, self._loaded.config)
 
     def file(self, setting: Setting) -> Path:
@@ -326,7 +326,7 @@ def sample_all(sampler: Sampler, settings: Sequence[Setting], bar: Bar) -> list[
 def _params(setting: Setting) -> SamplingParams:
     """UserError for a value out of range."""
     return SamplingParams(
-        setting.temperature, setting.top_k, setting.top_p, setting.min_p, bridge=setting.bridge
+        setting.temperature, setting.top_k, setting.top_p, setting.min_p, sampler=setting.bridge
     )
 
 

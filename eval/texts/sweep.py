@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
 
-from rdlm.sampling_params import Bridge, Order
+from rdlm.sampling_params import Order
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Setting:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    bridge: Bridge = "hard"
+    bridge: str = "hard"
     order: Order = "random"
 
     def __str__(self) -> str:

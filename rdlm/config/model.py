@@ -263,6 +263,7 @@ class HrmConfig(Strict, TextShape):
     can_be_cut: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     tie_embeddings: ClassVar[bool] = False
+    is_image: ClassVar[bool] = False
     origin: str | None = None
     """The published family that it was imported from."""
     vocab_size: int = Field(ge=2)

@@ -18,7 +18,7 @@ import msgspec
 from litestar import Request as HttpRequest
 
 from rdlm.errors import UserError
-from rdlm.sampling_params import Bridge, SamplingParams, check_bridge, check_masked
+from rdlm.sampling_params import SamplingParams, check_masked, check_sampler, text_sampler
 from serve.api.chat_template import ChatTemplate
 from serve.api.schemas import (
     INT32,
@@ -44,8 +44,6 @@ DEFAULT_MAX_TOKENS = 16
 """Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
 MIN_TEMPERATURE = 1e-4
 """Below, logits leave the range of fp32."""
-BRIDGES: dict[str, Bridge] = {"renoise": "hard", "euler": "euler", "dpmpp_2m": "multistep"}
-"""``sampler`` to its older name."""
 SMALL = 4096
 """Characters that are parsed on the event loop; longer requests are parsed in a thread."""
 EFFORTS: dict[Effort, Callable[[int], int]] = {
@@ -512,21 +510,26 @@ def _sampling(body: SamplingBody, limits: Limits) -> SamplingParams:
     for token in bias:
         if token >= vocab:
             raise invalid(f"logit_bias: {token} is not a token id below {vocab}", "logit_bias")
-    bridge = _bridge(body, limits)
+    sampler = _sampler(body, limits)
     top_k = min(max(0, body.top_k or 0), vocab)
-    params = SamplingParams(**given, top_k=top_k, logit_bias=bias, bridge=bridge)
+    params = SamplingParams(**given, top_k=top_k, logit_bias=bias, sampler=sampler)
     check_masked(params, body.order, served.config)
     return params
 
 
-def _bridge(body: SamplingBody, limits: Limits) -> Bridge:
-    """The sampler under its older name, which the engine uses."""
-    named = None if body.sampler is None else BRIDGES[body.sampler]
-    if None not in (named, body.bridge) and named != body.bridge:
-        raise invalid("bridge: it is the older name of sampler and contradicts it; leave it out", "bridge")
-    bridge, param = named or body.bridge or "hard", "bridge" if named is None else "sampler"
+def _sampler(body: SamplingBody, limits: Limits) -> str:
+    given = {param: name for param in ("sampler", "bridge") if (name := getattr(body, param)) is not None}
     try:
-        check_bridge(bridge, limits.served.config)
+        names = {param: text_sampler(name, param) for param, name in given.items()}
+        if len(set(names.values())) > 1:
+            raise invalid(
+                "bridge: it is the older name of sampler and contradicts it; leave it out", "bridge"
+            )
+        param, name = next(iter(names.items()), ("sampler", "renoise"))
+    except UserError as error:
+        raise invalid(f"{error.field}: {error.problem}; {error.remedy}", error.field) from None
+    try:
+        check_sampler(name, limits.served.config)
     except UserError as error:
         raise invalid(f"{param}: {error.problem}; leave {param} out", param, "sampler_unsupported") from None
-    return bridge
+    return name

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.diffusion.samplers import Flow, StepPlan, expected_target, sampler_named
+from rdlm.diffusion.samplers import SAMPLERS, Flow, StepPlan, expected_target
 from rdlm.errors import UserError
 from rdlm.flops import Cost, Costs, costs_of
 from rdlm.nn import kv_cache as cache
@@ -65,7 +65,7 @@ class Rows:
     step can be undone.
 
     e, state [L, D]. Of the position that is drawn: z [D], its noised target; prior [V], its normalised
-    next-token logits; flow, its soft bridge. previous [D]: the last row's state before the step, where a
+    next-token logits; flow, its place on the ODE. previous [D]: the last row's state before the step, where a
     stream reports it. memory: of the exit criterion.
     """
 
@@ -417,7 +417,7 @@ class Runner:
     def _draw(
         self, block: Block, drawn: list[Sequence], hidden: Tensor, results: dict[int, StepResult]
     ) -> None:
-        """Draw a token for each row: the last step's is the answer, before it a bridge leads on. hidden [M,
+        """Draw a token for each row: the last step's is the answer, before it a sampler leads to the next level. hidden [M,
         D]."""
         prediction = self._predict(block, drawn, hidden)
         for i, sequence in enumerate(drawn):
@@ -434,7 +434,7 @@ class Runner:
         flowing: list[int] = []
         for i, (sequence, token) in enumerate(zip(drawn, ids.tolist(), strict=True)):
             if sequence.step + 1 < sequence.counts.drawn and not results[sequence.id].exited:
-                (renoised if params[i].bridge == "hard" else flowing).append(i)
+                (renoised if SAMPLERS[params[i].sampler].draws_tokens else flowing).append(i)
                 continue
             prior, count = rows_of(sequence).prior, sequence.request.logprobs
             logprobs = (
@@ -445,7 +445,7 @@ class Runner:
             results[sequence.id].tokens, results[sequence.id].logprobs = (token,), (logprobs,)
         if renoised:
             rows = [drawn[i] for i in renoised]
-            self._bridge(block, rows, self._renoised(rows, ids[renoised]))
+            self._enter_level(block, rows, self._renoised(rows, ids[renoised]))
         if flowing:
             rows = [drawn[i] for i in flowing]
             logits = process(
@@ -454,7 +454,7 @@ class Runner:
                 [histories[i] for i in flowing],
             )
             total = logits if evidence is None else logits + evidence[flowing]
-            self._bridge(
+            self._enter_level(
                 block, rows, self._flowed(rows, expected_target(total, block.denoiser.unit_table()[known]))
             )
 
@@ -469,7 +469,7 @@ class Runner:
         z = torch.stack([zero if (kept := rows_of(s).z) is None else kept for s in rows])
         return block.denoiser.predict(hidden, z, self._levels(sigmas))
 
-    def _bridge(self, block: Block, rows: list[Sequence], z: Tensor) -> None:
+    def _enter_level(self, block: Block, rows: list[Sequence], z: Tensor) -> None:
         """Put z [M, D] of each row's next level in the state's place."""
         sigma = self._levels([self._plan(s).sigmas[s.step + 1] for s in rows])
         for sequence, row, state in zip(rows, z, block.denoiser.inject(z, sigma), strict=True):
@@ -482,7 +482,7 @@ class Runner:
         return torch.randn(self.config.model.d_model, generator=draw).to(self.device)
 
     def _renoised(self, rows: list[Sequence], ids: Tensor) -> Tensor:
-        """Hard bridge: drawn ids [M] -> z [M, D] at each row's next level."""
+        """``renoise``: drawn ids [M] -> z [M, D] at each row's next level."""
         sigma = self._levels([self._plan(s).sigmas[s.step + 1] for s in rows])
         noise = torch.stack([self._noise(s) for s in rows])
         z = torch.empty_like(noise)
@@ -492,7 +492,7 @@ class Runner:
         return z
 
     def _flowed(self, rows: list[Sequence], x0: Tensor) -> Tensor:
-        """Soft bridge: estimates x0 [M, D] -> z [M, D] at each row's next level.
+        """Samplers of the ODE: estimates x0 [M, D] -> z [M, D] at each row's next level.
 
         The first level is read at z = 0; the ODE starts from the noise that this stands for: at sigma_max,
         far above the unit rows, it carries nothing about the token.
@@ -503,7 +503,6 @@ class Runner:
             flow = rows_of(sequence).flow
             at, level = (Flow(top * self._noise(sequence)), top) if flow is None else (flow, sigma or top)
             assert below is not None
-            sampler = sampler_named(sequence.request.sampling.bridge)
-            flows.append(sampler.step(at, estimate, level, below))
+            flows.append(SAMPLERS[sequence.request.sampling.sampler].step(at, estimate, level, below))
             sequence.rows = replace(rows_of(sequence), flow=flows[-1])
         return torch.stack([flow.z for flow in flows])

@@ -337,8 +337,8 @@ def test_mauve_command_reports_ceiling_and_floor(
         ("gen-ppl", ["--top-p", "0", *SHORT], "top_p=0"),
         ("gen-ppl", ["--top-k", "-2", *SHORT], "top_k=-2"),
         ("gen-ppl", ["--min-p", "2", *SHORT], "min_p=2"),
-        ("gen-ppl", ["--bridge", "stone", *SHORT], "bridge='stone'"),
-        ("gen-ppl", ["--bridge", "hard,euler", *SHORT], "bridge='euler'"),
+        ("gen-ppl", ["--bridge", "stone", *SHORT], "sampler='stone'"),
+        ("gen-ppl", ["--bridge", "hard,euler", *SHORT], "sampler='euler'"),
         ("gen-ppl", ["--order", "random,confidence", *SHORT], "order='confidence'"),
         (
             "gen-ppl",

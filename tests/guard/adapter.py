@@ -295,8 +295,14 @@ def left_to_right(model: Model, targets: Tensor, mask: Tensor | None) -> tuple[T
     return rdlm_left_to_right(model.network, targets, mask)
 
 
+def _sampling(fields: dict[str, Any]) -> SamplingParams:
+    """Decoding settings with version 1's names."""
+    renamed = {("sampler" if name == "bridge" else name): value for name, value in fields.items()}
+    return SamplingParams(**renamed)
+
+
 def unmask(model: Model, ids: Tensor, num_steps: int, sampling: dict[str, Any], **options: Any) -> Tensor:
-    return rdlm_unmask(model.network, ids, num_steps, SamplingParams(**sampling), **options)
+    return rdlm_unmask(model.network, ids, num_steps, _sampling(sampling), **options)
 
 
 def greedy_answers(model: Model, inputs: Tensor, ks: Sequence[int], **options: Any) -> dict[int, Tensor]:
@@ -353,7 +359,7 @@ def _request(fields: dict[str, Any]) -> Request:
         depth["exit"] = ExitRule(**depth["exit"])
     if "show" in known:
         known["step_predictions"] = StepPredictions(**known.pop("show"))
-    known |= {"prompt": tuple(known["prompt"]), "sampling": SamplingParams(**known.get("sampling", {}))}
+    known |= {"prompt": tuple(known["prompt"]), "sampling": _sampling(known.get("sampling", {}))}
     return Request(budget=StepBudget(**depth), **known)
 
 
