@@ -114,7 +114,7 @@ def save(
                 _remove(final)
             os.rename(temporary, final)
             sync(folder)
-            _prune(folder, step, config.checkpoint.keep)
+            prune(folder, step, config.checkpoint.keep)
         dist.barrier()
     except (OSError, RuntimeError) as error:
         free = _free_bytes(folder)
@@ -131,7 +131,7 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
+def prune(folder: Path, step: int, keep: int) -> None:
     """Remove all but the newest ``keep`` checkpoints up to ``step`` and the best one. Later steps failed their check: they count for nothing."""
     kept_best = best(folder)
     ours = [path for path in checkpoints_in(folder) if step_of(path) <= step]

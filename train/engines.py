@@ -152,3 +152,13 @@ def unreported_grad_norm(engine: DeepSpeedEngine) -> Tensor | None:
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
         return None
     return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def step_without_gradients(engine: DeepSpeedEngine) -> None:
+    """``engine.step()`` at stage 0 in fp32 that changes nothing: torch's optimizers pass over parameters without a gradient.
+
+    The gradients are dropped after DeepSpeed has clipped them, which needs some.
+    """
+    hook = engine.optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: engine.zero_grad())
+    engine.step()
+    hook.remove()

@@ -294,9 +294,7 @@ class TrainConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _noise_conditioning(cls, data: Any) -> Any:
-        """``objective: NAME`` is short for its mapping; a noisy objective needs a noise-conditioned model."""
-        if isinstance(data, dict) and isinstance(data.get("objective"), str):
-            data = {**data, "objective": {"name": data["objective"]}}
+        """A noisy objective needs a noise-conditioned model: fill it in where the user left it open."""
         if (
             not isinstance(data, dict)
             or not isinstance(data.get("model"), dict)
@@ -424,6 +422,14 @@ def _check(config: TrainConfig) -> None:
             problem,
             "use images" if of_images else "use tokens or a generated task",
         )
+    depth = objective.depth_in_training
+    most = {"fixed": depth.mean, "uniform": 2 * depth.mean - 1}.get(depth.distribution, depth.max_steps)
+    if depth.mean > depth.max_steps:
+        problem = f"exceeds objective.depth.max_steps ({depth.max_steps}), where r is clipped"
+        raise UserError("objective.depth.mean", depth.mean, problem, "lower it or raise max_steps")
+    if depth.grad_steps > most:
+        problem = f"r is never above {most}"
+        raise UserError("objective.depth.grad_steps", depth.grad_steps, problem, f"use at most {most}")
     if config.seq_len > config.model.max_seq_len:
         problem = f"longer than model.max_seq_len ({config.model.max_seq_len})"
         raise UserError(

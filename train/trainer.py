@@ -30,7 +30,13 @@ from rdlm.registry import build
 from train import checkpoints as resume
 from train.checkpoints import RunState
 from train.data import Corpus
-from train.engines import ResidentEngines, full_precision_weights, start_engine, unreported_grad_norm
+from train.engines import (
+    ResidentEngines,
+    full_precision_weights,
+    start_engine,
+    step_without_gradients,
+    unreported_grad_norm,
+)
 from train.evaluate import held_out
 from train.export import initialize_from
 from train.metrics import FlopCounter, Report
@@ -96,7 +102,7 @@ class Trainer:
         if self.rank == 0:
             self._lock = lock_output(self.output, self.say)
             resume.clean(self.checkpoints)
-            write_file(self.output / "config.json", config.model_dump_json(indent=1) + "\n")
+            write_file(self.output / "train_config.json", config.model_dump_json(indent=1) + "\n")
         self._networks: list[Objective] = []
         self.engines = self._start_engines()
         """The engine of each block; of a network that is not cut, its one engine."""
@@ -104,8 +110,8 @@ class Trainer:
         self.block = 0
         """The block of the last update."""
         self._own_norm: Tensor | None = None
-        self._last_good: list[Batch] = []
-        """The first micro-batch of the last update that was finite."""
+        self._last_good: tuple[Batch, Keys] | None = None
+        """The first micro-batch of the last update that was finite, and what its noise is drawn from."""
         self._nonfinite_in_a_row = self._rollbacks = 0
         self.flops = FlopCounter()
         self.state = self._resume()
@@ -159,7 +165,8 @@ class Trainer:
         report = Report(self) if self.rank == 0 else None
         seconds, cpu = time.perf_counter(), time.process_time()
         while self.step < config.schedule.steps:
-            batches = self._batches(self.step + self.state.skipped)
+            index = self.step + self.state.skipped
+            batches = self._batches(index)
             positions, stopping = self._agree(
                 sum(float(batch.mask.sum()) for batch in batches), should_stop()
             )
@@ -170,7 +177,8 @@ class Trainer:
             if not tally.finite:
                 self._after_nonfinite(report)
             else:
-                self._nonfinite_in_a_row, self._last_good = 0, batches[:1]
+                self._nonfinite_in_a_row = 0
+                self._last_good = batches[0], Keys(self.config.seed, index, self.rank, 0)
             if tally.finite and (
                 self.step % config.log.interval_steps == 0 or self.step == config.schedule.steps
             ):
@@ -193,7 +201,7 @@ class Trainer:
         """One update on this process's micro-batches; the loss is the sum over all processes' tokens over ``positions``."""
         # DeepSpeed divides by accumulation and averages over processes; both are undone, so that the global count alone divides.
         scale = self.world * self.accumulation / positions
-        tally, index = Tally(), self.step + self.state.skipped
+        tally, index, self._own_norm = Tally(), self.step + self.state.skipped, None
         engine = self.due()
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
         for group in engine.optimizer.param_groups:
@@ -205,9 +213,10 @@ class Trainer:
             tally.add(total, count, metrics)
             if micro == len(batches) - 1:
                 self._own_norm = unreported_grad_norm(engine)
-                if self._own_norm is not None and not bool(self._own_norm.isfinite()):
-                    engine.zero_grad()  # the optimizer passes over parameters without a gradient
-            engine.step()
+            if self._own_norm is not None and not bool(self._own_norm.isfinite()):
+                step_without_gradients(engine)
+            else:
+                engine.step()
         applied = engine.was_step_applied() if self._own_norm is None else bool(self._own_norm.isfinite())
         tally.finite = self._everywhere(applied and bool(torch.isfinite(torch.as_tensor(tally.total))))
         return tally
@@ -323,14 +332,15 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """UserError if the loss of a batch that was finite before its update is not finite any more."""
-        if self._nonfinite_in_a_row and not self._last_good:
-            raise self._diverged(f"training diverged at update {self.step}")
-        for batch in self._last_good:
-            network = self.engines[self.block].module
-            with torch.no_grad():
-                total, _, _ = network(batch.to(self.device), Keys(self.config.seed, self.step, self.rank, 0))
-            if not self._everywhere(bool(total.isfinite())):
-                raise self._diverged(f"training diverged before update {self.step + 1}")
+        if self._last_good is None:
+            if self._nonfinite_in_a_row:
+                raise self._diverged(f"training diverged at update {self.step}")
+            return
+        batch, keys = self._last_good
+        with torch.no_grad():
+            total, _, _ = self.engines[self.block].module(batch.to(self.device), keys)
+        if not self._everywhere(bool(total.isfinite())):
+            raise self._diverged(f"training diverged before update {self.step + 1}")
 
     def _diverged(self, problem: str) -> UserError:
         remedy = (
@@ -365,6 +375,7 @@ class Trainer:
             self.save()
             if self.rank == 0:
                 resume.mark_best(self.checkpoints, self.step, metric, value)
+                resume.prune(self.checkpoints, self.step, self.config.checkpoint.keep)
 
 
 def chosen_metric(found: dict[str, float]) -> tuple[str, float, int]:

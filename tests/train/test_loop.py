@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from rdlm.errors import UserError
 from rdlm.objectives.base import Keys
 from train.optim import learning_rate
 
@@ -77,6 +76,22 @@ def test_every_zero_stage_computes_the_same(trainer, tmp_path: Path, stage: int)
         torch.testing.assert_close(weight, reference.weights()[name], rtol=1e-3, atol=1e-4)
 
 
+def test_every_zero_stage_makes_the_same_first_updates_in_bf16(trainer, tmp_path: Path) -> None:
+    """DeepSpeed's update with zero gradients at stage 0 must count for nothing: fp32 weights after three updates agree to 2 % of
+    what they have moved, the rounding of bf16 sums of gradients. With Adam's step count one ahead they differ by 20 %."""
+    moved = []
+    for stage in range(4):
+        run = trainer({
+            "objective": PLAIN["objective"], "deepspeed.zero_stage": stage, "optimizer.eps": 1e-3, "schedule.steps": 3,
+            "schedule.warmup_steps": 0, "schedule.kind": "constant", "output": str(tmp_path / str(stage)),
+        })  # fmt: skip
+        before = torch.cat([w.flatten() for w in run.weights().values()])
+        run.fit()
+        moved.append(torch.cat([w.flatten() for w in run.weights().values()]) - before)
+    for stage in (1, 2, 3):
+        assert (moved[0] - moved[stage]).norm() < 0.02 * moved[stage].norm(), stage
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_gradient_accumulation_changes_nothing(trainer, tmp_path: Path, stage: int) -> None:
     """2 x 2 sequences against 1 x 4, objective without noise (noise is keyed by micro-batch): losses to 1e-5."""
@@ -102,16 +117,6 @@ def test_loss_divides_by_the_global_count_of_masked_positions(trainer) -> None:
     tally = run.train_step(batches, float(sum(batch.mask.sum() for batch in batches)))
     assert tally.count == 2 * 3 + 2 * 12
     assert run.grad_norm() == pytest.approx(float(norm), rel=1e-5)
-
-
-def test_divergence_ends_the_run_without_a_checkpoint(trainer) -> None:
-    run = trainer({"schedule.warmup_steps": 0, "schedule.steps": 20, "checkpoint.interval_steps": 100})
-    with torch.no_grad():
-        for weight in run.network.parameters():
-            weight.mul_(float("nan"))
-    with pytest.raises(UserError, match="diverged at update 1"):
-        run.fit()
-    assert not run.checkpoints.exists()
 
 
 @pytest.mark.parametrize(

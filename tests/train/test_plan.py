@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from rdlm.data.batch import Batch
 from rdlm.diffusion.targets import frozen_rows
 from rdlm.errors import UserError
 from rdlm.registry import build
-from train.cli import size
-from train.memory_plan import predict
+from train.cli import _show, size
+from train.memory_plan import Memory, arms, predict
 from train.memory_trace import _LiveBytes, trace
 from train.settings import TrainConfig
 
@@ -165,6 +166,34 @@ def test_suggestion_prefers_whole_networks_and_takes_blocks_when_it_must(documen
     status, text = plan(f"{0.45 * need / 1e6:.3f}MB")
     assert status == 0 and "blocks.num_blocks=" in text
     assert plan("0.001MB")[0] == 1
+
+
+def test_every_figure_of_the_table_stands_under_its_heading(document, tmp_path: Path, capsys) -> None:
+    """As text, 80 columns wide: the cells of each row are those of the plan, in the order of the headings, and none is cut."""
+    arm = next(arms(config(document), 1, False))
+    figures = [
+        arm.memory.parameters,
+        arm.memory.optimizer,
+        arm.memory.gradients,
+        arm.memory.activations,
+        arm.memory.total,
+    ]
+    large = replace(arm, memory=Memory(*(f * 10**6 for f in figures[:4])))
+    for one in (arm, large):
+        _show([one], one, 2**60)
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80 or "rdlm train CONFIG" in max(lines, key=len)
+        heading = next(line for line in lines if "ZeRO" in line)
+        row = next(line for line in lines if "suggested" in line and "│" in line)
+        names = [cell.strip() for cell in heading.strip("┃ ").split("┃")]
+        cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+        assert "…" not in heading + row
+        assert names == ["B", "recom.", "ZeRO", "micro", "weights", "optim.", "grads", "activ.", "total"]
+        m = one.memory
+        wanted = [
+            f"{part / 2**30:.2f}" for part in (m.parameters, m.optimizer, m.gradients, m.activations, m.total)
+        ]
+        assert cells == ["1", "no", "0", "4", *wanted, "suggested"]
 
 
 def test_a_wrong_size_is_the_users_mistake() -> None:

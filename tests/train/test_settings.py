@@ -63,6 +63,15 @@ BAD = [
         "evaluation.steps",
     ),
     ({"name": "a b"}, "name"),
+    ({"schedule.steps": True}, "schedule"),
+    ({"optimizer.betas": [True, 0.9]}, "optimizer"),
+    ({"schedule.kind": "trapezoid"}, "schedule"),
+    ({"objective": {"name": "bptt", "depth": {"mean": 8, "max_steps": 4}}}, "objective.depth.mean"),
+    (
+        {"objective": {"name": "bptt", "depth": {"mean": 2, "distribution": "fixed", "grad_steps": 3}}},
+        "objective.depth.grad_steps",
+    ),
+    ({"output": "$NO_SUCH_VARIABLE/run"}, "output"),
 ]
 
 
@@ -104,6 +113,74 @@ def test_unreadable_file(tmp_path: Path, text: str | None, word: str) -> None:
         path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=word):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nseed: 2", 'line 2: found duplicate key "seed"'),
+        ("model: {d_model: 8, d_model: 16}", "duplicate key"),
+        ("a: " + "[" * 2000, "nested too deeply"),
+        ("a: " + "9" * 6000, "is not YAML"),
+        ("a: !!python/object:os.system x", "could not determine a constructor"),
+        ("a: *missing", "undefined alias"),
+        ("\ta: 1", "line 1"),
+    ],
+)
+def test_what_yaml_readers_accept_in_silence_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="CONFIG") as error:
+        load(path)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimiser.lr=1", "did you mean optimizer?"),
+        ("optimizer.beta=[0.9, 0.95]", "did you mean betas?"),
+        ("model.num_head=2", "did you mean num_heads?"),
+        ("data.grup=s3", "did you mean group?"),
+        ("schedule.x=1", "use one of cooldown_steps, kind, min_lr_ratio, steps, warmup_steps"),
+        ("model={d_model: 8}", "use one of 'dit', 'huginn', 'llama', 'masked'"),
+        ("model.family=lama", "'llama'"),
+        ("schedule.steps=2:00", "valid integer"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_the_right_one(file, override: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(file(), [override])
+    assert words in str(error.value)
+
+
+def test_numbers_are_read_as_yaml_1_2_writes_them(file) -> None:
+    """1e3 is a number, a leading zero does not make octal, and yes is a word."""
+    found = load(file(), ["schedule.steps=1e3", "schedule.warmup_steps=0120", "name=yes"])
+    assert (found.schedule.steps, found.schedule.warmup_steps, found.name) == (1000, 120, "yes")
+
+
+def test_an_objective_may_be_named_alone(file) -> None:
+    assert (
+        load(file({"objective": "bptt"})).objective == load(file({"objective": {"name": "bptt"}})).objective
+    )
+    assert load(file({"objective": "bptt"}), ["objective.depth.mean=4"]).objective.depth_in_training.mean == 4
+
+
+def test_paths_mean_what_the_shell_would_make_of_them(file, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    assert load(file(), ["output=~/run"]).output == "/home/somebody/run"
+    assert load(file(), ["output=$SCRATCH/run"]).output == "/scratch/run"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model.d_model": 2**40}, {"model.num_core_layers": 10**9}, {"model.d_model": 2**17, "model.mlp_width": 2**20}]
+)  # fmt: skip
+def test_absurd_sizes_are_one_line(file, capsys, changes: dict[str, Any]) -> None:
+    assert run(app, ["train", str(file(changes)), "--num-procs", "1"], "rdlm") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "model" in err, err
 
 
 def test_overrides_are_yaml_values(file) -> None:
