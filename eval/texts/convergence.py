@@ -67,6 +67,7 @@ def _changes(loaded: Loaded, input_ids: Tensor, num_steps: int, seed: int) -> np
 
     def compare(k: int, state: Tensor, ctx: Any) -> None:
         top = denoiser.predict(denoiser.model.decode(state, ctx)).prior.argmax(-1)
+        state = denoiser.model.latent(state)
         if k > 1:
             step = (state - last["state"]).float().norm(dim=-1) / state.float().norm(dim=-1).clamp(min=1e-12)
             found.append(torch.stack([step, (top != last["top"]).float()]).cpu())

@@ -90,6 +90,10 @@ class Backbone(nn.Module, ABC):
         """
         return torch.zeros_like(e) if latent is None else latent
 
+    def latent(self, state: Tensor) -> Tensor:
+        """What of a state the read-out sees, for measuring how far a step moved it: [..., S] -> [..., D]."""
+        return state
+
     def gate(self, state: Tensor) -> Tensor:
         """Trained probability of stopping at a state: [..., S] -> [...] fp32; only where ``has_exit_gate``."""
         raise TypeError("this model has no exit gate")

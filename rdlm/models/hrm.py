@@ -70,8 +70,11 @@ class Hrm(Backbone):
     def _stack(self, layers: nn.ModuleList, x: Tensor, ctx: AttentionContext) -> Tensor:
         return normalized(through(layers, x, None, ctx), self.config.layer.norm_eps)
 
-    def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
+    def latent(self, state: Tensor) -> Tensor:
         return state[..., : self.config.d_model]
+
+    def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
+        return self.latent(state)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """See rdlm.models.base.init_weights; the low state starts like a matrix."""

@@ -68,8 +68,11 @@ class LoopFormer(Backbone):
             x = layer(x, ctx, (none, 1 + scale_a, gate_a, none, 1 + scale_m, gate_m))
         return torch.cat([x, step + 1, num_steps], dim=-1)
 
+    def latent(self, state: Tensor) -> Tensor:
+        return state[..., : self.config.d_model]
+
     def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
-        return self.ln_f(state[..., : self.config.d_model])
+        return self.ln_f(self.latent(state))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """See rdlm.models.base.init_weights."""

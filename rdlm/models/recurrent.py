@@ -162,6 +162,9 @@ class Recurrent(Backbone):
             x = layer(x, ctx, values=state[..., self._in_state[i]] if i in self._in_state else None)
         return self.ln_f(x) if loop.final_norm else x
 
+    def latent(self, state: Tensor) -> Tensor:
+        return self._first(state)
+
     def gate(self, state: Tensor) -> Tensor:
         if self.exit_gate is None:
             return super().gate(state)

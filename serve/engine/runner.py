@@ -280,7 +280,8 @@ class Runner:
         for sequence, was, own, state in parts:
             previous = was[-1] if reports_step(sequence) else None
             sequence.rows = replace(rows_of(sequence), e=own, state=state, previous=previous)
-        return exits_on_states(batch, lengths, before[0], after)
+        latent = block.denoiser.model.latent
+        return exits_on_states(batch, lengths, latent(before[0]), latent(after))
 
     def _condition(self, block: Block, sigmas: Seq[float | None], like: Tensor) -> Condition | None:
         """Conditioning of the core on the rows' noise levels. Where all are z = 0 it is one constant of the
@@ -385,7 +386,8 @@ class Runner:
         for sequence, entry in zip(sequences, logprobs_of(prior, best, most, self._num_tokens), strict=True):
             rows, wanted = rows_of(sequence), sequence.request.step_predictions
             assert wanted is not None and rows.previous is not None
-            moved = LatentDiff.measure(rows.previous[None], rows.state[-1:]).item()
+            latent = block.denoiser.model.latent
+            moved = LatentDiff.measure(latent(rows.previous[None]), latent(rows.state[-1:])).item()
             found[sequence.id] = StepPrediction(sequence.step + 1, moved, entry.top[: wanted.top])
         return found
 
