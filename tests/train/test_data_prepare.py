@@ -2,7 +2,6 @@
 input."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -117,28 +116,28 @@ def test_a_failure_leaves_the_old_preparation_and_nothing_else(jsonl: Path, tmp_
     assert _files(out) == before and sorted(f.name for f in tmp_path.iterdir()) == ["in", "out"]
 
 
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from rdlm.cli import app, run
+from train.data.writer import SplitWriter
+
+def add(self, *arguments, whole=SplitWriter.add):
+    whole(self, *arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+SplitWriter.add = add
+run(app, sys.argv[1:], "rdlm")
+"""
+
+
 def test_killed_in_the_middle_then_run_again(jsonl: Path, tmp_path: Path, repo: Path) -> None:
     out = tmp_path / "out"
-    jsonl.write_text(jsonl.read_text() * 40)
-    command = [
-        sys.executable,
-        "-m",
-        "rdlm",
-        "data",
-        "prepare",
-        str(jsonl),
-        "--out",
-        str(out),
-        "--text-column",
-        "body",
-        "--vocab-size",
-        "300",
-    ]
-    process = subprocess.Popen(command, cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(tmp_path.glob(".out.building/train/*.bin")) and process.poll() is None:
-        os.sched_yield()
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not out.exists()
+    given = ["data", "prepare", str(jsonl), "--out", str(out), "--text-column", "body", "--vocab-size", "300"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_WRITING, *given], cwd=repo, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    assert list(tmp_path.glob(".out.building/*/*.bin"))
     prepare(_options(jsonl, out), progress=False)
     prepare(_options(jsonl, tmp_path / "undisturbed"), progress=False)
     assert _files(out) == _files(tmp_path / "undisturbed") and not (tmp_path / ".out.building").exists()
