@@ -204,11 +204,12 @@ def test_deepspeed_by_hand_equals_rdlm_train(run) -> None:
 def test_a_mistake_found_by_the_workers_is_one_line_and_status_2(run) -> None:
     """Only the workers can see that the checkpoints in the output folder are another run's."""
     training = run("run").finish()
-    training.config.write_text(training.config.read_text().replace("lr: 0.01", "lr: 0.02"))
+    training.config.write_text(training.config.read_text().replace("seed: 3", "seed: 4"))
     process = training.start()
     out, err = process.communicate(timeout=900)
     assert process.returncode == 2
-    assert out == "" and err.count("\n") == 1 and "optimizer.lr=0.02" in err, out + err
+    assert out == "" and "Traceback" not in err, out + err
+    assert [line for line in err.splitlines() if "error" in line] == err.splitlines()[-1:] and "seed=4" in err
 
 
 @pytest.mark.slow
