@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -251,6 +251,35 @@ def test_what_is_not_built_here_is_refused_by_name(
         import_checkpoint(str(source), tmp_path / "out")
     assert word in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "edit"),
+    [
+        ("parcae", "_orig_mod.module.", str),
+        ("loopformer", "gpt.", str),
+        (
+            "loopus",
+            "",
+            lambda name: name.replace("reasoning.", "plateau.").replace("layers.0.", "layers.0.module."),
+        ),
+    ],
+)
+def test_names_with_known_prefixes_are_read(
+    golden: Path, tmp_path: Path, family: str, prefix: str, edit: Callable[[str], str]
+) -> None:
+    source = shutil.copytree(golden / f"{family}_tiny", tmp_path / "source")
+    plain = load_file(import_checkpoint(str(source), tmp_path / "a") / "model.safetensors")
+    weights = load_file(source / "model.safetensors")
+    save_file({prefix + edit(name): value for name, value in weights.items()}, source / "model.safetensors")
+    renamed = load_file(import_checkpoint(str(source), tmp_path / "b") / "model.safetensors")
+    assert plain.keys() == renamed.keys() and all(torch.equal(plain[name], renamed[name]) for name in plain)
+
+
+def test_a_checkpoint_of_our_own_is_not_imported(golden: Path, tmp_path: Path) -> None:
+    ours = import_checkpoint(str(golden / "ouro_tiny"), tmp_path / "a")
+    with pytest.raises(UserError, match=r"checkpoint of rdlm already.*rdlm inspect"):
+        import_checkpoint(str(ours), tmp_path / "b")
 
 
 def test_loop_loss_weights_of_nanbeige_set_the_number_of_loops(golden: Path, tmp_path: Path) -> None:

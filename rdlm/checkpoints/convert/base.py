@@ -104,11 +104,6 @@ class Source:
         """Tensors that follow from others."""
         self._left.difference_update(names)
 
-    def rename(self, new_name: Callable[[str], str]) -> None:
-        """Call the tensors by other names from now on."""
-        self.entries = {new_name(name): entry for name, entry in self.entries.items()}
-        self._left = {new_name(name) for name in self._left}
-
     def finish(self) -> None:
         for name in sorted(self._left):
             remedy = "give the config.json and weights of one model"
@@ -125,6 +120,10 @@ class Importer(ABC):
     @abstractmethod
     def recognises(self, data: Mapping[str, Any], names: Collection[str]) -> bool:
         """Whether a folder is of this family, by its config and the names of its tensors."""
+
+    def tensor_name(self, name: str) -> str:
+        """The name of a tensor as the other methods know it, where files differ in prefixes."""
+        return name
 
     @abstractmethod
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
@@ -150,8 +149,16 @@ def import_from(
     folder = local(source)
     check_out(out, folder, force)
     data = read_json(folder / "config.json", required=True)
+    if "schema_version" in data and "model_type" not in data:
+        raise UserError(
+            "SOURCE",
+            str(folder),
+            "is a checkpoint of rdlm already",
+            f"use it as it is: `rdlm inspect {folder}`",
+        )
     entries = stored(folder)
     importer = importer_of(data, entries, str(folder))
+    entries = {importer.tensor_name(key): entry for key, entry in entries.items()}
     called = name or re.sub(
         r"[^A-Za-z0-9._-]", "-", Path(source).resolve().name if Path(source).is_dir() else Path(source).name
     )
@@ -207,11 +214,7 @@ def stored(folder: Path) -> dict[str, Entry]:
     except Exception as error:  # pickle, zip and operating system each raise their own
         problem = f"is no file of tensors alone ({reason(error)})"
         raise UserError("weights", str(pickled), problem, "convert it to safetensors") from None
-    found = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    return {
-        re.sub(r"^(module\.|_orig_mod\.|model\.)+", "", name): tensors.entry_of(value)
-        for name, value in found.items()
-    }
+    return {name: tensors.entry_of(value) for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def converted(

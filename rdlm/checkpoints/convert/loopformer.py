@@ -26,6 +26,9 @@ class LoopFormer(Importer):
     def recognises(self, data: Mapping[str, Any], names: Collection[str]) -> bool:
         return data.get("model_type") == "loopformer" or any(".adaLN_modulation." in name for name in names)
 
+    def tensor_name(self, name: str) -> str:
+        return PREFIXES.sub("", name)
+
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
         fields.only({"model_type": "loopformer", "bias": False})
         fields.ignore("dropout")
@@ -50,7 +53,6 @@ class LoopFormer(Importer):
     def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
         model = config.model
         assert isinstance(model, LoopFormerConfig)
-        source.rename(lambda name: PREFIXES.sub("", name))
         found = head_tensors(source, True, TABLE)
         for i in range(model.num_layers):
             theirs, ours = f"transformer.h.blocks.{i}", f"model.core_block.{i}"

@@ -30,6 +30,10 @@ class LoopUS(Importer):
     def recognises(self, data: Mapping[str, Any], names: Collection[str]) -> bool:
         return data.get("model_type") == "lds"
 
+    def tensor_name(self, name: str) -> str:
+        """Old files say ``plateau`` for ``reasoning``, and keep the wrapper of a parallel module."""
+        return name.replace(".module.", ".").removeprefix("module.").replace("plateau.", "reasoning.", 1)
+
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
         fields.only({"model_type": "lds", "q_eval_interval": 1})
         base = fields.section("base_config_dict")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from rdlm.config.model import RecurrentConfig
 
 FP32_EPS = 1.1920928955078125e-07
 """What torch takes for the eps of a norm that is given none."""
+PREFIXES = re.compile(r"^(module\.|_orig_mod\.|model\.)+")
 PARTS = ("prelude", "core_block", "coda")
 
 
@@ -24,7 +26,12 @@ class Parcae(Importer):
     title = "Parcae, e.g. SandyResearch/parcae-140m"
 
     def recognises(self, data: Mapping[str, Any], names: Collection[str]) -> bool:
-        return data.get("_class_name") == "ParcaeConfig" or "transformer.adapter.A_log" in names
+        return data.get("_class_name") == "ParcaeConfig" or any(
+            name.endswith("transformer.adapter.A_log") for name in names
+        )
+
+    def tensor_name(self, name: str) -> str:
+        return PREFIXES.sub("", name)
 
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
         width, heads = fields.number("n_embd"), fields.number("num_attention_heads")
