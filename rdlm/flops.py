@@ -1,4 +1,5 @@
-"""Floating-point operations of one position, by part of the network: what usage reports, counted once when a model is loaded."""
+"""Floating-point operations of one position, by part of the network: what usage reports, counted once when a
+model is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from rdlm.objectives import Objective
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one pass through a part; a multiplication and an addition are two. Norms, gates and the like are left out, as is usual."""
+    """Of one pass through a part; a multiplication and an addition are two. Norms, gates and the like are
+    left out, as is usual."""
 
     weights: int
     """In the matrices, for each position."""
@@ -33,7 +35,8 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of the parts of one denoiser. condition: what a core step adds to be told a noise level; head: one read-out."""
+    """Of the parts of one denoiser. condition: what a core step adds to be told a noise level; head: one
+    read-out."""
 
     encode: Cost
     core: Cost

@@ -1,4 +1,5 @@
-"""A checkpoint from Python: ``rdlm.load(folder).logits(ids, num_steps=[1, 4])``. Also behind ``rdlm logits`` and ``rdlm inspect``."""
+"""A checkpoint from Python: ``rdlm.load(folder).logits(ids, num_steps=[1, 4])``. Also behind ``rdlm logits``
+and ``rdlm inspect``."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from rdlm.registry import build
 
 
 class Model:
-    """A checkpoint of text in memory. ids: [B, T] int64; a state is what stands before the read-out after K core steps."""
+    """A checkpoint of text in memory. ids: [B, T] int64; a state is what stands before the read-out after K
+    core steps."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.denoiser, self.config, self.tokenizer = loaded.denoiser, loaded.config, loaded.tokenizer
@@ -38,10 +40,12 @@ class Model:
         token_type_ids: Tensor | None = None,
         seed: int = 0,
     ) -> dict[int, Tensor]:
-        """{K: fp32 logits [B, T, V] of the next token}; num_steps: the K, None for the default of the checkpoint.
+        """{K: fp32 logits [B, T, V] of the next token}; num_steps: the K, None for the default of the
+        checkpoint.
 
-        states [B, T, D]: the recurrent state before the first step; zero_state: zeros; else what the model starts from, drawn with
-        ``seed`` where it is drawn. UserError where the model has no next token, or for a K that it does not have.
+        states [B, T, D]: the recurrent state before the first step; zero_state: zeros; else what the model
+        starts from, drawn with ``seed`` where it is drawn. UserError where the model has no next token, or
+        for a K that it does not have.
         """
         found = self.steps(ids, num_steps, states, zero_state, token_type_ids, seed)
         return {k: self.read_out(state, ctx) for k, state, ctx in found}
@@ -61,7 +65,8 @@ class Model:
 
     @torch.no_grad()
     def gate(self, state: Tensor) -> Tensor:
-        """Trained probability of stopping at a state [..., S] -> [...] fp32. UserError where there is no gate."""
+        """Trained probability of stopping at a state [..., S] -> [...] fp32. UserError where there is no
+        gate."""
         if not self.denoiser.model.has_exit_gate:
             remedy = "use a model with one, for instance Ouro"
             raise UserError("checkpoint", self.config.name, "it has no exit gate", remedy)
@@ -159,7 +164,8 @@ class Model:
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Read a checkpoint folder. UserError where a file or weight is not what its config says, or the device cannot be used."""
+    """Read a checkpoint folder. UserError where a file or weight is not what its config says, or the device
+    cannot be used."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,6 +1,8 @@
-"""The portable model: a folder with ``config.json``, ``model.safetensors``, ``tokenizer/`` and a ``README.md`` card.
+"""The portable model: a folder with ``config.json``, ``model.safetensors``, ``tokenizer/`` and a
+``README.md`` card.
 
-Weights are stored by parameter name, tied ones once, in one dtype. Nothing in the folder is executed on loading.
+Weights are stored by parameter name, tied ones once, in one dtype. Nothing in the folder is executed on
+loading.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def save(
 ) -> Path:
     """Write the folder, replacing an earlier one only when the new one is complete. Returns its path.
 
-    card: Markdown about data and training, put below what the config itself says. Weights keep the dtype they have.
+    card: Markdown about data and training, put below what the config itself says. Weights keep the dtype they
+    have.
     """
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in denoiser.named_parameters()}
 
@@ -71,7 +74,8 @@ def write(
     fill: Callable[[Path], None],
     card: str,
 ) -> Path:
-    """``save`` for weights that are not in memory: ``fill(folder)`` writes ``model.safetensors``, ``weights`` may be meta tensors."""
+    """``save`` for weights that are not in memory: ``fill(folder)`` writes ``model.safetensors``, ``weights``
+    may be meta tensors."""
     with replacing(folder) as temporary:
         fill(temporary)
         if tokenizer is not None:
@@ -87,11 +91,12 @@ def load(
     dtype: torch.dtype = torch.float32,
     resident_blocks: int | None = None,
 ) -> Loaded:
-    """Read a checkpoint folder. Raises UserError where a file, a weight or a shape is not what the config says, or where a newer
-    version wrote it.
+    """Read a checkpoint folder. Raises UserError where a file, a weight or a shape is not what the config
+    says, or where a newer version wrote it.
 
-    resident_blocks: most blocks whose weights are in memory; the others are read again when they are used (rdlm/checkpoints/resident.py). On a
-    CPU, in the dtype of the file, they are mapped and not copied. UserError where the network is not cut into so many blocks.
+    resident_blocks: most blocks whose weights are in memory; the others are read again when they are used
+    (rdlm/checkpoints/resident.py). On a CPU, in the dtype of the file, they are mapped and not copied.
+    UserError where the network is not cut into so many blocks.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -119,7 +124,8 @@ def load(
 
 
 def load_config(folder: str | Path) -> CheckpointConfig:
-    """The ``config.json`` of a checkpoint folder; UserError if it is missing, unreadable or newer than this code."""
+    """The ``config.json`` of a checkpoint folder; UserError if it is missing, unreadable or newer than this
+    code."""
     path = Path(folder) / CONFIG
     try:
         data = json.loads(path.read_text())

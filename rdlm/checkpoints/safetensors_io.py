@@ -1,7 +1,8 @@
 """Safetensors files copied piece by piece: memory does not grow with the model.
 
-``safetensors.torch.save_file`` wants every tensor at once. A file is 8 bytes of header length (little-endian), a JSON header
-``{name: {dtype, shape, data_offsets}}`` and the tensors' bytes in that order, so names can change while bytes only pass through.
+``safetensors.torch.save_file`` wants every tensor at once. A file is 8 bytes of header length
+(little-endian), a JSON header ``{name: {dtype, shape, data_offsets}}`` and the tensors' bytes in that order,
+so names can change while bytes only pass through.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def stored(file: Path) -> dict[str, Entry]:
 
 
 def stored_in(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a folder in Hugging Face layout: one file, or shards and their index. UserError if they do not fit."""
+    """Every tensor of a folder in Hugging Face layout: one file, or shards and their index. UserError if they
+    do not fit."""
     index = folder / INDEX
     if not index.is_file():
         if not (folder / SINGLE).is_file():
@@ -114,7 +116,8 @@ def same(a: Entry, b: Entry) -> bool:
 
 
 def write(file: Path, entries: Mapping[str, Entry], progress: Progress) -> None:
-    """Write a safetensors file; ``progress`` is told the bytes of each piece. Wide dtypes first, as the library orders them."""
+    """Write a safetensors file; ``progress`` is told the bytes of each piece. Wide dtypes first, as the
+    library orders them."""
     names = sorted(entries, key=lambda name: (-DTYPES[entries[name].dtype].itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -137,7 +140,8 @@ def write(file: Path, entries: Mapping[str, Entry], progress: Progress) -> None:
 
 
 def write_sharded(folder: Path, entries: Mapping[str, Entry], shard_bytes: int, progress: Progress) -> None:
-    """One file if everything fits into ``shard_bytes``, else numbered shards with an index. A tensor is never split."""
+    """One file if everything fits into ``shard_bytes``, else numbered shards with an index. A tensor is never
+    split."""
     shards: list[dict[str, Entry]] = [{}]
     filled = 0
     for name, entry in entries.items():

@@ -1,7 +1,9 @@
-"""The shapes of the models, as frozen pydantic models. No tensors; what is trained with them is in rdlm/config/checkpoint.py.
+"""The shapes of the models, as frozen pydantic models. No tensors; what is trained with them is in
+rdlm/config/checkpoint.py.
 
-Every text model is a ``RecurrentConfig``: a layer layout and a loop topology. ``huginn``, ``llama`` and ``masked`` are short forms of
-it for the families that are trained here; their ``layout()`` gives the general form.
+Every text model is a ``RecurrentConfig``: a layer layout and a loop topology. ``huginn``, ``llama`` and
+``masked`` are short forms of it for the families that are trained here; their ``layout()`` gives the general
+form.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ PLAIN_STD = 0.02
 
 
 class Llama3Scaling(Strict):
-    """Slowed rotations of Llama 3.1: wavelengths above original_max_seq_len / low_freq_factor are ``factor`` times as long."""
+    """Slowed rotations of Llama 3.1: wavelengths above original_max_seq_len / low_freq_factor are ``factor``
+    times as long."""
 
     factor: float = Field(ge=1)
     low_freq_factor: float = Field(gt=0)
@@ -62,7 +65,8 @@ class RopeConfig(Strict):
 
 
 class LayerConfig(Strict):
-    """One transformer layer. RMS norms; grouped heads: query head h reads key-value head h // (num_heads / num_kv_heads)."""
+    """One transformer layer. RMS norms; grouped heads: query head h reads key-value head h // (num_heads /
+    num_kv_heads)."""
 
     norms: Literal["pre", "post", "sandwich_sum", "sandwich_branch"] = "pre"
     """Where the norms are: see rdlm/nn/transformer.py."""
@@ -77,8 +81,8 @@ class LayerConfig(Strict):
     rope: RopeConfig | None = None
     """None: rows carry their positions themselves."""
     qk_norm: Literal["none", "full", "head", "head_unweighted"] = "none"
-    """RMS norm of queries and keys before the rotation. full: over all heads at once (OLMo 2); head: over each, one weight (Qwen3);
-    head_unweighted: over each, without a weight (Parcae)."""
+    """RMS norm of queries and keys before the rotation. full: over all heads at once (OLMo 2); head: over
+    each, one weight (Qwen3); head_unweighted: over each, without a weight (Parcae)."""
     qk_norm_eps: float | None = Field(None, gt=0)
     """None: norm_eps."""
     bias: Literal["none", "qk", "qkv"] = "none"
@@ -121,19 +125,23 @@ class LoopConfig(Strict):
     state_scale: float = 1.0
     """Factor of the draw."""
     injection: Literal["none", "replace", "linear", "diagonal", "diagonal_orthogonal", "add"] = "none"
-    """What a step begins with. none: the state. replace: e, whatever the state is. linear: a matrix on [state, e]. diagonal: a decayed
-    state plus a matrix on e (Parcae); diagonal_orthogonal: its part along the injected vector is removed first. add: state + e."""
+    """What a step begins with. none: the state. replace: e, whatever the state is. linear: a matrix on
+    [state, e]. diagonal: a decayed state plus a matrix on e (Parcae); diagonal_orthogonal: its part along the
+    injected vector is removed first. add: state + e."""
     injection_bias: bool = False
     injection_state_scale: float = 1.0
-    """linear: factor of the state. A noised target has coordinates of size 1, an embedding of a plain transformer starts at 0.02."""
+    """linear: factor of the state. A noised target has coordinates of size 1, an embedding of a plain
+    transformer starts at 0.02."""
     input_norm: bool = False
     """Weighted norm of e behind the prelude."""
     boundary_norm: Literal["none", "weighted", "unweighted"] = "none"
     """Norm at the end of every step. weighted: the final norm, of which there is then no other application."""
     step_gate_width: int | None = Field(None, ge=1)
-    """Inner width of the gate that decides, channel by channel, how far a step moves the state (LoopUS); None: no gate."""
+    """Inner width of the gate that decides, channel by channel, how far a step moves the state (LoopUS);
+    None: no gate."""
     readout: Literal["direct", "norm", "linear"] = "direct"
-    """What stands between the last step and the coda. norm: the final norm (Huginn); linear: a matrix (Parcae)."""
+    """What stands between the last step and the coda. norm: the final norm (Huginn); linear: a matrix
+    (Parcae)."""
     final_norm: bool = True
     exit_gate: Literal["none", "linear", "norm_linear"] = "none"
     """Trained exit probability of each state: a linear map (Ouro), or one behind a LayerNorm (LoopUS)."""
@@ -165,13 +173,16 @@ class InitConfig(Strict):
     std: float | None = Field(None, gt=0)
     """Standard deviation of matrices; None: sqrt(2 / (5 d_model)) (Takase et al. 2023)."""
     residual: Literal["scaled", "plain"] = "scaled"
-    """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every other matrix."""
+    """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every
+    other matrix."""
     adapter: Literal["identity", "random"] = "identity"
-    """Of injection linear. identity: [0, I] (state first), so the embedding passes and the state starts silent."""
+    """Of injection linear. identity: [0, I] (state first), so the embedding passes and the state starts
+    silent."""
 
 
 class RecurrentConfig(Strict, TextShape):
-    """A recurrent-depth text model; a plain transformer is the one without prelude, coda and injection whose core runs once."""
+    """A recurrent-depth text model; a plain transformer is the one without prelude, coda and injection whose
+    core runs once."""
 
     family: Literal["recurrent"] = "recurrent"
     origin: str | None = None
@@ -185,7 +196,8 @@ class RecurrentConfig(Strict, TextShape):
     masked: bool = False
     """Bidirectional; the input knows one id more than the read-out, the mask (MD4, Shi et al. 2024)."""
     value_embeddings: tuple[int, ...] = ()
-    """Layers (prelude first, then core, then coda) whose values have a gated embedding of the token added (Parcae)."""
+    """Layers (prelude first, then core, then coda) whose values have a gated embedding of the token added
+    (Parcae)."""
     value_gate_width: int = Field(32, ge=1)
     """Leading channels of a layer's input that the gate reads."""
     layer: LayerConfig
@@ -194,7 +206,8 @@ class RecurrentConfig(Strict, TextShape):
     noise_conditioning: bool = False
     """AdaLN on the core layers, zero-initialised. Set by the trainer from the objective."""
     noise_embed_dim: int = Field(64, ge=8)
-    """Width of the noise-level embedding that drives AdaLN; small, so that a level per position costs a few per cent."""
+    """Width of the noise-level embedding that drives AdaLN; small, so that a level per position costs a few
+    per cent."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RecurrentConfig:
@@ -256,7 +269,8 @@ class RecurrentConfig(Strict, TextShape):
 
 
 class HrmConfig(Strict, TextShape):
-    """Two coupled stacks: K times, the low one runs num_low_cycles times and the high one once (HRM-Text, arXiv 2605.20613)."""
+    """Two coupled stacks: K times, the low one runs num_low_cycles times and the high one once (HRM-Text,
+    arXiv 2605.20613)."""
 
     family: Literal["hrm"] = "hrm"
     task: ClassVar[str] = "causal"
@@ -291,7 +305,8 @@ class HrmConfig(Strict, TextShape):
 
 
 class LoopFormerConfig(Strict, TextShape):
-    """Plain layers that run K times, each step conditioned on its time k / K and its length 1 / K (LoopFormer, arXiv 2602.11451)."""
+    """Plain layers that run K times, each step conditioned on its time k / K and its length 1 / K
+    (LoopFormer, arXiv 2602.11451)."""
 
     family: Literal["loopformer"] = "loopformer"
     task: ClassVar[str] = "causal"
@@ -318,11 +333,13 @@ class LoopFormerConfig(Strict, TextShape):
 
 
 class HuginnConfig(Strict, TextShape):
-    """Prelude, core applied K times, coda: the shape of Geiping et al. 2025 (sandwich norms, RoPE, qk-bias, gated MLP)."""
+    """Prelude, core applied K times, coda: the shape of Geiping et al. 2025 (sandwich norms, RoPE, qk-bias,
+    gated MLP)."""
 
     family: Literal["huginn"] = "huginn"
     task: ClassVar[str] = "causal"
-    """What its networks compute: causal (the next token), masked (masked tokens), classify or denoise (images)."""
+    """What its networks compute: causal (the next token), masked (masked tokens), classify or denoise
+    (images)."""
     can_be_cut: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     vocab_size: int = Field(ge=2)
@@ -341,11 +358,13 @@ class HuginnConfig(Strict, TextShape):
     noise_conditioning: bool = False
     """AdaLN on the core layers, zero-initialised. Set by the trainer from the objective."""
     noise_embed_dim: int = Field(64, ge=8)
-    """Width of the noise-level embedding that drives AdaLN; small, so that a level per position costs a few per cent."""
+    """Width of the noise-level embedding that drives AdaLN; small, so that a level per position costs a few
+    per cent."""
     adapter_init: Literal["identity", "random"] = "identity"
     """identity: adapter = [0, I] (state first), so the injected embedding passes and the state starts silent."""
     residual_init: Literal["scaled", "plain"] = "scaled"
-    """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every other matrix."""
+    """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every
+    other matrix."""
     state_init: Literal["zero", "normal"] = "zero"
     """Recurrent state before the first iteration; Huginn-0125 uses a truncated normal ("like-init")."""
 
@@ -518,7 +537,8 @@ class LlamaConfig(TextConfig):
 
 
 class MaskedConfig(TextConfig):
-    """Bidirectional: fills in masked tokens (MD4, Shi et al. 2024). The input knows one id more than the read-out, the mask."""
+    """Bidirectional: fills in masked tokens (MD4, Shi et al. 2024). The input knows one id more than the
+    read-out, the mask."""
 
     family: Literal["masked"] = "masked"
     task = "masked"
@@ -530,7 +550,8 @@ class MaskedConfig(TextConfig):
 
 
 class VitConfig(ImageConfig):
-    """Names the class of an image (Dosovitskiy et al. 2021): the noised class row, if there is one, is a row beside the patches."""
+    """Names the class of an image (Dosovitskiy et al. 2021): the noised class row, if there is one, is a row
+    beside the patches."""
 
     family: Literal["vit"] = "vit"
     task = "classify"

@@ -1,4 +1,5 @@
-"""What every architecture that names something (tokens, classes) answers to, and the parts that do not differ between them."""
+"""What every architecture that names something (tokens, classes) answers to, and the parts that do not differ
+between them."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ from rdlm.nn.layers import Condition, Modulation, NoiseEmbedding, RMSNorm, Token
 class Backbone(nn.Module, ABC):
     """encode -> core (any number of times) -> decode -> logits.
 
-    Shapes: inputs, of text, [B, T] int64; e [B, T, E] and state [B, T, S], opaque but row by row: what the later parts need of the
-    inputs, and what a step changes (its first D channels are the latent, S is D in most models); hidden [B, T, D]; logits [..., V];
-    cond: one entry per core layer. A subclass sets the attributes below and defines encode, core and decode.
+    Shapes: inputs, of text, [B, T] int64; e [B, T, E] and state [B, T, S], opaque but row by row: what the
+    later parts need of the inputs, and what a step changes (its first D channels are the latent, S is D in
+    most models); hidden [B, T, D]; logits [..., V]; cond: one entry per core layer. A subclass sets the
+    attributes below and defines encode, core and decode.
     """
 
     vocab_size: int
@@ -38,12 +40,13 @@ class Backbone(nn.Module, ABC):
     has_exit_gate: bool = False
     """Whether ``gate`` was trained."""
     depends_on_num_steps: bool = False
-    """Whether a step depends on how many there will be, so that the states of K steps are not the first K states of more."""
+    """Whether a step depends on how many there will be, so that the states of K steps are not the first K
+    states of more."""
     draws_state: bool = True
     """Whether the state before the first step is free: drawn, zero or given."""
     modulates_in_layers: bool = False
-    """Whether a core layer computes its modulation itself whenever it runs, instead of once per level for all core steps. A layer that
-    is recomputed then keeps nothing of it."""
+    """Whether a core layer computes its modulation itself whenever it runs, instead of once per level for all
+    core steps. A layer that is recomputed then keeps nothing of it."""
 
     @abstractmethod
     def encode(self, inputs: Tensor, ctx: AttentionContext) -> Tensor:
@@ -66,11 +69,13 @@ class Backbone(nn.Module, ABC):
         return CausalContext(inputs.shape[1], inputs.device)
 
     def prefix_context(self, token_types: Tensor) -> AttentionContext:
-        """The same where rows of type 1 form a prefix that sees itself in both directions; token_types [B, T] int64."""
+        """The same where rows of type 1 form a prefix that sees itself in both directions; token_types [B, T]
+        int64."""
         raise UserError("token_type_ids", "...", "this model knows no prefix", "leave them out")
 
     def empty_inputs(self, count: int, length: int) -> Tensor:
-        """Inputs of ``count`` examples, of text ``length`` tokens long, without values: for counting what a pass allocates."""
+        """Inputs of ``count`` examples, of text ``length`` tokens long, without values: for counting what a
+        pass allocates."""
         return torch.empty(count, length, dtype=torch.int64)
 
     def target_shape(self, inputs: Tensor) -> tuple[int, int]:
@@ -84,7 +89,8 @@ class Backbone(nn.Module, ABC):
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:
-        """State before the first step: zeros unless the architecture says otherwise. latent [B, T, D]: given, not drawn.
+        """State before the first step: zeros unless the architecture says otherwise. latent [B, T, D]: given,
+        not drawn.
 
         num_steps: how many steps there will be; only models with ``depends_on_num_steps`` need it.
         """
@@ -104,7 +110,8 @@ class Backbone(nn.Module, ABC):
         """The layers of one core step, first one first."""
 
     def condition(self, c_noise: Tensor) -> Condition | None:
-        """What the core layers are told about levels c_noise [B or 1, T or 1] fp32; None for an unconditioned model."""
+        """What the core layers are told about levels c_noise [B or 1, T or 1] fp32; None for an unconditioned
+        model."""
         if self.noise_embedding is None:
             return None
         embedded = self.noise_embedding(c_noise)  # [B or 1, T or 1, C]

@@ -1,4 +1,5 @@
-"""LoopFormer (arXiv 2602.11451): layers that know at which time of the loop they run, and how long the step is."""
+"""LoopFormer (arXiv 2602.11451): layers that know at which time of the loop they run, and how long the step
+is."""
 
 from __future__ import annotations
 

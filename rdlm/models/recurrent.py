@@ -1,7 +1,8 @@
 """The one recurrent-depth text model: a layer layout and a loop topology, both data (RecurrentConfig).
 
-e = prelude(embed(ids)); state = core(inject(state, e)) K times; hidden = norm(coda(readout(state))). Huginn (Geiping et al. 2025, whose
-names the parameters have), Ouro, Parcae, Llama, a masked diffusion transformer: settings. A plain transformer is a core that runs once.
+e = prelude(embed(ids)); state = core(inject(state, e)) K times; hidden = norm(coda(readout(state))). Huginn
+(Geiping et al. 2025, whose names the parameters have), Ouro, Parcae, Llama, a masked diffusion transformer:
+settings. A plain transformer is a core that runs once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from rdlm.nn.transformer import TransformerLayer
 
 
 class Recurrent(Backbone):
-    """See the module. Built from a part of its layers it is a block: embedding, these layers, norm and read-out, all its own."""
+    """See the module. Built from a part of its layers it is a block: embedding, these layers, norm and
+    read-out, all its own."""
 
     def __init__(self, config: RecurrentConfig, layers: range | None = None) -> None:
         """layers: which of a plain network's layers, None for all."""
@@ -55,7 +57,8 @@ class Recurrent(Backbone):
         self._in_e = {
             i: slice(width + n * kv_width, width + (n + 1) * kv_width) for n, i in enumerate(of_core)
         }
-        """Where e holds the value embeddings of a core layer. Behind them are those of the coda, which a state carries there."""
+        """Where e holds the value embeddings of a core layer. Behind them are those of the coda, which a
+        state carries there."""
         self._in_state = {
             i: slice(width + n * kv_width, width + (n + 1) * kv_width) for n, i in enumerate(of_coda)
         }
@@ -115,8 +118,8 @@ class Recurrent(Backbone):
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:
-        """D channels, zeros, e, or a normal draw (of Huginn: std sqrt(2 / 5D) cut at three of them, times the embedding scale); then
-        the value embeddings of the coda, which no step changes."""
+        """D channels, zeros, e, or a normal draw (of Huginn: std sqrt(2 / 5D) cut at three of them, times the
+        embedding scale); then the value embeddings of the coda, which no step changes."""
         latent = self._initial_latent(self._first(e), generator) if latent is None else latent
         if not self._in_state:
             return latent
@@ -173,8 +176,8 @@ class Recurrent(Backbone):
     def init_weights(self, generator: torch.Generator) -> None:
         """See rdlm.models.base.init_weights.
 
-        Residual projections are smaller by sqrt(2 * depth). Huginn counts every core run of a training step; rdlm's default trains
-        about four, Huginn-0125 thirty-two.
+        Residual projections are smaller by sqrt(2 * depth). Huginn counts every core run of a training step;
+        rdlm's default trains about four, Huginn-0125 thirty-two.
         """
         config, loop = self.config, self.config.loop
         std = initial_std(config.d_model) if config.init.std is None else config.init.std
@@ -206,7 +209,8 @@ class Recurrent(Backbone):
 
 
 class DiagonalInjection(nn.Module):
-    """decay * state + step * (B e), channel by channel: step = softplus(dt_bias), decay = exp(-step exp(A_log)) (Parcae, arXiv 2604.12946)."""
+    """decay * state + step * (B e), channel by channel: step = softplus(dt_bias), decay = exp(-step
+    exp(A_log)) (Parcae, arXiv 2604.12946)."""
 
     def __init__(self, d_model: int, is_orthogonal: bool) -> None:
         """is_orthogonal: what is injected replaces the state's part along it (IFM LoopedLM P2, "OrthoInj")."""
@@ -226,7 +230,8 @@ class DiagonalInjection(nn.Module):
 
 
 class StepGate(nn.Module):
-    """share * new + (1 - share) * old, with share = exp(-softplus(W2 W1 (new - old) + b) exp(A_log)) (LoopUS, arXiv 2605.11011)."""
+    """share * new + (1 - share) * old, with share = exp(-softplus(W2 W1 (new - old) + b) exp(A_log)) (LoopUS,
+    arXiv 2605.11011)."""
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()

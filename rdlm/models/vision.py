@@ -1,4 +1,5 @@
-"""Vision transformers: one that names the class of an image, one that denoises images, and the patches of both."""
+"""Vision transformers: one that names the class of an image, one that denoises images, and the patches of
+both."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def _init_weights(model: nn.Module, num_layers: int, generator: torch.Generator)
 
 
 class PatchEmbedding(nn.Module):
-    """[B, C, H, W] -> [B, P, D]: a linear map of each patch, row by row, plus a learned vector of its place (Dosovitskiy et al. 2021)."""
+    """[B, C, H, W] -> [B, P, D]: a linear map of each patch, row by row, plus a learned vector of its place
+    (Dosovitskiy et al. 2021)."""
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
@@ -60,9 +62,11 @@ def assemble(rows: Tensor, size: int, num_channels: int) -> Tensor:
 
 
 class Vit(Backbone):
-    """Rows are the patches and, last, one that the class is read from (Dosovitskiy et al. 2021); the state is that row: [B, 1, D].
+    """Rows are the patches and, last, one that the class is read from (Dosovitskiy et al. 2021); the state is
+    that row: [B, 1, D].
 
-    inputs: images [B, C, H, W]. ``wte`` are the rows of the classes: what is noised (DiffusionBlocks App. B), and the read-out.
+    inputs: images [B, C, H, W]. ``wte`` are the rows of the classes: what is noised (DiffusionBlocks App. B),
+    and the read-out.
     """
 
     is_causal = False
@@ -123,9 +127,11 @@ class Vit(Backbone):
 
 
 class Dit(nn.Module):
-    """Level and class are added up and drive AdaLN in every layer and before the read-out (Peebles and Xie 2023).
+    """Level and class are added up and drive AdaLN in every layer and before the read-out (Peebles and Xie
+    2023).
 
-    Deviations from the publication: RMSNorm and gated MLPs, gates of 1 + gate, learned places; all layers start as plain ones.
+    Deviations from the publication: RMSNorm and gated MLPs, gates of 1 + gate, learned places; all layers
+    start as plain ones.
     """
 
     modulates_in_layers = True
@@ -148,7 +154,8 @@ class Dit(nn.Module):
         return self.patches.empty_images(count)
 
     def forward(self, images: Tensor, c_noise: Tensor, classes: Tensor) -> Tensor:
-        """images [B, C, H, W], c_noise [B] fp32, classes [B] int64 (``no_class``: none is told) -> fp32 [B, C, H, W]."""
+        """images [B, C, H, W], c_noise [B] fp32, classes [B] int64 (``no_class``: none is told) -> fp32 [B,
+        C, H, W]."""
         told = self.noise_embedding(c_noise) + self.classes(classes)
         told = told.unsqueeze(1)  # [B, 1, C]: the same for all patches
         ctx = BidirectionalContext(self.config.num_patches, images.device)

@@ -1,1 +1,2 @@
-"""Layers shared by all families. They know nothing of noise schedules, recurrence, training or caching policy."""
+"""Layers shared by all families. They know nothing of noise schedules, recurrence, training or caching
+policy."""

@@ -22,9 +22,11 @@ from rdlm.nn.layers import RMSNorm, normalized
 def rotary_table(
     num_dims: int, base: float, length: int, device: torch.device, scaling: Llama3Scaling | None = None
 ) -> Tensor:
-    """exp(i * position * frequency_j) of adjacent pairs: complex64 [length, num_dims/2], computed in fp32 (Su et al. 2021).
+    """exp(i * position * frequency_j) of adjacent pairs: complex64 [length, num_dims/2], computed in fp32 (Su
+    et al. 2021).
 
-    frequency_j = base^(-2j/num_dims), slowed down by ``scaling``. No buffer: casting a model must not round it.
+    frequency_j = base^(-2j/num_dims), slowed down by ``scaling``. No buffer: casting a model must not round
+    it.
     """
     with torch.inference_mode(False):  # or a table that serving has made could not be trained with
         inverse = 1.0 / base ** (torch.arange(0, num_dims, 2, dtype=torch.float32) / num_dims)
@@ -35,7 +37,8 @@ def rotary_table(
 
 
 def _slowed(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
-    """Llama 3.1's scaling: long wavelengths are divided by ``factor``, short ones kept, those between interpolated."""
+    """Llama 3.1's scaling: long wavelengths are divided by ``factor``, short ones kept, those between
+    interpolated."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     periods = scaling.original_max_seq_len / (
         2 * math.pi / frequencies
@@ -64,9 +67,11 @@ class AttentionContext(Protocol):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """Scaled dot-product attention over the second-last-but-one axis; grouped heads where Hkv < H. [B, T, H, Dh] in and out."""
+    """Scaled dot-product attention over the second-last-but-one axis; grouped heads where Hkv < H. [B, T, H,
+    Dh] in and out."""
     if q.shape[1] == 1 and q.device.type == "cpu" and q.dtype != torch.float32:
-        # Single queries are slow in PyTorch's half-precision CPU kernel: several times the fp32 one with its casts.
+        # Single queries are slow in PyTorch's half-precision CPU kernel: several times the fp32 one with its
+        # casts.
         return attention(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
     grouped = k.shape[2] != q.shape[2]
     out = F.scaled_dot_product_attention(
@@ -105,7 +110,8 @@ class BidirectionalContext(CausalContext):
 
 
 class PaddedContext(BidirectionalContext):
-    """Rows of several lengths, padded at their ends to ``length``: every row sees those of its own sequence, and no padding."""
+    """Rows of several lengths, padded at their ends to ``length``: every row sees those of its own sequence,
+    and no padding."""
 
     def __init__(self, lengths: Tensor, length: int, device: torch.device | str = "cpu") -> None:
         """lengths: [B] int64."""
@@ -122,7 +128,8 @@ class PaddedContext(BidirectionalContext):
 
 
 class PrefixContext(BidirectionalContext):
-    """Rows are positions 0..T-1 of whole sequences; row i sees rows j <= i, and rows of the prefix see all of the prefix."""
+    """Rows are positions 0..T-1 of whole sequences; row i sees rows j <= i, and rows of the prefix see all of
+    the prefix."""
 
     def __init__(self, in_prefix: Tensor) -> None:
         """in_prefix: bool [B, T]."""
@@ -136,7 +143,8 @@ class PrefixContext(BidirectionalContext):
 
 
 class LaterLayers:
-    """Another context whose layers have cache indices of their own: a layer that runs several times in a step keeps keys of each run."""
+    """Another context whose layers have cache indices of their own: a layer that runs several times in a step
+    keeps keys of each run."""
 
     def __init__(self, inner: AttentionContext, shift: int) -> None:
         self.inner, self.shift = inner, shift
@@ -152,11 +160,12 @@ class LaterLayers:
 
 
 class TwoStreamContext:
-    """Rows are a clean stream 0..T-1 followed by a noisy stream 0..T-1 of the same positions (DiffusionBlocks App. E.4).
+    """Rows are a clean stream 0..T-1 followed by a noisy stream 0..T-1 of the same positions (DiffusionBlocks
+    App. E.4).
 
-    Clean row i sees clean j <= i. Noisy row i sees itself and the clean rows before its target: j <= i where its own clean row
-    is part of its context (``sees_own_clean``, the published layout), j < i where the noisy row stands in its place.
-    No row sees another noisy row.
+    Clean row i sees clean j <= i. Noisy row i sees itself and the clean rows before its target: j <= i where
+    its own clean row is part of its context (``sees_own_clean``, the published layout), j < i where the noisy
+    row stands in its place. No row sees another noisy row.
     """
 
     def __init__(self, length: int, sees_own_clean: bool, device: torch.device | str = "cpu") -> None:
@@ -182,15 +191,18 @@ class TwoStreamContext:
 
 
 class Attention(nn.Module):
-    """Multi-head attention as a LayerConfig describes it; who sees whom, and cached keys, are the context's business.
+    """Multi-head attention as a LayerConfig describes it; who sees whom, and cached keys, are the context's
+    business.
 
-    Wqkv is q | k | v in one matrix. ``layer`` is the cache index of this layer; the layer itself holds no keys.
+    Wqkv is q | k | v in one matrix. ``layer`` is the cache index of this layer; the layer itself holds no
+    keys.
     """
 
     def __init__(
         self, config: LayerConfig, d_model: int, layer: int, value_gate_width: int | None = None
     ) -> None:
-        """value_gate_width: leading channels of the input that gate a value embedding (Parcae); None: there is none."""
+        """value_gate_width: leading channels of the input that gate a value embedding (Parcae); None: there
+        is none."""
         super().__init__()
         self.config, self.layer = config, layer
         self.head_dim = config.head_width(d_model)
@@ -210,7 +222,8 @@ class Attention(nn.Module):
         self.output_gate = nn.Linear(d_model, q_width, bias=False) if config.output_gate else None
 
     def forward(self, x: Tensor, ctx: AttentionContext, values: Tensor | None = None) -> Tensor:
-        """x [B, T, D]; values [B, T, Hkv Dh]: the rows' value embeddings, where the layer has a gate for them -> [B, T, D]."""
+        """x [B, T, D]; values [B, T, Hkv Dh]: the rows' value embeddings, where the layer has a gate for them
+        -> [B, T, D]."""
         heads = self.Wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 Hkv, Dh]
         qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
         if self.qk_bias is not None:

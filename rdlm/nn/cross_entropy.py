@@ -1,7 +1,9 @@
-"""Fused read-out and cross-entropy: logits exist one chunk of rows at a time, and the gradient is formed in the same visit.
+"""Fused read-out and cross-entropy: logits exist one chunk of rows at a time, and the gradient is formed in
+the same visit.
 
-The idea is known from memory-efficient losses (Wijmans et al. 2024, "Cut Your Losses"; Hsu et al. 2024, Liger). With a
-vocabulary of 65,536 the logits of one 4,096-token sequence are 1 GiB in fp32; here they are a few MiB at a time.
+The idea is known from memory-efficient losses (Wijmans et al. 2024, "Cut Your Losses"; Hsu et al. 2024,
+Liger). With a vocabulary of 65,536 the logits of one 4,096-token sequence are 1 GiB in fp32; here they are a
+few MiB at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ CHUNK_ELEMENTS_GPU = 1 << 26
 """Logits held at once on a GPU, where a chunk must fill the device."""
 
 Evidence = tuple[Tensor, Tensor, Tensor, Tensor]
-"""(rows [N] bool, u [M, D], table [V, D], scale of one element): adds scale * u @ table^T to the logits of the M rows marked.
+"""(rows [N] bool, u [M, D], table [V, D], scale of one element): adds scale * u @ table^T to the logits of
+the M rows marked.
 
 u and table carry no gradient. Rows without a noised target cost nothing extra."""
 
@@ -46,7 +49,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 known = F.linear(u_rows, table).float()
                 logits.add_(known * scale.float())
             index = targets[rows].unsqueeze(1)
-            # One exponential serves loss and gradient: from here on ``logits`` holds exp(logits - max), in place.
+            # One exponential serves loss and gradient: from here on ``logits`` holds exp(logits - max), in
+            # place.
             logits.sub_(logits.amax(1, keepdim=True))
             at_target = logits.gather(1, index).squeeze(1)
             total = logits.exp_().sum(1)
@@ -82,7 +86,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunks(
     count: int, marked: Tensor | None, u: Tensor | None, size: int
 ) -> Iterator[tuple[Tensor | slice, Tensor | None]]:
-    """Rows of one chunk at a time with their part of ``u``: marked rows first, so that no chunk mixes both kinds."""
+    """Rows of one chunk at a time with their part of ``u``: marked rows first, so that no chunk mixes both
+    kinds."""
     if marked is None or u is None:
         for start in range(0, count, size):
             yield slice(start, start + size), None
@@ -98,8 +103,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of ``targets`` under softmax(hidden W^T [+ scale u table^T on the rows with evidence]).
 
-    hidden [N, D], weight [V, D], targets [N] int64, item_weight [N] fp32 ->
-    (sum of item_weight * loss, a differentiable fp32 scalar; the unweighted losses [N] fp32, without gradient).
+    hidden [N, D], weight [V, D], targets [N] int64, item_weight [N] fp32 -> (sum of item_weight * loss, a
+    differentiable fp32 scalar; the unweighted losses [N] fp32, without gradient).
     """
     marked, u, table, scale = evidence if evidence is not None else (None, None, None, None)
     total, losses = _LinearCrossEntropy.apply(

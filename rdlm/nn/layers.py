@@ -1,4 +1,5 @@
-"""The parts of a layer other than attention: norms, the token table, feed-forward layers, and conditioning on a noise level."""
+"""The parts of a layer other than attention: norms, the token table, feed-forward layers, and conditioning on
+a noise level."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def normalized(x: Tensor, eps: float) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast to x's dtype, then times the weight (in this order, as Huginn does; Zhang and Sennrich 2019)."""
+    """x / rms(x) in fp32, cast to x's dtype, then times the weight (in this order, as Huginn does; Zhang and
+    Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -46,7 +48,8 @@ R = TypeVar("R")
 class TokenTable(nn.Module):
     """weight [V, D]. ``table(ids)`` looks rows up; ``table(use=f)`` returns ``f(weight)``.
 
-    Every use goes through forward because ZeRO stage 3 gathers a partitioned weight only around its module's forward.
+    Every use goes through forward because ZeRO stage 3 gathers a partitioned weight only around its module's
+    forward.
     """
 
     def __init__(self, vocab_size: int, d_model: int) -> None:
@@ -61,8 +64,8 @@ class TokenTable(nn.Module):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of a fused [..., 2W] tensor. Its backward writes both gradients into one buffer: autograd's own
-    backward of ``chunk`` makes two and concatenates them."""
+    """silu(gate) * up of a fused [..., 2W] tensor. Its backward writes both gradients into one buffer:
+    autograd's own backward of ``chunk`` makes two and concatenates them."""
 
     @staticmethod
     def forward(ctx: Any, fused: Tensor) -> Tensor:
@@ -78,7 +81,8 @@ class _SwiGLU(torch.autograd.Function):
         d_gate, d_up = out.chunk(2, dim=-1)
         sigmoid = torch.sigmoid(gate)
         silu = torch.mul(gate, sigmoid, out=d_up)
-        # d silu / d gate = sigmoid + silu * (1 - sigmoid). All in place: a layer that is recomputed holds the most in this moment.
+        # d silu / d gate = sigmoid + silu * (1 - sigmoid). All in place: a layer that is recomputed holds the
+        # most in this moment.
         torch.neg(sigmoid, out=d_gate).add_(1.0)
         torch.addcmul(sigmoid, silu, d_gate, out=d_gate).mul_(up).mul_(grads[0])
         d_up.mul_(grads[0])
@@ -115,14 +119,16 @@ LayerModulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Shifts, factors and gates of one layer, each [B or 1, T or 1, D]: see Modulation.forward."""
 
 LayerCondition = LayerModulation | Tensor
-"""What one layer is told about the noise level of its rows: its modulation, or the embedding [B or 1, T or 1, C] to compute it from."""
+"""What one layer is told about the noise level of its rows: its modulation, or the embedding [B or 1, T or 1,
+C] to compute it from."""
 
 Condition = Sequence[LayerCondition]
 """One entry per core layer: computed once for a level, used by every core step at it."""
 
 
 class NoiseEmbedding(nn.Module):
-    """c_noise [...] fp32 -> [..., C]: sinusoids of 1000 * c_noise, then a two-layer MLP. One vector serves every layer."""
+    """c_noise [...] fp32 -> [..., C]: sinusoids of 1000 * c_noise, then a two-layer MLP. One vector serves
+    every layer."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -141,7 +147,8 @@ class Modulation(nn.Module):
     """cond [..., C] -> shift, scale and gate of both branches of a layer, each [..., D].
 
     All zero at the start, and gates are used as 1 + gate, so a conditioned layer begins as the plain layer.
-    The input is narrow (C much below D): a level per position then costs a few per cent of a layer instead of a third.
+    The input is narrow (C much below D): a level per position then costs a few per cent of a layer instead of
+    a third.
     """
 
     def __init__(self, cond_width: int, d_model: int) -> None:

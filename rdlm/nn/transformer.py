@@ -1,4 +1,5 @@
-"""The transformer layer of every family: attention and a feed-forward layer, with norms where the LayerConfig puts them."""
+"""The transformer layer of every family: attention and a feed-forward layer, with norms where the LayerConfig
+puts them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class TransformerLayer(nn.Module):
     | sandwich_branch | x + n'(f(n(x)))  | Ouro                           |
     | sandwich_sum    | n'(f(n(x)) + x)  | Huginn (Geiping et al. 2025)   |
 
-    Norms are numbered in the order of their use. With a noise level, AdaLN shifts and scales what enters f and gates what leaves.
+    Norms are numbered in the order of their use. With a noise level, AdaLN shifts and scales what enters f
+    and gates what leaves.
     """
 
     def __init__(
@@ -36,7 +38,8 @@ class TransformerLayer(nn.Module):
         mlp_width: int | None = None,
         value_gate_width: int | None = None,
     ) -> None:
-        """layer: cache index. cond_width: width of an embedded noise level. mlp_width: None takes ``config.mlp_width``."""
+        """layer: cache index. cond_width: width of an embedded noise level. mlp_width: None takes
+        ``config.mlp_width``."""
         super().__init__()
         self.norms = config.norms
         self.attn = Attention(config, d_model, layer, value_gate_width)
@@ -54,7 +57,8 @@ class TransformerLayer(nn.Module):
         cond: LayerCondition | None = None,
         values: Tensor | None = None,
     ) -> Tensor:
-        """x [B, T, D]; cond: what ``self.modulation`` gave, what it takes, or None; values: see Attention -> [B, T, D]."""
+        """x [B, T, D]; cond: what ``self.modulation`` gave, what it takes, or None; values: see Attention ->
+        [B, T, D]."""
         of_attn, of_mlp = (None, None) if cond is None else self._modulated(cond)
         (before_attn, after_attn), (before_mlp, after_mlp) = self._norms()
         x = self._leave(x, self.attn(_enter(x, before_attn, of_attn), ctx, values), after_attn, of_attn)

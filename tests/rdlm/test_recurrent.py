@@ -1,4 +1,5 @@
-"""The general recurrent-depth model: families are settings of it, every setting can be trained, states are opaque rows."""
+"""The general recurrent-depth model: families are settings of it, every setting can be trained, states are
+opaque rows."""
 
 from __future__ import annotations
 

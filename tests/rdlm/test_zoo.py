@@ -1,4 +1,5 @@
-"""Published looped models: what an import computes is what the reference implementation computes (golden outputs, fp32)."""
+"""Published looped models: what an import computes is what the reference implementation computes (golden
+outputs, fp32)."""
 
 from __future__ import annotations
 
@@ -131,7 +132,8 @@ def test_the_shared_cache_is_the_published_terminal_kv(golden: Path, tmp_path: P
 
 
 def test_exit_gates_of_ouro(golden: Path, tmp_path: Path) -> None:
-    """lambda after every loop; the exit distribution, whose last loop takes the rest, gives the reference's weighted logits."""
+    """lambda after every loop; the exit distribution, whose last loop takes the rest, gives the reference's
+    weighted logits."""
     case = Case(golden / "ouro_tiny", tmp_path / "model")
     states = case.model.states(case.ids, [1, 2, 3, 4])
     gates = torch.stack([case.model.gate(states[k]) for k in (1, 2, 3, 4)], -1)

@@ -1,7 +1,9 @@
-"""What every importer is made of: the source's files, its config read field by field, and tensors that are converted when written.
+"""What every importer is made of: the source's files, its config read field by field, and tensors that are
+converted when written.
 
-An importer is a class with a family name, a config and a renaming of tensors (``Importer``); rdlm/checkpoints/convert/importers.py lists
-them. No tensor is read before the config was found to be one that this code computes.
+An importer is a class with a family name, a config and a renaming of tensors (``Importer``);
+rdlm/checkpoints/convert/importers.py lists them. No tensor is read before the config was found to be one that
+this code computes.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class Fields:
         return Fields(value, f"{self.where}: {field}")
 
     def only(self, allowed: Mapping[str, Any]) -> None:
-        """UserError for a field whose value is not the one that is built here; an absent field, or null, has that value."""
+        """UserError for a field whose value is not the one that is built here; an absent field, or null, has
+        that value."""
         for field, value in allowed.items():
             if self.get(field, value) != value:
                 problem, remedy = f"only {value!r} is built here", "import a model of that variant"
@@ -127,7 +130,8 @@ class Importer(ABC):
 
     @abstractmethod
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
-        """Our config, and lines for the card about what is lost. UserError where this code computes something else."""
+        """Our config, and lines for the card about what is lost. UserError where this code computes something
+        else."""
 
     @abstractmethod
     def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
@@ -145,7 +149,8 @@ def import_from(
     zero_state: bool,
     force: bool,
 ) -> Path:
-    """Write the checkpoint folder ``out`` from a folder or hub id; see rdlm.checkpoints.convert.importers.import_checkpoint."""
+    """Write the checkpoint folder ``out`` from a folder or hub id; see
+    rdlm.checkpoints.convert.importers.import_checkpoint."""
     folder = local(source)
     check_out(out, folder, force)
     data = read_json(folder / "config.json", required=True)
@@ -252,7 +257,8 @@ def rows(entry: Entry, start: int, stop: int) -> Entry:
 def adjacent_pairs(
     entry: Entry, head_dim: int, num_dims: int | None = None, num_heads: int | None = None
 ) -> Entry:
-    """Rows of queries or keys, reordered within each head from split-half rotation (i with i + n/2) to adjacent pairs.
+    """Rows of queries or keys, reordered within each head from split-half rotation (i with i + n/2) to
+    adjacent pairs.
 
     num_dims: leading dimensions of a head that are rotated; num_heads: leading heads that are; None for all.
     """
@@ -276,7 +282,8 @@ def recurrent(name: str, model: Mapping[str, Any], default_steps: int, where: st
 
 
 def imported(name: str, model: Mapping[str, Any], default_steps: int, where: str) -> CheckpointConfig:
-    """Config of an imported next-token model whose K is the number of core steps; at least 64 of them may be asked for."""
+    """Config of an imported next-token model whose K is the number of core steps; at least 64 of them may be
+    asked for."""
     if isinstance(default_steps, bool) or not isinstance(default_steps, int) or default_steps < 1:
         problem, remedy = "is no positive whole number", "correct it there"
         raise UserError(f"{where}: default number of loops", default_steps, problem, remedy)

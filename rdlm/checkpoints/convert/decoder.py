@@ -1,4 +1,5 @@
-"""Decoders in transformers' layout: plain ones (Llama, SmolLM2, Mistral, Qwen2, Qwen3, OLMo-2), and what looped ones share with them."""
+"""Decoders in transformers' layout: plain ones (Llama, SmolLM2, Mistral, Qwen2, Qwen3, OLMo-2), and what
+looped ones share with them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ POST_NORMS = {"norm_1": "post_attention_layernorm", "norm_2": "post_feedforward_
 
 
 def rope_of(fields: Fields, head_dim: int, default_base: float = 10_000.0) -> dict[str, Any]:
-    """RopeConfig of ``rope_theta`` and ``rope_scaling``, or of ``rope_parameters`` as transformers 5 writes them."""
+    """RopeConfig of ``rope_theta`` and ``rope_scaling``, or of ``rope_parameters`` as transformers 5 writes
+    them."""
     given = fields.section("rope_parameters")
     base = given.get("rope_theta") or fields.number("rope_theta", default_base)
     scaling = given if given.data else fields.section("rope_scaling")

@@ -1,7 +1,8 @@
 """Huginn in Hugging Face layout (tomg-group-umd/huginn-0125) to a checkpoint of ours and back.
 
-Weights pass through byte by byte: only names differ. The tied read-out is stored once here; ``freqs_cis``, the table of rotations
-that the reference keeps as a buffer, follows from the config and is dropped and rebuilt.
+Weights pass through byte by byte: only names differ. The tied read-out is stored once here; ``freqs_cis``,
+the table of rotations that the reference keeps as a buffer, follows from the config and is dropped and
+rebuilt.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ TABLE, HEAD, ROTATIONS = "transformer.wte.weight", "lm_head.weight", "freqs_cis"
 
 
 class Huginn(Importer):
-    """Sandwich norms and biases on queries and keys; the other models of type ``huginn_raven`` are in retrofit.py."""
+    """Sandwich norms and biases on queries and keys; the other models of type ``huginn_raven`` are in
+    retrofit.py."""
 
     family = "huginn"
     title = "Huginn, e.g. tomg-group-umd/huginn-0125"
@@ -71,7 +73,8 @@ class Huginn(Importer):
 
 
 def export_huginn(folder: Path, out: Path, *, shard_bytes: int, force: bool = False) -> Path:
-    """Write ``out`` in Hugging Face layout from a checkpoint folder, weights in shards of at most ``shard_bytes``. Returns ``out``.
+    """Write ``out`` in Hugging Face layout from a checkpoint folder, weights in shards of at most
+    ``shard_bytes``. Returns ``out``.
 
     UserError where the published architecture cannot compute what the model computes.
     """

@@ -1,7 +1,8 @@
-"""The ``config.json`` of Huginn-0125 (RavenConfig of seal-rg/recurrent-pretraining) and ours, each from the other.
+"""The ``config.json`` of Huginn-0125 (RavenConfig of seal-rg/recurrent-pretraining) and ours, each from the
+other.
 
-``rdlm`` is a field of our own in an exported file: the whole CheckpointConfig, so that nothing is lost on the way back. Code that
-does not know it ignores it.
+``rdlm`` is a field of our own in an exported file: the whole CheckpointConfig, so that nothing is lost on the
+way back. Code that does not know it ignores it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ ONLY: dict[str, Any] = {
     "bias": False,
     "test_time_noise": 0,
 }
-"""Fields that name a variant of the architecture, and the one variant there is here. The published defaults, so one may be absent."""
+"""Fields that name a variant of the architecture, and the one variant there is here. The published defaults,
+so one may be absent."""
 
 SHAPE = {
     "vocab_size": "padded_vocab_size",
@@ -63,9 +65,11 @@ _BOOKKEEPING = {
 
 
 def to_published(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of an exported folder. UserError where the published architecture cannot compute what the model computes.
+    """The config.json of an exported folder. UserError where the published architecture cannot compute what
+    the model computes.
 
-    The reference draws its initial state with std ``init_values.std``; a model that starts from zero therefore says 0 there.
+    The reference draws its initial state with std ``init_values.std``; a model that starts from zero
+    therefore says 0 there.
     """
     model, objective = config.model, config.objective
     if not isinstance(model, HuginnConfig):
@@ -124,7 +128,8 @@ def to_published(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
 
 
 def from_published(data: dict[str, Any], name: str, where: str) -> CheckpointConfig:
-    """Our config of a published one. UserError where a field is missing, contradicts another, or names a variant not built here."""
+    """Our config of a published one. UserError where a field is missing, contradicts another, or names a
+    variant not built here."""
     for field, only in ONLY.items():
         if data.get(field, only) != only:
             raise _refused(

@@ -47,9 +47,9 @@ def import_checkpoint(
 ) -> Path:
     """Write the checkpoint folder ``out`` from a folder in the family's layout, or a hub id. Returns ``out``.
 
-    family: None finds it from the files. name: model name; None takes the source's. zero_state: start the recurrence from zero where the
-    published model draws its state. UserError where the source is no model that this code computes exactly, or ``out`` exists and
-    ``force`` is not given.
+    family: None finds it from the files. name: model name; None takes the source's. zero_state: start the
+    recurrence from zero where the published model draws its state. UserError where the source is no model
+    that this code computes exactly, or ``out`` exists and ``force`` is not given.
     """
     if family is not None and family not in IMPORTERS:
         raise UserError("FAMILY", family, "is not known", f"use {', '.join(IMPORTERS)}, or leave it out")

@@ -1,4 +1,5 @@
-"""IFM LoopedLM P2: Llama layers 1-2-1 around four kinds of injection. Norm weights are stored as offsets from 1."""
+"""IFM LoopedLM P2: Llama layers 1-2-1 around four kinds of injection. Norm weights are stored as offsets from
+1."""
 
 from __future__ import annotations
 

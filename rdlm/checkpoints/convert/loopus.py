@@ -1,4 +1,5 @@
-"""LoopUS (arXiv 2605.11011): a pretrained decoder whose middle layers loop, each step gated by a learned share."""
+"""LoopUS (arXiv 2605.11011): a pretrained decoder whose middle layers loop, each step gated by a learned
+share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Looped decoders in transformers' layout whose loop is all layers: Ouro (arXiv 2510.25741) and Nanbeige4.2 (arXiv 2607.22083)."""
+"""Looped decoders in transformers' layout whose loop is all layers: Ouro (arXiv 2510.25741) and Nanbeige4.2
+(arXiv 2607.22083)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Parcae (arXiv 2604.12946): diagonal injection, gated value embeddings, half squared ReLU, a matrix between loop and coda."""
+"""Parcae (arXiv 2604.12946): diagonal injection, gated value embeddings, half squared ReLU, a matrix between
+loop and coda."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Transformers retrofitted with recurrence (arXiv 2511.07384): Llama and OLMo-2 layers in Huginn's files (``model_type: huginn_raven``).
+"""Transformers retrofitted with recurrence (arXiv 2511.07384): Llama and OLMo-2 layers in Huginn's files
+(``model_type: huginn_raven``).
 
-The three are told apart by the names of their tensors: Huginn has ``norm_3``, the OLMo form ``attn.q_norm``, the Llama form neither.
+The three are told apart by the names of their tensors: Huginn has ``norm_3``, the OLMo form ``attn.q_norm``,
+the Llama form neither.
 """
 
 from __future__ import annotations
