@@ -1,6 +1,6 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first; repeated or interrupted runs go on where they were.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format bench lock clean
+.PHONY: help install demo test test-all test-gpu lint format bench lock clean
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -47,11 +47,17 @@ lint: install ## ruff (rules and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint ## lint, then the test suite without the slow tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(JOBS) -q
+# The suite runs on the CPU, on a machine with a GPU too: there `make test-gpu` adds the tests that need one.
+CPU := CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 
-test-all: lint ## lint, then every test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -q
+test: lint ## lint, then the test suite without the slow tests
+	$(CPU) $(PY) -m pytest -m "not slow" -n $(JOBS) -q
+
+test-all: lint ## lint, then every test that a CPU can run
+	$(CPU) $(PY) -m pytest -n $(JOBS) -q
+
+test-gpu: install ## the tests that need a GPU
+	$(PY) -m pytest -m gpu -q
 
 format: install ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.options import WindowOptions, usable_device
+from eval.options import WindowOptions
 from eval.provenance import origin
 from rdlm.checkpoints.folder import Loaded, load
 from rdlm.data.batch import Batch
 from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
+from rdlm.device import usable_device
 from rdlm.errors import UserError
 
 
@@ -67,7 +68,9 @@ def open_windows(options: WindowOptions) -> HeldOut:
     """UserError where checkpoint, data and window length do not fit each other."""
     store = TokenStore(options.data, options.split)
     loaded = load(
-        options.checkpoint, device=usable_device(options.device), dtype=getattr(torch, options.dtype)
+        options.checkpoint,
+        device=usable_device(options.device, "--device"),
+        dtype=getattr(torch, options.dtype),
     )
     check_tokenizer(options.checkpoint, loaded, store)
     limit = loaded.config.model.max_seq_len

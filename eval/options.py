@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-import torch
 import typer
 
 from rdlm.config.checkpoint import CheckpointConfig
@@ -22,7 +21,7 @@ Data = Annotated[
 Seed = Annotated[
     int, typer.Option(min=0, help="Seed of everything that is drawn: noise, texts, bootstrap, k-means.")
 ]
-Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to run.")]
+Device = Annotated[str, typer.Option(help="Where to run: auto (the GPU where there is one), cpu or cuda.")]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of the checkpoint's weights.")]
 Out = Annotated[
     Path | None, typer.Option(help="Write the results with their provenance as JSON, for `rdlm eval report`.")
@@ -50,7 +49,7 @@ class WindowOptions:
     ] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of one forward pass.")] = 16
     seed: Seed = 0
-    device: Device = "cpu"
+    device: Device = "auto"
     dtype: Dtype = "float32"
     out: Out = None
     plot: Plot = None
@@ -90,7 +89,7 @@ class TextOptions:
     cache: Annotated[
         Path, typer.Option(help="Where texts, scores and features are kept; a run resumes from it.")
     ] = Path("runs/eval")
-    device: Device = "cpu"
+    device: Device = "auto"
     dtype: Dtype = "float32"
     kv_cache: Annotated[
         Literal["shared", "full"], typer.Option(help="Keys of a position: of its last core step, or of all.")
@@ -110,13 +109,6 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
         raise UserError(
             option, text, "is not a number or a list of numbers", "write for instance 1,4 or 0.7,1.0"
         ) from None
-
-
-def usable_device(name: str) -> str:
-    """UserError for a GPU that torch does not see."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device", name, "torch sees no GPU", "use --device cpu")
-    return name
 
 
 def choices(option: str, text: str, known: Collection[str]) -> list[str]:

@@ -16,9 +16,12 @@ T = TypeVar("T")
 CheckpointOption = Annotated[
     Path, typer.Option(help="Folder that `rdlm train` exported (OUTPUT/model).", show_default=False)
 ]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+DeviceOption = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[
-    str, typer.Option(help="float32 or bfloat16; bfloat16 is several times faster where the CPU has AMX.")
+    str,
+    typer.Option(
+        help="auto (bfloat16 on a GPU), float32 or bfloat16, which is faster where the CPU has AMX."
+    ),
 ]
 CacheOption = Annotated[
     str,
@@ -40,8 +43,8 @@ def serve(
     model_name: Annotated[
         str | None, typer.Option(help="Name in /v1/models; by default the checkpoint's.", show_default=False)
     ] = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     kv_cache: CacheOption = "shared",
     max_slots: Annotated[int, typer.Option(help="Sequences in flight at once.")] = 16,
     max_len: Annotated[

@@ -69,8 +69,8 @@ def generate(
         ),
     ] = "renoise",
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     kv_cache: CacheOption = "shared",
     resident_blocks: Annotated[
         int | None,

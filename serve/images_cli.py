@@ -12,7 +12,6 @@ from serve.cli import CheckpointOption, DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
 app = typer.Typer(add_completion=False)
 
@@ -46,8 +45,8 @@ def images(
         int, typer.Option(min=1, help="Images of one network call; changes no image.")
     ] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same images.")] = 0,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Draw images of the classes asked for, in K steps of the probability-flow ODE."""
     if out.suffix not in (".png", ".npz"):
@@ -59,8 +58,8 @@ def images(
 
     from rdlm.checkpoints.folder import load, load_config
     from rdlm.config.model import DitConfig
+    from rdlm.device import usable_device, usable_dtype
     from rdlm.objectives.edm import Edm, pixels
-    from serve.loading import usable_device
 
     config = load_config(checkpoint)
     config.check_family("rdlm images", "dit")
@@ -70,12 +69,13 @@ def images(
     if not 1 <= k <= most:
         raise UserError("--num-steps", num_steps, "is out of range", f"this model takes 1 to {most}")
     wanted = _classes(classes, config.model.num_classes)
-    loaded = load(checkpoint, usable_device(device), _dtype(dtype))
+    chosen = usable_device(device, "--device")
+    loaded = load(checkpoint, chosen, usable_dtype(dtype, chosen, "--dtype"))
     parts = []
     with tqdm(total=num_images, unit="image", desc=f"K = {k}") as bar:
         for first in range(0, num_images, batch_size):
             numbers = range(first, min(first + batch_size, num_images))
-            asked = torch.tensor([wanted[i % len(wanted)] for i in numbers], device=usable_device(device))
+            asked = torch.tensor([wanted[i % len(wanted)] for i in numbers], device=chosen)
             drawn = cast(Edm, loaded.denoiser).sample_images(
                 asked, k, first=first, guidance=guidance, sampler=solver, seed=seed
             )
@@ -97,14 +97,6 @@ def _classes(text: str | None, count: int) -> list[int]:
         if not 0 <= each < count:
             raise UserError("--classes", each, "there is no such class", f"this model knows 0 to {count - 1}")
     return wanted
-
-
-def _dtype(name: str) -> torch.dtype:
-    import torch
-
-    if name not in ("float32", "bfloat16"):
-        raise UserError("--dtype", name, "there is no such precision", "use float32 or bfloat16")
-    return getattr(torch, name)
 
 
 def _write(file: Path, found: np.ndarray, classes: list[int], columns: int) -> None:

@@ -8,12 +8,11 @@ import logging
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import Tokenizer
-from rdlm.errors import UserError, reason
+from rdlm.device import usable_device, usable_dtype
+from rdlm.errors import UserError
 from rdlm.objectives import Objective
 from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.objectives.next_token import NextToken
@@ -40,7 +39,9 @@ def load_served(folder: Path, settings: EngineSettings) -> Served:
 
 def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded, Tokenizer, frozenset[int]]:
     """A checkpoint of text, its tokenizer, and the ids that end a text. Raises UserError."""
-    device, dtype = usable_device(settings.device), getattr(torch, settings.dtype)
+    device = usable_device(settings.device)
+    dtype = usable_dtype(settings.dtype, device)
+    logger.info("%s runs on %s in %s", folder.name, device, str(dtype).removeprefix("torch."))
     loaded = checkpoint.load(folder, device, dtype, settings.resident_blocks)
     if loaded.tokenizer is None:
         raise UserError(
@@ -72,17 +73,6 @@ def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
             raise UserError(f"{path}: eos_token_id", found, problem, "give one id or a list of them")
         ends.update(listed)
     return frozenset(ends)
-
-
-def usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            "device", name, f"cannot be used ({reason(error)})", "use cpu, or cuda on a machine with one"
-        ) from None
-    return device
 
 
 def build_served(

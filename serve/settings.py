@@ -12,8 +12,10 @@ from rdlm.config.base import Strict
 class EngineSettings(Strict):
     """How a checkpoint is run; shared by ``rdlm serve``, ``rdlm generate`` and evaluation."""
 
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    """auto: the GPU where there is one, else the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
     resident_blocks: int | None = Field(None, ge=1)
     """Most blocks of a network of blocks whose weights are in memory at once; None is all."""
     kv_cache: Literal["shared", "full"] = "shared"

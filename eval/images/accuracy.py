@@ -26,7 +26,6 @@ from eval.options import (
     check_steps,
     choices,
     numbers,
-    usable_device,
 )
 from eval.plots import Row, colour, heading, k_axis, new_figure, png, with_errors, write_png
 from eval.provenance import origin
@@ -35,6 +34,7 @@ from rdlm.checkpoints.folder import Loaded, load, load_config
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import VitConfig
 from rdlm.data.images import ImageStore
+from rdlm.device import usable_device
 from rdlm.diffusion.samplers import OLD_NAMES, SAMPLERS
 from rdlm.errors import UserError
 from rdlm.sampling_params import check_sampler
@@ -186,7 +186,7 @@ class Accuracy(Metric):
             ),
         ] = False
         seed: Seed = 0
-        device: Device = "cpu"
+        device: Device = "auto"
         dtype: Dtype = "float32"
         out: Out = None
         plot: Plot = None
@@ -200,7 +200,9 @@ class Accuracy(Metric):
         store = ImageStore(options.data, options.split)
         check_fit(load_config(options.checkpoint), store, bridges)
         loaded = load(
-            options.checkpoint, device=usable_device(options.device), dtype=getattr(torch, options.dtype)
+            options.checkpoint,
+            device=usable_device(options.device, "--device"),
+            dtype=getattr(torch, options.dtype),
         )
         ks = choose_steps(
             None if options.num_steps is None else numbers("--num-steps", options.num_steps, int), loaded

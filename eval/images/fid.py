@@ -19,12 +19,13 @@ from eval.images.distance import evaluate_images
 from eval.images.features import load_extractor
 from eval.images.samples import Setting, drawn, settings
 from eval.metric import Json, Metric, Picture, Run, Section, Table, print_table
-from eval.options import Device, Dtype, Out, Plot, Seed, choices, numbers, usable_device
+from eval.options import Device, Dtype, Out, Plot, Seed, choices, numbers
 from eval.plots import colour, k_axis, new_figure, png, with_errors, write_png
 from eval.provenance import checkpoint_facts, provenance
 from eval.stats import difference, mover, with_interval
 from rdlm.checkpoints.folder import load, load_config
 from rdlm.data.image_files import ImageSet, open_images
+from rdlm.device import usable_device
 from rdlm.diffusion.samplers import SAMPLERS
 from rdlm.errors import UserError
 
@@ -83,7 +84,7 @@ class Fid(Metric):
         cache: Annotated[
             Path, typer.Option(help="Where features and drawn images are kept; a run resumes from it.")
         ] = Path("runs/eval")
-        device: Device = "cpu"
+        device: Device = "auto"
         dtype: Dtype = "float32"
         out: Out = None
         plot: Plot = None
@@ -93,7 +94,7 @@ class Fid(Metric):
             problem = "one of --images and --checkpoint says what is judged"
             raise UserError("--images", str(options.images), problem, "give exactly one")
         given = open_images(options.reference, "--reference")
-        extractor = load_extractor(options.features, usable_device(options.device))
+        extractor = load_extractor(options.features, str(usable_device(options.device, "--device")))
         head: Json = {"evaluation": self.name, "provenance": provenance(), "seed": options.seed}
         with bars() as bar:
             if options.images is not None:
@@ -199,7 +200,9 @@ class Drawing:
         self.settings = settings(ks, guidance, solvers, config.max_steps)
         self.facts, self.options = checkpoint_facts(options.checkpoint, config), options
         self.loaded = load(
-            options.checkpoint, device=usable_device(options.device), dtype=getattr(torch, options.dtype)
+            options.checkpoint,
+            device=usable_device(options.device, "--device"),
+            dtype=getattr(torch, options.dtype),
         )
 
     def sets(self, count: int, bar: Bar) -> Iterator[ImageSet]:

@@ -16,13 +16,14 @@ from rich.console import Console
 from tqdm import tqdm
 
 from eval.metric import Json, Metric, Picture, Run, Section, Table, pair, print_table
-from eval.options import Checkpoint, Device, Out, Plot, Seed, check_steps, iterates, numbers, usable_device
+from eval.options import Checkpoint, Device, Out, Plot, Seed, check_steps, iterates, numbers
 from eval.plots import Row, colour, heading, k_axis, new_figure, png, with_errors, write_png
 from eval.provenance import origin
 from eval.stats import difference, interval, mover, resamples, with_interval
 from eval.texts.convergence import draw_convergence, evaluate_convergence
 from rdlm.checkpoints.folder import Loaded, load
 from rdlm.data.synthetic import FilledIn, Generated, Task, parse_task
+from rdlm.device import usable_device
 from rdlm.errors import UserError
 from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.sampling_params import Order
@@ -194,13 +195,13 @@ class Depth(Metric):
         rows: Annotated[int, typer.Option(min=2, help="Held-out examples of each length.")] = 2048
         batch_size: Annotated[int, typer.Option(min=1, help="Examples of one forward pass.")] = 256
         seed: Seed = 0
-        device: Device = "cpu"
+        device: Device = "auto"
         out: Out = None
         plot: Plot = None
 
     def measure(self, options: Options) -> Json:
         parsed = [parse_task(options.task, length) for length in numbers("--lengths", options.lengths, int)]
-        loaded = load(options.checkpoint, device=usable_device(options.device))
+        loaded = load(options.checkpoint, device=usable_device(options.device, "--device"))
         order = choose_order(options.order, loaded)
         tasks = [as_trained(loaded, each) for each in parsed]
         for each in tasks:

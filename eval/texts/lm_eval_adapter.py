@@ -34,6 +34,8 @@ from rdlm.checkpoints.folder import CONFIG, WEIGHTS, Loaded, load
 from rdlm.config.base import parse
 from rdlm.data.manifest import file_sha256
 from rdlm.data.tokenizer import Tokenizer
+from rdlm.device import usable_device as rdlm_device
+from rdlm.device import usable_dtype
 from rdlm.errors import UserError, reason
 from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
 from serve.engine.engine import Engine
@@ -486,7 +488,8 @@ def _origin(error: BaseException) -> str:
 
 
 def _load(folder: Path, settings: EngineSettings) -> tuple[Loaded, Tokenizer]:
-    loaded = load(folder, device=settings.device, dtype=getattr(torch, settings.dtype))
+    device = rdlm_device(settings.device)
+    loaded = load(folder, device=device, dtype=usable_dtype(settings.dtype, device))
     loaded.config.check_whole()
     if loaded.tokenizer is None:
         remedy = "give a model of text"

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from eval.cache import Bar
 from eval.held_out import check_tokenizer
-from eval.options import TextOptions, check_steps, numbers, usable_device
+from eval.options import TextOptions, check_steps, numbers
 from eval.provenance import checkpoint_facts, origin
 from eval.texts.sweep import Setting, grid
 from rdlm import __version__
@@ -30,6 +29,7 @@ from rdlm.checkpoints import folder as checkpoint
 from rdlm.config.base import parse
 from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
+from rdlm.device import usable_device, usable_dtype
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
 from serve.engine.engine import Engine
@@ -121,7 +121,8 @@ class Sampler:
     ) -> None:
         """folder: the checkpoint. cache: where the files lie. Raises UserError where checkpoint, data and
         lengths do not fit."""
-        self._loaded = checkpoint.load(folder, device=engine.device, dtype=getattr(torch, engine.dtype))
+        device = usable_device(engine.device)
+        self._loaded = checkpoint.load(folder, device=device, dtype=usable_dtype(engine.dtype, device))
         limit = self._loaded.config.model.max_seq_len
         if shape.prompt_tokens + shape.max_tokens > limit:
             problem = f"with prompts of {shape.prompt_tokens} tokens it exceeds the model's {limit} positions"
@@ -290,7 +291,7 @@ def open_sampler(
 ) -> Iterator[tuple[Sampler, Iterator[Passage]]]:
     """-> the sampler, and the passages that are left."""
     engine = {
-        "device": usable_device(options.device), "dtype": options.dtype, "kv_cache": options.kv_cache, "max_slots": options.batch_size,
+        "device": str(usable_device(options.device, "--device")), "dtype": options.dtype, "kv_cache": options.kv_cache, "max_slots": options.batch_size,
     }  # fmt: skip
     store = TokenStore(options.data, options.split)
     found = passages(store, shape)

@@ -1,0 +1,30 @@
+"""Which device and precision a model runs with."""
+
+from __future__ import annotations
+
+import torch
+
+from rdlm.errors import UserError, reason
+
+
+def usable_device(name: str, field: str = "device") -> torch.device:
+    """The device of that name; ``auto`` is the GPU where torch sees one, else the CPU. Raises UserError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        remedy = "use auto, cpu, or cuda on a machine with a GPU"
+        raise UserError(field, name, f"cannot be used ({reason(error)})", remedy) from None
+    return device
+
+
+def usable_dtype(name: str, device: torch.device, field: str = "dtype") -> torch.dtype:
+    """float32 or bfloat16; ``auto`` is bfloat16 on a GPU that computes in it, else float32. Raises UserError for other names."""
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise UserError(field, name, "there is no such precision", "use auto, float32 or bfloat16")
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
