@@ -12,6 +12,7 @@ from rdlm.errors import UserError
 _IMPORT_EXAMPLE = "Example: rdlm import ByteDance/Ouro-1.4B runs/ouro"
 _CONVERT_EXAMPLE = "Example: rdlm convert runs/smollm2 runs/smollm2-looped --prelude 8 --core 14 --coda 8"
 _EXPORT_EXAMPLE = "Example: rdlm export huginn runs/onestep/model exported/onestep"
+_HF_EXAMPLE = "Example: rdlm export hf runs/demo/model exported/demo"
 _LOGITS_EXAMPLE = (
     "Example: rdlm logits runs/ouro inputs.safetensors --num-steps 1,2,4 --out logits.safetensors"
 )
@@ -139,6 +140,29 @@ def huginn_out(
 
     export_huginn(checkpoint, out, shard_bytes=int(shard_gb * 1e9), force=force)
     typer.echo(f"{out}: exported. Check it: rdlm import {out} CHECKPOINT")
+
+
+@export_app.command("hf", epilog=_HF_EXAMPLE)
+def hf_out(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint folder of a text model that predicts the next token.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
+    shard_gb: Annotated[
+        float, typer.Option(min=1e-6, help="Largest weights file in GB, unless one tensor is larger.")
+    ] = 5.0,
+    force: Force = False,
+) -> None:
+    """Write a folder that transformers loads without a network: AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True).
+
+    Plain transformers become transformers' own classes and need no trust_remote_code. Needs little memory.
+    """
+    from rdlm.checkpoints.convert.hf_export import export_hf
+
+    architecture = export_hf(checkpoint, out, shard_bytes=int(shard_gb * 1e9), force=force)
+    typer.echo(
+        f"{out}: exported as {architecture}; its README.md says how to load it. Back: rdlm import {out} CHECKPOINT"
+    )
 
 
 @logits_app.command(epilog=_LOGITS_EXAMPLE)

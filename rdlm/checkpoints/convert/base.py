@@ -265,6 +265,16 @@ def adjacent_pairs(
     order = torch.arange(head_dim)
     rotated = head_dim if num_dims is None else num_dims
     order[:rotated] = torch.arange(rotated).view(2, -1).T.flatten()
+    return _reordered(entry, order, num_heads)
+
+
+def split_halves(entry: Entry, head_dim: int) -> Entry:
+    """The inverse of ``adjacent_pairs`` where all dimensions of all heads are rotated."""
+    return _reordered(entry, torch.arange(head_dim).view(-1, 2).T.flatten(), None)
+
+
+def _reordered(entry: Entry, order: Tensor, num_heads: int | None) -> Entry:
+    head_dim = len(order)
 
     def reorder(whole: Tensor) -> Tensor:
         heads = whole.unflatten(0, (-1, head_dim))
@@ -301,6 +311,50 @@ def check(where: str, found: Mapping[str, Entry], config: CheckpointConfig, reme
     expected = {key: tuple(p.shape) for key, p in build(config, device="meta").named_parameters()}
     checkpoint.compare(where, {key: entry.shape for key, entry in found.items()}, expected, remedy)
     check_dtypes(where, found)
+
+
+def own_config(
+    fields: Fields, published: Callable[[CheckpointConfig], Mapping[str, Any]]
+) -> CheckpointConfig:
+    """The config in the field ``rdlm`` of one of our exports; UserError where the published fields beside it say otherwise."""
+    config = checkpoint.parse_config(fields.need("rdlm"), f"{fields.where}: rdlm")
+    for field, value in json.loads(json.dumps(published(config))).items():
+        if fields.get(field) != value:
+            problem = f"the rdlm field of the same file says {value!r}"
+            raise fields.refused(field, problem, "undo the change, or remove the rdlm field")
+    fields.ignore(*fields.data)
+    return config
+
+
+def write_published(
+    out: Path,
+    source: Path,
+    published: Mapping[str, Any],
+    weights: Mapping[str, Entry],
+    tokenizer: Tokenizer | None,
+    shard_bytes: int,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """A folder in Hugging Face layout: config, weights in shards, tokenizer, generation_config.json, and ``files`` (name -> text)."""
+    with checkpoint.replacing(out) as temporary:
+        with progress_bar(weights, "export") as bar:
+            tensors.write_sharded(temporary, weights, shard_bytes, bar.update)
+        (temporary / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        if (source / checkpoint.GENERATION).is_file():
+            shutil.copyfile(source / checkpoint.GENERATION, temporary / checkpoint.GENERATION)
+        elif tokenizer is not None:
+            ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+            (temporary / checkpoint.GENERATION).write_text(json.dumps(ends, indent=2) + "\n")
+        for name, text in (files or {}).items():
+            (temporary / name).write_text(text)
+
+
+def widest_dtype(weights: Mapping[str, Entry]) -> str:
+    """As a config.json names it: bfloat16, float16 or float32."""
+    widest = max((DTYPES[entry.dtype] for entry in weights.values()), key=lambda dtype: dtype.itemsize)
+    return str(widest).removeprefix("torch.")
 
 
 def check_dtypes(where: str, found: Mapping[str, Entry]) -> None:

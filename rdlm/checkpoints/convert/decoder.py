@@ -8,10 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from rdlm.checkpoints import safetensors_io as tensors
-from rdlm.checkpoints.convert.base import Fields, Importer, Shapes, Source, adjacent_pairs, recurrent, stacked
+from rdlm.checkpoints.convert.base import (
+    Fields,
+    Importer,
+    Shapes,
+    Source,
+    adjacent_pairs,
+    own_config,
+    recurrent,
+    rows,
+    split_halves,
+    stacked,
+)
 from rdlm.checkpoints.safetensors_io import Entry
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import LayerConfig, RecurrentConfig
+from rdlm.config.model import LayerConfig, LoopConfig, RecurrentConfig
 from rdlm.errors import UserError
 
 PRE_NORMS = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
@@ -144,16 +155,17 @@ class Kind:
 
     layer: Mapping[str, Any]
     norms: Mapping[str, str]
+    architecture: str
     tied: bool = False
     has_window: bool = False
 
 
 KINDS = {
-    "llama": Kind({}, PRE_NORMS),
-    "mistral": Kind({}, PRE_NORMS, has_window=True),
-    "qwen2": Kind({"bias": "qkv"}, PRE_NORMS),
-    "qwen3": Kind({"qk_norm": "head"}, PRE_NORMS),
-    "olmo2": Kind({"norms": "post", "qk_norm": "full"}, POST_NORMS),
+    "llama": Kind({}, PRE_NORMS, "LlamaForCausalLM"),
+    "mistral": Kind({}, PRE_NORMS, "MistralForCausalLM", has_window=True),
+    "qwen2": Kind({"bias": "qkv"}, PRE_NORMS, "Qwen2ForCausalLM"),
+    "qwen3": Kind({"qk_norm": "head"}, PRE_NORMS, "Qwen3ForCausalLM"),
+    "olmo2": Kind({"norms": "post", "qk_norm": "full"}, POST_NORMS, "Olmo2ForCausalLM"),
 }
 """``model_type`` -> its settings. SmolLM2 is a llama."""
 
@@ -171,6 +183,8 @@ class PlainDecoder(Importer):
         kind = fields.need("model_type")
         if kind not in KINDS:
             raise fields.refused("model_type", f"only {', '.join(KINDS)} are plain decoders here")
+        if "rdlm" in fields.data:
+            return own_config(fields, lambda config: to_published(config, kind)), []
         about, lost = KINDS[kind], []
         if kind != "qwen2":
             fields.only({"attention_bias": False})
@@ -197,13 +211,96 @@ class PlainDecoder(Importer):
         return recurrent(name, model, 1, fields.where), lost
 
     def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
-        model = config.model
-        assert isinstance(model, RecurrentConfig)
+        model = config.model.layout()  # type: ignore[union-attr]
+        norms = POST_NORMS if model.layer.norms == "post" else PRE_NORMS
         found = head_tensors(source, model.tie_embeddings)
         for i in range(model.num_layers):
-            norms = KINDS[model.origin or ""].norms
             found |= layer_tensors(
                 source, f"model.layers.{i}", f"model.layers.{i}", model.layer, model.d_model, norms
             )
             source.drop(f"model.layers.{i}.self_attn.rotary_emb.inv_freq")
         return {**found, "model.ln_f.weight": source.take("model.norm.weight")}
+
+
+def kind_of(config: CheckpointConfig) -> str | None:
+    """The ``model_type`` of transformers that computes what the model computes; None where there is none."""
+    model = config.model.layout() if not config.model.is_image else None  # type: ignore[union-attr]
+    if not isinstance(model, RecurrentConfig) or config.objective.readout != "plain":
+        return None
+    layer, plain = model.layer, RecurrentConfig.model_fields
+    plain_loop = LoopConfig(num_core_layers=model.loop.num_core_layers, iterates=False, injection="replace")
+    for field in ("embed_scale", "masked", "value_embeddings", "noise_conditioning"):
+        if getattr(model, field) != plain[field].default:
+            return None
+    if model.loop != plain_loop or layer.rope is None or layer.rope.num_dims is not None:
+        return None
+    sizes = ("norm_eps", "num_heads", "num_kv_heads", "head_dim", "rope", "mlp_width")
+    like = layer.model_copy(update={"qk_norm_eps": None} if layer.qk_norm_eps == layer.norm_eps else {})
+    for name in [model.origin] if model.origin in KINDS else KINDS:
+        if like == LayerConfig(**{size: getattr(layer, size) for size in sizes}, **KINDS[name or ""].layer):
+            return name
+    return None
+
+
+def to_published(config: CheckpointConfig, kind: str) -> dict[str, Any]:
+    """The fields of transformers' config of ``kind`` that say what is computed."""
+    model = config.model.layout()  # type: ignore[union-attr]
+    layer = model.layer
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": layer.rope.base}
+    if layer.rope.scaling is not None:
+        scaling = layer.rope.scaling
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_seq_len,
+        }
+    return {
+        "model_type": kind,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": layer.mlp_width,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": layer.num_heads,
+        "num_key_value_heads": layer.num_kv_heads or layer.num_heads,
+        "head_dim": layer.head_width(model.d_model),
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_seq_len,
+        "rms_norm_eps": layer.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": model.tie_embeddings,
+        **({"sliding_window": None} if KINDS[kind].has_window else {}),
+    }
+
+
+def published_weights(found: Mapping[str, Entry], model: RecurrentConfig) -> dict[str, Entry]:
+    """Tensors of a checkpoint of ours under transformers' names: the inverse of ``PlainDecoder.weights``."""
+    layer, head_dim = model.layer, model.layer.head_width(model.d_model)
+    q_end = layer.num_heads * head_dim
+    k_end = q_end + (layer.num_kv_heads or layer.num_heads) * head_dim
+    weights = {
+        "model.embed_tokens.weight": found["model.wte.weight"],
+        "model.norm.weight": found["model.ln_f.weight"],
+    }
+    if not model.tie_embeddings:
+        weights["lm_head.weight"] = found["model.lm_head.weight"]
+    for i in range(model.num_layers):
+        at, attn, mlp = f"model.layers.{i}", f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        for part in ("weight", "bias") if layer.bias == "qkv" else ("weight",):
+            qkv = found[f"{at}.attn.Wqkv.{part}"]
+            weights[f"{attn}.q_proj.{part}"] = split_halves(rows(qkv, 0, q_end), head_dim)
+            weights[f"{attn}.k_proj.{part}"] = split_halves(rows(qkv, q_end, k_end), head_dim)
+            weights[f"{attn}.v_proj.{part}"] = rows(qkv, k_end, qkv.shape[0])
+        for name in ("q_norm", "k_norm") if layer.qk_norm in ("full", "head") else ():
+            weights[f"{attn}.{name}.weight"] = split_halves(found[f"{at}.attn.{name}.weight"], head_dim)
+        fused = found[f"{at}.mlp.fc.weight"]
+        weights |= {
+            f"{attn}.o_proj.weight": found[f"{at}.attn.proj.weight"],
+            f"{mlp}.gate_proj.weight": rows(fused, 0, layer.mlp_width),
+            f"{mlp}.up_proj.weight": rows(fused, layer.mlp_width, 2 * layer.mlp_width),
+            f"{mlp}.down_proj.weight": found[f"{at}.mlp.proj.weight"],
+        }
+        norms = POST_NORMS if layer.norms == "post" else PRE_NORMS
+        weights |= {f"{at}.{theirs}.weight": found[f"{at}.{ours}.weight"] for ours, theirs in norms.items()}
+    return weights

@@ -7,8 +7,6 @@ rebuilt.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,12 @@ from rdlm.checkpoints.convert.base import (
     Source,
     check_dtypes,
     check_out,
-    progress_bar,
     tokenizer_of,
+    widest_dtype,
+    write_published,
 )
 from rdlm.checkpoints.convert.huginn_config import READ, from_published, to_published
-from rdlm.checkpoints.safetensors_io import DTYPES, Entry
+from rdlm.checkpoints.safetensors_io import Entry
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import HuginnConfig
 from rdlm.errors import UserError
@@ -84,21 +83,10 @@ def export_huginn(folder: Path, out: Path, *, shard_bytes: int, force: bool = Fa
     found = tensors.stored(folder / checkpoint.WEIGHTS)
     weights = {_theirs(key): entry for key, entry in found.items()}
     _check(str(folder / checkpoint.WEIGHTS), weights, config, "use the config and weights of one export")
-    widest = max((DTYPES[entry.dtype] for entry in weights.values()), key=lambda dtype: dtype.itemsize)
+    published = to_published(config, widest_dtype(weights))
     weights[ROTATIONS] = tensors.entry_of(_rotations(config))
     tokenizer = tokenizer_of(folder / checkpoint.TOKENIZER, config)
-    with checkpoint.replacing(out) as temporary:
-        with progress_bar(weights, "export") as bar:
-            tensors.write_sharded(temporary, weights, shard_bytes, bar.update)
-        published = to_published(config, str(widest).removeprefix("torch."))
-        (temporary / "config.json").write_text(json.dumps(published, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        if (folder / checkpoint.GENERATION).is_file():
-            shutil.copyfile(folder / checkpoint.GENERATION, temporary / checkpoint.GENERATION)
-        elif tokenizer is not None:
-            ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-            (temporary / checkpoint.GENERATION).write_text(json.dumps(ends, indent=2) + "\n")
+    write_published(out, folder, published, weights, tokenizer, shard_bytes)
     return out
 
 

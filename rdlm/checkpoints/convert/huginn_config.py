@@ -77,7 +77,7 @@ def to_published(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
             "model.family",
             model.family,
             "the published layout holds Huginn models only",
-            "export a huginn model",
+            "use `rdlm export hf`, which brings its own modelling code",
         )
     if model.noise_conditioning or objective.readout != "plain":
         raise UserError(
@@ -85,7 +85,7 @@ def to_published(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
             objective.name,
             "a noise-conditioned core shifts, scales and gates its layers at z = 0 too, and the published architecture has no place "
             "for these weights",
-            "export a model of an objective without noise: onestep, bptt or next_token",
+            "use `rdlm export hf`, which brings its own modelling code, or export a model of onestep, bptt or next_token",
         )
     if objective.depth_in_training.distribution not in SCHEMES:
         raise UserError(

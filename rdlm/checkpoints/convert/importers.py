@@ -8,6 +8,7 @@ from typing import Any
 
 from rdlm.checkpoints.convert.base import Importer, import_from
 from rdlm.checkpoints.convert.decoder import PlainDecoder
+from rdlm.checkpoints.convert.hf_export import ExportedHere
 from rdlm.checkpoints.convert.hrm import HrmText
 from rdlm.checkpoints.convert.huginn import Huginn
 from rdlm.checkpoints.convert.looped_lm import LoopedLM
@@ -31,6 +32,7 @@ IMPORTERS: dict[str, Importer] = {
         HrmText(),
         LoopFormer(),
         PlainDecoder(),
+        ExportedHere(),
     )
 }
 """Family -> what reads it; the first one that recognises a folder does."""

@@ -1,0 +1,1 @@
+"""What `rdlm export hf` copies into an exported folder; nothing here is imported by rdlm."""
