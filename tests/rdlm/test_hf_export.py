@@ -17,7 +17,7 @@ import rdlm
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints.convert.hf_export import export_hf
 from rdlm.checkpoints.convert.importers import import_checkpoint
-from rdlm.cli import run
+from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import train_tokenizer
 from rdlm.errors import UserError
@@ -243,8 +243,8 @@ def test_a_given_state_is_the_state_before_the_first_step(tmp_path: Path) -> Non
 def test_padding_changes_nothing(tmp_path: Path) -> None:
     """A row padded on the left writes what it writes alone."""
     _, out = exported(tmp_path, *LOOPED["huginn, single_pass"])
-    theirs, long = loaded(out), torch.randint(0, VOCAB, (1, 12))
-    short = torch.randint(0, VOCAB, (1, 7))
+    theirs, long = loaded(out), torch.randint(1, VOCAB, (1, 12))
+    short = torch.randint(1, VOCAB, (1, 7))
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), short], 1)
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[1, :5] = 0
@@ -290,7 +290,7 @@ def test_the_folder_is_all_that_is_needed(tmp_path: Path, case: str) -> None:
         "text = tokenizer.apply_chat_template([{'role': 'user', 'content': 'the cat'}], tokenize=False)\n"
         "ids = tokenizer(text, return_tensors='pt')\n"
         "assert 'rdlm' not in sys.modules and 'input_ids' in ids\n"
-        "print(model.generate(**ids, max_new_tokens=6, do_sample=False)[0].tolist())\n"
+        "print(); print(model.generate(**ids, max_new_tokens=6, do_sample=False)[0].tolist())\n"
     )
     cache = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
     done = subprocess.run(
@@ -306,7 +306,7 @@ def test_the_folder_is_all_that_is_needed(tmp_path: Path, case: str) -> None:
     ids = torch.tensor([model.tokenizer.encode("the cat")])
     expected = greedy(model, ids, 6, model.config.default_steps)[0].tolist()
     end = model.tokenizer.eos_id
-    written = json.loads(done.stdout)
+    written = json.loads(done.stdout.splitlines()[-1])
     assert written == expected[: len(written)] and (len(written) == len(expected) or written[-1] == end)
 
 
@@ -341,7 +341,7 @@ def test_what_has_no_place_in_transformers_is_refused_before_anything_is_written
     words: tuple[str, ...],
 ) -> None:
     ours = made(tmp_path / "ours", model, objective, **fields)
-    assert run(["export", "hf", str(ours), str(tmp_path / "theirs")]) == 2
+    assert run(app, ["export", "hf", str(ours), str(tmp_path / "theirs")], "rdlm") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert all(word in line for word in words)
     assert not (tmp_path / "theirs").exists()
@@ -349,9 +349,9 @@ def test_what_has_no_place_in_transformers_is_refused_before_anything_is_written
 
 def test_a_refused_huginn_export_names_the_one_that_works(tmp_path: Path, capsys: Any) -> None:
     ours = made(tmp_path / "ours", *LOOPED["huginn, single_pass"])
-    assert run(["export", "huginn", str(ours), str(tmp_path / "theirs")]) == 2
+    assert run(app, ["export", "huginn", str(ours), str(tmp_path / "theirs")], "rdlm") == 2
     assert "rdlm export hf" in capsys.readouterr().err
-    assert run(["export", "hf", str(ours), str(tmp_path / "theirs")]) == 0
+    assert run(app, ["export", "hf", str(ours), str(tmp_path / "theirs")], "rdlm") == 0
 
 
 @pytest.mark.parametrize("case", [LOOPED["huginn, single_pass"], (llama(), "next_token")])

@@ -246,6 +246,7 @@ def to_published(config: CheckpointConfig, kind: str) -> dict[str, Any]:
     """The fields of transformers' config of ``kind`` that say what is computed."""
     model = config.model.layout()  # type: ignore[union-attr]
     layer = model.layer
+    assert layer.rope is not None
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": layer.rope.base}
     if layer.rope.scaling is not None:
         scaling = layer.rope.scaling

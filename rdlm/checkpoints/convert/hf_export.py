@@ -28,7 +28,7 @@ from rdlm.checkpoints.convert.base import (
 from rdlm.checkpoints.safetensors_io import Entry
 from rdlm.config.base import Strict
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import HrmConfig, LayerConfig, LoopConfig, RecurrentConfig
+from rdlm.config.model import HrmConfig, LayerConfig, Llama3Scaling, LoopConfig, RecurrentConfig, RopeConfig
 from rdlm.errors import UserError
 from rdlm.objectives.next_token import Evidence
 from rdlm.registry import build
@@ -48,6 +48,8 @@ COMPUTED: dict[type[Strict], set[str]] = {
         "norms", "norm_eps", "norm_weights", "num_heads", "num_kv_heads", "head_dim", "rope", "qk_norm", "qk_norm_eps", "bias", "output_gate",
         "mlp", "mlp_width", "mlp_scale",
     },
+    RopeConfig: {"base", "num_dims", "scaling"},
+    Llama3Scaling: {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"},
     LoopConfig: {
         "num_prelude_layers", "num_core_layers", "num_coda_layers", "iterates", "state", "state_std", "state_cut", "state_scale", "injection",
         "injection_bias", "injection_state_scale", "input_norm", "boundary_norm", "step_gate_width", "readout", "final_norm", "exit_gate",
@@ -101,7 +103,11 @@ def check_exportable(config: CheckpointConfig) -> None:
         problem = "transformers' generation runs one network, and each block is one of its own"
         remedy = "use `rdlm serve` or `rdlm generate`"
         raise UserError("blocks.num_blocks", config.blocks.num_blocks, problem, remedy)
-    _check_computed(config.model.layout(), "model")  # type: ignore[union-attr]
+    model = config.model.layout()  # type: ignore[union-attr]
+    if type(model) not in COMPUTED:
+        problem = "the modelling code of `rdlm export hf` has no such network"
+        raise UserError("model.family", model.family, problem, "use `rdlm serve` or `rdlm generate`")
+    _check_computed(model, "model")
 
 
 def _check_computed(section: Strict, path: str) -> None:

@@ -118,7 +118,7 @@ class NoisyRows(Rows):
 
     def with_cached(self, k: Tensor, v: Tensor, index: int) -> tuple[Tensor, Tensor]:
         assert self.cache is not None
-        clean = self.cache.layers[index]
+        clean: Any = self.cache.layers[index]
         return torch.cat([clean.keys, k], 2), torch.cat([clean.values, v], 2)
 
 
@@ -253,8 +253,11 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, rows: Rows, cond: Modulation | None = None, values: Tensor | None = None
     ) -> Tensor:
-        n = [module for name, module in self.named_children() if name.startswith("norm_")]
-        before, after = {"pre": (n, [None] * 2), "post": ([None] * 2, n)}.get(self.norms, (n[::2], n[1::2]))
+        n: list[Any] = [module for name, module in self.named_children() if name.startswith("norm_")]
+        none: list[Any] = [None, None]
+        before, after = (
+            (n, none) if self.norms == "pre" else (none, n) if self.norms == "post" else (n[::2], n[1::2])
+        )
         of_attn, of_mlp = (None, None) if cond is None else (cond[:3], cond[3:])
         x = self.leave(x, self.attn(self.enter(x, before[0], of_attn), rows, values), after[0], of_attn)
         return self.leave(x, self.mlp(self.enter(x, before[1], of_mlp)), after[1], of_mlp)
@@ -640,5 +643,6 @@ class RdlmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def filled_steps(self, cache: DynamicCache) -> Iterator[int]:
         for index in range(self.model.first_core_index, len(cache.layers), self.model.layers_per_step):
-            if cache.layers[index].get_seq_length():
+            layer: Any = cache.layers[index]
+            if layer.get_seq_length():
                 yield index
