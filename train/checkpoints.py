@@ -34,7 +34,7 @@ from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError, reason
 from train.optim import parameter_groups
 from train.process import ProcessError
-from train.settings import TrainConfig
+from train.settings import OptimizerConfig, TrainConfig
 
 FORMAT = 1
 TAG = "state"
@@ -50,8 +50,8 @@ FREE_FIELDS = (
 )  # fmt: skip
 """Sections and fields that change nothing in what is computed. Data are compared by their identity, not by their place."""
 RECORDED_FIELDS = (
-    "name", "optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip", "schedule", "recurrence",
-    "precision", "deepspeed", "batch.micro_size", "activation_checkpointing",
+    "name", "optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.freeze",
+    "optimizer.lr_factors", "schedule", "recurrence", "precision", "deepspeed", "batch.micro_size", "activation_checkpointing",
 )  # fmt: skip
 """Those that change how the run goes on but neither the model nor the order of the data: allowed, and noted in the manifest."""
 
@@ -268,8 +268,9 @@ def load(
     if manifest["data"] != data:
         changes["data"] = (manifest["data"], data)
     _check_allowed(changes, config, path)
+    grouped_by = OptimizerConfig.model_validate(manifest["config"]["optimizer"])
     for engine, tag in parts(engines):
-        groups = parameter_groups(engine.module, weight_decay=0.0)
+        groups = parameter_groups(engine.module, grouped_by)
         names = [[engine.param_names[p] for p in group["params"]] for group in groups]
         restore(engine, SavedState(path / tag, names))
     state = RunState(int(manifest["step"]), manifest.get("skipped", 0), manifest.get("history", []))

@@ -5,6 +5,7 @@ A training checkpoint is all that is needed: the files of every process are mapp
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
@@ -15,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from rdlm.checkpoints import safetensors_io as tensors
-from rdlm.checkpoints.folder import CONFIG, WEIGHTS, Loaded, compare, load, load_config, save, write
+from rdlm.checkpoints.folder import (
+    CONFIG,
+    GENERATION,
+    WEIGHTS,
+    Loaded,
+    compare,
+    load,
+    load_config,
+    save,
+    write,
+)
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
@@ -90,6 +101,9 @@ def export(checkpoint: Path, out: Path, tokenizer: Tokenizer | None = None) -> P
 
     def fill(folder: Path) -> None:
         tensors.write(folder / WEIGHTS, entries, lambda size: None)
+        ends = _generation_config(config)
+        if ends is not None:
+            shutil.copyfile(ends, folder / GENERATION)
 
     if tokenizer is None:
         tokenizer = _tokenizer_of(checkpoint, config)
@@ -109,7 +123,7 @@ def saved_parts(checkpoint: Path, config: TrainConfig) -> Iterator[tuple[str, Sa
         denoiser = build(part.checkpoint_config, device="meta")
         names = {id(p): name for name, p in denoiser.named_parameters()}
         groups = [
-            [names[id(p)] for p in group["params"]] for group in parameter_groups(denoiser, weight_decay=0.0)
+            [names[id(p)] for p in group["params"]] for group in parameter_groups(denoiser, config.optimizer)
         ]
         prefix, tag = ("", TAG) if block is None else (f"blocks.{block}.", f"{TAG}/block_{block}")
         yield prefix, SavedState(checkpoint / tag, groups)
@@ -122,6 +136,14 @@ def _bytes(saved: SavedState, name: str, checkpoint: Path) -> Iterator[bytes]:
             "checkpoint", str(checkpoint), f"weight {name} is not finite", "export an earlier one"
         )
     yield weight.numpy().tobytes()
+
+
+def _generation_config(config: TrainConfig) -> Path | None:
+    """What the checkpoint that the run started from says about ends of texts, if it is still there."""
+    if config.init_from is None:
+        return None
+    files = (Path(config.init_from) / "model" / GENERATION, Path(config.init_from) / GENERATION)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _tokenizer_of(checkpoint: Path, config: TrainConfig) -> Tokenizer | None:
@@ -146,10 +168,20 @@ def initialize_from(denoiser: Objective, source: str, block: int | None) -> list
     return lines + ([f"initialized anew: {', '.join(fresh)}"] if fresh else [])
 
 
-def check_init_from(config: TrainConfig, source: str) -> None:
-    """UserError where ``initialize_from`` would raise one; reads no weight."""
+def check_init_from(config: TrainConfig, source: str, tokenizer: Tokenizer | None) -> None:
+    """UserError where ``initialize_from`` would raise one, or where the data was made with another tokenizer; reads no weight.
+
+    tokenizer: that of the data.
+    """
     mine = dict(build(config.checkpoint_config, device="meta").named_parameters())
     _matching(mine, weights_of(Path(source), shapes_only=True), source, config.block)
+    folder = next((p for p in (Path(source) / "model", Path(source)) if (p / TOKENIZER).is_dir()), None)
+    if folder is None or tokenizer is None or config.allow_changes:
+        return
+    if load_tokenizer(folder / TOKENIZER).fingerprint != tokenizer.fingerprint:
+        problem = f"its ids are not those of the tokenizer of init_from ({source})"
+        remedy = f"prepare it with `rdlm data prepare ... --tokenizer {folder / TOKENIZER}`, or allow it with --allow-changes"
+        raise UserError("data.path", getattr(config.data, "path", None), problem, remedy)
 
 
 def _matching(
@@ -162,10 +194,10 @@ def _matching(
     for name, weight in sorted(weights.items()):
         if name not in mine:
             problem = f"has the weight {name}, the model has none"
-            raise UserError("init_from", source, problem, "correct the section model")
+            raise UserError("init_from", source, problem, "correct the section model, or leave it out")
         if mine[name].shape != weight.shape:
             problem = f"{name} has shape {tuple(weight.shape)}, the model {tuple(mine[name].shape)}"
-            raise UserError("init_from", source, problem, "correct the section model")
+            raise UserError("init_from", source, problem, "correct the section model, or leave it out")
     return weights
 
 
@@ -203,6 +235,8 @@ def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> st
         if log and {"seconds", "cpu_seconds"} <= log[-1].keys()
         else ""
     )
+    start = [] if config.init_from is None else [f"- Started from the weights of `{config.init_from}`."]
+    patterns = {"frozen": list(optimizer.freeze), "learning-rate factors": dict(optimizer.lr_factors)}
     lines = [
         "## Data and training",
         "",
@@ -210,6 +244,8 @@ def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> st
         f"- {step:,} updates of {config.batch.global_size} {examples}: {seen:,} {unit}s.",
         f"- {optimizer.name}, lr {optimizer.lr}, betas {optimizer.betas}, weight decay {optimizer.weight_decay} (matrices of linear "
         f"layers), gradient norm clipped at {optimizer.grad_clip}; schedule {schedule.kind}, {schedule.warmup_steps} warm-up steps.",
+        *start,
+        *(f"- {what[0].upper()}{what[1:]}: {given}." for what, given in patterns.items() if given),
         f"- {config.precision}, ZeRO stage {config.deepspeed.zero_stage}, {manifest['world']} processes, seed {config.seed}{took}.",
     ]
     for change in manifest.get("history", []):

@@ -68,7 +68,9 @@ def _traced(text: str, micro_size: int, on_gpu: bool) -> tuple[_Sizes, Traced]:
     config = TrainConfig.model_validate_json(text)
     denoiser = build(config.checkpoint_config, device="meta").parts[0]
     counts = [p.numel() for p in denoiser.parameters()]
-    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(denoiser, 0.1)]
+    groups = [
+        sum(p.numel() for p in group["params"]) for group in parameter_groups(denoiser, config.optimizer)
+    ]
     frozen = 0 if denoiser.targets is None else 4 * config.model.vocab_size * config.model.d_model
     if config.activation_checkpointing:
         recompute_layers(denoiser)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils import cpp_extension
 
+from rdlm.errors import UserError
 from train.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 
 Groups = list[dict]
@@ -44,12 +46,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     while it initializes a bf16 engine at ZeRO stage 0, cannot decay the weights with it.
     """
     table = OFFLOADED if config.deepspeed.offload_optimizer == "cpu" else OPTIMIZERS
-    optimizer = table[config.optimizer.name](
-        parameter_groups(model, config.optimizer.weight_decay), config.optimizer
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    groups = parameter_groups(model, config.optimizer)
+    for group in groups:
+        for parameter in group["params"] if group["lr_factor"] == 0 else ():
+            # A gradient of zeros counts for nothing in the norm; without one DeepSpeed would leave the weight out of checkpoints.
+            parameter.register_hook(torch.zeros_like)
+    optimizer = table[config.optimizer.name](groups, config.optimizer)
+    set_learning_rate(optimizer, 0.0)
     return optimizer
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """The rate of the next update, times each group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_factor"]
 
 
 def reset_state(optimizer: Optimizer) -> None:
@@ -62,14 +72,44 @@ def reset_state(optimizer: Optimizer) -> None:
                 state[key] = type(value)(0)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """Two groups: weights of nn.Linear decay; norms, biases (qk_bias too), scalars and token tables never do."""
-    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    parameters = list(model.parameters())
+def parameter_groups(model: nn.Module, spec: OptimizerConfig) -> Groups:
+    """Two groups for each learning-rate factor that occurs, that of 1 first and that of frozen parameters, 0, last.
+
+    Weights of nn.Linear decay; norms, biases (qk_bias too), scalars and token tables never do.
+    """
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    factors = dict.fromkeys([1.0, *spec.lr_factors.values(), 0.0])
+    found: dict[tuple[float, bool], list[nn.Parameter]] = {(f, d): [] for f in factors for d in (True, False)}
+    for name, parameter in model.named_parameters():
+        found[lr_factor(name, spec), id(parameter) in matrices].append(parameter)
     return [
-        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": spec.weight_decay if decayed else 0.0, "lr_factor": factor}
+        for (factor, decayed), parameters in found.items()
+        if parameters
     ]
+
+
+def lr_factor(name: str, spec: OptimizerConfig) -> float:
+    """By what the learning rate of a parameter is multiplied; 0 of a frozen one."""
+    if any(matches(name, pattern) for pattern in spec.freeze):
+        return 0.0
+    return next((f for pattern, f in reversed(spec.lr_factors.items()) if matches(name, pattern)), 1.0)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern stands for a parameter: it matches its name, or the name of a module that it is part of."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def check_patterns(names: Sequence[str], spec: OptimizerConfig) -> None:
+    """UserError for a pattern that stands for none of the parameters ``names``, and where nothing is left to train."""
+    tops = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+    for field, patterns in (("optimizer.freeze", spec.freeze), ("optimizer.lr_factors", spec.lr_factors)):
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in names):
+                raise UserError(field, pattern, "matches no parameter", f"names begin with {tops}")
+    if not any(lr_factor(name, spec) for name in names):
+        raise UserError("optimizer.freeze", list(spec.freeze), "nothing is left to train", "freeze less")
 
 
 def constant(schedule: ScheduleConfig, peak: float, step: int) -> float:

@@ -85,11 +85,12 @@ def check(config: TrainConfig, world: int) -> Corpus:
         raise UserError(
             "model", config.model.family, problem, "make the model smaller, or train its blocks apart"
         )
+    _check_optimizer(config)
+    corpus = build_corpus(config.data, config.fills_in)
     if config.init_from is not None:
         from train.export import check_init_from
 
-        check_init_from(config, config.init_from)
-    corpus = build_corpus(config.data, config.fills_in)
+        check_init_from(config, config.init_from, corpus.tokenizer)
     if config.resident is not None and config.resident.rest == "host" and device_kind() == "cpu":
         problem = "without GPUs blocks train in host memory"
         raise UserError("resident.rest", "host", problem, "set resident.rest=disk")
@@ -116,6 +117,14 @@ def count_parameters(config: TrainConfig) -> int:
         raise UserError(
             "model", config.model.family, f"cannot be built: {reason(error)}", "use smaller sizes"
         ) from None
+
+
+def _check_optimizer(config: TrainConfig) -> None:
+    from train.optim import check_patterns
+
+    if config.optimizer.freeze or config.optimizer.lr_factors:
+        parts = build(config.checkpoint_config, device="meta").parts
+        check_patterns([name for part in parts for name, _ in part.named_parameters()], config.optimizer)
 
 
 def check_output(config: TrainConfig) -> None:

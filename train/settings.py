@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from rdlm.config.base import Strict, parse
 from rdlm.config.checkpoint import BlocksConfig, CheckpointConfig, ModelConfig, RecurrenceConfig
 from rdlm.config.objective import NoiseConfig, ObjectiveConfig, SinglePassConfig, objective_config
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 
 
 def _expanded(path: Any) -> Any:
@@ -149,6 +150,11 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float = Field(1.0, ge=0)
     """Bound of the global gradient norm; 0 = no clipping."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that do not move, and whose gradients count for nothing: ``model.prelude.*``. A pattern stands for the
+    names that it matches and for everything below them. Of a network in blocks the names are those within a block."""
+    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Pattern -> factor of the learning rate: ``{"model.adapter": 10}``. Of several that match a parameter the last one counts."""
 
     @field_validator("betas")
     @classmethod
@@ -261,7 +267,8 @@ class TrainConfig(Strict):
     output: FolderPath
     """Folder of checkpoints, logs, metrics and the exported model."""
     init_from: FolderPath | None = None
-    """A checkpoint folder (``model/`` of a run, or an imported one) whose weights the run starts from, with a new optimizer."""
+    """A checkpoint folder (``model/`` of a run, an imported or a converted one) whose weights the run starts from, with a new optimizer.
+    The section model may then be left out: it is the checkpoint's."""
     allow_changes: bool = False
     """Resume although fields have changed that decide what is learned. `rdlm train --allow-changes` sets it."""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -343,6 +350,11 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
     if not isinstance(data, dict):
         raise UserError("CONFIG", str(path), "holds no mapping", "see configs/ for examples")
     for override in overrides:
+        if override.startswith("init_from="):  # before the others, which may change the model that it brings
+            _apply(data, override)
+    if "model" not in data and isinstance(data.get("init_from"), str):
+        data["model"] = _model_of(parse(FolderPath, data["init_from"], "init_from"))
+    for override in overrides:
         _apply(data, override)
     if data.get("precision") == "auto":
         data["precision"] = native_precision()
@@ -366,6 +378,24 @@ def native_precision() -> str:
     except OSError:
         return "fp32"
     return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "fp32"
+
+
+def _model_of(source: str) -> dict[str, Any]:
+    """The section model of a checkpoint folder, a run or a training checkpoint, without what follows from the objective."""
+    for file in ("model/config.json", "config.json", "manifest.json"):
+        try:
+            found = json.loads((Path(source) / file).read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            problem = f"its {file} cannot be read ({reason(error)})"
+            raise UserError("init_from", source, problem, "give a complete checkpoint folder") from None
+        found = found.get("config", found) if isinstance(found, dict) else {}
+        if isinstance(found, dict) and isinstance(found.get("model"), dict):
+            return {key: value for key, value in found["model"].items() if key != "noise_conditioning"}
+        problem = f"its {file} is not that of a checkpoint of rdlm"
+        raise UserError("init_from", source, problem, f"turn it into one: `rdlm import {source} OUT`")
+    raise UserError("init_from", source, "is no checkpoint folder", "give one, or write the section model")
 
 
 def _parsed(text: str, field: str, value: str) -> Any:

@@ -41,7 +41,7 @@ from train.evaluate import held_out
 from train.export import initialize_from
 from train.metrics import FlopCounter, Report
 from train.offload import InHost, OnDisk
-from train.optim import build_optimizer, learning_rate
+from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.process import ProcessError
 from train.settings import TrainConfig
 
@@ -204,8 +204,7 @@ class Trainer:
         tally, index, self._own_norm = Tally(), self.step + self.state.skipped, None
         engine = self.due()
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(engine.optimizer, rate)
         for micro, batch in enumerate(batches):
             with self.flops if micro == 0 and self.flops.wanted else nullcontext():
                 total, count, metrics = engine(batch, Keys(self.config.seed, index, self.rank, micro))

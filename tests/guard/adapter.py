@@ -212,7 +212,9 @@ def train_config(path: Path) -> dict[str, Any]:
     document = load_settings(path).model_dump(mode="json")
     for newer in ("init_from", "allow_changes", "deterministic", "nonfinite"):
         del document[newer]
-    del document["optimizer"]["name"], document["checkpoint"]["keep_best"]
+    for newer in ("name", "freeze", "lr_factors"):
+        del document["optimizer"][newer]
+    del document["checkpoint"]["keep_best"]
     return {**document, "objective": _objective_v1(document["objective"])}
 
 

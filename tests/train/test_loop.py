@@ -150,9 +150,10 @@ def test_no_parameter_is_idle(tiny, objective: str) -> None:
 
 def test_weight_decay_touches_matrices_only(tiny) -> None:
     from train.optim import parameter_groups
+    from train.settings import OptimizerConfig
 
     denoiser = tiny()
-    decayed, others = parameter_groups(denoiser, 0.5)
+    decayed, others = parameter_groups(denoiser, OptimizerConfig(lr=0.1, weight_decay=0.5))
     names = {id(p): name for name, p in denoiser.named_parameters()}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
     free = {names[id(p)] for p in others["params"]}
