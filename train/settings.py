@@ -382,7 +382,7 @@ def native_precision() -> str:
 
 def _model_of(source: str) -> dict[str, Any]:
     """The section model of a checkpoint folder, a run or a training checkpoint, without what follows from the objective."""
-    for file in ("model/config.json", "config.json", "manifest.json"):
+    for file in ("model/config.json", "config.json", "train_config.json", "manifest.json"):
         try:
             found = json.loads((Path(source) / file).read_text())
         except (FileNotFoundError, NotADirectoryError):
