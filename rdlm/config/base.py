@@ -6,7 +6,6 @@ from difflib import get_close_matches
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from rdlm.errors import UserError
 
@@ -25,9 +24,7 @@ class Strict(BaseModel):
             if name in cls.model_fields and any(isinstance(one, bool) for one in values):
                 types = _types(cls.model_fields[name].annotation)
                 if bool not in types and types & {int, float}:
-                    raise PydanticCustomError(
-                        "truth_value", "{field} needs a number, not a truth value", {"field": name}
-                    )
+                    raise ValueError(f"{name} needs a number, not a truth value")
         return data
 
 
