@@ -329,6 +329,12 @@ def test_weights_keep_their_dtype_and_shards_are_numbered(tmp_path: Path) -> Non
             {},
             ("no next token", "rdlm serve"),
         ),
+        (
+            {"family": "loopformer", "d_model": 32, "max_seq_len": 64, "num_layers": 2, "layer": {"num_heads": 2, "mlp_width": 64}},
+            "next_token",
+            {},
+            ("model.family", "'loopformer'", "rdlm serve"),
+        ),
         (llama(noise_conditioning=True), "evidence", {"blocks": {"num_blocks": 2}}, ("blocks.num_blocks", "rdlm serve")),
     ],
 )  # fmt: skip

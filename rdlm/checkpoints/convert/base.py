@@ -316,7 +316,8 @@ def check(where: str, found: Mapping[str, Entry], config: CheckpointConfig, reme
 def own_config(
     fields: Fields, published: Callable[[CheckpointConfig], Mapping[str, Any]]
 ) -> CheckpointConfig:
-    """The config in the field ``rdlm`` of one of our exports; UserError where the published fields beside it say otherwise."""
+    """The config in the field ``rdlm`` of one of our exports; UserError where the published
+    fields beside it say otherwise."""
     config = checkpoint.parse_config(fields.need("rdlm"), f"{fields.where}: rdlm")
     for field, value in json.loads(json.dumps(published(config))).items():
         if fields.get(field) != value:
@@ -335,7 +336,8 @@ def write_published(
     shard_bytes: int,
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """A folder in Hugging Face layout: config, weights in shards, tokenizer, generation_config.json, and ``files`` (name -> text)."""
+    """A folder in Hugging Face layout: config, weights in shards, tokenizer, generation_config.json, and
+    ``files`` (name -> text)."""
     with checkpoint.replacing(out) as temporary:
         with progress_bar(weights, "export") as bar:
             tensors.write_sharded(temporary, weights, shard_bytes, bar.update)

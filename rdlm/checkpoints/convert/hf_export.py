@@ -1,7 +1,8 @@
 """Checkpoints of text models as folders that transformers loads offline, and back.
 
-A plain transformer becomes a model of one of transformers' own classes (rdlm/checkpoints/convert/decoder.py). Every other one keeps its
-tensors, byte by byte under their names here, and takes its modelling code along (hf_modeling/modeling_rdlm.py, copied as data).
+A plain transformer becomes a model of one of transformers' own classes (rdlm/checkpoints/convert/decoder.py).
+Every other one keeps its tensors, byte by byte under their names here, and takes its modelling code along
+(hf_modeling/modeling_rdlm.py, copied as data).
 """
 
 from __future__ import annotations
@@ -37,30 +38,37 @@ MODELING = "modeling_rdlm.py"
 MODEL_TYPE, ARCHITECTURE = "rdlm", "RdlmForCausalLM"
 COMPUTED: dict[type[Strict], set[str]] = {
     RecurrentConfig: {
-        "family", "origin", "vocab_size", "d_model", "max_seq_len", "tie_embeddings", "embed_scale", "value_embeddings", "value_gate_width",
+        "family", "origin", "vocab_size", "d_model", "max_seq_len", "tie_embeddings", "embed_scale",
+        "value_embeddings", "value_gate_width",
         "layer", "loop", "init", "noise_conditioning", "noise_embed_dim",
     },
     HrmConfig: {
-        "family", "origin", "vocab_size", "d_model", "max_seq_len", "embed_scale", "num_stack_layers", "num_low_cycles", "layer",
+        "family", "origin", "vocab_size", "d_model", "max_seq_len", "embed_scale", "num_stack_layers",
+        "num_low_cycles", "layer",
         "noise_conditioning",
     },
     LayerConfig: {
-        "norms", "norm_eps", "norm_weights", "num_heads", "num_kv_heads", "head_dim", "rope", "qk_norm", "qk_norm_eps", "bias", "output_gate",
+        "norms", "norm_eps", "norm_weights", "num_heads", "num_kv_heads", "head_dim", "rope", "qk_norm",
+        "qk_norm_eps", "bias", "output_gate",
         "mlp", "mlp_width", "mlp_scale",
     },
     RopeConfig: {"base", "num_dims", "scaling"},
     Llama3Scaling: {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"},
     LoopConfig: {
-        "num_prelude_layers", "num_core_layers", "num_coda_layers", "iterates", "state", "state_std", "state_cut", "state_scale", "injection",
-        "injection_bias", "injection_state_scale", "input_norm", "boundary_norm", "step_gate_width", "readout", "final_norm", "exit_gate",
+        "num_prelude_layers", "num_core_layers", "num_coda_layers", "iterates", "state", "state_std",
+        "state_cut", "state_scale", "injection",
+        "injection_bias", "injection_state_scale", "input_norm", "boundary_norm", "step_gate_width",
+        "readout", "final_norm", "exit_gate",
         "core_mlp_width",
     },
 }  # fmt: skip
-"""Fields that the modelling code computes or that change nothing at inference; any other one must have its default value."""
+"""Fields that the modelling code computes or that change nothing at inference; any other one must have its
+default value."""
 
 
 def export_hf(folder: Path, out: Path, *, shard_bytes: int, force: bool = False) -> str:
-    """Write ``out`` from a checkpoint folder, weights in shards of at most ``shard_bytes``. Returns the class that loads it.
+    """Write ``out`` from a checkpoint folder, weights in shards of at most ``shard_bytes``. Returns the class
+    that loads it.
 
     UserError, before anything is written, where transformers has no place for the model.
     """
@@ -96,7 +104,8 @@ def export_hf(folder: Path, out: Path, *, shard_bytes: int, force: bool = False)
 
 
 def check_exportable(config: CheckpointConfig) -> None:
-    """UserError for models without a next token, networks of several blocks, and settings that the modelling code does not compute."""
+    """UserError for models without a next token, networks of several blocks, and settings that the modelling
+    code does not compute."""
     config.check_next_token("`rdlm export hf`")
     config.check_whole()
     if config.blocks is not None and config.blocks.num_blocks > 1:
@@ -122,7 +131,8 @@ def _check_computed(section: Strict, path: str) -> None:
 
 
 def to_published(config: CheckpointConfig) -> dict[str, Any]:
-    """The fields of ``RdlmConfig`` that say what is computed, and those that tools of transformers look for."""
+    """The fields of ``RdlmConfig`` that say what is computed, and those that tools of transformers look
+    for."""
     objective = build(config, device="meta")
     model = config.model.layout()  # type: ignore[union-attr]
     thinks = config.objective.k_meaning == "thinking"

@@ -1,8 +1,10 @@
-"""Recurrent-depth language models of rdlm for transformers: config and model, needing nothing but torch and transformers.
+"""Recurrent-depth language models of rdlm for transformers: config and model, needing nothing but torch and
+transformers.
 
-e = prelude(embed(ids)); state = core(inject(state, e)) K times; logits = head(norm(coda(read-out(state)))). ``num_steps`` (K) is an argument
-of ``forward`` and ``generate``. The KV cache keeps keys and values of every core step and layer.
-Shapes: B sequences, T new positions, S positions with the cached ones, D width, H query heads, Hkv key-value heads, Dh head width.
+e = prelude(embed(ids)); state = core(inject(state, e)) K times; logits = head(norm(coda(read-out(state)))).
+``num_steps`` (K) is an argument of ``forward`` and ``generate``. The KV cache keeps keys and values of every
+core step and layer. Shapes: B sequences, T new positions, S positions with the cached ones, D width, H query
+heads, Hkv key-value heads, Dh head width.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ Modulation = tuple[Tensor, ...]
 
 
 class RdlmConfig(PreTrainedConfig):
-    """``layout``: layers and loop (RecurrentConfig or HrmConfig of rdlm). ``read_out``: noise levels at which the network is read.
+    """``layout``: layers and loop (RecurrentConfig or HrmConfig of rdlm). ``read_out``: noise levels at which
+    the network is read.
 
-    ``num_steps``: K where none is given; ``max_num_steps``: the largest one. ``rdlm``: the whole config of the checkpoint that was
-    exported, which only ``rdlm import`` reads.
+    ``num_steps``: K where none is given; ``max_num_steps``: the largest one. ``rdlm``: the whole config of
+    the checkpoint that was exported, which only ``rdlm import`` reads.
     """
 
     model_type = "rdlm"
@@ -54,17 +57,20 @@ def namespace(value: Any) -> Any:
 
 
 class Rows:
-    """The new rows of a call: their positions, whom they see, and the cache that their keys and values enter."""
+    """The new rows of a call: their positions, whom they see, and the cache that their keys and values
+    enter."""
 
     def __init__(self, positions: Tensor, mask: Tensor | None, cache: DynamicCache | None) -> None:
-        """positions: [B or 1, T]; mask: bool [B or 1, 1, T, S], None where T = S and every row sees itself and the rows before."""
+        """positions: [B or 1, T]; mask: bool [B or 1, 1, T, S], None where T = S and every row sees itself
+        and the rows before."""
         self.positions, self.mask, self.cache = positions, mask, cache
         self.shift = 0
         """Added to the cache index of a layer: a core layer has an index of its own in every step."""
         self.table: Tensor | None = None
 
     def rotations(self, num_dims: int, rope: Any) -> Tensor:
-        """exp(i position frequency): complex64 [B or 1, T, 1, num_dims / 2], frequencies in fp32 (Su et al. 2021).
+        """exp(i position frequency): complex64 [B or 1, T, 1, num_dims / 2], frequencies in fp32 (Su et al.
+        2021).
 
         Every layer of a model rotates alike, so they are computed once a call.
         """
@@ -107,7 +113,8 @@ class Rows:
 
 
 class NoisyRows(Rows):
-    """Rows of a noisy stream: each sees the clean rows up to its own, which the cache holds, and itself (DiffusionBlocks App. E.4)."""
+    """Rows of a noisy stream: each sees the clean rows up to its own, which the cache holds, and itself
+    (DiffusionBlocks App. E.4)."""
 
     def __init__(self, clean: Rows) -> None:
         super().__init__(clean.positions, None, clean.cache)
@@ -142,7 +149,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention as ``layout.layer`` describes it; Wqkv is q | k | v, rotations are of adjacent pairs."""
+    """Multi-head attention as ``layout.layer`` describes it; Wqkv is q | k | v, rotations are of adjacent
+    pairs."""
 
     def __init__(self, c: Any, d_model: int, index: int, value_gate_width: int | None) -> None:
         super().__init__()
@@ -198,7 +206,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """proj(silu(gate) * up), proj(relu(fc x)^2) or proj(gelu(fc x)); gate and up are one matrix, gate first."""
+    """proj(silu(gate) * up), proj(relu(fc x)^2) or proj(gelu(fc x)); gate and up are one matrix, gate
+    first."""
 
     def __init__(self, c: Any, d_model: int, width: int) -> None:
         super().__init__()
@@ -229,8 +238,8 @@ class AdaLN(nn.Module):
 
 
 class Layer(nn.Module):
-    """x = around(attn, x); x = around(mlp, x). pre: x + f(n x); post: x + n(f x); sandwich_branch: x + n'(f(n x));
-    sandwich_sum: n'(f(n x) + x). A noise level shifts and scales what enters f and gates what leaves."""
+    """x = around(attn, x); x = around(mlp, x). pre: x + f(n x); post: x + n(f x); sandwich_branch: x + n'(f(n
+    x)); sandwich_sum: n'(f(n x) + x). A noise level shifts and scales what enters f and gates what leaves."""
 
     def __init__(
         self,
@@ -291,7 +300,8 @@ class NoiseEmbedding(nn.Module):
 
 
 class DiagonalInjection(nn.Module):
-    """decay * state + step * (B e), channel by channel (Parcae); orthogonal: what is injected replaces the state's part along it."""
+    """decay * state + step * (B e), channel by channel (Parcae); orthogonal: what is injected replaces the
+    state's part along it."""
 
     def __init__(self, d_model: int, is_orthogonal: bool) -> None:
         super().__init__()
@@ -310,7 +320,8 @@ class DiagonalInjection(nn.Module):
 
 
 class StepGate(nn.Module):
-    """share * new + (1 - share) * old, with share = exp(-softplus(W2 W1 (new - old) + b) exp(A_log)) (LoopUS)."""
+    """share * new + (1 - share) * old, with share = exp(-softplus(W2 W1 (new - old) + b) exp(A_log))
+    (LoopUS)."""
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
@@ -453,7 +464,8 @@ class Recurrent(nn.Module):
 
 
 class Hrm(nn.Module):
-    """A step: ``num_low_cycles`` times low = L(low + high), then high = H(high + low). The state is [high | low] (HRM-Text)."""
+    """A step: ``num_low_cycles`` times low = L(low + high), then high = H(high + low). The state is [high |
+    low] (HRM-Text)."""
 
     draws_state = False
     first_core_index = 0
@@ -546,10 +558,12 @@ class RdlmForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
     ) -> Any:
-        """input_ids [B, T] -> logits [B, T, V] after ``num_steps`` core steps (None: the checkpoint's default).
+        """input_ids [B, T] -> logits [B, T, V] after ``num_steps`` core steps (None: the checkpoint's
+        default).
 
-        attention_mask [B, S]: 0 marks padding. input_states [B, T, D]: the recurrent state before the first step; zeros where none is
-        given, also of models that draw it. A cache belongs to the number of steps that filled it.
+        attention_mask [B, S]: 0 marks padding. input_states [B, T, D]: the recurrent state before the first
+        step; zeros where none is given, also of models that draw it. A cache belongs to the number of steps
+        that filled it.
         """
         num_steps = self.config.num_steps if num_steps is None else num_steps
         self.check_steps(num_steps, input_states, past_key_values)
