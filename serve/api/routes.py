@@ -107,7 +107,7 @@ async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], s
     read-outs.
     """
     server: ServerState = state.server
-    parsed, ks = await in_thread_if_large(_size(data.prompt), parse_score, data, server.limits())
+    parsed, ks = await in_thread_if_large(_size(data.prompt), parse_score, data, server.limits(request))
     events = await until_disconnect(request, last_events(server.submit(parsed)))
     return Response(
         score_answer(parsed, server.token_names, ks, server.served.config.objective.estimator, events)

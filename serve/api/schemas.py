@@ -39,6 +39,8 @@ MAX_SCHEDULE = 4096
 MAX_STOPS, MAX_STOP_LENGTH = 64, 512
 MAX_STOP_IDS, MAX_BIASES = 1024, 1024
 MAX_MESSAGES = 4096
+MAX_VARIABLES = 4096
+"""Values of all ``chat_template_kwargs``, those inside lists and objects too: rendering copies every one."""
 
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=0, le=INT32)]
@@ -133,6 +135,28 @@ def _metadata(value: Any) -> dict[str, str] | None:
     raise ValueError("it must be an object of at most 16 short texts (keys of 64, values of 512 characters)")
 
 
+def _variables(value: Any) -> dict[str, Any] | None:
+    """``chat_template_kwargs``, few enough to be rendered on the event loop."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError("it must be an object")
+    pending, found = [value], 0
+    while pending:
+        items = pending.pop()
+        found += len(items)
+        if found > MAX_VARIABLES:
+            raise ValueError(
+                f"it has more than {MAX_VARIABLES} values, those inside lists and objects included"
+            )
+        pending += [
+            item
+            for item in (items.values() if isinstance(items, dict) else items)
+            if isinstance(item, dict | list)
+        ]
+    return value
+
+
 def _content(value: Any) -> str:
     """A text, or the texts of a list of parts."""
     if isinstance(value, str):
@@ -213,7 +237,7 @@ class StreamOptions(Body):
     include_usage: StrictBool = False
     """Send one more chunk with ``usage`` and no choices before the end of the stream."""
     continuous_usage_stats: StrictBool = False
-    """Carry the usage so far in every chunk."""
+    """Carry the tokens so far in every chunk's ``usage``, and ``recurrence`` once all choices have ended."""
     include_steps: StrictBool = False
     """Between tokens, send what each core step predicts: chunks without choices whose ``recurrence`` has it.
     """
@@ -414,7 +438,7 @@ class ChatRequest(SamplingBody):
     max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, PlainValidator(_variables)] = None
     """Variables for the chat template."""
     neutral: ClassVar[Neutral] = SamplingBody.neutral | {
         "tools": ([],),

@@ -169,6 +169,8 @@ async def chunks(
         if options is not None and options.continuous_usage_stats:
             chunk["usage"] = {**usage_of(parsed, usages), "completion_tokens": completion_tokens}
             chunk["usage"]["total_tokens"] = chunk["usage"]["prompt_tokens"] + completion_tokens
+            if len(usages) < len(parsed.requests):  # the work of a choice is known at its end
+                del chunk["usage"]["recurrence"]
         yield chunk
     if options is not None and options.include_usage:
         yield {**head, "choices": [], "usage": usage_of(parsed, usages), "timings": timings_of(usages)}

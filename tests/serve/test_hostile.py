@@ -232,6 +232,7 @@ def test_keys_of_logit_bias_are_plain_token_ids(key: str, client: TestClient) ->
     assert answer.json()["error"]["param"] == "logit_bias"
 
 
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 HUGE: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": "a" * 15_000_000}, "exceed the context"),
     ("/v1/completions", {"prompt": [5] * 3_000_000}, "exceed"),
@@ -250,6 +251,9 @@ HUGE: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/chat/completions", {"messages": [{}] * 200_000}, "messages"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 15_000_000}]}, "exceed the context"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}] * 200_000}]}, "content"),
+    ("/v1/chat/completions", {**CHAT, "chat_template_kwargs": {"x": [{}] * 1_000_000}}, "4096"),
+    ("/v1/chat/completions", {**CHAT, "chat_template_kwargs": {"x": [[{"y": 0}] * 100] * 1000}}, "4096"),
+    ("/v1/chat/completions", {**CHAT, "chat_template_kwargs": {str(i): 0 for i in range(100_000)}}, "4096"),
     ("/tokenize", {"prompt": "a" * 15_000_000}, "1048576"),
     ("/detokenize", {"tokens": [5] * 3_000_000}, "1048576"),
 ]  # fmt: skip

@@ -367,3 +367,13 @@ def test_keys_limits_and_states(make_served: Callable[..., Served]) -> None:
         assert client.post("/v1/completions", json={"prompt": "x"}, headers=headers).status_code == 503
         engine.stop()
         assert client.get("/health").status_code == 503
+
+
+def test_usage_within_a_stream_says_no_work_before_it_is_known(client: TestClient) -> None:
+    body = {"prompt": "x", "max_tokens": 3, "n": 2, "ignore_eos": True, "stream": True}
+    options = {"stream_options": {"continuous_usage_stats": True, "include_usage": True}}
+    text = client.post("/v1/completions", json=body | options).text
+    usages = [json.loads(line[6:])["usage"] for line in text.splitlines() if line.startswith("data: {")]
+    assert [usage["completion_tokens"] for usage in usages] == [1, 2, 3, 4, 5, 6, 6]
+    assert all("recurrence" not in usage for usage in usages[:-2])
+    assert usages[-2] == usages[-1] and usages[-1]["recurrence"]["core_steps"] > 0

@@ -120,3 +120,12 @@ def test_sampling_models_are_scored_at_one_step_only(make_served: Callable[..., 
             )
             refused = client.post("/v1/score", json={"prompt": [ids(30)], "num_steps": [1, 2]})
             assert refused.status_code == 400 and "K = 1" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("steps", ["3", "99", "many"])
+def test_a_header_that_contradicts_the_steps_is_refused(steps: str, client: TestClient) -> None:
+    body = {"prompt": "x", "num_steps": [1, 2]}
+    answer = client.post("/v1/score", json=body, headers={"X-Num-Steps": steps})
+    assert answer.status_code == 400 and "X-Num-Steps" in answer.json()["error"]["message"], answer.text
+    agreed = client.post("/v1/score", json=body | {"num_steps": [2]}, headers={"X-Num-Steps": "2"})
+    assert agreed.status_code == 200
