@@ -6,7 +6,7 @@ Unknown keys are errors everywhere. This file holds no tensors and no training o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -61,6 +61,8 @@ class RecurrenceConfig(Strict):
 
     default_steps: int = Field(8, ge=1)
     max_steps: int = Field(64, ge=1)
+    exit_thresholds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Default thresholds of exit criteria by name, where the checkpoint's source has its own."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RecurrenceConfig:

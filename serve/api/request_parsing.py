@@ -32,7 +32,7 @@ from serve.api.schemas import (
     shorten,
 )
 from serve.engine.events import Served
-from serve.engine.exits import CRITERIA, ExitRule
+from serve.engine.exits import CRITERIA, ExitRule, check_exit_gate, default_thresholds
 from serve.engine.sequence import Request, StepBudget, StepPredictions
 from serve.errors import ApiError, invalid
 
@@ -375,7 +375,12 @@ def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[i
     if criterion not in CRITERIA:
         choices = ", ".join([*CRITERIA, "none"])
         raise invalid(f"exit.criterion: there is no {criterion!r}; use one of {choices}", "exit.criterion")
-    threshold = CRITERIA[criterion].default_threshold
+    try:
+        check_exit_gate(criterion, limits.served.config)
+    except UserError as error:
+        problem = f"{error.field}: {error.problem}; {error.remedy}"
+        raise invalid(problem, error.field, "exits_unsupported") from None
+    threshold = default_thresholds(limits.served.config)[criterion]
     if body.exit is None:
         return most, ExitRule(criterion, threshold, least or 1)
     if body.exit.threshold is not None:

@@ -17,7 +17,7 @@ from serve.api.request_parsing import Limits, in_thread_if_large
 from serve.api.schemas import TEXT_SAMPLERS, DetokenizeRequest, TokenizeRequest
 from serve.api.state import ServerState
 from serve.engine.events import State as EngineState
-from serve.engine.exits import CRITERIA
+from serve.engine.exits import CRITERIA, default_thresholds
 from serve.errors import invalid
 
 STARTED = int(time.time())
@@ -75,17 +75,17 @@ async def model(name: FromPath[str], state: State) -> dict[str, Any]:
 def _card(limits: Limits, name: str) -> dict[str, Any]:
     """Raises ApiError 404 or 400 for a name that is neither the model's nor an alias of it."""
     served, config = limits.served, limits.served.config
+    thresholds = default_thresholds(config)
     recurrence = {
         "num_steps": limits.model_steps(name) or served.default_steps,
         "min_steps": 1,
         "max_steps": served.max_steps,
         "default_steps": served.default_steps,
         "reasoning_effort": limits.efforts,
-        "exits": list(CRITERIA) if limits.supports_exits else [],
+        "exits": list(thresholds),
         "exit_criteria": {
-            name: {"default_threshold": criterion.default_threshold, "description": criterion.description}
-            for name, criterion in CRITERIA.items()
-            if limits.supports_exits
+            name: {"default_threshold": threshold, "description": CRITERIA[name].description}
+            for name, threshold in thresholds.items()
         },
         "samplers": TEXT_SAMPLERS if limits.left_to_right and not limits.supports_exits else [],
         "orders": [] if limits.left_to_right else list(get_args(Order)),

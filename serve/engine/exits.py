@@ -3,7 +3,8 @@ lists them.
 
 Criteria, names and default thresholds are those of Huginn's code (Geiping et al. 2025, arXiv 2502.05171). A
 criterion on states compares the states before and after a step and costs nothing. A criterion on predictions
-runs coda and head at every check, about half a step. This module imports torch only where it computes, so
+runs coda and head at every check, about half a step. A criterion on a trained exit gate (Ouro, LoopUS) costs
+one product with a vector, and is for checkpoints that have such a gate. This module imports torch only where it computes, so
 that the HTTP interface can read the table.
 
 Shapes: N rows of states, M rows read out, D d_model, V vocabulary.
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.config.model import RecurrentConfig
 from rdlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ class ExitRule:
     earliest.
 
     In a chunk of a prompt all positions must satisfy a criterion on states, the last one a criterion on
-    predictions. Raises UserError.
+    predictions or on the exit gate. Raises UserError.
     """
 
     criterion: str
@@ -72,7 +75,7 @@ class Criterion(ABC):
     default_threshold: ClassVar[float]
     description: ClassVar[str]
     """The value after a step, in the words of the API's documentation."""
-    reads: ClassVar[Literal["states", "predictions"]]
+    reads: ClassVar[Literal["states", "predictions", "gate"]]
 
     @classmethod
     def settled(cls, value: float, threshold: float) -> bool:
@@ -112,6 +115,22 @@ class PredictionCriterion(Criterion):
     def measure(logp: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities [M, V] and what the rows' last checks left -> values [M], and what to remember of
         each row."""
+
+
+class GateCriterion(Criterion):
+    """A criterion on the trained exit gate, which reads the last position's state after every step."""
+
+    reads = "gate"
+
+    @classmethod
+    def first_check(cls, rule: ExitRule) -> int:
+        return 1
+
+    @staticmethod
+    @abstractmethod
+    def measure(gates: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        """Gate probabilities lambda fp32 [M] and what the rows' last steps left -> values [M], and what to
+        remember of each row."""
 
 
 class LatentDiff(StateCriterion):
@@ -202,20 +221,78 @@ class ArgmaxStability(PredictionCriterion):
         return repeats.float(), list(torch.stack([best, repeats], dim=1))
 
 
+class Gate(GateCriterion):
+    """Ouro's rule (arXiv 2510.25741): p_u = lambda_u prod_{j<u} (1 - lambda_j); the last step takes the rest,
+    so that nothing of it depends on K but which step is the last."""
+
+    name, default_threshold = "gate", 1.0
+    description = "cumulated exit probability of the trained gate; exits once it is as large, 1 never"
+
+    @classmethod
+    def settled(cls, value: float, threshold: float) -> bool:
+        return 0 < threshold < 1 and value >= threshold
+
+    @staticmethod
+    def measure(gates: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        """Remembers the probability of not having exited, prod (1 - lambda)."""
+        import torch
+
+        left = torch.stack([gates.new_ones(()) if row is None else row for row in memory]) * (1 - gates)
+        return 1 - left, list(left)
+
+
+class Halt(GateCriterion):
+    """LoopUS' rule "threshold" (arXiv 2605.11011): lambda of this step alone."""
+
+    name, default_threshold = "halt", 0.9
+    description = "exit probability of the trained gate in this step; exits once it is larger"
+
+    @classmethod
+    def settled(cls, value: float, threshold: float) -> bool:
+        return 0 < threshold < value
+
+    @staticmethod
+    def measure(gates: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        return gates, list(gates)
+
+
 CRITERIA: dict[str, type[Criterion]] = {
-    criterion.name: criterion for criterion in (LatentDiff, Cosine, KL, MinPKL, EntropyDiff, ArgmaxStability)
+    criterion.name: criterion
+    for criterion in (LatentDiff, Cosine, KL, MinPKL, EntropyDiff, ArgmaxStability, Gate, Halt)
 }
 """Every exit criterion by name. The API's schema, the page and the documentation read this table."""
 
 
-def is_measured(sequence: Sequence, reads: Literal["states", "predictions"]) -> bool:
+def default_thresholds(config: CheckpointConfig) -> dict[str, float]:
+    """Default threshold of each criterion that the checkpoint supports: its own, else that of ``CRITERIA``."""
+    if not config.objective.supports_exits:
+        return {}
+    has_gate = isinstance(config.model, RecurrentConfig) and config.model.loop.exit_gate != "none"
+    own = config.recurrence.exit_thresholds
+    return {
+        name: own.get(name, criterion.default_threshold)
+        for name, criterion in CRITERIA.items()
+        if has_gate or criterion.reads != "gate"
+    }
+
+
+def check_exit_gate(criterion: str, config: CheckpointConfig) -> None:
+    """Raises UserError where the criterion reads an exit gate that the checkpoint lacks."""
+    if CRITERIA[criterion].reads == "gate" and criterion not in default_thresholds(config):
+        remedy = f"use one of {', '.join([*default_thresholds(config), 'none'])}"
+        raise UserError("exit.criterion", criterion, "this model has no trained exit gate", remedy)
+
+
+def is_measured(sequence: Sequence, reads: Literal["states", "predictions", "gate"]) -> bool:
     """Whether the step now taken is checked by a criterion on ``reads``, or is one that a later check
     compares with."""
     rule = sequence.request.budget.exit
     if rule is None or (not rule.prefill and sequence.start < len(sequence.request.prompt)):
         return False
     criterion, taken = CRITERIA[rule.criterion], sequence.step + 1
-    if criterion.reads != reads or taken >= sequence.counts.drawn or taken % rule.check_every:
+    if criterion.reads != reads or taken >= sequence.counts.drawn:
+        return False
+    if taken % rule.check_every and reads != "gate":  # a gate's probabilities add up over all steps
         return False
     return taken >= criterion.first_check(rule)
 
@@ -223,7 +300,10 @@ def is_measured(sequence: Sequence, reads: Literal["states", "predictions"]) -> 
 def _exits(sequence: Sequence, value: float) -> bool:
     rule = sequence.request.budget.exit
     assert rule is not None
-    return sequence.step + 1 >= rule.min_steps and CRITERIA[rule.criterion].settled(value, rule.threshold)
+    taken = sequence.step + 1
+    if taken < rule.min_steps or taken % rule.check_every:
+        return False
+    return CRITERIA[rule.criterion].settled(value, rule.threshold)
 
 
 def exits_on_states(batch: list[Sequence], lengths: list[int], before: Tensor, after: Tensor) -> set[int]:
@@ -242,11 +322,11 @@ def exits_on_states(batch: list[Sequence], lengths: list[int], before: Tensor, a
     return exiting
 
 
-def exits_on_predictions(
-    sequences: list[Sequence], logits: Tensor, memory: Memory
+def exits_on_rows(
+    sequences: list[Sequence], measured: Tensor, memory: Memory
 ) -> tuple[set[int], list[Tensor]]:
-    """Ids of the sequences whose segment exits, and what to remember of each row: logits [M, V], memory of
-    their last checks."""
+    """Ids of the sequences whose segment exits, and what to remember of each row: log-probabilities [M, V] or
+    gate probabilities [M] as their criteria read them, memory of their last checks."""
     exiting: set[int] = set()
     kept: dict[int, Tensor] = {}
     groups: dict[str, list[int]] = defaultdict(list)
@@ -255,8 +335,8 @@ def exits_on_predictions(
         groups[sequence.request.budget.exit.criterion].append(i)
     for name, rows in groups.items():
         criterion = CRITERIA[name]
-        assert issubclass(criterion, PredictionCriterion)
-        values, new = criterion.measure(logits[rows].log_softmax(-1), [memory[i] for i in rows])
+        assert issubclass(criterion, PredictionCriterion | GateCriterion)
+        values, new = criterion.measure(measured[rows], [memory[i] for i in rows])
         kept.update(zip(rows, new, strict=True))
         exiting |= {
             sequences[i].id

@@ -29,7 +29,7 @@ from rdlm.objectives.next_token import NextToken, renoise
 from rdlm.random_streams import generator
 from rdlm.sampling import process, sample, top_logprobs
 from rdlm.sampling_params import uniform
-from serve.engine.exits import LatentDiff, exits_on_predictions, exits_on_states, is_measured
+from serve.engine.exits import LatentDiff, check_exit_gate, exits_on_rows, exits_on_states, is_measured
 from serve.engine.sequence import (
     NO_SLOT,
     Request,
@@ -161,6 +161,8 @@ class Runner:
     def sequence(self, number: int, request: Request, chunk: int) -> Sequence:
         """The request as the engine steps it. chunk: prompt positions of a segment; a sweep's prompt is one
         segment."""
+        if request.budget.exit is not None:
+            check_exit_gate(request.budget.exit.criterion, self.config)
         blocks, first = self._blocks_of(request.budget), request.budget.steps_at(0)
         for k in {request.budget.num_steps, *request.budget.schedule, *request.sweep}:
             self.step_counts(k)  # refused here, not by the step that comes to it
@@ -281,7 +283,23 @@ class Runner:
             previous = was[-1] if reports_step(sequence) else None
             sequence.rows = replace(rows_of(sequence), e=own, state=state, previous=previous)
         latent = block.denoiser.model.latent
-        return exits_on_states(batch, lengths, latent(before[0]), latent(after))
+        exiting = exits_on_states(batch, lengths, latent(before[0]), latent(after))
+        return exiting | self._exits_on_gate(block, [s for s in batch if is_measured(s, "gate")])
+
+    def _exits_on_gate(self, block: Block, measured: list[Sequence]) -> set[int]:
+        """Ids of the sequences whose last position the trained gate lets exit."""
+        if not measured:
+            return set()
+        gates = block.denoiser.model.gate(torch.stack([rows_of(s).state[-1] for s in measured]))
+        return self._remember(measured, gates)
+
+    def _remember(self, sequences: list[Sequence], measured: Tensor) -> set[int]:
+        """Ids of the sequences that exit on what is measured of their last row, [M, ...]; keeps the memory of
+        their criteria."""
+        exiting, memory = exits_on_rows(sequences, measured, [rows_of(s).memory for s in sequences])
+        for sequence, kept in zip(sequences, memory, strict=True):
+            sequence.rows = replace(rows_of(sequence), memory=kept)
+        return exiting
 
     def _condition(self, block: Block, sigmas: Seq[float | None], like: Tensor) -> Condition | None:
         """Conditioning of the core on the rows' noise levels. Where all are z = 0 it is one constant of the
@@ -366,11 +384,7 @@ class Runner:
         for sequence, _ in measured:
             sequence.flops += block.costs.head
         prior = block.denoiser.predict(torch.stack([h for _, h in measured])).prior[:, : self._num_tokens]
-        sequences = [s for s, _ in measured]
-        exiting, memory = exits_on_predictions(sequences, prior, [rows_of(s).memory for s in sequences])
-        for sequence, kept in zip(sequences, memory, strict=True):
-            sequence.rows = replace(rows_of(sequence), memory=kept)
-        return exiting
+        return self._remember([s for s, _ in measured], prior.log_softmax(-1))
 
     def _step_predictions(
         self, block: Block, reported: list[tuple[Sequence, Tensor]]

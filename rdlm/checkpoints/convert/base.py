@@ -286,12 +286,25 @@ def _reordered(entry: Entry, order: Tensor, num_heads: int | None) -> Entry:
     return converted(entry, entry.shape, reorder)
 
 
-def recurrent(name: str, model: Mapping[str, Any], default_steps: int, where: str) -> CheckpointConfig:
-    """``imported`` of the general family."""
-    return imported(name, {"family": "recurrent", **model}, default_steps, where)
+def recurrent(
+    name: str,
+    model: Mapping[str, Any],
+    default_steps: int,
+    where: str,
+    exit_thresholds: Mapping[str, Any] | None = None,
+) -> CheckpointConfig:
+    """``imported`` of the general family. exit_thresholds: those of the source, None where it has none."""
+    own = {name: value for name, value in (exit_thresholds or {}).items() if value is not None}
+    return imported(name, {"family": "recurrent", **model}, default_steps, where, own)
 
 
-def imported(name: str, model: Mapping[str, Any], default_steps: int, where: str) -> CheckpointConfig:
+def imported(
+    name: str,
+    model: Mapping[str, Any],
+    default_steps: int,
+    where: str,
+    exit_thresholds: Mapping[str, Any] | None = None,
+) -> CheckpointConfig:
     """Config of an imported next-token model whose K is the number of core steps; at least 64 of them may be
     asked for."""
     if isinstance(default_steps, bool) or not isinstance(default_steps, int) or default_steps < 1:
@@ -301,7 +314,11 @@ def imported(name: str, model: Mapping[str, Any], default_steps: int, where: str
         "name": name,
         "model": model,
         "objective": {"name": "next_token"},
-        "recurrence": {"default_steps": default_steps, "max_steps": max(64, 4 * default_steps)},
+        "recurrence": {
+            "default_steps": default_steps,
+            "max_steps": max(64, 4 * default_steps),
+            "exit_thresholds": dict(exit_thresholds or {}),
+        },
     }
     return checkpoint.parse_config(document, where)
 

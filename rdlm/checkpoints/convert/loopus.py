@@ -63,12 +63,14 @@ class LoopUS(Importer):
                 "exit_gate": "norm_linear" if "q_head.0.weight" in shapes else "none",
             },
         )
-        rule = fields.get("halting_strategy", "threshold")
+        rule, threshold = fields.get("halting_strategy", "threshold"), fields.get("q_threshold")
         lost = [
-            f"Its halting rule ({rule!r}, threshold {fields.get('q_threshold')}) is not applied: all K loops run unless a request asks for "
+            f"Its halting rule ({rule!r}, threshold {threshold}) is not applied: all K loops run unless a request asks for "
             "an exit criterion."
         ]
-        return recurrent(name, model, fields.number("N"), fields.where), lost
+        criterion = {"threshold": "halt", "cdf": "gate"}.get(str(rule))
+        own = {} if criterion is None else {criterion: threshold}
+        return recurrent(name, model, fields.number("N"), fields.where, own), lost
 
     def _count(self, fields: Fields, field: str, num_layers: int) -> int:
         indices = fields.need(field)

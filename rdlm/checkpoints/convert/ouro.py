@@ -67,7 +67,8 @@ class Ouro(Importer):
         )
         if model["loop"]["exit_gate"] == "none":
             lost.append("The file holds no early_exit_gate: exit criteria that read it are refused.")
-        return recurrent(name, model, fields.number("total_ut_steps", 4), fields.where), lost
+        steps = fields.number("total_ut_steps", 4)
+        return recurrent(name, model, steps, fields.where, {"gate": threshold}), lost
 
     def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
         model = config.model
