@@ -175,7 +175,7 @@ class KL(PredictionCriterion):
 
 class MinPKL(PredictionCriterion):
     name, default_threshold = "minp-kl", 1e-5
-    description = "the same where what is below a tenth of the largest probability counts as 1/V"
+    description = "the same, with probabilities below a tenth of the largest one set to 1/V"
 
     @staticmethod
     def measure(logp: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
@@ -200,7 +200,9 @@ class EntropyDiff(PredictionCriterion):
 
 class ArgmaxStability(PredictionCriterion):
     name, default_threshold = "argmax-stability", 5.0
-    description = "how often in a row the likeliest token stayed; exits once it is as large"
+    description = (
+        "consecutive steps with the same most probable token; exits once it is at least the threshold"
+    )
 
     @classmethod
     def settled(cls, value: float, threshold: float) -> bool:
