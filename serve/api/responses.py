@@ -22,6 +22,7 @@ from serve.api.schemas import (
     Message,
     Neutral,
     SamplingBody,
+    StreamOptions,
     shorten,
 )
 from serve.api.streaming import PING_SECONDS, EngineEvents
@@ -94,7 +95,10 @@ class ResponsesRequest(SamplingBody):
         for.
         """
         for name in ("max_tokens", "n", "prompt_logprobs", "return_token_ids", "stream_options"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (
+                None,
+                StreamOptions(),
+            ):  # include_obfuscation: false changes nothing
                 remedy = "send max_output_tokens" if name == "max_tokens" else "use /v1/chat/completions"
                 raise invalid(f"{name}: a response has no such field; {remedy}", name)
         effort = None if self.reasoning is None else self.reasoning.effort

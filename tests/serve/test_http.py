@@ -377,3 +377,11 @@ def test_usage_within_a_stream_says_no_work_before_it_is_known(client: TestClien
     assert [usage["completion_tokens"] for usage in usages] == [1, 2, 3, 4, 5, 6, 6]
     assert all("recurrence" not in usage for usage in usages[:-2])
     assert usages[-2] == usages[-1] and usages[-1]["recurrence"]["core_steps"] > 0
+
+
+def test_a_streamed_response_takes_the_stream_options_that_change_nothing(client: TestClient) -> None:
+    body = {"input": "x", "max_output_tokens": 1, "stream": True}
+    accepted = client.post("/v1/responses", json=body | {"stream_options": {"include_obfuscation": False}})
+    assert accepted.status_code == 200 and "response.output_text.done" in accepted.text
+    refused = client.post("/v1/responses", json=body | {"stream_options": {"include_usage": True}})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "stream_options"
