@@ -1,12 +1,13 @@
-"""Block-wise training against end-to-end training of the same autoregressive network: held-out NLL at equal layer evaluations and at
-equal CPU time, and what partition, overlap and shared rows do.
+"""Block-wise training against end-to-end training of the same autoregressive network: held-out NLL at equal
+layer evaluations and at equal CPU time, and what partition, overlap and shared rows do.
 
     python -m benchmarks.blockwise --data data/books-4096 --minutes 2.5 --out docs/results/raw/blockwise.json
 
-Blocks train jointly, one process a run. ``--minutes`` of one core give next-token training S updates; every update costs what was
-measured interleaved in one process (benchmarks/train_step.py). "evaluations": S updates of each block, so all layers are evaluated
-as often as end to end (the paper's epochs x B), which takes longer, since every block has a read-out. "time": as many as fit into
-the same minutes. Interrupted runs go on when started again; rows are merged into the JSON as they end.
+Blocks train jointly, one process a run. ``--minutes`` of one core give next-token training S updates; every
+update costs what was measured interleaved in one process (benchmarks/train_step.py). "evaluations": S updates
+of each block, so all layers are evaluated as often as end to end (the paper's epochs x B), which takes
+longer, since every block has a read-out. "time": as many as fit into the same minutes. Interrupted runs go on
+when started again; rows are merged into the JSON as they end.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ CURVE_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. equal: what it has in common with end-to-end training; blocks: see rdlm.config.checkpoint.BlocksConfig."""
+    """One way to train. equal: what it has in common with end-to-end training; blocks: see
+    rdlm.config.checkpoint.BlocksConfig."""
 
     objective: str
     num_blocks: int = 1
@@ -74,7 +76,8 @@ DEPTH = {
     f"next_token {layers} layers": Arm("next_token", equal="evaluations", num_layers=layers)
     for layers in (2, 4)
 }
-"""A likelihood is asked of block 0 alone: what do its layers reach when they are the whole network, in as many updates?"""
+"""A likelihood is asked of block 0 alone: what do its layers reach when they are the whole network, in as
+many updates?"""
 CUTS: dict[str, dict[str, Any]] = {
     "uniform": {"partition": "uniform"},
     "log-uniform": {"partition": "log_uniform"},
@@ -84,7 +87,8 @@ CUTS: dict[str, dict[str, Any]] = {
     "equal information": {"partition": "equal_information", "prior_nats": 4.5},
     "layers 5-1-1-1": {"layers_per_block": [5, 1, 1, 1]},
 }
-"""Against the arm of the same objective with equal probability, overlap 0.1, frozen rows and two layers a block."""
+"""Against the arm of the same objective with equal probability, overlap 0.1, frozen rows and two layers a
+block."""
 ABLATION = {
     f"{objective} B=4 {name}": Arm(objective, 4, "time", CUTS[name])
     for objective, names in {"evidence": list(CUTS), "paper": list(CUTS)[:4]}.items() for name in names
@@ -93,7 +97,8 @@ ARMS = MAIN | DEPTH | ABLATION
 
 
 def seconds_per_update(file: Path, rounds: int = 9) -> dict[str, float]:
-    """Median CPU seconds of one update by ``Arm.cost``, of block 0 where there are blocks; kept in ``file`` for all later calls."""
+    """Median CPU seconds of one update by ``Arm.cost``, of block 0 where there are blocks; kept in ``file``
+    for all later calls."""
     if not file.exists():
         torch.set_num_threads(1)
         timed = {
@@ -153,7 +158,8 @@ def run_arm(
 
 
 def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:
-    """Left: held-out NLL against B. Right: cross-entropy by sigma of the main arms with most blocks. First seed and learning rate."""
+    """Left: held-out NLL against B. Right: cross-entropy by sigma of the main arms with most blocks. First
+    seed and learning rate."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     first = [
         row
@@ -207,7 +213,8 @@ def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:
 
 
 def merge(out: Path, row: dict[str, Any], head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Put ``row`` in the place of an earlier one of its (arm, seed, lr); UserError where the file was made with other settings."""
+    """Put ``row`` in the place of an earlier one of its (arm, seed, lr); UserError where the file was made
+    with other settings."""
     runs = [row]
     if out.exists():
         before = read_json(out)

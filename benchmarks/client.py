@@ -1,4 +1,5 @@
-"""A load generator's side of `rdlm serve`: the server as a process, timed requests over httpx, closed and open loops, quantiles."""
+"""A load generator's side of `rdlm serve`: the server as a process, timed requests over httpx, closed and
+open loops, quantiles."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Server:
 
 @contextmanager
 def running_server(checkpoint: Path, options: str, seconds: float = 120.0) -> Iterator[Server]:
-    """`rdlm serve` with ``options`` on a free loopback port, stopped with SIGTERM afterwards. Raises RuntimeError with its log."""
+    """`rdlm serve` with ``options`` on a free loopback port, stopped with SIGTERM afterwards. Raises
+    RuntimeError with its log."""
     with tempfile.TemporaryDirectory() as folder:
         port_file, log = Path(folder) / "port", Path(folder) / "log"
         command = [sys.executable, "-m", "rdlm", "serve", "--checkpoint", str(checkpoint), "--port", "0"]
@@ -70,7 +72,8 @@ def _when_ready(process: subprocess.Popen[bytes], port_file: Path, log: Path, de
 
 @dataclass
 class Sample:
-    """One request as its client saw it. Times are seconds after ``due``, the moment the request was meant to leave."""
+    """One request as its client saw it. Times are seconds after ``due``, the moment the request was meant to
+    leave."""
 
     kind: str
     num_steps: int
@@ -96,7 +99,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Workload:
-    """Random prompts of token ids; lengths uniform in [half, one and a half] of their means, so that requests do not march in step."""
+    """Random prompts of token ids; lengths uniform in [half, one and a half] of their means, so that requests
+    do not march in step."""
 
     vocab_size: int
     prompt_tokens: int
@@ -167,7 +171,8 @@ async def _listen(answer: httpx.Response, sample: Sample, leave: int | None) -> 
 
 
 async def closed_loop(seconds: float, lanes: int, send: Callable[[float], Awaitable[Sample]]) -> list[Sample]:
-    """``lanes`` clients, each sending as soon as it has its answer, until ``seconds`` are over; all answers are awaited."""
+    """``lanes`` clients, each sending as soon as it has its answer, until ``seconds`` are over; all answers
+    are awaited."""
     end = time.monotonic() + seconds
 
     async def lane() -> list[Sample]:
@@ -190,7 +195,8 @@ async def open_loop(
     send: Callable[[float], Awaitable[Sample]],
     tick: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
-    """Poisson arrivals at ``rate`` a second whatever the answers do; times count from the arrival, so a late client hides nothing."""
+    """Poisson arrivals at ``rate`` a second whatever the answers do; times count from the arrival, so a late
+    client hides nothing."""
     began = due = time.monotonic()
     tasks = []
     while (due := due + rng.expovariate(rate)) < began + seconds:

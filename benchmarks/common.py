@@ -25,7 +25,8 @@ def read_json(path: Path) -> Any:
 
 
 def run_rdlm(arguments: Sequence[str], log: Path) -> None:
-    """`rdlm ARGUMENTS` with one thread, output to ``log``; raises CalledProcessError with the log's path in its command."""
+    """`rdlm ARGUMENTS` with one thread, output to ``log``; raises CalledProcessError with the log's path in
+    its command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as stream:
         subprocess.run(
@@ -34,7 +35,8 @@ def run_rdlm(arguments: Sequence[str], log: Path) -> None:
 
 
 def train(folder: Path, config: dict[str, Any]) -> None:
-    """Train ``config`` in ``folder`` with one process; goes on where an interrupted call stopped, returns at once if it is done."""
+    """Train ``config`` in ``folder`` with one process; goes on where an interrupted call stopped, returns at
+    once if it is done."""
     if (folder / "run" / "model").is_dir():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,8 @@ def last_metrics(folder: Path) -> dict[str, Any]:
 
 
 def in_parallel(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:
-    """Run the calls ``jobs`` at a time (each starts a process of its own); the first failure is raised once all have ended."""
+    """Run the calls ``jobs`` at a time (each starts a process of its own); the first failure is raised once
+    all have ended."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(call) for call in calls]
     return [future.result() for future in futures]

@@ -2,9 +2,10 @@
 
     python benchmarks/depth.py --seconds 90 --jobs 2 --out docs/results/raw/depth.json
 
-Position i must answer g_1 * ... * g_i: serial work that one pass over three layers cannot do for long products. Each arm's learning
-rate is swept with seed 0 and the best one (accuracy at the largest K) is run with the other seeds. Trained at 16 positions, also
-tested at 24. Equal time as in benchmarks/equal_compute.py.
+Position i must answer g_1 * ... * g_i: serial work that one pass over three layers cannot do for long
+products. Each arm's learning rate is swept with seed 0 and the best one (accuracy at the largest K) is run
+with the other seeds. Trained at 16 positions, also tested at 24. Equal time as in
+benchmarks/equal_compute.py.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ SHAPE = {
     "num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1,
     "rope_base": 100.0, "adapter_init": "random", "residual_init": "plain", "tie_embeddings": False,
 }  # fmt: skip
-"""Chosen on `onestep` and truncated BPTT alone, before the sweep: with the defaults of text models (tied read-out, silent
-state, scaled projections, slow rotations) looped arms learned far more slowly (docs/results/main-job.md); the sequences
-here have 16 positions, not 2048."""
+"""Chosen on `onestep` and truncated BPTT alone, before the sweep: with the defaults of text models (tied
+read-out, silent state, scaled projections, slow rotations) looped arms learned far more slowly
+(docs/results/main-job.md); the sequences here have 16 positions, not 2048."""
 BATCH_SIZE, LENGTH, LONG = 64, 16, 24
 KS = (1, 2, 4, 8, 16, 32, 64)
 POISSON = {"distribution": "lognormal_poisson", "mean": 8}

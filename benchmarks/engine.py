@@ -1,13 +1,15 @@
-"""What the engine gains over answering one request at a time, and how far it is from the forward passes alone.
+"""What the engine gains over answering one request at a time, and how far it is from the forward passes
+alone.
 
     python -m benchmarks.engine --out docs/results/raw/engine.json
 
-One random 8-layer model, greedy, wall time, medians over repeats that are interleaved so that all sides see the same machine.
-``naive``: plain PyTorch with a key-value cache, one request after the other. ``limit``: the same loop over all requests as one dense
-batch of equal length and equal K, which a server cannot choose: forwards and arg-max only. ``engine``: serve/engine/engine.py as ``rdlm
-serve`` builds it. Naive runs the model as it is, the other two the weights that a server packs (serve/engine/packing.py). Tokens a second
-count the time of the prompts too. All three for each dtype, so that a gain of the dtype is not counted as one of the engine;
-compiled: MLPs through torch.compile on all sides, and nothing packed.
+One random 8-layer model, greedy, wall time, medians over repeats that are interleaved so that all sides see
+the same machine. ``naive``: plain PyTorch with a key-value cache, one request after the other. ``limit``: the
+same loop over all requests as one dense batch of equal length and equal K, which a server cannot choose:
+forwards and arg-max only. ``engine``: serve/engine/engine.py as ``rdlm serve`` builds it. Naive runs the
+model as it is, the other two the weights that a server packs (serve/engine/packing.py). Tokens a second count
+the time of the prompts too. All three for each dtype, so that a gain of the dtype is not counted as one of
+the engine; compiled: MLPs through torch.compile on all sides, and nothing packed.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def build_model(d_model: int, vocab_size: int, max_len: int) -> tuple[Objective,
 
 
 class DenseCache:
-    """Attention of B sequences of equal length in step, as anybody would write it first: keys of the last core step are kept."""
+    """Attention of B sequences of equal length in step, as anybody would write it first: keys of the last
+    core step are kept."""
 
     def __init__(self, denoiser: Objective, batch: int, max_len: int) -> None:
         model = denoiser.model
@@ -115,7 +118,8 @@ def timed(call: Callable[[], T]) -> tuple[float, float, T]:
 def engine_run(
     engine: Engine, prompts: Tensor, ks: Sequence[int], num_tokens: Sequence[int], in_step: bool = True
 ) -> dict[str, Any]:
-    """All requests at once, greedy, to their ends. Not in_step: their first tokens take 1, 2, ... steps, modulo K."""
+    """All requests at once, greedy, to their ends. Not in_step: their first tokens take 1, 2, ... steps,
+    modulo K."""
     before = engine.counters
     was = (before.steps, before.rows.sum, before.model_s, before.busy_s)
     requests = [
@@ -145,7 +149,8 @@ def median(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def against_naive(
     denoiser: Objective, engine: Engine, prompts: Tensor, k: int, num_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Engine, naive loop and limit at one K. The naive loop answers an eighth of the prompts: its rate does not depend on how many.
+    """Engine, naive loop and limit at one K. The naive loop answers an eighth of the prompts: its rate does
+    not depend on how many.
 
     denoiser: the model of the naive loop; that of the limit is the engine's own.
     """
@@ -188,10 +193,11 @@ def against_naive(
 def against_mean_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: int) -> dict[str, Any]:
     """A mix of K against its mean K.
 
-    Each K gets as many tokens, so lanes in proportion to K, as in a queue that never empties: 1, 2, 4 and 8 of them, and all end
-    together. The mean K of the tokens is then 15, and both sides do the same work a token. Prompts of one token keep prefill out.
-    Started together, lanes of one K also share every prelude, coda and read-out, which lanes of a mix cannot; a server's requests
-    do not arrive together, so both sides are measured out of step too: core rows a second there, as first tokens are shorter.
+    Each K gets as many tokens, so lanes in proportion to K, as in a queue that never empties: 1, 2, 4 and 8
+    of them, and all end together. The mean K of the tokens is then 15, and both sides do the same work a
+    token. Prompts of one token keep prefill out. Started together, lanes of one K also share every prelude,
+    coda and read-out, which lanes of a mix cannot; a server's requests do not arrive together, so both sides
+    are measured out of step too: core rows a second there, as first tokens are shorter.
     """
     ks = [k for k in MIX for _ in range(k // min(MIX))]
     mean, one = sum(MIX) // len(MIX), prompts[: len(ks), :1]
@@ -233,7 +239,8 @@ def along_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: int) -> d
 
 
 def compile_mlps(denoiser: Objective) -> None:
-    """torch.compile where rows are all that varies; attention reads its context object and would break the graph anyway."""
+    """torch.compile where rows are all that varies; attention reads its context object and would break the
+    graph anyway."""
     for module in denoiser.modules():
         if isinstance(module, MLP):
             module.compile(dynamic=True)

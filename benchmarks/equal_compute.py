@@ -2,9 +2,10 @@
 
     python benchmarks/equal_compute.py --data data/books-4096 --minutes 15 --jobs 2 --out docs/results/raw/language.json
 
-Equal time means: seconds per update of all arms are measured interleaved in one process (benchmarks/train_step.py), and every arm
-gets as many updates as fit into ``--minutes`` of one core at that rate. So a machine that is slower for a while slows a run down
-but does not take updates from it; the CPU seconds a run really took stand in the result. Interrupted runs go on when started again.
+Equal time means: seconds per update of all arms are measured interleaved in one process
+(benchmarks/train_step.py), and every arm gets as many updates as fit into ``--minutes`` of one core at that
+rate. So a machine that is slower for a while slows a run down but does not take updates from it; the CPU
+seconds a run really took stand in the result. Interrupted runs go on when started again.
 """
 
 from __future__ import annotations

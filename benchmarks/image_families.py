@@ -1,11 +1,13 @@
-"""ViT and DiT on CIFAR-10 at equal CPU time: whole and in blocks, accuracy and distance of drawn images against K.
+"""ViT and DiT on CIFAR-10 at equal CPU time: whole and in blocks, accuracy and distance of drawn images
+against K.
 
     rdlm data images cifar10 --out data/cifar10          # or the folder with train.parquet and test.parquet
     python -m benchmarks.image_families vit --data data/cifar10 --minutes 2.5 --jobs 2 --out docs/results/raw/images_vit.json
     python -m benchmarks.image_families dit --data data/cifar10 --minutes 15 --jobs 2 --out docs/results/raw/images_dit.json
 
-Every arm gets as many updates as fit into ``--minutes`` of one core at what an update costs, measured interleaved in one process
-(benchmarks/train_step.py). Blocks train jointly; an update is one of one block. Interrupted runs go on when started again.
+Every arm gets as many updates as fit into ``--minutes`` of one core at what an update costs, measured
+interleaved in one process (benchmarks/train_step.py). Blocks train jointly; an update is one of one block.
+Interrupted runs go on when started again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Evaluation code against answers that are known: python -m benchmarks.known_answers --data data/books-4096 --blimp FOLDER
+"""Evaluation code against answers that are known: python -m benchmarks.known_answers --data data/books-4096
+--blimp FOLDER
 
-A teacher must find real text likelier than its words shuffled, and a loop likelier still; MAUVE must put human halves near 1 and
-shuffled words near 0; BLiMP must give one half to a model that knows nothing and far more to one that knows English.
+A teacher must find real text likelier than its words shuffled, and a loop likelier still; MAUVE must put
+human halves near 1 and shuffled words near 0; BLiMP must give one half to a model that knows nothing and far
+more to one that knows English.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ SEED = 0
 
 
 def teacher_facts(data: Path, name: str, texts: int, cache: Path) -> dict[str, Any]:
-    """Perplexity of real continuations, of their words shuffled, and of a loop; MAUVE of human halves, and of shuffled words."""
+    """Perplexity of real continuations, of their words shuffled, and of a loop; MAUVE of human halves, and of
+    shuffled words."""
     store, teacher, shape = TokenStore(data, "valid"), load_teacher(name), Shape(50, 50)
     tokenizer = store.tokenizer()
     found = list(islice(passages(store, shape), 2 * texts))
@@ -60,7 +63,8 @@ def teacher_facts(data: Path, name: str, texts: int, cache: Path) -> dict[str, A
 
 
 def blimp_of_teacher(name: str, blimp: Path, pairs: int, work: Path) -> dict[str, Any]:
-    """Through `rdlm eval lm-eval` and our task files, with lm-eval's own model of transformers in the place of ours."""
+    """Through `rdlm eval lm-eval` and our task files, with lm-eval's own model of transformers in the place
+    of ours."""
     source, extra = where(name)
     arguments = ",".join(
         [f"pretrained={source}", "dtype=float32", *(f"{key}={value}" for key, value in extra.items())]

@@ -1,6 +1,8 @@
-"""Distances between sets of images against what is known: python -m benchmarks.known_distances --train FILE --test FILE
+"""Distances between sets of images against what is known: python -m benchmarks.known_distances --train FILE
+--test FILE
 
-Images of the test split lie as near to the training split as parts of it do to each other, and noise moves them away, more noise further.
+Images of the test split lie as near to the training split as parts of it do to each other, and noise moves
+them away, more noise further.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Locust against `rdlm serve`: streamed completions at mixed K, with the times that matter as figures of their own.
+"""Locust against `rdlm serve`: streamed completions at mixed K, with the times that matter as figures of
+their own.
 
-locust -f benchmarks/locustfile.py --headless --host http://127.0.0.1:8000 --users 16 --spawn-rate 4 --run-time 60s
+locust -f benchmarks/locustfile.py --headless --host http://127.0.0.1:8000 --users 16 --spawn-rate 4
+--run-time 60s
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ NUM_TOKENS = 24
 
 
 class Reader(HttpUser):
-    """Asks, reads the stream to its end, thinks a moment, asks again; a full queue (429) is an answer and no failure."""
+    """Asks, reads the stream to its end, thinks a moment, asks again; a full queue (429) is an answer and no
+    failure."""
 
     wait_time = between(0.1, 0.5)
 

@@ -1,10 +1,12 @@
-"""Masked diffusion against next-token prediction at equal CPU time: the bound, whole and in blocks, beside the likelihood, and samples.
+"""Masked diffusion against next-token prediction at equal CPU time: the bound, whole and in blocks, beside
+the likelihood, and samples.
 
     rdlm data prepare embedded --vocab-size 257 --out data/demo-bytes      # one token a byte; any other data will do
     python -m benchmarks.masked --data data/demo-bytes --minutes 3 --out docs/results/raw/masked_bytes.json
 
-Every arm gets as many updates as fit into ``--minutes`` of one core at what an update costs, measured interleaved in one process
-(benchmarks/train_step.py). Blocks train jointly; an update is one of one block. Interrupted runs go on when started again.
+Every arm gets as many updates as fit into ``--minutes`` of one core at what an update costs, measured
+interleaved in one process (benchmarks/train_step.py). Blocks train jointly; an update is one of one block.
+Interrupted runs go on when started again.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def shape_of(objective: str, vocab_size: int) -> dict[str, Any]:
 
 
 def seconds_per_update(file: Path, rounds: int, vocab_size: int) -> dict[str, float]:
-    """Median CPU seconds of an update, of block 0 where there are blocks; kept in ``file`` for all later calls."""
+    """Median CPU seconds of an update, of block 0 where there are blocks; kept in ``file`` for all later
+    calls."""
     if not file.exists():
         torch.set_num_threads(1)
         timed = {

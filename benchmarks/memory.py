@@ -1,11 +1,13 @@
-"""Peak memory of one update of a 12-layer autoregressive model: end to end against blocks, plain against recomputed activations.
+"""Peak memory of one update of a 12-layer autoregressive model: end to end against blocks, plain against
+recomputed activations.
 
     OMP_NUM_THREADS=1 python -m benchmarks.memory --out docs/results/raw/memory.json
 
-Each arm is a process of its own, forked from one that has only imported, and trains through train/trainer.py. It counts from the
-resident set (CUDA: allocated bytes) after the same arm has run once and was freed, the "fixed" cost. Weights, gradients and moments are
-counted from the engine's live tensors, the rest of the peak is activations and temporaries. Times are CPU seconds of the process in
-interleaved rounds (GPU: wall), so other load on the machine disturbs them little.
+Each arm is a process of its own, forked from one that has only imported, and trains through train/trainer.py.
+It counts from the resident set (CUDA: allocated bytes) after the same arm has run once and was freed, the
+"fixed" cost. Weights, gradients and moments are counted from the engine's live tensors, the rest of the peak
+is activations and temporaries. Times are CPU seconds of the process in interleaved rounds (GPU: wall), so
+other load on the machine disturbs them little.
 """
 
 from __future__ import annotations
@@ -154,9 +156,12 @@ def start(folder: str) -> torch.device:
 def measure(arm: Arm, shape: dict[str, int], micro_size: int, seq_len: int, folder: str) -> dict[str, Any]:
     """Bytes of one update of every block there is, in the steady state: the second, so that moments exist."""
     device = start(folder)
-    # The same once before, and freed: what libraries compile for the shapes is the process'. oneDNN's bf16 kernels take 20 MiB at
-    # every size of the model tried, so they must not count as what weights or an optimizer hold. The ZeRO stage is warmed up by a
-    # small model: what it imports is the process' too, but DeepSpeed does not free its engines, or frees them while others are measured.
+    # The same once before, and freed: what libraries compile for the shapes is the process'. oneDNN's bf16
+    # kernels take 20 MiB at
+    # every size of the model tried, so they must not count as what weights or an optimizer hold. The ZeRO
+    # stage is warmed up by a
+    # small model: what it imports is the process' too, but DeepSpeed does not free its engines, or frees them
+    # while others are measured.
     for name, before, of in (("kernels", replace(arm, zero_stage=0), shape), ("zero", arm, SMALL)):
         warm = Run(before.config(f"{folder}/{name}", of, micro_size, seq_len), device)
         warm.update()
@@ -184,7 +189,8 @@ def measure(arm: Arm, shape: dict[str, int], micro_size: int, seq_len: int, fold
 def times(
     arms: list[Arm], shape: dict[str, int], micro_size: int, seq_len: int, rounds: int, folder: str
 ) -> list[float]:
-    """Median seconds of an update of each arm: of CPU time, on a GPU of wall time. They take turns in one process."""
+    """Median seconds of an update of each arm: of CPU time, on a GPU of wall time. They take turns in one
+    process."""
     device = start(folder)
     runs = [
         Run(arm.config(f"{folder}/{i}", shape, micro_size, seq_len), device) for i, arm in enumerate(arms)
@@ -203,7 +209,8 @@ def times(
 
 
 def limited(arm: Arm, shape: dict[str, int], micro_size: int, seq_len: int, limit: int, folder: str) -> int:
-    """Two updates where the process may add ``limit`` bytes of data to what it has (RLIMIT_DATA); returns how many it made."""
+    """Two updates where the process may add ``limit`` bytes of data to what it has (RLIMIT_DATA); returns how
+    many it made."""
     device = start(folder)
     bound = status("VmData") + limit
     resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))

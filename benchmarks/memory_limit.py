@@ -1,10 +1,12 @@
-"""A memory limit in which one block trains and the whole network is killed, by the ordinary command in a memory cgroup.
+"""A memory limit in which one block trains and the whole network is killed, by the ordinary command in a
+memory cgroup.
 
     python -m benchmarks.memory_limit --out docs/results/raw/memory_limit.json
 
-Each arm is `rdlm train` with its launcher and one worker, all of them in a control group that may hold ``--limit-mib`` of memory
-(Linux, root; v1 or v2): beyond it the kernel kills, as it does in a container. What is counted is everything: libraries, launcher,
-weights, and file pages that cannot be given back. Swap must be off.
+Each arm is `rdlm train` with its launcher and one worker, all of them in a control group that may hold
+``--limit-mib`` of memory (Linux, root; v1 or v2): beyond it the kernel kills, as it does in a container. What
+is counted is everything: libraries, launcher, weights, and file pages that cannot be given back. Swap must be
+off.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ HIERARCHIES = (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgr
 
 
 class MemoryGroup:
-    """A control group of its own with a limit in bytes; processes enter by ``enter``. Raises UserError where none can be made."""
+    """A control group of its own with a limit in bytes; processes enter by ``enter``. Raises UserError where
+    none can be made."""
 
     def __init__(self, limit: int) -> None:
         for root, file in HIERARCHIES:

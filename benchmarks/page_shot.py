@@ -1,4 +1,5 @@
-"""A picture of the page at / of a running server: one prompt at several K with exits, in the dark or in the light.
+"""A picture of the page at / of a running server: one prompt at several K with exits, in the dark or in the
+light.
 
     python -m benchmarks.page_shot --url http://127.0.0.1:8000 --out docs/images/page.png
 

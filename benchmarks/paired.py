@@ -1,7 +1,8 @@
-"""Paired differences between the arms of language.json: python -m benchmarks.paired docs/results/raw/language.json --steps 4
+"""Paired differences between the arms of language.json: python -m benchmarks.paired
+docs/results/raw/language.json --steps 4
 
-Both arms scored the same windows, so their difference per window is resampled: much narrower than the two intervals suggest. It covers
-the choice of held-out text, not of seeds.
+Both arms scored the same windows, so their difference per window is resampled: much narrower than the two
+intervals suggest. It covers the choice of held-out text, not of seeds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Quality of text at equal compute: likelihood, generative perplexity at equal diversity, MAUVE and BLiMP of several runs, against K.
+"""Quality of text at equal compute: likelihood, generative perplexity at equal diversity, MAUVE and BLiMP of
+several runs, against K.
 
     python -m benchmarks.quality runs/language/next_token-lr0.002-seed1 ... --data data/books-4096 --blimp FOLDER
 
-Every figure comes out of a command of ``rdlm eval``; this script chooses K and sizes, runs the commands one per core and puts their
-files into one ``rdlm eval report``. A part whose file exists is not run again, and a part that was interrupted goes on from its cache.
+Every figure comes out of a command of ``rdlm eval``; this script chooses K and sizes, runs the commands one
+per core and puts their files into one ``rdlm eval report``. A part whose file exists is not run again, and a
+part that was interrupted goes on from its cache.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ LM_EVAL_KEYS = (
     "lm_eval_version",
     "transformers_version",
 )
-"""What is kept of lm-eval's results: the rest repeats every task's definition and names folders of the machine."""
+"""What is kept of lm-eval's results: the rest repeats every task's definition and names folders of the
+machine."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ class Sizes:
 
 
 def arm_of(folder: Path, ks: list[int]) -> Arm:
-    """folder: of a training run, or of a checkpoint. An objective that never runs its core twice is judged at K = 1 alone: its other K are
-    no part of what was trained. A sampling one has a likelihood at K = 1 only (rdlm/scoring.py), and texts at every K."""
+    """folder: of a training run, or of a checkpoint. An objective that never runs its core twice is judged at
+    K = 1 alone: its other K are no part of what was trained. A sampling one has a likelihood at K = 1 only
+    (rdlm/scoring.py), and texts at every K."""
     model = folder / "run" / "model" if (folder / "run" / "model").is_dir() else folder
     objective = load_config(model).objective
     if objective.k_meaning == "sampling":
@@ -107,7 +111,8 @@ class Parts:
                    "--max-tokens", str(self.sizes.nll_tokens), "--per-window", "--out", str(files[0]))  # fmt: skip
 
     def _texts(self, arm: Arm) -> list[str]:
-        """Options of both judges of texts. In bf16 the teacher's perplexities are within 0.5 % of those in fp32."""
+        """Options of both judges of texts. In bf16 the teacher's perplexities are within 0.5 % of those in
+        fp32."""
         return ["--checkpoint", str(arm.model), "--data", str(self.data), "--num-steps", _listed(arm.written),
                 "--batch-size", "64", "--teacher-dtype", "bfloat16", "--cache", str(self.root / "cache")]  # fmt: skip
 

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.resident --out docs/results/raw/resident.json
 
-Training: the model of benchmarks/memory.py and its way of counting, over one update of every block. Time is that of moving blocks as
-a share of all of it, in CPU seconds of the process (copying through the page cache; other load disturbs it little) and by the
-clock (a disk that must be waited for is in it, and so is other load). Answering: peak resident set of `rdlm generate`, less
-that of the same command with a tiny checkpoint.
+Training: the model of benchmarks/memory.py and its way of counting, over one update of every block. Time is
+that of moving blocks as a share of all of it, in CPU seconds of the process (copying through the page cache;
+other load disturbs it little) and by the clock (a disk that must be waited for is in it, and so is other
+load). Answering: peak resident set of `rdlm generate`, less that of the same command with a tiny checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ ANSWERING_BLOCKS = 4
 
 
 def moving(arm: Arm, visits: int, folder: str) -> dict[str, Any]:
-    """Seconds of ``visits`` visits and of what moving blocks takes of them, after every block has been visited."""
+    """Seconds of ``visits`` visits and of what moving blocks takes of them, after every block has been
+    visited."""
     run = Run(arm.config(folder, SHAPE, MICRO_SIZE, SEQ_LEN), start(folder))
     trainer = run.trainer
     laps = arm.num_blocks * arm.visit_steps
@@ -85,7 +86,8 @@ ended = run(app, sys.argv[1:], "rdlm")
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM:")).split()[1])
 sys.exit(ended)
 """
-"""`rdlm generate` that says its peak (KiB) at the end. What the kernel tells a parent (ru_maxrss) starts at the parent's own size."""
+"""`rdlm generate` that says its peak (KiB) at the end. What the kernel tells a parent (ru_maxrss) starts at
+the parent's own size."""
 
 
 def answering(checkpoint: Path, num_steps: int, resident: int | None) -> int:
@@ -109,7 +111,8 @@ def answering(checkpoint: Path, num_steps: int, resident: int | None) -> int:
 
 
 def main(out: Annotated[Path, typer.Option(help="JSON to write.")]) -> None:
-    """Memory of blocks trained alone, jointly and one by one, the time of moving them, and memory of answering."""
+    """Memory of blocks trained alone, jointly and one by one, the time of moving them, and memory of
+    answering."""
     with tempfile.TemporaryDirectory() as folder:
         tiny = network(
             Path(folder) / "tiny", {"d_model": 32, "num_heads": 2, "mlp_width": 64, "num_layers": 12}

@@ -2,11 +2,11 @@
 
     python -m benchmarks.serve --out docs/results/raw/serve.json
 
-Starts its own server unless --url names one; without --checkpoint it serves a random 8-layer model of width 512. Closed loop: N
-clients that send as soon as they have their answer. Open loop: arrivals that wait for nobody, at --rate requests a second or at
---load times the best rate of the closed loops. TTFT counts from the moment a request was due, ITL is the time from one token of a
-request to its next; goodput counts the requests that meet both bounds. Client and server share the machine, so the client's own
-work is part of the figures.
+Starts its own server unless --url names one; without --checkpoint it serves a random 8-layer model of width
+512. Closed loop: N clients that send as soon as they have their answer. Open loop: arrivals that wait for
+nobody, at --rate requests a second or at --load times the best rate of the closed loops. TTFT counts from the
+moment a request was due, ITL is the time from one token of a request to its next; goodput counts the requests
+that meet both bounds. Client and server share the machine, so the client's own work is part of the figures.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ Send = Callable[[float], Awaitable[Sample]]
 def figures(
     samples: list[Sample], seconds: float, since: float, ttft_bound: float, itl_bound: float
 ) -> dict[str, Any]:
-    """What the clients saw. Rates count what arrived within ``seconds`` after ``since``; latencies count every complete answer."""
+    """What the clients saw. Rates count what arrived within ``seconds`` after ``since``; latencies count
+    every complete answer."""
     done = [sample for sample in samples if sample.done]
     good = [
         s for s in done if s.ttft <= ttft_bound and (not s.gaps or sum(s.gaps) / len(s.gaps) <= itl_bound)
@@ -180,7 +181,8 @@ def card(url: str, key: str | None) -> tuple[dict[str, Any], int]:
 
 @contextmanager
 def reach(url: str | None, checkpoint: Path | None, options: str) -> Iterator[Server]:
-    """The server at ``url``, or one started for ``checkpoint``, or for the random model of benchmarks/engine.py."""
+    """The server at ``url``, or one started for ``checkpoint``, or for the random model of
+    benchmarks/engine.py."""
     if url is not None:
         if checkpoint is not None or options:
             raise UserError(

@@ -1,12 +1,14 @@
-"""Hours of unfriendly traffic in minutes: `rdlm serve` at twice its capacity, with clients that leave, dawdle and talk nonsense.
+"""Hours of unfriendly traffic in minutes: `rdlm serve` at twice its capacity, with clients that leave, dawdle
+and talk nonsense.
 
     python -m benchmarks.soak --minutes 30 --out docs/results/raw/soak.json
 
-Measures the capacity with well-behaved clients first, then sends Poisson arrivals at --overload times that. Checked: every status
-is the promised one, every accepted answer that its client waits for comes to its end with all its tokens, memory stays flat, p99
-TTFT of admitted requests stays below --ttft-factor x (queue + slots) / capacity (the time a full house takes, and as much again
-for refusing the rest), no slot stays taken,
-the log has no defect, SIGTERM ends the server with status 0. Exit status 1 when a check fails; the JSON is written either way.
+Measures the capacity with well-behaved clients first, then sends Poisson arrivals at --overload times that.
+Checked: every status is the promised one, every accepted answer that its client waits for comes to its end
+with all its tokens, memory stays flat, p99 TTFT of admitted requests stays below --ttft-factor x (queue +
+slots) / capacity (the time a full house takes, and as much again for refusing the rest), no slot stays taken,
+the log has no defect, SIGTERM ends the server with status 0. Exit status 1 when a check fails; the JSON is
+written either way.
 """
 
 from __future__ import annotations
@@ -154,7 +156,8 @@ async def half_body(url: str, due: float, rng: random.Random) -> Sample:
 
 
 async def read_slowly(url: str, body: dict[str, Any], due: float) -> Sample:
-    """A stream fat with log-probabilities read through a tiny window at some 100 kB/s: the server's buffers fill."""
+    """A stream fat with log-probabilities read through a tiny window at some 100 kB/s: the server's buffers
+    fill."""
     sample, where = Sample("slow-reader", body["num_steps"], due, asked=body["max_tokens"]), urlsplit(url)
     pipe = socket.socket()
     pipe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

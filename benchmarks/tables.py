@@ -1,4 +1,5 @@
-"""Markdown tables of docs/results from the raw JSON: python -m benchmarks.tables language|depth|cost|cache|quality|blockwise|memory FILE"""
+"""Markdown tables of docs/results from the raw JSON: python -m benchmarks.tables
+language|depth|cost|cache|quality|blockwise|memory FILE"""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def cache(raw: dict[str, Any]) -> str:
 
 
 def quality(raw: dict[str, Any]) -> str:
-    """report.json of benchmarks.quality: everything against K in one table, then the differences its report found."""
+    """report.json of benchmarks.quality: everything against K in one table, then the differences its report
+    found."""
     cells: dict[tuple[str, int], dict[str, str]] = {}
     for run in raw["runs"]:
         report, kind = run["report"], run["kind"]
@@ -132,7 +134,8 @@ def quality(raw: dict[str, Any]) -> str:
 
 
 def blockwise(raw: dict[str, Any]) -> str:
-    """Rows of benchmarks.blockwise, by objective and number of blocks; "of minutes" is CPU time over that of next-token training."""
+    """Rows of benchmarks.blockwise, by objective and number of blocks; "of minutes" is CPU time over that of
+    next-token training."""
     budget = next(
         (run["cpu_seconds"] for run in raw["runs"] if run["arm"] == "next_token"), 60 * raw["minutes"]
     )
@@ -157,7 +160,8 @@ def blockwise(raw: dict[str, Any]) -> str:
 
 
 def memory(raw: dict[str, Any]) -> str:
-    """benchmarks.memory in MiB: arms at ZeRO 0 in fp32 with the layers' share, arms at other stages, and appendix G."""
+    """benchmarks.memory in MiB: arms at ZeRO 0 in fp32 with the layers' share, arms at other stages, and
+    appendix G."""
 
     def mib(row: dict[str, Any], *keys: str) -> list[str]:
         return [f"{row[key] / 2**20:.0f}" for key in keys]
@@ -217,7 +221,8 @@ def memory(raw: dict[str, Any]) -> str:
 
 
 def _quality_cells(kind: str, report: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """(K, figure) of one file; of generated texts what stands at temperature 1 and top-p 1, or at the diversity of human text."""
+    """(K, figure) of one file; of generated texts what stands at temperature 1 and top-p 1, or at the
+    diversity of human text."""
     if kind == "lm-eval":
         group = report["groups"]["blimp_local"]
         value, error = group["acc,none"], 1.96 * group["acc_stderr,none"]

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=2 python benchmarks/train_step.py --out docs/results/raw/train_step.json
 
-Arms are interleaved in one process (a slow minute of the machine hits all alike), each timed over several rounds after a warm-up;
-the median counts. Random recurrence is replaced by its mean, so that a handful of updates estimates the cost. FLOPs are counted by
-torch, the matmul peak is measured in the same process. Peak memory comes from one fresh process per arm (CPU) or the CUDA allocator.
+Arms are interleaved in one process (a slow minute of the machine hits all alike), each timed over several
+rounds after a warm-up; the median counts. Random recurrence is replaced by its mean, so that a handful of
+updates estimates the cost. FLOPs are counted by torch, the matmul peak is measured in the same process. Peak
+memory comes from one fresh process per arm (CPU) or the CUDA allocator.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Arm:
         dtype: torch.dtype = torch.bfloat16,
         blocks: dict[str, Any] | None = None,
     ) -> None:
-        """settings: an objective; shape: a model, of family huginn unless it says so; blocks: how it is cut, then block 0 is timed."""
+        """settings: an objective; shape: a model, of family huginn unless it says so; blocks: how it is cut,
+        then block 0 is timed."""
         noisy = parse(ObjectiveConfig, settings, "arm").noise_conditioned
         model = {"family": "huginn", **shape, "max_seq_len": seq_len, "noise_conditioning": noisy}
         cut = {} if blocks is None else {"blocks": blocks, "block": 0}
@@ -123,7 +125,8 @@ def matmul_peak(device: str, seconds: float = 1.0) -> float:
 
 
 def peak_resident() -> int:
-    """Peak resident bytes of this program. Not ru_maxrss, which a child inherits from the process that started it."""
+    """Peak resident bytes of this program. Not ru_maxrss, which a child inherits from the process that
+    started it."""
     line = next(
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")
     )

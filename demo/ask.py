@@ -22,7 +22,8 @@ STEPS = (1, 4, 16)
 
 
 def wait_until_ready(server: Popen[bytes], port_file: Path, log: Path, seconds: float = 120) -> str:
-    """The base address of the server, once ``/ready`` answers; raises StepFailed if it ends or takes too long."""
+    """The base address of the server, once ``/ready`` answers; raises StepFailed if it ends or takes too
+    long."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if server.poll() is not None:

@@ -18,7 +18,8 @@ from typing import Self
 import psutil
 
 GRACE_SECONDS = 60.0
-"""Time for a stopped process to save its work (training writes a checkpoint on SIGTERM) before it is killed."""
+"""Time for a stopped process to save its work (training writes a checkpoint on SIGTERM) before it is killed.
+"""
 
 
 class StepFailed(Exception):
@@ -49,7 +50,8 @@ class Processes:
             _stop(process)
 
     def run(self, name: str, args: list[str], env: dict[str, str] | None = None) -> None:
-        """Run ``rdlm ARGS`` to its end with its output on the terminal and in ``logs/NAME.log``; raises StepFailed."""
+        """Run ``rdlm ARGS`` to its end with its output on the terminal and in ``logs/NAME.log``; raises
+        StepFailed."""
         log = self._logs / f"{name}.log"
         # A terminal of its own keeps the child's progress bars alive while their output is copied.
         reader, writer = pty.openpty() if sys.stdout.isatty() else os.pipe()
@@ -69,7 +71,8 @@ class Processes:
     def start(
         self, name: str, args: list[str], env: dict[str, str] | None = None
     ) -> tuple[subprocess.Popen[bytes], Path]:
-        """Start ``rdlm ARGS`` in the background with its output in ``logs/NAME.log``; returns the process and the log."""
+        """Start ``rdlm ARGS`` in the background with its output in ``logs/NAME.log``; returns the process and
+        the log."""
         log = self._logs / f"{name}.log"
         with log.open("wb") as out:
             return self._start(args, out.fileno(), env), log
@@ -106,7 +109,8 @@ def _read(reader: int) -> bytes:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all its descendants: politely, then after GRACE_SECONDS (or a second Ctrl-C) by force."""
+    """End a process and all its descendants: politely, then after GRACE_SECONDS (or a second Ctrl-C) by
+    force."""
     family = _descendants(process.pid)
     try:
         if process.poll() is None:

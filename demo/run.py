@@ -1,4 +1,5 @@
-"""``make demo``: corpus, training, evaluation, server and questions in a row. A second run reuses what the first one finished."""
+"""``make demo``: corpus, training, evaluation, server and questions in a row. A second run reuses what the
+first one finished."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""rdlm: recurrent-depth language models, trained in single passes and served with the number of core steps chosen per request."""
+"""rdlm: recurrent-depth language models, trained in single passes and served with the number of core steps
+chosen per request."""
 
 from __future__ import annotations
 

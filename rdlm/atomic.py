@@ -11,7 +11,8 @@ from pathlib import Path
 
 @contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """A new folder to fill. It takes the place of ``folder`` once it is complete and on disk, and vanishes if filling it fails."""
+    """A new folder to fill. It takes the place of ``folder`` once it is complete and on disk, and vanishes if
+    filling it fails."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".tmp-{folder.name}")

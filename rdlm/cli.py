@@ -1,4 +1,5 @@
-"""The ``rdlm`` command: the one composition root. Commands are named by string and imported only when they run."""
+"""The ``rdlm`` command: the one composition root. Commands are named by string and imported only when they
+run."""
 
 from __future__ import annotations
 
@@ -89,13 +90,16 @@ def root(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Train recurrent-depth language models and serve them, with the number of core steps K chosen per request."""
+    """Train recurrent-depth language models and serve them, with the number of core steps K chosen per
+    request."""
 
 
 def run(program: typer.Typer, args: Sequence[str], prog_name: str) -> int:
-    """Run a typer app; returns the exit status: the user's mistake is one line on stderr and 2, Ctrl-C is 130.
+    """Run a typer app; returns the exit status: the user's mistake is one line on stderr and 2, Ctrl-C is
+    130.
 
-    Any other exception is a defect of ours and keeps its traceback. A command that returns an int sets the status with it.
+    Any other exception is a defect of ours and keeps its traceback. A command that returns an int sets the
+    status with it.
     """
     try:
         result = typer.main.get_command(program).main(

@@ -8,7 +8,8 @@ from rdlm.errors import UserError, reason
 
 
 def usable_device(name: str, field: str = "device") -> torch.device:
-    """The device of that name; ``auto`` is the GPU where torch sees one, else the CPU. Raises UserError if it cannot be used."""
+    """The device of that name; ``auto`` is the GPU where torch sees one, else the CPU. Raises UserError if it
+    cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -21,7 +22,8 @@ def usable_device(name: str, field: str = "device") -> torch.device:
 
 
 def usable_dtype(name: str, device: torch.device, field: str = "dtype") -> torch.dtype:
-    """float32 or bfloat16; ``auto`` is bfloat16 on a GPU that computes in it, else float32. Raises UserError for other names."""
+    """float32 or bfloat16; ``auto`` is bfloat16 on a GPU that computes in it, else float32. Raises UserError
+    for other names."""
     if name == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if fast else torch.float32

@@ -20,5 +20,6 @@ class UserError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """What a library's exception says, as one line for a ``UserError``: its first line, or its class where it says nothing."""
+    """What a library's exception says, as one line for a ``UserError``: its first line, or its class where it
+    says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

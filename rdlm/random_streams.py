@@ -7,6 +7,7 @@ import torch
 
 
 def generator(seed: int, *key: int) -> torch.Generator:
-    """A CPU generator that is a pure function of (seed, key): the same draw for the same step, rank or position, always."""
+    """A CPU generator that is a pure function of (seed, key): the same draw for the same step, rank or
+    position, always."""
     words = np.random.SeedSequence([seed & 0xFFFF_FFFF_FFFF_FFFF, *key]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))

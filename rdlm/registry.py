@@ -37,7 +37,8 @@ def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
         case VitConfig():
             return Vit(config, layers)
         case DitConfig():
-            # It shares with the others what trainers and checkpoints ask of a network; only the edm objective runs it.
+            # It shares with the others what trainers and checkpoints ask of a network; only the edm objective
+            # runs it.
             return cast(Backbone, Dit(config, layers))
         case HrmConfig():
             return Hrm(config)
@@ -48,10 +49,12 @@ def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
 
 
 def build(config: CheckpointConfig, seed: int | None = None, device: torch.device | str = "cpu") -> Objective:
-    """The network a checkpoint describes, under its objective, in fp32 on ``device``; initialised from ``seed`` where given.
+    """The network a checkpoint describes, under its objective, in fp32 on ``device``; initialised from
+    ``seed`` where given.
 
-    A Blockwise where it has several blocks, one of them where ``config.block`` names one: the others are never allocated, and
-    its weights are the same as when all are built. Raises UserError where objective, model and blocks contradict each other.
+    A Blockwise where it has several blocks, one of them where ``config.block`` names one: the others are
+    never allocated, and its weights are the same as when all are built. Raises UserError where objective,
+    model and blocks contradict each other.
     """
     _check_objective(config)
     _check_blocks(config)

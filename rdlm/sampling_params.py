@@ -115,7 +115,8 @@ def text_sampler(name: str, field: str = "sampler") -> str:
 
 
 def check_sampler(sampler: str, config: CheckpointConfig) -> None:
-    """Raises UserError where the checkpoint has no noise levels, or where its blocks share no space for an ODE to run in."""
+    """Raises UserError where the checkpoint has no noise levels, or where its blocks share no space for an
+    ODE to run in."""
     if SAMPLERS[text_sampler(sampler)].draws_tokens:
         return
     if config.objective.supports_exits:

@@ -1,4 +1,5 @@
-"""The server under Ray Serve: replicas of the same ASGI application on one or many machines. Needs the extra ``ray``.
+"""The server under Ray Serve: replicas of the same ASGI application on one or many machines. Needs the extra
+``ray``.
 
 serve run serve.ray_app:build checkpoint=/models/demo replicas=2
 """
@@ -35,7 +36,8 @@ class RaySettings(Strict):
 def build(args: dict[str, Any]) -> ray_serve.Application:
     """A Ray Serve application. Raises UserError for settings that cannot be used.
 
-    Each replica loads the checkpoint before Ray sends it anything, and bounds its own queue; Ray spreads requests by their number.
+    Each replica loads the checkpoint before Ray sends it anything, and bounds its own queue; Ray spreads
+    requests by their number.
     """
     settings: RaySettings = parse(RaySettings, args, "the arguments of serve.ray_app")
 

@@ -64,7 +64,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., CheckpointConfig]:
-    """``tiny_config(family="huginn", objective="single_pass", **model)`` -> a config: d_model 32, V 64, length 64."""
+    """``tiny_config(family="huginn", objective="single_pass", **model)`` -> a config: d_model 32, V 64,
+    length 64."""
 
     def make(family: str = "huginn", objective: object = "single_pass", **model: object) -> CheckpointConfig:
         settings = {"name": objective} if isinstance(objective, str) else objective
@@ -96,7 +97,8 @@ def _document(family: dict[str, object], objective: object, model: dict[str, obj
 
 @pytest.fixture(scope="session")
 def tiny(tiny_config: Callable[..., CheckpointConfig]) -> Callable[..., Objective]:
-    """``tiny(family="huginn", objective="single_pass", **model)`` -> a freshly initialised Objective, the same at every call."""
+    """``tiny(family="huginn", objective="single_pass", **model)`` -> a freshly initialised Objective, the
+    same at every call."""
 
     def make(family: str = "huginn", objective: object = "single_pass", **model: object) -> Objective:
         return build(tiny_config(family, objective, **model), seed=0)

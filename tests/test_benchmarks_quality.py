@@ -1,4 +1,5 @@
-"""benchmarks/quality.py: which K an arm is judged at, what is run again, what is kept of lm-eval's files, and the table of it all."""
+"""benchmarks/quality.py: which K an arm is judged at, what is run again, what is kept of lm-eval's files, and
+the table of it all."""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ def test_failure_names_command_status_and_log(repo: Path, tmp_path: Path) -> Non
 def test_leaving_the_block_ends_the_whole_family(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even a grandchild in a session of its own that ignores SIGTERM is gone, also when the block ends by an exception."""
+    """Even a grandchild in a session of its own that ignores SIGTERM is gone, also when the block ends by an
+    exception."""
     monkeypatch.setattr(module, "GRACE_SECONDS", 1.0)
     pid_file = tmp_path / "pid"
     with pytest.raises(KeyboardInterrupt), python(repo, tmp_path) as processes:

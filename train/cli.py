@@ -76,15 +76,16 @@ def train(
 ) -> int:
     """Train a model, or resume an interrupted run: the same command goes on from the last checkpoint.
 
-    A config has the sections model, objective, data, batch, optimizer and schedule, and some optional ones. Start from a file in configs/:
-    debug.yaml (a minute), demo.yaml (text, ten minutes on a CPU), ar_lm1b.yaml (the published autoregressive setting).
+    A config has the sections model, objective, data, batch, optimizer and schedule, and some optional ones.
+    Start from a file in configs/: debug.yaml (a minute), demo.yaml (text, ten minutes on a CPU), ar_lm1b.yaml
+    (the published autoregressive setting).
 
-    OUTPUT then holds metrics.jsonl and loss.png (what happened), checkpoints/ (to resume from), model/ (to serve, evaluate and
-    generate with) and logs/ (messages of libraries, one file per process).
+    OUTPUT then holds metrics.jsonl and loss.png (what happened), checkpoints/ (to resume from), model/ (to
+    serve, evaluate and generate with) and logs/ (messages of libraries, one file per process).
 
-    What to change first: output (a folder for each run), optimizer.lr, batch.global_size and batch.micro_size (memory), schedule.steps
-    (updates). `rdlm plan CONFIG --memory 24GiB` says what fits. Ctrl-C saves and stops; `rdlm export OUTPUT OUT` turns any
-    checkpoint into a model.
+    What to change first: output (a folder for each run), optimizer.lr, batch.global_size and batch.micro_size
+    (memory), schedule.steps (updates). `rdlm plan CONFIG --memory 24GiB` says what fits. Ctrl-C saves and
+    stops; `rdlm export OUTPUT OUT` turns any checkpoint into a model.
     """
     given = list(overrides or [])
     if allow_changes:
@@ -141,7 +142,8 @@ export_app = typer.Typer(add_completion=False, cls=ExportGroup, no_args_is_help=
 
 @export_app.callback()
 def exporting() -> None:
-    """Turn a training checkpoint into a model (`rdlm export RUN OUT`), or a model into a published layout (`rdlm export huginn MODEL OUT`)."""
+    """Turn a training checkpoint into a model (`rdlm export RUN OUT`), or a model into a published layout
+    (`rdlm export huginn MODEL OUT`)."""
 
 
 @export_app.command("run", epilog="Example: rdlm export runs/demo exported/demo --which best")
@@ -159,7 +161,8 @@ def export_run(
     ] = "last",
     force: Annotated[bool, typer.Option("--force", help="Replace what OUT holds.")] = False,
 ) -> None:
-    """Turn a checkpoint of a run, finished or not, into a model to serve, evaluate and generate with. Needs little memory."""
+    """Turn a checkpoint of a run, finished or not, into a model to serve, evaluate and generate with. Needs
+    little memory."""
     if which not in ("last", "best") and not which.isdecimal():
         raise UserError("--which", which, "is neither last, best nor a number", "write for instance 2000")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
@@ -185,7 +188,8 @@ def plan(
         bool, typer.Option(help="Predict for GPUs: AdamW works on all weights at once there.")
     ] = True,
 ) -> int:
-    """Predict memory per device by part; suggest blocks, micro-batch, recomputation, ZeRO stage and mode. Exit status 1: none fits."""
+    """Predict memory per device by part; suggest blocks, micro-batch, recomputation, ZeRO stage and mode.
+    Exit status 1: none fits."""
     budget = size(memory)
     from train.memory_plan import arms
     from train.pretrain import count_parameters

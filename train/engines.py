@@ -1,7 +1,8 @@
 """DeepSpeed engines: one for a whole network, one for each block of a network that is cut.
 
-One engine over all blocks would move idle ones: DeepSpeed fills missing gradients with zeros, on which AdamW still decays weights and
-lets momentum coast. An engine that is not called cannot; its step count, clipping and momentum are those of the block alone.
+One engine over all blocks would move idle ones: DeepSpeed fills missing gradients with zeros, on which AdamW
+still decays weights and lets momentum coast. An engine that is not called cannot; its step count, clipping
+and momentum are those of the block alone.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from train.optim import reset_state
 from train.settings import TrainConfig
 
 PERSISTENT_ELEMENTS = 10_000
-"""ZeRO 3 keeps parameters of at most this size (norms, biases) whole on every process: gathering them costs more than it saves."""
+"""ZeRO 3 keeps parameters of at most this size (norms, biases) whole on every process: gathering them costs
+more than it saves."""
 
 
 def start_engine(module: nn.Module, optimizer: Optimizer, config: TrainConfig, world: int) -> DeepSpeedEngine:
     """The engine of one module, before its first update. Collective."""
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config(config, world))[0]
-    # At ZeRO stage 0 in bf16 DeepSpeed makes an update with zero gradients to allocate the state: Adam's step count would stay
+    # At ZeRO stage 0 in bf16 DeepSpeed makes an update with zero gradients to allocate the state: Adam's step
+    # count would stay
     # one ahead, and its bias correction with it.
     reset_state(optimizer)
     if config.deepspeed.zero_stage in (
@@ -41,14 +44,16 @@ def start_engine(module: nn.Module, optimizer: Optimizer, config: TrainConfig, w
 
 
 def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
-    """The dictionary that ``deepspeed.initialize`` takes for ``world`` processes; every number comes from ``config``."""
+    """The dictionary that ``deepspeed.initialize`` takes for ``world`` processes; every number comes from
+    ``config``."""
     micro, accumulation = config.batch.accumulation(world)
     spec = config.deepspeed
     zero: dict[str, Any] = {
         "stage": spec.zero_stage,
         "reduce_bucket_size": spec.bucket_elements,
         "allgather_bucket_size": spec.bucket_elements,
-        # Stages 1 and 2: one stream, so that the order of additions, and every bit, stays the same between runs. Stage 3: without
+        # Stages 1 and 2: one stream, so that the order of additions, and every bit, stays the same between
+        # runs. Stage 3: without
         # it gathers and reductions would run on the stream of the computation, one after the other.
         "overlap_comm": spec.zero_stage == 3,
     }
@@ -75,8 +80,8 @@ def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
 
 
 class ResidentEngines(Sequence[DeepSpeedEngine]):
-    """The engines of all blocks, of which one at a time is on the device: ``engines[b]`` moves the previous block off it and block
-    b onto it. An engine is ready for use until another one is taken."""
+    """The engines of all blocks, of which one at a time is on the device: ``engines[b]`` moves the previous
+    block off it and block b onto it. An engine is ready for use until another one is taken."""
 
     def __init__(
         self,
@@ -84,7 +89,8 @@ class ResidentEngines(Sequence[DeepSpeedEngine]):
         store: Callable[[], Store],
         device: torch.device,
     ) -> None:
-        """starts: builds the engine of each block. store: makes the place for the bytes of one inactive block."""
+        """starts: builds the engine of each block. store: makes the place for the bytes of one inactive
+        block."""
         self.swap_seconds = 0.0
         """Time spent on moving blocks."""
         self.active = 0
@@ -122,7 +128,8 @@ class ResidentEngines(Sequence[DeepSpeedEngine]):
 
 
 def full_precision_weights(engine: DeepSpeedEngine, model: nn.Module) -> dict[str, Tensor] | None:
-    """fp32 copies of the model's parameters on the CPU of rank 0, tied ones once; None on the other ranks. Collective."""
+    """fp32 copies of the model's parameters on the CPU of rank 0, tied ones once; None on the other ranks.
+    Collective."""
     masters = _unpartitioned_masters(engine)
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -148,14 +155,16 @@ def _unpartitioned_masters(engine: DeepSpeedEngine) -> dict[int, Tensor]:
 
 
 def unreported_grad_norm(engine: DeepSpeedEngine) -> Tensor | None:
-    """Gradient norm before ``engine.step()`` where DeepSpeed reports none afterwards: stage 0 in fp32. None elsewhere."""
+    """Gradient norm before ``engine.step()`` where DeepSpeed reports none afterwards: stage 0 in fp32. None
+    elsewhere."""
     if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
         return None
     return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
 def step_without_gradients(engine: DeepSpeedEngine) -> None:
-    """``engine.step()`` at stage 0 in fp32 that changes nothing: torch's optimizers pass over parameters without a gradient.
+    """``engine.step()`` at stage 0 in fp32 that changes nothing: torch's optimizers pass over parameters
+    without a gradient.
 
     The gradients are dropped after DeepSpeed has clipped them, which needs some.
     """

@@ -1,4 +1,5 @@
-"""Held-out figures during training, through the code that evaluates checkpoints; the processes share the windows."""
+"""Held-out figures during training, through the code that evaluates checkpoints; the processes share the
+windows."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ def held_out(
 ) -> dict[str, float]:
     """Means over the first ``evaluation.max_tokens`` targets of the validation split. Collective.
 
-    Text: {"K=4": nats per token}; ``config.objective.estimator_at`` says which of the values is a normalised likelihood. Image
-    classifiers: {"K=1": nats per image, "accuracy at K=4": share}. A block alone and denoisers of images have neither:
-    {"denoising": loss} at their own noise levels, with the same noise at every call.
+    Text: {"K=4": nats per token}; ``config.objective.estimator_at`` says which of the values is a normalised
+    likelihood. Image classifiers: {"K=1": nats per image, "accuracy at K=4": share}. A block alone and
+    denoisers of images have neither: {"denoising": loss} at their own noise levels, with the same noise at
+    every call.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     batches = list(corpus.windows(config.evaluation.max_tokens, config.batch.micro_size or 8))

@@ -1,6 +1,8 @@
-"""The portable model ``model/``: written from a training checkpoint, read to start another run from, merged from single blocks.
+"""The portable model ``model/``: written from a training checkpoint, read to start another run from, merged
+from single blocks.
 
-A training checkpoint is all that is needed: the files of every process are mapped and weights pass through memory one at a time.
+A training checkpoint is all that is needed: the files of every process are mapped and weights pass through
+memory one at a time.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ from train.settings import ImagesConfig, TrainConfig
 
 
 def find_checkpoint(source: Path, which: str, warn: Callable[[str], None], field: str = "SOURCE") -> Path:
-    """The training checkpoint that a run folder, its ``checkpoints`` or a ``step_<n>`` folder stands for; UserError if there is none.
+    """The training checkpoint that a run folder, its ``checkpoints`` or a ``step_<n>`` folder stands for;
+    UserError if there is none.
 
     which: of a run, ``last``, ``best`` (needs checkpoint.keep_best) or the number of a step.
     """
@@ -79,9 +82,11 @@ def find_checkpoint(source: Path, which: str, warn: Callable[[str], None], field
 
 
 def export(checkpoint: Path, out: Path, tokenizer: Tokenizer | None = None) -> Path:
-    """Write the fp32 model of a training checkpoint to ``out``, replacing what is there once it is complete. Returns ``out``.
+    """Write the fp32 model of a training checkpoint to ``out``, replacing what is there once it is complete.
+    Returns ``out``.
 
-    tokenizer: by default the one that the checkpoint holds, or that of its data. UserError if a weight is not finite.
+    tokenizer: by default the one that the checkpoint holds, or that of its data. UserError if a weight is not
+    finite.
     """
     manifest = manifest_of(checkpoint)
     config: TrainConfig = parse(TrainConfig, manifest["config"], str(checkpoint / "manifest.json"))
@@ -153,10 +158,11 @@ def _tokenizer_of(checkpoint: Path, config: TrainConfig) -> Tokenizer | None:
 
 
 def initialize_from(denoiser: Objective, source: str, block: int | None) -> list[str]:
-    """Copy the weights of ``source`` (see ``weights_of``) into ``denoiser``; returns lines about the weights that it does not have.
+    """Copy the weights of ``source`` (see ``weights_of``) into ``denoiser``; returns lines about the weights
+    that it does not have.
 
-    block: the block that ``denoiser`` is, of a checkpoint of the whole network. Raises UserError where a shape differs or the
-    checkpoint has weights that the model lacks.
+    block: the block that ``denoiser`` is, of a checkpoint of the whole network. Raises UserError where a
+    shape differs or the checkpoint has weights that the model lacks.
     """
     mine = dict(denoiser.named_parameters())
     weights = _matching(mine, weights_of(Path(source)), source, block)
@@ -169,7 +175,8 @@ def initialize_from(denoiser: Objective, source: str, block: int | None) -> list
 
 
 def check_init_from(config: TrainConfig, source: str, tokenizer: Tokenizer | None) -> None:
-    """UserError where ``initialize_from`` would raise one, or where the data was made with another tokenizer; reads no weight.
+    """UserError where ``initialize_from`` would raise one, or where the data was made with another tokenizer;
+    reads no weight.
 
     tokenizer: that of the data.
     """
@@ -202,7 +209,8 @@ def _matching(
 
 
 def weights_of(source: Path, shapes_only: bool = False) -> dict[str, Tensor]:
-    """Weights by name of a portable model, of a training checkpoint, or of a run (its ``model``, else its newest checkpoint).
+    """Weights by name of a portable model, of a training checkpoint, or of a run (its ``model``, else its
+    newest checkpoint).
 
     shapes_only: meta tensors in their place.
     """
@@ -260,7 +268,8 @@ def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> st
 
 
 def merge(folders: Sequence[Path], out: Path) -> Path:
-    """Write the merged checkpoint to ``out`` and return it. folders: runs (with ``model/``) or model folders, in any order.
+    """Write the merged checkpoint to ``out`` and return it. folders: runs (with ``model/``) or model folders,
+    in any order.
 
     Raises UserError where they are not the blocks of one network, each exactly once.
     """

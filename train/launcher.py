@@ -1,7 +1,8 @@
 """``rdlm train``: checks a config once, starts ``deepspeed --module train.pretrain`` and waits for its end.
 
-With ``--parallel`` each block is a launch of its own, restarted from its last checkpoint where it dies, and merged at the end. The
-launches share nothing but the config: what runs is ``rdlm train CONFIG --block N``, as one would type it on as many machines.
+With ``--parallel`` each block is a launch of its own, restarted from its last checkpoint where it dies, and
+merged at the end. The launches share nothing but the config: what runs is ``rdlm train CONFIG --block N``, as
+one would type it on as many machines.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def launch(path: str, overrides: list[str], num_procs: int | None, devices: list[int] | None = None) -> int:
-    """Train in ``num_procs`` processes (None: one per GPU, or 2 on CPU); returns the exit status. Raises UserError before
-    anything is started. devices: the GPUs to use as this process numbers them, None for the first ``num_procs``.
+    """Train in ``num_procs`` processes (None: one per GPU, or 2 on CPU); returns the exit status. Raises
+    UserError before anything is started. devices: the GPUs to use as this process numbers them, None for the
+    first ``num_procs``.
 
-    A SIGTERM or SIGINT is passed on: training finishes its update, writes a checkpoint, and the status is 128 + signal.
+    A SIGTERM or SIGINT is passed on: training finishes its update, writes a checkpoint, and the status is 128
+    + signal.
     """
     die_with_launcher()  # this may be one of the launches of --parallel
     config = load(path, overrides)
@@ -80,7 +83,8 @@ def _listed(devices: list[int]) -> str:
 
 
 def _physical(devices: list[int]) -> str:
-    """The numbers that DeepSpeed's launcher needs: it ignores CUDA_VISIBLE_DEVICES where GPUs are chosen by name or by number."""
+    """The numbers that DeepSpeed's launcher needs: it ignores CUDA_VISIBLE_DEVICES where GPUs are chosen by
+    name or by number."""
     visible = [entry.strip() for entry in os.environ.get(VISIBLE, "").split(",") if entry.strip()]
     chosen = [visible[device] for device in devices] if visible else [str(device) for device in devices]
     unnumbered = [entry for entry in chosen if not entry.isdecimal()]
@@ -128,8 +132,8 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _run(command: list[str], environment: dict[str, str]) -> tuple[int, int | None]:
-    """(exit status, the signal that was passed on). A session of its own: Ctrl-C reaches this process alone, which passes it on
-    once; a second signal ends everything at once."""
+    """(exit status, the signal that was passed on). A session of its own: Ctrl-C reaches this process alone,
+    which passes it on once; a second signal ends everything at once."""
     signalled: set[int] = set()
     with _signals() as received:
         process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -141,8 +145,8 @@ def _run(command: list[str], environment: dict[str, str]) -> tuple[int, int | No
 
 
 def _signal_family(launcher: int, signalled: set[int], kill: bool) -> None:
-    """SIGTERM, once, to the training processes alone: DeepSpeed's launchers above them would kill instead of waiting for the
-    checkpoint. ``kill``: SIGKILL to all of them."""
+    """SIGTERM, once, to the training processes alone: DeepSpeed's launchers above them would kill instead of
+    waiting for the checkpoint. ``kill``: SIGKILL to all of them."""
     try:
         chief = psutil.Process(launcher)
         family = [*chief.children(recursive=True), chief]
@@ -181,7 +185,8 @@ def _conclude(config: TrainConfig, status: int, received: int | None) -> int:
 
 
 def _signal_of(status: int) -> int:
-    """The signal that ended a process, 0 for none. DeepSpeed's launcher exits with the negative status of its worker, modulo 256."""
+    """The signal that ended a process, 0 for none. DeepSpeed's launcher exits with the negative status of its
+    worker, modulo 256."""
     number = -status if status < 0 else 256 - status
     return number if 0 < number < signal.NSIG else 0
 
@@ -204,10 +209,12 @@ def _free_port() -> int:
 def launch_blocks(
     path: str, overrides: list[str], num_procs: int | None, at_once: int | None, retries: int
 ) -> int:
-    """Train all blocks, ``num_procs`` processes each, and merge them into ``output/model``; returns the exit status.
+    """Train all blocks, ``num_procs`` processes each, and merge them into ``output/model``; returns the exit
+    status.
 
-    None: the GPUs are shared out evenly, on a CPU one process each; as many launches at a time as fit. A launch that dies is started
-    again at most ``retries`` times. SIGTERM and SIGINT are passed on. Raises UserError before anything is started.
+    None: the GPUs are shared out evenly, on a CPU one process each; as many launches at a time as fit. A
+    launch that dies is started again at most ``retries`` times. SIGTERM and SIGINT are passed on. Raises
+    UserError before anything is started.
     """
     config = load(path, overrides)
     if config.blocks is None or config.blocks.num_blocks == 1 or config.block is not None:
@@ -282,7 +289,8 @@ class _Launches:
         self.running[lane] = (block, process)
 
     def _collect(self, waiting: list[int], status: int, stopping: bool) -> int:
-        """Deal with launches that have ended -> the status of the whole so far; a block that is given up ends the others."""
+        """Deal with launches that have ended -> the status of the whole so far; a block that is given up ends
+        the others."""
         for lane, (block, process) in list(self.running.items()):
             code = process.poll()
             if code is None:

@@ -1,7 +1,8 @@
 """How much memory a training config needs, by part, and which way of training fits: ``rdlm plan``.
 
-Weights, gradients and optimizer state are counted (bytes per parameter below); activations are those of the objective's own code on
-tensors without data (train/memory_trace.py). Nothing is fitted. Not included: the fixed cost of a process (libraries, CUDA context).
+Weights, gradients and optimizer state are counted (bytes per parameter below); activations are those of the
+objective's own code on tensors without data (train/memory_trace.py). Nothing is fitted. Not included: the
+fixed cost of a process (libraries, CUDA context).
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ MASTER = 4
 SUM = 4
 """Bytes of a gradient summed up in fp32."""
 TEMPORARIES = 8
-"""Bytes per element of AdamW's two fp32 temporaries: of one weight at ZeRO 0 on a CPU, else of all that it works on at once."""
+"""Bytes per element of AdamW's two fp32 temporaries: of one weight at ZeRO 0 on a CPU, else of all that it
+works on at once."""
 SENT_ELEMENTS = 500_000_000
 """DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE: gradients sent in one message at ZeRO 0."""
 
 VISIT_STEPS = 100
 """Updates of a visit that a plan proposes for resident blocks: moving them then takes little of the time."""
 Mode = Literal["one run", "parallel", "resident"]
-"""Blocks are trained at the same time on devices of their own, or one after the other, the others resting in host memory."""
+"""Blocks are trained at the same time on devices of their own, or one after the other, the others resting in
+host memory."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Elements of one block (of the network where it is whole): of all its parameters, of the largest one, of the optimizer's larger
-    group; bytes of the frozen rows that are noised."""
+    """Elements of one block (of the network where it is whole): of all its parameters, of the largest one, of
+    the optimizer's larger group; bytes of the frozen rows that are noised."""
 
     parameters: int
     largest: int
@@ -82,10 +85,12 @@ def _traced(text: str, micro_size: int, on_gpu: bool) -> tuple[_Sizes, Traced]:
 
 
 def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
-    """Memory of each of ``world`` processes. Of blocks it is one that counts: they are trained one by one, or apart.
+    """Memory of each of ``world`` processes. Of blocks it is one that counts: they are trained one by one, or
+    apart.
 
-    The peak is that of the forward pass, of the backward pass or of AdamW's step, whichever is highest, above what is kept between
-    updates. What DeepSpeed 0.19.8 holds and copies in each was found by listing its live tensors (tests/train/test_plan.py repeats it).
+    The peak is that of the forward pass, of the backward pass or of AdamW's step, whichever is highest, above
+    what is kept between updates. What DeepSpeed 0.19.8 holds and copies in each was found by listing its live
+    tensors (tests/train/test_plan.py repeats it).
     """
     micro, accumulation = config.batch.accumulation(world)
     sizes, traced = _traced(_essence(config), micro, on_gpu)
@@ -100,7 +105,8 @@ def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
     bucket = (
         width * (spec.bucket_elements if on_gpu else min(spec.bucket_elements, count)) if stage >= 2 else 0
     )
-    # On a GPU also at stage 1 in fp32: on a CPU nothing is written to it there before the backward pass is over, and in bf16 it has none.
+    # On a GPU also at stage 1 in fp32: on a CPU nothing is written to it there before the backward pass is
+    # over, and in bf16 it has none.
     if stage == 1 and width == 4 and on_gpu:
         bucket = width * spec.bucket_elements
     beside = bucket if stage in (1, 2) else 0  # ZeRO 3 keeps its bucket
@@ -173,8 +179,8 @@ class Arm:
 
 
 def arms(config: TrainConfig, devices: int, on_gpu: bool) -> Iterator[Arm]:
-    """Every way, the least harmful first: fewer blocks (they cost quality), then no recomputation (a third of the time), then a lower
-    ZeRO stage (less communication), then larger micro-batches."""
+    """Every way, the least harmful first: fewer blocks (they cost quality), then no recomputation (a third of
+    the time), then a lower ZeRO stage (less communication), then larger micro-batches."""
     for num_blocks in block_counts(config):
         apart = num_blocks > 1 and devices >= num_blocks
         world = devices // num_blocks if apart else devices

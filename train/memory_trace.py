@@ -1,7 +1,8 @@
-"""What one forward and backward pass would allocate, found without computing it: the objective's own code on tensors without data.
+"""What one forward and backward pass would allocate, found without computing it: the objective's own code on
+tensors without data.
 
-Every tensor that an operator returns is counted from its creation until nothing refers to it any more; memory that kernels use
-inside (matmul packing, attention workspaces) and what an allocator wastes are not seen.
+Every tensor that an operator returns is counted from its creation until nothing refers to it any more; memory
+that kernels use inside (matmul packing, attention workspaces) and what an allocator wastes are not seen.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from rdlm.objectives import Objective
 class Traced:
     """Bytes that one pass adds to the weights.
 
-    forward: live when the loss is known, the activations that the backward pass needs. forward_peak, backward_peak: the most at any
-    time of each pass, gradients included as they come. gradients: what the passes leave behind.
+    forward: live when the loss is known, the activations that the backward pass needs. forward_peak,
+    backward_peak: the most at any time of each pass, gradients included as they come. gradients: what the
+    passes leave behind.
     """
 
     forward: int
@@ -70,7 +72,8 @@ class _LiveBytes(TorchDispatchMode):
 
 
 class _ReadOut(torch.autograd.Function):
-    """Allocates what rdlm.nn.cross_entropy does for one chunk of rows: its loop depends on data, which there is none of here."""
+    """Allocates what rdlm.nn.cross_entropy does for one chunk of rows: its loop depends on data, which there
+    is none of here."""
 
     @staticmethod
     def forward(
@@ -104,7 +107,8 @@ def trace(
     core_steps: int,
     on_gpu: bool = False,
 ) -> Traced:
-    """One micro-batch (of text, [micro_size, seq_len]) through ``denoiser``, built on the meta device and used up; weights in ``dtype``."""
+    """One micro-batch (of text, [micro_size, seq_len]) through ``denoiser``, built on the meta device and
+    used up; weights in ``dtype``."""
     rotary_table.cache_clear()  # it must neither serve nor keep tensors without data
     try:
         with FakeTensorMode():

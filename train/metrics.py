@@ -1,4 +1,5 @@
-"""What a run reports: ``metrics.jsonl``, TensorBoard, a progress bar, and ``loss.png`` at the end. Rank 0 only."""
+"""What a run reports: ``metrics.jsonl``, TensorBoard, a progress bar, and ``loss.png`` at the end. Rank 0
+only."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ PEAK_FLOPS = {
 class FlopCounter(TorchDispatchMode):
     """Counts the floating-point operations of matrix products and attention of the passes that run under it.
 
-    Their number varies with the core steps of a batch, so the first ``SAMPLES`` batches of a run are counted and averaged.
+    Their number varies with the core steps of a batch, so the first ``SAMPLES`` batches of a run are counted
+    and averaged.
     """
 
     SAMPLES = 8
@@ -102,7 +104,8 @@ class MetricsLog:
             self._board = SummaryWriter(str(path.parent / "tensorboard" / path.stem), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; ``step`` is its number of finished updates. JSON has no NaN: such a value is null."""
+        """Append one record; ``step`` is its number of finished updates. JSON has no NaN: such a value is
+        null."""
         self._file.write(json.dumps(finite_only(record), allow_nan=False) + "\n")
         if self._board is not None:
             for key, value in record.items():
@@ -121,7 +124,8 @@ def finite_only(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``metrics.jsonl``; a line that is none, or was cut short by a kill, is passed over. None if there is no file."""
+    """Records of a ``metrics.jsonl``; a line that is none, or was cut short by a kill, is passed over. None
+    if there is no file."""
     if not path.exists():
         return []
     found = [_record(line) for line in path.read_text(errors="replace").splitlines(keepends=True)]
@@ -192,10 +196,12 @@ class Progress:
 def plot_loss(
     records: list[dict[str, Any]], held_out: list[dict[str, Any]], path: Path, title: str, what: str
 ) -> None:
-    """Training loss against updates: raw, and an exponential mean over about 2 % of the run (at least 10 points).
+    """Training loss against updates: raw, and an exponential mean over about 2 % of the run (at least 10
+    points).
 
-    what: the loss and its unit. Held-out accuracies have an axis of their own. Where some positions are noised, the curve is the
-    cross-entropy of the others (``ce_prior``): that is what the held-out likelihood is of, and the mixed loss lies below it.
+    what: the loss and its unit. Held-out accuracies have an axis of their own. Where some positions are
+    noised, the curve is the cross-entropy of the others (``ce_prior``): that is what the held-out likelihood
+    is of, and the mixed loss lies below it.
     """
     import matplotlib
 
@@ -279,7 +285,8 @@ class Report:
     def step(
         self, parts: list[tuple[Tally, float]], positions: float, seconds: float, grad_norm: float
     ) -> None:
-        """Record the update just made. parts: every process's tally and CPU seconds; seconds: since the last record."""
+        """Record the update just made. parts: every process's tally and CPU seconds; seconds: since the last
+        record."""
         trainer, steps = self.trainer, self.trainer.step - self.logged_step
         tallies = [tally for tally, _ in parts]
         assert sum(t.count for t in tallies) == positions, (
@@ -318,7 +325,8 @@ class Report:
         self.progress.update(trainer.step, record)
 
     def _utilisation(self, step_seconds: float) -> dict[str, float]:
-        """Operations per second of one process, and their share of what its device could do where that is known."""
+        """Operations per second of one process, and their share of what its device could do where that is
+        known."""
         done = self.trainer.flops.mean * self.trainer.accumulation / step_seconds
         peak = peak_flops(self.trainer.device)
         return {"tflops": done / 1e12, **({} if peak is None else {"mfu": done / peak})}

@@ -1,10 +1,12 @@
-"""Moving everything that a DeepSpeed engine holds on the device to host memory or disk, and back, bit for bit.
+"""Moving everything that a DeepSpeed engine holds on the device to host memory or disk, and back, bit for
+bit.
 
-What moves is storage, not tensors: the bytes of each storage are copied away and the storage is resized to nothing; it gets its size
-and bytes back before it is used. Every view (flat buffers and the parameters inside them) stays valid, at every ZeRO stage and precision.
+What moves is storage, not tensors: the bytes of each storage are copied away and the storage is resized to
+nothing; it gets its size and bytes back before it is used. Every view (flat buffers and the parameters inside
+them) stays valid, at every ZeRO stage and precision.
 
-``engine.offload_states`` of DeepSpeed is not used: it knows ZeRO 1 to 3 and host memory only, and moves nothing where the device is
-the CPU.
+``engine.offload_states`` of DeepSpeed is not used: it knows ZeRO 1 to 3 and host memory only, and moves
+nothing where the device is the CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _SEARCHED = ("deepspeed", "torch", "rdlm", "train")
 
 
 class Store(Protocol):
-    """Keeps the bytes of one object. ``parts``: uint8 vectors, the same sizes in the same order at ``write`` and ``read``."""
+    """Keeps the bytes of one object. ``parts``: uint8 vectors, the same sizes in the same order at ``write``
+    and ``read``."""
 
     def write(self, parts: Iterator[Tensor]) -> None: ...
     def read(self, parts: Iterator[Tensor]) -> None: ...
@@ -37,7 +40,8 @@ class Store(Protocol):
 class OnDisk:
     """A file without a name, which the system removes when the process ends.
 
-    It is read straight into place: a mapping would count against the memory of the process in addition to the copy.
+    It is read straight into place: a mapping would count against the memory of the process in addition to the
+    copy.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -120,7 +124,8 @@ def _bytes(storage: UntypedStorage) -> Tensor:
 
 
 def _memory(part: Tensor) -> memoryview:
-    """The bytes of a uint8 vector in host memory. ``part.numpy()`` would forbid for good that its storage is resized."""
+    """The bytes of a uint8 vector in host memory. ``part.numpy()`` would forbid for good that its storage is
+    resized."""
     return memoryview((ctypes.c_ubyte * len(part)).from_address(part.data_ptr())).cast("B")
 
 
@@ -146,7 +151,8 @@ def _storages(root: object, device: torch.device) -> Iterator[UntypedStorage]:
 
 
 def _tensors(root: object) -> Iterator[Tensor]:
-    """Tensors that can be reached from an object through containers, attributes, bound methods and partial functions."""
+    """Tensors that can be reached from an object through containers, attributes, bound methods and partial
+    functions."""
     waiting: deque[Any] = deque([root])
     seen: dict[int, Any] = {}  # objects are kept: an id must not be used again while the search lasts
     while waiting:

@@ -1,4 +1,5 @@
-"""The optimizer of a run and its learning rate: one entry of OPTIMIZERS or SCHEDULES for each name that a config may give."""
+"""The optimizer of a run and its learning rate: one entry of OPTIMIZERS or SCHEDULES for each name that a
+config may give."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def adamw(groups: Groups, spec: OptimizerConfig) -> Optimizer:
 
 
 def offloaded_adamw(groups: Groups, spec: OptimizerConfig) -> Optimizer:
-    """The same on the CPU while weights are on a GPU; its C++ extension is compiled once, in about two minutes."""
+    """The same on the CPU while weights are on a GPU; its C++ extension is compiled once, in about two
+    minutes."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     with building("cpu_adam"):
@@ -42,14 +44,16 @@ OFFLOADED: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw":
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """The optimizer of ``config.optimizer.name`` over all parameters of ``model``.
 
-    Its learning rate is 0: the training loop sets the rate of each update, and DeepSpeed, which makes an update with zero gradients
-    while it initializes a bf16 engine at ZeRO stage 0, cannot decay the weights with it.
+    Its learning rate is 0: the training loop sets the rate of each update, and DeepSpeed, which makes an
+    update with zero gradients while it initializes a bf16 engine at ZeRO stage 0, cannot decay the weights
+    with it.
     """
     table = OFFLOADED if config.deepspeed.offload_optimizer == "cpu" else OPTIMIZERS
     groups = parameter_groups(model, config.optimizer)
     for group in groups:
         for parameter in group["params"] if group["lr_factor"] == 0 else ():
-            # A gradient of zeros counts for nothing in the norm; without one DeepSpeed would leave the weight out of checkpoints.
+            # A gradient of zeros counts for nothing in the norm; without one DeepSpeed would leave the weight
+            # out of checkpoints.
             parameter.register_hook(torch.zeros_like)
     optimizer = table[config.optimizer.name](groups, config.optimizer)
     set_learning_rate(optimizer, 0.0)
@@ -73,7 +77,8 @@ def reset_state(optimizer: Optimizer) -> None:
 
 
 def parameter_groups(model: nn.Module, spec: OptimizerConfig) -> Groups:
-    """Two groups for each learning-rate factor that occurs, that of 1 first and that of frozen parameters, 0, last.
+    """Two groups for each learning-rate factor that occurs, that of 1 first and that of frozen parameters, 0,
+    last.
 
     Weights of nn.Linear decay; norms, biases (qk_bias too), scalars and token tables never do.
     """
@@ -97,12 +102,14 @@ def lr_factor(name: str, spec: OptimizerConfig) -> float:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern stands for a parameter: it matches its name, or the name of a module that it is part of."""
+    """Whether a pattern stands for a parameter: it matches its name, or the name of a module that it is part
+    of."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def check_patterns(names: Sequence[str], spec: OptimizerConfig) -> None:
-    """UserError for a pattern that stands for none of the parameters ``names``, and where nothing is left to train."""
+    """UserError for a pattern that stands for none of the parameters ``names``, and where nothing is left to
+    train."""
     tops = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
     for field, patterns in (("optimizer.freeze", spec.freeze), ("optimizer.lr_factors", spec.lr_factors)):
         for pattern in patterns:
@@ -126,7 +133,8 @@ def cosine(schedule: ScheduleConfig, peak: float, step: int) -> float:
 
 
 def trapezoid(schedule: ScheduleConfig, peak: float, step: int) -> float:
-    """The peak rate, then linear to ``min_lr_ratio * peak`` over the last ``cooldown_steps`` updates (also called WSD)."""
+    """The peak rate, then linear to ``min_lr_ratio * peak`` over the last ``cooldown_steps`` updates (also
+    called WSD)."""
     if not schedule.cooldown_steps:
         return peak
     floor = schedule.min_lr_ratio * peak
@@ -156,8 +164,9 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
 def building(name: str) -> Iterator[None]:
     """Guard a call that compiles or loads the C++ extension ``name``: one process of this user at a time.
 
-    torch guards a build with a file that only its owner removes. A killed owner leaves the file behind and every later run waits for
-    ever. The kernel releases our lock when its holder ends; whoever has it removes torch's file if no process holds that open.
+    torch guards a build with a file that only its owner removes. A killed owner leaves the file behind and
+    every later run waits for ever. The kernel releases our lock when its holder ends; whoever has it removes
+    torch's file if no process holds that open.
     """
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
     with (folder.parent / f".{name}.rdlm-lock").open("w") as mine:

@@ -1,7 +1,8 @@
-"""What the DeepSpeed launcher starts on every process: ``deepspeed --module train.pretrain --config CONFIG [key=value ...]``.
+"""What the DeepSpeed launcher starts on every process: ``deepspeed --module train.pretrain --config CONFIG
+[key=value ...]``.
 
-`rdlm train` has parsed and checked the config already and passes ``--checked FILE``. Everything that can be wrong is looked for here, by
-``check``, before a weight is allocated.
+`rdlm train` has parsed and checked the config already and passes ``--checked FILE``. Everything that can be
+wrong is looked for here, by ``check``, before a weight is allocated.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from train.process import (
 from train.settings import TrainConfig, load, read_checked
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""Of a collective operation: exporting or reading a large checkpoint takes longer than DeepSpeed's 10 minutes."""
+"""Of a collective operation: exporting or reading a large checkpoint takes longer than DeepSpeed's 10
+minutes."""
 MOST_LAYERS = 10_000
 BYTES = {"bf16": 14, "fp32": 16}
 """Of a parameter in a checkpoint: weights, fp32 masters and two moments."""
@@ -106,7 +108,8 @@ def check(config: TrainConfig, world: int) -> Corpus:
 
 
 def count_parameters(config: TrainConfig) -> int:
-    """Parameters of the network, or of the one block that is trained. UserError for a model that cannot be built."""
+    """Parameters of the network, or of the one block that is trained. UserError for a model that cannot be
+    built."""
     if config.model.num_layers > MOST_LAYERS:
         raise UserError("model", config.model.num_layers, f"more than {MOST_LAYERS} layers", "use fewer")
     try:
@@ -128,7 +131,8 @@ def _check_optimizer(config: TrainConfig) -> None:
 
 
 def check_output(config: TrainConfig) -> None:
-    """UserError where the output folder cannot be written, another run holds it, or not even one checkpoint fits on its disk."""
+    """UserError where the output folder cannot be written, another run holds it, or not even one checkpoint
+    fits on its disk."""
     from train.trainer import lock_output
 
     lock_output(Path(config.output), lambda text: None).close()
@@ -177,7 +181,8 @@ def _check_images(model: ModelConfig, corpus: ImageCorpus) -> None:
 
 
 def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
-    """Train, or go on training; export the model at the end or after ``stop``. False if ``stop`` came first. Raises UserError."""
+    """Train, or go on training; export the model at the end or after ``stop``. False if ``stop`` came first.
+    Raises UserError."""
     rank, processes_here = environment()
     tune_cpu(processes_here)
     import torch
@@ -193,7 +198,8 @@ def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
     from train.export import export_run
     from train.trainer import Trainer
 
-    # An all-reduce for inference that training never calls: compiling it costs the first run a minute and a C++ compiler.
+    # An all-reduce for inference that training never calls: compiling it costs the first run a minute and a
+    # C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     check_precision(config, get_accelerator().is_bf16_supported())
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=COLLECTIVE_TIMEOUT)
@@ -226,6 +232,7 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Everything is written. Taking the interpreter down beside the threads of gloo and torch now and then aborts, which the
+    # Everything is written. Taking the interpreter down beside the threads of gloo and torch now and then
+    # aborts, which the
     # launcher would report as a failed run.
     os._exit(status)

@@ -1,4 +1,5 @@
-"""What a training process sets up before it trains: device, threads, allocator, output, signals, and ending with its launcher."""
+"""What a training process sets up before it trains: device, threads, allocator, output, signals, and ending
+with its launcher."""
 
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc malloc.h
 
 
 class ProcessError(UserError):
-    """A user's mistake that only one process finds, which has to say it: a write that failed, a batch that is damaged."""
+    """A user's mistake that only one process finds, which has to say it: a write that failed, a batch that is
+    damaged."""
 
 
 def device_kind() -> Literal["cuda", "cpu"]:
-    """Where training runs: what DS_ACCELERATOR names, else a GPU if there is one. UserError where it names what there is not."""
+    """Where training runs: what DS_ACCELERATOR names, else a GPU if there is one. UserError where it names
+    what there is not."""
     import torch
 
     named = os.environ.get("DS_ACCELERATOR", "")
@@ -42,7 +45,8 @@ def device_kind() -> Literal["cuda", "cpu"]:
 
 
 def capture_output(config: TrainConfig, rank: int) -> TextIO:
-    """Send stdout and stderr, libraries' messages included, to ``logs/rank<n>.log``; returns the terminal for messages of our own."""
+    """Send stdout and stderr, libraries' messages included, to ``logs/rank<n>.log``; returns the terminal for
+    messages of our own."""
     folder = Path(config.output) / "logs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,9 +64,11 @@ def capture_output(config: TrainConfig, rank: int) -> TextIO:
 
 
 def tune_cpu(processes_here: int) -> None:
-    """One thread per core and process, unless OMP_NUM_THREADS says otherwise, and an allocator that keeps what it has.
+    """One thread per core and process, unless OMP_NUM_THREADS says otherwise, and an allocator that keeps
+    what it has.
 
-    glibc returns every large tensor to the system and faults it in again at the next step; docs/training.md has the figure.
+    glibc returns every large tensor to the system and faults it in again at the next step; docs/training.md
+    has the figure.
     """
     import torch
 
@@ -100,7 +106,8 @@ def launcher_name() -> str:
 
 
 def die_with_launcher() -> None:
-    """End this process as soon as one of the launchers above it is gone, however it died, and at once if it is gone already.
+    """End this process as soon as one of the launchers above it is gone, however it died, and at once if it
+    is gone already.
 
     A thread looks twice a second.
     """

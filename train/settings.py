@@ -1,4 +1,5 @@
-"""The config of one training run: a YAML file plus ``key.sub=value`` overrides, checked before anything starts. No torch here."""
+"""The config of one training run: a YAML file plus ``key.sub=value`` overrides, checked before anything
+starts. No torch here."""
 
 from __future__ import annotations
 
@@ -107,7 +108,8 @@ class ImagesConfig(Strict):
 
 
 GeneratedConfig = GroupProductConfig | PointerChasingConfig | LatinSquareConfig
-"""Of a task: ``filled_in_len`` is the length of a row of ``rdlm.data.synthetic.FilledIn``, ``seq_len`` that of the task itself."""
+"""Of a task: ``filled_in_len`` is the length of a row of ``rdlm.data.synthetic.FilledIn``, ``seq_len`` that
+of the task itself."""
 DataConfig = Annotated[TokensConfig | ImagesConfig | GeneratedConfig, Field(discriminator="kind")]
 
 
@@ -119,7 +121,8 @@ class BatchConfig(Strict):
     """None: global_size / processes, no gradient accumulation."""
 
     def accumulation(self, world: int) -> tuple[int, int]:
-        """(micro_size, forward passes per update and process); raises UserError where the sizes do not divide."""
+        """(micro_size, forward passes per update and process); raises UserError where the sizes do not
+        divide."""
         if self.global_size % world:
             raise UserError(
                 "batch.global_size",
@@ -140,7 +143,8 @@ class BatchConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """Weight decay acts on the matrices of linear layers only: never on norms, biases, scalars or token tables."""
+    """Weight decay acts on the matrices of linear layers only: never on norms, biases, scalars or token
+    tables."""
 
     name: Literal["adamw"] = "adamw"
     """See OPTIMIZERS in train/optim.py."""
@@ -151,10 +155,12 @@ class OptimizerConfig(Strict):
     grad_clip: float = Field(1.0, ge=0)
     """Bound of the global gradient norm; 0 = no clipping."""
     freeze: tuple[str, ...] = ()
-    """Patterns of parameters that do not move, and whose gradients count for nothing: ``model.prelude.*``. A pattern stands for the
-    names that it matches and for everything below them. Of a network in blocks the names are those within a block."""
+    """Patterns of parameters that do not move, and whose gradients count for nothing: ``model.prelude.*``. A
+    pattern stands for the names that it matches and for everything below them. Of a network in blocks the
+    names are those within a block."""
     lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Pattern -> factor of the learning rate: ``{"model.adapter": 10}``. Of several that match a parameter the last one counts."""
+    """Pattern -> factor of the learning rate: ``{"model.adapter": 10}``. Of several that match a parameter
+    the last one counts."""
 
     @field_validator("betas")
     @classmethod
@@ -199,7 +205,8 @@ class DeepSpeedConfig(Strict):
     bucket_elements: int = Field(50_000_000, ge=1)
     """Elements reduced or gathered in one message."""
     live_elements: int | None = Field(None, ge=1)
-    """ZeRO 3: most elements of gathered weights in memory; a small bound gathers more often. None: DeepSpeed's 1,000 million."""
+    """ZeRO 3: most elements of gathered weights in memory; a small bound gathers more often. None:
+    DeepSpeed's 1,000 million."""
 
     @model_validator(mode="after")
     def _possible(self) -> DeepSpeedConfig:
@@ -213,10 +220,12 @@ class DeepSpeedConfig(Strict):
 
 
 class ResidentConfig(Strict):
-    """One block on the device at a time: parameters, gradients and optimizer states of inactive blocks are moved off it."""
+    """One block on the device at a time: parameters, gradients and optimizer states of inactive blocks are
+    moved off it."""
 
     visit_steps: int = Field(100, ge=1)
-    """Updates a block makes in a row. Moving blocks takes a share of the time that falls as visits get longer."""
+    """Updates a block makes in a row. Moving blocks takes a share of the time that falls as visits get
+    longer."""
     rest: Literal["disk", "host"] = "disk"
     """Where inactive blocks are kept: on the disk of ``output``, or in host memory (with GPUs)."""
 
@@ -231,13 +240,15 @@ class CheckpointingConfig(Strict):
 
 
 class NonfiniteConfig(Strict):
-    """What to do about an update whose loss or gradient is not finite. Such an update never changes the weights."""
+    """What to do about an update whose loss or gradient is not finite. Such an update never changes the
+    weights."""
 
     action: Literal["skip", "stop", "rollback"] = "skip"
-    """skip: go on with the next batch. stop: end the run. rollback: go back to the last checkpoint and pass over the batches since."""
+    """skip: go on with the next batch. stop: end the run. rollback: go back to the last checkpoint and pass
+    over the batches since."""
     limit: int = Field(10, ge=0)
-    """skip: the run ends after more non-finite updates in a row than this. rollback: after more rollbacks than this since the last
-    checkpoint."""
+    """skip: the run ends after more non-finite updates in a row than this. rollback: after more rollbacks
+    than this since the last checkpoint."""
 
 
 class EvaluationConfig(Strict):
@@ -267,10 +278,11 @@ class TrainConfig(Strict):
     output: FolderPath
     """Folder of checkpoints, logs, metrics and the exported model."""
     init_from: FolderPath | None = None
-    """A checkpoint folder (``model/`` of a run, an imported or a converted one) whose weights the run starts from, with a new optimizer.
-    The section model may then be left out: it is the checkpoint's."""
+    """A checkpoint folder (``model/`` of a run, an imported or a converted one) whose weights the run starts
+    from, with a new optimizer. The section model may then be left out: it is the checkpoint's."""
     allow_changes: bool = False
-    """Resume although fields have changed that decide what is learned. `rdlm train --allow-changes` sets it."""
+    """Resume although fields have changed that decide what is learned. `rdlm train --allow-changes` sets it.
+    """
     seed: int = Field(0, ge=0, lt=2**31)
     model: ModelConfig
     objective: ObjectiveConfig = SinglePassConfig()
@@ -279,7 +291,8 @@ class TrainConfig(Strict):
     blocks: BlocksConfig | None = None
     """How the network is cut into blocks that train on their own; None: it is not."""
     block: int | None = Field(None, ge=0)
-    """Train this block alone, in ``output/block_<n>``; None trains all of them, one per update. `rdlm train --block` sets it."""
+    """Train this block alone, in ``output/block_<n>``; None trains all of them, one per update. `rdlm train
+    --block` sets it."""
     resident: ResidentConfig | None = None
     """Keep one block on the device at a time; None keeps all of them there."""
     data: DataConfig
@@ -292,7 +305,8 @@ class TrainConfig(Strict):
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
     deterministic: bool = False
-    """On GPUs: deterministic kernels, which bit-exact resuming needs there and which cost time. CPUs need no switch."""
+    """On GPUs: deterministic kernels, which bit-exact resuming needs there and which cost time. CPUs need no
+    switch."""
     nonfinite: NonfiniteConfig = NonfiniteConfig()
     checkpoint: CheckpointingConfig = CheckpointingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -338,7 +352,8 @@ class TrainConfig(Strict):
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Read a YAML 1.2 file, apply ``key.sub=value`` overrides (values are YAML), check the whole; raises UserError."""
+    """Read a YAML 1.2 file, apply ``key.sub=value`` overrides (values are YAML), check the whole; raises
+    UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -368,7 +383,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
 
 
 def native_precision() -> str:
-    """bf16 where the GPU, or without one the CPU, computes in it; else fp32. CPUs without it emulate bf16, 15 times slower."""
+    """bf16 where the GPU, or without one the CPU, computes in it; else fp32. CPUs without it emulate bf16, 15
+    times slower."""
     import torch
 
     if torch.cuda.is_available():
@@ -381,7 +397,8 @@ def native_precision() -> str:
 
 
 def _model_of(source: str) -> dict[str, Any]:
-    """The section model of a checkpoint folder, a run or a training checkpoint, without what follows from the objective."""
+    """The section model of a checkpoint folder, a run or a training checkpoint, without what follows from the
+    objective."""
     for file in ("model/config.json", "config.json", "train_config.json", "manifest.json"):
         try:
             found = json.loads((Path(source) / file).read_text())

@@ -1,4 +1,5 @@
-"""The one loop over batches, for every objective. Shapes: see rdlm/objectives; one update sees ``batch.global_size`` sequences."""
+"""The one loop over batches, for every objective. Shapes: see rdlm/objectives; one update sees
+``batch.global_size`` sequences."""
 
 from __future__ import annotations
 
@@ -49,8 +50,9 @@ from train.settings import TrainConfig
 def recompute_layers(denoiser: Objective) -> None:
     """Keep only the inputs of each transformer layer and run it again in the backward pass.
 
-    Of a noise level that is its embedding, C wide; scales, shifts and gates, 6 D wide at each position, are recomputed with the layer.
-    Not re-entrant: that gives the shared core one gradient per iteration, and ZeRO 3 accepts one per parameter and backward pass.
+    Of a noise level that is its embedding, C wide; scales, shifts and gates, 6 D wide at each position, are
+    recomputed with the layer. Not re-entrant: that gives the shared core one gradient per iteration, and ZeRO
+    3 accepts one per parameter and backward pass.
     """
     denoiser.drops_modulation_activations()
     for layer in (m for m in denoiser.modules() if isinstance(m, TransformerLayer)):
@@ -60,7 +62,8 @@ def recompute_layers(denoiser: Objective) -> None:
 
 @dataclass
 class Tally:
-    """What one process saw in one update: sum of losses, positions, and metrics as (sum, number of micro-batches).
+    """What one process saw in one update: sum of losses, positions, and metrics as (sum, number of
+    micro-batches).
 
     fp64 scalars on the device: adding a micro-batch does not make the host wait.
     """
@@ -69,7 +72,8 @@ class Tally:
     count: Tensor | float = 0.0
     metrics: dict[str, tuple[Tensor | float, int]] = field(default_factory=dict)
     finite: bool = True
-    """Whether loss and gradient of the whole update were finite; where the gradient was not, no weight has changed."""
+    """Whether loss and gradient of the whole update were finite; where the gradient was not, no weight has
+    changed."""
 
     def add(self, total: Tensor, count: Tensor, metrics: dict[str, Tensor]) -> None:
         """Add one micro-batch: the terms of its loss."""
@@ -88,7 +92,8 @@ class Tally:
 
 
 class Trainer:
-    """Builds networks, data and DeepSpeed engines from the config, resumes if there is something to resume, trains.
+    """Builds networks, data and DeepSpeed engines from the config, resumes if there is something to resume,
+    trains.
 
     Raises UserError where config, data and earlier checkpoints do not fit. Every rank makes the same calls.
     """
@@ -198,8 +203,10 @@ class Trainer:
         return finished
 
     def train_step(self, batches: list[Batch], positions: float) -> Tally:
-        """One update on this process's micro-batches; the loss is the sum over all processes' tokens over ``positions``."""
-        # DeepSpeed divides by accumulation and averages over processes; both are undone, so that the global count alone divides.
+        """One update on this process's micro-batches; the loss is the sum over all processes' tokens over
+        ``positions``."""
+        # DeepSpeed divides by accumulation and averages over processes; both are undone, so that the global
+        # count alone divides.
         scale = self.world * self.accumulation / positions
         tally, index, self._own_norm = Tally(), self.step + self.state.skipped, None
         engine = self.due()
@@ -233,7 +240,8 @@ class Trainer:
         return float(self.engines[self.block].get_global_grad_norm())
 
     def save(self) -> None:
-        """Checkpoint the run as it stands, unless that is done. Raises UserError where its loss is not finite. Collective."""
+        """Checkpoint the run as it stands, unless that is done. Raises UserError where its loss is not
+        finite. Collective."""
         if self._saved_step == self.step:
             return
         self._check_weights()
@@ -281,7 +289,8 @@ class Trainer:
         return state
 
     def _batches(self, index: int) -> list[Batch]:
-        """This process's micro-batches of batch ``index``, on the host. Raises UserError for ids that the model does not know."""
+        """This process's micro-batches of batch ``index``, on the host. Raises UserError for ids that the
+        model does not know."""
         batches = [
             self.corpus.batch(
                 index, seed=self.config.seed, global_batch=self.config.batch.global_size, rank=self.rank, world=self.world,
@@ -310,7 +319,8 @@ class Trainer:
         return bool(flag)
 
     def _after_nonfinite(self, report: Report | None) -> None:
-        """Do what ``config.nonfinite`` says after an update that was not finite; raises UserError where that has an end."""
+        """Do what ``config.nonfinite`` says after an update that was not finite; raises UserError where that
+        has an end."""
         action, limit = self.config.nonfinite.action, self.config.nonfinite.limit
         self._nonfinite_in_a_row += 1
         what = f"loss or gradient of update {self.step} is not finite"
@@ -366,7 +376,8 @@ class Trainer:
             self._keep_best(found)
 
     def _keep_best(self, found: dict[str, float]) -> None:
-        """Save and mark the checkpoint if its held-out figure is the best so far. Collective: all ranks have the same figures."""
+        """Save and mark the checkpoint if its held-out figure is the best so far. Collective: all ranks have
+        the same figures."""
         metric, value, sign = chosen_metric(found)
         record = resume.best_record(self.checkpoints)
         better = record is None or record["metric"] != metric or sign * value > sign * record["value"]

@@ -1,4 +1,5 @@
-"""``rdlm import``, ``rdlm convert``, ``rdlm export``, ``rdlm logits`` and ``rdlm inspect``: checkpoints of other formats, and what is in one of ours."""
+"""``rdlm import``, ``rdlm convert``, ``rdlm export``, ``rdlm logits`` and ``rdlm inspect``: checkpoints of
+other formats, and what is in one of ours."""
 
 from __future__ import annotations
 
@@ -44,10 +45,11 @@ def importing(
     ] = False,
     force: Force = False,
 ) -> None:
-    """Turn a published checkpoint into one of rdlm: weights keep their dtype, tokenizer and chat template come along.
+    """Turn a published checkpoint into one of rdlm: weights keep their dtype, tokenizer and chat template
+    come along.
 
-    Families: Huginn, retrofitted recurrence, Ouro, Parcae, IFM LoopedLM P2, Nanbeige4.2, LoopUS, LoopFormer, HRM-Text, and plain decoders (Llama,
-    SmolLM2, Mistral, Qwen2, Qwen3, OLMo-2). Needs little memory.
+    Families: Huginn, retrofitted recurrence, Ouro, Parcae, IFM LoopedLM P2, Nanbeige4.2, LoopUS, LoopFormer,
+    HRM-Text, and plain decoders (Llama, SmolLM2, Mistral, Qwen2, Qwen3, OLMo-2). Needs little memory.
     """
     from rdlm.checkpoints.convert.importers import import_checkpoint
     from rdlm.checkpoints.folder import TOKENIZER
@@ -106,8 +108,9 @@ def converting(
 ) -> None:
     """Make a plain transformer recurrent: its layers become prelude, core and coda.
 
-    With all layers kept it computes at K = 1 exactly what the source computes. With fewer, layers between prelude and core are left out.
-    Fine-tune it with `init_from: OUT` in a training config; see docs/finetuning.md. Needs little memory.
+    With all layers kept it computes at K = 1 exactly what the source computes. With fewer, layers between
+    prelude and core are left out. Fine-tune it with `init_from: OUT` in a training config; see
+    docs/finetuning.md. Needs little memory.
     """
     from rdlm.checkpoints.retrofit import convert, parse_layers
 
@@ -153,7 +156,8 @@ def hf_out(
     ] = 5.0,
     force: Force = False,
 ) -> None:
-    """Write a folder that transformers loads without a network: AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True).
+    """Write a folder that transformers loads without a network: AutoModelForCausalLM.from_pretrained(OUT,
+    trust_remote_code=True).
 
     Plain transformers become transformers' own classes and need no trust_remote_code. Needs little memory.
     """
@@ -198,7 +202,8 @@ def logits(
 
 @inspect_app.command(epilog="Example: rdlm inspect runs/demo/model")
 def inspect(checkpoint: Checkpoint) -> None:
-    """Say what a checkpoint is: topology, parameters, cache, FLOPs by K, what K means, and which commands apply."""
+    """Say what a checkpoint is: topology, parameters, cache, FLOPs by K, what K means, and which commands
+    apply."""
     from rdlm.inference import description
 
     for name, value in description(checkpoint).items():

@@ -1,7 +1,8 @@
 """A network of blocks of which only a few have their weights in memory: a position asks one block at a time.
 
-Every weight is used inside the forward of the module that owns it (ZeRO stage 3 needs that too), so a hook before each of these
-forwards knows which block is at work. Blocks that are not hold one number in the place of each weight, with its shape.
+Every weight is used inside the forward of the module that owns it (ZeRO stage 3 needs that too), so a hook
+before each of these forwards knows which block is at work. Blocks that are not hold one number in the place
+of each weight, with its shape.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class ResidentBlocks:
     """Reads a block when it is used and forgets the one that was used longest ago. Not for several threads."""
 
     def __init__(self, denoiser: Blockwise, limit: int, read: Read) -> None:
-        """limit: most blocks in memory. The denoiser's weights must be placeholders (``absent``), but for the evidence scales."""
+        """limit: most blocks in memory. The denoiser's weights must be placeholders (``absent``), but for the
+        evidence scales."""
         self.limit, self._read = limit, read
         self.loads: list[int] = []
         """Every block that was read, in order."""
@@ -64,7 +66,8 @@ class ResidentBlocks:
 
 
 def absent(like: Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the same shape that takes the memory of one number, which is NaN: nothing computed from it looks right."""
+    """A tensor of the same shape that takes the memory of one number, which is NaN: nothing computed from it
+    looks right."""
     with torch.inference_mode(False):
         return torch.full((), torch.nan, dtype=dtype or like.dtype, device=device or like.device).expand(
             like.shape

@@ -1,8 +1,8 @@
 """A plain transformer made recurrent: ``rdlm convert``.
 
-Layers become prelude, core and coda; some may be left out (retrofitted recurrence, McLeish et al. 2025, arXiv 2511.07384). With all
-layers the result computes at K = 1 what the source computes, bit for bit. Injection ``none`` runs middle layers several times
-(arXiv 2510.07358), which needs no training.
+Layers become prelude, core and coda; some may be left out (retrofitted recurrence, McLeish et al. 2025, arXiv
+2511.07384). With all layers the result computes at K = 1 what the source computes, bit for bit. Injection
+``none`` runs middle layers several times (arXiv 2510.07358), which needs no training.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ def convert(
     name: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Write the checkpoint folder ``out`` with ``prelude``, ``core`` and ``coda`` layers of the plain transformer ``source``.
+    """Write the checkpoint folder ``out`` with ``prelude``, ``core`` and ``coda`` layers of the plain
+    transformer ``source``.
 
-    keep_layers: the source's layers in the order of their new places; None takes the first ones for the prelude and the last ones for
-    core and coda. num_steps and max_steps: default and largest K. Weights keep their dtype; one tensor is in memory at a time.
-    UserError where the source is no plain transformer of text, or the numbers do not fit it.
+    keep_layers: the source's layers in the order of their new places; None takes the first ones for the
+    prelude and the last ones for core and coda. num_steps and max_steps: default and largest K. Weights keep
+    their dtype; one tensor is in memory at a time. UserError where the source is no plain transformer of
+    text, or the numbers do not fit it.
     """
     source_config = checkpoint.load_config(source)
     plain = _plain(source, source_config)
@@ -173,8 +175,9 @@ def _place(index: int, prelude: int, core: int) -> str:
 def _adapter(injection: Injection, d_model: int, stored: Mapping[str, Entry]) -> dict[str, Entry]:
     """New weights of the injection, with which the first step begins with e exactly.
 
-    linear: [0, I]. diagonal: B = I at step size 1, which in fp32 is softplus(dt_bias) to the last bit (and in bf16 and fp16 near enough
-    that e comes out of the rounding unchanged); the state, zero at first, decays by exp(-1) a step.
+    linear: [0, I]. diagonal: B = I at step size 1, which in fp32 is softplus(dt_bias) to the last bit (and in
+    bf16 and fp16 near enough that e comes out of the rounding unchanged); the state, zero at first, decays by
+    exp(-1) a step.
     """
     table = stored.get("model.wte.weight")
     dtype = DTYPES.get(table.dtype, torch.float32) if table is not None else torch.float32

@@ -32,7 +32,8 @@ C = TypeVar("C")
 
 
 def parse(schema: type[C] | Any, data: Any, where: str) -> C:
-    """Validate ``data`` against a config class; raises UserError that names the first bad field, its value and the remedy."""
+    """Validate ``data`` against a config class; raises UserError that names the first bad field, its value
+    and the remedy."""
     try:
         return TypeAdapter(schema).validate_python(data)
     except ValidationError as error:
@@ -75,7 +76,8 @@ def _models(schema: Any) -> list[type[BaseModel]]:
 
 
 def _models_at(schema: Any, loc: tuple[str | int, ...]) -> list[type[BaseModel]]:
-    """The config classes at a place that pydantic reports: field names, and the names of the union's variants between them."""
+    """The config classes at a place that pydantic reports: field names, and the names of the union's variants
+    between them."""
     models = _models(schema)
     for part in loc:
         inner = [model.model_fields[str(part)].annotation for model in models if part in model.model_fields]
@@ -96,7 +98,8 @@ def _choices(schema: Any, loc: tuple[str | int, ...], field: str) -> list[str]:
 
 
 def _written(loc: tuple[str | int, ...], missing: bool, data: Any) -> list[str]:
-    """The place of an error as the user wrote it: pydantic puts in which member of a union was meant (a family, a kind)."""
+    """The place of an error as the user wrote it: pydantic puts in which member of a union was meant (a
+    family, a kind)."""
     parts = []
     for i, part in enumerate(loc):
         if isinstance(data, dict) and part not in data and not (missing and i == len(loc) - 1):

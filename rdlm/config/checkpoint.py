@@ -1,4 +1,5 @@
-"""What a checkpoint is: a model, an objective, its noise and its partition into blocks, as frozen pydantic models.
+"""What a checkpoint is: a model, an objective, its noise and its partition into blocks, as frozen pydantic
+models.
 
 Unknown keys are errors everywhere. This file holds no tensors and no training or serving settings.
 """
@@ -16,11 +17,13 @@ from rdlm.config.objective import NoiseConfig, ObjectiveConfig, SinglePassConfig
 from rdlm.errors import UserError
 
 SCHEMA_VERSION = 2
-"""2: an objective section carries the fields of its own objective alone; version 1 is converted on reading."""
+"""2: an objective section carries the fields of its own objective alone; version 1 is converted on reading.
+"""
 
 
 class BlocksConfig(Strict):
-    """A network cut into blocks that train on their own, each the denoiser of its noise range (DiffusionBlocks Sec. 3)."""
+    """A network cut into blocks that train on their own, each the denoiser of its noise range
+    (DiffusionBlocks Sec. 3)."""
 
     num_blocks: int = Field(ge=1)
     layers_per_block: tuple[int, ...] | None = None
@@ -28,19 +31,22 @@ class BlocksConfig(Strict):
     partition: Literal["equi_probability", "uniform", "log_uniform", "equal_information", "explicit"] = (
         "equi_probability"
     )
-    """How the noise range is cut: equal mass of the objective's noise distribution, equal widths of sigma or of log sigma, equal
-    drops of the CE-by-sigma curve, or ``edges``."""
+    """How the noise range is cut: equal mass of the objective's noise distribution, equal widths of sigma or
+    of log sigma, equal drops of the CE-by-sigma curve, or ``edges``."""
     edges: tuple[float, ...] | None = None
     """explicit: the num_blocks - 1 levels between the blocks, falling."""
     curve: tuple[tuple[float, float], ...] | None = None
     """equal_information: measured (sigma, cross-entropy in nats) pairs, rising in sigma."""
     prior_nats: float | None = Field(None, gt=0)
-    """equal_information without a curve: NLL of a next-token model; the curve is then that of an exact denoiser."""
+    """equal_information without a curve: NLL of a next-token model; the curve is then that of an exact
+    denoiser."""
     overlap: float = Field(0.1, ge=0, le=1)
-    """A block trains on [low / a, high * a] with a = (high / low)^overlap, clipped; the paper takes 0.1 for text."""
+    """A block trains on [low / a, high * a] with a = (high / low)^overlap, clipped; the paper takes 0.1 for
+    text."""
     targets: Literal["frozen", "own"] = "frozen"
-    """Rows that are noised. frozen: unit rows drawn once from ``target_seed``, the same in every block, in no block's memory of
-    gradients. own: each block's input embedding, normalised and detached. Objective ``masked`` noises none."""
+    """Rows that are noised. frozen: unit rows drawn once from ``target_seed``, the same in every block, in no
+    block's memory of gradients. own: each block's input embedding, normalised and detached. Objective
+    ``masked`` noises none."""
     target_seed: int = Field(0, ge=0, lt=2**32)
 
     @model_validator(mode="after")
@@ -57,7 +63,8 @@ class BlocksConfig(Strict):
 
 
 class RecurrenceConfig(Strict):
-    """What K means for a checkpoint and which K a user may ask for; server, CLI and reports read it from here."""
+    """What K means for a checkpoint and which K a user may ask for; server, CLI and reports read it from
+    here."""
 
     default_steps: int = Field(8, ge=1)
     max_steps: int = Field(64, ge=1)
@@ -90,7 +97,8 @@ class CheckpointConfig(Strict):
 
     @property
     def max_steps(self) -> int:
-        """Largest K a user may ask for: 1 where layers run once and nothing is drawn through levels, whatever ``recurrence`` says."""
+        """Largest K a user may ask for: 1 where layers run once and nothing is drawn through levels, whatever
+        ``recurrence`` says."""
         runs_once = self.objective.k_meaning == "thinking" and not self.model.iterates
         return 1 if runs_once else self.recurrence.max_steps
 
@@ -102,7 +110,8 @@ class CheckpointConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _upgraded(cls, data: Any) -> Any:
-        """A document of an earlier schema version; its sections convert themselves (rdlm/config/objective.py)."""
+        """A document of an earlier schema version; its sections convert themselves
+        (rdlm/config/objective.py)."""
         version = data.get("schema_version") if isinstance(data, Mapping) else None
         return {**data, "schema_version": SCHEMA_VERSION} if version == 1 else data
 
@@ -130,7 +139,8 @@ class CheckpointConfig(Strict):
             raise UserError("checkpoint", self.name, problem, "put the blocks together with `rdlm merge`")
 
     def check_next_token(self, what: str) -> None:
-        """Raises UserError where the model has no next token, which ``what`` needs: masked diffusion fills all positions at once."""
+        """Raises UserError where the model has no next token, which ``what`` needs: masked diffusion fills
+        all positions at once."""
         self.check_text(what)
         if not self.objective.left_to_right:
             problem = f"a masked diffusion model has no next token, which {what} needs"

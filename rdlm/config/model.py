@@ -135,7 +135,8 @@ class LoopConfig(Strict):
     input_norm: bool = False
     """Weighted norm of e behind the prelude."""
     boundary_norm: Literal["none", "weighted", "unweighted"] = "none"
-    """Norm at the end of every step. weighted: the final norm, of which there is then no other application."""
+    """Norm at the end of every step. weighted: the final norm, of which there is then no other application.
+    """
     step_gate_width: int | None = Field(None, ge=1)
     """Inner width of the gate that decides, channel by channel, how far a step moves the state (LoopUS);
     None: no gate."""
@@ -361,7 +362,8 @@ class HuginnConfig(Strict, TextShape):
     """Width of the noise-level embedding that drives AdaLN; small, so that a level per position costs a few
     per cent."""
     adapter_init: Literal["identity", "random"] = "identity"
-    """identity: adapter = [0, I] (state first), so the injected embedding passes and the state starts silent."""
+    """identity: adapter = [0, I] (state first), so the injected embedding passes and the state starts silent.
+    """
     residual_init: Literal["scaled", "plain"] = "scaled"
     """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every
     other matrix."""

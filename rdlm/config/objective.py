@@ -1,8 +1,9 @@
-"""What a network is trained to do, as one config class an objective; rdlm/objectives has the classes that do it.
+"""What a network is trained to do, as one config class an objective; rdlm/objectives has the classes that do
+it.
 
-A config names its objective (``name``) and carries the fields of that objective alone. Facts about an objective that
-need no tensors (what K means, whether it decodes from left to right) are properties here, because the server and the
-command line read them. This file imports no torch.
+A config names its objective (``name``) and carries the fields of that objective alone. Facts about an
+objective that need no tensors (what K means, whether it decodes from left to right) are properties here,
+because the server and the command line read them. This file imports no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ KMeaning = Literal["thinking", "sampling"]
 
 
 class NoiseConfig(Strict):
-    """Variance-exploding noise on unit-norm targets: z = y + sigma * eps (DiffusionBlocks App. C, EDM Table 1)."""
+    """Variance-exploding noise on unit-norm targets: z = y + sigma * eps (DiffusionBlocks App. C, EDM Table
+    1)."""
 
     sigma_min: float = Field(0.002, gt=0)
     """Lowest noise level."""
@@ -29,7 +31,8 @@ class NoiseConfig(Strict):
     p_std: float = Field(1.2, gt=0)
     """Standard deviation of log sigma."""
     sigma_data: float = Field(0.5, gt=0)
-    """Per-coordinate scale of the clean target in the EDM coefficients; 0.5 is what the paper uses for every family."""
+    """Per-coordinate scale of the clean target in the EDM coefficients; 0.5 is what the paper uses for every
+    family."""
 
     @model_validator(mode="after")
     def _ordered(self) -> NoiseConfig:
@@ -42,7 +45,8 @@ class DepthConfig(Strict):
     """How often the core runs in one update (r), and how many of these runs record gradient."""
 
     distribution: Literal["fixed", "uniform", "lognormal_poisson"] = "fixed"
-    """fixed: r = mean. uniform: r in 1..2*mean-1. lognormal_poisson: r = 1 + Poisson(LogNormal) (Geiping et al. 2025)."""
+    """fixed: r = mean. uniform: r in 1..2*mean-1. lognormal_poisson: r = 1 + Poisson(LogNormal) (Geiping et
+    al. 2025)."""
     mean: int = Field(1, ge=1, le=256)
     """Mean of r (of r - 1 for lognormal_poisson, as in the Huginn code)."""
     spread: float = Field(0.5, ge=0, le=2)
@@ -50,7 +54,8 @@ class DepthConfig(Strict):
     max_steps: int = Field(256, ge=1, le=1024)
     """r is clipped here, so that the tail of the distribution cannot exhaust memory."""
     grad_steps: int = Field(1, ge=1, le=256)
-    """The last so many runs record gradient (truncated backpropagation through time); 1 is a single backward pass."""
+    """The last so many runs record gradient (truncated backpropagation through time); 1 is a single backward
+    pass."""
 
     @property
     def is_single(self) -> bool:
@@ -64,8 +69,8 @@ class CorruptionConfig(Strict):
     share: float = Field(0.0, ge=0, le=1)
     """Probability that a position is noised; the others start from z = 0 and learn the plain prediction."""
     distribution: str = "bands"
-    """A noise schedule of rdlm/diffusion/schedules.py: bands (half the levels log-uniform in low_band, half in high_band) or
-    lognormal (the published distribution, with the parameters of NoiseConfig)."""
+    """A noise schedule of rdlm/diffusion/schedules.py: bands (half the levels log-uniform in low_band, half
+    in high_band) or lognormal (the published distribution, with the parameters of NoiseConfig)."""
     low_band: tuple[float, float] = (0.2, 2.0)
     high_band: tuple[float, float] = (2.0, 80.0)
     per: Literal["position", "sequence"] = "position"
@@ -84,7 +89,8 @@ class MaskingConfig(Strict):
     """Tokens that are masked instead of noised (MD4, Shi et al. 2024)."""
 
     schedule: str = "linear"
-    """A masking schedule of rdlm/diffusion/schedules.py; linear: alpha(t) = 1 - t is the probability of staying unmasked."""
+    """A masking schedule of rdlm/diffusion/schedules.py; linear: alpha(t) = 1 - t is the probability of
+    staying unmasked."""
     t_min: float = Field(1e-3, gt=0, lt=1)
     """Lowest level in training: the weight of a masked token is 1 / t there."""
 
@@ -96,9 +102,11 @@ class BaseObjectiveConfig(Strict):
     tasks: ClassVar[tuple[str, ...]]
     """Kinds of models it can train, see ``task`` in rdlm/config/model.py."""
     readout: ClassVar[Literal["plain", "evidence", "edm"]] = "plain"
-    """plain: logits = W h. evidence: W h + a <E, z> / sigma^2. edm: logits of c_skip z + c_out h (the published form)."""
+    """plain: logits = W h. evidence: W h + a <E, z> / sigma^2. edm: logits of c_skip z + c_out h (the
+    published form)."""
     k_meaning: ClassVar[KMeaning] = "thinking"
-    """thinking: K core iterations, then one read-out. sampling: K levels of noise or masking, with a read-out at each."""
+    """thinking: K core iterations, then one read-out. sampling: K levels of noise or masking, with a read-out
+    at each."""
     left_to_right: ClassVar[bool] = True
     """Whether text is decoded one token after the other; masked models fill several positions at once."""
     supports_exits: ClassVar[bool] = True
@@ -115,7 +123,8 @@ class BaseObjectiveConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _nested_defaults(cls, data: Any) -> Any:
-        """A section given in part keeps the other defaults of this objective, not those of the section's own class."""
+        """A section given in part keeps the other defaults of this objective, not those of the section's own
+        class."""
         if not isinstance(data, Mapping):
             return data
         merged = dict(data)
@@ -200,8 +209,8 @@ class _SamplingConfig(BaseObjectiveConfig):
     corruption: CorruptionConfig
     loss_weighting: Literal["none", "edm"] = "none"
     readout_quantile: float = Field(1.0, gt=0, le=1)
-    """The level at which z = 0 is read, as a quantile of the training distribution of levels. 1 is sigma_max, which ``paper``
-    practically never draws: a network is not read outside of what it was trained on."""
+    """The level at which z = 0 is read, as a quantile of the training distribution of levels. 1 is sigma_max,
+    which ``paper`` practically never draws: a network is not read outside of what it was trained on."""
 
     @property
     def noise_conditioned(self) -> bool:
@@ -289,7 +298,8 @@ class ForwardForwardConfig(BaseObjectiveConfig):
     name: Literal["forward_forward"] = "forward_forward"
     tasks = ("classify",)
     goodness: Literal["threshold", "difference"] = "difference"
-    """How the goodness of the right class is compared with that of a wrong one: see rdlm/objectives/forward_forward.py."""
+    """How the goodness of the right class is compared with that of a wrong one: see
+    rdlm/objectives/forward_forward.py."""
 
     def estimator_at(self, num_steps: int, num_draws: int | None = None) -> str:
         return self.estimator
@@ -351,9 +361,10 @@ _V1_FIELDS = {"depth", "corruption", "readout", "loss_weighting", "label_dropout
 def _current(data: Any) -> Any:
     """An objective section as today's classes read it.
 
-    Schema version 1 wrote all fields of all objectives. Those that another objective owns are dropped where they hold the only
-    value they could have; a value that would mean something is left for validation to refuse. Two names of version 1 overlapped:
-    the evidence read-out with one core run is ``evidence``, with several it is ``single_pass``.
+    Schema version 1 wrote all fields of all objectives. Those that another objective owns are dropped where
+    they hold the only value they could have; a value that would mean something is left for validation to
+    refuse. Two names of version 1 overlapped: the evidence read-out with one core run is ``evidence``, with
+    several it is ``single_pass``.
     """
     if isinstance(data, str):
         data = {"name": data}  # objective: bptt

@@ -49,6 +49,7 @@ def add_noise(targets: Tensor, sigma: Tensor, is_noised: Tensor, rng: torch.Gene
 
 
 def mask_tokens(level: Tensor, maskable: Tensor, rng: torch.Generator) -> Tensor:
-    """Which tokens are masked: each independently with probability level [B], where ``maskable`` [B, T]. -> bool [B, T]."""
+    """Which tokens are masked: each independently with probability level [B], where ``maskable`` [B, T]. ->
+    bool [B, T]."""
     uniform = torch.rand(maskable.shape, generator=rng)
     return (uniform < level.cpu().unsqueeze(1)).to(maskable.device) & maskable

@@ -1,4 +1,5 @@
-"""Likelihoods of a masked denoiser: the exact one of its sampler from left to right, and a bound on that of its sampler in random order.
+"""Likelihoods of a masked denoiser: the exact one of its sampler from left to right, and a bound on that of
+its sampler in random order.
 
 Both samplers are in rdlm/diffusion/unmasking.py. Shapes: ids [B, T] int64, ``mask_id`` where hidden.
 """
@@ -30,15 +31,17 @@ def bound(
     seed: int = 0,
     num_draws: int = 8,
 ) -> Tensor:
-    """Nats [B, T] fp32 whose sum over a row is an unbiased estimate of a bound: E sum >= -log p(row) of the sampler with K = num_steps.
+    """Nats [B, T] fp32 whose sum over a row is an unbiased estimate of a bound: E sum >= -log p(row) of the
+    sampler with K = num_steps.
 
-    The negative ELBO of discrete time (MD4 Sec. 3): sum over k of 1/k times the expected cross-entropies of the tokens hidden at level
-    k/K; it has no other terms, since all is hidden at level 1 and nothing at 0. ``num_draws`` of its K terms are evaluated, one of each
-    of as many equal parts of 1 .. K, on a hiding of its own. Draws depend on (seed, the row's ids, draw): not on the batch, and
-    the same for all K. At K = 1 nothing is random. How the nats fall on positions is the draw's doing; only sums mean something.
+    The negative ELBO of discrete time (MD4 Sec. 3): sum over k of 1/k times the expected cross-entropies of
+    the tokens hidden at level k/K; it has no other terms, since all is hidden at level 1 and nothing at 0.
+    ``num_draws`` of its K terms are evaluated, one of each of as many equal parts of 1 .. K, on a hiding of
+    its own. Draws depend on (seed, the row's ids, draw): not on the batch, and the same for all K. At K = 1
+    nothing is random. How the nats fall on positions is the draw's doing; only sums mean something.
 
-    mask: bool [B, T], True where a token is modelled. The others are in sight all along, and what is bounded is the likelihood of the
-    modelled ones given these, as ``unmask`` draws them. always_given: see there.
+    mask: bool [B, T], True where a token is modelled. The others are in sight all along, and what is bounded
+    is the likelihood of the modelled ones given these, as ``unmask`` draws them. always_given: see there.
     """
     draws = num_draws if num_steps > 1 else 1
     keys = [zlib.crc32(row.numpy().tobytes()) for row in targets.cpu()]
@@ -70,11 +73,12 @@ def bound(
 
 @torch.no_grad()
 def left_to_right(denoiser: Any, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token given those before it, all from itself on hidden -> fp32 [B, T], and whether it is the arg max, bool.
+    """Log-probability of each token given those before it, all from itself on hidden -> fp32 [B, T], and
+    whether it is the arg max, bool.
 
-    By the chain rule their sum over a row is exactly log p(row) of ``unmask`` in this order with as many steps as tokens (temperature 1,
-    all ids allowed). One pass a token, whatever K means elsewhere. mask: bool [B, T], True where a token is modelled; the others are in
-    sight all along and have log-probability 0.
+    By the chain rule their sum over a row is exactly log p(row) of ``unmask`` in this order with as many
+    steps as tokens (temperature 1, all ids allowed). One pass a token, whatever K means elsewhere. mask: bool
+    [B, T], True where a token is modelled; the others are in sight all along and have log-probability 0.
     """
     length, mask_id = targets.shape[1], mask_of(denoiser)
     modelled = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask

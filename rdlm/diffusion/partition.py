@@ -1,4 +1,5 @@
-"""Which block owns which noise level. Block 0 = first layers = highest noise, in training, evaluation and sampling alike."""
+"""Which block owns which noise level. Block 0 = first layers = highest noise, in training, evaluation and
+sampling alike."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class BlockPartition:
-    """edges: num_blocks + 1 levels, descending from sigma_max to sigma_min; block b owns (edges[b + 1], edges[b]]. Levels are sigma, or
-    of a masked model t: what is said of sigma_max holds for t = 1.
+    """edges: num_blocks + 1 levels, descending from sigma_max to sigma_min; block b owns (edges[b + 1],
+    edges[b]]. Levels are sigma, or of a masked model t: what is said of sigma_max holds for t = 1.
 
     layers: the contiguous layers of each block. overlap widens a block's training range, never its ownership.
     """
@@ -39,8 +40,8 @@ class BlockPartition:
         return len(self.layers)
 
     def block_of(self, sigma: float | None) -> int:
-        """The one function from level to block. Levels outside [sigma_min, sigma_max] belong to the nearest block; None, z = 0
-        read at sigma_max, to block 0."""
+        """The one function from level to block. Levels outside [sigma_min, sigma_max] belong to the nearest
+        block; None, z = 0 read at sigma_max, to block 0."""
         return 0 if sigma is None else sum(sigma <= edge for edge in self.edges[1:-1])
 
     def training_range(self, block: int) -> tuple[float, float]:
@@ -60,7 +61,8 @@ class BlockPartition:
         return self.schedule.icdf(low + uniform * (high - low)).float()
 
     def grid(self, num_steps: int) -> list[float]:
-        """``num_steps`` levels, noisiest first, spread evenly over the blocks: K = B is the upper edge of each block.
+        """``num_steps`` levels, noisiest first, spread evenly over the blocks: K = B is the upper edge of
+        each block.
 
         Inside a block the levels have equal training mass between them.
         """
@@ -104,11 +106,11 @@ def partition(
 ) -> BlockPartition:
     """Split layers and noise levels into blocks.
 
-    kind: equal training mass (DiffusionBlocks Sec. 3.3), equal widths of sigma (the text of Sec. 3.3) or of log sigma (App. E.6),
-    equal drops of ``curve``, or the inner ``edges`` given.
-    layers_per_block: layers of each block, first block first; even by default, earlier blocks take the remainder.
-    schedule: the training distribution of levels; by default the log-normal one of ``noise``.
-    Raises UserError for impossible splits.
+    kind: equal training mass (DiffusionBlocks Sec. 3.3), equal widths of sigma (the text of Sec. 3.3) or of
+    log sigma (App. E.6), equal drops of ``curve``, or the inner ``edges`` given. layers_per_block: layers of
+    each block, first block first; even by default, earlier blocks take the remainder. schedule: the training
+    distribution of levels; by default the log-normal one of ``noise``. Raises UserError for impossible
+    splits.
     """
     if not 1 <= num_blocks <= num_layers:
         raise UserError(
@@ -139,7 +141,8 @@ def partition(
 
 
 def partition_of(config: CheckpointConfig) -> BlockPartition:
-    """The partition of a checkpoint's layers and of its objective's noise levels; one block where it has no ``blocks``."""
+    """The partition of a checkpoint's layers and of its objective's noise levels; one block where it has no
+    ``blocks``."""
     blocks, model, schedule = config.blocks, config.model, schedule_of(config)
     if blocks is None:
         return partition(config.noise, model.num_layers, 1, schedule=schedule)
@@ -155,10 +158,12 @@ def partition_of(config: CheckpointConfig) -> BlockPartition:
 def evidence_curve(
     prior_nats: float, low: float, high: float, num_levels: int = 256
 ) -> list[tuple[float, float]]:
-    """(sigma, cross-entropy) of an exact denoiser whose prior has ``prior_nats``: E softplus(prior_nats - 1/(2 s^2) + eps / s).
+    """(sigma, cross-entropy) of an exact denoiser whose prior has ``prior_nats``: E softplus(prior_nats -
+    1/(2 s^2) + eps / s).
 
-    exp(prior_nats) equally likely tokens with orthogonal unit rows: the true token leads each other one by 1/s^2 + noise, and the
-    sum over the others is taken at its mean (random energy model above its freezing point, s^2 > 1 / (2 prior_nats)).
+    exp(prior_nats) equally likely tokens with orthogonal unit rows: the true token leads each other one by
+    1/s^2 + noise, and the sum over the others is taken at its mean (random energy model above its freezing
+    point, s^2 > 1 / (2 prior_nats)).
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(64)
     levels = np.geomspace(low, high, num_levels)
@@ -196,10 +201,12 @@ def _falling(field: str, edges: tuple[float, ...], num_blocks: int) -> tuple[flo
 
 
 def equal_drops(curve: Curve, num_blocks: int, low: float, high: float) -> list[float]:
-    """The num_blocks - 1 levels, falling, between which the curve, cut to [low, high], drops by the same amount.
+    """The num_blocks - 1 levels, falling, between which the curve, cut to [low, high], drops by the same
+    amount.
 
-    Linear in log sigma between points; where noise of measurement makes the curve fall with rising sigma, it is taken as flat.
-    UserError for fewer than two points, levels that do not rise, or a curve without any drop.
+    Linear in log sigma between points; where noise of measurement makes the curve fall with rising sigma, it
+    is taken as flat. UserError for fewer than two points, levels that do not rise, or a curve without any
+    drop.
     """
     logs = np.log([max(sigma, 1e-300) for sigma, _ in curve])
     if len(logs) < 2 or min(sigma for sigma, _ in curve) <= 0 or np.any(np.diff(logs) <= 0):

@@ -1,4 +1,5 @@
-"""EDM preconditioning: the coefficients of a denoiser and the weight of its loss (Karras et al. 2022, Table 1)."""
+"""EDM preconditioning: the coefficients of a denoiser and the weight of its loss (Karras et al. 2022, Table
+1)."""
 
 from __future__ import annotations
 

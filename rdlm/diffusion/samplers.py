@@ -1,7 +1,8 @@
-"""The one loop over K, the plan of what each of its steps does, and the samplers that lead from one noise level to the next.
+"""The one loop over K, the plan of what each of its steps does, and the samplers that lead from one noise
+level to the next.
 
-Training, scoring and image sampling run whole sequences through ``run``. The server interleaves the same steps of many requests
-(serve/engine/engine.py) and takes plans and samplers from here.
+Training, scoring and image sampling run whole sequences through ``run``. The server interleaves the same
+steps of many requests (serve/engine/engine.py) and takes plans and samplers from here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def run(
 ) -> S:
     """state = step(state, k) for k = 0 .. num_steps - 1; the last ``grad_steps`` of them record gradient.
 
-    on_step(k + 1, state) is called after each step. Core iterations and the steps of all samplers are ``step``.
+    on_step(k + 1, state) is called after each step. Core iterations and the steps of all samplers are
+    ``step``.
     """
     for k in range(num_steps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and k >= num_steps - grad_steps):
@@ -46,9 +48,10 @@ class StepPlan:
 
     sigmas: level of the step; None = z is zero, read at sigma_max. readout: run coda and head after the step.
     commit: the step's keys and values become the position's own in the cache (the last committing step wins).
-    blocks: which block's layers run; each keeps keys of its own, so each one that is used fills the cache at z = 0 first.
-    append_own: an uncommitted step sees its own key beside the position's committed one instead of in its place.
-    num_draws_skipped: read-outs whose prediction is discarded because they only fill the cache.
+    blocks: which block's layers run; each keeps keys of its own, so each one that is used fills the cache at
+    z = 0 first. append_own: an uncommitted step sees its own key beside the position's committed one instead
+    of in its place. num_draws_skipped: read-outs whose prediction is discarded because they only fill the
+    cache.
     """
 
     sigmas: tuple[float | None, ...]
@@ -64,7 +67,8 @@ class StepPlan:
 
 
 def expected_target(logits: Tensor, unit_table: Tensor) -> Tensor:
-    """x0 = softmax(logits) @ E with unit rows: logits [..., V], table [V, D] -> [..., D] (DiffusionBlocks App. E.4).
+    """x0 = softmax(logits) @ E with unit rows: logits [..., V], table [V, D] -> [..., D] (DiffusionBlocks
+    App. E.4).
 
     The mixture is shorter than a unit row, which training never shows: biased even with an exact denoiser.
     """
@@ -73,7 +77,8 @@ def expected_target(logits: Tensor, unit_table: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Flow:
-    """A sample on its way to sigma = 0: z [..., D], and the call before, its estimate x0 [..., D] and its level (None at first)."""
+    """A sample on its way to sigma = 0: z [..., D], and the call before, its estimate x0 [..., D] and its
+    level (None at first)."""
 
     z: Tensor
     before: tuple[Tensor, float] | None = None
@@ -87,7 +92,8 @@ class Sampler(ABC):
     """How a sample goes from one noise level to the next lower one."""
 
     draws_tokens: ClassVar[bool] = False
-    """Whether a token is drawn at every level and its embedding noised again, instead of following the mean estimate."""
+    """Whether a token is drawn at every level and its embedding noised again, instead of following the mean
+    estimate."""
     for_text: ClassVar[bool] = True
     """Whether text can be sampled this way: it needs the network once a level."""
     description: ClassVar[str]
@@ -96,7 +102,8 @@ class Sampler(ABC):
     def step(
         self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor | None = None
     ) -> Flow:
-        """From z at ``sigma``, whose estimate is x0, to z at ``sigma_next``; eps: standard normal, for samplers that draw."""
+        """From z at ``sigma``, whose estimate is x0, to z at ``sigma_next``; eps: standard normal, for
+        samplers that draw."""
 
     def advance(self, denoise: Denoise, flow: Flow, sigma: float, sigma_next: float) -> Flow:
         """``step`` with the estimate of ``denoise``."""
@@ -106,7 +113,8 @@ class Sampler(ABC):
 class Renoise(Sampler):
     """z = y + sigma * eps of the token just drawn.
 
-    Exact at any K if the denoiser is: the joint law of (token, z at the next level) is the forward process itself.
+    Exact at any K if the denoiser is: the joint law of (token, z at the next level) is the forward process
+    itself.
     """
 
     draws_tokens = True
@@ -122,7 +130,8 @@ class Renoise(Sampler):
 
 
 class Euler(Sampler):
-    """z + (sigma_next - sigma) (z - x0) / sigma, first order (Karras et al. 2022, Alg. 1); it ends in x0 at sigma_next = 0.
+    """z + (sigma_next - sigma) (z - x0) / sigma, first order (Karras et al. 2022, Alg. 1); it ends in x0 at
+    sigma_next = 0.
 
     Equations 3-5 of DiffusionBlocks print the opposite sign, under which noise would grow.
     """
@@ -136,7 +145,8 @@ class Euler(Sampler):
 
 
 class DPMpp2M(Sampler):
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Alg. 2) where alpha = 1: second order with one network call a level.
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Alg. 2) where alpha = 1: second order with one
+    network call a level.
 
     Euler's step with x0 half a step ahead, on the line in log sigma through the last two estimates.
     """
@@ -151,7 +161,8 @@ class DPMpp2M(Sampler):
 
 
 class Heun(Sampler):
-    """Second order with two network calls a level; Euler's step where sigma_next is 0 (Karras et al. 2022, Alg. 1)."""
+    """Second order with two network calls a level; Euler's step where sigma_next is 0 (Karras et al. 2022,
+    Alg. 1)."""
 
     for_text = False
     description = "the probability-flow ODE by Heun's method, two network calls a level"
@@ -187,7 +198,8 @@ def sampler_named(name: str, field: str = "sampler") -> Sampler:
 def extrapolated(
     x0: Tensor, x0_before: Tensor, sigma_before: float, sigma: float, sigma_next: float
 ) -> Tensor:
-    """x0 half a step ahead, on the line in log sigma through the last two; x0 itself at sigma_next = 0, infinitely far away."""
+    """x0 half a step ahead, on the line in log sigma through the last two; x0 itself at sigma_next = 0,
+    infinitely far away."""
     if sigma_next == 0:
         return x0
     ahead = 0.5 * math.log(sigma / sigma_next) / math.log(sigma_before / sigma)
@@ -206,7 +218,8 @@ def renoise_chain(
     renoise_ids: Callable[[Tensor, float], Tensor],
     levels: list[float | None],
 ) -> tuple[Tensor, P]:
-    """Draw tokens through K levels: predict at z = 0, draw, re-noise to the next level, and again. -> (ids, last prediction)."""
+    """Draw tokens through K levels: predict at z = 0, draw, re-noise to the next level, and again. -> (ids,
+    last prediction)."""
 
     def step(carry: tuple[Tensor | None, P | None], k: int) -> tuple[Tensor | None, P | None]:
         ids, sigma = carry[0], levels[k]
@@ -228,9 +241,11 @@ def ode_chain(
     top: float,
     sampler: Sampler,
 ) -> P:
-    """Follow the ODE through K levels and read out at the last. start: z [..., D] at level ``top``, which the network reads as z = 0.
+    """Follow the ODE through K levels and read out at the last. start: z [..., D] at level ``top``, which the
+    network reads as z = 0.
 
-    estimate: prediction and its level -> x0 [..., D], ``expected_target`` of its logits and the table of the level's owner.
+    estimate: prediction and its level -> x0 [..., D], ``expected_target`` of its logits and the table of the
+    level's owner.
     """
 
     def step(carry: tuple[Flow, P | None], k: int) -> tuple[Flow, P | None]:

@@ -1,7 +1,9 @@
-"""Distributions of noise levels in training, and of masking levels: what a level is, how it is drawn, how its range is cut.
+"""Distributions of noise levels in training, and of masking levels: what a level is, how it is drawn, how its
+range is cut.
 
-A schedule is a class with the methods of ``NoiseSchedule`` and one line in ``NOISE_SCHEDULES`` or ``MASKING_SCHEDULES``. A config
-names it (``objective.corruption.distribution``, ``objective.masking.schedule``). All maths is in fp64 on the CPU.
+A schedule is a class with the methods of ``NoiseSchedule`` and one line in ``NOISE_SCHEDULES`` or
+``MASKING_SCHEDULES``. A config names it (``objective.corruption.distribution``,
+``objective.masking.schedule``). All maths is in fp64 on the CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class NoiseSchedule(Protocol):
         """(lowest, highest) level."""
 
     def cdf(self, level: Tensor) -> Tensor:
-        """Probability of a level at or below this one: [...] -> [...] fp64, 0 at the lowest and 1 at the highest."""
+        """Probability of a level at or below this one: [...] -> [...] fp64, 0 at the lowest and 1 at the
+        highest."""
 
     def icdf(self, q: Tensor) -> Tensor:
         """The level below which the probability q lies: [...] in [0, 1] -> [...] fp64."""
@@ -53,7 +56,8 @@ class NoiseSchedule(Protocol):
         """The range on which a block trains that owns (low, high]."""
 
     def grid(self, num_levels: int) -> list[float]:
-        """Falling levels at which a sampler calls the network ``num_levels`` times; the first is the highest level."""
+        """Falling levels at which a sampler calls the network ``num_levels`` times; the first is the highest
+        level."""
 
 
 class _Levels:
@@ -69,7 +73,8 @@ class _Levels:
         return self.icdf(torch.rand(shape, generator=rng, dtype=torch.float64)).float()
 
     def grid(self, num_levels: int) -> list[float]:
-        """Levels with equal probability between them: the upper edges of ``num_levels`` equi-probability blocks."""
+        """Levels with equal probability between them: the upper edges of ``num_levels`` equi-probability
+        blocks."""
         q = 1.0 - torch.arange(num_levels, dtype=torch.float64) / num_levels
         return [float(level) for level in self.icdf(q)]
 
@@ -154,7 +159,8 @@ class BandSchedule(_Levels):
         return (bands[..., 0] + torch.rand(shape, generator=rng) * (bands[..., 1] - bands[..., 0])).exp()
 
     def grid(self, num_levels: int) -> list[float]:
-        """The highest level, then a geometric grid over the low band, where almost all information about a token is decided."""
+        """The highest level, then a geometric grid over the low band, where almost all information about a
+        token is decided."""
         low, high = self.corruption.low_band
         return [self.ends[1], *geometric_grid(high, low, num_levels - 1)]
 
@@ -194,7 +200,8 @@ class LinearMasking:
         return [1.0 - k / num_levels for k in range(num_levels)]
 
     def weight(self, level: Tensor) -> Tensor:
-        """-alpha'(t) / (1 - alpha(t)), the weight of a masked token's cross-entropy (MD4 Sec. 3; DiffusionBlocks Eq. 8)."""
+        """-alpha'(t) / (1 - alpha(t)), the weight of a masked token's cross-entropy (MD4 Sec. 3;
+        DiffusionBlocks Eq. 8)."""
         return 1 / level
 
 
@@ -231,7 +238,8 @@ def masking_schedule(masking: MaskingConfig) -> LinearMasking:
 
 
 def schedule_of(config: CheckpointConfig) -> NoiseSchedule:
-    """The distribution of levels that a checkpoint's objective trains on; the published one where it has none."""
+    """The distribution of levels that a checkpoint's objective trains on; the published one where it has
+    none."""
     objective: BaseObjectiveConfig = config.objective
     if isinstance(objective, MaskedConfig):
         return masking_schedule(objective.masking)
@@ -241,8 +249,8 @@ def schedule_of(config: CheckpointConfig) -> NoiseSchedule:
 
 
 def low_discrepancy(count: int, rng: torch.Generator) -> Tensor:
-    """``count`` uniform numbers, fp64, at equal distances on the circle [0, 1), so that one batch covers all levels evenly
-    (the low-discrepancy sampler of Kingma et al. 2021, as in MD4)."""
+    """``count`` uniform numbers, fp64, at equal distances on the circle [0, 1), so that one batch covers all
+    levels evenly (the low-discrepancy sampler of Kingma et al. 2021, as in MD4)."""
     return (
         torch.rand(1, generator=rng, dtype=torch.float64) + torch.arange(count, dtype=torch.float64) / count
     ) % 1.0

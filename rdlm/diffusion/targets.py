@@ -11,10 +11,12 @@ from torch import Tensor
 
 @lru_cache(maxsize=4)
 def frozen_rows(seed: int, vocab_size: int, width: int, device: torch.device) -> Tensor:
-    """Unit rows drawn from ``seed``: fp32 [V, D], one copy for all blocks of a process; a constant, never written to.
+    """Unit rows drawn from ``seed``: fp32 [V, D], one copy for all blocks of a process; a constant, never
+    written to.
 
-    A pure function of its arguments on every machine and version: numpy freezes the stream of RandomState (NEP 19). So the table is
-    in no checkpoint, in no optimizer, and its rows are nearly orthogonal, which the evidence term reads best.
+    A pure function of its arguments on every machine and version: numpy freezes the stream of RandomState
+    (NEP 19). So the table is in no checkpoint, in no optimizer, and its rows are nearly orthogonal, which the
+    evidence term reads best.
     """
     rows = np.random.RandomState(seed).standard_normal((vocab_size, width))
     with torch.inference_mode(False):  # whoever asks first must not decide what the others may do with it

@@ -1,8 +1,10 @@
-"""Text from a masked denoiser: hidden tokens come into sight in K steps, together with those of other texts of any length.
+"""Text from a masked denoiser: hidden tokens come into sight in K steps, together with those of other texts
+of any length.
 
-K steps have the levels K/K, (K-1)/K, .., 1/K, times the share that is hidden at the start of what training may hide. At step k, counted
-down from K, a hidden token comes into sight with probability (alpha_s - alpha_t) / (1 - alpha_t) = 1/k, drawn from the denoiser (MD4,
-Shi et al. 2024, Sec. 4); one that is in sight never changes. Other orders than this one: rdlm/diffusion/unmasking_plan.py.
+K steps have the levels K/K, (K-1)/K, .., 1/K, times the share that is hidden at the start of what training
+may hide. At step k, counted down from K, a hidden token comes into sight with probability (alpha_s - alpha_t)
+/ (1 - alpha_t) = 1/k, drawn from the denoiser (MD4, Shi et al. 2024, Sec. 4); one that is in sight never
+changes. Other orders than this one: rdlm/diffusion/unmasking_plan.py.
 
 Shapes: B rows of T tokens, ids int64 with ``mask_id`` where hidden; P places, V vocabulary.
 """
@@ -81,14 +83,17 @@ def unmask(
     num_tokens: int | None = None,
     always_given: bool = False,
 ) -> Tensor:
-    """Fill in the hidden tokens of ids [B, T] in ``num_steps`` steps -> ids [B, T]; tokens in sight stay what they are.
+    """Fill in the hidden tokens of ids [B, T] in ``num_steps`` steps -> ids [B, T]; tokens in sight stay what
+    they are.
 
-    params: temperature, top-k, top-p, min-p and biases act on every draw. num_tokens: ids from there on are never drawn. Draws depend on
-    (seed, number of the row, place, step), the first row being number ``first``. A row with a clean prompt starts at the level that its
-    hidden share is in training, so with a long one the first block may never be asked. rdlm/diffusion/unmasking_plan.py says what comes into sight when.
+    params: temperature, top-k, top-p, min-p and biases act on every draw. num_tokens: ids from there on are
+    never drawn. Draws depend on (seed, number of the row, place, step), the first row being number ``first``.
+    A row with a clean prompt starts at the level that its hidden share is in training, so with a long one the
+    first block may never be asked. rdlm/diffusion/unmasking_plan.py says what comes into sight when.
 
-    always_given: what is in sight at the start never counted in training (``Batch.mask``: rows of a task with its inputs). A level is then
-    the hidden share of the others alone, as it is in ``masked_terms``: sampling starts at 1.
+    always_given: what is in sight at the start never counted in training (``Batch.mask``: rows of a task with
+    its inputs). A level is then the hidden share of the others alone, as it is in ``masked_terms``: sampling
+    starts at 1.
     """
     hidden, drafts = ids == mask_of(denoiser), []
     for choice, (row, here) in enumerate(zip(ids.clone(), hidden, strict=True), first):
@@ -111,7 +116,8 @@ def unmask(
 def fill(
     denoiser: MaskedNetwork, drafts: Sequence[Draft], num_tokens: int | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Take the next turn of every draft, together -> of each the places [P] that came into sight and their logits [P, V].
+    """Take the next turn of every draft, together -> of each the places [P] that came into sight and their
+    logits [P, V].
 
     The same tokens as alone, but for rounding. num_tokens: see ``unmask``.
     """
@@ -172,7 +178,8 @@ def _in_memory(sizes: Sequence[int]) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A row of tokens and what the network is to say about it: ids [T], the level, and the places [P] that are read out."""
+    """A row of tokens and what the network is to say about it: ids [T], the level, and the places [P] that
+    are read out."""
 
     ids: Tensor
     level: float
@@ -181,7 +188,8 @@ class Asked:
 
 @torch.no_grad()
 def read(denoiser: MaskedNetwork, asked: Sequence[Asked]) -> list[Tensor]:
-    """Logits [P, V] fp32 of the places of each row. Rows of similar length share a pass, where their owner is the same."""
+    """Logits [P, V] fp32 of the places of each row. Rows of similar length share a pass, where their owner is
+    the same."""
     found: dict[int, Tensor] = {}
     for owner, mine in by_owner(denoiser, [ask.level for ask in asked]):
         for group in _alike(mine.tolist(), [len(ask.ids) for ask in asked]):
@@ -207,7 +215,8 @@ def mask_of(denoiser: MaskedNetwork) -> int:
 
 
 def _alike(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Rows in groups whose shortest has at least three quarters of the longest's tokens: padding costs no more than a third."""
+    """Rows in groups whose shortest has at least three quarters of the longest's tokens: padding costs no
+    more than a third."""
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda row: -lengths[row]):
         if groups and 4 * lengths[row] >= 3 * lengths[groups[-1][0]]:
@@ -222,7 +231,8 @@ def by_owner(
 ) -> Iterator[tuple[Any, Tensor]]:
     """The denoisers that own the rows' levels, each with its rows' numbers.
 
-    Owners of ``possible`` levels come in any case, without rows: every process then makes the same calls, which ZeRO 3 needs.
+    Owners of ``possible`` levels come in any case, without rows: every process then makes the same calls,
+    which ZeRO 3 needs.
     """
     rows: dict[MaskedNetwork, list[int]] = {denoiser.at(level): [] for level in possible}
     for row, level in enumerate(levels):

@@ -1,4 +1,5 @@
-"""At which step each hidden token of a text comes into sight: the plan of a masked model's sampler. No torch: the server plans with it."""
+"""At which step each hidden token of a text comes into sight: the plan of a masked model's sampler. No torch:
+the server plans with it."""
 
 from __future__ import annotations
 
@@ -35,11 +36,13 @@ def turns(
     seed: int = 0,
     choice: int = 0,
 ) -> list[Turn]:
-    """The turns of the hidden ``places`` of a row, in rising steps; steps at which nothing comes into sight have none.
+    """The turns of the hidden ``places`` of a row, in rising steps; steps at which nothing comes into sight
+    have none.
 
-    start: level at the first of K = num_steps steps; step k is told start (K - k) / K. Random turns depend on (seed, choice, place).
-    left_to_right takes no more steps than places, as evenly as whole tokens go: one a step, the level is exactly the share that is hidden.
-    confidence brings the share 1 / (K - k) of what is hidden into sight at step k, rounded up.
+    start: level at the first of K = num_steps steps; step k is told start (K - k) / K. Random turns depend on
+    (seed, choice, place). left_to_right takes no more steps than places, as evenly as whole tokens go: one a
+    step, the level is exactly the share that is hidden. confidence brings the share 1 / (K - k) of what is
+    hidden into sight at step k, rounded up.
     """
     if order == "confidence":
         return _by_confidence(len(places), num_steps, start)

@@ -1,4 +1,5 @@
-"""Training objectives. To add one: a config class in rdlm/config/objective.py, a class in a file here, one line in OBJECTIVES."""
+"""Training objectives. To add one: a config class in rdlm/config/objective.py, a class in a file here, one
+line in OBJECTIVES."""
 
 from __future__ import annotations
 

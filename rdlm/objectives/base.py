@@ -1,10 +1,12 @@
 """What every training objective answers: its loss, its scores and predictions, what K means for it.
 
-An objective is a module around a network. Its ``forward`` is the loss of a micro-batch, so that DeepSpeed can wrap it and ZeRO
-stage 3 gathers parameters inside it. Everything that training, serving and evaluation need to know about an objective is a
-method or an attribute of its class or its config (rdlm/config/objective.py); nobody else branches on its kind.
+An objective is a module around a network. Its ``forward`` is the loss of a micro-batch, so that DeepSpeed can
+wrap it and ZeRO stage 3 gathers parameters inside it. Everything that training, serving and evaluation need
+to know about an objective is a method or an attribute of its class or its config (rdlm/config/objective.py);
+nobody else branches on its kind.
 
-Shapes: B examples, T positions (text) or one target (the class of an image), D width, V vocabulary or number of classes.
+Shapes: B examples, T positions (text) or one target (the class of an image), D width, V vocabulary or number
+of classes.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from rdlm.nn.cross_entropy import linear_cross_entropy
 from rdlm.nn.layers import Condition
 
 ReadOut = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-"""(hidden [N, D], precision-weighted z [N, D] or None, target table [V, D] or None) -> a scalar; see ``Objective.traced_loss``."""
+"""(hidden [N, D], precision-weighted z [N, D] or None, target table [V, D] or None) -> a scalar; see
+``Objective.traced_loss``."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Keys:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """total: sum of weighted losses, fp32 scalar. count: targets counted, fp32 scalar. metrics: detached scalars."""
+    """total: sum of weighted losses, fp32 scalar. count: targets counted, fp32 scalar. metrics: detached
+    scalars."""
 
     total: Tensor
     count: Tensor
@@ -64,8 +68,8 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """logprobs [B, T] fp32: log p of the targets. is_greedy [B, T] bool: whether the target is the arg max (for a mixture over
-    draws: whether its probability exceeds 1/2, which is sufficient and not necessary)."""
+    """logprobs [B, T] fp32: log p of the targets. is_greedy [B, T] bool: whether the target is the arg max
+    (for a mixture over draws: whether its probability exceeds 1/2, which is sufficient and not necessary)."""
 
     logprobs: Tensor
     is_greedy: Tensor
@@ -73,9 +77,11 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Logits over the vocabulary, fp32. ``prior`` is what the network predicts; ``evidence`` what z adds (None without z).
+    """Logits over the vocabulary, fp32. ``prior`` is what the network predicts; ``evidence`` what z adds
+    (None without z).
 
-    Temperature, top-p, penalties, bias and log-probabilities act on ``prior``, so that they mean the same at every K.
+    Temperature, top-p, penalties, bias and log-probabilities act on ``prior``, so that they mean the same at
+    every K.
     """
 
     prior: Tensor
@@ -87,12 +93,14 @@ class Prediction:
 
 
 class Objective(nn.Module, ABC):
-    """A network and what it is trained to do. Runs single steps; loops live in rdlm/diffusion/samplers.py and in the engine."""
+    """A network and what it is trained to do. Runs single steps; loops live in rdlm/diffusion/samplers.py and
+    in the engine."""
 
     noises_rows: ClassVar[bool] = False
     """Whether what is noised are rows of a table [V, D]."""
     targets: Callable[[torch.device], Tensor] | None = None
-    """device -> frozen unit rows [V, D] that are noised; None where the network's own embedding is, or nothing."""
+    """device -> frozen unit rows [V, D] that are noised; None where the network's own embedding is, or
+    nothing."""
 
     def __init__(self, config: CheckpointConfig, model: Backbone, block: Block | None = None) -> None:
         """block: the range of levels the network is trained on; None for all."""
@@ -105,7 +113,8 @@ class Objective(nn.Module, ABC):
         return self.config.objective
 
     def at(self, sigma: float | None) -> Objective:
-        """The network that owns a level: this one, unless the network is cut into blocks (rdlm/diffusion/blockwise.py)."""
+        """The network that owns a level: this one, unless the network is cut into blocks
+        (rdlm/diffusion/blockwise.py)."""
         return self
 
     @property
@@ -113,12 +122,14 @@ class Objective(nn.Module, ABC):
         """The networks that train independently: this one, or the blocks."""
         return [self]
 
-    # Training ------------------------------------------------------------------------------------------------------
+    # Training -----------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, keys: Keys | None = None, held_out: HeldOut | None = None) -> Any:
-        """The loss of a micro-batch as (total, count, metrics), or with ``held_out`` the sums of ``evaluate``.
+        """The loss of a micro-batch as (total, count, metrics), or with ``held_out`` the sums of
+        ``evaluate``.
 
-        Plain tuples and dictionaries of tensors, because the hooks of ZeRO stage 3 look for tensors in nothing else.
+        Plain tuples and dictionaries of tensors, because the hooks of ZeRO stage 3 look for tensors in
+        nothing else.
         """
         if held_out is not None:
             return self.evaluate(batch, held_out)
@@ -132,7 +143,8 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def traced_loss(self, inputs: Tensor, num_steps: int, read_out: ReadOut) -> Tensor:
-        """A loss that allocates what ``loss`` allocates, of inputs without values: for predicting memory (train/memory_trace.py)."""
+        """A loss that allocates what ``loss`` allocates, of inputs without values: for predicting memory
+        (train/memory_trace.py)."""
 
     def evaluate(self, batch: Batch, held_out: HeldOut) -> dict[str, Tensor]:
         """Sums over the batch's targets by name: {"K=4": nats}, {"denoising": loss}, ..."""
@@ -154,12 +166,13 @@ class Objective(nn.Module, ABC):
         """Let layers compute their modulation themselves, so that recomputing a layer recomputes it too."""
         self.model.modulates_in_layers = True
 
-    # Evaluation ----------------------------------------------------------------------------------------------------
+    # Evaluation ---------------------------------------------------------------------------------------------
 
     def score(
         self, inputs: Tensor, targets: Tensor, num_steps: Sequence[int], *, seed: int = 0, num_draws: int = 8
     ) -> dict[int, TokenScores]:
-        """Log-probability of each target at each K: inputs, targets [B, T]; ``config.objective.estimator_at`` names the numbers.
+        """Log-probability of each target at each K: inputs, targets [B, T]; ``config.objective.estimator_at``
+        names the numbers.
 
         Raises UserError where the objective has no log-probability of a single token.
         """
@@ -190,14 +203,15 @@ class Objective(nn.Module, ABC):
         first: int = 0,
         draw: int = 0,
     ) -> dict[int, Tensor]:
-        """The most probable target at every position: inputs [B, T] int64 -> {K: [B, T] int64}, images -> {K: [B, 1]}.
+        """The most probable target at every position: inputs [B, T] int64 -> {K: [B, T] int64}, images -> {K:
+        [B, 1]}.
 
-        Random draws depend on (seed, draw, number of the row, step); the first row is number ``first``. order: of masked models.
-        sampler: of models that sample through noise levels.
+        Random draws depend on (seed, draw, number of the row, step); the first row is number ``first``.
+        order: of masked models. sampler: of models that sample through noise levels.
         """
         raise self._cannot("an answer to every target", "use a measurement that fits the objective")
 
-    # Single steps: what the engine and the loops call ----------------------------------------------------------------
+    # Single steps: what the engine and the loops call -------------------------------------------------------
 
     def condition(self, sigma: Tensor | None, like: Tensor) -> Condition | None:
         """The conditioning of the network on levels; None means the highest one. None if it is unconditioned."""
@@ -219,13 +233,14 @@ class Objective(nn.Module, ABC):
         z: Tensor | None = None,
         sigma: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Weighted sum of cross-entropies and the unweighted ones: hidden [N, D], targets, weight [N] -> (scalar, [N]) fp32.
+        """Weighted sum of cross-entropies and the unweighted ones: hidden [N, D], targets, weight [N] ->
+        (scalar, [N]) fp32.
 
         The same logits as ``predict``, without ever holding [N, V] of them.
         """
         return self.model.head(use=lambda table: linear_cross_entropy(hidden, table, targets, weight))
 
-    # Generation ----------------------------------------------------------------------------------------------------
+    # Generation ---------------------------------------------------------------------------------------------
 
     def step_plan(self, num_steps: int) -> StepPlan:
         """What each core step of one token does at K = num_steps: K iterations, then one read-out."""

@@ -1,7 +1,8 @@
-"""A network of blocks: each is a complete network of its own noise range, and they share nothing that is trained.
+"""A network of blocks: each is a complete network of its own noise range, and they share nothing that is
+trained.
 
-Nothing here knows what a block is made of, so every family can be cut this way: it needs a model that can be built from a part of
-its layers (rdlm/registry.py).
+Nothing here knows what a block is made of, so every family can be cut this way: it needs a model that can be
+built from a part of its layers (rdlm/registry.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _BLOCK_KEY = 4
 
 
 class Blockwise(Objective):
-    """All blocks of a network: an objective of the blocks' own kind, in which each level belongs to one block (``at``).
+    """All blocks of a network: an objective of the blocks' own kind, in which each level belongs to one block
+    (``at``).
 
     Without a level it is block 0, which owns sigma_max, where z = 0 is read.
     """
@@ -104,7 +106,8 @@ def blockwise(blocks: Sequence[Objective]) -> Blockwise:
 def drawn_block(num_blocks: int, visit: int, seed: int) -> int:
     """The block that is trained at ``visit``, a pure function of (visit, seed), the same on every process.
 
-    Every ``num_blocks`` visits train each block once, in shuffled order: no block is behind by more than one visit.
+    Every ``num_blocks`` visits train each block once, in shuffled order: no block is behind by more than one
+    visit.
     """
     if num_blocks == 1:
         return 0

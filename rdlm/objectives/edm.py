@@ -1,4 +1,5 @@
-"""Denoising of images with EDM preconditioning (Karras et al. 2022): D = c_skip z + c_out F(c_in z; c_noise, class).
+"""Denoising of images with EDM preconditioning (Karras et al. 2022): D = c_skip z + c_out F(c_in z; c_noise,
+class).
 
 Shapes: z, images [B, C, H, W] fp32, pixels in [-1, 1]; sigma [B] fp32; classes [B] int64.
 """
@@ -24,7 +25,8 @@ _NOISE_KEY, _IMAGE_KEY = 2, 8
 
 
 class Edm(Objective):
-    """Weighted squared error of the denoised image, mean over its values (Karras et al. 2022, Eq. 8; DiffusionBlocks Eq. 6)."""
+    """Weighted squared error of the denoised image, mean over its values (Karras et al. 2022, Eq. 8;
+    DiffusionBlocks Eq. 6)."""
 
     @property
     def network(self) -> Dit:
@@ -36,7 +38,8 @@ class Edm(Objective):
         return self.network.no_class
 
     def loss(self, batch: Batch, keys: Keys) -> LossTerms:
-        """One level an image. ``label_dropout`` of the images are denoised without their class (Ho and Salimans 2022)."""
+        """One level an image. ``label_dropout`` of the images are denoised without their class (Ho and
+        Salimans 2022)."""
         which = () if self.block is None else (self.block.index,)
         rng = generator(keys.seed, _NOISE_KEY, keys.step, keys.rank, keys.micro, *which)
         images, classes = batch.inputs, batch.targets[:, 0]
@@ -89,11 +92,13 @@ class Edm(Objective):
         sampler: str = "euler",
         seed: int = 0,
     ) -> Tensor:
-        """Images first .. first + B - 1 of a seed, of the classes given [B] int64 -> [B, C, H, W] fp32, about [-1, 1].
+        """Images first .. first + B - 1 of a seed, of the classes given [B] int64 -> [B, C, H, W] fp32, about
+        [-1, 1].
 
-        num_steps: K steps from the highest level to 0, at equal training mass. A step is one network call, two with ``heun`` except
-        the last; each is twice as large where guidance is not 1. In a network of blocks each level is denoised by its owner. Image i
-        starts from noise that depends on (seed, i) alone: not on the batch, K, sampler or guidance.
+        num_steps: K steps from the highest level to 0, at equal training mass. A step is one network call,
+        two with ``heun`` except the last; each is twice as large where guidance is not 1. In a network of
+        blocks each level is denoised by its owner. Image i starts from noise that depends on (seed, i) alone:
+        not on the batch, K, sampler or guidance.
         """
         shape, grid = cast(ImageConfig, self.config.model), partition_of(self.config).grid(num_steps)
         size = (shape.num_channels, shape.image_size, shape.image_size)

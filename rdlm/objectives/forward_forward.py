@@ -1,8 +1,9 @@
-"""Forward-Forward (Hinton 2022, arXiv 2212.13345): every layer of a ViT learns for itself, without a backward pass between layers.
+"""Forward-Forward (Hinton 2022, arXiv 2212.13345): every layer of a ViT learns for itself, without a backward
+pass between layers.
 
-Each layer is trained to have a high goodness for an image with its class, and a low one for the same image with another class.
-Its goodness is the mean square of its output at the class row. Its input is normalised, so that it carries no information about the
-goodness of the layer before, and no gradient.
+Each layer is trained to have a high goodness for an image with its class, and a low one for the same image
+with another class. Its goodness is the mean square of its output at the class row. Its input is normalised,
+so that it carries no information about the goodness of the layer before, and no gradient.
 
 Shapes: B images [B, C, H, W] fp32, classes [B] int64, L layers, N classes.
 """
@@ -55,7 +56,8 @@ class ForwardForward(Objective):
         return {"K=1": nats, **right}
 
     def goodness(self, images: Tensor, classes: Tensor) -> Tensor:
-        """[L, B] fp32. A layer's gradient reaches its own weights; the first one's the patches and the rows of classes, too."""
+        """[L, B] fp32. A layer's gradient reaches its own weights; the first one's the patches and the rows
+        of classes, too."""
         model = cast(Vit, self.model)
         ctx = model.context(images)
         row = model.wte(classes)
@@ -71,7 +73,8 @@ class ForwardForward(Objective):
         return torch.stack(found)
 
     def class_logits(self, images: Tensor) -> Tensor:
-        """Goodness of every class, summed over all layers but the first (of one layer: its own) -> [B, N] fp32 (Hinton 2022, Sec. 3.3).
+        """Goodness of every class, summed over all layers but the first (of one layer: its own) -> [B, N]
+        fp32 (Hinton 2022, Sec. 3.3).
 
         One pass for each class. Their softmax is normalised, but nothing has calibrated it.
         """
@@ -109,8 +112,8 @@ class ForwardForward(Objective):
 def goodness_loss(right: Tensor, wrong: Tensor, kind: Literal["threshold", "difference"]) -> Tensor:
     """Goodness [L, B] with the right class and with a wrong one -> [B], summed over layers.
 
-    threshold: softplus(2 - right) + softplus(wrong - 2) (Hinton 2022, Eq. 1). difference: softplus(4 (wrong - right)) (Lee and Song 2023,
-    arXiv 2303.08418), which lets every layer find its own level.
+    threshold: softplus(2 - right) + softplus(wrong - 2) (Hinton 2022, Eq. 1). difference: softplus(4 (wrong -
+    right)) (Lee and Song 2023, arXiv 2303.08418), which lets every layer find its own level.
     """
     if kind == "threshold":
         return (F.softplus(THRESHOLD - right) + F.softplus(wrong - THRESHOLD)).sum(0)

@@ -1,6 +1,8 @@
-"""Masked diffusion of text (MD4, Shi et al. 2024, arXiv 2406.04329): a bidirectional model predicts masked tokens.
+"""Masked diffusion of text (MD4, Shi et al. 2024, arXiv 2406.04329): a bidirectional model predicts masked
+tokens.
 
-Shapes: ids [B, T] int64 with ``mask_id`` where masked; level [B] fp32 in (0, 1], the probability that a token is masked.
+Shapes: ids [B, T] int64 with ``mask_id`` where masked; level [B] fp32 in (0, 1], the probability that a token
+is masked.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ class MaskedDiffusion(Objective):
         """The id of a masked token."""
         return cast(Recurrent, self.model).mask_id
 
-    # Training ------------------------------------------------------------------------------------------------------
+    # Training -----------------------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, keys: Keys) -> LossTerms:
-        """One level a sequence. Over all levels the expectation is the bound in continuous time, in nats, less what lies below t_min.
+        """One level a sequence. Over all levels the expectation is the bound in continuous time, in nats,
+        less what lies below t_min.
 
-        The model learns the sequence ``targets`` itself, all T tokens at once; ``inputs`` are not used. Positions outside
-        ``batch.mask`` are never masked and never count, in the level neither: it is the masked share of the others.
+        The model learns the sequence ``targets`` itself, all T tokens at once; ``inputs`` are not used.
+        Positions outside ``batch.mask`` are never masked and never count, in the level neither: it is the
+        masked share of the others.
         """
         which = () if self.block is None else (self.block.index,)
         rng = generator(keys.seed, _NOISE_KEY, keys.step, keys.rank, keys.micro, *which)
@@ -59,7 +63,7 @@ class MaskedDiffusion(Objective):
     def traced_loss(self, inputs: Tensor, num_steps: int, read_out: ReadOut) -> Tensor:
         return read_out(self.hidden(inputs, torch.ones(len(inputs))).flatten(0, 1), None, None)
 
-    # Single steps --------------------------------------------------------------------------------------------------
+    # Single steps -------------------------------------------------------------------------------------------
 
     def condition(self, level: Tensor | None, like: Tensor) -> Condition | None:
         """The conditioning of the layers on levels [B, 1]; None means 1, where everything is masked."""
@@ -75,12 +79,13 @@ class MaskedDiffusion(Objective):
         cond = self.condition(level.float().to(ids.device).unsqueeze(1), e)
         return self.model.decode(self.step(self.model.initial_state(e), e, cond, ctx), ctx)
 
-    # Evaluation ----------------------------------------------------------------------------------------------------
+    # Evaluation ---------------------------------------------------------------------------------------------
 
     def score(
         self, inputs: Tensor, targets: Tensor, num_steps: Sequence[int], *, seed: int = 0, num_draws: int = 8
     ) -> dict[int, TokenScores]:
-        """Raises UserError: a masked model scores whole rows (``rdlm.diffusion.masked_likelihood.left_to_right``)."""
+        """Raises UserError: a masked model scores whole rows
+        (``rdlm.diffusion.masked_likelihood.left_to_right``)."""
         self.config.check_next_token("a score of each token")
         raise AssertionError
 
@@ -96,7 +101,8 @@ class MaskedDiffusion(Objective):
     ) -> dict[int, Tensor]:
         """Terms whose sum over a row estimates a lower bound of log p(targets); ``inputs`` are not used.
 
-        mask: bool [B, T], the ``Batch.mask`` of training: the bound is that of the targets where it is True, given the others.
+        mask: bool [B, T], the ``Batch.mask`` of training: the bound is that of the targets where it is True,
+        given the others.
         """
         given = mask is not None
         return {
@@ -115,7 +121,8 @@ class MaskedDiffusion(Objective):
         first: int = 0,
         draw: int = 0,
     ) -> dict[int, Tensor]:
-        """K unmasking steps in ``order``; inputs are rows of ``FilledIn`` with the mask's id at every answer that counts."""
+        """K unmasking steps in ``order``; inputs are rows of ``FilledIn`` with the mask's id at every answer
+        that counts."""
         greedy, by = SamplingParams(temperature=0), cast(Order, order)
         return {
             k: unmask(self, inputs, k, greedy, seed=seed, order=by, first=first, always_given=True)

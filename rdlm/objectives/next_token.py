@@ -1,7 +1,7 @@
 """Next-token objectives of recurrent-depth models, and of image classifiers, whose one target is a class.
 
-Two settings tell them apart. ``depth``: how often the core runs (r) and how many of these runs record gradient.
-``corruption``: which positions start from a noised copy of their target, and at which level sigma.
+Two settings tell them apart. ``depth``: how often the core runs (r) and how many of these runs record
+gradient. ``corruption``: which positions start from a noised copy of their target, and at which level sigma.
 
 | name        | r                          | gradient | noised positions | K at inference | normalised likelihood      |
 |-------------|----------------------------|----------|------------------|----------------|----------------------------|
@@ -12,11 +12,13 @@ Two settings tell them apart. ``depth``: how often the core runs (r) and how man
 | evidence    | 1                          | all      | most             | sampling       | logits at sigma_max, z = 0 |
 | paper       | 1                          | all      | all, two streams | sampling       | logits at sigma_max, z = 0 |
 
-Each makes one backward pass through at most ``grad_steps`` core runs and minimises the cross-entropy of the next token given
-clean context (and, where noised, z = y + sigma eps of that token): a mixture over sigma and r of proper scoring rules.
+Each makes one backward pass through at most ``grad_steps`` core runs and minimises the cross-entropy of the
+next token given clean context (and, where noised, z = y + sigma eps of that token): a mixture over sigma and
+r of proper scoring rules.
 
-Shapes: B sequences, T positions, D width; targets [...] int64; y, z [..., D] fp32; sigma [...] fp32 with the leading shape of z, or
-None: z = 0, read at sigma_max. Row i predicts targets[i] and sees targets[j >= i] in no way but through its own z_i.
+Shapes: B sequences, T positions, D width; targets [...] int64; y, z [..., D] fp32; sigma [...] fp32 with the
+leading shape of z, or None: z = 0, read at sigma_max. Row i predicts targets[i] and sees targets[j >= i] in
+no way but through its own z_i.
 """
 
 from __future__ import annotations
@@ -55,16 +57,19 @@ from rdlm.random_streams import generator
 
 _DEPTH_KEY, _NOISE_KEY, _STATE_KEY = 1, 2, 3
 EVIDENCE_FLOOR = 0.02
-"""Smallest sigma^2 in the evidence term: below it a nearest-neighbour lookup already names the token and logits only grow."""
+"""Smallest sigma^2 in the evidence term: below it a nearest-neighbour lookup already names the token and
+logits only grow."""
 LOGITS_AT_ONCE = 1 << 24
 """Rows are read out in chunks of at most this many logits (64 MiB of fp32)."""
 
 
 class NextToken(Objective):
-    """Cross-entropy of the next token after r core runs, with noised targets in the recurrent state's place where there are any.
+    """Cross-entropy of the next token after r core runs, with noised targets in the recurrent state's place
+    where there are any.
 
-    With clean context and unit targets, p(x | context, z, sigma) is proportional to p(x | context) exp(<y_x, z> / sigma^2): the
-    ``evidence`` read-out gives the network this known term with a learned scale instead of making it learn to read z.
+    With clean context and unit targets, p(x | context, z, sigma) is proportional to p(x | context) exp(<y_x,
+    z> / sigma^2): the ``evidence`` read-out gives the network this known term with a learned scale instead of
+    making it learn to read z.
     """
 
     noises_rows = True
@@ -79,11 +84,12 @@ class NextToken(Objective):
 
     def __init__(self, config: CheckpointConfig, model: Backbone, block: Block | None = None) -> None:
         super().__init__(config, model, block)
-        # One element and not a scalar tensor: DeepSpeed 0.19.8 can neither broadcast nor partition a 0-d parameter.
+        # One element and not a scalar tensor: DeepSpeed 0.19.8 can neither broadcast nor partition a 0-d
+        # parameter.
         evidence = config.objective.readout == "evidence"
         self.evidence_scale = nn.Parameter(torch.ones(1)) if evidence else None
 
-    # Training ------------------------------------------------------------------------------------------------------
+    # Training -----------------------------------------------------------------------------------------------
 
     @property
     def corruption(self) -> CorruptionConfig:
@@ -113,9 +119,11 @@ class NextToken(Objective):
         return add_noise(self.clean(targets), sigma, is_noised, rng)
 
     def hidden(self, inputs: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:
-        """Hidden states [B, T, D] after ``num_steps`` core runs, the noised target standing in the state's place at the start.
+        """Hidden states [B, T, D] after ``num_steps`` core runs, the noised target standing in the state's
+        place at the start.
 
-        z_j of a past position reveals only token j + 1, which position i > j reads in clean form anyway: nothing leaks.
+        z_j of a past position reveals only token j + 1, which position i > j reads in clean form anyway:
+        nothing leaks.
         """
         model = self.model
         ctx = model.context(inputs)
@@ -136,10 +144,11 @@ class NextToken(Objective):
     def two_stream_hidden(
         self, inputs: Tensor, z: Tensor | None, sigma: Tensor | None, sees_own_clean: bool = True
     ) -> Tensor:
-        """Hidden states [B, T, D] of the noisy stream beside a clean one (DiffusionBlocks App. E.4): one pass over 2T rows.
+        """Hidden states [B, T, D] of the noisy stream beside a clean one (DiffusionBlocks App. E.4): one pass
+        over 2T rows.
 
-        Both streams inject the same clean prelude states; the clean stream is read at sigma_max with z = 0: its keys know no noise.
-        z, sigma: [B, T, D] and [B, T], or None for z = 0 at sigma_max.
+        Both streams inject the same clean prelude states; the clean stream is read at sigma_max with z = 0:
+        its keys know no noise. z, sigma: [B, T, D] and [B, T], or None for z = 0 at sigma_max.
         """
         model, length = self.model, inputs.shape[1]
         e = model.encode(inputs, model.context(inputs))
@@ -189,10 +198,11 @@ class NextToken(Objective):
         right = {f"accuracy at K={k}": (answers[k] == batch.targets).sum() for k in held_out.num_steps}
         return {"K=1": nats, **right}
 
-    # Single steps: what the engine and the loops call ----------------------------------------------------------------
+    # Single steps: what the engine and the loops call -------------------------------------------------------
 
     def clean(self, targets: Tensor) -> Tensor:
-        """Unit-norm target rows of the ids, fp32 [..., D], detached: noise must not train the table to collapse."""
+        """Unit-norm target rows of the ids, fp32 [..., D], detached: noise must not train the table to
+        collapse."""
         if self.targets is not None:
             return self.unit_table()[targets]
         return self.model.wte(
@@ -211,7 +221,8 @@ class NextToken(Objective):
         return (c_in.unsqueeze(-1) * z).to(self.model.ln_f.weight.dtype)
 
     def condition(self, sigma: Tensor | None, like: Tensor) -> Condition | None:
-        """The conditioning of the core on levels sigma [B, T]; None means sigma_max for all rows. None if unconditioned.
+        """The conditioning of the core on levels sigma [B, T]; None means sigma_max for all rows. None if
+        unconditioned.
 
         It does not depend on the core step: compute it once per level, not once per step.
         """
@@ -243,7 +254,7 @@ class NextToken(Objective):
             use=lambda table: linear_cross_entropy(hidden, table, targets, weight, evidence)
         )
 
-    # Evaluation ----------------------------------------------------------------------------------------------------
+    # Evaluation ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def score(
@@ -289,7 +300,8 @@ class NextToken(Objective):
         seed: int,
         on_step: Callable[[int, Tensor, AttentionContext], None],
     ) -> None:
-        """Core steps from z = 0 over whole rows [B, T]; on_step(k, state [B, T, D], ctx) after each, k = 1, 2, ...
+        """Core steps from z = 0 over whole rows [B, T]; on_step(k, state [B, T, D], ctx) after each, k = 1,
+        2, ...
 
         ``predict(model.decode(state, ctx)).prior`` are the logits at K = k.
         """
@@ -346,8 +358,9 @@ class Classify(NextToken):
 class Evidence(NextToken):
     """One core run; K noise levels at inference, with a token drawn at each.
 
-    z = 0 at sigma_max (K = 1) is a normalised likelihood. For K > 1 the law of the token drawn last is a mixture over noise and
-    earlier draws, which ``num_draws`` paths estimate. That estimate is normalised but biased (by Jensen its logarithm is too low).
+    z = 0 at sigma_max (K = 1) is a normalised likelihood. For K > 1 the law of the token drawn last is a
+    mixture over noise and earlier draws, which ``num_draws`` paths estimate. That estimate is normalised but
+    biased (by Jensen its logarithm is too low).
     """
 
     def sampling_levels(self, num_steps: int) -> list[float | None]:
@@ -368,7 +381,8 @@ class Evidence(NextToken):
         return float(schedule_of(self.config).icdf(quantile))
 
     def read_at_zero(self, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(z, sigma) of a read-out without a noised target: [B, T, D] zeros and [B, T], or None for both at sigma_max."""
+        """(z, sigma) of a read-out without a noised target: [B, T, D] zeros and [B, T], or None for both at
+        sigma_max."""
         return self._zero_at(self.model.target_shape(inputs), self.readout_level, inputs.device)
 
     def _zero_at(
@@ -382,8 +396,9 @@ class Evidence(NextToken):
     def step_plan(self, num_steps: int) -> StepPlan:
         """K noise levels. Every block in use first fills its own cache at z = 0.
 
-        Block 0 comes last of these: in place, its first prediction is itself the pass that fills its cache. With two streams a
-        clean pass fills every cache, then each level is a noisy row that also sees the clean one.
+        Block 0 comes last of these: in place, its first prediction is itself the pass that fills its cache.
+        With two streams a clean pass fills every cache, then each level is a noisy row that also sees the
+        clean one.
         """
         k, cut = num_steps, partition_of(self.config)
         levels = self.sampling_levels(k)
@@ -421,7 +436,8 @@ class Evidence(NextToken):
     def _mixture(
         self, inputs: Tensor, targets: Tensor, num_steps: int, seed: int, num_draws: int
     ) -> TokenScores:
-        """log mean over paths of the last level's posterior of the target. Context is always the clean stream."""
+        """log mean over paths of the last level's posterior of the target. Context is always the clean
+        stream."""
         paths = []
         for draw_index in range(num_draws):
             rng = generator(seed, draw_index)
@@ -461,8 +477,9 @@ class Evidence(NextToken):
         first: int = 0,
         draw: int = 0,
     ) -> dict[int, Tensor]:
-        """K noise levels. With ``renoise`` the arg max of all positions is noised again together in between, so that a position
-        may use what earlier positions have answered so far; other samplers follow the ODE."""
+        """K noise levels. With ``renoise`` the arg max of all positions is noised again together in between,
+        so that a position may use what earlier positions have answered so far; other samplers follow the
+        ODE."""
         return {k: self._denoised(inputs, k, sampler, (seed, draw), first) for k in num_steps}
 
     def _denoised(
@@ -541,8 +558,8 @@ class Paper(Evidence):
 def num_recurrences(depth: DepthConfig, step: int, seed: int) -> int:
     """r of one optimizer step: a pure function of (step, seed), the same on every rank and micro-batch.
 
-    lognormal_poisson: 1 + Poisson(rate), log rate ~ N(log mean - spread^2/2, spread^2) (Geiping et al. 2025, Sec. 3.3; the code
-    adds the 1, so a mean of 32 runs 33 times on average).
+    lognormal_poisson: 1 + Poisson(rate), log rate ~ N(log mean - spread^2/2, spread^2) (Geiping et al. 2025,
+    Sec. 3.3; the code adds the 1, so a mean of 32 runs 33 times on average).
     """
     if depth.distribution == "fixed":
         return min(depth.mean, depth.max_steps)

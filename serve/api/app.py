@@ -79,7 +79,8 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
 
 
 def _check_host(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-    """Raises ApiError 403 for a Host that is not allowed: web pages can give their names this server's address."""
+    """Raises ApiError 403 for a Host that is not allowed: web pages can give their names this server's
+    address."""
     allowed = connection.app.state.server.settings.allowed_hosts
     host = re.sub(r":[^\]:]*$", "", connection.headers.get("host", "")).lower()
     if allowed and "*" not in allowed and host not in allowed:

@@ -141,7 +141,8 @@ def _variables(value: Any) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict):
         raise ValueError("it must be an object")
-    pending, found = [value], 0
+    pending: list[Any] = [value]
+    found = 0
     while pending:
         items = pending.pop()
         found += len(items)

@@ -4,8 +4,8 @@ lists them.
 Criteria, names and default thresholds are those of Huginn's code (Geiping et al. 2025, arXiv 2502.05171). A
 criterion on states compares the states before and after a step and costs nothing. A criterion on predictions
 runs coda and head at every check, about half a step. A criterion on a trained exit gate (Ouro, LoopUS) costs
-one product with a vector, and is for checkpoints that have such a gate. This module imports torch only where it computes, so
-that the HTTP interface can read the table.
+one product with a vector, and is for checkpoints that have such a gate. This module imports torch only where
+it computes, so that the HTTP interface can read the table.
 
 Shapes: N rows of states, M rows read out, D d_model, V vocabulary.
 """

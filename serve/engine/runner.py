@@ -433,8 +433,8 @@ class Runner:
     def _draw(
         self, block: Block, drawn: list[Sequence], hidden: Tensor, results: dict[int, StepResult]
     ) -> None:
-        """Draw a token for each row: the last step's is the answer, before it a sampler leads to the next level. hidden [M,
-        D]."""
+        """Draw a token for each row: the last step's is the answer, before it a sampler leads to the next
+        level. hidden [M, D]."""
         prediction = self._predict(block, drawn, hidden)
         for i, sequence in enumerate(drawn):
             if sequence.request.logprobs is not None and self._is_likelihood(

@@ -1,4 +1,5 @@
-"""`rdlm eval accuracy`: shares that are known beforehand, noise that no batch decides, and the command from end to end."""
+"""`rdlm eval accuracy`: shares that are known beforehand, noise that no batch decides, and the command from
+end to end."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def learned(shape: CheckpointConfig) -> Objective:
 def test_figures_are_those_of_a_model_whose_mistakes_are_known(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right at K where the image's number is a multiple of 4 / K, over a soft bridge never; one draw in three is wrong."""
+    """Right at K where the image's number is a multiple of 4 / K, over a soft bridge never; one draw in three
+    is wrong."""
     shape, store = config("evidence"), ImageStore(data, "test")
     labels = store.read(np.arange(len(store)))[1]
 

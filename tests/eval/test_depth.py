@@ -176,7 +176,7 @@ def test_command_measures_every_task(
     assert [r["K"] for r in report["convergence"]["3"]["results"]] == [2, 3, 4]
 
 
-# Masked diffusion -------------------------------------------------------------------------------------------------------------
+# Masked diffusion -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -191,7 +191,8 @@ def masked(masked_config: TinyConfig, awake: Callable[[Objective], Objective]) -
 def test_hidden_answers_tell_nothing_and_inputs_do(
     masked: Loaded, monkeypatch: pytest.MonkeyPatch, task: Generated, order: Order
 ) -> None:
-    """All that the network says while evaluate_depth asks it, with the truth, then the inputs changed behind its back."""
+    """All that the network says while evaluate_depth asks it, with the truth, then the inputs changed behind
+    its back."""
     said: list[torch.Tensor] = []
     real_rows, real_predict = task.rows, MaskedDiffusion.predict
 

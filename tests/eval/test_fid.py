@@ -100,7 +100,8 @@ def test_kernel_distance_is_the_sum_over_pairs() -> None:
 
 
 def test_intervals_are_as_wide_as_fresh_draws_vary() -> None:
-    """Standard deviation over 60 independent draws against the one that a single draw states; equal distributions hold 0."""
+    """Standard deviation over 60 independent draws against the one that a single draw states; equal
+    distributions hold 0."""
     found, held = [], 0
     for seed in range(60):
         x, y = (RNG((seed, side)).normal(size=(120, 5)) for side in (0, 1))

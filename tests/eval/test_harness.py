@@ -202,7 +202,8 @@ def test_bad_gen_kwargs_are_refused(make_model: MakeModel) -> None:
 def test_a_cache_of_lm_eval_tells_apart_what_decides_a_result(
     make_model: MakeModel, folders: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """One --use_cache file for several K, estimators, seeds and checkpoints: each gets its own numbers, and finds them again."""
+    """One --use_cache file for several K, estimators, seeds and checkpoints: each gets its own numbers, and
+    finds them again."""
     from lm_eval.api.model import CachingLM
 
     file, settings = (
@@ -235,7 +236,8 @@ def test_a_cache_of_lm_eval_tells_apart_what_decides_a_result(
 
 
 def test_a_continuation_without_a_token_of_its_own_is_refused(make_model: MakeModel) -> None:
-    """Where context and continuation end in one token ("pa" + "ss"), a likelihood of 1 would win every choice."""
+    """Where context and continuation end in one token ("pa" + "ss"), a likelihood of 1 would win every
+    choice."""
     model = make_model()
     for pair in (("in the wo", ""), ("", "")):
         with pytest.raises(UserError, match="an empty continuation"):
@@ -278,7 +280,7 @@ def test_ties_are_counted(make_model: MakeModel) -> None:
     assert model.get_model_info()["tied_documents"] == 1
 
 
-# BLiMP -------------------------------------------------------------------------------------------------------------------
+# BLiMP ------------------------------------------------------------------------------------------------------
 
 
 def _paradigms() -> list[str]:
@@ -460,7 +462,8 @@ class Constant(RecurrentLM):
 def test_blimp_gives_ignorance_one_half_and_reports_ties(
     folders: Callable[[str], Path], shared_data: Path
 ) -> None:
-    """lm-eval resolves ties to the first choice, the right one: a constant model scores 1, and the count of ties says so."""
+    """lm-eval resolves ties to the first choice, the right one: a constant model scores 1, and the count of
+    ties says so."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -160,9 +160,11 @@ SETTINGS = [pytest.param(4, 4, 1)] + [
 
 @pytest.mark.parametrize(("k", "batch_size", "concurrent"), SETTINGS)
 def test_in_process_equals_http(url: str, folder: Path, k: int, batch_size: int, concurrent: int) -> None:
-    """Log-likelihoods, rolling ones over several windows, and texts; prompts of several prefill chunks among them."""
+    """Log-likelihoods, rolling ones over several windows, and texts; prompts of several prefill chunks among
+    them."""
     far = _client(url, folder, f"tiny:k{k}", batch_size=batch_size, num_concurrent=concurrent)
-    # lm-eval's HTTP client keeps a position for the token it must ask for, and one for the context of a window.
+    # lm-eval's HTTP client keeps a position for the token it must ask for, and one for the context of a
+    # window.
     near = RecurrentLM(checkpoint=str(folder), num_steps=k, batch_size=4, kv_cache="full", max_length=510)
     assert 256 < len(near.text.encode(LONG)) < 500
     there, here = (model.loglikelihood(SCORED, disable_tqdm=True) for model in (far, near))
@@ -175,7 +177,8 @@ def test_in_process_equals_http(url: str, folder: Path, k: int, batch_size: int,
 
 
 def test_masked_models_have_the_same_scores_and_texts_over_http(masked_url: str, masked_folder: Path) -> None:
-    """Exact likelihoods, one token a step from left to right, whatever K is; texts at K. lm-eval's client sends a seed of its own."""
+    """Exact likelihoods, one token a step from left to right, whatever K is; texts at K. lm-eval's client
+    sends a seed of its own."""
     far = _client(masked_url, masked_folder, "tiny:k4", batch_size=4, num_concurrent=4, max_length=64)
     given = {"checkpoint": str(masked_folder), "seed": 1234, "batch_size": 4, "max_length": 62}
     near = RecurrentLM(num_steps=4, estimator="left_to_right", **given)  # type: ignore[arg-type]
@@ -280,7 +283,8 @@ def test_chat_completions_answer_the_rendered_template(url: str, folder: Path) -
 
 
 def test_an_end_of_text_the_model_predicts_does_not_cut_the_score(url: str, folder: Path) -> None:
-    """lm-eval drops the entry of the one drawn token unseen: it must be there even where that token is an end of text."""
+    """lm-eval drops the entry of the one drawn token unseen: it must be there even where that token is an end
+    of text."""
     prompts = [[first, second] for first in range(5, 69) for second in range(5, 21)]
     body = {"model": "tiny:k4", "prompt": prompts, "max_tokens": 1, "temperature": 0, "logprobs": 0}
     choices = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()["choices"]
@@ -318,7 +322,8 @@ TASKS = {
     ids=["huginn", "masked"],
 )
 def test_the_commands_agree(request: pytest.FixtureRequest, model: str, options: str, tmp_path: Path) -> None:
-    """`lm_eval --model local-completions` as docs/serving.md has it beside `rdlm eval lm-eval` on the same tasks, sample by sample."""
+    """`lm_eval --model local-completions` as docs/serving.md has it beside `rdlm eval lm-eval` on the same
+    tasks, sample by sample."""
     url, folder = (request.getfixturevalue(f"{model}{name}") for name in ("url", "folder"))
     rows = [
         {"question": f"{context or 'god'} ", "choices": [word, "god"], "label": 0} for context, word in PAIRS

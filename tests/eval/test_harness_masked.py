@@ -25,7 +25,8 @@ def _ask(kind: str, *arguments: Any) -> Instance:
 
 
 def test_a_masked_model_bounds_continuations_alike_in_any_batch(make_model: MakeModel) -> None:
-    """At K = 1 the bound is the log-probability of one pass in which the continuation is hidden; rows of other lengths change nothing."""
+    """At K = 1 the bound is the log-probability of one pass in which the continuation is hidden; rows of
+    other lengths change nothing."""
     pairs = [
         ("in the", " beginning was"),
         ("and it came to pass in those", " days"),
@@ -54,7 +55,8 @@ def test_a_masked_model_bounds_continuations_alike_in_any_batch(make_model: Make
 
 
 def test_a_masked_model_has_an_exact_likelihood_from_left_to_right(make_model: MakeModel) -> None:
-    """All answers of one token together have probability 1; rows of other lengths and K change nothing; greedy is exact."""
+    """All answers of one token together have probability 1; rows of other lengths and K change nothing;
+    greedy is exact."""
     model = make_model("masked", num_steps=4, batch_size=4, estimator="left_to_right")
     stated = model.get_model_info()
     assert (

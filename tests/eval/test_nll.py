@@ -77,8 +77,8 @@ def test_a_model_that_knows_nothing_scores_log_vocabulary(loaded: Loaded, data: 
 
 
 class Bigram(Backbone):
-    """Logits are ln(count(token, next) + 1): the state is the one-hot token, the read-out the table of counts. A core step keeps the
-    state, so every K says the same."""
+    """Logits are ln(count(token, next) + 1): the state is the one-hot token, the read-out the table of
+    counts. A core step keeps the state, so every K says the same."""
 
     noise_embedding, lm_head, core_layers = None, None, nn.ModuleList()
 

@@ -33,7 +33,8 @@ def _batch(rows: int = 4, length: int = 16) -> Batch:
 
 @pytest.fixture
 def uniform(tiny: Callable[..., Objective], tiny_config: Callable) -> Loaded:
-    """An evidence denoiser that says nothing about the next token: with the exact evidence scale it is the exact denoiser."""
+    """An evidence denoiser that says nothing about the next token: with the exact evidence scale it is the
+    exact denoiser."""
     denoiser = tiny("huginn", "evidence", tie_embeddings=False).eval()
     with torch.no_grad():
         denoiser.model.head.weight.zero_()

@@ -51,7 +51,8 @@ def _nll(name: str, shift: float, per_window: bool = False) -> Json:
 
 
 def _gen_ppl(name: str, reach: float = 0.7, factor: float = 1.0) -> Json:
-    """At temperatures 0.5 and 1 distinct-2 is 0.4 and ``reach``, human text has 0.6; perplexity is ``factor`` times 20 and 40."""
+    """At temperatures 0.5 and 1 distinct-2 is 0.4 and ``reach``, human text has 0.6; perplexity is ``factor``
+    times 20 and 40."""
 
     def texts(x: float, ppl: float) -> Json:
         names = ("distinct_1", "distinct_2", "distinct_3", "repetition", "entropy_bits", "mean_words")
@@ -180,7 +181,8 @@ def test_lm_eval_scores_are_compared_by_their_standard_errors(tmp_path: Path, wr
 
 
 def test_runs_are_compared_at_the_diversity_of_human_text(tmp_path: Path, write: Write) -> None:
-    """Two thirds of the way from one temperature to the other in distinct-2 and in log perplexity; the ratio is paired by blocks."""
+    """Two thirds of the way from one temperature to the other in distinct-2 and in log perplexity; the ratio
+    is paired by blocks."""
     runs = (_gen_ppl("a"), _gen_ppl("b", factor=1.1), _gen_ppl("c", reach=0.5))
     assert _report(tmp_path, *(write(f"{n}.json", run) for n, run in enumerate(runs))) == 0
     first, second, short = _rows(tmp_path, "Generative perplexity and diversity", 1)

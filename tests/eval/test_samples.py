@@ -240,7 +240,8 @@ def test_a_masked_model_fills_in_continuations_alike_in_any_batch(
     masked_config: Callable[..., CheckpointConfig],
     awake: Callable[[Objective], Objective],
 ) -> None:
-    """Two blocks, so that the steps ask both; texts of full length without an end of text, others at another K, resumed from the file."""
+    """Two blocks, so that the steps ask both; texts of full length without an end of text, others at another
+    K, resumed from the file."""
     config = masked_config(num_blocks=2, model={"vocab_size": VOCAB})
     denoiser = awake(build(config, seed=0))
     end = store.manifest.eos_id

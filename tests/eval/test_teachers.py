@@ -1,4 +1,5 @@
-"""Teachers: which tokens are scored, with what context; what is kept; which sources are refused. A tiny random model stands in."""
+"""Teachers: which tokens are scored, with what context; what is kept; which sources are refused. A tiny
+random model stands in."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -30,7 +30,8 @@ SHORT = ["--num-prompts", "3", "--prompt-tokens", "5", "--max-tokens", "5"]
 
 
 class Counting(Teacher):
-    """Gives every word ln 2 nats, and a word that repeats the one before it ln 1.25. Features: counts of letters."""
+    """Gives every word ln 2 nats, and a word that repeats the one before it ln 1.25. Features: counts of
+    letters."""
 
     def __init__(self) -> None:
         super().__init__("counting", None, None, "f" * 64)
@@ -176,7 +177,8 @@ def test_a_changed_protocol_says_so() -> None:
 
 @pytest.mark.slow
 def test_the_interval_of_mauve_covers_other_draws_of_the_texts() -> None:
-    """text_sd against the deviation of the score over fresh pairs of samples, of which no one holds the others' texts."""
+    """text_sd against the deviation of the score over fresh pairs of samples, of which no one holds the
+    others' texts."""
     pytest.importorskip("mauve", reason="mauve-text is optional")
 
     def drawn(seed: int) -> dict[str, Any]:
@@ -390,7 +392,7 @@ def test_the_plot_of_two_teachers_has_two_panels(tmp_path: Path) -> None:
     assert widths[1] == 2 * widths[0]
 
 
-# Known answers of the real teacher ------------------------------------------------------------------------------------
+# Known answers of the real teacher --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

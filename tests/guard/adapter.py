@@ -1,7 +1,9 @@
-"""All that the guard asks of rdlm. Every import from it is in this file: when modules move or are redesigned, this file alone follows.
+"""All that the guard asks of rdlm. Every import from it is in this file: when modules move or are redesigned,
+this file alone follows.
 
-Names of weights, metrics and config fields are those of version 1 of the checkpoint format; where the code has other ones, the functions
-here translate. Configs come in as plain dictionaries, and what comes out are tensors, numbers, texts and dictionaries.
+Names of weights, metrics and config fields are those of version 1 of the checkpoint format; where the code
+has other ones, the functions here translate. Configs come in as plain dictionaries, and what comes out are
+tensors, numbers, texts and dictionaries.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Model:
     config: CheckpointConfig
 
 
-# Models -----------------------------------------------------------------------------------------------------------------------
+# Models -----------------------------------------------------------------------------------------------------
 
 
 def objectives() -> dict[str, list[str]]:
@@ -77,7 +79,8 @@ def objectives() -> dict[str, list[str]]:
 
 
 def build(document: dict[str, Any], seed: int) -> Model:
-    """The freshly initialised network of a config with version 1's fields; ``noise_conditioning`` follows the objective."""
+    """The freshly initialised network of a config with version 1's fields; ``noise_conditioning`` follows the
+    objective."""
     objective = objective_config.validate_python(document["objective"])
     if hasattr(objective, "readout_quantile"):  # version 1 read every sampling model at sigma_max
         objective = objective.model_copy(update={"readout_quantile": 1.0})
@@ -159,7 +162,7 @@ def partition(model: Model, num_steps: Sequence[int]) -> dict[str, Any]:
     }
 
 
-# Training ---------------------------------------------------------------------------------------------------------------------
+# Training ---------------------------------------------------------------------------------------------------
 
 
 def update_loss(
@@ -233,7 +236,7 @@ def _objective_v1(section: dict[str, Any]) -> dict[str, Any]:
     return {**absent, **{key: value for key, value in section.items() if key != "readout_quantile"}}
 
 
-# Scores and answers -----------------------------------------------------------------------------------------------------------
+# Scores and answers -----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -319,7 +322,7 @@ def draw_images(model: Model, classes: Tensor, num_steps: int, **options: Any) -
     return model.network.sample_images(classes, num_steps, **options)
 
 
-# Serving ----------------------------------------------------------------------------------------------------------------------
+# Serving ----------------------------------------------------------------------------------------------------
 
 
 def tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:

@@ -1,4 +1,5 @@
-"""What the guard records: tiny networks of every kind, their batches, requests to an engine, training runs. Plain data, no rdlm."""
+"""What the guard records: tiny networks of every kind, their batches, requests to an engine, training runs.
+Plain data, no rdlm."""
 
 from __future__ import annotations
 
@@ -230,7 +231,8 @@ def serving(vocab_size: int) -> dict[str, tuple[Document, Document, list[Documen
         ask(9, 1, 4, 12, stop=["e"]),
     ]
     filled = [
-        # Hidden tokens alone are all alike, and which is the surest would be decided by rounding: by confidence they have a prompt.
+        # Hidden tokens alone are all alike, and which is the surest would be decided by rounding: by
+        # confidence they have a prompt.
         *(ask(length, k, length, order=order) for order in ORDERS for length, k in ((2, 4), (3, 1), (16, 8))),
         *(ask(0, 4, order=order) for order in ORDERS[:2]),
         *(ask(5, 5, 2, 9, order=order, sampling=GREEDY, logprobs=1) for order in ORDERS),

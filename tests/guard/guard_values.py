@@ -60,7 +60,8 @@ def lists_as_numbers(tree: Any) -> Any:
 def differences(old: Any, new: Any, tolerance: float, path: str = "") -> Iterator[tuple[str, str, bool]]:
     """(where, what, whether it is within the tolerance) of all that is not equal to the bit.
 
-    The tolerance is relative to the largest of the values recorded together. Texts, tokens and whole numbers must be equal.
+    The tolerance is relative to the largest of the values recorded together. Texts, tokens and whole numbers
+    must be equal.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         if "values" in old and "sha" in old and "sha" in new:
@@ -110,7 +111,8 @@ def _short(value: Any) -> str:
 
 
 def compare(old: Document, new: Document, tolerance: float) -> int:
-    """Print what differs -> 1 where anything differs by a bit, else 0. Only sections that both records have are compared."""
+    """Print what differs -> 1 where anything differs by a bit, else 0. Only sections that both records have
+    are compared."""
     shared = [name for name in old if name in new and name != "machine"]
     found = list(
         differences({name: old[name] for name in shared}, {name: new[name] for name in shared}, tolerance)

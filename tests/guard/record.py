@@ -4,11 +4,13 @@
     python tests/guard/record.py --compare OLD.json NEW.json
     python tests/guard/record.py --fixtures FOLDER
 
-Everything runs on a CPU in fp32 with fixed seeds and tiny shapes. All imports from rdlm are in adapter.py, so the same file records
-another version of the code with another adapter, started in that version's folder with that folder as PYTHONPATH.
+Everything runs on a CPU in fp32 with fixed seeds and tiny shapes. All imports from rdlm are in adapter.py, so
+the same file records another version of the code with another adapter, started in that version's folder with
+that folder as PYTHONPATH.
 
-A tensor is recorded as the hash of its bytes, its shape, and up to 16 of its values. Hashes are equal on one machine with one build of
-torch; values are compared with a tolerance where the CPU is another one. Section ``runs`` starts training processes and takes minutes.
+A tensor is recorded as the hash of its bytes, its shape, and up to 16 of its values. Hashes are equal on one
+machine with one build of torch; values are compared with a tolerance where the CPU is another one. Section
+``runs`` starts training processes and takes minutes.
 """
 
 from __future__ import annotations
@@ -74,9 +76,11 @@ def load_adapter(path: Path = HERE / "adapter.py") -> Any:
 
 
 def loud(guard: Any, model: Any, scale: float = 0.6) -> Any:
-    """The model with noise on every weight: what starts silent, or at zero, would hide mistakes. By names, not by order.
+    """The model with noise on every weight: what starts silent, or at zero, would hide mistakes. By names,
+    not by order.
 
-    Tables of tokens get twice as much. More on layers that iterate would make them chaotic: rounding errors would grow with every step.
+    Tables of tokens get twice as much. More on layers that iterate would make them chaotic: rounding errors
+    would grow with every step.
     """
     with torch.no_grad():
         for name, weight in guard.weights(model).items():
@@ -87,7 +91,7 @@ def loud(guard: Any, model: Any, scale: float = 0.6) -> Any:
     return model
 
 
-# Sections ---------------------------------------------------------------------------------------------------------------------
+# Sections ---------------------------------------------------------------------------------------------------
 
 
 def updates(guard: Any) -> Document:
@@ -113,7 +117,8 @@ def _updates(
     for number, part in enumerate(guard.parts(model)):
         if recompute:
             guard.recompute(part)
-        # A large eps: gradients that are zero in exact arithmetic (biases of keys) are rounding errors, which Adam would blow up.
+        # A large eps: gradients that are zero in exact arithmetic (biases of keys) are rounding errors, which
+        # Adam would blow up.
         optimizer = torch.optim.AdamW(guard.parameters(part), lr=1e-3, eps=1e-4, weight_decay=0.1)
         losses, norms, last = [], [], {}
         for step in range(10):
@@ -205,7 +210,8 @@ def _seeded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def answers(guard: Any) -> Document:
-    """Greedy answers at several K, over every bridge and in every order, and texts of masked models that are drawn."""
+    """Greedy answers at several K, over every bridge and in every order, and texts of masked models that are
+    drawn."""
     found: Document = {}
     for name, document in MODELS.items():
         family = document["model"]["family"]
@@ -328,13 +334,14 @@ def plans(guard: Any) -> Document:
     return found
 
 
-# Training runs ----------------------------------------------------------------------------------------------------------------
+# Training runs ----------------------------------------------------------------------------------------------
 
 CLOCKS = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "peak_memory_bytes")
 
 
 def runs(guard: Any) -> Document:
-    """``rdlm train`` in one process: a whole run, the same resumed at update 4, and two blocks that are trained alone and merged."""
+    """``rdlm train`` in one process: a whole run, the same resumed at update 4, and two blocks that are
+    trained alone and merged."""
     found: Document = {}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
@@ -419,7 +426,7 @@ def record(
     return found
 
 
-# Fixtures ---------------------------------------------------------------------------------------------------------------------
+# Fixtures ---------------------------------------------------------------------------------------------------
 
 
 def expected(guard: Any, model: Any, document: Document) -> Document:

@@ -1,4 +1,5 @@
-"""Joint laws that a masked model could have learned, read as exact denoisers, and what follows from them by summing over everything."""
+"""Joint laws that a masked model could have learned, read as exact denoisers, and what follows from them by
+summing over everything."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def batch(rows: int) -> Batch:
 
 
 class Exact(nn.Module):
-    """The exact denoiser of a joint law p [V, .., V] over T tokens, which asks about all positions at once; at any level the same."""
+    """The exact denoiser of a joint law p [V, .., V] over T tokens, which asks about all positions at once;
+    at any level the same."""
 
     def __init__(self, law: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""``rdlm convert``: a plain transformer made recurrent computes at K = 1 what its source computes, bit for bit."""
+"""``rdlm convert``: a plain transformer made recurrent computes at K = 1 what its source computes, bit for
+bit."""
 
 from __future__ import annotations
 

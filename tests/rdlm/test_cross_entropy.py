@@ -39,7 +39,8 @@ def test_matches_torch(monkeypatch: pytest.MonkeyPatch, with_evidence: bool, chu
 
 
 def test_weights_act_per_row() -> None:
-    """A weight on one row scales that row's loss alone: the released code's [B] * [B, 1] product would fail here."""
+    """A weight on one row scales that row's loss alone: the released code's [B] * [B, 1] product would fail
+    here."""
     hidden, weight, targets = torch.randn(4, 8), torch.randn(5, 8), torch.tensor([0, 1, 2, 3])
     plain, losses = linear_cross_entropy(hidden, weight, targets, torch.ones(4))
     total, _ = linear_cross_entropy(hidden, weight, targets, torch.tensor([1.0, 1.0, 10.0, 1.0]))

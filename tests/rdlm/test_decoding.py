@@ -17,7 +17,8 @@ VOCAB = 20
 
 
 def reference_support(logits: list[float], p: SamplingParams) -> set[int]:
-    """Tokens that survive, by the definitions: min-p against the best, then k likeliest, then smallest set with mass top_p."""
+    """Tokens that survive, by the definitions: min-p against the best, then k likeliest, then smallest set
+    with mass top_p."""
     scaled = [x / p.temperature for x in logits]
     norm = math.fsum(math.exp(x - max(scaled)) for x in scaled)
     probs = [math.exp(x - max(scaled)) / norm for x in scaled]

@@ -1,4 +1,5 @@
-"""The closed-form posterior as a test double: an exact denoiser must give the exact law of the token at every K.
+"""The closed-form posterior as a test double: an exact denoiser must give the exact law of the token at every
+K.
 
 With clean context, prior p and unit rows E, p(x | z, sigma) is proportional to p(x) exp(<E_x, z> / sigma^2).
 """
@@ -27,7 +28,8 @@ PRIOR = torch.softmax(torch.linspace(0.0, 2.0, V), 0)
 
 @pytest.fixture(scope="module")
 def denoiser() -> Objective:
-    """An evidence denoiser whose hidden state is log p in the first V coordinates and whose head reads exactly that."""
+    """An evidence denoiser whose hidden state is log p in the first V coordinates and whose head reads
+    exactly that."""
     config = HuginnConfig(
         vocab_size=V,
         d_model=D,
@@ -122,13 +124,15 @@ def even(num_steps: int) -> list[float]:
 
 
 def uneven(num_steps: int) -> list[float]:
-    """Steps of falling length in log sigma: a multistep rule that took them for equal would lose its order (EDM Eq. 5, rho = 3)."""
+    """Steps of falling length in log sigma: a multistep rule that took them for equal would lose its order
+    (EDM Eq. 5, rho = 3)."""
     ends = 2.0 ** (1 / 3), 0.2 ** (1 / 3)
     return [(ends[0] + k / num_steps * (ends[1] - ends[0])) ** 3 for k in range(num_steps + 1)]
 
 
 def test_solvers_converge_at_their_order() -> None:
-    """y ~ N(0, 0.25): the ODE's solution is z(s) = z0 sqrt((s^2 + sd^2) / (s0^2 + sd^2)); a second order falls twice as fast."""
+    """y ~ N(0, 0.25): the ODE's solution is z(s) = z0 sqrt((s^2 + sd^2) / (s0^2 + sd^2)); a second order
+    falls twice as fast."""
     variance, z0, high, low = 0.25, torch.tensor([3.0], dtype=torch.float64), 2.0, 0.2
     truth = z0 * ((low**2 + variance) / (high**2 + variance)) ** 0.5
     for solver, order in SOLVERS.items():
@@ -143,7 +147,8 @@ def test_solvers_converge_at_their_order() -> None:
 def test_solvers_follow_the_exact_denoiser_of_tokens(
     denoiser: Objective, grid: Callable[[int], list[float]]
 ) -> None:
-    """The posterior mean over tokens, which bends: orders hold. On even steps multistep errs least for equally many calls."""
+    """The posterior mean over tokens, which bends: orders hold. On even steps multistep errs least for
+    equally many calls."""
     table = denoiser.unit_table().double()
     start = 2.0 * torch.randn(400, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     calls = 0

@@ -1,4 +1,5 @@
-"""`rdlm export hf`: transformers computes from the exported folder what rdlm computes, offline, and an import brings the same bits back."""
+"""`rdlm export hf`: transformers computes from the exported folder what rdlm computes, offline, and an import
+brings the same bits back."""
 
 from __future__ import annotations
 
@@ -173,7 +174,8 @@ def same_bits(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("case", LOOPED)
 @torch.no_grad()
 def test_a_looped_model_computes_the_same_at_every_k(tmp_path: Path, case: str) -> None:
-    """Logits within 1e-5 at K = 1, 2, 4; greedy continuations with the cache; the default K; and the bits of the round trip."""
+    """Logits within 1e-5 at K = 1, 2, 4; greedy continuations with the cache; the default K; and the bits of
+    the round trip."""
     ours, out = exported(tmp_path, *LOOPED[case])
     model, theirs = rdlm.load(ours), loaded(out)
     ids = torch.randint(0, VOCAB, (2, 20))
@@ -280,7 +282,8 @@ def test_transformers_saves_it_again_and_it_can_be_imported(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("case", ["huginn, single_pass", "llama"])
 def test_the_folder_is_all_that_is_needed(tmp_path: Path, case: str) -> None:
-    """Another process without a network and without rdlm: tokenizer, chat template and the text that the weights give."""
+    """Another process without a network and without rdlm: tokenizer, chat template and the text that the
+    weights give."""
     ours, out = exported(tmp_path, *(LOOPED[case] if case in LOOPED else (llama(), "next_token")))
     code = (
         "import sys, torch\n"

@@ -80,7 +80,8 @@ def test_patches_are_those_of_unfold_and_come_back() -> None:
 
 @pytest.mark.parametrize("objective", ["classify", "paper"])
 def test_a_vit_knows_the_places_of_patches_by_their_vectors_alone(objective: str) -> None:
-    """Patches in another order, their vectors moved along: the same prediction. No order enters through attention."""
+    """Patches in another order, their vectors moved along: the same prediction. No order enters through
+    attention."""
     denoiser, images = build(config("vit", objective), seed=0), batch(3).inputs
     before = denoiser.score(images, torch.zeros(3, 1, dtype=torch.long), (1,))[1].logprobs
     order = torch.tensor([2, 0, 3, 1])
@@ -133,7 +134,8 @@ def test_a_vit_learns_to_classify(objective: str, blocks: dict[str, Any] | None)
 
 
 def test_the_loss_of_a_dit_is_that_of_karras(awake: Any) -> None:
-    """w |D - y|^2 = |F - (y - c_skip z) / c_out|^2 (Karras et al. 2022, Eq. 8 with Table 1), with the draws made again by hand."""
+    """w |D - y|^2 = |F - (y - c_skip z) / c_out|^2 (Karras et al. 2022, Eq. 8 with Table 1), with the draws
+    made again by hand."""
     denoiser, data = awake(build(config("dit", "edm"), seed=0)), batch(5)
     with torch.no_grad():
         denoiser.model.pixels.weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
@@ -170,8 +172,8 @@ class _Gaussian(Edm):
 
 @pytest.mark.parametrize(("solver", "tolerance"), [("euler", 0.01), ("heun", 0.01), ("multistep", 0.003)])
 def test_images_follow_the_flow_of_an_exact_denoiser(solver: str, tolerance: float) -> None:
-    """Of Gaussian data the ODE is solved by x = mean + (z - mean) s / sqrt(s^2 + sigma_max^2). Levels at equal mass are far apart at
-    the top, so even a second-order solver needs many."""
+    """Of Gaussian data the ODE is solved by x = mean + (z - mean) s / sqrt(s^2 + sigma_max^2). Levels at
+    equal mass are far apart at the top, so even a second-order solver needs many."""
     exact, classes = _Gaussian(0.2, 0.3), torch.zeros(16, dtype=torch.int64)
     start = torch.stack([torch.randn((3, SIDE, SIDE), generator=generator(3, 8, i)) for i in range(16)]) * 80
     wanted = 0.2 + (start - 0.2) * 0.3 / (0.3**2 + 80**2) ** 0.5
@@ -218,7 +220,8 @@ def test_guidance_leads_away_from_no_class(awake: Any) -> None:
 
 @pytest.mark.parametrize("blocks", [None, {"num_blocks": 2}])
 def test_a_dit_draws_the_class_it_is_asked_for(blocks: dict[str, Any] | None) -> None:
-    # At the usual levels the quadrant is plain to see in the noised image: nothing would make the network listen to the class.
+    # At the usual levels the quadrant is plain to see in the noised image: nothing would make the network
+    # listen to the class.
     shape = CheckpointConfig.model_validate(
         {**config("dit", "edm", blocks).model_dump(), "noise": {"p_mean": 1.0}}
     )
@@ -234,7 +237,8 @@ def test_a_dit_draws_the_class_it_is_asked_for(blocks: dict[str, Any] | None) ->
 
 @pytest.mark.slow
 def test_small_places_and_classes_are_drowned_by_patches() -> None:
-    """Why they start at 0.5 and not at 0.02 like other weights: a class is then learned early, by DiT and ViT alike."""
+    """Why they start at 0.5 and not at 0.02 like other weights: a class is then learned early, by DiT and ViT
+    alike."""
 
     def initial(shape: CheckpointConfig, std: float) -> Objective:
         denoiser = build(shape, seed=0)

@@ -1,4 +1,5 @@
-"""Prepared images as they are read: exact pixels, what a batch holds, and one clear line for folders that are not right."""
+"""Prepared images as they are read: exact pixels, what a batch holds, and one clear line for folders that are
+not right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Huginn in Hugging Face layout: what goes out comes back, and what cannot be represented is refused in one line."""
+"""Huginn in Hugging Face layout: what goes out comes back, and what cannot be represented is refused in one
+line."""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ def test_bfloat16_passes_through(tmp_path: Path, tiny, tiny_config) -> None:
 
 
 def test_exported_names_are_the_published_ones(ours: Path, tmp_path: Path) -> None:
-    """Names, shapes and derived numbers of Huginn-0125 (Geiping et al. 2025) in the proportions of this model."""
+    """Names, shapes and derived numbers of Huginn-0125 (Geiping et al. 2025) in the proportions of this
+    model."""
     theirs = export_huginn(ours, tmp_path / "theirs", shard_bytes=WHOLE)
     c, shapes = (
         published(theirs),
@@ -348,7 +350,8 @@ def test_offline_a_hub_id_is_refused_with_what_to_do(
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, tiny_config) -> None:
-    """200 MiB of weights go out and come back in a process that never holds more than a quarter of them beyond its imports."""
+    """200 MiB of weights go out and come back in a process that never holds more than a quarter of them
+    beyond its imports."""
     config = tiny_config("huginn", "onestep", d_model=1024, mlp_width=2048, vocab_size=16384)
     code = (
         "import resource, sys, json; from pathlib import Path; from rdlm.checkpoints.convert.huginn import *\n"

@@ -1,4 +1,5 @@
-"""An imported Huginn is a checkpoint like any other: the reference's logits, answers over HTTP, `rdlm eval nll`."""
+"""An imported Huginn is a checkpoint like any other: the reference's logits, answers over HTTP, `rdlm eval
+nll`."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ TEMPLATE = (  # that of Huginn-0125
 
 
 def write_tokenizer(folder: Path) -> dict[str, int]:
-    """A byte-level BPE of 300 and Huginn's special tokens after them, in the files transformers writes. Returns the special ids."""
+    """A byte-level BPE of 300 and Huginn's special tokens after them, in the files transformers writes.
+    Returns the special ids."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -80,7 +82,8 @@ def imported(source: Path, out: Path) -> Path:
 
 
 def test_golden_logits_through_the_command(golden: Path, tmp_path: Path) -> None:
-    """seal-rg/recurrent-pretraining computed these logits in fp32 from a random checkpoint; 5e-6 is fp32 rounding over 16 steps."""
+    """seal-rg/recurrent-pretraining computed these logits in fp32 from a random checkpoint; 5e-6 is fp32
+    rounding over 16 steps."""
     folder = imported(golden, tmp_path / "m")
     model, outputs = checkpoint.load(folder).denoiser.model, load_file(golden / "outputs.safetensors")
     ctx = CausalContext(outputs["input_ids"].shape[1])

@@ -1,4 +1,5 @@
-"""Perturbation tests: what a row may see. A leak makes every likelihood a lie, so each objective is probed end to end."""
+"""Perturbation tests: what a row may see. A leak makes every likelihood a lie, so each objective is probed
+end to end."""
 
 from __future__ import annotations
 
@@ -109,7 +110,8 @@ def test_two_stream_mask(sees_own_clean: bool) -> None:
 
 @torch.no_grad()
 def test_clean_stream_is_the_plain_causal_model(tiny) -> None:
-    """The clean half of the two streams must equal the model without them, whatever the noise: its cache serves every K."""
+    """The clean half of the two streams must equal the model without them, whatever the noise: its cache
+    serves every K."""
     denoiser = trained_a_little(tiny("huginn", "paper"))
     model, ids = denoiser.model, torch.randint(0, V, (B, T))
     z, sigma = torch.randn(B, T, 32), torch.full((B, T), 0.4)

@@ -32,7 +32,7 @@ def batch(rows: int = 4, mask: Tensor | None = None) -> Batch:
     return Batch(ids[:, :-1], ids[:, 1:], torch.ones(rows, T, dtype=torch.bool) if mask is None else mask)
 
 
-# What is learned --------------------------------------------------------------------------------------------------------------
+# What is learned --------------------------------------------------------------------------------------------
 
 
 def test_a_hidden_token_never_reaches_a_prediction_and_one_in_sight_reaches_all(masked_config, awake) -> None:
@@ -92,7 +92,8 @@ def test_every_parameter_learns(masked_config, awake) -> None:
 
 
 def test_it_learns_what_one_token_says_of_another() -> None:
-    """Arithmetic sequences modulo 12: tokens alone are uniform, so only context can lower the bound, and only beyond K = 1."""
+    """Arithmetic sequences modulo 12: tokens alone are uniform, so only context can lower the bound, and only
+    beyond K = 1."""
     rng = torch.Generator().manual_seed(0)
 
     def rows(count: int) -> Batch:
@@ -164,7 +165,7 @@ def test_levels_cover_the_interval_and_tokens_are_hidden_at_their_rate() -> None
     )
 
 
-# Blocks, checkpoints, refusals ------------------------------------------------------------------------------------------------
+# Blocks, checkpoints, refusals ------------------------------------------------------------------------------
 
 
 def test_blocks_cut_alpha_evenly_and_train_on_their_own_levels(

@@ -1,4 +1,5 @@
-"""The bound on a masked model's likelihood, and the exact one from left to right: against brute force, exact denoisers, and the batch."""
+"""The bound on a masked model's likelihood, and the exact one from left to right: against brute force, exact
+denoisers, and the batch."""
 
 from __future__ import annotations
 
@@ -17,12 +18,13 @@ from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
 from tests.rdlm.masked_laws import Exact, Levels, T, V, batch, distance, expected_bound, joint
 
-# The bound --------------------------------------------------------------------------------------------------------------------
+# The bound --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_no_model_gives_more_than_all_probability(masked_config, awake, num_steps: int) -> None:
-    """Sum over all 3^3 sequences of exp(-bound) <= 1: an untrained network whose output depends on everything."""
+    """Sum over all 3^3 sequences of exp(-bound) <= 1: an untrained network whose output depends on
+    everything."""
     denoiser = awake(build(masked_config(model={"vocab_size": 3}, num_blocks=2), seed=0))
     whole: Any = Levels(denoiser, 3)
     with torch.no_grad():
@@ -47,7 +49,8 @@ def test_draws_agree_with_the_bound_in_full(num_steps: int) -> None:
 
 
 def test_bound_of_an_exact_denoiser_falls_to_the_likelihood() -> None:
-    """With one token at every K, with three as K grows (each step then brings at most one of them into sight)."""
+    """With one token at every K, with three as K grows (each step then brings at most one of them into
+    sight)."""
     one: Any = Exact(joint(5, 1))
     assert float(bound(one, torch.tensor([[3]]), 1)) == pytest.approx(-math.log(one.law[3]), rel=1e-5)
     for k in (1, 7, 64):
@@ -96,7 +99,8 @@ def test_bound_of_a_continuation_is_that_of_the_law_given_its_context(num_steps:
 
 
 def test_bound_of_a_continuation_tells_the_layers_the_share_that_is_hidden(masked_config, awake) -> None:
-    """As the sampler does: K = 1 with a third hidden is one pass at level 1/3, whose owner may be another block."""
+    """As the sampler does: K = 1 with a third hidden is one pass at level 1/3, whose owner may be another
+    block."""
     data, mask = batch(3).targets, torch.arange(T).expand(3, T) >= T - 4
     denoiser = awake(build(masked_config(num_blocks=4), seed=0))
     found = bound(denoiser, data, 1, mask=mask)
@@ -122,7 +126,7 @@ def test_scores_are_named_a_bound_and_tokens_have_none(masked_config) -> None:
         denoiser.score(data.inputs, data.targets, [1])
 
 
-# Left to right ----------------------------------------------------------------------------------------------------------------
+# Left to right ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -139,7 +143,8 @@ ALL = torch.tensor(list(itertools.product(range(3), repeat=3)))
 
 
 def test_left_to_right_is_a_likelihood_and_that_of_its_sampler(loud: Objective) -> None:
-    """All 3^3 sequences together have probability 1, and ``unmask`` draws them as often as that; more steps than tokens change nothing."""
+    """All 3^3 sequences together have probability 1, and ``unmask`` draws them as often as that; more steps
+    than tokens change nothing."""
     probability = left_to_right(loud, ALL)[0].double().sum(1).exp()
     assert (
         float(probability.sum()) == pytest.approx(1, abs=1e-5)
@@ -159,8 +164,8 @@ def test_left_to_right_is_a_likelihood_and_that_of_its_sampler(loud: Objective) 
 
 
 def test_left_to_right_of_a_continuation(loud: Objective) -> None:
-    """Behind a token in sight all continuations together have probability 1, each token has what it has where its context is modelled
-    too, and samples agree."""
+    """Behind a token in sight all continuations together have probability 1, each token has what it has where
+    its context is modelled too, and samples agree."""
     mask = torch.tensor([False, True, True]).expand(len(ALL), 3)
     found, whole = left_to_right(loud, ALL, mask)[0], left_to_right(loud, ALL)[0]
     assert torch.equal(found[:, 0], torch.zeros(len(ALL)))
@@ -207,8 +212,9 @@ def test_left_to_right_of_an_exact_denoiser_is_its_law() -> None:
 
 
 def test_the_bound_is_that_of_the_very_sampler(masked_config, awake) -> None:
-    """Of a network that is no exact denoiser, in blocks: the law of three steps by recursion over which tokens are hidden is what
-    ``unmask`` draws from, and no sequence is more probable under the bound than under it."""
+    """Of a network that is no exact denoiser, in blocks: the law of three steps by recursion over which
+    tokens are hidden is what ``unmask`` draws from, and no sequence is more probable under the bound than
+    under it."""
     denoiser, num_steps = awake(build(masked_config(model={"vocab_size": 3}, num_blocks=2), seed=0)), 3
     with torch.no_grad():
         for part in denoiser.parts:

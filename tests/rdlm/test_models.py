@@ -20,7 +20,8 @@ T, V = 12, 64
 
 
 def test_huginn_matches_the_reference_implementation(shared_data) -> None:
-    """seal-rg/recurrent-pretraining computed these logits in fp32 from a random checkpoint; 5e-6 is fp32 rounding over 16 steps."""
+    """seal-rg/recurrent-pretraining computed these logits in fp32 from a random checkpoint; 5e-6 is fp32
+    rounding over 16 steps."""
     folder = shared_data.parent / "golden" / "huginn_tiny"
     if not folder.is_dir():
         pytest.skip(f"no golden outputs at {folder}")
@@ -61,7 +62,8 @@ def test_huginn_3b5_has_the_published_parameter_count() -> None:
 
 @pytest.mark.parametrize("state_init", ["zero", "normal"])
 def test_identity_adapter_makes_one_step_a_plain_transformer(tiny, state_init: str) -> None:
-    """At initialisation [0, I] passes e and silences the state: the first step cannot depend on how the state starts."""
+    """At initialisation [0, I] passes e and silences the state: the first step cannot depend on how the state
+    starts."""
     denoiser = tiny("huginn", "onestep", state_init=state_init)
     model, ctx = denoiser.model, CausalContext(T)
     e = model.encode(torch.randint(0, V, (2, T)), ctx)
@@ -164,7 +166,8 @@ def through_cache(
 def test_prefill_equals_decode_with_the_full_cache(
     tiny, family: str, objective: str, num_steps: int, spans: list[int]
 ) -> None:
-    """Any split of a sequence gives the logits of the whole, to fp32 rounding (2e-5), when every step keeps its keys."""
+    """Any split of a sequence gives the logits of the whole, to fp32 rounding (2e-5), when every step keeps
+    its keys."""
     denoiser, ids = tiny(family, objective), torch.randint(0, V, (1, T))
     ctx = CausalContext(T)
     e = denoiser.model.encode(ids, ctx)
@@ -228,7 +231,8 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
 @pytest.mark.parametrize(("objective", "append_own"), [("evidence", False), ("paper", True)])
 @torch.no_grad()
 def test_uncommitted_rows_equal_the_two_stream_forward(tiny, objective: str, append_own: bool) -> None:
-    """A noise level served from the cache must compute what the clean-and-noisy forward computes, and leave the cache alone."""
+    """A noise level served from the cache must compute what the clean-and-noisy forward computes, and leave
+    the cache alone."""
     denoiser = tiny("huginn", objective)
     model, ids = denoiser.model, torch.randint(0, V, (1, T))
     z, sigma = torch.randn(1, T, 32), torch.full((1, T), 0.5)

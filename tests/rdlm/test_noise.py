@@ -1,4 +1,5 @@
-"""Noise schedule, EDM coefficients and partitions against the published numbers (DiffusionBlocks Sec. 3.3, App. C)."""
+"""Noise schedule, EDM coefficients and partitions against the published numbers (DiffusionBlocks Sec. 3.3,
+App. C)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The dials: schedules that are pure functions, where gradient flows, what is noised, and that training works."""
+"""The dials: schedules that are pure functions, where gradient flows, what is noised, and that training
+works."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def batch_of(ids: torch.Tensor) -> Batch:
 
 
 def test_recurrence_schedule_is_huginns() -> None:
-    """Mean 33 and the heavy tail of 1 + Poisson(LogNormal): variance = E[rate] + Var[rate] (Geiping et al. 2025, Sec. 3.3)."""
+    """Mean 33 and the heavy tail of 1 + Poisson(LogNormal): variance = E[rate] + Var[rate] (Geiping et al.
+    2025, Sec. 3.3)."""
     depth = DepthConfig(distribution="lognormal_poisson", mean=32, max_steps=1024, grad_steps=8)
     drawn = np.array([num_recurrences(depth, step, seed=0) for step in range(20_000)])
     rate_variance = 32**2 * (math.exp(0.25) - 1)
@@ -206,7 +208,8 @@ def test_presets_keep_overrides() -> None:
 
 
 def test_a_sampling_model_is_read_at_a_level_that_its_training_covers(tiny, tiny_config) -> None:
-    """``paper`` trains on no z = 0 at sigma_max: it is read at a quantile of its levels; a quantile of 1 is sigma_max."""
+    """``paper`` trains on no z = 0 at sigma_max: it is read at a quantile of its levels; a quantile of 1 is
+    sigma_max."""
     config = tiny_config("huginn", "paper")
     level = tiny("huginn", "paper").readout_level
     drawn = noise_schedule(config.noise, config.objective.corruption).sample(

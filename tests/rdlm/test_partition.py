@@ -1,4 +1,5 @@
-"""Partitions beyond equal mass of the published noise: bands, equal information, explicit edges, grids over blocks."""
+"""Partitions beyond equal mass of the published noise: bands, equal information, explicit edges, grids over
+blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ NOISE = NoiseConfig()
 
 
 def test_band_schedule_is_the_distribution_that_training_draws() -> None:
-    """Half the mass log-uniform in [0.2, 2], half in [2, 80]; icdf inverts cdf, also where the bands leave a gap or overlap."""
+    """Half the mass log-uniform in [0.2, 2], half in [2, 80]; icdf inverts cdf, also where the bands leave a
+    gap or overlap."""
     sigma = torch.tensor([0.2, math.sqrt(0.4), 2.0, math.sqrt(160.0), 80.0], dtype=torch.float64)
     torch.testing.assert_close(BANDS.cdf(sigma), torch.tensor([0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64))
     q = torch.linspace(0, 1, 21, dtype=torch.float64)
@@ -58,8 +60,8 @@ def test_equal_information_cuts_a_measured_curve_into_equal_drops() -> None:
 
 
 def test_closed_form_curve_against_simulation() -> None:
-    """Posterior entropy of 300 orthogonal unit rows under a flat prior, by Monte Carlo: within 0.15 nats where the sum over the
-    others is near its mean, and the level of half the information within 15 %."""
+    """Posterior entropy of 300 orthogonal unit rows under a flat prior, by Monte Carlo: within 0.15 nats
+    where the sum over the others is near its mean, and the level of half the information within 15 %."""
     tokens, rng = 300, np.random.default_rng(0)
     curve = evidence_curve(math.log(tokens), 0.1, 80.0)
     levels, closed = np.array(curve).T

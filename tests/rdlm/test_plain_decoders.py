@@ -41,7 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def published(folder: Path, kind: str, settings: dict[str, Any]) -> Any:
-    """A random model of transformers, every parameter of it far from its initial value, saved as its library saves it."""
+    """A random model of transformers, every parameter of it far from its initial value, saved as its library
+    saves it."""
     config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **settings})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().float()
     rng = torch.Generator().manual_seed(0)

@@ -206,7 +206,8 @@ def test_white_space_around_a_mark_belongs_to_the_mark_that_takes_it() -> None:
 
 
 def _published(folder: Path, files: dict[str, object], special: bool = True, added: bool = True) -> Path:
-    """A tokenizer whose end of text </s> is special, ordinary but added, or a word of the vocabulary, as ``files`` name it."""
+    """A tokenizer whose end of text </s> is special, ordinary but added, or a word of the vocabulary, as
+    ``files`` name it."""
     document = json.loads(TOKENIZERS["bpe"]._source)  # type: ignore[attr-defined]
     document["model"]["vocab"]["</s>"] = 300
     document["added_tokens"] = []

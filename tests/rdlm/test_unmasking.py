@@ -26,7 +26,8 @@ from tests.rdlm.masked_laws import Exact, T, V, batch, distance, joint
 def test_rows_of_a_task_are_asked_at_the_levels_and_by_the_blocks_that_learned_them(
     masked_config, awake, monkeypatch
 ) -> None:
-    """Half of each row is always given: training, the sampler and the bound tell the network the hidden share of the other half."""
+    """Half of each row is always given: training, the sampler and the bound tell the network the hidden share
+    of the other half."""
     seen: list[tuple[Any, Tensor, Tensor]] = []
     real = MaskedDiffusion.hidden
     monkeypatch.setattr(
@@ -123,12 +124,13 @@ def test_temperature_zero_takes_the_most_probable() -> None:
     assert set(top.flatten().tolist()) == set(law.topk(2).indices.tolist())
 
 
-# Rows of any length ---------------------------------------------------------------------------------------------------------
+# Rows of any length -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["random", "left_to_right", "confidence"])
 def test_texts_of_any_length_are_filled_in_together_as_alone(masked_config, awake, order: Any) -> None:
-    """Padding, neighbours at other levels and in other blocks change no token; neither does the number of rows before one."""
+    """Padding, neighbours at other levels and in other blocks change no token; neither does the number of
+    rows before one."""
     denoiser = awake(build(masked_config(num_blocks=3, layers_per_block=(2, 1, 1)), seed=0))
     rng = torch.Generator().manual_seed(3)
     shapes = [(12, 0, 5), (9, 3, 4), (10, 9, 2), (4, 1, 8), (12, 6, 1)]

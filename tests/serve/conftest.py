@@ -43,7 +43,8 @@ BuildServed = Callable[..., Served]
 
 @pytest.fixture(scope="session")
 def make_served(tokenizer: Tokenizer) -> BuildServed:
-    """``make_served(objective="onestep", family="huginn", settings=EngineSettings(...), **model)``: a tiny loud random model."""
+    """``make_served(objective="onestep", family="huginn", settings=EngineSettings(...), **model)``: a tiny
+    loud random model."""
 
     def make(
         objective: str = "onestep",

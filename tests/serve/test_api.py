@@ -1,4 +1,5 @@
-"""Fields and options that stock clients and operators expect: scored prompts, several ends of text, origins, key files, limits."""
+"""Fields and options that stock clients and operators expect: scored prompts, several ends of text, origins,
+key files, limits."""
 
 from __future__ import annotations
 
@@ -318,7 +319,8 @@ def test_tracing_without_its_packages_is_one_clear_line(
 
 
 def test_a_model_whose_layers_run_once_takes_no_other_k(make_served: Callable[..., Served]) -> None:
-    """Whatever its ``recurrence`` says: more passes through the same layers would be another, untrained network."""
+    """Whatever its ``recurrence`` says: more passes through the same layers would be another, untrained
+    network."""
     with (
         Engine(lambda: make_served("next_token", "llama")) as engine,
         TestClient(create_app(engine, HttpSettings())) as client,

@@ -72,7 +72,8 @@ def request(length: int, k: int, seed: int = 0, **kwargs: object) -> Request:
 
 
 def written_out(served: Served, one: Request) -> list[int]:
-    """The answer by whole-sequence forwards without a cache: each level by the block that owns it, the hard bridge."""
+    """The answer by whole-sequence forwards without a cache: each level by the block that owns it, the hard
+    bridge."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper = config.objective.name == "paper"
     ks = {one.budget.steps_at(i) for i in range(one.max_tokens)}
@@ -110,7 +111,8 @@ def written_out(served: Served, one: Request) -> list[int]:
 def test_the_engine_draws_what_forwards_without_a_cache_draw(
     cut: Callable[..., Served], objective: str, targets: str
 ) -> None:
-    """Several K in one pack, prompts longer than a chunk: every token is that of each level's own block over its own cache."""
+    """Several K in one pack, prompts longer than a chunk: every token is that of each level's own block over
+    its own cache."""
     served = cut(objective, targets)
     wanted = [request(7, 1, 1), request(12, 2, 2), request(3, 3, 3), request(8, 5, 4)]
     with Engine(lambda: served) as engine:
@@ -126,7 +128,8 @@ def test_the_engine_draws_what_forwards_without_a_cache_draw(
 def test_a_schedule_leaves_no_holes_in_the_caches_of_blocks(
     cut: Callable[..., Served], objective: str, targets: str
 ) -> None:
-    """A token at K = 1 runs block 0 alone, and the next one at K = 5 reads its position in every block: what is there was written for it.
+    """A token at K = 1 runs block 0 alone, and the next one at K = 5 reads its position in every block: what
+    is there was written for it.
 
     Slots have had other owners, whose keys would be read instead.
     """
@@ -143,7 +146,8 @@ def test_a_schedule_leaves_no_holes_in_the_caches_of_blocks(
 
 
 def solved(served: Served, one: Request) -> list[int]:
-    """The answer by ``solve`` over whole-sequence forwards: from noise at sigma_max, which the network reads as z = 0."""
+    """The answer by ``solve`` over whole-sequence forwards: from noise at sigma_max, which the network reads
+    as z = 0."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper, top = config.objective.name == "paper", config.noise.sigma_max
     first, *rest = denoiser.sampling_levels(one.budget.num_steps)
@@ -183,7 +187,8 @@ def solved(served: Served, one: Request) -> list[int]:
 @pytest.mark.parametrize("objective", ["evidence", "paper"])
 @torch.no_grad()
 def test_a_soft_bridge_is_the_ode_of_the_whole_sequence(cut: Callable[..., Served], objective: str) -> None:
-    """All bridges in one pack: a row of Euler's or of the multistep rule ends where ``solve`` ends, whoever is beside it."""
+    """All bridges in one pack: a row of Euler's or of the multistep rule ends where ``solve`` ends, whoever
+    is beside it."""
     served = cut(objective)
     soft = [
         request(length, k, length, sampling=SamplingParams(temperature, sampler=bridge))

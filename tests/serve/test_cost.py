@@ -60,7 +60,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 def test_the_account_is_what_pytorch_counts(
     objective: str, k: int, case: str, make_served: Callable[..., Served]
 ) -> None:
-    """Prompts of one position, so that no attention is padded or masked: both counts must be the same to the last FLOP."""
+    """Prompts of one position, so that no attention is padded or masked: both counts must be the same to the
+    last FLOP."""
     served = make_served(objective, family="llama" if objective == "next_token" else "huginn")
     budget = StepBudget(k, exit=ExitRule("kl", 0.5, check_every=2) if case == "exits" else None)
     account, truth = counted(served, Request((7,), budget, 3, GREEDY, **FIELDS[case]))

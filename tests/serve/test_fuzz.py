@@ -1,5 +1,5 @@
-"""Whatever fits the OpenAPI document, and whatever does not, is answered: never with a 5xx. Needs schemathesis, which is no
-dependency of this package (pip install schemathesis)."""
+"""Whatever fits the OpenAPI document, and whatever does not, is answered: never with a 5xx. Needs
+schemathesis, which is no dependency of this package (pip install schemathesis)."""
 
 from __future__ import annotations
 

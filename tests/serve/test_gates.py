@@ -75,7 +75,8 @@ def test_gates_against_their_definitions() -> None:
 
 
 def test_exit_steps_of_every_position_are_those_of_ouro(shared_data: Path, tmp_path: Path) -> None:
-    """A prompt ends at each position; the reference computes all loops of what is before it, as one chunk does."""
+    """A prompt ends at each position; the reference computes all loops of what is before it, as one chunk
+    does."""
     folder, expected = imported(shared_data.parent, tmp_path, "ouro")
     threshold = expected["exit_threshold"].item()
     prompts = [row[: end + 1] for row in expected["input_ids"].tolist() for end in range(len(row))]

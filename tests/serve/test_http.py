@@ -114,7 +114,8 @@ def test_seed_makes_sampling_repeatable_and_choices_differ(client: TestClient) -
 
 
 def test_echo_scores_the_prompt_as_lm_eval_reads_it(client: TestClient) -> None:
-    """The arithmetic of lm-eval's parse_logprobs: sum(token_logprobs[ctxlen:-1]), is_greedy by equality with the best."""
+    """The arithmetic of lm-eval's parse_logprobs: sum(token_logprobs[ctxlen:-1]), is_greedy by equality with
+    the best."""
     prompts = [[3, 9, 40, 41, 42, 77], [0, 9]]
     answer = complete(client, prompt=prompts, max_tokens=1, logprobs=1, echo=True, seed=1234, model="tiny:k4")
     for prompt, choice in zip(prompts, sorted(answer["choices"], key=lambda c: c["index"]), strict=True):
@@ -140,7 +141,8 @@ def test_echo_scores_the_prompt_as_lm_eval_reads_it(client: TestClient) -> None:
 
 
 def test_greedy_continuation_reads_as_greedy(client: TestClient) -> None:
-    """What the model says greedily is, read back as a prompt, its own best at every place, at equal log-probabilities."""
+    """What the model says greedily is, read back as a prompt, its own best at every place, at equal
+    log-probabilities."""
     request = Request((5, 6, 7), StepBudget(1), 8, SamplingParams(temperature=0), logprobs=1)
     said = client.app.state.server.engine.generate([request])[0]
     prompt = [*request.prompt, *(event.token for event in said)]

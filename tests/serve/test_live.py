@@ -144,7 +144,8 @@ def test_concurrent_strangers_get_what_they_get_alone(live: Live) -> None:
 
 
 def test_two_events_in_one_segment_split_on_a_blank_line(live: Live) -> None:
-    """A client that waits lets events pile up in one read; splitting on "\\n\\n" alone must give them all back."""
+    """A client that waits lets events pile up in one read; splitting on "\\n\\n" alone must give them all
+    back."""
     body = json.dumps(
         {"prompt": "x", "max_tokens": 20, "stream": True, "temperature": 0, "ignore_eos": True}
     ).encode()
@@ -166,7 +167,8 @@ def test_two_events_in_one_segment_split_on_a_blank_line(live: Live) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnect_cancels_the_work(live: Live, stream: bool) -> None:
-    """Long answers whose clients leave end before their 2000 tokens: each is counted as cancelled, and none as finished."""
+    """Long answers whose clients leave end before their 2000 tokens: each is counted as cancelled, and none
+    as finished."""
     before = metric(live, 'rdlm_sequences_total{finish="abort"}')
     body = {"prompt": "x", "max_tokens": 2000, "num_steps": 8, "stream": stream, "ignore_eos": True, "n": 16}
     with pytest.raises(httpx.ReadTimeout):
@@ -182,7 +184,8 @@ def test_disconnect_cancels_the_work(live: Live, stream: bool) -> None:
 
 
 def test_half_a_body_is_no_defect_of_the_server(live: Live) -> None:
-    """A client that announces more than it sends and hangs up: counted as one that left (499), by no error of ours."""
+    """A client that announces more than it sends and hangs up: counted as one that left (499), by no error of
+    ours."""
 
     def refused(status: int) -> float:
         text = httpx.get(f"{live.url}/metrics").text
@@ -217,7 +220,8 @@ def metric(server: Live, name: str) -> float:
 
 
 def test_sigterm_loses_no_accepted_request(checkpoint: Path, tmp_path: Path) -> None:
-    """Running and still waiting, streamed and in one piece: all are answered in full. Whatever comes later is refused."""
+    """Running and still waiting, streamed and in one piece: all are answered in full. Whatever comes later is
+    refused."""
     server = launch(
         checkpoint, tmp_path, "--drain-seconds", "120", "--max-slots", "2", "--log-format", "json"
     )
@@ -257,7 +261,8 @@ def test_sigterm_loses_no_accepted_request(checkpoint: Path, tmp_path: Path) -> 
 
 
 def test_what_outlives_the_drain_ends_with_503(checkpoint: Path, tmp_path: Path) -> None:
-    """Running, waiting and streamed requests at the hard end: each is told so in OpenAI's form, and the log has no traceback."""
+    """Running, waiting and streamed requests at the hard end: each is told so in OpenAI's form, and the log
+    has no traceback."""
     server = launch(checkpoint, tmp_path, "--drain-seconds", "0.2", "--max-slots", "2")
     body = {"prompt": "x", "max_tokens": 2000, "num_steps": 8, "ignore_eos": True}
 
@@ -297,7 +302,8 @@ def test_odd_hosts_reach_no_defect(live: Live) -> None:
 
 
 def test_after_sigkill_the_same_command_serves_again(checkpoint: Path, tmp_path: Path) -> None:
-    """Nothing of a killed server stands in the way: not its port, not its port file, not its clients' connections."""
+    """Nothing of a killed server stands in the way: not its port, not its port file, not its clients'
+    connections."""
     server = launch(checkpoint, tmp_path)
 
     def ask(live: Live) -> str:
@@ -373,7 +379,8 @@ def test_generate_command(checkpoint: Path) -> None:
 
 @pytest.mark.slow
 def test_the_page_runs_in_a_browser(live: Live, tmp_path: Path) -> None:
-    """Headless Chromium runs its script under its own content policy: the model's name and range arrive, nothing fails."""
+    """Headless Chromium runs its script under its own content policy: the model's name and range arrive,
+    nothing fails."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium on this machine")

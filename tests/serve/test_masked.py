@@ -1,4 +1,5 @@
-"""Masked models behind the engine and over HTTP: the texts of rdlm.diffusion.unmasking and its exact likelihood; what has no meaning is refused."""
+"""Masked models behind the engine and over HTTP: the texts of rdlm.diffusion.unmasking and its exact
+likelihood; what has no meaning is refused."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ def filled(served: Served, one: Request) -> list[int]:
     return out[0, len(one.prompt) :].tolist()
 
 
-# The engine -------------------------------------------------------------------------------------------------------------------
+# The engine -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -109,7 +110,8 @@ def test_texts_are_those_of_the_sampler_alone_and_among_strangers(
 def test_both_blocks_are_asked_and_answer_together(
     served: Served, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A text of blanks alone starts in block 0; behind a long prompt block 1 says everything. Texts of one block share its passes."""
+    """A text of blanks alone starts in block 0; behind a long prompt block 1 says everything. Texts of one
+    block share its passes."""
     seen: list[tuple[int, int]] = []
     for index, block in enumerate(denoiser_of(served).parts):
         real = block.hidden  # type: ignore[operator]
@@ -179,8 +181,8 @@ def test_the_account_is_what_pytorch_counts(make_served: Make) -> None:
 
 
 def test_prompts_are_scored_by_the_chain_rule(served: Served, engine: Engine) -> None:
-    """Entries of all prompt tokens but the first are rdlm.diffusion.masked_likelihood.left_to_right's given the first; so are those of a text that is
-    written in this order, one token a step."""
+    """Entries of all prompt tokens but the first are rdlm.diffusion.masked_likelihood.left_to_right's given
+    the first; so are those of a text that is written in this order, one token a step."""
     prompts = [
         request(length, 2, prompt_logprobs=3, max_tokens=max_tokens)
         for length, max_tokens in ((9, 0), (30, 2), (2, 5), (1, 1))
@@ -213,7 +215,7 @@ def test_all_continuations_together_have_probability_one(served: Served, engine:
     )
 
 
-# HTTP -------------------------------------------------------------------------------------------------------------------------
+# HTTP -------------------------------------------------------------------------------------------------------
 
 
 def complete(client: TestClient, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What lm-eval reads of log-probabilities, where it is easily wrong: equal texts, infinities, raw values, long prompts."""
+"""What lm-eval reads of log-probabilities, where it is easily wrong: equal texts, infinities, raw values,
+long prompts."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def test_no_reply_has_a_number_that_json_lacks(tokenizer: Tokenizer) -> None:
 def test_logprobs_are_those_of_the_raw_model(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever shapes the draw: read back as a prompt (a few rows at a time), tokens have the log-probabilities they were said with."""
+    """Whatever shapes the draw: read back as a prompt (a few rows at a time), tokens have the
+    log-probabilities they were said with."""
     engine = make_engine()
     shaped = SamplingParams(
         temperature=3.0, top_k=40, repetition_penalty=1.7, presence_penalty=1.5, logit_bias={9: 4.0}

@@ -49,7 +49,8 @@ def test_only_what_can_be_packed_is() -> None:
 def test_a_loaded_model_is_packed_and_says_the_same(
     make_served: Callable[..., Served], tmp_path: Path
 ) -> None:
-    """Greedy tokens and log-probabilities (1e-4) of a served checkpoint are those of the model as it was saved."""
+    """Greedy tokens and log-probabilities (1e-4) of a served checkpoint are those of the model as it was
+    saved."""
     plain = make_served("single_pass", settings=SETTINGS)
     assert isinstance(plain.runner, Runner)
     checkpoint.save(tmp_path / "model", copy.deepcopy(plain.runner.denoiser), plain.config, plain.tokenizer)
@@ -73,7 +74,8 @@ def test_a_loaded_model_is_packed_and_says_the_same(
 
 
 def test_row_counts_are_few_and_waste_little() -> None:
-    """Kernels are kept by row count: with every count its own, memory grew by half a gigabyte over 300 counts at width 512."""
+    """Kernels are kept by row count: with every count its own, memory grew by half a gigabyte over 300 counts
+    at width 512."""
     counts = [padded(rows) for rows in range(1, 4097)]
     assert counts[:16] == list(range(1, 17)) and len(set(counts)) <= 48
     assert all(rows <= count <= 1.25 * rows for rows, count in enumerate(counts, 1))

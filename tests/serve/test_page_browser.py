@@ -1,6 +1,8 @@
-"""The page at / in headless Chromium: what a person does with it, by mouse and by keyboard, on a phone and in the dark.
+"""The page at / in headless Chromium: what a person does with it, by mouse and by keyboard, on a phone and in
+the dark.
 
-Needs playwright (`pip install playwright==1.65.2`) and a Chromium: Debian's `chromium`, Chrome, or `playwright install chromium`.
+Needs playwright (`pip install playwright==1.65.2`) and a Chromium: Debian's `chromium`, Chrome, or
+`playwright install chromium`.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, url: str) -> Iterator[Callable[..., Any]]:
-    """``visit(**context_options)`` -> the page, greeted by the server; the script must not have failed by the end of the test."""
+    """``visit(**context_options)`` -> the page, greeted by the server; the script must not have failed by the
+    end of the test."""
     contexts, problems = [], []
 
     def open_page(address: str = url, **options: Any) -> Any:

@@ -1,4 +1,5 @@
-"""Properties of the scheduler over random traffic, without torch: nothing lost, everyone served in turn, slots never lent twice."""
+"""Properties of the scheduler over random traffic, without torch: nothing lost, everyone served in turn,
+slots never lent twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Imported looped models behind the engine: with the full cache, greedy answers are the reference's at every K."""
+"""Imported looped models behind the engine: with the full cache, greedy answers are the reference's at every
+K."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def document(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """``document({"batch.micro_size": 2})`` -> the tiny config as YAML would hold it; its output lies in ``tmp_path/run``."""
+    """``document({"batch.micro_size": 2})`` -> the tiny config as YAML would hold it; its output lies in
+    ``tmp_path/run``."""
     return lambda changes=None: merged({**TINY, "output": str(tmp_path / "run")}, changes or {})
 
 
@@ -66,9 +67,11 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def trainer(
     one_process: None, document: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    """``trainer({"deepspeed.zero_stage": 0})`` -> a Trainer of the tiny config with these changes, in this process.
+    """``trainer({"deepspeed.zero_stage": 0})`` -> a Trainer of the tiny config with these changes, in this
+    process.
 
-    The trainers made before let go of their output folders, as if their processes had ended; ``alongside=True`` keeps them.
+    The trainers made before let go of their output folders, as if their processes had ended;
+    ``alongside=True`` keeps them.
     """
     import io
 
@@ -98,7 +101,8 @@ def trainer(
 
 @pytest.fixture(scope="session")
 def only_drawn_blocks_move() -> Callable[[Any, int, int], None]:
-    """``only_drawn_blocks_move(trainer, num_blocks, updates)``: in each update the drawn block moves, and no other."""
+    """``only_drawn_blocks_move(trainer, num_blocks, updates)``: in each update the drawn block moves, and no
+    other."""
     import torch
 
     from rdlm.objectives.blockwise import drawn_block
@@ -121,7 +125,8 @@ def only_drawn_blocks_move() -> Callable[[Any, int, int], None]:
 
 @pytest.fixture(scope="session")
 def allocated() -> Callable[..., tuple[int, int]]:
-    """``allocated(denoiser, batch)`` -> bytes alive when the real loss is known, and at the peak of both passes."""
+    """``allocated(denoiser, batch)`` -> bytes alive when the real loss is known, and at the peak of both
+    passes."""
     from rdlm.objectives.base import Keys
     from train.memory_trace import _LiveBytes
 

@@ -37,7 +37,8 @@ def snapshot(trainer) -> list[dict[str, torch.Tensor]]:
     ("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")]
 )
 def test_idle_blocks_do_not_move(trainer, stage: int, precision: str) -> None:
-    """With weight decay, and momentum from earlier visits: one update moves the drawn block and not a bit of the other."""
+    """With weight decay, and momentum from earlier visits: one update moves the drawn block and not a bit of
+    the other."""
     run = trainer({**BLOCKS, "deepspeed.zero_stage": stage, "precision": precision, "schedule.steps": 12})
     order = [drawn_block(2, step, seed=3) for step in range(12)]
     first_both = max(order.index(0), order.index(1)) + 1  # from here on both have momentum

@@ -65,7 +65,8 @@ def trained_alone(config: Path, output: Path) -> list[Path]:
 
 @pytest.mark.multiproc
 def test_parallel_blocks_with_one_killed_equal_blocks_trained_alone(document, tmp_path: Path) -> None:
-    """One command trains both; block 1 is killed -9 with all its processes in the middle, and the merge has the same bits."""
+    """One command trains both; block 1 is killed -9 with all its processes in the middle, and the merge has
+    the same bits."""
     config, output = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(document(BLOCKS)))
     command = [*TRAIN, str(config), "--parallel", "--num-procs", "1"]
@@ -147,7 +148,8 @@ def test_mistakes_are_one_line(
 
 
 def test_gpus_are_chosen_by_name(document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed ignores CUDA_VISIBLE_DEVICES beside a number of GPUs: two launches would share the first ones."""
+    """DeepSpeed ignores CUDA_VISIBLE_DEVICES beside a number of GPUs: two launches would share the first
+    ones."""
     seen: list[list[str]] = []
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(document(BLOCKS)))

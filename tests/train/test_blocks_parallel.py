@@ -26,7 +26,8 @@ runs = len(log.read_text())
 
 @pytest.fixture
 def crew(tmp_path: Path):
-    """``crew(body, retries)``: launches that run ``body``, which knows ``block`` and the number of its ``runs``."""
+    """``crew(body, retries)``: launches that run ``body``, which knows ``block`` and the number of its
+    ``runs``."""
     return lambda body, retries: _Launches(
         [sys.executable, "-c", SCRIPT.format(folder=str(tmp_path), body=body)], 0, retries
     )

@@ -59,7 +59,8 @@ def live_bytes(ignored: set[int]) -> int:
 
 
 def storages_now() -> set[int]:
-    """Those there are, without the tables that are kept for the whole process: what runs next makes them anew, whoever ran before."""
+    """Those there are, without the tables that are kept for the whole process: what runs next makes them
+    anew, whoever ran before."""
     rotary_table.cache_clear()
     frozen_rows.cache_clear()
     gc.collect()
@@ -216,7 +217,8 @@ def test_a_run_does_not_change_the_length_of_its_visits(trainer) -> None:
 @pytest.mark.slow
 @pytest.mark.multiproc
 def test_processes_of_the_launcher_share_a_resident_block(document, tmp_path: Path) -> None:
-    """`rdlm train` with two processes and ZeRO 2: the model of the joint run, bit for bit, and nothing left lying about."""
+    """`rdlm train` with two processes and ZeRO 2: the model of the joint run, bit for bit, and nothing left
+    lying about."""
     repo, models = Path(__file__).resolve().parents[2], []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(repo), "DS_ACCELERATOR": "cpu"}
     for name, changes in (("joint", BLOCKS), ("resident", residing())):

@@ -21,7 +21,8 @@ COUNT = 25
 
 
 def mutated(text: str, draw: random.Random) -> str:
-    """One to three changes: a value, a key, a line lost, doubled, moved or indented, or a character in any place."""
+    """One to three changes: a value, a key, a line lost, doubled, moved or indented, or a character in any
+    place."""
     lines = text.splitlines()
     for _ in range(draw.randint(1, 3)):
         at = draw.randrange(len(lines))

@@ -160,7 +160,7 @@ def test_a_manifest_of_whole_data_has_no_word_about_what_is_left_out(tmp_path: P
     }  # found again since the first version
 
 
-# What a document of plain text is ------------------------------------------------------------------------------------------
+# What a document of plain text is ---------------------------------------------------------------------------
 
 
 def test_a_text_file_is_a_document_and_only_a_single_one_is_cut(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_line_ends_and_byte_order_marks_of_text_do_not_reach_the_documents(tmp_p
     assert _documents(tmp_path) == ["one\ntwo\n"] * 2
 
 
-# What cannot be read -------------------------------------------------------------------------------------------------------
+# What cannot be read ----------------------------------------------------------------------------------------
 
 
 def _damaged_page(file: Path) -> None:

@@ -1,4 +1,5 @@
-"""Training that starts from a checkpoint: its shape, its tokenizer, weights that do not move and weights that move faster."""
+"""Training that starts from a checkpoint: its shape, its tokenizer, weights that do not move and weights that
+move faster."""
 
 from __future__ import annotations
 
@@ -181,7 +182,8 @@ def test_a_run_with_frozen_weights_and_factors_resumes_bit_for_bit(
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_resumed_run_may_freeze_and_thaw(trainer: Any, stage: int) -> None:
-    """What is frozen is not the same as before, so neither are the optimizer's groups: weights and moments find their places."""
+    """What is frozen is not the same as before, so neither are the optimizer's groups: weights and moments
+    find their places."""
     changes = {
         "deepspeed.zero_stage": stage,
         "schedule.kind": "constant",

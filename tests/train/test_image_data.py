@@ -1,4 +1,5 @@
-"""Labelled images: the same pixels and labels from every kind of source, the same bytes, and one clear line for bad input."""
+"""Labelled images: the same pixels and labels from every kind of source, the same bytes, and one clear line
+for bad input."""
 
 from __future__ import annotations
 

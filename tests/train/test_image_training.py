@@ -1,4 +1,5 @@
-"""ViT and DiT as a user meets them: trained, resumed, cut into blocks, planned, and refused where data and family do not fit."""
+"""ViT and DiT as a user meets them: trained, resumed, cut into blocks, planned, and refused where data and
+family do not fit."""
 
 from __future__ import annotations
 

@@ -181,7 +181,8 @@ def test_workers_end_when_the_command_is_killed(run) -> None:
 
 
 def test_two_processes_equal_one(run) -> None:
-    """fp32, objective without noise (noise is keyed by process): losses to 1e-5, the order of additions being the difference."""
+    """fp32, objective without noise (noise is keyed by process): losses to 1e-5, the order of additions being
+    the difference."""
     changes = {
         "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}},
         "precision": "fp32",
@@ -215,7 +216,8 @@ def test_a_mistake_found_by_the_workers_is_one_line_and_status_2(run) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_cpu_offload_trains_and_resumes(run, stage: int) -> None:
-    """DeepSpeedCPUAdam, compiled at first use (about two minutes); losses stay near those of torch's AdamW (1 %)."""
+    """DeepSpeedCPUAdam, compiled at first use (about two minutes); losses stay near those of torch's AdamW (1
+    %)."""
     changes: dict[str, Any] = {
         "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}},
         "deepspeed.zero_stage": stage,

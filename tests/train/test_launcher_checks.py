@@ -108,7 +108,8 @@ def test_srun_says_who_is_who(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_whose_launcher_is_gone_ends_at_once() -> None:
-    """Killed during start-up, the launcher leaves no process that trains to its end; an id that is used again does not help."""
+    """Killed during start-up, the launcher leaves no process that trains to its end; an id that is used again
+    does not help."""
     code = "from train.process import die_with_launcher; die_with_launcher(); print('went on')"
     for launched_by in ("999999999:0.0", f"{os.getpid()}:1.0"):
         variables = {**os.environ, "PYTHONPATH": str(REPO), LAUNCHER: launched_by}

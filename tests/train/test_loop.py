@@ -18,7 +18,8 @@ PLAIN: dict[str, Any] = {
     "precision": "fp32",
     "optimizer.eps": 1e-3,
 }
-# eps keeps Adam from blowing up rounding errors of gradients that are zero in exact arithmetic (the bias of keys)
+# eps keeps Adam from blowing up rounding errors of gradients that are zero in exact arithmetic (the bias of
+# keys)
 
 
 def losses(trainer) -> list[float]:
@@ -77,8 +78,9 @@ def test_every_zero_stage_computes_the_same(trainer, tmp_path: Path, stage: int)
 
 
 def test_every_zero_stage_makes_the_same_first_updates_in_bf16(trainer, tmp_path: Path) -> None:
-    """DeepSpeed's update with zero gradients at stage 0 must count for nothing: fp32 weights after three updates agree to 2 % of
-    what they have moved, the rounding of bf16 sums of gradients. With Adam's step count one ahead they differ by 20 %."""
+    """DeepSpeed's update with zero gradients at stage 0 must count for nothing: fp32 weights after three
+    updates agree to 2 % of what they have moved, the rounding of bf16 sums of gradients. With Adam's step
+    count one ahead they differ by 20 %."""
     moved = []
     for stage in range(4):
         run = trainer({
@@ -106,7 +108,8 @@ def test_gradient_accumulation_changes_nothing(trainer, tmp_path: Path, stage: i
 
 
 def test_loss_divides_by_the_global_count_of_masked_positions(trainer) -> None:
-    """Unequal masks in the micro-batches: the gradient is that of the sum over all positions over their number."""
+    """Unequal masks in the micro-batches: the gradient is that of the sum over all positions over their
+    number."""
     run = trainer({**PLAIN, "deepspeed.zero_stage": 0, "batch.micro_size": 2, "optimizer.grad_clip": 0.0})
     batches = run._batches(0)
     batches[0].mask[:, 3:] = False
@@ -138,7 +141,8 @@ def test_activation_checkpointing_changes_nothing(
 
 @pytest.mark.parametrize("objective", ["next_token", "bptt", "onestep", "evidence", "single_pass", "paper"])
 def test_no_parameter_is_idle(tiny, objective: str) -> None:
-    """DeepSpeed fills missing gradients with zeros, and AdamW then decays and moves the parameter: none may be missing."""
+    """DeepSpeed fills missing gradients with zeros, and AdamW then decays and moves the parameter: none may
+    be missing."""
     denoiser = tiny(objective=objective)
     run_one = torch.randint(0, 64, (2, 9))
     from rdlm.data.batch import Batch

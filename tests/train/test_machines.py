@@ -51,7 +51,8 @@ def losses(run: Path) -> list[float]:
 def test_a_launcher_per_machine_equals_one_for_all(
     tmp_path: Path, document: Callable[..., dict[str, Any]]
 ) -> None:
-    """Two launchers that know each other by the hostfile alone, one process each, train what one launcher with two trains."""
+    """Two launchers that know each other by the hostfile alone, one process each, train what one launcher
+    with two trains."""
     without_ssh = [["--no_ssh", "--node_rank", "0"], ["--no_ssh", "--node_rank", "1"]]
     apart = deepspeed("first slots=1\nsecond slots=1\n", tmp_path / "apart", document(), without_ssh)
     together = deepspeed("localhost slots=2\n", tmp_path / "together", document(), [["--no_ssh_check"]])

@@ -1,4 +1,5 @@
-"""Masked diffusion as a user meets it: trained, resumed, cut into blocks, sampled, measured, and refused where it has no answer."""
+"""Masked diffusion as a user meets it: trained, resumed, cut into blocks, sampled, measured, and refused
+where it has no answer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""ZeRO 3 with offload over two processes trains what neither could hold alone, in processes that may not allocate more.
+"""ZeRO 3 with offload over two processes trains what neither could hold alone, in processes that may not
+allocate more.
 
-On a CPU there is no device whose memory offload could spare: what fits the model in is that ZeRO 3 cuts weights, masters, moments and
-gradients in two; offload puts DeepSpeedCPUAdam in the place of torch's AdamW, which needs no temporaries.
+On a CPU there is no device whose memory offload could spare: what fits the model in is that ZeRO 3 cuts
+weights, masters, moments and gradients in two; offload puts DeepSpeedCPUAdam in the place of torch's AdamW,
+which needs no temporaries.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ pytestmark = [pytest.mark.multiproc, pytest.mark.slow]
 REPO = Path(__file__).resolve().parents[2]
 SHAPE = {"d_model": 512, "num_heads": 8, "mlp_width": 1376, "num_layers": 8, "vocab_size": 1024}
 BYTES_PER_PARAMETER = 16
-"""What a process may allocate. bf16 at ZeRO 0 holds 14 between updates (2 weights, 4 masters, 8 moments) and takes 6 more for gradients
-and their fp32 copies; cut in two, with the sums of gradients that DeepSpeed keeps, it is about 12."""
+"""What a process may allocate. bf16 at ZeRO 0 holds 14 between updates (2 weights, 4 masters, 8 moments) and
+takes 6 more for gradients and their fp32 copies; cut in two, with the sums of gradients that DeepSpeed keeps,
+it is about 12."""
 OFFLOAD = {
     "zero_stage": 3,
     "offload_optimizer": "cpu",

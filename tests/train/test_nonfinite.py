@@ -74,7 +74,8 @@ def test_more_skips_in_a_row_than_the_limit_end_the_run(trainer) -> None:
 
 
 def test_weights_that_diverged_are_not_saved(trainer) -> None:
-    """An absurd rate: the first update is finite, the weights after it are useless, and no later checkpoint replaces step 2."""
+    """An absurd rate: the first update is finite, the weights after it are useless, and no later checkpoint
+    replaces step 2."""
     trainer({**STEADY, "schedule.steps": 2}).fit()
     run = trainer({**STEADY, "optimizer.lr": 1e30, "log.interval_steps": 100, "checkpoint.interval_steps": 1})
     assert run.step == 2

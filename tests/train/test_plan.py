@@ -61,7 +61,8 @@ def config(document: Callable[..., dict[str, Any]], **changes: Any) -> TrainConf
 def test_trace_equals_what_the_real_objective_allocates(
     document, allocated, objective: str, dtype: torch.dtype, vocab_size: int
 ) -> None:
-    """The same count on real tensors, real loss included: live bytes after the forward pass and the peak of both passes."""
+    """The same count on real tensors, real loss included: live bytes after the forward pass and the peak of
+    both passes."""
     model = {**LLAMA, "vocab_size": vocab_size}
     settings = config(
         document, objective={"name": objective, **NOISED.get(objective, {})}, model=model
@@ -82,7 +83,8 @@ def test_trace_equals_what_the_real_objective_allocates(
 def test_prediction_equals_the_live_tensors_of_a_real_update(
     document, trainer, stage: int, precision: str
 ) -> None:
-    """Every tensor of DeepSpeed's engine and of the third update, forward pass to optimizer step, of one block among two."""
+    """Every tensor of DeepSpeed's engine and of the third update, forward pass to optimizer step, of one
+    block among two."""
     changes = {
         "model": {**LLAMA, "vocab_size": 512, "d_model": 128, "mlp_width": 320}, "objective": {"name": "evidence"}, "data.length": 32,
         "precision": precision, "deepspeed.zero_stage": stage, "deepspeed.bucket_elements": 600_000, "blocks": {"num_blocks": 2},
@@ -108,7 +110,8 @@ def update(trainer: Any, step: int) -> None:
 
 
 def live_storages() -> dict[int, tuple[torch.UntypedStorage, int]]:
-    """What Python can reach, gradients included: address -> (storage, bytes). ZeRO's shapes without data (device meta) take no memory."""
+    """What Python can reach, gradients included: address -> (storage, bytes). ZeRO's shapes without data
+    (device meta) take no memory."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and not o.is_meta]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
@@ -116,7 +119,8 @@ def live_storages() -> dict[int, tuple[torch.UntypedStorage, int]]:
 
 
 def test_a_layer_of_the_plain_model_keeps_twelve_widths_and_three_mlp_widths(document) -> None:
-    """The closed form in docs/training.md, per row and layer in fp32: 4 (12 D + 3 W) bytes, and 4 for each head's normaliser."""
+    """The closed form in docs/training.md, per row and layer in fp32: 4 (12 D + 3 W) bytes, and 4 for each
+    head's normaliser."""
 
     def forward(layers: int) -> int:
         settings = config(
@@ -169,7 +173,8 @@ def test_suggestion_prefers_whole_networks_and_takes_blocks_when_it_must(documen
 
 
 def test_every_figure_of_the_table_stands_under_its_heading(document, tmp_path: Path, capsys) -> None:
-    """As text, 80 columns wide: the cells of each row are those of the plan, in the order of the headings, and none is cut."""
+    """As text, 80 columns wide: the cells of each row are those of the plan, in the order of the headings,
+    and none is cut."""
     arm = next(arms(config(document), 1, False))
     figures = [
         arm.memory.parameters,

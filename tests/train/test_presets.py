@@ -51,7 +51,8 @@ def test_llama_size_by_hand() -> None:
 
 
 def test_huginn_0125_has_its_published_size() -> None:
-    """3,564,976,800 without noise conditioning; with it, AdaLN of the four core layers, the level's MLP and the evidence scale."""
+    """3,564,976,800 without noise conditioning; with it, AdaLN of the four core layers, the level's MLP and
+    the evidence scale."""
     plain = load(CONFIGS / "huginn_3b5.yaml", ["objective.name=bptt"])
     assert count(plain) == 3_564_976_800
     conditioning = 4 * (64 * 6 * 5280 + 6 * 5280) + 2 * (64 * 64 + 64) + 1

@@ -49,7 +49,8 @@ def test_gradients_are_those_of_layers_that_keep_everything(
 
 @pytest.mark.parametrize("objective", ["next_token", "evidence"])
 def test_a_recomputed_layer_keeps_its_input_alone(tiny_config, objective: str) -> None:
-    """One width per position more for each layer more, whether or not the layers are told a level at each position."""
+    """One width per position more for each layer more, whether or not the layers are told a level at each
+    position."""
 
     def forward(layers: int) -> int:
         denoiser = build(tiny_config("llama", objective, num_layers=layers), device="meta")

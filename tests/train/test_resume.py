@@ -37,7 +37,8 @@ STAGES = [(0, "bf16", "single_pass"), (0, "fp32", "single_pass"), (1, "bf16", "s
 def test_resumed_equals_uninterrupted(
     trainer, tmp_path: Path, stage: int, precision: str, objective: str
 ) -> None:
-    """Stopped after 3 of 6 updates in a fresh engine: every loss, gradient norm and weight equal to the last bit."""
+    """Stopped after 3 of 6 updates in a fresh engine: every loss, gradient norm and weight equal to the last
+    bit."""
     changes = {
         "deepspeed.zero_stage": stage,
         "precision": precision,
@@ -173,7 +174,8 @@ def test_what_was_changed_on_purpose_is_in_the_history(trainer) -> None:
 def test_another_zero_stage_goes_on_with_the_same_weights_and_moments(
     trainer, tmp_path: Path, before: int, after: int, precision: str
 ) -> None:
-    """And the losses of the uninterrupted run, to the order of additions (1e-5) and to bf16 sums of gradients (1e-2)."""
+    """And the losses of the uninterrupted run, to the order of additions (1e-5) and to bf16 sums of gradients
+    (1e-2)."""
     plain: dict[str, Any] = {
         "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}}, "precision": precision, "optimizer.eps": 1e-3,
     }  # fmt: skip

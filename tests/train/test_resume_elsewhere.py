@@ -1,4 +1,5 @@
-"""A run goes on with another number of processes: the same weights and moments, the same losses but for the order of additions."""
+"""A run goes on with another number of processes: the same weights and moments, the same losses but for the
+order of additions."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ REPO = Path(__file__).resolve().parents[2]
 HALF = 3
 BPTT = {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}}
 NOISY = {"name": "single_pass"}
-"""Its read-out's scale has one element: less than there are processes. Noise is keyed by process, so losses cannot agree."""
+"""Its read-out's scale has one element: less than there are processes. Noise is keyed by process, so losses
+cannot agree."""
 VARIANTS = {
     "stage 0, fp32": (0, "fp32", BPTT), "stage 1, bf16": (1, "bf16", BPTT), "stage 2, fp32": (2, "fp32", BPTT),
     "stage 2, bf16": (2, "bf16", NOISY), "stage 3, bf16": (3, "bf16", BPTT), "stage 3, noisy": (3, "bf16", NOISY),
@@ -47,7 +49,8 @@ def document(name: str, output: Path | str) -> dict[str, Any]:
 
 
 def train(job: dict[str, Any]) -> None:
-    """Train to the end in this process, one of several perhaps; ``half.pt`` gets weights and moments as they are at HALF."""
+    """Train to the end in this process, one of several perhaps; ``half.pt`` gets weights and moments as they
+    are at HALF."""
     from train import engines
     from train.data import build_corpus
     from train.trainer import Trainer
@@ -70,7 +73,8 @@ def train(job: dict[str, Any]) -> None:
 
 
 def moments(trainer: Any, key: str) -> dict[str, torch.Tensor]:
-    """Whole optimizer state: by parameter at stage 3, as flat groups (without padding) at 1 and 2. Collective."""
+    """Whole optimizer state: by parameter at stage 3, as flat groups (without padding) at 1 and 2.
+    Collective."""
     import torch.distributed as dist
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -101,7 +105,8 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def runs(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders ``<processes>/<variant>`` of whole runs and ``<before>-<after>/<variant>`` of runs that moved at HALF."""
+    """Folders ``<processes>/<variant>`` of whole runs and ``<before>-<after>/<variant>`` of runs that moved
+    at HALF."""
     root = tmp_path_factory.mktemp("runs")
     for name in VARIANTS:
         train(document(name, root / "1" / name))

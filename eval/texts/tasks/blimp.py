@@ -12,9 +12,11 @@ from rdlm.errors import UserError
 
 
 def load(paradigm: str, blimp: str | None = None, **_: Any) -> datasets.DatasetDict:
-    """Rows of FOLDER/paradigm.jsonl as the split "train". ``blimp`` is the folder, which lm-eval passes on from its metadata.
+    """Rows of FOLDER/paradigm.jsonl as the split "train". ``blimp`` is the folder, which lm-eval passes on
+    from its metadata.
 
-    Raises UserError if the folder was not named or the file cannot be read. Other entries of the metadata concern the model.
+    Raises UserError if the folder was not named or the file cannot be read. Other entries of the metadata
+    concern the model.
     """
     if blimp is None:
         raise UserError(
