@@ -288,7 +288,6 @@ def parse_score(body: ScoreRequest, limits: Limits) -> tuple[Parsed, list[int]]:
 
 
 # K ----------------------------------------------------------------------------------------------------------
-# -----------
 
 
 def step_budget(body: SamplingBody, limits: Limits) -> tuple[StepBudget, bool]:
@@ -391,7 +390,6 @@ def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[i
 
 
 # Prompts ----------------------------------------------------------------------------------------------------
-# ------------
 
 
 def _check_number(prompts: int, n: int, limits: Limits) -> None:
