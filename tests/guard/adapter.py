@@ -217,7 +217,7 @@ def train_config(path: Path) -> dict[str, Any]:
         del document[newer]
     for newer in ("name", "freeze", "lr_factors"):
         del document["optimizer"][newer]
-    del document["checkpoint"]["keep_best"]
+    del document["checkpoint"]["keep_best"], document["recurrence"]["exit_thresholds"]
     return {**document, "objective": _objective_v1(document["objective"])}
 
 
