@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.diffusion.samplers import OLD_NAMES, SAMPLERS
 from rdlm.errors import UserError
 
 Order = Literal["random", "left_to_right", "confidence"]
@@ -105,19 +104,35 @@ class SamplingParams:
         return penalised or bool(self.logit_bias)
 
 
+def text_samplers() -> list[str]:
+    """Names of the samplers that text can be sampled with. Imports torch, which this file otherwise does not."""
+    from rdlm.diffusion.samplers import SAMPLERS
+
+    return [name for name, sampler in SAMPLERS.items() if sampler.for_text]
+
+
 def text_sampler(name: str, field: str = "sampler") -> str:
-    """Today's name of a sampler that text can be drawn with. Raises UserError for any other name."""
-    known = [each for each, sampler in SAMPLERS.items() if sampler.for_text]
+    """Today's name of a sampler that text can be sampled with. Raises UserError for any other name."""
+    if name == "renoise":
+        return name
+    from rdlm.diffusion.samplers import OLD_NAMES
+
     found = OLD_NAMES.get(name, name)
-    if found not in known:
-        raise UserError(field, name, "text cannot be sampled this way", f"use one of {', '.join(known)}")
+    if found not in text_samplers():
+        known = ", ".join(text_samplers())
+        raise UserError(field, name, "text cannot be sampled this way", f"use one of {known}")
     return found
 
 
 def check_sampler(sampler: str, config: CheckpointConfig) -> None:
     """Raises UserError where the checkpoint has no noise levels, or where its blocks share no space for an
     ODE to run in."""
-    if SAMPLERS[text_sampler(sampler)].draws_tokens:
+    name = text_sampler(sampler)
+    if name == "renoise":
+        return
+    from rdlm.diffusion.samplers import SAMPLERS
+
+    if SAMPLERS[name].draws_tokens:
         return
     if config.objective.supports_exits:
         problem = "this model iterates its core and reads out once, so it has no noise levels"

@@ -11,10 +11,10 @@ from litestar import MediaType, Response, get, post
 from litestar.datastructures import State
 from litestar.params import FromPath, JSONBody
 
-from rdlm.sampling_params import Order
+from rdlm.sampling_params import Order, text_samplers
 from serve.api.observability import METRICS_TYPE
 from serve.api.request_parsing import Limits, in_thread_if_large
-from serve.api.schemas import TEXT_SAMPLERS, DetokenizeRequest, TokenizeRequest
+from serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from serve.api.state import ServerState
 from serve.engine.events import State as EngineState
 from serve.engine.exits import CRITERIA, default_thresholds
@@ -87,7 +87,7 @@ def _card(limits: Limits, name: str) -> dict[str, Any]:
             name: {"default_threshold": threshold, "description": CRITERIA[name].description}
             for name, threshold in thresholds.items()
         },
-        "samplers": TEXT_SAMPLERS if limits.left_to_right and not limits.supports_exits else [],
+        "samplers": text_samplers() if limits.left_to_right and not limits.supports_exits else [],
         "orders": [] if limits.left_to_right else list(get_args(Order)),
         "meaning": limits.meaning,
         "kind": config.objective.k_meaning,

@@ -23,7 +23,6 @@ from pydantic import (
     model_validator,
 )
 
-from rdlm.diffusion.samplers import SAMPLERS
 from rdlm.sampling_params import Order
 from serve.engine.exits import CRITERIA
 from serve.errors import invalid
@@ -184,9 +183,6 @@ def shorten(text: str, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-TEXT_SAMPLERS = [name for name, sampler in SAMPLERS.items() if sampler.for_text]
-
-
 class Body(BaseModel):
     """Base of all requests."""
 
@@ -309,7 +305,7 @@ class SamplingBody(Body):
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, float] | None, PlainValidator(_logit_bias)] = None
     """Token id -> added logit, -100 to 100."""
-    sampler: Annotated[str, Field(max_length=64, examples=TEXT_SAMPLERS)] | None = None
+    sampler: Annotated[str, Field(max_length=64, examples=["renoise", "euler"])] | None = None
     """For models that draw a token through K noise levels: renoise (default) draws at each level and adds
     noise to the drawn token; euler and dpmpp_2m follow the probability-flow ODE from one draw of noise and
     draw at the last level."""

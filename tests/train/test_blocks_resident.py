@@ -168,13 +168,13 @@ def test_storages_leave_and_come_back_under_their_views(tmp_path: Path, rest: st
     [
         ({"blocks": None}, "blocks.num_blocks=None: resident training needs several blocks"),
         ({"blocks": {"num_blocks": 1}}, "blocks.num_blocks=1: resident training needs several blocks"),
-        ({"block": 1}, "block=1: a block trained alone is resident already"),
+        ({"block": 1}, "block=1: a block that is trained alone is always on the device"),
         (
             {"resident.visit_steps": 4},
             "resident.visit_steps=4: with 2 blocks some would not be visited in 6 steps; use at most 3",
         ),
         ({"resident": {"visit_steps": 0}}, "resident.visit_steps=0"),
-        ({"evaluation.interval_steps": 2}, "evaluation.steps=4: asks several blocks"),
+        ({"evaluation.interval_steps": 2}, "evaluation.steps=4: K > 1 runs several blocks"),
         ({"resident": {"rest": "host", "visit_steps": 1}}, "resident.rest='host': without GPUs"),
         ({"resident": {"rest": "tape"}}, "resident.rest='tape'"),
     ],
@@ -193,7 +193,7 @@ def test_parallel_launches_have_no_residents(document, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(document(residing())))
     assert load_config(config).resident is not None
-    with pytest.raises(UserError, match="every block is resident in a launch of its own"):
+    with pytest.raises(UserError, match="every block has a launch of its own"):
         launch_blocks(str(config), [], 1, None, 0)
 
 

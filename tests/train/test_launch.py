@@ -154,7 +154,7 @@ def test_kill_9_of_everything_then_resuming_equals_an_uninterrupted_run(run) -> 
         (
             256 - signal.SIGKILL,
             128 + signal.SIGKILL,
-            "was killed (SIGKILL): where nobody did, memory ran out; `rdlm plan",
+            "was killed (SIGKILL): if nobody did that, memory ran out; `rdlm plan",
         ),
         (256 - signal.SIGSEGV, 128 + signal.SIGSEGV, "ended by SIGSEGV"),
         (-signal.SIGKILL, 128 + signal.SIGKILL, "was killed"),

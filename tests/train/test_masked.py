@@ -258,7 +258,7 @@ def test_from_a_config_to_text_and_figures_on_the_command_line(
         (["eval", "nll", *given, "--data", corpus, "--num-steps", "4000"], "is out of range"),
         (["generate", *given, "--prompt", "a", "--bridge", "euler"], "there is no ODE"),
         (["generate", *given, "--prompt", "a", "--kv-cache", "full"], "keeps no keys"),
-        (["generate", *given, "--prompt", "a", "--num-steps", "17"], "takes 1 to 16"),
+        (["generate", *given, "--prompt", "a", "--max-tokens", "4", "--num-steps", "17"], "takes 1 to 16"),
         (["generate", *given, "--prompt", "a" * 40], "do not fit the context of 32"),
     ):
         status, _, err = rdlm(*command)
