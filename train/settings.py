@@ -146,7 +146,7 @@ class OptimizerConfig(Strict):
     """Weight decay acts on the matrices of linear layers only: never on norms, biases, scalars or token
     tables."""
 
-    name: Literal["adamw"] = "adamw"
+    name: str = "adamw"
     """See OPTIMIZERS in train/optim.py."""
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)

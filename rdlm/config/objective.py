@@ -9,7 +9,7 @@ because the server and the command line read them. This file imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
@@ -349,12 +349,6 @@ class EdmConfig(BaseObjectiveConfig):
         return "none: it denoises images"
 
 
-VARIANTS: tuple[type[BaseObjectiveConfig], ...] = (
-    SinglePassConfig, OneStepConfig, EvidenceConfig, PaperConfig, BpttConfig, NextTokenConfig, MaskedConfig, ClassifyConfig,
-    ForwardForwardConfig, EdmConfig,
-)  # fmt: skip
-_BY_NAME = {str(variant.model_fields["name"].default): variant for variant in VARIANTS}
-
 _V1_FIELDS = {"depth", "corruption", "readout", "loss_weighting", "label_dropout", "goodness", "masking"}
 
 
@@ -426,5 +420,9 @@ ObjectiveConfig = Annotated[
     BeforeValidator(_current),
 ]  # fmt: skip
 """An objective section: ``{name: bptt, depth: {mean: 16}}``, or ``bptt`` alone."""
+
+VARIANTS: tuple[type[BaseObjectiveConfig], ...] = get_args(get_args(ObjectiveConfig)[0])
+"""The config classes of the union."""
+_BY_NAME = {str(variant.model_fields["name"].default): variant for variant in VARIANTS}
 
 objective_config: TypeAdapter[ObjectiveConfig] = TypeAdapter(ObjectiveConfig)
