@@ -26,7 +26,7 @@ CHECKPOINT = RUN / "model"
 QUALITY = RUN / "quality-against-k"
 EVAL_TOKENS = 16_384
 UPDATES_WITHOUT_BF16 = 500
-"""Updates on a device that computes in fp32 alone, about half as fast as one with bf16."""
+"""Updates on a device that computes in fp32 alone."""
 
 NEXT = f"""Go on with:
   . .venv/bin/activate

@@ -123,10 +123,11 @@ def count_parameters(config: TrainConfig) -> int:
 
 
 def _check_optimizer(config: TrainConfig) -> None:
-    from train.optim import OPTIMIZERS, check_patterns
+    from train.optim import OFFLOADED, OPTIMIZERS, check_patterns
 
-    if (name := config.optimizer.name) not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
+    table = OFFLOADED if config.deepspeed.offload_optimizer == "cpu" else OPTIMIZERS
+    if (name := config.optimizer.name) not in table:
+        known = ", ".join(table)
         raise UserError("optimizer.name", name, "there is no such optimizer", f"use {known}")
     if config.optimizer.freeze or config.optimizer.lr_factors:
         parts = build(config.checkpoint_config, device="meta").parts

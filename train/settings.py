@@ -383,8 +383,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
 
 
 def native_precision() -> str:
-    """bf16 where the GPU, or without one the CPU, computes in it; else fp32. CPUs without it emulate bf16, 15
-    times slower."""
+    """bf16 where the GPU, or without one the CPU, computes in it; else fp32. CPUs without it emulate bf16, many times slower."""
     import torch
 
     if torch.cuda.is_available():

@@ -215,7 +215,7 @@ def test_deepspeed_gets_every_number_from_the_config(file) -> None:
 def test_precision_auto_is_bf16_where_the_cpu_computes_in_it(
     file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, flags: str, precision: str
 ) -> None:
-    """A CPU without bf16 instructions emulates them: the demo would take an hour there."""
+    """A CPU without bf16 instructions emulates them, many times slower."""
     real = Path.read_text
     monkeypatch.setattr(
         Path,
