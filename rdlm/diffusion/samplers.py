@@ -86,6 +86,9 @@ class Flow:
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(z, sigma) -> the denoised estimate x0, of z's shape."""
+Noise = Callable[[], Tensor]
+"""-> standard normal numbers of z's shape, the same at every call of one step. Nothing is drawn for a sampler
+that does not call it."""
 
 
 class Sampler(ABC):
@@ -99,15 +102,13 @@ class Sampler(ABC):
     description: ClassVar[str]
 
     @abstractmethod
-    def step(
-        self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor | None = None
-    ) -> Flow:
-        """From z at ``sigma``, whose estimate is x0, to z at ``sigma_next``; eps: standard normal, for
-        samplers that draw."""
+    def step(self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, noise: Noise) -> Flow:
+        """From z at ``sigma``, whose estimate is x0, to z at ``sigma_next``; noise: for samplers that add
+        some."""
 
-    def advance(self, denoise: Denoise, flow: Flow, sigma: float, sigma_next: float) -> Flow:
+    def advance(self, denoise: Denoise, flow: Flow, sigma: float, sigma_next: float, noise: Noise) -> Flow:
         """``step`` with the estimate of ``denoise``."""
-        return self.step(flow, denoise(flow.z, sigma), sigma, sigma_next)
+        return self.step(flow, denoise(flow.z, sigma), sigma, sigma_next, noise)
 
 
 class Renoise(Sampler):
@@ -122,11 +123,8 @@ class Renoise(Sampler):
         "draw a token at every level and noise its embedding again; exact at every K if the denoiser is"
     )
 
-    def step(
-        self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor | None = None
-    ) -> Flow:
-        assert eps is not None
-        return Flow(x0 + sigma_next * eps)
+    def step(self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, noise: Noise) -> Flow:
+        return Flow(x0 + sigma_next * noise())
 
 
 class Euler(Sampler):
@@ -138,9 +136,7 @@ class Euler(Sampler):
 
     description = "the probability-flow ODE by Euler's method, one network call a level"
 
-    def step(
-        self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor | None = None
-    ) -> Flow:
+    def step(self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, noise: Noise) -> Flow:
         return Flow(flow.z + (sigma_next - sigma) * (flow.z - x0) / sigma, (x0, sigma))
 
 
@@ -153,9 +149,7 @@ class DPMpp2M(Sampler):
 
     description = "DPM-Solver++(2M): second order, one network call a level"
 
-    def step(
-        self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor | None = None
-    ) -> Flow:
+    def step(self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, noise: Noise) -> Flow:
         ahead = x0 if flow.before is None else extrapolated(x0, *flow.before, sigma, sigma_next)
         return Flow(flow.z + (sigma_next - sigma) * (flow.z - ahead) / sigma, (x0, sigma))
 
@@ -167,12 +161,10 @@ class Heun(Sampler):
     for_text = False
     description = "the probability-flow ODE by Heun's method, two network calls a level"
 
-    def step(
-        self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, eps: Tensor | None = None
-    ) -> Flow:
-        return Euler().step(flow, x0, sigma, sigma_next)
+    def step(self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, noise: Noise) -> Flow:
+        return Euler().step(flow, x0, sigma, sigma_next, noise)
 
-    def advance(self, denoise: Denoise, flow: Flow, sigma: float, sigma_next: float) -> Flow:
+    def advance(self, denoise: Denoise, flow: Flow, sigma: float, sigma_next: float, noise: Noise) -> Flow:
         slope = (flow.z - denoise(flow.z, sigma)) / sigma
         z_next = flow.z + (sigma_next - sigma) * slope
         if sigma_next == 0:
@@ -206,10 +198,28 @@ def extrapolated(
     return x0 + ahead * (x0 - x0_before)
 
 
-def solve(denoise: Denoise, z: Tensor, grid: list[float], sampler: str = "euler") -> Tensor:
-    """Sample from z at grid[0] down to grid[-1]: falling levels of which the last may be 0."""
+def no_noise(step: int) -> Tensor:
+    """In the place of ``noise`` for a sampler that adds none."""
+    raise TypeError("this sampler adds noise, and none was given")
+
+
+def solve(
+    denoise: Denoise,
+    z: Tensor,
+    grid: list[float],
+    sampler: str = "euler",
+    noise: Callable[[int], Tensor] = no_noise,
+) -> Tensor:
+    """Sample from z at grid[0] down to grid[-1]: falling levels of which the last may be 0.
+
+    noise: number of the step -> standard normal of z's shape, for samplers that add some.
+    """
     chosen = sampler_named(sampler)
-    return run(lambda flow, k: chosen.advance(denoise, flow, grid[k], grid[k + 1]), Flow(z), len(grid) - 1).z
+
+    def step(flow: Flow, k: int) -> Flow:
+        return chosen.advance(denoise, flow, grid[k], grid[k + 1], lambda: noise(k))
+
+    return run(step, Flow(z), len(grid) - 1).z
 
 
 def renoise_chain(
@@ -240,21 +250,21 @@ def ode_chain(
     levels: list[float | None],
     top: float,
     sampler: Sampler,
+    noise: Callable[[int], Tensor],
 ) -> P:
-    """Follow the ODE through K levels and read out at the last. start: z [..., D] at level ``top``, which the
-    network reads as z = 0.
+    """Lead z through K levels by mean estimates and read out at the last. start: z [..., D] at level ``top``,
+    which the network reads as z = 0.
 
     estimate: prediction and its level -> x0 [..., D], ``expected_target`` of its logits and the table of the
-    level's owner.
+    level's owner. noise: see ``solve``.
     """
 
     def step(carry: tuple[Flow, P | None], k: int) -> tuple[Flow, P | None]:
         at, sigma = carry[0], levels[k]
         prediction = predict(at.z if k else None, sigma)
         if k + 1 < len(levels):
-            at = sampler.step(
-                at, estimate(prediction, sigma), sigma if k and sigma else top, levels[k + 1] or 0.0
-            )
+            x0, level = estimate(prediction, sigma), sigma if k and sigma else top
+            at = sampler.step(at, x0, level, levels[k + 1] or 0.0, lambda: noise(k))
         return at, prediction
 
     begin: tuple[Flow, P | None] = (Flow(start), None)

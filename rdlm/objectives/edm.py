@@ -98,19 +98,20 @@ class Edm(Objective):
         num_steps: K steps from the highest level to 0, at equal training mass. A step is one network call,
         two with ``heun`` except the last; each is twice as large where guidance is not 1. In a network of
         blocks each level is denoised by its owner. Image i starts from noise that depends on (seed, i) alone:
-        not on the batch, K, sampler or guidance.
+        not on the batch, K, sampler or guidance; noise that a sampler adds depends on the step, too.
         """
         shape, grid = cast(ImageConfig, self.config.model), partition_of(self.config).grid(num_steps)
         size = (shape.num_channels, shape.image_size, shape.image_size)
-        starts = [
-            torch.randn(size, generator=generator(seed, _IMAGE_KEY, first + i)) for i in range(len(classes))
-        ]
-        z = grid[0] * torch.stack(starts).to(classes.device)
+
+        def noise(*step: int) -> Tensor:
+            rows = range(first, first + len(classes))
+            drawn = [torch.randn(size, generator=generator(seed, _IMAGE_KEY, row, *step)) for row in rows]
+            return torch.stack(drawn).to(classes.device)
 
         def denoise(z: Tensor, sigma: float) -> Tensor:
             return cast(Edm, self.at(sigma)).guided(z, sigma, classes, guidance)
 
-        return solve(denoise, z, [*grid, 0.0], sampler)
+        return solve(denoise, grid[0] * noise(), [*grid, 0.0], sampler, noise)
 
 
 def pixels(images: Tensor) -> Tensor:

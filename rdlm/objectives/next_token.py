@@ -479,7 +479,7 @@ class Evidence(NextToken):
     ) -> dict[int, Tensor]:
         """K noise levels. With ``renoise`` the arg max of all positions is noised again together in between,
         so that a position may use what earlier positions have answered so far; other samplers follow the
-        ODE."""
+        mean estimate."""
         return {k: self._denoised(inputs, k, sampler, (seed, draw), first) for k in num_steps}
 
     def _denoised(
@@ -487,7 +487,6 @@ class Evidence(NextToken):
     ) -> Tensor:
         rng, shape = generator(*key), self.model.target_shape(inputs)
         levels, top, sampler = self.sampling_levels(num_steps), self.noise.sigma_max, sampler_named(name)
-        steps = itertools.count()
 
         def predict(z: Tensor | None, sigma: float | None) -> Prediction:
             zeros, level = self._zero_at(shape, sigma, inputs.device)
@@ -497,15 +496,18 @@ class Evidence(NextToken):
             owner = cast(Evidence, self.at(sigma))
             return owner.predict(owner.hidden(inputs, noised, 1, rng), z, level)
 
-        def eps() -> Tensor:
-            step, size = next(steps), (shape[1], self.config.model.d_model)
+        def noise(number: int) -> Tensor:
+            size = shape[1], self.config.model.d_model
             rows = [
-                torch.randn(size, generator=generator(*key, first + row, step)) for row in range(shape[0])
+                torch.randn(size, generator=generator(*key, first + row, number)) for row in range(shape[0])
             ]
             return torch.stack(rows).to(inputs.device)
 
+        numbers = itertools.count()
+
         def again(ids: Tensor, sigma: float) -> Tensor:
-            return renoise(self.at(sigma), ids, torch.full(shape, sigma, device=ids.device), eps())
+            level = torch.full(shape, sigma, device=ids.device)
+            return renoise(self.at(sigma), ids, level, noise(next(numbers)))
 
         if sampler.draws_tokens:
             return renoise_chain(predict, lambda p: p.logits().argmax(-1), again, levels)[0]
@@ -513,7 +515,9 @@ class Evidence(NextToken):
         def estimate(prediction: Prediction, sigma: float | None) -> Tensor:
             return expected_target(prediction.logits(), cast(Evidence, self.at(sigma)).unit_table())
 
-        return ode_chain(predict, estimate, top * eps(), levels, top, sampler).logits().argmax(-1)
+        start = top * noise(0)
+        last = ode_chain(predict, estimate, start, levels, top, sampler, lambda k: noise(k + 1))
+        return last.logits().argmax(-1)
 
 
 class Paper(Evidence):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -43,8 +44,9 @@ from serve.engine.sequence import (
 
 LOGITS_AT_ONCE = 1 << 24
 """Scored prompt rows are read out in chunks of at most this many logits (64 MiB of fp32)."""
-NOISE, STATE = 1, 2
-"""Which stream of a request's randomness a generator is for."""
+NOISE, STATE, ADDED_NOISE = 1, 2, 3
+"""Which stream of a request's randomness a generator is for: the noise that a chain of levels starts from, or
+that a drawn token gets; the initial state; the noise that a sampler adds on its way."""
 PACKS = 4
 """Packs of rows that are kept: a step has one of the segments that open, one of the core and one of those
 that are read out."""
@@ -491,10 +493,10 @@ class Runner:
         for sequence, row, state in zip(rows, z, block.denoiser.inject(z, sigma), strict=True):
             sequence.rows = replace(rows_of(sequence), z=row, state=state[None])
 
-    def _noise(self, sequence: Sequence) -> Tensor:
+    def _noise(self, sequence: Sequence, stream: int = NOISE) -> Tensor:
         """Standard normal [D] of the step now taken."""
         request = sequence.request
-        draw = generator(request.seed, request.choice, sequence.context_length, sequence.step, NOISE)
+        draw = generator(request.seed, request.choice, sequence.context_length, sequence.step, stream)
         return torch.randn(self.config.model.d_model, generator=draw).to(self.device)
 
     def _renoised(self, rows: list[Sequence], ids: Tensor) -> Tensor:
@@ -508,9 +510,9 @@ class Runner:
         return z
 
     def _flowed(self, rows: list[Sequence], x0: Tensor) -> Tensor:
-        """Samplers of the ODE: estimates x0 [M, D] -> z [M, D] at each row's next level.
+        """Samplers that follow the mean estimate: x0 [M, D] -> z [M, D] at each row's next level.
 
-        The first level is read at z = 0; the ODE starts from the noise that this stands for: at sigma_max,
+        The first level is read at z = 0; the way starts from the noise that this stands for: at sigma_max,
         far above the unit rows, it carries nothing about the token.
         """
         top, flows = self.denoiser.noise.sigma_max, []
@@ -519,6 +521,10 @@ class Runner:
             flow = rows_of(sequence).flow
             at, level = (Flow(top * self._noise(sequence)), top) if flow is None else (flow, sigma or top)
             assert below is not None
-            flows.append(SAMPLERS[sequence.request.sampling.sampler].step(at, estimate, level, below))
+            sampler, added = (
+                SAMPLERS[sequence.request.sampling.sampler],
+                partial(self._noise, sequence, ADDED_NOISE),
+            )
+            flows.append(sampler.step(at, estimate, level, below, added))
             sequence.rows = replace(rows_of(sequence), flow=flows[-1])
         return torch.stack([flow.z for flow in flows])

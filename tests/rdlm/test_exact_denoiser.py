@@ -11,11 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import HuginnConfig
 from rdlm.config.objective import NoiseConfig, objective_config
-from rdlm.diffusion.samplers import SAMPLERS, Flow, expected_target, renoise_chain, solve
+from rdlm.diffusion.samplers import SAMPLERS, Flow, Noise, Sampler, expected_target, renoise_chain, solve
 from rdlm.diffusion.schedules import LogNormalSchedule, geometric_grid
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Prediction
@@ -71,7 +72,7 @@ def test_evidence_readout_is_bayes_rule(denoiser: Objective, sigma: float) -> No
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
 @torch.no_grad()
-def test_hard_bridge_samples_the_exact_law_at_every_k(denoiser: Objective, num_steps: int) -> None:
+def test_renoise_samples_the_exact_law_at_every_k(denoiser: Objective, num_steps: int) -> None:
     rng = torch.Generator().manual_seed(num_steps)
     levels: list[float | None] = [None, *geometric_grid(2.0, 0.2, num_steps - 1)]
     ids, _ = renoise_chain(
@@ -176,11 +177,36 @@ def test_solvers_follow_the_exact_denoiser_of_tokens(
 
 
 def test_heun_falls_back_to_euler_at_zero() -> None:
-    z = torch.randn(3, D)
-    torch.testing.assert_close(SAMPLERS["heun"].advance(lambda z, s: 0.25 * z, Flow(z), 0.3, 0.0).z, 0.25 * z)
+    z, heun = torch.randn(3, D), SAMPLERS["heun"]
+    end = heun.advance(lambda z, s: 0.25 * z, Flow(z), 0.3, 0.0, lambda: z)
+    torch.testing.assert_close(end.z, 0.25 * z)
 
 
-def test_soft_bridge_is_the_mean_row_and_shrinks_when_uncertain() -> None:
+class Ancestral(Sampler):
+    """z_next ~ N(x0 + r (z - x0), sigma_next^2 (1 - r)) with r = sigma_next^2 / sigma^2 (Ho et al. 2020, Eq. 7)."""
+
+    description = "adds noise on its way"
+
+    def step(self, flow: Flow, x0: Tensor, sigma: float, sigma_next: float, noise: Noise) -> Flow:
+        rest = sigma_next**2 / sigma**2
+        return Flow(x0 + rest * (flow.z - x0) + sigma_next * (1 - rest) ** 0.5 * noise())
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7])
+def test_a_sampler_that_adds_noise_keeps_the_law_of_the_forward_process(
+    monkeypatch: pytest.MonkeyPatch, num_steps: int
+) -> None:
+    """z - y ~ N(0, sigma^2) at every level, for which each step's noise must be fresh."""
+    monkeypatch.setitem(SAMPLERS, "ancestral", Ancestral())
+    rng, y = torch.Generator().manual_seed(0), torch.full((200_000, 1), 0.7)
+    start = y + 2.0 * torch.randn(y.shape, generator=rng)
+    levels = geometric_grid(2.0, 0.5, num_steps + 1)
+    end = solve(lambda z, s: y, start, levels, "ancestral", lambda k: torch.randn(y.shape, generator=rng))
+    assert (end - y).std().item() == pytest.approx(0.5, rel=0.01)
+    assert (end - y).mean().item() == pytest.approx(0, abs=0.005)
+
+
+def test_the_mean_estimate_is_the_mean_row_and_shrinks_when_uncertain() -> None:
     table = F.normalize(torch.randn(50, D, generator=torch.Generator().manual_seed(0)), dim=-1)
     certain = torch.full((1, 50), -100.0)
     certain[0, 3] = 100.0

@@ -14,7 +14,7 @@ from rdlm.checkpoints.folder import save
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import Tokenizer
-from rdlm.diffusion.samplers import solve
+from rdlm.diffusion.samplers import SAMPLERS, Flow, Noise, Sampler, solve
 from rdlm.errors import UserError
 from rdlm.objectives.base import Prediction
 from rdlm.objectives.next_token import renoise
@@ -25,7 +25,7 @@ from rdlm.sampling_params import History, SamplingParams, uniform
 from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.engine.events import Served
-from serve.engine.runner import NOISE
+from serve.engine.runner import ADDED_NOISE, NOISE
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served, load_served
 from serve.settings import EngineSettings, HttpSettings
@@ -176,7 +176,12 @@ def solved(served: Served, one: Request) -> list[int]:
 
         start = top * torch.randn(1, 32, generator=generator(one.seed, one.choice, len(ids), fills, NOISE))
         assert one.sampling.sampler != "renoise"
-        last = predict(solve(denoise, start, levels, one.sampling.sampler), levels[-1])
+
+        def added(step: int) -> torch.Tensor:
+            draw = generator(one.seed, one.choice, len(ids), fills + step, ADDED_NOISE)  # noqa: B023
+            return torch.randn(1, 32, generator=draw)
+
+        last = predict(solve(denoise, start, levels, one.sampling.sampler, added), levels[-1])
         draw = uniform(one.seed, one.choice, len(ids), fills + len(levels) - 1)
         token = sample(last.prior, [one.sampling], [history], [draw], last.evidence)
         out.append(int(token))
@@ -184,19 +189,32 @@ def solved(served: Served, one: Request) -> list[int]:
     return out
 
 
+class Stochastic(Sampler):
+    """A sampler that adds noise at every level."""
+
+    description = "adds noise"
+
+    def step(self, flow: Flow, x0: torch.Tensor, sigma: float, sigma_next: float, noise: Noise) -> Flow:
+        return Flow(x0 + sigma_next * (0.6 * (flow.z - x0) / sigma + 0.8 * noise()))
+
+
 @pytest.mark.parametrize("objective", ["evidence", "paper"])
 @torch.no_grad()
-def test_a_soft_bridge_is_the_ode_of_the_whole_sequence(cut: Callable[..., Served], objective: str) -> None:
-    """All bridges in one pack: a row of Euler's or of the multistep rule ends where ``solve`` ends, whoever
-    is beside it."""
+def test_a_sampler_goes_the_same_way_in_a_pack_as_over_the_whole_sequence(
+    cut: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    """All samplers in one pack: a row ends where ``solve`` ends, whoever runs beside it."""
+    monkeypatch.setitem(SAMPLERS, "stochastic", Stochastic())
     served = cut(objective)
     soft = [
-        request(length, k, length, sampling=SamplingParams(temperature, sampler=bridge))
-        for length, k, temperature, bridge in (
+        request(length, k, length, sampling=SamplingParams(temperature, sampler=sampler))
+        for length, k, temperature, sampler in (
             (7, 1, 1.0, "euler"),
             (12, 3, 0.7, "euler"),
             (8, 6, 1.0, "multistep"),
-            (5, 4, 0.0, "multistep"),
+            (5, 4, 0.0, "dpmpp_2m"),
+            (6, 5, 1.0, "stochastic"),
+            (4, 2, 0.0, "stochastic"),
         )
     ]
     with Engine(lambda: served) as engine:
@@ -205,13 +223,13 @@ def test_a_soft_bridge_is_the_ode_of_the_whole_sequence(cut: Callable[..., Serve
     assert found == [*(solved(served, one) for one in soft), written_out(served, request(9, 4))]
 
 
-def test_bridges_lead_to_different_texts(cut: Callable[..., Served]) -> None:
+def test_samplers_lead_to_different_texts(cut: Callable[..., Served]) -> None:
     served = cut("evidence")
     texts = set()
     with Engine(lambda: served) as engine:
-        for bridge in ("renoise", "euler", "dpmpp_2m"):
+        for sampler in ("renoise", "euler", "dpmpp_2m"):
             answers = engine.generate(
-                [request(9, 6, seed, sampling=SamplingParams(sampler=bridge)) for seed in range(6)]
+                [request(9, 6, seed, sampling=SamplingParams(sampler=sampler)) for seed in range(6)]
             )
             texts.add(tuple(e.token for events in answers for e in events if e.token is not None))
     assert len(texts) == 3
