@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rdlm.data.images import open_split, read_image_manifest
 from rdlm.data.manifest import check_hashes, kind_of, read_document
-from rdlm.data.token_shards import Manifest, check_sizes, read_manifest
+from rdlm.data.token_shards import Manifest, check_sizes, hashes_of, read_manifest
 from train.data.image_prepare import ImagePreparation, prepare_images
 from train.data.image_sources import PRESETS as IMAGE_PRESETS
 from train.data.prepare import Preparation, prepare
@@ -50,7 +50,9 @@ def prepare_command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
-    tokenizer: Annotated[str, typer.Option(help="'train', or the file or folder of a tokenizer.")] = "train",
+    tokenizer: Annotated[
+        str, typer.Option(help="'train', or a checkpoint, or the file or folder of a tokenizer.")
+    ] = "train",
     kind: Annotated[Literal["bpe", "sentencepiece"], typer.Option(help="Tokenizer to train.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Size of the vocabulary to train.")] = 4096,
     tokenizer_sample_mb: Annotated[
@@ -67,9 +69,13 @@ def prepare_command(
     seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
     text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     rows: Annotated[
-        Literal["documents", "wikitext"],
-        typer.Option(help="What a row is: a document, or a line of an article."),
+        Literal["documents", "wikitext", "chat"],
+        typer.Option(help="What a row is: a document, a line of an article, or a conversation."),
     ] = "documents",
+    loss_on: Annotated[
+        Literal["answers", "last_answer", "all"],
+        typer.Option(help="--rows chat: which tokens count as targets."),
+    ] = "answers",
     text_files: Annotated[
         Literal["files", "pieces"] | None,
         typer.Option(
@@ -99,6 +105,7 @@ def prepare_command(
         seed=seed,
         text_column=text_column,
         rows=rows,
+        loss_on=loss_on,
         text_files=text_files,
         separator=None if separator is None else separator.replace(r"\n", "\n").replace(r"\t", "\t"),
     )
@@ -115,7 +122,7 @@ def info(folder: Annotated[Path, typer.Argument(help="A prepared folder.")]) -> 
     else:
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)
-        hashes = {shard.file: shard.sha256 for split in manifest.splits.values() for shard in split.shards}
+        hashes = hashes_of(manifest)
     total = sum((folder / file).stat().st_size for file in hashes)
     with tqdm(total=total, unit="B", unit_scale=True, desc="check hashes", leave=False) as bar:
         check_hashes(folder, hashes, bar.update)

@@ -16,6 +16,10 @@ class Batch:
     inputs: Tensor
     targets: Tensor
     mask: Tensor
+    documents: Tensor | None = None
+    """int64 [B, T]: the number of the document that a position belongs to, rising along a row. Positions see
+    their own document alone, and count from its start. None: a row is one sequence, whatever is in it."""
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.inputs.to(device), self.targets.to(device), self.mask.to(device))
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), self.mask.to(device), documents)

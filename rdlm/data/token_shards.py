@@ -2,8 +2,9 @@
 ``SPLIT/shard_00000.bin`` files.
 
 A shard is a flat little-endian array of token ids; the shards of a split are one long stream of documents,
-each followed by the end-of-text token. Training and evaluation both read it here; only ``train`` writes
-it.
+each followed by the end-of-text token. Conversations are documents without that token, because a template
+ends their turns itself; beside each of their shards lie its marks, a byte a token. Training and evaluation
+both read it here; only ``train`` writes it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from rdlm.data.tokenizer import Tokenizer, load_tokenizer
 from rdlm.errors import UserError
 
 SCHEMA_VERSION = 1
+COUNTS, STARTS = 1, 2
+"""Bits of a mark: the token counts as a target; it is the first of its document."""
 
 
 class Shard(Strict):
@@ -33,6 +36,13 @@ class Shard(Strict):
     """Path relative to the manifest."""
     tokens: int = Field(ge=0)
     sha256: str
+    marks_sha256: str | None = None
+    """Of the file of marks, uint8 [tokens]; None where there is none: every token counts."""
+
+    @property
+    def marks(self) -> str:
+        """Path of the file of marks, relative to the manifest."""
+        return str(PurePosixPath(self.file).with_suffix(".marks"))
 
     @model_validator(mode="after")
     def _inside(self) -> Shard:
@@ -90,15 +100,26 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
     """Every shard is there and as long as the manifest says; UserError otherwise. Cheap: reads no data."""
     width = np.dtype(manifest.dtype).itemsize
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
-        file = folder / shard.file
-        found = file.stat().st_size if file.is_file() else None
-        if found != shard.tokens * width:
-            problem = (
-                "is missing"
-                if found is None
-                else f"has {found} bytes, the manifest says {shard.tokens * width}"
-            )
-            raise UserError("data", str(file), problem, AGAIN)
+        _check_size(folder / shard.file, shard.tokens * width)
+        if shard.marks_sha256 is not None:
+            _check_size(folder / shard.marks, shard.tokens)
+
+
+def _check_size(file: Path, size: int) -> None:
+    found = file.stat().st_size if file.is_file() else None
+    if found != size:
+        problem = "is missing" if found is None else f"has {found} bytes, the manifest says {size}"
+        raise UserError("data", str(file), problem, AGAIN)
+
+
+def hashes_of(manifest: Manifest) -> dict[str, str]:
+    """Every file of the splits, relative to the manifest -> its sha256."""
+    found = {}
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        found[shard.file] = shard.sha256
+        if shard.marks_sha256 is not None:
+            found[shard.marks] = shard.marks_sha256
+    return found
 
 
 class TokenStore:
@@ -112,10 +133,11 @@ class TokenStore:
         if split not in self.manifest.splits:
             raise no_split(split, ", ".join(self.manifest.splits))
         self.split, self.info = split, self.manifest.splits[split]
-        self._maps = [
-            np.memmap(self.folder / s.file, dtype=f"<{_code(self.manifest.dtype)}", mode="r")
-            for s in self.info.shards
-            if s.tokens
+        shards = [shard for shard in self.info.shards if shard.tokens]
+        code = f"<{_code(self.manifest.dtype)}"
+        self._maps = [np.memmap(self.folder / s.file, dtype=code, mode="r") for s in shards]
+        self._marks = [
+            np.memmap(self.folder / s.marks, dtype="u1", mode="r") for s in shards if s.marks_sha256
         ]
         self._starts = np.concatenate([[0], np.cumsum([len(m) for m in self._maps])]).tolist()
 
@@ -143,20 +165,39 @@ class TokenStore:
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count), across shards. -> int64 [count]; UserError for an id that the
         vocabulary has not."""
+        out = self._read(self._maps, start, count)
+        if count and (largest := int(out.max())) >= self.manifest.vocab_size:
+            problem = (
+                f"split {self.split!r} holds the id {largest}, the vocabulary has {self.manifest.vocab_size}"
+            )
+            raise UserError("data", str(self.folder), problem, AGAIN)
+        return out
+
+    def counts(self, start: int, count: int) -> np.ndarray:
+        """Which of tokens [start, start + count) count as targets: bool [count]."""
+        if not self._marks:
+            return np.ones(count, dtype=bool)
+        return (self._read(self._marks, start, count) & COUNTS).astype(bool)
+
+    def document_starts(self) -> np.ndarray:
+        """The first token of each document, int64, rising. Reads the whole split."""
+        found, eos = [np.zeros(1, dtype=np.int64)], self.manifest.eos_id
+        for start, ids, marks in zip(self._starts, self._maps, self._marks or self._maps, strict=False):
+            here = np.flatnonzero(marks & STARTS) if self._marks else np.flatnonzero(ids == eos) + 1
+            found.append(here + start)
+        starts = np.unique(np.concatenate(found))
+        return starts[starts < len(self)]
+
+    def _read(self, maps: list[np.memmap], start: int, count: int) -> np.ndarray:
         if not 0 <= start <= start + count <= len(self):
             raise IndexError(f"tokens {start}..{start + count} of {len(self)}")
         out, filled = np.empty(count, dtype=np.int64), 0
         while filled < count:
             i = bisect_right(self._starts, start + filled) - 1
             offset = start + filled - self._starts[i]
-            piece = self._maps[i][offset : offset + count - filled]
+            piece = maps[i][offset : offset + count - filled]
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
-        if count and (largest := int(out.max())) >= self.manifest.vocab_size:
-            problem = (
-                f"split {self.split!r} holds the id {largest}, the vocabulary has {self.manifest.vocab_size}"
-            )
-            raise UserError("data", str(self.folder), problem, AGAIN)
         return out
 
     def num_windows(self, seq_len: int) -> int:
@@ -173,11 +214,11 @@ class TokenStore:
         return count
 
     def rows(self, indices: np.ndarray, seq_len: int) -> Batch:
-        """Windows by number: window i is tokens [i T, (i + 1) T] -> Batch [len(indices), T]; every target
-        counts."""
+        """Windows by number: window i is tokens [i T, (i + 1) T] -> Batch [len(indices), T]."""
         rows = torch.from_numpy(np.stack([self.read(int(i) * seq_len, seq_len + 1) for i in indices]))
         inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        return Batch(inputs, targets, torch.ones_like(targets, dtype=torch.bool))
+        counts = np.stack([self.counts(int(i) * seq_len + 1, seq_len) for i in indices])
+        return Batch(inputs, targets, torch.from_numpy(counts))
 
     def windows(self, seq_len: int, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
         """The first windows in order, at most ``max_tokens`` targets (at least one window): for held-out

@@ -45,6 +45,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The text of a special token becomes its single id. UserError if the text is not valid Unicode."""
 
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of ``encode``, and for each the characters [first, last + 1) of ``text`` that it stands
+        for."""
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Corpus text, taken literally: text that looks like a special token is ordinary text. Nothing is
         added."""
@@ -143,6 +147,10 @@ class BytePairTokenizer(_ByteTable):
         of special tokens."""
         return self._prompts.encode_batch_fast([_check_unicode(text)], add_special_tokens=False)[0].ids
 
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self._prompts.encode(_check_unicode(text), add_special_tokens=False)
+        return found.ids, found.offsets
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         checked = [_check_unicode(text) for text in texts]
         return [e.ids for e in self._documents.encode_batch_fast(checked, add_special_tokens=False)]
@@ -192,8 +200,43 @@ class SentencePieceTokenizer(_ByteTable):
                 ids.extend(self._encode_one(part))
         return ids
 
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Pieces are placed by the library, which knows what its normaliser did; ids of bytes share the
+        place of their character."""
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        start = 0
+        for part in self._split.split(text) if self._split else [text]:
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+                spans.append((start, start + len(part)))
+            elif part:
+                for i, (first, last) in self._placed(part):
+                    ids.append(i)
+                    spans.append((start + first, start + last))
+            start += len(part)
+        return ids, spans
+
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._encode_one(text) for text in texts]
+
+    def _placed(self, text: str) -> Iterator[tuple[int, tuple[int, int]]]:
+        """The ids of ``_encode_one`` with their characters."""
+        start, literal = 0, self._SPACE in text and len(self._byte_ids) == 256
+        for n, part in enumerate(
+            _check_unicode(text).split(self._SPACE) if literal else [_check_unicode(text)]
+        ):
+            if n:
+                yield from ((self._byte_ids[b], (start, start + 1)) for b in self._SPACE.encode())
+                start += 1
+            place = [0] * (len(part.encode()) + 1)  # byte -> characters before it
+            end = 0
+            for n_before, character in enumerate(part, 1):
+                end += len(character.encode())
+                place[end] = n_before
+            for piece in self._model.encode(part, return_type="proto").pieces:
+                yield piece.id, (start + place[piece.begin], start + place[piece.end])
+            start += len(part)
 
     def _encode_one(self, text: str) -> list[int]:
         _check_unicode(text)

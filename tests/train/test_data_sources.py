@@ -259,7 +259,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "chat.jsonl": (
         lambda file: file.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n'),
-        "its 'messages' are conversations, which are not prepared yet",
+        "its 'messages' are conversations",
     ),
     "half.jsonl": (lambda file: file.write_text('{"text": "half \\ud800"}\n'), "SOURCE='half"),
     "empty.txt": (lambda file: file.write_bytes(b""), "there is no text in it (empty.txt: empty)"),

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -19,9 +20,11 @@ from rdlm.data.manifest import SPLITS
 from rdlm.data.token_shards import SCHEMA_VERSION, Manifest, Split, check_sizes, read_manifest
 from rdlm.data.tokenizer import Kind, Tokenizer, load_tokenizer, train_tokenizer
 from rdlm.errors import UserError
+from train.data.chat import ChatEncoder, LossOn, conversations
 from train.data.sources import Reading, Rows, Source, TextFiles, open_source
-from train.data.writer import SplitWriter, building, check_same_request, write_manifest
+from train.data.writer import Encoded, SplitWriter, building, check_same_request, write_manifest
 
+D = TypeVar("D")
 SHARD_TOKENS = 1 << 27
 _BATCH_CHARS = 1 << 22
 
@@ -43,6 +46,7 @@ class Preparation:
     seed: int = 0
     text_column: str = "text"
     rows: Rows = "documents"
+    loss_on: LossOn = "answers"
     text_files: TextFiles | None = None
     separator: str | None = None
     shard_tokens: int = SHARD_TOKENS
@@ -66,6 +70,7 @@ def prepare(
         for line in source.notes:
             note(f"{source.reading.option}: {line}")
     loaded = None if options.tokenizer == "train" else _loaded(options.tokenizer)
+    chat = _chat_encoder(options, loaded)
     request = _request(options, sources, fractions, loaded)
     out = options.out
     if out.exists() and not force:
@@ -80,7 +85,8 @@ def prepare(
                 "add eos_token to its tokenizer_config.json",
             )
         tokenizer.save(folder / "tokenizer")
-        splits = _write_splits(folder, options, sources, fractions, tokenizer, progress)
+        encode = partial(_texts, tokenizer) if chat is None else partial(_chats, chat)
+        splits = _write_splits(folder, options, sources, fractions, tokenizer, encode, progress)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             source=options.source,
@@ -97,8 +103,27 @@ def prepare(
 
 
 def _loaded(path: str) -> Tokenizer:
+    """A tokenizer's own folder or file, or that of a checkpoint or a run."""
+    inside = (Path(path, *parts, "tokenizer") for parts in ((), ("model",)))
     with naming({"tokenizer": "--tokenizer"}):
-        return load_tokenizer(path)
+        return load_tokenizer(next((folder for folder in inside if folder.is_dir()), path))
+
+
+def _chat_encoder(options: Preparation, loaded: Tokenizer | None) -> ChatEncoder | None:
+    """None where documents are texts."""
+    if options.rows != "chat":
+        if options.loss_on != "answers":
+            raise UserError(
+                "--loss-on", options.loss_on, "texts have no answers", "add --rows chat, or drop it"
+            )
+        return None
+    if loaded is None:
+        problem, remedy = (
+            "conversations need the tokenizer of a model with a chat template",
+            "give its checkpoint",
+        )
+        raise UserError("--tokenizer", options.tokenizer, problem, remedy)
+    return ChatEncoder(loaded, options.loss_on, options.tokenizer)
 
 
 @contextmanager
@@ -166,13 +191,17 @@ def _request(
             "sample_mb": options.tokenizer_sample_mb,
         }
     )
-    return {
+    request = {
         "inputs": {split: source.identity for split, source in sources.items()},
         "fractions": fractions,
         "seed": options.seed,
         "shard_tokens": options.shard_tokens,
         "tokenizer": tokenizer,
     }
+    if options.rows == "chat" and loaded is not None:
+        template = hashlib.sha256((loaded.chat_template or "").encode()).hexdigest()
+        request["chat"] = {"template": template, "loss_on": options.loss_on}
+    return request
 
 
 def _existing(out: Path, request: dict[str, Any]) -> Manifest:
@@ -228,26 +257,24 @@ def _write_splits(
     sources: dict[str, Source],
     fractions: dict[str, float],
     tokenizer: Tokenizer,
+    encode: Callable[[Source], Iterator[list[Encoded]]],
     progress: bool,
 ) -> dict[str, Split]:
-    dtype = _dtype(tokenizer)
+    dtype, marked = _dtype(tokenizer), options.rows == "chat"
     writers = {
-        split: SplitWriter(folder, split, dtype, options.shard_tokens)
+        split: SplitWriter(folder, split, dtype, options.shard_tokens, marked)
         for split in SPLITS
         if split in sources or split in fractions
     }
-    assert tokenizer.eos_id is not None
     for own, source in sources.items():
         with tqdm(
             total=source.total_bytes, unit="B", unit_scale=True, desc=f"tokenise {own}", disable=not progress
         ) as bar:
-            for texts in _batches(source.documents()):
-                with naming({"text": source.reading.option}):
-                    ids = tokenizer.encode_documents(texts)
+            for documents in encode(source):
+                texts = [document.text for document in documents]
                 names = [split_of(text, options.seed, fractions) if own == "train" else own for text in texts]
                 for split in dict.fromkeys(names):
-                    chosen = [i for i, name in enumerate(names) if name == split]
-                    writers[split].add([texts[i] for i in chosen], [ids[i] for i in chosen], tokenizer.eos_id)
+                    writers[split].add([d for d, name in zip(documents, names, strict=True) if name == split])
                 bar.update(sum(map(len, texts)))
     splits = {split: writer.close() for split, writer in writers.items()}
     for split, info in splits.items():
@@ -259,12 +286,31 @@ def _write_splits(
     return splits
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _texts(tokenizer: Tokenizer, source: Source) -> Iterator[list[Encoded]]:
+    """Documents with the end-of-text token behind them."""
+    assert tokenizer.eos_id is not None
+    for texts in _batches(source.documents(), len):
+        with naming({"text": source.reading.option}):
+            found = tokenizer.encode_documents(texts)
+        yield [
+            Encoded(text, [*ids, tokenizer.eos_id], len(text.encode()))
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+
+def _chats(encoder: ChatEncoder, source: Source) -> Iterator[list[Encoded]]:
+    """Conversations as the template writes them."""
+    option = source.reading.option
+    chats = (encoder.encode(chat, option) for chat in conversations(source.records(), option))
+    return _batches(chats, lambda chat: len(chat.text))
+
+
+def _batches(texts: Iterable[D], length: Callable[[D], int]) -> Iterator[list[D]]:
+    batch: list[D] = []
     chars = 0
     for text in texts:
         batch.append(text)
-        chars += len(text)
+        chars += length(text)
         if chars >= _BATCH_CHARS:
             yield batch
             batch, chars = [], 0

@@ -17,11 +17,11 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 import pyarrow
 import pyarrow.ipc
@@ -33,8 +33,13 @@ from rdlm.errors import UserError, reason
 TEXT_DOCUMENT_CHARS = 8192
 NULL, EMPTY = "rows without text (null)", "empty documents"
 """What a source leaves out, as it is counted in the manifest."""
-Rows = Literal["documents", "wikitext"]
+Rows = Literal["documents", "wikitext", "chat"]
+Record = tuple[str, Mapping[str, Any]]
+"""Where a row stands (file and line), and its fields."""
 TextFiles = Literal["files", "pieces"]
+
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,11 @@ class FileFormat(ABC):
     def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
         """The texts in order, None for a row without one. UserError for a column that is not there."""
 
+    def records(self, file: Path, reading: Reading) -> Iterator[Record]:
+        """The rows with all their fields. UserError for a format without fields."""
+        problem = "has no fields, which conversations need"
+        raise UserError(reading.option, str(file), problem, "give .jsonl, .parquet, .arrow or .csv files")
+
     def text_bytes(self, file: Path, reading: Reading) -> int:
         """About how many UTF-8 bytes of text it holds, for a progress bar."""
         return file.stat().st_size
@@ -86,6 +96,13 @@ class JsonLines(FileFormat):
     """A JSON object a line."""
 
     def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
+        for place, row in self.records(file, reading):
+            if reading.column not in row or not isinstance(row[reading.column], str | None):
+                texts = [name for name, value in row.items() if isinstance(value, str)]
+                raise _no_column(reading, place, texts, row)
+            yield row[reading.column]
+
+    def records(self, file: Path, reading: Reading) -> Iterator[Record]:
         with open_text(file) as stream:
             for number, line in enumerate(stream, 1):
                 if not line.strip():
@@ -98,10 +115,7 @@ class JsonLines(FileFormat):
                     raise UserError(reading.option, place, problem, "correct the line") from None
                 if not isinstance(row, dict):
                     raise UserError(reading.option, place, "is not a JSON object", "write one object a line")
-                if reading.column not in row or not isinstance(row[reading.column], str | None):
-                    texts = [name for name, value in row.items() if isinstance(value, str)]
-                    raise _no_column(reading, place, texts, row)
-                yield row[reading.column]
+                yield place, row
 
 
 @dataclass(frozen=True)
@@ -111,19 +125,27 @@ class Table(FileFormat):
     delimiter: str
 
     def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
+        for _, row in self._lines(file, reading, reading.column):
+            yield row[reading.column]
+
+    def records(self, file: Path, reading: Reading) -> Iterator[Record]:
+        return self._lines(file, reading, None)
+
+    def _lines(self, file: Path, reading: Reading, column: str | None) -> Iterator[Record]:
+        """The lines below the header, which must have ``column``."""
         csv.field_size_limit(sys.maxsize)
         with open_text(file, newline="") as stream:
             table = csv.DictReader(stream, delimiter=self.delimiter, strict=True)
             names = table.fieldnames or ()
-            if reading.column not in names:
+            if column is not None and column not in names:
                 raise _no_column(reading, str(file), names, names)
             for row in table:
+                place = f"{file}:{table.line_num}"
                 if None in row:
-                    place = f"{file}:{table.line_num}"
                     raise UserError(
                         reading.option, place, "has more cells than the header", "correct the line"
                     )
-                yield row[reading.column]
+                yield place, row
 
 
 class Parquet(FileFormat):
@@ -136,6 +158,10 @@ class Parquet(FileFormat):
         _check_column(table.schema_arrow, file, reading)
         for batch in table.iter_batches(batch_size=256, columns=[column]):
             yield from batch.column(column).to_pylist()
+
+    def records(self, file: Path, reading: Reading) -> Iterator[Record]:
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
+        return _numbered(file, (row for batch in batches for row in batch.to_pylist()))
 
     def text_bytes(self, file: Path, reading: Reading) -> int:
         table = pyarrow.parquet.ParquetFile(file)
@@ -155,6 +181,16 @@ class Arrow(FileFormat):
     compressible = False
 
     def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
+        for batch in self._batches(file, reading, lambda schema: _check_column(schema, file, reading)):
+            yield from batch.column(reading.column).to_pylist()
+
+    def records(self, file: Path, reading: Reading) -> Iterator[Record]:
+        batches = self._batches(file, reading, lambda schema: None)
+        return _numbered(file, (row for batch in batches for row in batch.to_pylist()))
+
+    def _batches(
+        self, file: Path, reading: Reading, check: Callable[[pyarrow.Schema], None]
+    ) -> Iterator[pyarrow.RecordBatch]:
         with pyarrow.memory_map(str(file)) as source:
             try:
                 table = pyarrow.ipc.open_file(source)
@@ -162,9 +198,8 @@ class Arrow(FileFormat):
             except pyarrow.ArrowInvalid:
                 source.seek(0)
                 batches = table = pyarrow.ipc.open_stream(source)
-            _check_column(table.schema, file, reading)
-            for batch in batches:
-                yield from batch.column(reading.column).to_pylist()
+            check(table.schema)
+            yield from batches
 
 
 FORMATS: dict[str, FileFormat] = {
@@ -233,6 +268,11 @@ def _split(stream: IO[str], separator: str) -> Iterator[str]:
         yield held
 
 
+def _numbered(place: object, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+    """Rows of a file without lines, counted from 1."""
+    return ((f"{place}, row {number}", row) for number, row in enumerate(rows, 1))
+
+
 def _check_column(schema: pyarrow.Schema, file: Path, reading: Reading) -> None:
     texts = [field.name for field in schema if _is_text(field.type)]
     if reading.column not in texts:
@@ -250,8 +290,8 @@ def _no_column(reading: Reading, place: str, texts: Iterable[str], names: Iterab
     problem, remedy = f"{place} has no such text", f"use one of {', '.join(map(repr, texts)) or '(none)'}"
     chat = next((name for name in ("messages", "conversations") if name in names), None)
     if chat is not None:
-        problem += f"; its {chat!r} are conversations, which are not prepared yet"
-        remedy = "write each conversation into one text field, or use another set"
+        problem += f"; its {chat!r} are conversations"
+        remedy = "add --rows chat, with the tokenizer of a model that has a chat template"
     return UserError("--text-column", reading.column, problem, remedy)
 
 
@@ -310,12 +350,17 @@ class Source(ABC):
     def rows(self) -> Iterator[str | None]:
         """The texts as the source holds them; None for a row without one."""
 
+    def records(self) -> Iterator[Record]:
+        """The rows with their fields, for conversations. UserError for a source that has none."""
+        problem, remedy = "holds no conversations", "leave out --rows chat"
+        raise UserError(self.reading.option, "--rows chat", problem, remedy)
+
     def documents(self) -> Iterator[str]:
         """Texts that are not empty; of ``wikitext`` the articles that rows (a line each) make up, which
         start at `` = Title = ``."""
         self.skipped.clear()
-        join = {"documents": lambda texts: texts, "wikitext": _articles}[self.reading.rows]
-        for document in join(self._texts()):
+        texts = self._texts()
+        for document in _articles(texts) if self.reading.rows == "wikitext" else texts:
             if document:
                 yield document
             else:
@@ -348,7 +393,7 @@ class Embedded(Source):
         return {"train": cls(reading)} if given == "embedded" else None
 
     def __init__(self, reading: Reading) -> None:
-        super().__init__(replace(reading, rows="documents"))
+        super().__init__(reading if reading.rows == "chat" else replace(reading, rows="documents"))
         spec = importlib.util.find_spec("bible")
         file = Path(spec.origin).parent / "data" / "kjv.jsonl" if spec and spec.origin else None
         if file is None or not file.is_file():
@@ -394,17 +439,24 @@ class Files(Source):
                 self.total_bytes += kind.text_bytes(file, reading)
             except Exception as error:
                 raise self._unreadable(file, error) from error
-        self.identity = {"files": hashes, "column": reading.column, "rows": reading.rows}
+        column = None if reading.rows == "chat" else reading.column
+        self.identity = {"files": hashes, "column": column, "rows": reading.rows}
         if texts and reading.separator is not None:
             self.identity["separator"] = reading.separator
         elif texts and chosen == "files":
             self.identity["text_files"] = chosen
 
     def rows(self) -> Iterator[str | None]:
+        return self._all(lambda kind, file: kind.rows(file, self.reading))
+
+    def records(self) -> Iterator[Record]:
+        return self._all(lambda kind, file: kind.records(file, self.reading))
+
+    def _all(self, read: Callable[[FileFormat, Path], Iterator[R]]) -> Iterator[R]:
         for file, kind in self._kinds.items():
             number = 0
             try:
-                for row in kind.rows(file, self.reading):
+                for row in read(kind, file):
                     yield row
                     number += 1
             except Exception as error:
@@ -487,25 +539,31 @@ class Hub(Source):
         return {ours: cls(given, wanted, theirs, reading) for ours, theirs in wanted.splits.items()}
 
     def __init__(self, given: str, wanted: HubDataset, split: str, reading: Reading) -> None:
-        super().__init__(replace(reading, column=wanted.column, rows=wanted.rows))
+        rows = "chat" if reading.rows == "chat" else wanted.rows
+        super().__init__(replace(reading, column=wanted.column, rows=rows))
         self._given, self._wanted, self._split = given, wanted, split
         self.identity = {
             "hub": wanted.path,
             "name": wanted.name,
             "split": split,
             "column": wanted.column,
-            "rows": wanted.rows,
+            "rows": rows,
         }
 
     def rows(self) -> Iterator[str | None]:
+        wanted = self._wanted
+        for _, row in self.records():
+            text = row.get(wanted.column)
+            if wanted.column not in row or not isinstance(text, str | None):
+                texts = [name for name, value in row.items() if isinstance(value, str)]
+                raise _no_column(self.reading, wanted.path, texts, row)
+            yield text
+
+    def records(self) -> Iterator[Record]:
         load_dataset, wanted = hub_loader(self._given, "the text"), self._wanted
         try:
-            for row in load_dataset(wanted.path, wanted.name, split=self._split, streaming=True):
-                text = row.get(wanted.column)
-                if wanted.column not in row or not isinstance(text, str | None):
-                    texts = [name for name, value in row.items() if isinstance(value, str)]
-                    raise _no_column(self.reading, wanted.path, texts, row)
-                yield text
+            rows = load_dataset(wanted.path, wanted.name, split=self._split, streaming=True)
+            yield from _numbered(wanted.path, rows)
         except UserError:
             raise
         except (
