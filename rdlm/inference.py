@@ -237,7 +237,7 @@ def description(folder: Path) -> dict[str, str]:
         "family": f"{model.family}, imported from {origin}" if origin else model.family,
         "parameters": f"{count:,}",
         "objective": config.objective.name,
-        "K": f"{config.objective.k_description}. Default {config.default_steps}, at most {config.max_steps}",
+        "K": f"{config.k_description}. Default {config.default_steps}, at most {config.max_steps}",
         "likelihood": config.objective.estimator,
     }
     if config.blocks is not None:

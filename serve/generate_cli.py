@@ -171,7 +171,7 @@ def check_range(ks: list[int], most: int) -> list[int]:
 def _encode(prompt: str, max_tokens: int, served: Served) -> tuple[int, ...]:
     """Ids of a prompt whose answer fits the context. Raises UserError."""
     tokenizer = served.tokenizer
-    ids = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(prompt)
+    ids = [*tokenizer.start, *tokenizer.encode(prompt)]
     if len(ids) + max_tokens > served.max_len:
         problem = (
             f"its {len(ids)} tokens and --max-tokens {max_tokens} do not fit the context of {served.max_len}"

@@ -14,6 +14,7 @@ _IMPORT_EXAMPLE = "Example: rdlm import ByteDance/Ouro-1.4B runs/ouro"
 _CONVERT_EXAMPLE = "Example: rdlm convert runs/smollm2 runs/smollm2-looped --prelude 8 --core 14 --coda 8"
 _EXPORT_EXAMPLE = "Example: rdlm export huginn runs/onestep/model exported/onestep"
 _HF_EXAMPLE = "Example: rdlm export hf runs/demo/model exported/demo"
+_GGUF_EXAMPLE = "Example: rdlm export gguf runs/smollm2 exported/smollm2.gguf"
 _LOGITS_EXAMPLE = (
     "Example: rdlm logits runs/ouro inputs.safetensors --num-steps 1,2,4 --out logits.safetensors"
 )
@@ -23,6 +24,15 @@ export_app = typer.Typer(no_args_is_help=True, epilog=_EXPORT_EXAMPLE)
 logits_app = typer.Typer(no_args_is_help=True)
 inspect_app = typer.Typer(no_args_is_help=True)
 Force = Annotated[bool, typer.Option("--force", help="Replace what OUT holds.")]
+Unroll = Annotated[
+    int | None,
+    typer.Option(
+        metavar="K",
+        min=1,
+        help="Write a loop as plain layers, its core K times: for models whose steps run their layers and nothing else.",
+        show_default=False,
+    ),
+]
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint folder.")]
 
 
@@ -32,8 +42,8 @@ def importing(
         list[str],
         typer.Argument(
             metavar="[FAMILY] SOURCE OUT",
-            help="SOURCE: folder in the published layout, or its id on the hub. OUT: checkpoint folder to create. FAMILY: what SOURCE is; "
-            "left out, its files say so.",
+            help="SOURCE: folder in the published layout, GGUF file, or id on the hub. OUT: checkpoint folder to create. FAMILY: what "
+            "SOURCE is; left out, its files say so.",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="Model name on the server [the source's].")] = None,
@@ -154,6 +164,7 @@ def hf_out(
     shard_gb: Annotated[
         float, typer.Option(min=1e-6, help="Largest weights file in GB, unless one tensor is larger.")
     ] = 5.0,
+    unroll: Unroll = None,
     force: Force = False,
 ) -> None:
     """Write a folder that transformers loads without a network: AutoModelForCausalLM.from_pretrained(OUT,
@@ -163,10 +174,28 @@ def hf_out(
     """
     from rdlm.checkpoints.convert.hf_export import export_hf
 
-    architecture = export_hf(checkpoint, out, shard_bytes=int(shard_gb * 1e9), force=force)
+    architecture = export_hf(checkpoint, out, shard_bytes=int(shard_gb * 1e9), unroll=unroll, force=force)
     typer.echo(
         f"{out}: exported as {architecture}; its README.md says how to load it. Back: rdlm import {out} CHECKPOINT"
     )
+
+
+@export_app.command("gguf", epilog=_GGUF_EXAMPLE)
+def gguf_out(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="File to create, OUT.gguf.")],
+    unroll: Unroll = None,
+    force: Force = False,
+) -> None:
+    """Write a GGUF file, for llama.cpp and its relatives, of a plain transformer, or of a loop at a fixed K
+    (--unroll).
+
+    Weights keep their dtype; quantise them there. Needs little memory.
+    """
+    from rdlm.checkpoints.convert.gguf_file import export_gguf
+
+    architecture = export_gguf(checkpoint, out, unroll=unroll, force=force)
+    typer.echo(f"{out}: exported as {architecture}. Check it: rdlm import {out} CHECKPOINT")
 
 
 @logits_app.command(epilog=_LOGITS_EXAMPLE)

@@ -212,7 +212,7 @@ def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -
         "family": f"{origin or model.family}, d_model {model.d_model}, {model.shape_description}",
         "parameters": f"{count:,} ({dtypes})",
         **(trained if origin is None or config.step else {}),
-        "K": f"{objective.k_description}. Default {config.default_steps}, at most {config.max_steps}",
+        "K": f"{config.k_description}. Default {config.default_steps}, at most {config.max_steps}",
         "normalised likelihood": objective.estimator,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

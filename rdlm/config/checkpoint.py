@@ -99,8 +99,19 @@ class CheckpointConfig(Strict):
     def max_steps(self) -> int:
         """Largest K a user may ask for: 1 where layers run once and nothing is drawn through levels, whatever
         ``recurrence`` says."""
-        runs_once = self.objective.k_meaning == "thinking" and not self.model.iterates
-        return 1 if runs_once else self.recurrence.max_steps
+        return 1 if self.runs_once else self.recurrence.max_steps
+
+    @property
+    def runs_once(self) -> bool:
+        """Whether K is 1 and nothing else: the layers run once, and nothing is drawn through levels."""
+        return self.objective.k_meaning == "thinking" and not self.model.iterates
+
+    @property
+    def k_description(self) -> str:
+        """What K is, in words."""
+        if self.runs_once:
+            return "the layers run once, so K is 1 (`rdlm convert` makes such a model recurrent)"
+        return self.objective.k_description
 
     @property
     def default_steps(self) -> int:

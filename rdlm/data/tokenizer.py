@@ -36,6 +36,9 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    start: tuple[int, ...]
+    """Ids before a text that begins a sequence: the beginning of text, unless ``add_bos_token`` of the
+    tokenizer's config is false."""
     special_tokens: Mapping[str, int]
     chat_template: str | None
     """Jinja source, or None where the tokenizer knows no chat format."""
@@ -71,10 +74,12 @@ class _ByteTable:
     def __init__(
         self, source: bytes, table: list[bytes], special: dict[str, int], config: Mapping[str, Any]
     ) -> None:
-        self._source, self._table = source, tuple(table)  # every text that is decoded shares the table
+        self.source, self._table = source, tuple(table)  # every text that is decoded shares the table
         self.vocab_size = len(table)
         self.special_tokens: Mapping[str, int] = special
         self.bos_id, self.eos_id = (self._named(config, key) for key in ENDS)
+        self._adds_bos = config.get("add_bos_token")
+        self.start: tuple[int, ...] = () if self.bos_id is None or self._adds_bos is False else (self.bos_id,)
         self.chat_template: str | None = config.get("chat_template")
         if not isinstance(self.chat_template, str | None):
             raise UserError(
@@ -104,11 +109,13 @@ class _ByteTable:
         )
         for key, number in zip(ENDS, (self.bos_id, self.eos_id), strict=True):
             config[key] = None if number is None else names[number]
+        if self._adds_bos is not None:
+            config["add_bos_token"] = self._adds_bos
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / self.file_name, self._source)
+        _write(folder / self.file_name, self.source)
         _write(folder / CONFIG_FILE, (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -29,11 +29,15 @@ def rotary_table(
     it.
     """
     with torch.inference_mode(False):  # or a table that serving has made could not be trained with
-        inverse = 1.0 / base ** (torch.arange(0, num_dims, 2, dtype=torch.float32) / num_dims)
-        if scaling is not None:
-            inverse = _slowed(inverse, scaling)
-        angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse)
+        frequencies = rotary_frequencies(num_dims, base, scaling)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
         return torch.polar(torch.ones_like(angles), angles).to(device)
+
+
+def rotary_frequencies(num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+    """fp32 [num_dims/2]; see ``rotary_table``."""
+    frequencies = 1.0 / base ** (torch.arange(0, num_dims, 2, dtype=torch.float32) / num_dims)
+    return frequencies if scaling is None else _slowed(frequencies, scaling)
 
 
 def _slowed(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:

@@ -142,6 +142,8 @@ class Limits:
                 "steps in which the masked tokens of an answer are filled in; "
                 "likelihoods are those of one token a step from left to right"
             )
+        if self.served.config.runs_once:
+            return self.served.config.k_description
         if self.supports_exits:
             return "core iterations before each token; likelihoods are those after K iterations"
         return "noise levels each token is drawn through; likelihoods are those at K = 1"
@@ -417,7 +419,7 @@ def _ids(prompt: str | list[int], add_special_tokens: bool, limits: Limits) -> t
     tokenizer = limits.served.tokenizer
     if isinstance(prompt, str):
         _check_size(len(prompt), limits, "prompt")
-        start = () if tokenizer.bos_id is None or not add_special_tokens else (tokenizer.bos_id,)
+        start = tokenizer.start if add_special_tokens else ()
         return (*start, *tokenizer.encode(prompt))
     if any(i >= tokenizer.vocab_size for i in prompt):
         raise invalid(f"prompt: token ids must lie below {tokenizer.vocab_size}", "prompt")

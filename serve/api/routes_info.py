@@ -113,7 +113,7 @@ async def tokenize(data: JSONBody[TokenizeRequest], state: State) -> dict[str, A
     served = state.server.served
     state.server.limits().model_steps(data.model)
     tokenizer = served.tokenizer
-    start = [tokenizer.bos_id] if tokenizer.bos_id is not None and data.add_special_tokens else []
+    start = [*tokenizer.start] if data.add_special_tokens else []
     tokens = start + await in_thread_if_large(len(data.prompt), tokenizer.encode, data.prompt)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": served.max_len}
 

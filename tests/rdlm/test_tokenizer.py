@@ -68,7 +68,7 @@ def test_stream_holds_back_half_a_character(kind: str) -> None:
 @given(ids=st.lists(st.integers(0, 299), max_size=30))
 def test_bpe_decodes_as_the_library_does(ids: list[int]) -> None:
     tokenizer = TOKENIZERS["bpe"]
-    library = LibraryTokenizer.from_str(tokenizer._source.decode())  # type: ignore[attr-defined]
+    library = LibraryTokenizer.from_str(tokenizer.source.decode())  # type: ignore[attr-defined]
     assert tokenizer.decode(ids) == library.decode(ids, skip_special_tokens=True)
 
 
@@ -114,7 +114,7 @@ def test_chat_template_is_read_and_does_not_change_the_fingerprint(tmp_path: Pat
 
 
 def test_added_tokens_of_a_foreign_tokenizer_keep_their_bytes(tmp_path: Path) -> None:
-    library = LibraryTokenizer.from_str(TOKENIZERS["bpe"]._source.decode())  # type: ignore[attr-defined]
+    library = LibraryTokenizer.from_str(TOKENIZERS["bpe"].source.decode())  # type: ignore[attr-defined]
     library.add_tokens(["  é  "])
     library.add_special_tokens(["<|user|>"])
     library.save(str(tmp_path / "tokenizer.json"))
@@ -164,7 +164,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 def _foreign(flags: list[list[bool]], special: list[bool], lower: bool) -> LibraryTokenizer:
     """A tokenizer as others publish them: added tokens with every property that the library knows."""
-    library = LibraryTokenizer.from_str(TOKENIZERS["bpe"]._source.decode())  # type: ignore[attr-defined]
+    library = LibraryTokenizer.from_str(TOKENIZERS["bpe"].source.decode())  # type: ignore[attr-defined]
     if lower:
         library.normalizer = normalizers.Lowercase()
     for mark, chosen, is_special in zip(MARKS, flags, special, strict=True):
@@ -195,7 +195,7 @@ def test_ids_are_those_of_the_library_whatever_special_tokens_ask_for(
 
 
 def test_white_space_around_a_mark_belongs_to_the_mark_that_takes_it() -> None:
-    library = LibraryTokenizer.from_str(TOKENIZERS["bpe"]._source.decode())  # type: ignore[attr-defined]
+    library = LibraryTokenizer.from_str(TOKENIZERS["bpe"].source.decode())  # type: ignore[attr-defined]
     library.add_special_tokens(
         [AddedToken("<mask>", lstrip=True, rstrip=True), AddedToken("word", single_word=True)]
     )
@@ -208,7 +208,7 @@ def test_white_space_around_a_mark_belongs_to_the_mark_that_takes_it() -> None:
 def _published(folder: Path, files: dict[str, object], special: bool = True, added: bool = True) -> Path:
     """A tokenizer whose end of text </s> is special, ordinary but added, or a word of the vocabulary, as
     ``files`` name it."""
-    document = json.loads(TOKENIZERS["bpe"]._source)  # type: ignore[attr-defined]
+    document = json.loads(TOKENIZERS["bpe"].source)  # type: ignore[attr-defined]
     document["model"]["vocab"]["</s>"] = 300
     document["added_tokens"] = []
     if added:

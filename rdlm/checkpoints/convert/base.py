@@ -13,6 +13,7 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -141,58 +142,77 @@ class Importer(ABC):
         return folder
 
 
-def import_from(
-    importer_of: Callable[[Mapping[str, Any], Collection[str], str], Importer],
-    source: str,
-    out: Path,
-    name: str | None,
-    zero_state: bool,
-    force: bool,
-) -> Path:
-    """Write the checkpoint folder ``out`` from a folder or hub id; see
-    rdlm.checkpoints.convert.importers.import_checkpoint."""
-    folder = local(source)
-    check_out(out, folder, force)
+@dataclass(frozen=True)
+class Published:
+    """What is to be imported, before an importer is chosen. path: a folder or file, for messages."""
+
+    path: Path
+    data: Mapping[str, Any]
+    """Its config.json."""
+    entries: Mapping[str, Entry]
+    tokenizer: Callable[[Importer, CheckpointConfig], Tokenizer | None]
+    generation: Mapping[str, Any]
+    """Its generation_config.json; {} where there is none."""
+    notes: Sequence[str] = ()
+    """For the card."""
+
+    @property
+    def config_file(self) -> str:
+        return str(self.path / "config.json" if self.path.is_dir() else self.path)
+
+
+def published_in(folder: Path) -> Published:
+    """A folder in Hugging Face layout. UserError where it has no config, or its files are damaged."""
     data = read_json(folder / "config.json", required=True)
     if "schema_version" in data and "model_type" not in data:
-        raise UserError(
-            "SOURCE",
-            str(folder),
-            "is a checkpoint of rdlm already",
-            f"use it as it is: `rdlm inspect {folder}`",
-        )
-    entries = stored(folder)
-    importer = importer_of(data, entries, str(folder))
+        problem, remedy = "is a checkpoint of rdlm already", f"use it as it is: `rdlm inspect {folder}`"
+        raise UserError("SOURCE", str(folder), problem, remedy)
+
+    def tokenizer(importer: Importer, config: CheckpointConfig) -> Tokenizer | None:
+        return tokenizer_of(importer.tokenizer_folder(folder), config)
+
+    generation = read_json(folder / checkpoint.GENERATION, required=False)
+    return Published(folder, data, stored(folder), tokenizer, generation)
+
+
+def import_from(
+    importer_of: Callable[[Mapping[str, Any], Collection[str], str], Importer],
+    published: Published,
+    out: Path,
+    called: str,
+    name: str | None,
+    zero_state: bool,
+) -> Path:
+    """Write the checkpoint folder ``out``; called: what the source is called. See
+    rdlm.checkpoints.convert.importers.import_checkpoint."""
+    where, entries = str(published.path), published.entries
+    importer = importer_of(published.data, entries, where)
     entries = {importer.tensor_name(key): entry for key, entry in entries.items()}
-    called = name or re.sub(
-        r"[^A-Za-z0-9._-]", "-", Path(source).resolve().name if Path(source).is_dir() else Path(source).name
-    )
-    where = str(folder / "config.json")
     shapes = {key: entry.shape for key, entry in entries.items()}
-    fields = Fields(data, where)
-    config, lost = importer.config(fields, called, shapes)
+    fields = Fields(published.data, published.config_file)
+    config, lost = importer.config(fields, name or re.sub(r"[^A-Za-z0-9._-]", "-", called), shapes)
     if name is not None:
         config = checkpoint.parse_config({**config.model_dump(), "name": name}, "--name")
     if zero_state:
         config = with_zero_state(config)
-    taken = Source(str(folder), entries)
+    taken = Source(where, entries)
     weights = importer.weights(taken, config)
     taken.finish()
-    check(str(folder), weights, config, "give the config.json and weights of one model")
-    tokenizer = tokenizer_of(importer.tokenizer_folder(folder), config)
-    read_json(folder / checkpoint.GENERATION, required=False)
+    check(where, weights, config, "give the config.json and weights of one model")
+    tokenizer = published.tokenizer(importer, config)
 
     def fill(temporary: Path) -> None:
         with progress_bar(weights, "import") as bar:
             tensors.write(temporary / checkpoint.WEIGHTS, weights, bar.update)
-        if (folder / checkpoint.GENERATION).is_file():
-            shutil.copyfile(folder / checkpoint.GENERATION, temporary / checkpoint.GENERATION)
+        if published.generation:
+            text = json.dumps(published.generation, indent=2) + "\n"
+            (temporary / checkpoint.GENERATION).write_text(text)
 
     described = {
         key: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
         for key, entry in weights.items()
     }
-    notes = _notes(source, importer, fields.unread(), lost)
+    notes = _notes(called, importer, fields.unread(), [*lost, *published.notes])
     return checkpoint.write(out, config, tokenizer, described, fill, notes)
 
 
@@ -389,7 +409,10 @@ def local(source: str) -> Path:
         return Path(source)
     if not HUB_ID.fullmatch(source) or Path(source).exists():
         raise UserError(
-            "SOURCE", source, "is no folder", "give a folder in Hugging Face layout, or a hub id OWNER/NAME"
+            "SOURCE",
+            source,
+            "is no folder",
+            "give a folder in Hugging Face layout, a GGUF file, or a hub id OWNER/NAME",
         )
     from huggingface_hub import snapshot_download  # slow to import, and only an id of the hub needs it
 
@@ -449,11 +472,11 @@ def progress_bar(weights: Mapping[str, Entry], what: str) -> Any:
     )
 
 
-def _notes(source: str, importer: Importer, unused: Mapping[str, Any], lost: Sequence[str]) -> str:
+def _notes(called: str, importer: Importer, unused: Mapping[str, Any], lost: Sequence[str]) -> str:
     lines = [
         "## Origin",
         "",
-        f"Imported with `rdlm import` from `{Path(source).name}` ({importer.title}). The weights are the source's.",
+        f"Imported with `rdlm import` from `{called}` ({importer.title}). The weights are the source's.",
         *(f"- {line}" for line in lost),
     ]
     if unused:

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from rdlm.checkpoints import folder as checkpoint
-from rdlm.checkpoints import safetensors_io as tensors
 from rdlm.checkpoints.convert import decoder
 from rdlm.checkpoints.convert.base import (
     Fields,
     Importer,
     Shapes,
     Source,
-    check,
     check_out,
     own_config,
-    tokenizer_of,
     widest_dtype,
     write_published,
 )
+from rdlm.checkpoints.convert.unroll import read_checkpoint
 from rdlm.checkpoints.safetensors_io import Entry
 from rdlm.config.base import Strict
 from rdlm.config.checkpoint import CheckpointConfig
@@ -66,18 +64,17 @@ COMPUTED: dict[type[Strict], set[str]] = {
 default value."""
 
 
-def export_hf(folder: Path, out: Path, *, shard_bytes: int, force: bool = False) -> str:
+def export_hf(
+    folder: Path, out: Path, *, shard_bytes: int, unroll: int | None = None, force: bool = False
+) -> str:
     """Write ``out`` from a checkpoint folder, weights in shards of at most ``shard_bytes``. Returns the class
-    that loads it.
+    that loads it. unroll: the K at which a loop is written as plain layers, see unroll.py.
 
     UserError, before anything is written, where transformers has no place for the model.
     """
-    config = checkpoint.load_config(folder)
     check_out(out, folder, force)
-    check_exportable(config)
-    found = tensors.stored(folder / checkpoint.WEIGHTS)
-    check(str(folder / checkpoint.WEIGHTS), found, config, "use the config and weights of one export")
-    tokenizer = tokenizer_of(folder / checkpoint.TOKENIZER, config)
+    check_exportable(checkpoint.load_config(folder))
+    config, found, tokenizer = read_checkpoint(folder, unroll, "`rdlm export hf`")
     ends = (None, None) if tokenizer is None else (tokenizer.bos_id, tokenizer.eos_id)
     about = {
         "dtype": widest_dtype(found),
@@ -87,6 +84,9 @@ def export_hf(folder: Path, out: Path, *, shard_bytes: int, force: bool = False)
         "rdlm": config.model_dump(mode="json"),
     }
     kind = decoder.kind_of(config)
+    if unroll is not None and kind is None:
+        problem = "transformers has no plain decoder with such layers"
+        raise UserError("--unroll", unroll, problem, "leave it out: the loop is exported as it is")
     if kind is not None:
         architecture, code = decoder.KINDS[kind].architecture, {}
         published = {**decoder.to_published(config, kind), "architectures": [architecture], **about}

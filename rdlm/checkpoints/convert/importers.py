@@ -6,7 +6,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rdlm.checkpoints.convert.base import Importer, import_from
+from rdlm.checkpoints.convert import gguf_file
+from rdlm.checkpoints.convert.base import (
+    Importer,
+    Published,
+    check_out,
+    import_from,
+    local,
+    published_in,
+)
 from rdlm.checkpoints.convert.decoder import PlainDecoder
 from rdlm.checkpoints.convert.hf_export import ExportedHere
 from rdlm.checkpoints.convert.hrm import HrmText
@@ -47,7 +55,8 @@ def import_checkpoint(
     zero_state: bool = False,
     force: bool = False,
 ) -> Path:
-    """Write the checkpoint folder ``out`` from a folder in the family's layout, or a hub id. Returns ``out``.
+    """Write the checkpoint folder ``out`` from a folder in the family's layout, a GGUF file (or
+    a folder that holds one), or a hub id. Returns ``out``.
 
     family: None finds it from the files. name: model name; None takes the source's. zero_state: start the
     recurrence from zero where the published model draws its state. UserError where the source is no model
@@ -66,4 +75,15 @@ def import_checkpoint(
         problem = f"model_type {data.get('model_type')!r} is no family that can be imported"
         raise UserError("SOURCE", where, problem, f"import one of these: {known}")
 
-    return import_from(importer_of, source, out, name, zero_state, force)
+    gguf = gguf_file.find(source)
+    path = gguf or local(source)
+    check_out(out, path, force)
+    # A download lies in a folder that is named after a commit.
+    called = gguf.stem if gguf else (path.resolve() if Path(source).is_dir() else Path(source)).name
+    published = _published_in_gguf(gguf) if gguf else published_in(path)
+    return import_from(importer_of, published, out, called, name, zero_state)
+
+
+def _published_in_gguf(path: Path) -> Published:
+    file = gguf_file.GgufFile(path)
+    return Published(path, file.data, file.entries, lambda *_: file.tokenizer(), file.generation, file.notes)
