@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from rdlm.errors import UserError, reason
 
@@ -30,3 +31,16 @@ def usable_dtype(name: str, device: torch.device, field: str = "dtype") -> torch
     if name not in ("float32", "bfloat16"):
         raise UserError(field, name, "there is no such precision", "use auto, float32 or bfloat16")
     return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def staged(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` of host memory on ``device``, in a copy that neither waits for the kernels before it nor keeps
+    the host waiting.
+
+    The only way to a GPU in a training step: a copy from memory that is not pinned waits for all that is queued.
+    """
+    if device.type == "cpu" or values.device == device:
+        return values.to(device)
+    if torch.cuda.is_available():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

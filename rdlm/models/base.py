@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rdlm.errors import UserError
 from rdlm.nn.attention import AttentionContext, CausalContext
 from rdlm.nn.layers import Condition, Modulation, NoiseEmbedding, RMSNorm, TokenTable
+from rdlm.random_streams import Stream
 
 
 class Backbone(nn.Module, ABC):
@@ -85,7 +86,7 @@ class Backbone(nn.Module, ABC):
     def initial_state(
         self,
         e: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Stream | None = None,
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:

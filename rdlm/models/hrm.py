@@ -12,6 +12,7 @@ from rdlm.models.base import Backbone, init_weights, through
 from rdlm.nn.attention import AttentionContext, LaterLayers, PrefixContext
 from rdlm.nn.layers import Condition, TokenTable, normalized
 from rdlm.nn.transformer import TransformerLayer
+from rdlm.random_streams import Stream
 
 
 class Hrm(Backbone):
@@ -53,7 +54,7 @@ class Hrm(Backbone):
     def initial_state(
         self,
         e: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Stream | None = None,
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:

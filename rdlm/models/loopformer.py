@@ -14,6 +14,7 @@ from rdlm.models.base import Backbone, init_weights
 from rdlm.nn.attention import AttentionContext
 from rdlm.nn.layers import Condition, RMSNorm, TokenTable
 from rdlm.nn.transformer import TransformerLayer
+from rdlm.random_streams import Stream
 
 NUM_FREQUENCIES = 128
 
@@ -51,7 +52,7 @@ class LoopFormer(Backbone):
     def initial_state(
         self,
         e: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Stream | None = None,
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:

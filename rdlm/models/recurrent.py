@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdlm.config.model import RecurrentConfig, initial_std
+from rdlm.device import staged
 from rdlm.models.base import Backbone, init_weights
 from rdlm.nn.attention import AttentionContext, BidirectionalContext
 from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, normalized
 from rdlm.nn.transformer import TransformerLayer
+from rdlm.random_streams import CounterStream, Stream
 
 
 class Recurrent(Backbone):
@@ -114,7 +116,7 @@ class Recurrent(Backbone):
     def initial_state(
         self,
         e: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Stream | None = None,
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:
@@ -125,19 +127,28 @@ class Recurrent(Backbone):
             return latent
         return torch.cat([latent, e[..., -len(self._in_state) * self.num_kv_heads * self.head_dim :]], dim=-1)
 
-    def _initial_latent(self, e: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _initial_latent(self, e: Tensor, generator: Stream | None) -> Tensor:
         loop = self.config.loop
         if loop.state == "zero":
             return torch.zeros_like(e)
         if loop.state == "embedding":
             return e
-        state = torch.empty(e.shape, dtype=torch.float32, device=generator.device if generator else e.device)
         std, cut = loop.state_std or 0.0, loop.state_cut
+        if isinstance(generator, CounterStream):
+            rows, width = torch.arange(e.shape[0] * e.shape[1], device=e.device), e.shape[2]
+            plain = cut is None or std == 0
+            drawn = (
+                generator.normals(rows, width)
+                if plain
+                else generator.truncated_normals(rows, width, cast(float, cut))
+            )
+            return (std * loop.state_scale * drawn.view(e.shape)).to(e)
+        state = torch.empty(e.shape, dtype=torch.float32, device=generator.device if generator else e.device)
         if cut is None or std == 0:
             nn.init.normal_(state, 0.0, std, generator=generator)
         else:
             nn.init.trunc_normal_(state, 0.0, std, -cut * std, cut * std, generator=generator)
-        return (state * loop.state_scale).to(e)
+        return staged(state * loop.state_scale, e.device).to(e)
 
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         latent = self._first(state)

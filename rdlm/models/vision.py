@@ -13,6 +13,7 @@ from rdlm.models.base import Backbone, init_weights, through
 from rdlm.nn.attention import AttentionContext, BidirectionalContext
 from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, modulate
 from rdlm.nn.transformer import TransformerLayer
+from rdlm.random_streams import Stream
 
 
 def _layers(config: ImageConfig, layers: range | None) -> nn.ModuleList:
@@ -106,7 +107,7 @@ class Vit(Backbone):
     def initial_state(
         self,
         e: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Stream | None = None,
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:

@@ -20,9 +20,9 @@ CHUNK_ELEMENTS = 1 << 20
 CHUNK_ELEMENTS_GPU = 1 << 26
 """Logits held at once on a GPU, where a chunk must fill the device."""
 
-Evidence = tuple[Tensor, Tensor, Tensor, Tensor]
-"""(rows [N] bool, u [M, D], table [V, D], scale of one element): adds scale * u @ table^T to the logits of
-the M rows marked.
+Evidence = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]
+"""(rows [M], others [N - M] int64, u [M, D], table [V, D], scale of one element): adds scale * u @ table^T to
+the logits of the M rows named; of all where rows is None.
 
 u and table carry no gradient. Rows without a noised target cost nothing extra."""
 
@@ -30,8 +30,8 @@ u and table carry no gradient. Rows without a noised target cost nothing extra."
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, item_weight: Tensor, marked: Tensor | None, u: Tensor | None,
-        table: Tensor | None, scale: Tensor | None, needs_grad: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, item_weight: Tensor, marked: Tensor | None, others: Tensor | None,
+        u: Tensor | None, table: Tensor | None, scale: Tensor | None, needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         budget = CHUNK_ELEMENTS_GPU if hidden.is_cuda else CHUNK_ELEMENTS
         size = max(16, budget // weight.shape[0])
@@ -41,7 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
         )
         d_scale = torch.zeros(1 if scale is None else scale.shape, dtype=torch.float32, device=hidden.device)
-        for rows, u_rows in _chunks(hidden.shape[0], marked, u, size):
+        for rows, u_rows in _chunks(hidden.shape[0], marked, others, u, size):
             states = hidden[rows]
             logits = F.linear(states, weight).float()  # [n, V]
             known = None
@@ -78,23 +78,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         upstream = grads[0]
         weight_dtype, scale_dtype = ctx.dtypes
         return (
-            d_hidden * upstream.to(d_hidden.dtype), (d_weight * upstream).to(weight_dtype), None, None, None, None, None,
+            d_hidden * upstream.to(d_hidden.dtype), (d_weight * upstream).to(weight_dtype), None, None, None, None, None, None,
             None if scale_dtype is None else (d_scale * upstream).to(scale_dtype), None,
         )  # fmt: skip
 
 
 def _chunks(
-    count: int, marked: Tensor | None, u: Tensor | None, size: int
+    count: int, marked: Tensor | None, others: Tensor | None, u: Tensor | None, size: int
 ) -> Iterator[tuple[Tensor | slice, Tensor | None]]:
     """Rows of one chunk at a time with their part of ``u``: marked rows first, so that no chunk mixes both
     kinds."""
-    if marked is None or u is None:
+    if marked is None or others is None or u is None:
         for start in range(0, count, size):
-            yield slice(start, start + size), None
+            span = slice(start, start + size)
+            yield span, None if u is None else u[span]
         return
-    for part, u_part in zip(marked.nonzero().squeeze(1).split(size), u.split(size), strict=True):
+    for part, u_part in zip(marked.split(size), u.split(size), strict=True):
         yield part, u_part
-    for part in (~marked).nonzero().squeeze(1).split(size):
+    for part in others.split(size):
         yield part, None
 
 
@@ -106,8 +107,7 @@ def linear_cross_entropy(
     hidden [N, D], weight [V, D], targets [N] int64, item_weight [N] fp32 -> (sum of item_weight * loss, a
     differentiable fp32 scalar; the unweighted losses [N] fp32, without gradient).
     """
-    marked, u, table, scale = evidence if evidence is not None else (None, None, None, None)
     total, losses = _LinearCrossEntropy.apply(
-        hidden, weight, targets, item_weight, marked, u, table, scale, torch.is_grad_enabled()
+        hidden, weight, targets, item_weight, *(evidence or (None,) * 5), torch.is_grad_enabled()
     )
     return total, losses

@@ -14,13 +14,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.batch import Batch
+from rdlm.diffusion.corruption import Noised
 from rdlm.diffusion.partition import Block
 from rdlm.diffusion.samplers import StepPlan
 from rdlm.errors import UserError
@@ -28,10 +29,14 @@ from rdlm.models.base import Backbone
 from rdlm.nn.attention import AttentionContext
 from rdlm.nn.cross_entropy import linear_cross_entropy
 from rdlm.nn.layers import Condition
+from rdlm.random_streams import Stream, counter_stream, generator
 
 ReadOut = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """(hidden [N, D], precision-weighted z [N, D] or None, target table [V, D] or None) -> a scalar; see
 ``Objective.traced_loss``."""
+
+
+NoiseSource = Literal["generator", "counter"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,13 @@ class Keys:
     step: int
     rank: int = 0
     micro: int = 0
+    source: NoiseSource = "generator"
+    """What makes many numbers: torch's CPU generator, or a counter on the device of the network."""
+
+    def stream(self, purpose: int, *more: int) -> Stream:
+        """The random numbers of this micro-batch for one purpose."""
+        make = counter_stream if self.source == "counter" else generator
+        return make(self.seed, purpose, self.step, self.rank, self.micro, *more)
 
 
 @dataclass(frozen=True)
@@ -230,11 +242,10 @@ class Objective(nn.Module, ABC):
         hidden: Tensor,
         targets: Tensor,
         weight: Tensor,
-        z: Tensor | None = None,
-        sigma: Tensor | None = None,
+        noised: Noised | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weighted sum of cross-entropies and the unweighted ones: hidden [N, D], targets, weight [N] ->
-        (scalar, [N]) fp32.
+        (scalar, [N]) fp32. noised: what is known of the N = B T rows.
 
         The same logits as ``predict``, without ever holding [N, V] of them.
         """

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from rdlm.config.model import ImageConfig
 from rdlm.data.batch import Batch
+from rdlm.device import staged
 from rdlm.diffusion.corruption import draw_levels
 from rdlm.diffusion.partition import partition_of
 from rdlm.diffusion.preconditioning import denoise_scalings, edm_weight
 from rdlm.diffusion.samplers import solve
 from rdlm.models.vision import Dit
 from rdlm.objectives.base import HeldOut, Keys, LossTerms, Objective, ReadOut
-from rdlm.random_streams import generator
+from rdlm.random_streams import generator, host_generator, normals
 
 _NOISE_KEY, _IMAGE_KEY = 2, 8
 
@@ -41,13 +42,14 @@ class Edm(Objective):
         """One level an image. ``label_dropout`` of the images are denoised without their class (Ho and
         Salimans 2022)."""
         which = () if self.block is None else (self.block.index,)
-        rng = generator(keys.seed, _NOISE_KEY, keys.step, keys.rank, keys.micro, *which)
+        stream = keys.stream(_NOISE_KEY, *which)
         images, classes = batch.inputs, batch.targets[:, 0]
-        drawn, _ = draw_levels(self.settings.corruption, self.noise, self.block, (len(images), 1), rng)
-        sigma = drawn[:, 0].to(images.device)
-        dropped = torch.rand(len(images), generator=rng) < self.settings.label_dropout
-        classes = classes.masked_fill(dropped.to(classes.device), self.no_class)
-        eps = torch.randn(images.shape, generator=rng).to(images.device)
+        drawn, _ = draw_levels(self.settings.corruption, self.noise, self.block, (len(images), 1), stream)
+        sigma = staged(drawn[:, 0], images.device)
+        dropped = torch.rand(len(images), generator=host_generator(stream)) < self.settings.label_dropout
+        classes = classes.masked_fill(staged(dropped, images.device), self.no_class)
+        every, width = torch.arange(len(images)), images[0].numel()
+        eps = normals(stream, every, len(images), width, images.device).view(images.shape)
         x0 = self.estimate(images + sigma.view(-1, 1, 1, 1) * eps, sigma, classes)
         losses = (x0 - images).square().flatten(1).mean(1)  # [B]
         weight = batch.mask[:, 0].float()

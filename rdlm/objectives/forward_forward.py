@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdlm.data.batch import Batch
+from rdlm.device import staged
 from rdlm.models.vision import Vit
 from rdlm.objectives.base import HeldOut, Keys, LossTerms, Objective, ReadOut, TokenScores
-from rdlm.random_streams import generator
+from rdlm.random_streams import host_generator
 
 _NOISE_KEY = 2
 THRESHOLD, STEEPNESS = 2.0, 4.0
@@ -32,11 +33,11 @@ class ForwardForward(Objective):
 
     def loss(self, batch: Batch, keys: Keys) -> LossTerms:
         """The wrong class is drawn uniformly from the others (Hinton 2022, Sec. 3.3)."""
-        return self._loss(batch, generator(keys.seed, _NOISE_KEY, keys.step, keys.rank, keys.micro))
+        return self._loss(batch, host_generator(keys.stream(_NOISE_KEY)))
 
     def _loss(self, batch: Batch, rng: torch.Generator) -> LossTerms:
         right, others = batch.targets[:, 0], self.model.vocab_size - 1
-        wrong = (right + 1 + torch.randint(others, right.shape, generator=rng).to(right.device)) % (
+        wrong = (right + 1 + staged(torch.randint(others, right.shape, generator=rng), right.device)) % (
             others + 1
         )
         both = self.goodness(torch.cat([batch.inputs, batch.inputs]), torch.cat([right, wrong]))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rdlm.data.batch import Batch
+from rdlm.device import staged
 from rdlm.diffusion.corruption import mask_tokens
 from rdlm.diffusion.masked_likelihood import bound
 from rdlm.diffusion.schedules import low_discrepancy, masking_schedule
@@ -22,7 +23,7 @@ from rdlm.models.recurrent import Recurrent
 from rdlm.nn.attention import PaddedContext
 from rdlm.nn.layers import Condition
 from rdlm.objectives.base import Keys, LossTerms, Objective, ReadOut, TokenScores
-from rdlm.random_streams import generator
+from rdlm.random_streams import host_generator
 from rdlm.sampling_params import Order, SamplingParams
 
 _NOISE_KEY = 2
@@ -47,13 +48,16 @@ class MaskedDiffusion(Objective):
         masked share of the others.
         """
         which = () if self.block is None else (self.block.index,)
-        rng = generator(keys.seed, _NOISE_KEY, keys.step, keys.rank, keys.micro, *which)
+        rng = host_generator(keys.stream(_NOISE_KEY, *which))
         schedule, uniform = masking_schedule(self.settings.masking), low_discrepancy(len(batch.targets), rng)
         level = schedule.icdf(uniform).float() if self.block is None else self.block.levels_at(uniform)
-        masked = mask_tokens(level, batch.mask, rng)
-        hidden = self.hidden(batch.targets.masked_fill(masked, self.mask_id), level)
-        weight = schedule.weight(level).to(hidden.device).unsqueeze(1).expand(masked.shape)
-        total, losses = self.cross_entropy(hidden[masked], batch.targets[masked], weight[masked])
+        masked = mask_tokens(level, batch.counted, rng)
+        targets, device = batch.targets, batch.targets.device
+        rows = staged(masked.flatten().nonzero().squeeze(1), device)
+        ids = targets.flatten().index_fill(0, rows, self.mask_id).view(targets.shape)
+        hidden = self.hidden(ids, level).flatten(0, 1).index_select(0, rows)
+        weight = schedule.weight(level).unsqueeze(1).expand(masked.shape)[masked]
+        total, losses = self.cross_entropy(hidden, targets.flatten()[rows], staged(weight, device))
         metrics = {
             "core_steps": torch.ones(()),
             "ce": losses.sum() / max(1, len(losses)),
@@ -76,7 +80,7 @@ class MaskedDiffusion(Objective):
         """
         ctx = self.model.context(ids) if lengths is None else PaddedContext(lengths, ids.shape[1], ids.device)
         e = self.model.encode(ids, ctx)
-        cond = self.condition(level.float().to(ids.device).unsqueeze(1), e)
+        cond = self.condition(staged(level.float(), ids.device).unsqueeze(1), e)
         return self.model.decode(self.step(self.model.initial_state(e), e, cond, ctx), ctx)
 
     # Evaluation ---------------------------------------------------------------------------------------------

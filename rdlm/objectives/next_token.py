@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.objective import CorruptionConfig, DepthConfig
 from rdlm.data.batch import Batch
-from rdlm.diffusion.corruption import Noised, add_noise, draw_levels
+from rdlm.device import staged
+from rdlm.diffusion.corruption import Noised, add_noise, draw_levels, noised_everywhere
 from rdlm.diffusion.partition import Block, partition_of
 from rdlm.diffusion.preconditioning import denoise_scalings, edm_weight
 from rdlm.diffusion.samplers import (
@@ -53,7 +54,7 @@ from rdlm.nn.attention import AttentionContext, TwoStreamContext
 from rdlm.nn.cross_entropy import linear_cross_entropy
 from rdlm.nn.layers import Condition
 from rdlm.objectives.base import HeldOut, Keys, LossTerms, Objective, Prediction, ReadOut, TokenScores
-from rdlm.random_streams import generator
+from rdlm.random_streams import Stream, generator
 
 _DEPTH_KEY, _NOISE_KEY, _STATE_KEY = 1, 2, 3
 EVIDENCE_FLOOR = 0.02
@@ -96,29 +97,21 @@ class NextToken(Objective):
         return getattr(self.settings, "corruption", CorruptionConfig())
 
     def loss(self, batch: Batch, keys: Keys) -> LossTerms:
-        noised = self.corrupt(batch.targets, self._noise_generator(keys))
+        which = () if self.block is None else (self.block.index,)
+        noised = self.corrupt(batch.targets, keys.stream(_NOISE_KEY, *which))
         num_steps = num_recurrences(self.settings.depth_in_training, keys.step, keys.seed)
-        hidden = self.hidden(
-            batch.inputs,
-            noised,
-            num_steps,
-            generator(keys.seed, _STATE_KEY, keys.step, keys.rank, keys.micro),
-        )
+        hidden = self.hidden(batch.inputs, noised, num_steps, keys.stream(_STATE_KEY))
         return self._reduce(hidden, batch, noised, num_steps)
 
-    def _noise_generator(self, keys: Keys) -> torch.Generator:
-        which = () if self.block is None else (self.block.index,)
-        return generator(keys.seed, _NOISE_KEY, keys.step, keys.rank, keys.micro, *which)
-
-    def corrupt(self, targets: Tensor, rng: torch.Generator) -> Noised | None:
+    def corrupt(self, targets: Tensor, rng: Stream) -> Noised | None:
         """Noise the targets [B, T]; None where the objective noises none."""
         if self.corruption.share == 0:
             return None
         shape = (targets.shape[0], targets.shape[1])
         sigma, is_noised = draw_levels(self.corruption, self.noise, self.block, shape, rng)
-        return add_noise(self.clean(targets), sigma, is_noised, rng)
+        return add_noise(self.clean, targets, self.config.model.d_model, sigma, is_noised, rng)
 
-    def hidden(self, inputs: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:
+    def hidden(self, inputs: Tensor, noised: Noised | None, num_steps: int, rng: Stream) -> Tensor:
         """Hidden states [B, T, D] after ``num_steps`` core runs, the noised target standing in the state's
         place at the start.
 
@@ -136,7 +129,7 @@ class NextToken(Objective):
             ]  # one level a sequence: its modulation is computed once, not at every position
         cond = self.condition(levels, e)
         if noised is not None:
-            state = torch.where(noised.is_noised.unsqueeze(-1), self.inject(noised.z, noised.sigma), state)
+            state = noised.put(self.inject(noised.z, noised.levels), into=state)
         grad_steps = self.settings.depth_in_training.grad_steps
         state = run(lambda s, _: self.step(s, e, cond, ctx), state, num_steps, grad_steps=grad_steps)
         return model.decode(state, ctx)
@@ -164,17 +157,16 @@ class NextToken(Objective):
         weight = batch.mask.float()
         if noised is not None and self.settings.loss_weighting == "edm":
             weight = weight * edm_weight(noised.sigma, self.noise.sigma_data)
-        z, sigma = (None, None) if noised is None else (noised.z.flatten(0, 1), noised.sigma.flatten())
         total, losses = self.cross_entropy(
-            hidden.flatten(0, 1), batch.targets.flatten(), weight.flatten(), z, sigma
+            hidden.flatten(0, 1), batch.targets.flatten(), weight.flatten(), noised
         )
-        counted = batch.mask.flatten()
-        metrics = {"core_steps": torch.tensor(float(num_steps)), "ce": losses[counted].mean()}
+        counted = batch.counted.flatten()
+        metrics = {"core_steps": torch.tensor(float(num_steps)), "ce": _mean(losses, counted)}
         if noised is not None:
             flags = noised.is_noised.flatten()
             for name, chosen in (("ce_prior", counted & ~flags), ("ce_noised", counted & flags)):
                 if bool(chosen.any()):
-                    metrics[name] = losses[chosen].mean()
+                    metrics[name] = _mean(losses, chosen)
         return LossTerms(total, batch.mask.sum().float(), metrics)
 
     def traced_loss(self, inputs: Tensor, num_steps: int, read_out: ReadOut) -> Tensor:
@@ -182,11 +174,11 @@ class NextToken(Objective):
         if self.settings.noise_conditioned:
             shape = self.model.target_shape(inputs)
             z = torch.empty(*shape, self.model.ln_f.weight.shape[0])
-            noised = Noised(z, torch.ones(shape), torch.ones(shape, dtype=torch.bool))
+            noised = noised_everywhere(z, torch.ones(shape))
         hidden = self.hidden(inputs, noised, num_steps, torch.Generator()).flatten(0, 1)
         u = table = None
         if noised is not None and self.evidence_scale is not None:
-            u = (noised.z / noised.sigma.square().unsqueeze(-1)).to(hidden.dtype).flatten(0, 1)
+            u = (noised.z / noised.levels.square().unsqueeze(-1)).to(hidden.dtype)
             table = self.unit_table().to(hidden.dtype)
         return read_out(hidden, u, table)
 
@@ -242,14 +234,13 @@ class NextToken(Objective):
         hidden: Tensor,
         targets: Tensor,
         weight: Tensor,
-        z: Tensor | None = None,
-        sigma: Tensor | None = None,
+        noised: Noised | None = None,
     ) -> tuple[Tensor, Tensor]:
         evidence = None
-        if z is not None and sigma is not None and self.evidence_scale is not None:
-            noised = z.ne(0).any(-1)  # z = 0 carries no evidence: such rows need no second matmul
-            u = precision_weighted(z[noised], sigma[noised]).to(hidden.dtype)
-            evidence = (noised, u, self.unit_table().to(hidden.dtype), self.evidence_scale)
+        if noised is not None and self.evidence_scale is not None:
+            u = precision_weighted(noised.z, noised.levels).to(hidden.dtype)
+            table = self.unit_table().to(hidden.dtype)
+            evidence = (noised.rows, noised.others, u, table, self.evidence_scale)
         return self.model.head(
             use=lambda table: linear_cross_entropy(hidden, table, targets, weight, evidence)
         )
@@ -492,7 +483,7 @@ class Evidence(NextToken):
             zeros, level = self._zero_at(shape, sigma, inputs.device)
             z, noised = zeros if z is None else z, None
             if z is not None and level is not None:
-                noised = Noised(z, level, torch.ones(shape, dtype=torch.bool, device=inputs.device))
+                noised = noised_everywhere(z, level)
             owner = cast(Evidence, self.at(sigma))
             return owner.predict(owner.hidden(inputs, noised, 1, rng), z, level)
 
@@ -532,10 +523,11 @@ class Paper(Evidence):
     def two_streams(self) -> bool:
         return self.model.is_causal
 
-    def hidden(self, inputs: Tensor, noised: Noised | None, num_steps: int, rng: torch.Generator) -> Tensor:
+    def hidden(self, inputs: Tensor, noised: Noised | None, num_steps: int, rng: Stream) -> Tensor:
         if not self.two_streams:
             return super().hidden(inputs, noised, num_steps, rng)
-        return self.two_stream_hidden(inputs, *((None, None) if noised is None else (noised.z, noised.sigma)))
+        given = (None, None) if noised is None else (noised.dense, noised.sigma)
+        return self.two_stream_hidden(inputs, *given)
 
     def predict(self, hidden: Tensor, z: Tensor | None = None, sigma: Tensor | None = None) -> Prediction:
         return Prediction(self.model.logits(self.denoised(hidden, z, sigma)))
@@ -545,18 +537,25 @@ class Paper(Evidence):
         hidden: Tensor,
         targets: Tensor,
         weight: Tensor,
-        z: Tensor | None = None,
-        sigma: Tensor | None = None,
+        noised: Noised | None = None,
     ) -> tuple[Tensor, Tensor]:
-        return super().cross_entropy(self.denoised(hidden, z, sigma), targets, weight)
+        told = (None, None) if noised is None else (noised.dense.flatten(0, 1), noised.sigma.flatten())
+        return super().cross_entropy(self.denoised(hidden, *told), targets, weight)
 
     def denoised(self, hidden: Tensor, z: Tensor | None, sigma: Tensor | None) -> Tensor:
         """c_skip z + c_out F in fp32, returned in the network's dtype; z = 0 at sigma_max where absent."""
         if z is None or sigma is None:
-            sigma_max = torch.tensor(self.noise.sigma_max, device=hidden.device)
+            sigma_max = torch.full((), self.noise.sigma_max, device=hidden.device)
             return hidden * denoise_scalings(sigma_max, self.noise.sigma_data).c_out.to(hidden.dtype)
         c = denoise_scalings(sigma, self.noise.sigma_data)
         return (c.c_skip.unsqueeze(-1) * z + c.c_out.unsqueeze(-1) * hidden.float()).to(hidden.dtype)
+
+
+def _mean(losses: Tensor, chosen: Tensor) -> Tensor:
+    """Of the losses [N] that are chosen: bool [N] in host memory."""
+    if bool(chosen.all()):
+        return losses.mean()
+    return losses[staged(chosen.nonzero().squeeze(1), losses.device)].mean()
 
 
 def num_recurrences(depth: DepthConfig, step: int, seed: int) -> int:

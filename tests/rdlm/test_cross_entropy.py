@@ -22,9 +22,9 @@ def test_matches_torch(monkeypatch: pytest.MonkeyPatch, with_evidence: bool, chu
     hidden.requires_grad_(), weight.requires_grad_()
     inputs = [hidden, weight] + ([scale] if with_evidence else [])
 
-    total, losses = linear_cross_entropy(
-        hidden, weight, targets, item_weight, (marked, u[marked], table, scale) if with_evidence else None
-    )
+    rows, others = marked.nonzero().squeeze(1), (~marked).nonzero().squeeze(1)
+    evidence = (rows, others, u[marked], table, scale) if with_evidence else None
+    total, losses = linear_cross_entropy(hidden, weight, targets, item_weight, evidence)
     grads = torch.autograd.grad(3.0 * total, inputs)
 
     logits = F.linear(hidden, weight) + (
@@ -36,6 +36,19 @@ def test_matches_torch(monkeypatch: pytest.MonkeyPatch, with_evidence: bool, chu
     torch.testing.assert_close(total, (expected * item_weight).sum())
     for got, want in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_evidence_on_every_row_needs_no_list_of_rows(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", chunk)
+    hidden, weight, u, table = (torch.randn(n, 8) for n in (37, 11, 37, 11))
+    targets, scale, every = torch.randint(0, 11, (37,)), torch.tensor(0.7), torch.arange(37)
+    rows = ((None, None), (every, every[:0]))
+    found = [
+        linear_cross_entropy(hidden, weight, targets, torch.ones(37), (*which, u, table, scale))[1]
+        for which in rows
+    ]
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_weights_act_per_row() -> None:

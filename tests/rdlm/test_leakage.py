@@ -29,7 +29,7 @@ def trained_a_little(denoiser: Objective) -> Objective:
 def row_losses(denoiser: Objective, batch: Batch) -> torch.Tensor:
     """Logits of each row under the objective's own training forward, noise fixed by the seed. [B, T, V]"""
     noised = denoiser.corrupt(batch.targets, generator(0, 1))
-    z, sigma = (None, None) if noised is None else (noised.z, noised.sigma)
+    z, sigma = (None, None) if noised is None else (noised.dense, noised.sigma)
     if denoiser.settings.name == "paper":
         hidden = denoiser.two_stream_hidden(batch.inputs, z, sigma)
     else:

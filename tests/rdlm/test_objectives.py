@@ -85,13 +85,13 @@ def test_corruption_share_levels_and_zero_rows(tiny) -> None:
     noised = denoiser.corrupt(targets, generator(0))
     assert noised is not None
     assert noised.is_noised.float().mean().item() == pytest.approx(0.3, abs=0.01)
-    assert bool((noised.z[~noised.is_noised] == 0).all()) and bool(
+    assert bool((noised.dense[~noised.is_noised] == 0).all()) and bool(
         (noised.sigma[~noised.is_noised] == 80.0).all()
     )
     levels = noised.sigma[noised.is_noised]
     assert levels.min() >= 0.2 and levels.max() <= 80.0
     assert (levels < 2.0).float().mean().item() == pytest.approx(0.5, abs=0.02)
-    residual = (noised.z - denoiser.clean(targets))[noised.is_noised] / levels[:, None]
+    residual = (noised.dense - denoiser.clean(targets))[noised.is_noised] / levels[:, None]
     assert residual.std().item() == pytest.approx(1.0, abs=0.01) and residual.mean().item() == pytest.approx(
         0.0, abs=0.01
     )
