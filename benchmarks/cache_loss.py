@@ -2,7 +2,7 @@
 
     python benchmarks/cache_loss.py --checkpoint runs/x/model --data data/books-4096 --steps 1,2,4,8 --out docs/results/raw/cache_loss.json
 
-``exact`` is rdlm/scoring.py (every step reads the past at the same step); ``full`` must reproduce it;
+``exact`` is ``Objective.score`` (every step reads the past at the same step); ``full`` must reproduce it;
 ``shared`` reads the past's last step. Prompts are scored with a chunk of one position, which is what decoding
 does.
 """

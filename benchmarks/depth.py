@@ -22,7 +22,7 @@ import typer
 
 from benchmarks.common import in_parallel, last_metrics, provenance, read_json, train, write_json
 from benchmarks.train_step import Arm, interleaved_medians
-from eval.texts.depth import evaluate_depth
+from eval.metrics.depth import evaluate_depth
 from rdlm.checkpoints.folder import load
 from rdlm.data.synthetic import GroupProduct
 

@@ -22,7 +22,7 @@ import typer
 
 from benchmarks.common import in_parallel, last_metrics, provenance, read_json, run_rdlm, train, write_json
 from benchmarks.train_step import Arm, interleaved_medians
-from eval.images.fid import plot_images
+from eval.metrics.fid import plot_images
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.batch import Batch
@@ -117,7 +117,7 @@ def run_arm(
     found, model = folder / "found.json", str(folder / "run" / "model")
     if not found.exists() and family == "vit":
         sampling = (
-            [] if ARMS[family][arm][0] in ONCE else ["--num-steps", "1,2,4,8", "--bridge", "hard,euler"]
+            [] if ARMS[family][arm][0] in ONCE else ["--num-steps", "1,2,4,8", "--sampler", "renoise,euler"]
         )
         command = [
             "eval",

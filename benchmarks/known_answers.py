@@ -1,7 +1,7 @@
 """Evaluation code against answers that are known: python -m benchmarks.known_answers --data data/books-4096
 --blimp FOLDER
 
-A teacher must find real text likelier than its words shuffled, and a loop likelier still; MAUVE must put
+A judge must find real text likelier than its words shuffled, and a loop likelier still; MAUVE must put
 human halves near 1 and shuffled words near 0; BLiMP must give one half to a model that knows nothing and far
 more to one that knows English.
 """
@@ -20,19 +20,19 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.common import provenance, read_json, run_rdlm, write_json
-from eval.texts.gen_ppl import perplexity
-from eval.texts.judge_models import load_teacher, where
-from eval.texts.mauve import PROTOCOLS, evaluate_mauve, shuffled_words
+from eval.metrics.gen_ppl import perplexity
+from eval.metrics.mauve import PROTOCOLS, evaluate_mauve, shuffled_words
+from eval.texts.judge_models import load_judge, where
 from eval.texts.samples import Shape, passages, to_text
 from rdlm.data.token_shards import TokenStore
 
 SEED = 0
 
 
-def teacher_facts(data: Path, name: str, texts: int, cache: Path) -> dict[str, Any]:
+def judge_facts(data: Path, name: str, texts: int, cache: Path) -> dict[str, Any]:
     """Perplexity of real continuations, of their words shuffled, and of a loop; MAUVE of human halves, and of
     shuffled words."""
-    store, teacher, shape = TokenStore(data, "valid"), load_teacher(name), Shape(50, 50)
+    store, judge, shape = TokenStore(data, "valid"), load_judge(name), Shape(50, 50)
     tokenizer = store.tokenizer()
     found = list(islice(passages(store, shape), 2 * texts))
     prompts = [to_text(tokenizer, p.prompt) for p in found[:texts]]
@@ -47,22 +47,22 @@ def teacher_facts(data: Path, name: str, texts: int, cache: Path) -> dict[str, A
     scores = {}
     for side, chosen in sides.items():
         with tqdm(total=texts, desc=f"{name}: {side}") as bar:
-            scores[side] = perplexity(teacher.score(prompts, chosen, bar.update), SEED)
+            scores[side] = perplexity(judge.score(prompts, chosen, bar.update), SEED)
 
     def bar_of(what: str, total: int) -> Any:
         return tqdm(total=total, desc=what).update
 
     halves = [[[text] for text in part] for part in (real, others)]
-    bounds = evaluate_mauve(PROTOCOLS["quick"], *halves, [], teacher, cache, bar_of, SEED)
+    bounds = evaluate_mauve(PROTOCOLS["quick"], *halves, [], judge, cache, bar_of, SEED)
     return {
-        "teacher": teacher.described,
+        "judge": judge.described,
         "texts": texts,
         "perplexity": scores,
         "mauve": {k: bounds[k] for k in ("protocol", "ceiling", "floor")},
     }
 
 
-def blimp_of_teacher(name: str, blimp: Path, pairs: int, work: Path) -> dict[str, Any]:
+def blimp_of_judge(name: str, blimp: Path, pairs: int, work: Path) -> dict[str, Any]:
     """Through `rdlm eval lm-eval` and our task files, with lm-eval's own model of transformers in the place
     of ours."""
     source, extra = where(name)
@@ -80,7 +80,7 @@ def blimp_of_chance(blimp: Path, pairs: int) -> dict[str, Any]:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-    from eval.texts.lm_eval import TASKS
+    from eval.metrics.lm_eval import TASKS
 
     class Chance(LM):
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -109,16 +109,16 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of `rdlm data prepare` with English text.")],
     blimp: Annotated[Path, typer.Option(help="Folder of BLiMP's 67 JSONL files.")],
     out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("docs/results/raw/known_answers.json"),
-    teacher: Annotated[str, typer.Option(help="As in `rdlm eval gen-ppl`.")] = "smollm2",
+    judge: Annotated[str, typer.Option(help="As in `rdlm eval gen-ppl`.")] = "smollm2",
     texts: Annotated[int, typer.Option(min=20, help="Passages of each side.")] = 200,
     pairs: Annotated[int, typer.Option(min=2, help="First pairs of each paradigm.")] = 30,
 ) -> None:
     """Measure, write, and fail where an answer is not the known one."""
     with TemporaryDirectory() as work:
-        facts = teacher_facts(data, teacher, texts, Path(work) / "cache")
+        facts = judge_facts(data, judge, texts, Path(work) / "cache")
         scores = {
             "chance": blimp_of_chance(blimp, pairs),
-            teacher: blimp_of_teacher(teacher, blimp, pairs, Path(work)),
+            judge: blimp_of_judge(judge, blimp, pairs, Path(work)),
         }
     origin = provenance()
     origin["command"] = origin["command"].replace(str(blimp), "BLIMP")  # a folder of this machine
@@ -136,7 +136,7 @@ def main(
         ppl["loop"] < ppl["real"] / 5 and ppl["words shuffled"] > 8 * ppl["real"],
         facts["mauve"]["ceiling"]["value"] > 0.85 and facts["mauve"]["floor"]["value"] < 0.2,
         abs(scores["chance"]["accuracy"] - 0.5) < 4 * math.sqrt(0.25 / (67 * pairs)),
-        scores[teacher]["accuracy"] > 0.7,
+        scores[judge]["accuracy"] > 0.7,
     ]
     if not all(known):
         print(f"not as known: {known}")

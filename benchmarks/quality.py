@@ -65,7 +65,7 @@ class Sizes:
 def arm_of(folder: Path, ks: list[int]) -> Arm:
     """folder: of a training run, or of a checkpoint. An objective that never runs its core twice is judged at
     K = 1 alone: its other K are no part of what was trained. A sampling one has a likelihood at K = 1 only
-    (rdlm/scoring.py), and texts at every K."""
+    (``Objective.score``), and texts at every K."""
     model = folder / "run" / "model" if (folder / "run" / "model").is_dir() else folder
     objective = load_config(model).objective
     if objective.k_meaning == "sampling":
@@ -77,13 +77,13 @@ def arm_of(folder: Path, ks: list[int]) -> Arm:
 class Parts:
     """The parts of every arm: each a call that leaves its files in ``out``."""
 
-    def __init__(self, data: Path, blimp: Path, out: Path, root: Path, teacher: str, sizes: Sizes) -> None:
-        self.data, self.blimp, self.out, self.root, self.teacher, self.sizes = (
+    def __init__(self, data: Path, blimp: Path, out: Path, root: Path, judge: str, sizes: Sizes) -> None:
+        self.data, self.blimp, self.out, self.root, self.judge, self.sizes = (
             data,
             blimp,
             out,
             root,
-            teacher,
+            judge,
             sizes,
         )
         out.mkdir(parents=True, exist_ok=True)
@@ -111,18 +111,18 @@ class Parts:
                    "--max-tokens", str(self.sizes.nll_tokens), "--per-window", "--out", str(files[0]))  # fmt: skip
 
     def _texts(self, arm: Arm) -> list[str]:
-        """Options of both judges of texts. In bf16 the teacher's perplexities are within 0.5 % of those in
+        """Options of both judges of texts. In bf16 the judge's perplexities are within 0.5 % of those in
         fp32."""
         return ["--checkpoint", str(arm.model), "--data", str(self.data), "--num-steps", _listed(arm.written),
-                "--batch-size", "64", "--teacher-dtype", "bfloat16", "--cache", str(self.root / "cache")]  # fmt: skip
+                "--batch-size", "64", "--judge-dtype", "bfloat16", "--cache", str(self.root / "cache")]  # fmt: skip
 
     def gen_ppl(self, arm: Arm, files: list[Path]) -> None:
         self._rdlm(arm, "gen-ppl", *self._texts(arm), "--temperature", self.sizes.temperatures,
-                   "--num-prompts", str(self.sizes.prompts), "--teacher", self.teacher, "--out", str(files[0]))  # fmt: skip
+                   "--num-prompts", str(self.sizes.prompts), "--judge", self.judge, "--out", str(files[0]))  # fmt: skip
 
     def mauve(self, arm: Arm, files: list[Path]) -> None:
         self._rdlm(arm, "mauve", *self._texts(arm), "--temperature", "1.0", "--protocol", "standard",
-                   "--num-prompts", str(self.sizes.mauve_prompts), "--featuriser", self.teacher, "--out", str(files[0]))  # fmt: skip
+                   "--num-prompts", str(self.sizes.mauve_prompts), "--featuriser", self.judge, "--out", str(files[0]))  # fmt: skip
 
     def blimp_scores(self, arm: Arm, files: list[Path]) -> None:
         folder = self.root / "lm-eval" / arm.name
@@ -163,7 +163,7 @@ def main(
     ),
     root: Annotated[Path, typer.Option(help="Caches, logs and the report.")] = Path("runs/quality"),
     steps: Annotated[str, typer.Option(help="K with commas.")] = "1,4,16",
-    teacher: Annotated[str, typer.Option(help="Judge of perplexity and featuriser of MAUVE.")] = "smollm2",
+    judge: Annotated[str, typer.Option(help="Judge of perplexity and featuriser of MAUVE.")] = "smollm2",
     nll_tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 65_536,
     prompts: Annotated[int, typer.Option(help="Prompts of generative perplexity; 50 make a block.")] = 250,
     temperatures: Annotated[str, typer.Option(help="Of generative perplexity, with commas.")] = "0.8,1.0,1.3",
@@ -176,7 +176,7 @@ def main(
     """Run what is missing, then write the report and copy its figures to ``out``."""
     arms = [arm_of(folder, [int(k) for k in steps.split(",")]) for folder in runs]
     parts = Parts(
-        data, blimp, out, root, teacher, Sizes(nll_tokens, prompts, temperatures, mauve_prompts, blimp_pairs)
+        data, blimp, out, root, judge, Sizes(nll_tokens, prompts, temperatures, mauve_prompts, blimp_pairs)
     )
     calls: list[Callable[[], Any]] = [partial(parts.run, part, arm) for part in PARTS for arm in arms]
     try:

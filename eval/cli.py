@@ -13,11 +13,11 @@ from eval.report.report import EXAMPLE, report
 
 
 class Metrics(TyperGroup):
-    """Lists every metric from the registry and imports the one that is run."""
+    """Lists every metric and imports the one that is run."""
 
     def __init__(self, **attrs: Any) -> None:
         super().__init__(**attrs)
-        listed = {name: TyperCommand(name, help=line) for name, (_, line) in METRICS.items()}
+        listed = {name: TyperCommand(name, help=line) for name, line in METRICS.items()}
         self.commands = {**listed, **self.commands}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
@@ -28,14 +28,22 @@ class Metrics(TyperGroup):
         return name, command, rest
 
 
+RENAMED = {
+    "--steps": "--num-steps", "--bridge": "--sampler", "--solver": "--sampler", "--teacher": "--judge",
+    "--teacher-dtype": "--judge-dtype",
+}  # fmt: skip
+"""Former names of options: they still work."""
+
+
 def _renamed(args: list[str]) -> list[str]:
-    """``--steps``, the former name of ``--num-steps``, still works."""
-    if any(arg == "--steps" or arg.startswith("--steps=") for arg in args):
-        print("rdlm eval: --steps is called --num-steps now; the old name will go", file=sys.stderr)
-    return [
-        "--num-steps" + arg.removeprefix("--steps") if arg == "--steps" or arg.startswith("--steps=") else arg
-        for arg in args
-    ]
+    """The arguments with today's names, and a line on stderr for every former one."""
+    found = []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if name in RENAMED:
+            print(f"rdlm eval: {name} is called {RENAMED[name]} now; the old name will go", file=sys.stderr)
+        found.append(RENAMED.get(name, name) + equals + value)
+    return found
 
 
 app = typer.Typer(

@@ -1,7 +1,7 @@
 """What a metric is: a class that measures, prints, plots and reports; and the parts that a report is made
 of.
 
-One metric is one class in one file and one line in eval/registry.py. Its options are the fields of a
+One metric is one class in one file of eval/metrics. Its options are the fields of a
 dataclass, its result is a JSON document that begins with ``provenance.origin``, and `rdlm eval report`
 puts the results of several files into one section.
 """
@@ -76,6 +76,9 @@ class Metric(ABC):
     """The docstring of a subclass is the help of its command, the fields of ``Options`` are its options."""
 
     name: ClassVar[str]
+    """Its command, and the name of its file with dashes."""
+    place: ClassVar[int] = 100
+    """Where its section stands in a report: the lowest first."""
     example: ClassVar[str]
     Options: ClassVar[type]
     """A dataclass; ``out`` and ``plot`` are written by ``run`` where it has them."""

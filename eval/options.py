@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Annotated, Literal, TypeVar
 import typer
 
 from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.diffusion.samplers import OLD_NAMES, SAMPLERS
 from rdlm.errors import UserError
+from rdlm.sampling_params import text_samplers
 
 Number = TypeVar("Number", int, float)
 
@@ -27,6 +30,7 @@ Out = Annotated[
     Path | None, typer.Option(help="Write the results with their provenance as JSON, for `rdlm eval report`.")
 ]
 Plot = Annotated[Path | None, typer.Option(help="Write a figure as PNG.")]
+TEXT_SAMPLERS = f"{', '.join(text_samplers())} with commas"
 USUAL_STEPS = (1, 2, 4, 8, 16, 32)
 MOST_STEPS = 1024
 """Largest K of measurements that go beyond what a checkpoint offers its users; more is a slip of the pen.
@@ -69,12 +73,9 @@ class TextOptions:
     top_p: Annotated[str, typer.Option(help="One or several with commas; 1 is off.")] = "1.0"
     top_k: Annotated[str, typer.Option(help="One or several with commas; 0 is off.")] = "0"
     min_p: Annotated[str, typer.Option(help="One or several with commas; 0 is off.")] = "0"
-    bridge: Annotated[
-        str,
-        typer.Option(
-            help="One or several of hard, euler and multistep with commas; of models that draw through noise levels."
-        ),
-    ] = "hard"
+    sampler: Annotated[
+        str, typer.Option(help=f"Of models with noise levels: one or several of {TEXT_SAMPLERS}.")
+    ] = "renoise"
     order: Annotated[
         str,
         typer.Option(
@@ -94,8 +95,8 @@ class TextOptions:
     kv_cache: Annotated[
         Literal["shared", "full"], typer.Option(help="Keys of a position: of its last core step, or of all.")
     ] = "shared"
-    window: Annotated[int, typer.Option(min=2, help="Tokens that a teacher sees at once.")] = 512
-    teacher_dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of teachers.")] = (
+    window: Annotated[int, typer.Option(min=2, help="Tokens that a judge sees at once.")] = 512
+    judge_dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of judges.")] = (
         "float32"
     )
     out: Out = None
@@ -112,7 +113,7 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
 
 
 def choices(option: str, text: str, known: Collection[str]) -> list[str]:
-    """ "hard,euler" -> ["hard", "euler"], without repeats; UserError for one that is not known."""
+    """ "renoise,euler" -> ["renoise", "euler"], without repeats; UserError for one that is not known."""
     found = list(dict.fromkeys(text.split(",")))
     for each in found:
         if each not in known:
@@ -123,6 +124,16 @@ def choices(option: str, text: str, known: Collection[str]) -> list[str]:
                 f"use some of {', '.join(known)}",
             )
     return found
+
+
+def samplers(text: str, known: Collection[str] = tuple(SAMPLERS)) -> list[str]:
+    """Names of samplers, without repeats; an older name is replaced by today's with a line on stderr."""
+    names = text.split(",")
+    for old in set(names) & OLD_NAMES.keys():
+        print(
+            f"rdlm eval: sampler {old} is called {OLD_NAMES[old]} now; the old name will go", file=sys.stderr
+        )
+    return choices("--sampler", ",".join(OLD_NAMES.get(name, name) for name in names), known)
 
 
 def iterates(config: CheckpointConfig) -> bool:

@@ -1,47 +1,41 @@
-"""Every metric of ``rdlm eval``: a line each. A metric is imported when it is run, or when a report holds
-its results."""
+"""The metrics of ``rdlm eval``: every file of eval/metrics is one, and its name is the command's.
+
+The first paragraph of a file is its line in ``rdlm eval --help``. A metric is imported when it is run, or when
+a report holds its results.
+"""
 
 from __future__ import annotations
 
+import ast
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eval.metric import Metric
 
-METRICS: dict[str, tuple[str, str]] = {
-    "nll": ("eval.texts.nll:Nll", "Held-out NLL per token, perplexity and bits per byte against K."),
-    "gen-ppl": (
-        "eval.texts.gen_ppl:GenPpl",
-        "Perplexity of generated texts under judge models, with their diversity.",
-    ),
-    "mauve": ("eval.texts.mauve:Mauve", "Distance of the distribution of generated texts from human ones."),
-    "lm-eval": ("eval.texts.lm_eval:LmEval", "Tasks of lm-evaluation-harness, in process."),
-    "depth": (
-        "eval.texts.depth:Depth",
-        "Accuracy on generated tasks that need serial computation, against K.",
-    ),
-    "convergence": (
-        "eval.texts.convergence:Convergence",
-        "What one more core step changes in state and top tokens.",
-    ),
-    "ce-by-sigma": (
-        "eval.texts.noise_curve:NoiseCurve",
-        "Cross-entropy against the noise level, compared with the best possible.",
-    ),
-    "accuracy": (
-        "eval.images.accuracy:Accuracy",
-        "Classification of images by a ViT, against K and sampler.",
-    ),
-    "fid": ("eval.images.fid:Fid", "Distance between two sets of images in a network's features."),
-}
-"""Command -> (``module:class``, one line of help), in the order of the sections of a report."""
+FOLDER = Path(__file__).parent / "metrics"
+
+
+def _found() -> dict[str, str]:
+    found = {}
+    for file in sorted(FOLDER.glob("[!_]*.py")):
+        about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        found[file.stem.replace("_", "-")] = " ".join(about.partition("\n\n")[0].split())
+    return found
+
+
+METRICS = _found()
+"""Command -> one line of help."""
 
 
 def load_metric(name: str) -> Metric:
-    """The metric of a name in METRICS."""
-    module, _, attribute = METRICS[name][0].partition(":")
-    found: Metric = getattr(importlib.import_module(module), attribute)()
+    """The metric of a name in METRICS: the one class of its file that has this name."""
+    module = importlib.import_module(f"eval.metrics.{name.replace('-', '_')}")
+    [metric] = [
+        each for each in vars(module).values() if isinstance(each, type) and vars(each).get("name") == name
+    ]
+    found: Metric = metric()
     return found
 
 

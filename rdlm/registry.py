@@ -18,7 +18,7 @@ from rdlm.models.hrm import Hrm
 from rdlm.models.loopformer import LoopFormer
 from rdlm.models.recurrent import Recurrent
 from rdlm.models.vision import Dit, Vit
-from rdlm.objectives import OBJECTIVES, Objective
+from rdlm.objectives import Objective, objective_class
 from rdlm.objectives.blockwise import blockwise
 from rdlm.random_streams import generator
 
@@ -85,7 +85,7 @@ def objectives_of(model: ModelConfig) -> list[str]:
 
 def _build_part(config: CheckpointConfig, block: Block | None) -> Objective:
     layers = None if block is None else block.partition.layers[block.index]
-    part = OBJECTIVES[config.objective.name](config, build_model(config.model, layers), block)
+    part = objective_class(config.objective)(config, build_model(config.model, layers), block)
     if config.blocks is not None and config.blocks.targets == "frozen" and part.noises_rows:
         blocks, model = config.blocks, config.model
         part.targets = partial(frozen_rows, blocks.target_seed, model.vocab_size, model.d_model)

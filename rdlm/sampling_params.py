@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args, get_type_hints
 
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.errors import UserError
@@ -33,60 +33,54 @@ def uniform(*key: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Range:
+    """The values of a number that a request may send, and what some of them mean."""
+
+    low: float
+    high: float
+    meaning: str
+    above_low: bool = False
+    """Whether ``low`` itself is no value."""
+
+    def holds(self, value: float) -> bool:
+        return (self.low < value if self.above_low else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'(' if self.above_low else '['}{self.low:g}, {self.high:g}]"
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Decoding settings of one request; the defaults sample from the model's distribution as it is. Raises
     UserError.
 
-    temperature: 0 is greedy (arg-max). top_k: 0 or -1 is off. top_p in (0, 1], min_p in [0, 1].
-    repetition_penalty: Keskar et al. 2019, over prompt and output, 1 is off. presence_penalty,
-    frequency_penalty: OpenAI's, over the output only, 0 is off. logit_bias: token id -> added logit. All act
-    on the prior logits W h, never on the evidence of a noised target, so they mean the same at every K.
-    sampler: of models that draw a token through noise levels (``check_sampler``), a name of
-    rdlm/diffusion/samplers.py; older names (hard, multistep) are stored as today's.
+    Numbers with a ``Range`` are fields of every request that generates (serve/api/schemas.py). All act on the
+    prior logits W h, never on the evidence of a noised target, so they mean the same at every K.
+    repetition_penalty: Keskar et al. 2019, over prompt and output. presence_penalty, frequency_penalty:
+    OpenAI's, over the output only. logit_bias: token id -> added logit. sampler: of models that draw a token
+    through noise levels (``check_sampler``), a name of rdlm/diffusion/samplers.py; older names (hard,
+    multistep) are stored as today's.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: Annotated[float, Range(0, 100, "0 is greedy, 1 the model's own distribution")] = 1.0
+    top_k: Annotated[int, Range(-1, math.inf, "0 and -1 switch it off")] = 0
+    top_p: Annotated[float, Range(0, 1, "1 switches it off", above_low=True)] = 1.0
+    min_p: Annotated[float, Range(0, 1, "0 switches it off")] = 0.0
+    repetition_penalty: Annotated[float, Range(0.01, 100, "1 switches it off")] = 1.0
+    presence_penalty: Annotated[float, Range(-2, 2, "0 switches it off")] = 0.0
+    frequency_penalty: Annotated[float, Range(-2, 2, "0 switches it off")] = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     sampler: str = "renoise"
 
     def __post_init__(self) -> None:
-        self._check(
-            "temperature",
-            0 <= self.temperature <= 100,
-            "must lie in [0, 100]",
-            "0 is greedy, 1 the model's own distribution",
-        )
-        self._check("top_k", self.top_k >= -1, "must be -1 or more", "0 and -1 switch it off")
+        for name, (_, valid) in NUMBERS.items():
+            if not valid.holds(value := getattr(self, name)):
+                raise UserError(name, value, f"must lie in {valid}", valid.meaning)
         object.__setattr__(self, "top_k", max(0, self.top_k))
-        self._check("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]", "1 switches it off")
-        self._check("min_p", 0 <= self.min_p <= 1, "must lie in [0, 1]", "0 switches it off")
-        self._check(
-            "repetition_penalty",
-            0 < self.repetition_penalty <= 100,
-            "must lie in (0, 100]",
-            "1 switches it off",
-        )
-        self._check(
-            "presence_penalty", -2 <= self.presence_penalty <= 2, "must lie in [-2, 2]", "0 switches it off"
-        )
-        self._check(
-            "frequency_penalty", -2 <= self.frequency_penalty <= 2, "must lie in [-2, 2]", "0 switches it off"
-        )
         object.__setattr__(self, "sampler", text_sampler(self.sampler))
-        biases_ok = all(math.isfinite(value) and -100 <= value <= 100 for value in self.logit_bias.values())
-        self._check(
-            "logit_bias", biases_ok, "values must lie in [-100, 100]", "-100 bans a token, 100 forces it"
-        )
-
-    def _check(self, name: str, fine: bool, problem: str, remedy: str) -> None:
-        if not fine:
-            raise UserError(name, getattr(self, name), problem, remedy)
+        if not all(-100 <= value <= 100 for value in self.logit_bias.values()):
+            remedy = "-100 bans a token, 100 forces it"
+            raise UserError("logit_bias", self.logit_bias, "values must lie in [-100, 100]", remedy)
 
     @property
     def greedy(self) -> bool:
@@ -102,6 +96,14 @@ class SamplingParams:
         """Whether penalties or biases change logits one token at a time."""
         penalised = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
         return penalised or bool(self.logit_bias)
+
+
+NUMBERS: dict[str, tuple[type, Range]] = {
+    name: (hint.__origin__, *hint.__metadata__)
+    for name, hint in get_type_hints(SamplingParams, include_extras=True).items()
+    if hasattr(hint, "__metadata__")
+}
+"""Field -> its type and range, of the numbers among SamplingParams."""
 
 
 def text_samplers() -> list[str]:

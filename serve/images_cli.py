@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from rdlm.errors import UserError
-from serve.cli import CheckpointOption, DeviceOption, DtypeOption
+from serve.cli import CheckpointOption, DeviceOption, DtypeOption, renamed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,10 +37,14 @@ def images(
     guidance: Annotated[
         float, typer.Option(min=0, max=100, help="1 is none; more is truer to the class and less varied.")
     ] = 1.0,
-    solver: Annotated[
-        Literal["euler", "heun", "multistep"],
-        typer.Option(help="Of the ODE; heun calls the network twice a step."),
+    sampler: Annotated[
+        str,
+        typer.Option(
+            help="How noise becomes an image: euler, dpmpp_2m, heun (two network calls a step) or renoise "
+            "(new noise at every step)."
+        ),
     ] = "euler",
+    solver: Annotated[str | None, typer.Option(hidden=True)] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images of one network call; changes no image.")
     ] = 64,
@@ -48,7 +52,8 @@ def images(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Draw images of the classes asked for, in K steps of the probability-flow ODE."""
+    """Draw images of the classes asked for, in K steps from noise to image."""
+    chosen_sampler = renamed("--solver", solver, "--sampler", None) or sampler
     if out.suffix not in (".png", ".npz"):
         raise UserError("--out", str(out), "is neither a picture nor an array", "name a .png or .npz file")
 
@@ -57,18 +62,18 @@ def images(
     from tqdm import tqdm
 
     from rdlm.checkpoints.folder import load, load_config
-    from rdlm.config.model import DitConfig
     from rdlm.device import usable_device, usable_dtype
+    from rdlm.diffusion.samplers import sampler_named
     from rdlm.objectives.edm import Edm, pixels
 
     config = load_config(checkpoint)
     config.check_family("rdlm images", "dit")
     config.check_whole()
-    assert isinstance(config.model, DitConfig)
     k, most = config.default_steps if num_steps is None else num_steps, config.max_steps
     if not 1 <= k <= most:
         raise UserError("--num-steps", num_steps, "is out of range", f"this model takes 1 to {most}")
-    wanted = _classes(classes, config.model.num_classes)
+    sampler_named(chosen_sampler, "--sampler")
+    wanted = _classes(classes, config.model.vocab_size)
     chosen = usable_device(device, "--device")
     loaded = load(checkpoint, chosen, usable_dtype(dtype, chosen, "--dtype"))
     parts = []
@@ -77,7 +82,7 @@ def images(
             numbers = range(first, min(first + batch_size, num_images))
             asked = torch.tensor([wanted[i % len(wanted)] for i in numbers], device=chosen)
             drawn = cast(Edm, loaded.denoiser).sample_images(
-                asked, k, first=first, guidance=guidance, sampler=solver, seed=seed
+                asked, k, first=first, guidance=guidance, sampler=chosen_sampler, seed=seed
             )
             parts.append(pixels(drawn).numpy())
             bar.update(len(asked))

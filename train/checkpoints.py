@@ -344,10 +344,12 @@ class SavedState:
             raise UserError("checkpoint", str(folder), "holds no weights", "use a complete checkpoint")
         model = _read(models[0])
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.counts: dict[str, float] | None
+        """What the optimizer keeps once for all parameters (``step``); None before its first update."""
         self._places: dict[str, tuple[int, int]] = {}
         """Name -> (group, first element in its flat vector)."""
         if not saved:
-            self._read_whole(model, groups)
+            self._read_whole(folder, model, groups)
             return
         states = [part["optimizer_state_dict"] for part in saved]
         self._cut_each = "fp32_flat_groups" in states[0]
@@ -358,17 +360,33 @@ class SavedState:
         )
         self._flat: dict[str, list[list[Tensor]]] = {WEIGHT: [state[weights] for state in states]}
         optimizers = [state[base]["state"] for state in states]
-        first = optimizers[0].get(0, {})
-        for key in (key for key, value in first.items() if torch.is_tensor(value) and value.dim()):
+        for key in self._read_counts(folder, [s for state in optimizers for s in state.values()]):
             self._flat[key] = [[state[i][key] for i in range(len(state))] for state in optimizers]
-        self.step = None if not first else int(first["step"])
         for group, shapes in enumerate(model["param_shapes"]):
             start = 0
             for name, shape in shapes.items():
                 self.shapes[own_name(name)], self._places[own_name(name)] = tuple(shape), (group, start)
                 start += -(-prod(shape) // len(saved)) if self._cut_each else prod(shape)
 
-    def _read_whole(self, model: dict[str, Any], groups: Sequence[Sequence[str]]) -> None:
+    def _read_counts(self, folder: Path, states: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Set ``counts`` from the optimizer's states -> the names of its elementwise tensors.
+
+        Raises UserError for what is neither elementwise nor one number for all parameters: it cannot be cut
+        anew.
+        """
+        first = states[0] if states else {}
+        elementwise = [key for key, value in first.items() if torch.is_tensor(value) and value.dim()]
+        self.counts = {key: float(value) for key, value in first.items() if key not in elementwise} or None
+        for state in states:
+            kept = {key: float(state[key]) for key in self.counts or ()}
+            if kept != (self.counts or {}) or len({state[key].numel() for key in elementwise}) > 1:
+                problem = (
+                    "its optimizer keeps more than tensors in the shape of the weights and common numbers"
+                )
+                raise UserError("checkpoint", str(folder), problem, "this state cannot be restored")
+        return elementwise
+
+    def _read_whole(self, folder: Path, model: dict[str, Any], groups: Sequence[Sequence[str]]) -> None:
         """Stage 0: nothing is cut. Moments, and in bf16 training the fp32 weights, are numbered through the
         groups."""
         self._cut_each = False
@@ -378,10 +396,8 @@ class SavedState:
         found = {own_name(name): weight for name, weight in model["module"].items()}
         whole: dict[str, list[Tensor]] = {WEIGHT: masters or [found[name] for name in names]}
         state = optimizer.get("optimizer_state_dict", optimizer)["state"]
-        first = state.get(0, {})
-        for key in (key for key, value in first.items() if torch.is_tensor(value) and value.dim()):
+        for key in self._read_counts(folder, list(state.values())):
             whole[key] = [state[i][key] for i in range(len(names))]
-        self.step = None if not first else int(first["step"])
         self.shapes = {name: tuple(weight.shape) for name, weight in zip(names, whole[WEIGHT], strict=True)}
         self._places = {name: (number, 0) for number, name in enumerate(names)}
         self._flat = {key: [[tensor.flatten() for tensor in tensors]] for key, tensors in whole.items()}
@@ -478,7 +494,7 @@ def _fill(base: Optimizer, target: Tensor, saved: SavedState, cut: Callable[[str
     """Write the weights of ``target`` and the optimizer's state for it. cut: key -> this process' share, in
     the shape of ``target``."""
     target.data.copy_(cut(WEIGHT))
-    if saved.step is None:
+    if saved.counts is None:
         base.state.pop(target, None)
         return
     state = base.state[target]
@@ -488,7 +504,8 @@ def _fill(base: Optimizer, target: Tensor, saved: SavedState, cut: Callable[[str
         else:
             state[key] = cut(key).to(target.device)
     counts_in_tensors = isinstance(base, torch.optim.Optimizer) and type(base).__module__.startswith("torch.")
-    state["step"] = torch.tensor(float(saved.step)) if counts_in_tensors else saved.step
+    for key, value in saved.counts.items():
+        state[key] = torch.tensor(value) if counts_in_tensors else int(value)
 
 
 def _whole(saved: SavedState, name: str, shape: torch.Size, key: str) -> Tensor:

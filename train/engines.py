@@ -72,6 +72,7 @@ def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.grad_clip,
         "zero_optimization": zero,
         "bf16": {"enabled": config.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,  # OPTIMIZERS of train/optim.py decides
         "steps_per_print": None,
     }
     if config.precision == "bf16" and spec.zero_stage > 0:  # stage 0 offers bf16 accumulation only

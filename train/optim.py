@@ -38,7 +38,10 @@ def offloaded_adamw(groups: Groups, spec: OptimizerConfig) -> Optimizer:
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": adamw}
+"""By name. Their state must be tensors in the shape of the weights and numbers that all parameters share, or
+else a run cannot be resumed: see train/checkpoints.py."""
 OFFLOADED: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": offloaded_adamw}
+"""Those that can run on the CPU while the weights are on a GPU."""
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -67,12 +70,19 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 def reset_state(optimizer: Optimizer) -> None:
-    """Undo updates that were made before training: step counts and moments back to zero, in place."""
+    """Undo updates that were made before training: step counts and moments back to zero, in place.
+
+    An optimizer that keeps other numbers, whose first values only it knows, makes its state anew.
+    """
     for state in optimizer.state.values():
+        if any(
+            key != "step" and not (torch.is_tensor(value) and value.dim()) for key, value in state.items()
+        ):
+            state.clear()
         for key, value in state.items():
             if torch.is_tensor(value):
                 value.zero_()
-            elif isinstance(value, int | float):
+            else:
                 state[key] = type(value)(0)
 
 

@@ -15,11 +15,11 @@ import tempfile
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import psutil
 
-from rdlm.config.model import ImageConfig, ModelConfig
+from rdlm.config.model import ImageConfig
 from rdlm.errors import UserError, reason
 from rdlm.registry import build
 from train.data import Corpus, build_corpus
@@ -97,7 +97,7 @@ def check(config: TrainConfig, world: int) -> Corpus:
         problem = "without GPUs blocks train in host memory"
         raise UserError("resident.rest", "host", problem, "set resident.rest=disk")
     if isinstance(corpus, ImageCorpus):
-        _check_images(config.model, corpus)
+        _check_images(cast(ImageConfig, config.model), corpus)
     elif corpus.vocab_size > config.model.vocab_size:
         problem = f"smaller than the data's vocabulary ({corpus.vocab_size})"
         remedy = f"set model.vocab_size={corpus.vocab_size}"
@@ -125,10 +125,15 @@ def count_parameters(config: TrainConfig) -> int:
 def _check_optimizer(config: TrainConfig) -> None:
     from train.optim import OFFLOADED, OPTIMIZERS, check_patterns
 
-    table = OFFLOADED if config.deepspeed.offload_optimizer == "cpu" else OPTIMIZERS
-    if (name := config.optimizer.name) not in table:
-        known = ", ".join(table)
-        raise UserError("optimizer.name", name, "there is no such optimizer", f"use {known}")
+    name = config.optimizer.name
+    if name not in OPTIMIZERS:
+        raise UserError(
+            "optimizer.name", name, "there is no such optimizer", f"use one of {', '.join(OPTIMIZERS)}"
+        )
+    if config.deepspeed.offload_optimizer == "cpu" and name not in OFFLOADED:
+        problem = f"optimizer {name!r} does not run on the CPU while the weights are elsewhere"
+        remedy = f"set it to none, or use optimizer {' or '.join(OFFLOADED)}"
+        raise UserError("deepspeed.offload_optimizer", "cpu", problem, remedy)
     if config.optimizer.freeze or config.optimizer.lr_factors:
         parts = build(config.checkpoint_config, device="meta").parts
         check_patterns([name for part in parts for name, _ in part.named_parameters()], config.optimizer)
@@ -164,8 +169,7 @@ def check_precision(config: TrainConfig, bf16_supported: bool) -> None:
         raise UserError("precision", "bf16", "this device does not compute in bf16", "set precision=fp32")
 
 
-def _check_images(model: ModelConfig, corpus: ImageCorpus) -> None:
-    assert isinstance(model, ImageConfig)
+def _check_images(model: ImageConfig, corpus: ImageCorpus) -> None:
     height, width = corpus.image_size
     found = {
         "image_size": (model.image_size,) * 2,

@@ -331,7 +331,7 @@ class TrainConfig(Strict):
     @property
     def fills_in(self) -> bool:
         """Whether the model fills in hidden tokens: inputs and answers of a task then share a row."""
-        return self.model.task == "masked"
+        return self.objective.fills_in
 
     @property
     def seq_len(self) -> int:

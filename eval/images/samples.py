@@ -28,19 +28,19 @@ class Setting:
 
     num_steps: int
     guidance: float = 1.0
-    solver: str = "euler"
+    sampler: str = "euler"
 
     @property
     def rest(self) -> str:
         """What is not K: settings with an equal rest form a curve."""
-        return f"guidance {self.guidance:g}, {self.solver}"
+        return f"guidance {self.guidance:g}, {self.sampler}"
 
     def __str__(self) -> str:
         return f"K {self.num_steps}, {self.rest}"
 
 
 def settings(
-    steps: Sequence[int], guidance: Sequence[float], solvers: Sequence[str], most: int
+    steps: Sequence[int], guidance: Sequence[float], samplers: Sequence[str], most: int
 ) -> list[Setting]:
     """All combinations, K changing fastest; UserError for values out of range (``most``: the checkpoint's
     largest K)."""
@@ -50,7 +50,7 @@ def settings(
     for g in guidance:
         if not 0 <= g <= 100:
             raise UserError("--guidance", g, "must lie in [0, 100]", "1 is none, the usual values are 1 to 4")
-    return [Setting(k, g, solver) for solver, g, k in product(solvers, guidance, steps)]
+    return [Setting(k, g, sampler) for sampler, g, k in product(samplers, guidance, steps)]
 
 
 def drawn(
@@ -81,7 +81,14 @@ def drawn(
         for first in range(0, len(numbers), BATCH):
             chunk = numbers[first : first + BATCH]
             classes = torch.tensor(chunk, device=device) % shape.num_classes
-            images = cast(Edm, loaded.denoiser).sample_images(classes, setting.num_steps, first=chunk[0], guidance=setting.guidance, sampler=setting.solver, seed=seed)  # fmt: skip
+            images = cast(Edm, loaded.denoiser).sample_images(
+                classes,
+                setting.num_steps,
+                first=chunk[0],
+                guidance=setting.guidance,
+                sampler=setting.sampler,
+                seed=seed,
+            )
             out.append(pixels(images).numpy())
             if progress:
                 progress(len(chunk))

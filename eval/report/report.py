@@ -20,6 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from eval.metric import Json, Metric, Picture, Run, Section, Table
 from eval.provenance import write_bytes, write_json
 from eval.registry import METRICS, load_metric, metric_of
+from rdlm.diffusion.samplers import OLD_NAMES
 from rdlm.errors import UserError
 
 EXAMPLE = "Example: rdlm eval report results/*.json --out report"
@@ -73,14 +74,34 @@ def _read(file: Path) -> Run:
     if name is None:
         problem = "names no evaluation that this version knows"
         raise UserError("RUN", str(file), problem, f"{remedy} (of this version)")
+    document = current(document)
     return Run(file, name, load_metric(name).label(document), document)
 
 
+OLD_KEYS = {
+    "bridge": "sampler", "solver": "sampler", "against_first_bridge": "against_first_sampler", "teachers": "judges",
+}  # fmt: skip
+"""Names in results of earlier versions, and today's."""
+
+
+def current(document: Any) -> Any:
+    """A file of results as this version writes it."""
+    if isinstance(document, list):
+        return [current(item) for item in document]
+    if not isinstance(document, dict):
+        return document
+    found = {OLD_KEYS.get(key, key): current(value) for key, value in document.items()}
+    if isinstance(found.get("sampler"), str):
+        found["sampler"] = OLD_NAMES.get(found["sampler"], found["sampler"])
+    return found
+
+
 def sections(runs: Sequence[Run]) -> list[Section]:
-    """One for each metric there is, in the order of the registry, and provenance. UserError where files of
-    one were measured differently."""
+    """One for each metric there is, in the order of their ``place``, and provenance. UserError where files
+    of one were measured differently."""
     chosen = {name: [run for run in runs if run.metric == name] for name in METRICS}
-    metrics: dict[str, Metric] = {name: load_metric(name) for name, found in chosen.items() if found}
+    loaded = sorted((load_metric(name) for name, found in chosen.items() if found), key=lambda m: m.place)
+    metrics: dict[str, Metric] = {metric.name: metric for metric in loaded}
     for name, metric in metrics.items():
         for run in chosen[name][1:]:
             metric.check_alike(chosen[name][0], run)

@@ -36,7 +36,7 @@ def curves(results: list[Row]) -> dict[Curve, list[Row]]:
     return dict(found)
 
 
-def at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> list[Row]:
+def at_equal_diversity(report: Row, judge: str, seed: int = 0) -> list[Row]:
     """Perplexity of each curve where its distinct-2 is that of human text, and its 95 % interval over
     blocks of prompts.
 
@@ -44,11 +44,11 @@ def at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> list[Row]:
     """
     return [
         {"num_steps": k, "cut": cut, **estimate(found)}
-        for (k, cut), found in nats_at_equal_diversity(report, teacher, seed).items()
+        for (k, cut), found in nats_at_equal_diversity(report, judge, seed).items()
     ]
 
 
-def nats_at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> dict[Curve, np.ndarray]:
+def nats_at_equal_diversity(report: Row, judge: str, seed: int = 0) -> dict[Curve, np.ndarray]:
     """Of each curve: log perplexity at the distinct-2 of human text, fp64 [1 + resamples], NaN where it is
     not reached.
 
@@ -64,7 +64,7 @@ def nats_at_equal_diversity(report: Row, teacher: str, seed: int = 0) -> dict[Cu
     found = {}
     for key, rows in curves(report["results"]).items():
         x = [weights @ np.array(row["diversity"]["distinct_2"]["by_block"]) / len(human) for row in rows]
-        nats = [weights @ np.array(row["perplexity"][teacher]["by_block"]) for row in rows]
+        nats = [weights @ np.array(row["perplexity"][judge]["by_block"]) for row in rows]
         found[key] = _interpolated(x, [n[:, 0] / n[:, 1] for n in nats], at)
     return found
 
@@ -93,13 +93,13 @@ def estimate(nats: np.ndarray) -> Row:
     }
 
 
-def _point(row: Row, teacher: str) -> tuple[float, float]:
-    return row["diversity"]["distinct_2"]["value"], row["perplexity"][teacher]["value"]
+def _point(row: Row, judge: str) -> tuple[float, float]:
+    return row["diversity"]["distinct_2"]["value"], row["perplexity"][judge]["value"]
 
 
 def plot_frontier(report: dict[str, Any], file: Path) -> None:
-    """A panel per teacher, as PNG: see ``draw_frontier``."""
-    names = [teacher["name"] for teacher in report["teachers"]]
+    """A panel per judge, as PNG: see ``draw_frontier``."""
+    names = [judge["name"] for judge in report["judges"]]
     figure, panels = new_figure(len(names), height=4.8)
     for axes, name in zip(panels, names, strict=True):
         draw_frontier(axes, [("", report)], name)
@@ -107,7 +107,7 @@ def plot_frontier(report: dict[str, Any], file: Path) -> None:
     write_png(figure, file)
 
 
-def draw_frontier(axes: Axes, reports: Sequence[tuple[str, dict[str, Any]]], teacher: str) -> None:
+def draw_frontier(axes: Axes, reports: Sequence[tuple[str, dict[str, Any]]], judge: str) -> None:
     """Perplexity (log) against distinct-2, a marker per setting with its 95 % intervals, human text as a
     star.
 
@@ -129,32 +129,32 @@ def draw_frontier(axes: Axes, reports: Sequence[tuple[str, dict[str, Any]]], tea
         )
     )
     for name, k, cut, rows in found:
-        points = [_point(row, teacher) for row in rows]
+        points = [_point(row, judge) for row in rows]
         label = ", ".join(filter(None, (name, f"K = {k}", cut)))
         marker, colour = "osD^vP"[cuts.index(cut) % 6], colours[name, k]
         axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1, label=label)
         for row, point in zip(rows, points, strict=True):
-            _errors(axes, row, teacher, point, colour)
+            _errors(axes, row, judge, point, colour)
             axes.annotate(
                 f"T {row['temperature']:g}", point, xytext=(5, 4), textcoords="offset points", fontsize=7
             )
-    _frame(axes, reports[0][1]["human"], teacher)
+    _frame(axes, reports[0][1]["human"], judge)
 
 
-def _frame(axes: Axes, human: Row, teacher: str) -> None:
-    point = _point(human, teacher)
-    _errors(axes, human, teacher, point, "tab:red")
+def _frame(axes: Axes, human: Row, judge: str) -> None:
+    point = _point(human, judge)
+    _errors(axes, human, judge, point, "tab:red")
     axes.plot(*point, marker="*", markersize=14, color="tab:red", linestyle="none", label="human text")
     axes.axvline(point[0], color="tab:red", linewidth=0.6, alpha=0.5)
     axes.set_yscale("log")
     axes.set_xlabel(f"distinct-2 (groups of {human['diversity']['group_texts']} texts)")
-    axes.set_ylabel(f"generative perplexity under {teacher}")
+    axes.set_ylabel(f"generative perplexity under {judge}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
 
 
-def _errors(axes: Axes, row: Row, teacher: str, point: tuple[float, float], colour: Any) -> None:
-    intervals = row["diversity"]["distinct_2"]["interval"], row["perplexity"][teacher]["interval"]
+def _errors(axes: Axes, row: Row, judge: str, point: tuple[float, float], colour: Any) -> None:
+    intervals = row["diversity"]["distinct_2"]["interval"], row["perplexity"][judge]["interval"]
     x, y = (
         [[max(0.0, at - i[0])], [max(0.0, i[1] - at)]] if i else None
         for at, i in zip(point, intervals, strict=True)

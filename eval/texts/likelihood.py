@@ -95,7 +95,7 @@ class Normalised(Mixture):
     owners = "next-token"
 
     def scored_steps(self, config: CheckpointConfig, num_steps: int) -> int:
-        return 1 if "mixture" in estimators_of(config) else num_steps
+        return 1 if "mixture" in config.objective.estimators else num_steps
 
 
 class Bound(Estimator):
@@ -160,13 +160,6 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-def estimators_of(config: CheckpointConfig) -> tuple[str, ...]:
-    """Names of the estimators that a checkpoint has, its default first."""
-    if not config.objective.left_to_right:
-        return ("bound", "left_to_right")
-    return ("normalised", "mixture") if config.objective.k_meaning == "sampling" else ("normalised",)
-
-
 def score_continuations(
     loaded: Loaded,
     pairs: Sequence[tuple[list[int], list[int]]],
@@ -201,7 +194,7 @@ def score_continuations(
         logger.warning("%d of %d contexts exceed %d tokens and lose their start", cut, len(pairs), max_length)
     scores: dict[int, list[Score]] = {k: [(0.0, True)] * len(rows) for k in ks}
     longest_first = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), rows[i]))
-    chosen_estimator = ESTIMATORS[estimator or estimators_of(loaded.config)[0]]
+    chosen_estimator = ESTIMATORS[estimator or loaded.config.objective.estimators[0]]
     alike = (lambda i: len(rows[i])) if chosen_estimator.sees_padding else (lambda i: 0)
     groups = [list(group) for _, group in groupby(longest_first, key=alike)]
     for chosen in (

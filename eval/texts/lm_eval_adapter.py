@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from eval.options import check_steps
 from eval.provenance import machine
-from eval.texts.likelihood import ESTIMATORS, Score, estimators_of, score_continuations
+from eval.texts.likelihood import ESTIMATORS, Score, score_continuations
 from rdlm.checkpoints.folder import CONFIG, WEIGHTS, Loaded, load
 from rdlm.config.base import parse
 from rdlm.data.manifest import file_sha256
@@ -37,7 +37,7 @@ from rdlm.data.tokenizer import Tokenizer
 from rdlm.device import usable_device as rdlm_device
 from rdlm.device import usable_dtype
 from rdlm.errors import UserError, reason
-from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
+from rdlm.sampling_params import NUMBERS, SamplingParams, check_masked, check_sampler
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served
@@ -50,18 +50,8 @@ ARGUMENTS = (
 )  # fmt: skip
 MAX_GEN_TOKS = 256
 """Most tokens of an answer where a task names no limit: lm-eval's own default."""
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "sampler",
-    "bridge",
-)
-MASKED_SAMPLING = (*SAMPLING[:4], "order")
+SAMPLING = (*NUMBERS, "sampler", "bridge")
+MASKED_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "order")
 LM_EVAL_DEVICE = "cuda:0"
 NOT_IN_KEYS = ("checkpoint", "training_step", "tied_documents", "machine")
 """Facts about a model that decide no result: names, and what is counted on the way."""
@@ -161,7 +151,7 @@ class RecurrentLM(TemplateLM):
 
     def _estimator(self, name: str | None) -> str:
         """The estimator, checked; the checkpoint's own where none is given."""
-        known = estimators_of(self.loaded.config)
+        known = self.loaded.config.objective.estimators
         if name is not None and name not in known:
             there = ESTIMATORS.get(name)
             problem = (
@@ -423,15 +413,9 @@ class RecurrentLM(TemplateLM):
 def _sampling(given: dict[str, Any]) -> SamplingParams:
     """UserError for a value of another type."""
     for name, value in given.items():
-        kinds = str if name in ("sampler", "bridge") else int if name == "top_k" else (int, float)
-        if not isinstance(value, kinds) or isinstance(value, bool):
-            wanted = (
-                "text"
-                if name in ("sampler", "bridge")
-                else "a whole number"
-                if name == "top_k"
-                else "a number"
-            )
+        kind = NUMBERS[name][0] if name in NUMBERS else str
+        wanted = {str: "text", int: "a whole number", float: "a number"}[kind]
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
             raise UserError(f"gen_kwargs: {name}", value, f"is not {wanted}", "correct it")
     older = given.pop("bridge", None)  # the older name of sampler
     return SamplingParams(**given, **({} if older is None else {"sampler": older}))

@@ -21,7 +21,7 @@ import numpy as np
 
 from eval.cache import Bar
 from eval.held_out import check_tokenizer
-from eval.options import TextOptions, check_steps, numbers
+from eval.options import TextOptions, check_steps, numbers, samplers
 from eval.provenance import checkpoint_facts, origin
 from eval.texts.sweep import Setting, grid
 from rdlm import __version__
@@ -31,7 +31,7 @@ from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.device import usable_device, usable_dtype
 from rdlm.errors import UserError
-from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
+from rdlm.sampling_params import SamplingParams, check_masked, check_sampler, text_samplers
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served
@@ -196,7 +196,7 @@ class Sampler:
         order (``passages``)."""
         samples = {key: value for key, value in self._facts["samples"].items() if key != "prompts"}
         chosen = asdict(setting)
-        for name, usual in (("bridge", "hard"), ("order", "random")):  # as without a choice
+        for name, usual in (("sampler", "renoise"), ("order", "random")):  # as without a choice
             if chosen[name] == usual:
                 del chosen[name]
         return {**self._facts, "samples": samples, "setting": chosen}
@@ -313,7 +313,7 @@ def settings_of(options: TextOptions) -> list[Setting]:
             "top_p": numbers("--top-p", options.top_p, float),
             "top_k": numbers("--top-k", options.top_k, int),
             "min_p": numbers("--min-p", options.min_p, float),
-            "bridge": options.bridge.split(","),
+            "sampler": samplers(options.sampler, text_samplers()),
             "order": options.order.split(","),
         }
     )
@@ -327,7 +327,7 @@ def sample_all(sampler: Sampler, settings: Sequence[Setting], bar: Bar) -> list[
 def _params(setting: Setting) -> SamplingParams:
     """UserError for a value out of range."""
     return SamplingParams(
-        setting.temperature, setting.top_k, setting.top_p, setting.min_p, sampler=setting.bridge
+        setting.temperature, setting.top_k, setting.top_p, setting.min_p, sampler=setting.sampler
     )
 
 

@@ -14,14 +14,14 @@ from rdlm.sampling_params import Order
 @dataclass(frozen=True)
 class Setting:
     """One way of decoding: K, temperature (0 is greedy), what cuts the distribution (nothing by default),
-    bridge, and order."""
+    sampler, and order."""
 
     num_steps: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    bridge: str = "hard"
+    sampler: str = "renoise"
     order: Order = "random"
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -104,9 +104,9 @@ def _plain(source: Path, config: CheckpointConfig) -> RecurrentConfig:
         "give a causal model whose layers run once: an import of a plain decoder, or family llama",
     )
     config.check_text("rdlm convert")
-    layout = config.model.layout()  # type: ignore[union-attr]
-    if not isinstance(layout, RecurrentConfig) or layout.iterates:
+    if config.model.iterates:
         raise UserError(field, str(source), "it is recurrent already", remedy)
+    layout = cast(RecurrentConfig, config.model.layout())  # type: ignore[union-attr]
     if layout.masked:
         raise UserError(field, str(source), "a masked diffusion model has no next token", remedy)
     if layout.noise_conditioning or config.objective.readout != "plain" or config.blocks is not None:

@@ -28,6 +28,11 @@ class TextShape:
     max_seq_len: int
 
     @property
+    def has_exit_gate(self) -> bool:
+        """Whether a trained gate says when a position may leave the loop over K."""
+        return False
+
+    @property
     def shape_description(self) -> str:
         """For the model card."""
         return f"vocabulary {self.vocab_size}, up to {self.max_seq_len} tokens"
@@ -245,6 +250,10 @@ class RecurrentConfig(Strict, TextShape):
     def iterates(self) -> bool:
         """Whether its layers may run K times, or once."""
         return self.loop.iterates
+
+    @property
+    def has_exit_gate(self) -> bool:
+        return self.loop.exit_gate != "none"
 
     @property
     def can_be_cut(self) -> bool:
@@ -470,6 +479,7 @@ class ImageConfig(PreNormConfig):
     """Of square images with a class each, cut into square patches."""
 
     is_image = True
+    has_exit_gate: ClassVar[bool] = False
     tie_embeddings: ClassVar[bool] = True
 
     image_size: int = Field(ge=2)

@@ -1,5 +1,5 @@
-"""What a network is trained to do, as one config class an objective; rdlm/objectives has the classes that do
-it.
+"""What a network is trained to do, as one config class an objective. Each names the class in rdlm/objectives
+that does it; ``ObjectiveConfig`` at the end lists them all.
 
 A config names its objective (``name``) and carries the fields of that objective alone. Facts about an
 objective that need no tensors (what K means, whether it decodes from left to right) are properties here,
@@ -99,6 +99,8 @@ class BaseObjectiveConfig(Strict):
     """What every objective says about itself."""
 
     name: str
+    implementation: ClassVar[str]
+    """``module:class`` of the objective itself (rdlm/objectives)."""
     tasks: ClassVar[tuple[str, ...]]
     """Kinds of models it can train, see ``task`` in rdlm/config/model.py."""
     readout: ClassVar[Literal["plain", "evidence", "edm"]] = "plain"
@@ -111,6 +113,10 @@ class BaseObjectiveConfig(Strict):
     """Whether text is decoded one token after the other; masked models fill several positions at once."""
     supports_exits: ClassVar[bool] = True
     """Whether a position may leave the loop over K before its last step."""
+    fills_in: ClassVar[bool] = False
+    """Whether answers of a task are filled in where they stand: inputs and answers then share a row."""
+    estimators: ClassVar[tuple[str, ...]] = ("normalised",)
+    """Names of the likelihood estimators it has (eval/texts/likelihood.py), the default first."""
     loss_name: ClassVar[str] = "cross-entropy, nats"
     k_description: ClassVar[str] = (
         "K is the number of core steps before the one read-out: more steps, more computation per answer"
@@ -152,7 +158,7 @@ class BaseObjectiveConfig(Strict):
         return getattr(self, "depth", DepthConfig())
 
     def estimator_at(self, num_steps: int, num_draws: int | None = None) -> str:
-        """The name of the likelihood estimate that rdlm/scoring.py gives at K = num_steps."""
+        """What ``Objective.score`` and ``token_logprobs`` estimate at K = num_steps, in words."""
         return f"normalised: logits after K = {num_steps} core steps"
 
     @property
@@ -165,6 +171,7 @@ class NextTokenConfig(BaseObjectiveConfig):
     """Plain next-token prediction; the core runs once unless ``depth`` says otherwise."""
 
     name: Literal["next_token"] = "next_token"
+    implementation = "rdlm.objectives.next_token:NextToken"
     tasks = ("causal",)
     depth: DepthConfig = DepthConfig()
 
@@ -173,6 +180,7 @@ class OneStepConfig(NextTokenConfig):
     """Several runs of the core, of which only the last records gradient."""
 
     name: Literal["onestep"] = "onestep"  # type: ignore[assignment]
+    implementation = "rdlm.objectives.next_token:OneStep"
     depth: DepthConfig = DepthConfig(distribution="lognormal_poisson", mean=2, grad_steps=1)
 
 
@@ -180,6 +188,7 @@ class BpttConfig(NextTokenConfig):
     """Truncated backpropagation through time, as Huginn was trained (Geiping et al. 2025)."""
 
     name: Literal["bptt"] = "bptt"  # type: ignore[assignment]
+    implementation = "rdlm.objectives.next_token:Bptt"
     depth: DepthConfig = DepthConfig(distribution="lognormal_poisson", mean=32, grad_steps=8)
 
 
@@ -187,6 +196,7 @@ class SinglePassConfig(NextTokenConfig):
     """The default: one backward pass through one core run, with a share of the positions noised."""
 
     name: Literal["single_pass"] = "single_pass"  # type: ignore[assignment]
+    implementation = "rdlm.objectives.next_token:SinglePass"
     readout = "evidence"
     depth: DepthConfig = DepthConfig(distribution="lognormal_poisson", mean=2, grad_steps=1)
     corruption: CorruptionConfig = CorruptionConfig(share=0.25)
@@ -204,6 +214,7 @@ class _SamplingConfig(BaseObjectiveConfig):
     tasks = ("causal", "classify")
     k_meaning = "sampling"
     supports_exits = False
+    estimators = ("normalised", "mixture")
     k_description = "K is the number of noise levels that a token (of images: the class) is drawn through: a setting of the sampler"
     default_steps_in_evaluation = (1,)
     corruption: CorruptionConfig
@@ -236,6 +247,7 @@ class EvidenceConfig(_SamplingConfig):
     """One forward pass, most positions noised, and the exact evidence of z added to the prediction."""
 
     name: Literal["evidence"] = "evidence"
+    implementation = "rdlm.objectives.next_token:Evidence"
     readout = "evidence"
     corruption: CorruptionConfig = CorruptionConfig(share=0.75)
 
@@ -244,6 +256,7 @@ class PaperConfig(_SamplingConfig):
     """DiffusionBlocks as published (App. E.4): a noisy stream beside the clean one, EDM preconditioning."""
 
     name: Literal["paper"] = "paper"
+    implementation = "rdlm.objectives.next_token:Paper"
     readout = "edm"
     corruption: CorruptionConfig = CorruptionConfig(share=1.0, distribution="lognormal", per="sequence")
     readout_quantile: float = Field(0.99, gt=0, le=1)
@@ -253,9 +266,12 @@ class MaskedConfig(BaseObjectiveConfig):
     """Masked diffusion (MD4, Shi et al. 2024)."""
 
     name: Literal["masked"] = "masked"
+    implementation = "rdlm.objectives.masked:MaskedDiffusion"
     tasks = ("masked",)
     k_meaning = "sampling"
     left_to_right = False
+    fills_in = True
+    estimators = ("bound", "left_to_right")
     supports_exits = False
     levels_are_sigma = False
     k_description = "K is the number of steps in which masked tokens are filled in: a setting of the sampler"
@@ -289,6 +305,7 @@ class ClassifyConfig(BaseObjectiveConfig):
     """Cross-entropy of the class of an image."""
 
     name: Literal["classify"] = "classify"
+    implementation = "rdlm.objectives.next_token:Classify"
     tasks = ("classify",)
 
 
@@ -296,6 +313,7 @@ class ForwardForwardConfig(BaseObjectiveConfig):
     """Forward-Forward (Hinton 2022), a baseline without a backward pass between layers."""
 
     name: Literal["forward_forward"] = "forward_forward"
+    implementation = "rdlm.objectives.forward_forward:ForwardForward"
     tasks = ("classify",)
     goodness: Literal["threshold", "difference"] = "difference"
     """How the goodness of the right class is compared with that of a wrong one: see
@@ -313,6 +331,7 @@ class EdmConfig(BaseObjectiveConfig):
     """Denoising of images (Karras et al. 2022; DiffusionBlocks Sec. 3)."""
 
     name: Literal["edm"] = "edm"
+    implementation = "rdlm.objectives.edm:Edm"
     tasks = ("denoise",)
     readout = "edm"
     k_meaning = "sampling"

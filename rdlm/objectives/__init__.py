@@ -1,24 +1,15 @@
-"""Training objectives. To add one: a config class in rdlm/config/objective.py, a class in a file here, one
-line in OBJECTIVES."""
+"""Training objectives. To add one: a class in a file here, and its config class in rdlm/config/objective.py."""
 
 from __future__ import annotations
 
-from rdlm.objectives.base import Objective
-from rdlm.objectives.edm import Edm
-from rdlm.objectives.forward_forward import ForwardForward
-from rdlm.objectives.masked import MaskedDiffusion
-from rdlm.objectives.next_token import Bptt, Classify, Evidence, NextToken, OneStep, Paper, SinglePass
+import importlib
 
-OBJECTIVES: dict[str, type[Objective]] = {
-    "single_pass": SinglePass,
-    "onestep": OneStep,
-    "evidence": Evidence,
-    "paper": Paper,
-    "bptt": Bptt,
-    "next_token": NextToken,
-    "masked": MaskedDiffusion,
-    "classify": Classify,
-    "forward_forward": ForwardForward,
-    "edm": Edm,
-}
-"""Objective classes by the name that a config gives them."""
+from rdlm.config.objective import BaseObjectiveConfig
+from rdlm.objectives.base import Objective
+
+
+def objective_class(config: BaseObjectiveConfig) -> type[Objective]:
+    """The class that a config names."""
+    module, _, name = config.implementation.partition(":")
+    found: type[Objective] = getattr(importlib.import_module(module), name)
+    return found

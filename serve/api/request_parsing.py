@@ -268,8 +268,8 @@ def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None)
 
 
 def parse_score(body: ScoreRequest, limits: Limits) -> tuple[Parsed, list[int]]:
-    """The request and its K in rising order. Raises ApiError, also where K has no likelihood (rdlm/scoring.py
-    says which have).
+    """The request and its K in rising order. Raises ApiError, also where K has no likelihood (the
+    objective's ``estimator`` says which have).
     """
     ks, prompts = sorted(set(body.num_steps)), cast(list[str | list[int]], body.prompt)
     if not limits.left_to_right:
@@ -507,8 +507,7 @@ def _step_predictions(body: SamplingBody, limits: Limits) -> StepPredictions | N
 def _sampling(body: SamplingBody, limits: Limits) -> SamplingParams:
     served = limits.served
     vocab = served.tokenizer.vocab_size
-    names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    given = body.numbers
     if 0 < given.get("temperature", 1) < MIN_TEMPERATURE:
         raise invalid(f"temperature: it must be 0 (greedy) or at least {MIN_TEMPERATURE}", "temperature")
     bias = cast(dict[int, float], body.logit_bias or {})
@@ -516,8 +515,7 @@ def _sampling(body: SamplingBody, limits: Limits) -> SamplingParams:
         if token >= vocab:
             raise invalid(f"logit_bias: {token} is not a token id below {vocab}", "logit_bias")
     sampler = _sampler(body, limits)
-    top_k = min(max(0, body.top_k or 0), vocab)
-    params = SamplingParams(**given, top_k=top_k, logit_bias=bias, sampler=sampler)
+    params = SamplingParams(**given, logit_bias=bias, sampler=sampler)
     check_masked(params, body.order, served.config)
     return params
 

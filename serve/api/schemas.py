@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -20,10 +20,11 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    create_model,
     model_validator,
 )
 
-from rdlm.sampling_params import Order
+from rdlm.sampling_params import NUMBERS, Order, Range
 from serve.engine.exits import CRITERIA
 from serve.errors import invalid
 
@@ -269,8 +270,24 @@ class Schedule(Body):
     decode: Positive | list[Positive]
 
 
-class SamplingBody(Body):
-    """Fields that completions and chat share. ``null`` means the default everywhere."""
+def _number(kind: type, valid: Range) -> tuple[Any, None]:
+    """The field of one number of SamplingParams; null is the default."""
+    low = {"gt" if valid.above_low else "ge": valid.low}
+    bounds = Field(le=min(valid.high, INT32), description=f"{valid.meaning}.", **low)  # type: ignore[call-overload]
+    return Annotated[StrictInt if kind is int else Finite, bounds] | None, None
+
+
+if TYPE_CHECKING:
+
+    class NumbersBody(Body):
+        """What the line below makes."""
+else:
+    NumbersBody = create_model("NumbersBody", __base__=Body, **{n: _number(*of) for n, of in NUMBERS.items()})
+
+
+class SamplingBody(NumbersBody):
+    """Fields that completions and chat share, those of rdlm/sampling_params.py among them. ``null`` means the
+    default everywhere."""
 
     model: ModelName | None = None
     """Served name, or ``name:kN`` to choose N core steps."""
@@ -294,15 +311,6 @@ class SamplingBody(Body):
     """Deadline in milliseconds, waiting included: K is lowered (to ``min_steps`` at least) where max_tokens
     would not fit it, and the answer ends with what there is when it has passed."""
     max_tokens: Count | None = None
-    temperature: Annotated[Finite, Field(ge=0, le=100)] | None = None
-    """0 is greedy; default 1."""
-    top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=-1, le=INT32)] | None = None
-    """0 or -1 switches it off."""
-    min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Finite, Field(ge=0.01, le=100)] | None = None
-    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, float] | None, PlainValidator(_logit_bias)] = None
     """Token id -> added logit, -100 to 100."""
     sampler: Annotated[str, Field(max_length=64, examples=["renoise", "euler"])] | None = None
@@ -361,6 +369,11 @@ class SamplingBody(Body):
         "guided_choice": (),
         "guided_grammar": (),
     }
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Those numbers of SamplingParams that are given."""
+        return {name: value for name in NUMBERS if (value := getattr(self, name)) is not None}
 
     @property
     def identifiers(self) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import RecurrentConfig
 from rdlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -269,12 +268,11 @@ def default_thresholds(config: CheckpointConfig) -> dict[str, float]:
     """Default threshold of each criterion that the checkpoint supports: its own, else that of ``CRITERIA``."""
     if not config.objective.supports_exits:
         return {}
-    has_gate = isinstance(config.model, RecurrentConfig) and config.model.loop.exit_gate != "none"
     own = config.recurrence.exit_thresholds
     return {
         name: own.get(name, criterion.default_threshold)
         for name, criterion in CRITERIA.items()
-        if has_gate or criterion.reads != "gate"
+        if config.model.has_exit_gate or criterion.reads != "gate"
     }
 
 

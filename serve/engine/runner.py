@@ -101,7 +101,8 @@ def predicts(plan: StepPlan, step: int) -> bool:
 
 
 def score_step(plan: StepPlan) -> int:
-    """The step whose read-out is the normalised likelihood: the first prediction (rdlm/scoring.py says why)."""
+    """The step whose read-out is the normalised likelihood: the first prediction (see
+    ``Objective.score``)."""
     return next(step for step in range(plan.num_core_steps) if predicts(plan, step))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.images.accuracy import choose_steps, evaluate_accuracy
+from eval.metrics.accuracy import choose_steps, evaluate_accuracy
 from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
@@ -89,7 +89,7 @@ def learned(shape: CheckpointConfig) -> Objective:
 def test_figures_are_those_of_a_model_whose_mistakes_are_known(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right at K where the image's number is a multiple of 4 / K, over a soft bridge never; one draw in three
+    """Right at K where the image's number is a multiple of 4 / K, over a soft sampler never; one draw in three
     is wrong."""
     shape, store = config("evidence"), ImageStore(data, "test")
     labels = store.read(np.arange(len(store)))[1]
@@ -99,35 +99,37 @@ def test_figures_are_those_of_a_model_whose_mistakes_are_known(
     ) -> dict[int, torch.Tensor]:
         out, numbers = {}, np.arange(place["first"], place["first"] + len(inputs))
         for k in ks:
-            right = (numbers % (4 // k) == 0) & (place["sampler"] == "hard") & (k == 1 or place["draw"] != 2)
+            right = (
+                (numbers % (4 // k) == 0) & (place["sampler"] == "renoise") & (k == 1 or place["draw"] != 2)
+            )
             out[k] = torch.from_numpy(np.where(right, labels[numbers], (labels[numbers] + 1) % 4))[:, None]
         return out
 
     monkeypatch.setattr(Evidence, "answer", answers)
     loaded = Loaded(build(shape, seed=0), shape, None)
-    found = evaluate_accuracy(loaded, store, (1, 2, 4), ("hard", "euler"), num_draws=3, batch_size=7)
-    rows = {(r["bridge"], r["K"]): r for r in found["results"]}
+    found = evaluate_accuracy(loaded, store, (1, 2, 4), ("renoise", "euler"), num_draws=3, batch_size=7)
+    rows = {(r["sampler"], r["K"]): r for r in found["results"]}
     n = len(store)
     shares = {k: len(range(0, n, 4 // k)) / n for k in (1, 2, 4)}
     assert (
-        rows["hard", 1]["accuracy"] == shares[1]
-        and rows["hard", 1]["draws"] == 1
-        and rows["hard", 1]["draw_sd"] is None
+        rows["renoise", 1]["accuracy"] == shares[1]
+        and rows["renoise", 1]["draws"] == 1
+        and rows["renoise", 1]["draw_sd"] is None
     )
     for k in (2, 4):
-        row = rows["hard", k]
+        row = rows["renoise", k]
         assert row["accuracy"] == pytest.approx(shares[k] * 2 / 3) and row["draws"] == 3
         assert row["delta"] == pytest.approx(row["accuracy"] - shares[1])
         assert row["draw_sd"] == pytest.approx(np.std([shares[k], shares[k], 0], ddof=1))
-        assert rows["euler", k]["against_first_bridge"] == pytest.approx(-row["accuracy"])
+        assert rows["euler", k]["against_first_sampler"] == pytest.approx(-row["accuracy"])
         assert row["right"] == "".join("2" if i % (4 // k) == 0 else "0" for i in range(n))
-    low, high = rows["hard", 1]["accuracy_interval"]
+    low, high = rows["renoise", 1]["accuracy_interval"]
     assert (high - low) / 2 == pytest.approx(1.96 * (shares[1] * (1 - shares[1]) / n) ** 0.5, rel=0.1)
-    assert rows["hard", 4]["accuracy_interval"] == pytest.approx([2 / 3, 2 / 3]), (
+    assert rows["renoise", 4]["accuracy_interval"] == pytest.approx([2 / 3, 2 / 3]), (
         "every image alike: nothing to resample"
     )
     by_class = [np.mean([i % 4 == 0 for i in range(n) if labels[i] == c]) for c in range(4)]
-    assert rows["hard", 1]["by_class"] == pytest.approx(by_class, abs=1e-4)
+    assert rows["renoise", 1]["by_class"] == pytest.approx(by_class, abs=1e-4)
 
 
 @pytest.mark.parametrize("blocks", [None, {"num_blocks": 2}])
@@ -143,7 +145,7 @@ def test_noise_depends_on_image_and_draw_alone(data: Path, blocks: dict[str, Any
     def right(seed: int = 0, **options: Any) -> list[str]:
         return [
             r["right"]
-            for r in evaluate_accuracy(loaded, store, (1, 4), ("hard", "euler"), seed=seed, **options)[
+            for r in evaluate_accuracy(loaded, store, (1, 4), ("renoise", "euler"), seed=seed, **options)[
                 "results"
             ]
         ]
@@ -171,7 +173,7 @@ def test_from_checkpoints_to_a_report(data: Path, tmp_path: Path, capsys: pytest
     for name, objective, blocks in (("whole", "classify", None), ("cut", "paper", {"num_blocks": 2})):
         shape = config(objective, blocks, name=name)
         save(tmp_path / name, learned(shape), shape, None)
-        options = ["--bridge", "hard,euler", "--num-steps", "1,4", "--num-draws", "2"] if blocks else []
+        options = ["--sampler", "renoise,euler", "--num-steps", "1,4", "--num-draws", "2"] if blocks else []
         command = [
             "eval",
             "accuracy",
@@ -198,8 +200,8 @@ def test_from_checkpoints_to_a_report(data: Path, tmp_path: Path, capsys: pytest
             and report["nll"] < 1
         )
         assert report["data"]["classes"] == list(CLASSES) and report["estimator"].startswith("normalised")
-    assert [(r["bridge"], r["K"], r["draws"]) for r in cut["results"]] == [
-        ("hard", 1, 1), ("hard", 4, 2), ("euler", 1, 1), ("euler", 4, 2),
+    assert [(r["sampler"], r["K"], r["draws"]) for r in cut["results"]] == [
+        ("renoise", 1, 1), ("renoise", 4, 2), ("euler", 1, 1), ("euler", 4, 2),
     ]  # fmt: skip
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     files = [str(tmp_path / f"{name}.json") for name in ("whole", "cut")]
@@ -223,8 +225,8 @@ def test_from_checkpoints_to_a_report(data: Path, tmp_path: Path, capsys: pytest
     ("changes", "options", "said"),
     [
         ({}, ["--num-steps", "2"], "this checkpoint takes 1 to 1"),
-        ({}, ["--bridge", "euler"], "has no noise levels"),
-        ({}, ["--bridge", "rope"], "no such bridge"),
+        ({}, ["--sampler", "euler"], "has no noise levels"),
+        ({}, ["--sampler", "rope"], "no such sampler"),
         ({}, ["--split", "dev"], "dev"),
         ({"model": {**config("classify").model.model_dump(), "num_classes": 10}}, [], "the model was built for 8x8 in 10"),
         ({"model": {**config("classify").model.model_dump(), "image_size": 16}}, [], "the model was built for 16x16 in 4"),

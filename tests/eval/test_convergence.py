@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from eval.texts.convergence import check_iterates, evaluate_convergence
+from eval.metrics.convergence import check_iterates, evaluate_convergence
 from rdlm.checkpoints.folder import Loaded
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError

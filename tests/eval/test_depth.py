@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.texts.depth import choose_steps, evaluate_depth
+from eval.metrics.depth import choose_steps, evaluate_depth
 from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig

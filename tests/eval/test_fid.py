@@ -352,15 +352,15 @@ def test_a_checkpoint_is_judged_over_its_settings(
     np.save(reference, _pixels(100, seed=1, size=4))
     files = {"reference": str(reference), "cache": str(tmp_path / "c"), "num-images": "30"}
     shared = [part for name, value in files.items() for part in (f"--{name}", value)]
-    sweep = ["--checkpoint", str(model), "--num-steps", "1,3", "--guidance", "1,2", "--solver", "euler,heun"]
+    sweep = ["--checkpoint", str(model), "--num-steps", "1,3", "--guidance", "1,2", "--sampler", "euler,heun"]
     out = tmp_path / "sweep.json"
     command = ["eval", "fid", *shared, *sweep, "--out", str(out), "--plot", str(tmp_path / "p.png")]
     assert run(app, command, "rdlm") == 0
     report = json.loads(out.read_text())
     assert [row["setting"] for row in report["results"]][:3] == [
-        {"num_steps": 1, "guidance": 1.0, "solver": "euler"},
-        {"num_steps": 3, "guidance": 1.0, "solver": "euler"},
-        {"num_steps": 1, "guidance": 2.0, "solver": "euler"},
+        {"num_steps": 1, "guidance": 1.0, "sampler": "euler"},
+        {"num_steps": 3, "guidance": 1.0, "sampler": "euler"},
+        {"num_steps": 1, "guidance": 2.0, "sampler": "euler"},
     ]
     assert (
         len(report["results"]) == 8
@@ -407,7 +407,7 @@ def test_a_checkpoint_is_judged_over_its_settings(
         (["--images", "IMAGES", "--checkpoint", "DIT"], "one of --images and --checkpoint"),
         (["--images", "IMAGES", "--num-steps", "4"], "are of a checkpoint"),
         (["--checkpoint", "DIT", "--num-steps", "10"], "this checkpoint takes 1 to 9"),
-        (["--checkpoint", "DIT", "--solver", "rk4"], "no such solver"),
+        (["--checkpoint", "DIT", "--sampler", "rk4"], "no such sampler"),
         (["--checkpoint", "DIT", "--guidance", "-1"], "must lie in"),
         (["--checkpoint", "NONE"], "has no config.json"),
     ],

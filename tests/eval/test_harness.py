@@ -22,9 +22,9 @@ pytest.importorskip("lm_eval", reason="the harness is not installed")
 
 from lm_eval.api.instance import Instance
 
+from eval.metrics.lm_eval import TASKS, expand_blimp, taken_out, with_model
 from eval.texts import lm_eval_adapter as harness
 from eval.texts.likelihood import score_continuations
-from eval.texts.lm_eval import TASKS, expand_blimp, taken_out, with_model
 from eval.texts.lm_eval_adapter import RecurrentLM, run_sweep
 from eval.texts.tasks.blimp import load as load_paradigm
 

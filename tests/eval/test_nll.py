@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from eval.metrics.nll import evaluate_nll
 from eval.options import check_steps
-from eval.texts.nll import evaluate_nll
 from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from eval.metrics.ce_by_sigma import equal_information_edges, evaluate_noise_curve
 from eval.options import MOST_STEPS
-from eval.texts.noise_curve import equal_information_edges, evaluate_noise_curve
 from rdlm.checkpoints.folder import Loaded, save
 from rdlm.cli import app, run
 from rdlm.data.batch import Batch
@@ -154,7 +154,7 @@ def test_a_curve_that_falls_has_no_edges_and_is_written_all_the_same(
             row["ce"] = 9.0 - row["sigma"] / 100
         return measured
 
-    monkeypatch.setattr("eval.texts.noise_curve.evaluate_noise_curve", falling)
+    monkeypatch.setattr("eval.metrics.ce_by_sigma.evaluate_noise_curve", falling)
     out = tmp_path / "r.json"
     assert command("ce-by-sigma", "evidence", "--sigmas", "2,0.3,80", "--out", out) == 0
     assert set(json.loads(out.read_text())["equal_information_edges"]) == {"reference"}

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from eval.metric import Picture, Sample, Section, Table
+from eval.options import samplers
 from eval.registry import METRICS, load_metric
-from eval.report.report import write_report
+from eval.report.report import current, read_runs, sections, write_report
 from eval.stats import mover
 from rdlm.cli import app, run
 
@@ -75,7 +76,7 @@ def _gen_ppl(name: str, reach: float = 0.7, factor: float = 1.0) -> Json:
     return {
         **_head("gen-ppl", name),
         "samples": {"prompts": {"count": 5, "sha256": "p"}, "shape": {"prompt_tokens": 5, "max_tokens": 6, "continuations": 1}, "seed": 0},
-        "teachers": [{"name": "t", "fingerprint": "1", "dtype": "float32", "window": 512}],
+        "judges": [{"name": "t", "fingerprint": "1", "dtype": "float32", "window": 512}],
         "human": texts(0.6, 40.0),
         "results": rows,
         "at_human_distinct_2": {"t": [{"num_steps": 4, "cut": "", "perplexity": None, "interval": None}]},
@@ -265,8 +266,8 @@ def _changed(report: Json, *path: str | int, value: Any) -> Json:
         (_nll("a", 0), _changed(_nll("b", 0), "tokens", value=800), "nll: tokens is 800"),
         (
             _gen_ppl("a"),
-            _changed(_gen_ppl("b"), "teachers", 0, "fingerprint", value="2"),
-            "gen-ppl: teachers is",
+            _changed(_gen_ppl("b"), "judges", 0, "fingerprint", value="2"),
+            "gen-ppl: judges is",
         ),
         (
             _gen_ppl("a"),
@@ -286,24 +287,46 @@ def test_what_was_measured_otherwise_is_refused_in_one_line(
     assert len(lines) == 1 and message in lines[0] and "2.json" in lines[0] and not (tmp_path / "r").exists()
 
 
-def test_every_metric_is_a_line_of_the_registry_and_a_command(capfd: pytest.CaptureFixture[str]) -> None:
-    for name, (path, _) in METRICS.items():
+def test_every_file_of_metrics_is_a_command(capfd: pytest.CaptureFixture[str]) -> None:
+    for name, line in METRICS.items():
         metric = load_metric(name)
-        assert metric.name == name and metric.example.startswith(f"rdlm eval {name} ") and metric.__doc__, (
-            path
-        )
+        assert metric.name == name and metric.example.startswith(f"rdlm eval {name} ") and metric.__doc__
+        assert line.endswith(".") and len(line) < 80, "the first paragraph of the file"
         if name != "lm-eval":  # whose help is that of lm_eval
             assert run(app, ["eval", name, "--help"], "rdlm") == 0
             shown = capfd.readouterr().out
             assert "Example: rdlm eval" in shown and "--num-steps" in shown and "--steps" not in shown
 
 
-def test_the_former_name_of_num_steps_still_works_and_says_so(capfd: pytest.CaptureFixture[str]) -> None:
-    for given in (["--steps", "4"], ["--steps=4"]):
-        assert run(app, ["eval", "nll", "--checkpoint", "nowhere", "--data", "nowhere", *given], "rdlm") == 2
+def test_former_names_of_options_still_work_and_say_so(capfd: pytest.CaptureFixture[str]) -> None:
+    for metric, given, old, new in (
+        ("nll", ["--steps", "4"], "--steps", "--num-steps"),
+        ("nll", ["--steps=4"], "--steps", "--num-steps"),
+        ("gen-ppl", ["--teacher", "smollm2"], "--teacher", "--judge"),
+        ("gen-ppl", ["--bridge=euler"], "--bridge", "--sampler"),
+    ):
+        command = ["eval", metric, "--checkpoint", "nowhere", "--data", "nowhere", *given]
+        assert run(app, command, "rdlm") == 2
         first, last = capfd.readouterr().err.splitlines()
-        assert first == "rdlm eval: --steps is called --num-steps now; the old name will go"
+        assert first == f"rdlm eval: {old} is called {new} now; the old name will go"
         assert "nowhere" in last
+
+
+def test_results_of_earlier_versions_are_read_under_todays_names() -> None:
+    """Published files beside the documentation, which are not written anew."""
+    raw = Path(__file__).resolve().parents[2] / "docs" / "results" / "raw"
+    old = [raw / "quality" / "gen-ppl-single_pass-lr0.002-seed0.json", raw / "quality" / "bridges-paper.json"]
+    assert "teachers" in json.loads(old[0].read_text())
+    runs = read_runs(old[:1])
+    assert [judge["name"] for judge in runs[0].report["judges"]] == ["smollm2"]
+    assert "smollm2" in sections(runs)[0].blocks[0].headers[4]  # type: ignore[union-attr]
+    found = current(json.loads(old[1].read_text()))
+    assert {row["sampler"] for row in found["results"]} >= {"renoise", "euler", "dpmpp_2m"}
+
+
+def test_a_former_name_of_a_sampler_is_replaced_with_a_line(capfd: pytest.CaptureFixture[str]) -> None:
+    assert samplers("hard,euler") == ["renoise", "euler"]
+    assert "sampler hard is called renoise now" in capfd.readouterr().err
 
 
 def test_text_of_a_report_can_be_anything(tmp_path: Path) -> None:

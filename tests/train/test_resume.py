@@ -13,6 +13,7 @@ import torch
 from rdlm.errors import UserError
 from train import checkpoints as resume
 from train.checkpoints import RunState
+from train.optim import OPTIMIZERS
 
 
 def records(run) -> list[dict[str, Any]]:
@@ -166,6 +167,39 @@ def test_what_was_changed_on_purpose_is_in_the_history(trainer) -> None:
     ]  # fmt: skip
     third = trainer({**SHORT, **changes, "schedule.steps": 6})
     assert [change["step"] for change in third.state.history] == [2, 4]
+
+
+def nadam(groups: Any, spec: Any) -> torch.optim.Optimizer:
+    """Its state has a number (``mu_product``, from 1) beside the step count and the moments."""
+    return torch.optim.NAdam(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+)
+def test_an_optimizer_with_numbers_of_its_own_resumes_too(
+    trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str
+) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "nadam", nadam)
+    changes = {"optimizer.name": "nadam", "deepspeed.zero_stage": stage, "precision": precision}
+    whole = trainer({**changes, "output": str(tmp_path / "whole")})
+    assert whole.fit()
+    assert not trainer(changes).fit(stop_after(3))
+    second = trainer(changes)
+    assert second.step == 3 and second.fit()
+    assert records(second) == records(whole)
+
+
+def test_an_optimizer_whose_state_cannot_be_cut_is_refused_when_a_run_resumes(
+    trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        OPTIMIZERS, "adafactor", lambda groups, spec: torch.optim.Adafactor(groups, lr=spec.lr)
+    )
+    changes = {"optimizer.name": "adafactor", "deepspeed.zero_stage": 0, "precision": "fp32"}
+    assert not trainer(changes).fit(stop_after(3))
+    with pytest.raises(UserError, match="cannot be restored"):
+        trainer(changes)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""How far two sets of images lie apart, of files or of a checkpoint that draws them
-(eval/images/distance.py)."""
+"""Distance between two sets of images in a network's features.
+
+The sets are files, or samples of a checkpoint; the distances are those of eval/images/distance.py.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from eval.images.distance import evaluate_images
 from eval.images.features import load_extractor
 from eval.images.samples import Setting, drawn, settings
 from eval.metric import Json, Metric, Picture, Run, Section, Table, print_table
-from eval.options import Device, Dtype, Out, Plot, Seed, choices, numbers
+from eval.options import Device, Dtype, Out, Plot, Seed, numbers, samplers
 from eval.plots import colour, k_axis, new_figure, png, with_errors, write_png
 from eval.provenance import checkpoint_facts, provenance
 from eval.stats import difference, mover, with_interval
@@ -39,11 +41,12 @@ class Fid(Metric):
     """Frechet and kernel distance between two sets of images, with the floor between parts of the
     reference.
 
-    With --checkpoint at every combination of --num-steps, --guidance and --solver, on images of all
+    With --checkpoint at every combination of --num-steps, --guidance and --sampler, on images of all
     classes in turn.
     """
 
     name = "fid"
+    place = 90
     example = "rdlm eval fid --checkpoint runs/dit_cifar10/model --reference data/cifar10/test/images.npy --num-steps 10,50"
 
     @dataclass(frozen=True, kw_only=True)
@@ -64,9 +67,9 @@ class Fid(Metric):
         guidance: Annotated[
             str, typer.Option(help="With --checkpoint: one or several with commas; 1 is none.")
         ] = "1"
-        solver: Annotated[
+        sampler: Annotated[
             str,
-            typer.Option(help="With --checkpoint: one or several of euler, heun and multistep with commas."),
+            typer.Option(help=f"With --checkpoint: one or several of {', '.join(SAMPLERS)} with commas."),
         ] = "euler"
         features: Annotated[
             Literal["efficientnet-lite0", "inception"],
@@ -98,8 +101,8 @@ class Fid(Metric):
         head: Json = {"evaluation": self.name, "provenance": provenance(), "seed": options.seed}
         with bars() as bar:
             if options.images is not None:
-                if (options.num_steps, options.guidance, options.solver) != (None, "1", "euler"):
-                    problem = "--num-steps, --guidance and --solver are of a checkpoint"
+                if (options.num_steps, options.guidance, options.sampler) != (None, "1", "euler"):
+                    problem = "--num-steps, --guidance and --sampler are of a checkpoint"
                     raise UserError("--images", str(options.images), problem, "leave them out")
                 sets = [open_images(options.images, "--images")]
                 count = options.num_images
@@ -192,12 +195,11 @@ class Drawing:
         config = load_config(options.checkpoint)
         config.check_family("--checkpoint of rdlm eval fid", "dit")
         config.check_whole()
-        solvers: list[Any] = choices("--solver", options.solver, SAMPLERS)
         ks = [config.default_steps]
         if options.num_steps is not None:
             ks = numbers("--num-steps", options.num_steps, int)
         guidance = numbers("--guidance", options.guidance, float)
-        self.settings = settings(ks, guidance, solvers, config.max_steps)
+        self.settings = settings(ks, guidance, samplers(options.sampler), config.max_steps)
         self.facts, self.options = checkpoint_facts(options.checkpoint, config), options
         self.loaded = load(
             options.checkpoint,

@@ -1,8 +1,7 @@
-"""Generative perplexity: how predictable a model's texts are to a judge model, always together with how
-varied they are.
+"""Perplexity of generated texts under judge models, with their diversity.
 
-Both sides continue the same prompts, the model and the author; intervals and comparisons resample prompts,
-paired.
+A loop of words is predictable, so perplexity is never given without diversity. Model and author continue
+the same prompts; intervals and comparisons resample prompts, paired.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from eval.texts.frontier import (
     nats_at_equal_diversity,
     plot_frontier,
 )
-from eval.texts.judge_models import Teacher, load_teacher
+from eval.texts.judge_models import Judge, load_judge
 from eval.texts.samples import Sampler, Shape, Texts, open_sampler, sample_all, settings_of
 from eval.texts.sweep import CELLS, Setting, setting_of
 
@@ -40,49 +39,45 @@ EXAMPLES = 4
 
 
 def evaluate_gen_ppl(
-    prompts: Sequence[str], human: Texts, generated: Sequence[tuple[Setting, Texts]], teachers: Sequence[Teacher], cache: Path, bar: Bar,
+    prompts: Sequence[str], human: Texts, generated: Sequence[tuple[Setting, Texts]], judges: Sequence[Judge], cache: Path, bar: Bar,
     seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """-> {"teachers": [facts], "human": row, "results": [row per setting]}.
+    """-> {"judges": [facts], "human": row, "results": [row per setting]}.
 
-    row: {"perplexity": {teacher: {"value", "interval", "tokens", "by_block"}}, "diversity":
+    row: {"perplexity": {judge: {"value", "interval", "tokens", "by_block"}}, "diversity":
     diversity.measure(...)}; by_block holds [nats, tokens] of each block of prompts that diversity is
-    measured on. Rows of settings also hold the setting, and per teacher "against_human" and
+    measured on. Rows of settings also hold the setting, and per judge "against_human" and
     "against_first" (the first setting): the ratio, its paired interval, and "inside_noise", true where the
     interval holds 1.
     """
     sides = [human, *(texts for _, texts in generated)]
-    scores = {t.name: [_score(t, prompts, texts, cache, bar) for texts in sides] for t in teachers}
-    rows = [
-        _row([scores[t.name][i] for t in teachers], teachers, texts, seed) for i, texts in enumerate(sides)
-    ]
+    scores = {t.name: [_score(t, prompts, texts, cache, bar) for texts in sides] for t in judges}
+    rows = [_row([scores[t.name][i] for t in judges], judges, texts, seed) for i, texts in enumerate(sides)]
     for i, (setting, _) in enumerate(generated, start=1):
         rows[i] = {**asdict(setting), **rows[i]}
-        for teacher in teachers:
-            mine, entry = scores[teacher.name], rows[i]["perplexity"][teacher.name]
+        for judge in judges:
+            mine, entry = scores[judge.name], rows[i]["perplexity"][judge.name]
             entry["against_human"] = compare(mine[i], mine[0], seed)
             if i > 1:
                 entry["against_first"] = compare(mine[i], mine[1], seed)
-    return {"teachers": [t.described for t in teachers], "human": rows[0], "results": rows[1:]}
+    return {"judges": [t.described for t in judges], "human": rows[0], "results": rows[1:]}
 
 
-def _score(teacher: Teacher, prompts: Sequence[str], texts: Texts, cache: Path, bar: Bar) -> np.ndarray:
-    """-> [prompts, 2]: nats and teacher tokens of all continuations of a prompt."""
+def _score(judge: Judge, prompts: Sequence[str], texts: Texts, cache: Path, bar: Bar) -> np.ndarray:
+    """-> [prompts, 2]: nats and judge tokens of all continuations of a prompt."""
     pairs = [[prompt, text] for prompt, choices in zip(prompts, texts, strict=True) for text in choices]
     scored = cached(
         cache,
-        ("gen-ppl", *teacher.identity),
+        ("gen-ppl", *judge.identity),
         pairs,
-        lambda chunk, progress: teacher.score([p for p, _ in chunk], [c for _, c in chunk], progress),
-        bar(f"{teacher.name} scores", len(pairs)),
+        lambda chunk, progress: judge.score([p for p, _ in chunk], [c for _, c in chunk], progress),
+        bar(f"{judge.name} scores", len(pairs)),
     )
     return scored.reshape(len(prompts), -1, 2).sum(1)
 
 
-def _row(
-    scores: Sequence[np.ndarray], teachers: Sequence[Teacher], texts: Texts, seed: int
-) -> dict[str, Any]:
-    named = zip(teachers, scores, strict=True)
+def _row(scores: Sequence[np.ndarray], judges: Sequence[Judge], texts: Texts, seed: int) -> dict[str, Any]:
+    named = zip(judges, scores, strict=True)
     return {"perplexity": {t.name: perplexity(s, seed) for t, s in named}, "diversity": measure(texts, seed)}
 
 
@@ -118,13 +113,14 @@ class GenPpl(Metric):
     human text."""
 
     name = "gen-ppl"
+    place = 20
     example = (
         "rdlm eval gen-ppl --checkpoint runs/demo/model --data data/demo --temperature 0.7,1.0 --plot f.png"
     )
 
     @dataclass(frozen=True, kw_only=True)
     class Options(TextOptions):
-        teacher: Annotated[
+        judge: Annotated[
             list[str] | None, typer.Option(help=f"Repeatable: {SOURCES}; by default smollm2.")
         ] = None
         num_prompts: Annotated[int, typer.Option(min=2, help="Held-out passages to continue.")] = 200
@@ -137,20 +133,20 @@ class GenPpl(Metric):
         shape = Shape(
             options.prompt_tokens, options.max_tokens, options.continuations, options.across_documents
         )
-        settings, dtype = settings_of(options), getattr(torch, options.teacher_dtype)
-        names = list(dict.fromkeys(options.teacher or ["smollm2"]))
+        settings, dtype = settings_of(options), getattr(torch, options.judge_dtype)
+        names = list(dict.fromkeys(options.judge or ["smollm2"]))
         with open_sampler(options, shape, options.num_prompts, settings) as (sampler, _), bars() as bar:
-            teachers = [load_teacher(name, options.device, dtype, options.window) for name in names]
+            judges = [load_judge(name, options.device, dtype, options.window) for name in names]
             generated = list(zip(settings, sample_all(sampler, settings, bar), strict=True))
             measured = evaluate_gen_ppl(
-                sampler.prompts, sampler.human, generated, teachers, options.cache, bar, options.seed
+                sampler.prompts, sampler.human, generated, judges, options.cache, bar, options.seed
             )
             report = {**sampler.origin(self.name), **measured, "examples": _examples(sampler, generated)}
         found = {name: at_equal_diversity(report, name, options.seed) for name in names}
         return {**report, "at_human_distinct_2": found}
 
     def show(self, report: Json, console: Console) -> None:
-        names = [teacher["name"] for teacher in report["teachers"]]
+        names = [judge["name"] for judge in report["judges"]]
         samples, shape = report["samples"], report["samples"]["shape"]
         caption = (
             f"{samples['prompts']['count']:,} prompts of {shape['prompt_tokens']} tokens, "
@@ -179,13 +175,13 @@ class GenPpl(Metric):
         plot_frontier(report, file)
 
     def protocol(self, report: Json) -> Json:
-        judges = [judge(teacher) for teacher in report["teachers"]]
-        return {**super().protocol(report), **text_protocol(report), "teachers": judges}
+        described_judges = [described(judge) for judge in report["judges"]]
+        return {**super().protocol(report), **text_protocol(report), "judges": described_judges}
 
     def section(self, runs: list[Run]) -> Section:
         """Every setting, the frontier, and the runs at equal diversity."""
         first = runs[0]
-        names = [teacher["name"] for teacher in first.report["teachers"]]
+        names = [judge["name"] for judge in first.report["judges"]]
         rows = [row for run in runs for row in _text_rows(run, names, [*run.report["results"]])]
         rows += _text_rows(Run(first.file, self.name, "human text", {}), names, [first.report["human"]])
         headers = ["run", *CELLS, *(h for n in names for h in (f"perplexity, {n} [95 %]", "/ human"))]
@@ -214,9 +210,9 @@ def text_protocol(report: Json) -> Json:
     return {"prompts": samples["prompts"]["sha256"], "shape": samples["shape"]}
 
 
-def judge(teacher: Json) -> str:
-    """A teacher, as protocols compare it."""
-    return f"{teacher['name']} {teacher.get('fingerprint')} {teacher.get('dtype')}, window {teacher.get('window')}"
+def described(judge: Json) -> str:
+    """A judge, as protocols compare it."""
+    return f"{judge['name']} {judge.get('fingerprint')} {judge.get('dtype')}, window {judge.get('window')}"
 
 
 def _examples(sampler: Sampler, generated: Sequence[tuple[Setting, Texts]]) -> list[dict[str, Any]]:
@@ -238,7 +234,7 @@ def _place(row: Json, human: str = "") -> list[str]:
 
 
 def _judged(row: Json, names: list[str]) -> list[str]:
-    """Perplexity and its ratio to human text under each teacher."""
+    """Perplexity and its ratio to human text under each judge."""
     cells = []
     for name in names:
         entry = row["perplexity"][name]
@@ -260,11 +256,11 @@ def _varied(diversity: dict[str, Any]) -> list[str]:
     return [f"{diversity[name]['value']:.{n}f}" for name, n in digits.items()]
 
 
-def _equal_diversity(runs: list[Run], teacher: str) -> list[Table | Picture]:
+def _equal_diversity(runs: list[Run], judge: str) -> list[Table | Picture]:
     """Perplexity at the distinct-2 of human text; ratios are paired by blocks of prompts, which all runs
     share."""
     first = runs[0]
-    nats = {run.label: nats_at_equal_diversity(run.report, teacher) for run in runs}
+    nats = {run.label: nats_at_equal_diversity(run.report, judge) for run in runs}
     base, rows, curves = nats[first.label], [], dict[str, list[Row]]()
     (base_k, base_cut), start = next(iter(base.items()))
     for run in runs:
@@ -286,7 +282,7 @@ def _equal_diversity(runs: list[Run], teacher: str) -> list[Table | Picture]:
                 curves.setdefault(_named(run.label, cut), []).append(row)
     size = first.report["human"]["diversity"]["group_texts"]
     note = (
-        f"Perplexity under {teacher} where the curve over temperatures has the distinct-2 of human text; a "
+        f"Perplexity under {judge} where the curve over temperatures has the distinct-2 of human text; a "
         "dash where it does not get "
         f"there. Intervals resample blocks of {size} prompts, paired in the ratios; few blocks make them "
         "too narrow."
@@ -295,10 +291,10 @@ def _equal_diversity(runs: list[Run], teacher: str) -> list[Table | Picture]:
     headers = ["run", "K", "cut", "perplexity [95 %]", against, "/ own smallest K"]
     if not curves:
         return [Table(headers, rows, note)]
-    figure = against_k(curves, f"perplexity under {teacher}")
+    figure = against_k(curves, f"perplexity under {judge}")
     return [
         Table(headers, rows, note),
-        Picture(figure, f"Perplexity under {teacher} at equal diversity against K"),
+        Picture(figure, f"Perplexity under {judge} at equal diversity against K"),
     ]
 
 

@@ -1,4 +1,7 @@
-"""Held-out negative log-likelihood against K, from one pass to the largest K."""
+"""Held-out NLL per token, perplexity and bits per byte against K.
+
+All K come from one pass to the largest.
+"""
 
 from __future__ import annotations
 
@@ -122,6 +125,7 @@ class Nll(Metric):
     bootstrap intervals."""
 
     name = "nll"
+    place = 10
     example = "rdlm eval nll --checkpoint runs/demo/model --data data/demo --num-steps 1,4,16 --plot nll.png"
 
     @dataclass(frozen=True, kw_only=True)

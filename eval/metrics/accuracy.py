@@ -1,5 +1,7 @@
-"""Share of images whose class a ViT names, against K and bridge, with paired bootstrap intervals over
-images."""
+"""Classification of images by a ViT, against K and sampler.
+
+Bootstrap intervals are paired over images.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from eval.metric import Json, Metric, Picture, Run, Section, Table, pair, print_table
 from eval.options import (
+    TEXT_SAMPLERS,
     Checkpoint,
     Device,
     Dtype,
@@ -24,8 +27,8 @@ from eval.options import (
     Plot,
     Seed,
     check_steps,
-    choices,
     numbers,
+    samplers,
 )
 from eval.plots import Row, colour, heading, k_axis, new_figure, png, with_errors, write_png
 from eval.provenance import origin
@@ -35,9 +38,8 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import VitConfig
 from rdlm.data.images import ImageStore
 from rdlm.device import usable_device
-from rdlm.diffusion.samplers import OLD_NAMES, SAMPLERS
 from rdlm.errors import UserError
-from rdlm.sampling_params import check_sampler
+from rdlm.sampling_params import check_sampler, text_samplers
 
 USUAL_STEPS = (1, 2, 4, 8)
 
@@ -51,8 +53,8 @@ def choose_steps(steps: Sequence[int] | None, loaded: Loaded) -> tuple[int, ...]
     return check_steps(steps, config)
 
 
-def check_fit(config: CheckpointConfig, store: ImageStore, bridges: Sequence[str]) -> None:
-    """UserError where checkpoint, images and bridges do not belong together."""
+def check_fit(config: CheckpointConfig, store: ImageStore, samplers: Sequence[str]) -> None:
+    """UserError where checkpoint, images and samplers do not belong together."""
     config.check_family("rdlm eval accuracy", "vit")
     config.check_whole()
     model = cast(VitConfig, config.model)
@@ -63,8 +65,8 @@ def check_fit(config: CheckpointConfig, store: ImageStore, bridges: Sequence[str
             f"{found}, the model was built for {model.image_size}x{model.image_size} in {model.num_classes}"
         )
         raise UserError("--data", str(store.folder), problem, "give the data it was trained on")
-    for bridge in bridges:
-        check_sampler(bridge, config)
+    for sampler in samplers:
+        check_sampler(sampler, config)
 
 
 @torch.no_grad()
@@ -72,7 +74,7 @@ def evaluate_accuracy(
     loaded: Loaded,
     store: ImageStore,
     steps: Sequence[int],
-    bridges: Sequence[str] = ("hard",),
+    samplers: Sequence[str] = ("renoise",),
     *,
     num_draws: int = 1,
     max_images: int | None = None,
@@ -80,17 +82,19 @@ def evaluate_accuracy(
     batch_size: int = 128,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, Any]:
-    """-> {"images", "nll", "nll_interval", "estimator", "results": [{"bridge", "K", "accuracy", "delta",
-    "against_first_bridge", each with "..._interval", "draws", "draw_sd", "by_class", "right"}]}.
+    """-> {"images", "nll", "nll_interval", "estimator", "results": [{"sampler", "K", "accuracy", "delta",
+    "against_first_sampler", each with "..._interval", "draws", "draw_sd", "by_class", "right"}]}.
 
-    delta is against the smallest K over the same bridge, ``against_first_bridge`` at the same K; both are
+    delta is against the smallest K over the same sampler, ``against_first_sampler`` at the same K; both are
     paired by image. ``nll``: nats per image at K = 1, where the likelihood is normalised. Noise of an
     image depends on (seed, draw, its number) alone. K = 1 reads z = 0, so there is one draw of it.
     by_class: accuracy of each class. right: of each image in how many draws, a digit each.
     """
     count = len(store) if max_images is None else min(len(store), max_images)
     device = next(loaded.denoiser.parameters()).device
-    hits = {(b, k): np.zeros((1 if k == 1 else num_draws, count), dtype=bool) for b in bridges for k in steps}
+    hits = {
+        (b, k): np.zeros((1 if k == 1 else num_draws, count), dtype=bool) for b in samplers for k in steps
+    }
     nats, labels = np.zeros(count), np.zeros(count, dtype=np.int64)
     for first in range(0, count, batch_size):
         rows = slice(first, min(first + batch_size, count))
@@ -100,14 +104,14 @@ def evaluate_accuracy(
             -loaded.denoiser.score(inputs, batch.targets, (1,))[1].logprobs[:, 0].double().cpu().numpy()
         )
         labels[rows] = batch.targets[:, 0].cpu().numpy()
-        for bridge in bridges:
+        for sampler in samplers:
             for draw in range(num_draws):
-                ks = [k for k in steps if draw < len(hits[bridge, k])]
+                ks = [k for k in steps if draw < len(hits[sampler, k])]
                 if not ks:
                     continue
-                answers = loaded.denoiser.answer(inputs, ks, seed, sampler=bridge, first=first, draw=draw)
+                answers = loaded.denoiser.answer(inputs, ks, seed, sampler=sampler, first=first, draw=draw)
                 for k in ks:
-                    hits[bridge, k][draw, rows] = (answers[k] == batch.targets)[:, 0].cpu().numpy()
+                    hits[sampler, k][draw, rows] = (answers[k] == batch.targets)[:, 0].cpu().numpy()
         if progress:
             progress(rows.stop - rows.start)
     draws = resamples(count, seed) / count
@@ -121,18 +125,18 @@ def evaluate_accuracy(
 def _summarise(
     hits: dict[tuple[str, int], np.ndarray], labels: np.ndarray, draws: np.ndarray
 ) -> list[dict[str, Any]]:
-    """hits: {(bridge, K): bool [draws, images]}; draws: weights [resamples, images], the same for all."""
+    """hits: {(sampler, K): bool [draws, images]}; draws: weights [resamples, images], the same for all."""
     shares = {key: found.mean(0) for key, found in hits.items()}
-    bridge_0, k_0 = next(iter(shares))
+    sampler_0, k_0 = next(iter(shares))
     results = []
-    for (bridge, k), values in shares.items():
-        found = hits[bridge, k]
+    for (sampler, k), values in shares.items():
+        found = hits[sampler, k]
         figures = {
             "accuracy": values,
-            "delta": values - shares[bridge, k_0],
-            "against_first_bridge": values - shares[bridge_0, k],
+            "delta": values - shares[sampler, k_0],
+            "against_first_sampler": values - shares[sampler_0, k],
         }
-        row = dict[str, Any](bridge=bridge, K=k)
+        row = dict[str, Any](sampler=sampler, K=k)
         for name, each in figures.items():
             row |= {name: float(each.mean()), f"{name}_interval": interval(draws @ each)}
         row["draws"] = len(found)
@@ -151,6 +155,7 @@ class Accuracy(Metric):
     images."""
 
     name = "accuracy"
+    place = 80
     example = "rdlm eval accuracy --checkpoint runs/vit_cifar10/model --data data/cifar10 --num-steps 1,4 --plot a.png"
 
     @dataclass(frozen=True, kw_only=True)
@@ -164,12 +169,9 @@ class Accuracy(Metric):
                 help="Values of K with commas [1,2,4,8 and the checkpoint's; 1 where nothing is noised]."
             ),
         ] = None
-        bridge: Annotated[
-            str,
-            typer.Option(
-                help="One or several of hard, euler and multistep with commas; of models that noise the class."
-            ),
-        ] = "hard"
+        sampler: Annotated[
+            str, typer.Option(help=f"Of models that noise the class: one or several of {TEXT_SAMPLERS}.")
+        ] = "renoise"
         num_draws: Annotated[
             int, typer.Option(min=1, max=9, help="Draws of noise that accuracy is the mean of, where K > 1.")
         ] = 1
@@ -192,13 +194,9 @@ class Accuracy(Metric):
         plot: Plot = None
 
     def measure(self, options: Options) -> Json:
-        bridges = choices(
-            "--bridge",
-            options.bridge,
-            [*OLD_NAMES, *(name for name, each in SAMPLERS.items() if each.for_text)],
-        )
+        chosen = samplers(options.sampler, text_samplers())
         store = ImageStore(options.data, options.split)
-        check_fit(load_config(options.checkpoint), store, bridges)
+        check_fit(load_config(options.checkpoint), store, chosen)
         loaded = load(
             options.checkpoint,
             device=usable_device(options.device, "--device"),
@@ -213,7 +211,7 @@ class Accuracy(Metric):
                 loaded,
                 store,
                 ks,
-                bridges,
+                chosen,
                 num_draws=options.num_draws,
                 max_images=options.max_images,
                 seed=options.seed,
@@ -237,21 +235,21 @@ class Accuracy(Metric):
 
     def show(self, report: Json, console: Console) -> None:
         first = report["results"][0]
-        several = len({r["bridge"] for r in report["results"]}) > 1
-        against = [f"against K = {first['K']}", *([f"against {first['bridge']}"] * several)]
+        several = len({r["sampler"] for r in report["results"]}) > 1
+        against = [f"against K = {first['K']}", *([f"against {first['sampler']}"] * several)]
         rows = []
         for r in report["results"]:
             compared = ["" if r["K"] == first["K"] else difference(*pair(r, "delta"))]
             if several:
-                same = r["bridge"] == first["bridge"]
-                compared.append("" if same else difference(*pair(r, "against_first_bridge")))
+                same = r["sampler"] == first["sampler"]
+                compared.append("" if same else difference(*pair(r, "against_first_sampler")))
             spread = "" if r["draw_sd"] is None else f"{r['draw_sd']:.4f}"
             cells = [with_interval(*pair(r, "accuracy")), *compared, str(r["draws"]), spread]
-            rows.append([r["bridge"], str(r["K"]), *cells])
+            rows.append([r["sampler"], str(r["K"]), *cells])
         nll = with_interval(report["nll"], report["nll_interval"], ".4f")
         title = f"{heading(report)}: {report['images']:,} images of {report['data']['split']}"
         caption = f"NLL {nll} nats per image ({report['estimator']}); 95 % intervals over images"
-        headers = ("bridge", "K", "accuracy [95 %]", *against, "draws", "sd of draws")
+        headers = ("sampler", "K", "accuracy [95 %]", *against, "draws", "sd of draws")
         print_table(console, title, headers, rows, caption)
 
     def plot(self, report: Json, file: Path) -> None:
@@ -266,7 +264,7 @@ class Accuracy(Metric):
         return {**super().protocol(report), "images": report["images"]}
 
     def section(self, runs: list[Run]) -> Section:
-        """A row for each run, bridge and K, against the first row of all."""
+        """A row for each run, sampler and K, against the first row of all."""
         base, rows = runs[0].report["results"][0], []
         named = f"{runs[0].label}, K = {base['K']}"
         figure, (axes,) = new_figure()
@@ -276,13 +274,13 @@ class Accuracy(Metric):
             for r in run.report["results"]:
                 compared = "" if r is base else _accuracy_difference(r, base)
                 figures = [with_interval(r["accuracy"], r["accuracy_interval"], ".4f"), compared]
-                rows.append([run.label, r["bridge"], str(r["K"]), *figures, nll if r["K"] == 1 else ""])
+                rows.append([run.label, r["sampler"], str(r["K"]), *figures, nll if r["K"] == 1 else ""])
             curves += draw_accuracy(axes, run.report, f"{run.label}, ", curves)
         k_axis(axes, [r["K"] for run in runs for r in run.report["results"]], "K")
         axes.legend(fontsize=7)
         data = runs[0].report["data"]
         about = f"{runs[0].report['images']:,} images of {data['source']}, split {data['split']}. The NLL is that of the class at K = 1."
-        headers = ["run", "bridge", "K", "accuracy [95 %]", f"against {named}", "NLL, nats per image [95 %]"]
+        headers = ["run", "sampler", "K", "accuracy [95 %]", f"against {named}", "NLL, nats per image [95 %]"]
         return Section(
             "Classification", about, [Table(headers, rows), Picture(png(figure), "Accuracy against K")]
         )
@@ -301,10 +299,10 @@ def _accuracy_difference(mine: Json, base: Json) -> str:
 
 
 def draw_accuracy(axes: Axes, report: Row, name: str = "", first_colour: int = 0) -> int:
-    """Accuracy against K, a curve for each bridge; -> how many."""
-    bridges = list(dict.fromkeys(r["bridge"] for r in report["results"]))
-    for i, bridge in enumerate(bridges):
-        chosen = [r for r in report["results"] if r["bridge"] == bridge]
+    """Accuracy against K, a curve for each sampler; -> how many."""
+    samplers = list(dict.fromkeys(r["sampler"] for r in report["results"]))
+    for i, sampler in enumerate(samplers):
+        chosen = [r for r in report["results"] if r["sampler"] == sampler]
         with_errors(
             axes,
             chosen,
@@ -313,7 +311,7 @@ def draw_accuracy(axes: Axes, report: Row, name: str = "", first_colour: int = 0
             marker="o",
             markersize=4,
             color=colour(first_colour + i),
-            label=f"{name}{bridge}",
+            label=f"{name}{sampler}",
         )
     axes.set_ylabel("accuracy")
-    return len(bridges)
+    return len(samplers)

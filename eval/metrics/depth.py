@@ -1,5 +1,7 @@
-"""Does K think? Accuracy against K on generated tasks whose answers need serial or joint computation
-(rdlm/data/synthetic.py)."""
+"""Accuracy on generated tasks that need serial computation, against K.
+
+The tasks are those of rdlm/data/synthetic.py.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ from rich.console import Console
 from tqdm import tqdm
 
 from eval.metric import Json, Metric, Picture, Run, Section, Table, pair, print_table
+from eval.metrics.convergence import draw_convergence, evaluate_convergence
 from eval.options import Checkpoint, Device, Out, Plot, Seed, check_steps, iterates, numbers
 from eval.plots import Row, colour, heading, k_axis, new_figure, png, with_errors, write_png
 from eval.provenance import origin
 from eval.stats import difference, interval, mover, resamples, with_interval
-from eval.texts.convergence import draw_convergence, evaluate_convergence
 from rdlm.checkpoints.folder import Loaded, load
 from rdlm.data.synthetic import FilledIn, Generated, Task, parse_task
 from rdlm.device import usable_device
@@ -165,6 +167,7 @@ class Depth(Metric):
     """Share of right answers to a generated task against K, with 95 % bootstrap intervals over examples."""
 
     name = "depth"
+    place = 50
     example = "rdlm eval depth --checkpoint runs/s3/model --task s3 --lengths 16,24 --plot depth.png"
 
     @dataclass(frozen=True, kw_only=True)

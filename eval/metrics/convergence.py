@@ -1,4 +1,7 @@
-"""Does the state converge? What one more core step changes: the latent state, and the most probable token."""
+"""What one more core step changes in state and top tokens.
+
+The relative change of the latent state, and the share of positions whose most probable token changes.
+"""
 
 from __future__ import annotations
 
@@ -126,6 +129,7 @@ class Convergence(Metric):
     text."""
 
     name = "convergence"
+    place = 60
     example = "rdlm eval convergence --checkpoint runs/demo/model --data data/demo --plot c.png"
 
     @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Teachers: which tokens are scored, with what context; what is kept; which sources are refused. A tiny
+"""Judges: which tokens are scored, with what context; what is kept; which sources are refused. A tiny
 random model stands in."""
 
 from collections.abc import Callable
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from eval.cache import CHUNK_TEXTS, cached
-from eval.texts.judge_models import Teacher, load_teacher, pieces, where
+from eval.texts.judge_models import Judge, load_judge, pieces, where
 from rdlm.errors import UserError
 
-transformers = pytest.importorskip("transformers", reason="teachers need transformers")
+transformers = pytest.importorskip("transformers", reason="judges need transformers")
 TEXT = "In the beginning God created the heaven and the earth, and the earth was without form and void."
 
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_from_iterator(
         [TEXT] * 5, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     )
-    path = tmp_path_factory.mktemp("teacher")
+    path = tmp_path_factory.mktemp("judge")
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -42,14 +42,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teacher(folder: Path) -> Teacher:
-    return load_teacher(str(folder))
+def judge(folder: Path) -> Judge:
+    return load_judge(str(folder))
 
 
-def _by_hand(teacher: Teacher, text: str, first: int) -> float:
-    ids = torch.tensor([teacher.tokenizer(text)["input_ids"]])
+def _by_hand(judge: Judge, text: str, first: int) -> float:
+    ids = torch.tensor([judge.tokenizer(text)["input_ids"]])
     with torch.no_grad():
-        logp = teacher.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        logp = judge.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
     return -float(logp[torch.arange(len(logp)), ids[0, 1:]][first - 1 :].sum())
 
 
@@ -65,81 +65,78 @@ def test_every_token_but_the_first_is_scored_once_with_half_a_window_of_context(
     assert scored == list(range(1, length))
 
 
-def test_a_continuation_is_scored_given_its_prompt(teacher: Teacher) -> None:
+def test_a_continuation_is_scored_given_its_prompt(judge: Judge) -> None:
     prompt, continuation = TEXT[:32], TEXT[32:60]
-    num_prompt = len(teacher.tokenizer(prompt)["input_ids"])
-    ids = teacher.tokenizer(prompt + continuation)["input_ids"]
-    assert ids[:num_prompt] == teacher.tokenizer(prompt)["input_ids"]  # the cut lies between tokens
-    nats, tokens = teacher.score([prompt], [continuation])[0]
+    num_prompt = len(judge.tokenizer(prompt)["input_ids"])
+    ids = judge.tokenizer(prompt + continuation)["input_ids"]
+    assert ids[:num_prompt] == judge.tokenizer(prompt)["input_ids"]  # the cut lies between tokens
+    nats, tokens = judge.score([prompt], [continuation])[0]
     assert tokens == len(ids) - num_prompt
-    assert nats == pytest.approx(_by_hand(teacher, prompt + continuation, num_prompt), rel=1e-5)
-    other = teacher.score(["Quite another start of it: "], [continuation])[0]
+    assert nats == pytest.approx(_by_hand(judge, prompt + continuation, num_prompt), rel=1e-5)
+    other = judge.score(["Quite another start of it: "], [continuation])[0]
     assert other[0] != pytest.approx(nats, rel=1e-3)
 
 
-def test_a_token_over_the_border_counts_and_the_first_of_a_text_never(teacher: Teacher) -> None:
-    ids = teacher.tokenizer(TEXT[:40])["input_ids"]
-    ends = [end for _, end in teacher.tokenizer(TEXT[:40], return_offsets_mapping=True)["offset_mapping"]]
+def test_a_token_over_the_border_counts_and_the_first_of_a_text_never(judge: Judge) -> None:
+    ids = judge.tokenizer(TEXT[:40])["input_ids"]
+    ends = [end for _, end in judge.tokenizer(TEXT[:40], return_offsets_mapping=True)["offset_mapping"]]
     cut = next(e for e, before in zip(ends[1:], ends, strict=False) if e - before > 2) - 1  # inside a token
-    assert teacher.score([TEXT[:cut]], [TEXT[cut:40]])[0, 1] == sum(end > cut for end in ends)
-    assert teacher.score([""], [TEXT[:40]])[0, 1] == len(ids) - 1
-    assert teacher.score([TEXT[:40]], [""])[0].tolist() == [0, 0]
+    assert judge.score([TEXT[:cut]], [TEXT[cut:40]])[0, 1] == sum(end > cut for end in ends)
+    assert judge.score([""], [TEXT[:40]])[0, 1] == len(ids) - 1
+    assert judge.score([TEXT[:40]], [""])[0].tolist() == [0, 0]
 
 
-def test_scores_and_features_do_not_depend_on_the_batch(teacher: Teacher) -> None:
+def test_scores_and_features_do_not_depend_on_the_batch(judge: Judge) -> None:
     texts = [TEXT[i : i + 5 + 3 * i] for i in range(12)]
     done: list[int] = []
-    together = teacher.score(texts, [t[::-1] for t in texts], done.append)
+    together = judge.score(texts, [t[::-1] for t in texts], done.append)
     assert sum(done) == 12
-    alone = np.concatenate([teacher.score([t], [t[::-1]]) for t in texts])
+    alone = np.concatenate([judge.score([t], [t[::-1]]) for t in texts])
     np.testing.assert_allclose(together, alone, rtol=1e-4)
-    features = teacher.features(texts)
+    features = judge.features(texts)
     np.testing.assert_allclose(
-        features, np.concatenate([teacher.features([t]) for t in texts]), rtol=1e-4, atol=1e-5
+        features, np.concatenate([judge.features([t]) for t in texts]), rtol=1e-4, atol=1e-5
     )
-    ids = torch.tensor([teacher.tokenizer(texts[3])["input_ids"]])
+    ids = torch.tensor([judge.tokenizer(texts[3])["input_ids"]])
     with torch.no_grad():
-        last = teacher.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+        last = judge.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
     np.testing.assert_allclose(features[3], last.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_long_texts_are_scored_in_windows(teacher: Teacher) -> None:
+def test_long_texts_are_scored_in_windows(judge: Judge) -> None:
     text = " ".join([TEXT] * 6)
-    ids = teacher.tokenizer(text)["input_ids"]
-    assert len(ids) > 2 * teacher.window == 128  # the model's own limit
-    nats, tokens = teacher.score([text[:1]], [text[1:]])[0]
+    ids = judge.tokenizer(text)["input_ids"]
+    assert len(ids) > 2 * judge.window == 128  # the model's own limit
+    nats, tokens = judge.score([text[:1]], [text[1:]])[0]
     assert tokens == len(ids) - 1
     by_hand = 0.0
     for begin, end, first in pieces(len(ids), 64):
         with torch.no_grad():
-            logp = teacher.model(input_ids=torch.tensor([ids[begin:end]])).logits[0].log_softmax(-1)
+            logp = judge.model(input_ids=torch.tensor([ids[begin:end]])).logits[0].log_softmax(-1)
         by_hand -= sum(float(logp[i - 1 - begin, ids[i]]) for i in range(first, end))
     assert nats == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_equal_weights_have_equal_fingerprints(folder: Path, teacher: Teacher, tmp_path: Path) -> None:
+def test_equal_weights_have_equal_fingerprints(folder: Path, judge: Judge, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    teacher.model.save_pretrained(copy)
-    teacher.tokenizer.save_pretrained(copy)
-    assert load_teacher(str(copy)).fingerprint == teacher.fingerprint
+    judge.model.save_pretrained(copy)
+    judge.tokenizer.save_pretrained(copy)
+    assert load_judge(str(copy)).fingerprint == judge.fingerprint
     with torch.no_grad():
-        teacher.model.model.norm.weight[0] += 1
+        judge.model.model.norm.weight[0] += 1
     changed = tmp_path / "changed"
-    teacher.model.save_pretrained(changed)
-    teacher.tokenizer.save_pretrained(changed)
+    judge.model.save_pretrained(changed)
+    judge.tokenizer.save_pretrained(changed)
     with torch.no_grad():
-        teacher.model.model.norm.weight[0] -= 1
-    assert load_teacher(str(changed)).fingerprint != teacher.fingerprint
+        judge.model.model.norm.weight[0] -= 1
+    assert load_judge(str(changed)).fingerprint != judge.fingerprint
 
 
-def test_another_tokenizer_is_another_key_of_kept_scores(folder: Path, teacher: Teacher) -> None:
-    again = load_teacher(str(folder))
-    assert (
-        again.identity == teacher.identity
-        and load_teacher(str(folder), window=32).identity != teacher.identity
-    )
+def test_another_tokenizer_is_another_key_of_kept_scores(folder: Path, judge: Judge) -> None:
+    again = load_judge(str(folder))
+    assert again.identity == judge.identity and load_judge(str(folder), window=32).identity != judge.identity
     again.tokenizer.add_tokens(["the heaven"])
-    assert again.fingerprint == teacher.fingerprint and again.identity != teacher.identity
+    assert again.fingerprint == judge.fingerprint and again.identity != judge.identity
 
 
 def test_what_was_computed_is_not_computed_again(tmp_path: Path) -> None:
@@ -178,11 +175,11 @@ def test_two_runs_at_the_same_texts_compute_them_once(tmp_path: Path) -> None:
 def test_a_hub_name_out_of_reach_is_one_line_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="smollm2") as caught:
-        load_teacher("rdlm-stack/there-is-no-such-model")
-    assert caught.value.field == "--teacher" and "\n" not in str(caught.value)
+        load_judge("rdlm-stack/there-is-no-such-model")
+    assert caught.value.field == "--judge" and "\n" not in str(caught.value)
 
 
-def test_teachers_of_papers_have_short_names() -> None:
+def test_judges_of_papers_have_short_names() -> None:
     assert where("GPT2-XL") == ("openai-community/gpt2-xl", {})
     assert where("Llama-2-7B") == ("meta-llama/Llama-2-7b-hf", {})
 
@@ -191,7 +188,7 @@ def test_missing_packages_and_empty_folders_are_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_teacher(str(tmp_path))
+        load_judge(str(tmp_path))
     monkeypatch.setattr("eval.texts.judge_models.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install transformers==5\.23\.0"):
-        load_teacher("smollm2")
+        load_judge("smollm2")

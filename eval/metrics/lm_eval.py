@@ -1,5 +1,7 @@
-"""lm-eval (EleutherAI's evaluation harness): its own command line with the model ``rdlm`` in it, and its
-results in a report."""
+"""Tasks of lm-evaluation-harness, in process.
+
+EleutherAI's own command line with the model ``rdlm`` in it, and its results in a report.
+"""
 
 from __future__ import annotations
 
@@ -78,6 +80,7 @@ class LmEval(Metric):
     """
 
     name = "lm-eval"
+    place = 40
     example = "rdlm eval lm-eval --model_args checkpoint=runs/demo/model,num_steps=8 --blimp FOLDER --tasks blimp_local"
     Options = list
     """The arguments as they are."""

@@ -1,10 +1,10 @@
-"""Cross-entropy of the next token against the noise level of its own noised copy: how well a denoiser
-reads z, and where on the scale of levels a token is decided. NOT a likelihood: z = y + sigma * eps is made
-from the target token.
+"""Cross-entropy against the noise level, compared with the best possible.
+
+The next token is predicted with its own noised copy in sight: how well a denoiser reads z, and at which
+levels a token is decided. NOT a likelihood: z = y + sigma * eps is made from the target token.
 
 With clean context the best possible denoiser has a closed form, p(x | context, z, sigma) proportional to
-p(x
-| context) exp(<y_x, z> / sigma^2); with the model's own prediction at z = 0 for p(x | context) it is the
+p(x | context) exp(<y_x, z> / sigma^2); with the model's own prediction at z = 0 for p(x | context) it is the
 reference here.
 """
 
@@ -170,6 +170,7 @@ class NoiseCurve(Metric):
     possible. Not a likelihood."""
 
     name = "ce-by-sigma"
+    place = 70
     example = "rdlm eval ce-by-sigma --checkpoint runs/demo/model --data data/demo --plot ce.png"
 
     @dataclass(frozen=True, kw_only=True)

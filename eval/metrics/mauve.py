@@ -1,5 +1,6 @@
-"""MAUVE (Pillutla et al. 2021): how far the distribution of a model's texts lies from that of human ones,
-in a teacher's features.
+"""Distance of the distribution of generated texts from human ones.
+
+MAUVE (Pillutla et al. 2021), in the features of a language model.
 
 The only file that imports the package mauve (GPLv3, optional). Features come from
 eval/texts/judge_models.py: the package's own featuriser knows local folders only by certain names.
@@ -22,11 +23,11 @@ from rich.console import Console
 
 from eval.cache import Bar, bars, cached
 from eval.metric import Json, Metric, Picture, Run, Section, Table, print_table
+from eval.metrics.gen_ppl import described, text_protocol
 from eval.options import SOURCES, TextOptions
 from eval.plots import Row, against_k, heading
 from eval.stats import difference, mover, with_interval
-from eval.texts.gen_ppl import judge, text_protocol
-from eval.texts.judge_models import Teacher, load_teacher
+from eval.texts.judge_models import Judge, load_judge
 from eval.texts.samples import Shape, Texts, open_sampler, sample_all, settings_of, to_text
 from eval.texts.sweep import CELLS, Setting, setting_of
 from rdlm.errors import UserError
@@ -143,7 +144,7 @@ def shuffled_words(texts: Sequence[str], seed: int) -> list[str]:
 
 
 def evaluate_mauve(
-    protocol: Protocol, human: Texts, others: Texts, generated: Sequence[tuple[Setting, Texts]], featuriser: Teacher, cache: Path, bar: Bar,
+    protocol: Protocol, human: Texts, others: Texts, generated: Sequence[tuple[Setting, Texts]], featuriser: Judge, cache: Path, bar: Bar,
     seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of every setting against ``human``; ceiling and floor are ``others`` (human texts after other
@@ -193,7 +194,7 @@ def _compare(score: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]
     return {"difference": difference, "interval": [low, high], "inside_noise": low <= 0 <= high}
 
 
-def _features(featuriser: Teacher, texts: Texts, cache: Path, bar: Bar, what: str) -> tuple[np.ndarray, int]:
+def _features(featuriser: Judge, texts: Texts, cache: Path, bar: Bar, what: str) -> tuple[np.ndarray, int]:
     """-> features [texts, D], number of empty texts."""
     flat = [text for choices in texts for text in choices]
     full = [text for text in flat if text.strip()]
@@ -211,6 +212,7 @@ class Mauve(Metric):
     floor."""
 
     name = "mauve"
+    place = 30
     example = "rdlm eval mauve --checkpoint runs/demo/model --data data/demo --protocol quick --num-steps 1,4"
 
     @dataclass(frozen=True, kw_only=True)
@@ -243,9 +245,9 @@ class Mauve(Metric):
             seeds=options.num_seeds,
         )
         shape = Shape(chosen.prompt_tokens, chosen.max_tokens, chosen.continuations, options.across_documents)
-        settings, dtype = settings_of(options), getattr(torch, options.teacher_dtype)
+        settings, dtype = settings_of(options), getattr(torch, options.judge_dtype)
         with open_sampler(options, shape, chosen.prompts, settings) as (sampler, rest), bars() as bar:
-            model = load_teacher(options.featuriser, options.device, dtype, options.window)
+            model = load_judge(options.featuriser, options.device, dtype, options.window)
             others = list(islice(rest, chosen.prompts * chosen.continuations))
             if len(others) < chosen.prompts:
                 problem = (
@@ -280,7 +282,7 @@ class Mauve(Metric):
             )
 
     def protocol(self, report: Json) -> Json:
-        own = {"protocol": report["protocol"], "featuriser": judge(report["featuriser"])}
+        own = {"protocol": report["protocol"], "featuriser": described(report["featuriser"])}
         return {**super().protocol(report), **text_protocol(report), **own}
 
     def section(self, runs: list[Run]) -> Section:
