@@ -297,7 +297,7 @@ class Report:
         config = trainer.config
         record: dict[str, Any] = {
             "step": trainer.step,
-            "loss": sum(float(t.total) for t in tallies) / positions,
+            "loss": sum(float(t.total) for t in tallies) / max(1.0, positions),
             "lr": learning_rate(config.schedule, config.optimizer.lr, trainer.step - 1),
             "grad_norm": grad_norm,
             f"{trainer.corpus.unit}s_per_s": positions * steps / seconds,

@@ -35,12 +35,19 @@ def _expanded(path: Any) -> Any:
 FolderPath = Annotated[str, BeforeValidator(_expanded), Field(min_length=1)]
 
 
+Packing = Literal["windows", "documents"]
+"""How documents become rows. windows: consecutive windows of all tokens, across the ends of documents.
+documents: whole documents, as many as fit into a row, that do not see each other; positions count from the
+start of each."""
+
+
 class TokensConfig(Strict):
     """Prepared shards of ``rdlm data prepare``."""
 
     kind: Literal["tokens"] = "tokens"
     path: FolderPath
     seq_len: int = Field(ge=2)
+    packing: Packing = "windows"
 
 
 class GroupProductConfig(Strict):
@@ -459,6 +466,9 @@ def _check(config: TrainConfig) -> None:
         raise UserError(
             "model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective"
         )
+    if getattr(config.data, "packing", "windows") == "documents" and not objective.separates_documents:
+        problem = f"objective {objective.name!r} cannot keep the documents of a row apart"
+        raise UserError("data.packing", "documents", problem, "set data.packing=windows")
     of_images = config.model.is_image
     if of_images != isinstance(config.data, ImagesConfig):
         problem = f"family {config.model.family!r} learns from {'images' if of_images else 'rows of ids'}"

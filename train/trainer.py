@@ -207,7 +207,7 @@ class Trainer:
         ``positions``."""
         # DeepSpeed divides by accumulation and averages over processes; both are undone, so that the global
         # count alone divides.
-        scale = self.world * self.accumulation / positions
+        scale = self.world * self.accumulation / max(1.0, positions)  # conversations may have no answer here
         tally, index, self._own_norm = Tally(), self.step + self.state.skipped, None
         engine = self.due()
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)

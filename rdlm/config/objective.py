@@ -111,6 +111,8 @@ class BaseObjectiveConfig(Strict):
     at each."""
     left_to_right: ClassVar[bool] = True
     """Whether text is decoded one token after the other; masked models fill several positions at once."""
+    separates_documents: ClassVar[bool] = True
+    """Whether the documents of a row can be kept apart (``data.packing``)."""
     supports_exits: ClassVar[bool] = True
     """Whether a position may leave the loop over K before its last step."""
     fills_in: ClassVar[bool] = False
@@ -272,6 +274,7 @@ class MaskedConfig(BaseObjectiveConfig):
     left_to_right = False
     fills_in = True
     estimators = ("bound", "left_to_right")
+    separates_documents = False
     supports_exits = False
     levels_are_sigma = False
     k_description = "K is the number of steps in which masked tokens are filled in: a setting of the sampler"

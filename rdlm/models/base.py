@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rdlm.errors import UserError
-from rdlm.nn.attention import AttentionContext, CausalContext
+from rdlm.nn.attention import AttentionContext, CausalContext, DocumentContext
 from rdlm.nn.layers import Condition, Modulation, NoiseEmbedding, RMSNorm, TokenTable
 from rdlm.random_streams import Stream
 
@@ -65,8 +65,11 @@ class Backbone(nn.Module, ABC):
     def init_weights(self, generator: torch.Generator) -> None:
         """Draw every weight from ``generator`` in fp32; each architecture tables what it draws."""
 
-    def context(self, inputs: Tensor) -> AttentionContext:
-        """How the rows of whole sequences see each other where nothing is cached."""
+    def context(self, inputs: Tensor, documents: Tensor | None = None) -> AttentionContext:
+        """How the rows of whole sequences see each other where nothing is cached. documents [B, T] int64: the
+        sequence is made of several, which do not."""
+        if documents is not None:
+            return DocumentContext(documents)
         return CausalContext(inputs.shape[1], inputs.device)
 
     def prefix_context(self, token_types: Tensor) -> AttentionContext:

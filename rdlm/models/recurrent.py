@@ -90,9 +90,10 @@ class Recurrent(Backbone):
         """Of a masked model, the id that stands for a masked token: the first one behind the vocabulary."""
         return self.vocab_size
 
-    def context(self, inputs: Tensor) -> AttentionContext:
+    def context(self, inputs: Tensor, documents: Tensor | None = None) -> AttentionContext:
         if self.is_causal:
-            return super().context(inputs)
+            return super().context(inputs, documents)
+        assert documents is None, "train/settings.py refuses documents for masked models"
         return BidirectionalContext(inputs.shape[1], inputs.device)
 
     def embed(self, input_ids: Tensor) -> Tensor:

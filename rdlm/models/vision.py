@@ -92,7 +92,7 @@ class Vit(Backbone):
     def core_layers(self) -> nn.ModuleList:
         return self.layers
 
-    def context(self, inputs: Tensor) -> AttentionContext:
+    def context(self, inputs: Tensor, documents: Tensor | None = None) -> AttentionContext:
         return BidirectionalContext(self.config.num_patches + 1, inputs.device)
 
     def empty_inputs(self, count: int, length: int) -> Tensor:

@@ -107,6 +107,47 @@ class CausalContext:
         return attention(q, k, v, is_causal=self.is_causal)
 
 
+class DocumentContext(CausalContext):
+    """Rows are documents one after the other: row i sees rows j <= i of its own document, and positions count
+    from its start."""
+
+    def __init__(self, documents: Tensor) -> None:
+        """documents: int64 [B, T], the document of each row, rising along T."""
+        super().__init__(documents.shape[1], documents.device)
+        self.documents = documents
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [B, 1, T, T], True where the row may look."""
+        return (same_document(self.documents) & _lower(self.length, self.device)).unsqueeze(1)
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        places = torch.arange(self.length, device=self.device).expand_as(self.documents)
+        starts = torch.ones_like(self.documents, dtype=torch.bool)
+        starts[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
+        return places - places.where(starts, 0).cummax(1).values
+
+    def positions(self) -> Tensor:
+        return self._positions
+
+    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+        table = rotary_table(num_dims, base, self.length, self.device, scaling)
+        return table[self._positions].unsqueeze(2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return attention(q, k, v, mask=self.mask)
+
+
+def same_document(documents: Tensor) -> Tensor:
+    """[B, T] -> bool [B, T, T]."""
+    return documents.unsqueeze(1) == documents.unsqueeze(2)
+
+
+def _lower(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
 class BidirectionalContext(CausalContext):
     """Rows are positions 0..T-1 of whole sequences; every row sees all of them."""
 
@@ -169,15 +210,30 @@ class TwoStreamContext:
 
     Clean row i sees clean j <= i. Noisy row i sees itself and the clean rows before its target: j <= i where
     its own clean row is part of its context (``sees_own_clean``, the published layout), j < i where the noisy
-    row stands in its place. No row sees another noisy row.
+    row stands in its place. No row sees another noisy row. With documents, none sees another one's rows.
     """
 
-    def __init__(self, length: int, sees_own_clean: bool, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        length: int,
+        sees_own_clean: bool,
+        device: torch.device | str = "cpu",
+        documents: Tensor | None = None,
+    ) -> None:
+        """documents: see DocumentContext; None: each sequence is one."""
         self.length, self.sees_own_clean, self.device = length, sees_own_clean, torch.device(device)
+        self._one = CausalContext(length, device) if documents is None else DocumentContext(documents)
+        self.documents = documents
 
     @cached_property
     def mask(self) -> Tensor:
-        """bool [2T, 2T], True where the row may look."""
+        """bool [2T, 2T], with documents [B, 1, 2T, 2T]: True where the row may look."""
+        if self.documents is None:
+            return self._streams
+        return (same_document(self.documents).repeat(1, 2, 2) & self._streams).unsqueeze(1)
+
+    @property
+    def _streams(self) -> Tensor:
         square = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device)
         clean = square.tril()
         context = clean if self.sees_own_clean else square.tril(-1)
@@ -185,10 +241,10 @@ class TwoStreamContext:
         return torch.cat([torch.cat([clean, ~square], 1), torch.cat([context, alone], 1)], 0)
 
     def positions(self) -> Tensor:
-        return torch.arange(self.length, device=self.device).repeat(2)[None]
+        return self._one.positions().repeat(1, 2)
 
     def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
-        return rotary_table(num_dims, base, self.length, self.device, scaling).repeat(2, 1)[None, :, None]
+        return self._one.rope(num_dims, base, scaling).repeat(1, 2, 1, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         return attention(q, k, v, mask=self.mask)

@@ -162,7 +162,9 @@ class Objective(nn.Module, ABC):
         """Sums over the batch's targets by name: {"K=4": nats}, {"denoising": loss}, ..."""
         if held_out.denoising:
             return {"denoising": self._denoising(batch, held_out)}
-        scores = self.token_logprobs(batch.inputs, batch.targets, held_out.num_steps, mask=batch.mask)
+        scores = self.token_logprobs(
+            batch.inputs, batch.targets, held_out.num_steps, mask=batch.mask, documents=batch.documents
+        )
         return {f"K={k}": -scores[k][batch.mask].double().sum() for k in held_out.num_steps}
 
     def _denoising(self, batch: Batch, held_out: HeldOut) -> Tensor:
@@ -181,7 +183,14 @@ class Objective(nn.Module, ABC):
     # Evaluation ---------------------------------------------------------------------------------------------
 
     def score(
-        self, inputs: Tensor, targets: Tensor, num_steps: Sequence[int], *, seed: int = 0, num_draws: int = 8
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        num_steps: Sequence[int],
+        *,
+        seed: int = 0,
+        num_draws: int = 8,
+        documents: Tensor | None = None,
     ) -> dict[int, TokenScores]:
         """Log-probability of each target at each K: inputs, targets [B, T]; ``config.objective.estimator_at``
         names the numbers.
@@ -199,9 +208,13 @@ class Objective(nn.Module, ABC):
         mask: Tensor | None = None,
         seed: int = 0,
         num_draws: int = 8,
+        documents: Tensor | None = None,
     ) -> dict[int, Tensor]:
-        """Terms [B, T] whose sum over a row is its log-probability, or a bound on it, at each K."""
-        found = self.score(inputs, targets, num_steps, seed=seed, num_draws=num_draws)
+        """Terms [B, T] whose sum over a row is its log-probability, or a bound on it, at each K.
+
+        documents: of rows that are made of several, see Batch.
+        """
+        found = self.score(inputs, targets, num_steps, seed=seed, num_draws=num_draws, documents=documents)
         return {k: scores.logprobs for k, scores in found.items()}
 
     def answer(

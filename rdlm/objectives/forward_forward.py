@@ -87,7 +87,14 @@ class ForwardForward(Objective):
 
     @torch.no_grad()
     def score(
-        self, inputs: Tensor, targets: Tensor, num_steps: Sequence[int], *, seed: int = 0, num_draws: int = 8
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        num_steps: Sequence[int],
+        *,
+        seed: int = 0,
+        num_draws: int = 8,
+        documents: Tensor | None = None,
     ) -> dict[int, TokenScores]:
         logits = self.class_logits(inputs)
         found = TokenScores(

@@ -86,7 +86,14 @@ class MaskedDiffusion(Objective):
     # Evaluation ---------------------------------------------------------------------------------------------
 
     def score(
-        self, inputs: Tensor, targets: Tensor, num_steps: Sequence[int], *, seed: int = 0, num_draws: int = 8
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        num_steps: Sequence[int],
+        *,
+        seed: int = 0,
+        num_draws: int = 8,
+        documents: Tensor | None = None,
     ) -> dict[int, TokenScores]:
         """Raises UserError: a masked model scores whole rows
         (``rdlm.diffusion.masked_likelihood.left_to_right``)."""
@@ -102,6 +109,7 @@ class MaskedDiffusion(Objective):
         mask: Tensor | None = None,
         seed: int = 0,
         num_draws: int = 8,
+        documents: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Terms whose sum over a row estimates a lower bound of log p(targets); ``inputs`` are not used.
 

@@ -100,7 +100,7 @@ class NextToken(Objective):
         which = () if self.block is None else (self.block.index,)
         noised = self.corrupt(batch.targets, keys.stream(_NOISE_KEY, *which))
         num_steps = num_recurrences(self.settings.depth_in_training, keys.step, keys.seed)
-        hidden = self.hidden(batch.inputs, noised, num_steps, keys.stream(_STATE_KEY))
+        hidden = self.hidden(batch.inputs, noised, num_steps, keys.stream(_STATE_KEY), batch.documents)
         return self._reduce(hidden, batch, noised, num_steps)
 
     def corrupt(self, targets: Tensor, rng: Stream) -> Noised | None:
@@ -111,15 +111,22 @@ class NextToken(Objective):
         sigma, is_noised = draw_levels(self.corruption, self.noise, self.block, shape, rng)
         return add_noise(self.clean, targets, self.config.model.d_model, sigma, is_noised, rng)
 
-    def hidden(self, inputs: Tensor, noised: Noised | None, num_steps: int, rng: Stream) -> Tensor:
+    def hidden(
+        self,
+        inputs: Tensor,
+        noised: Noised | None,
+        num_steps: int,
+        rng: Stream,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states [B, T, D] after ``num_steps`` core runs, the noised target standing in the state's
-        place at the start.
+        place at the start. documents: see Batch.
 
         z_j of a past position reveals only token j + 1, which position i > j reads in clean form anyway:
         nothing leaks.
         """
         model = self.model
-        ctx = model.context(inputs)
+        ctx = model.context(inputs, documents)
         e = model.encode(inputs, ctx)
         state = model.initial_state(e, rng, num_steps=num_steps)
         levels = None if noised is None else noised.sigma
@@ -135,7 +142,12 @@ class NextToken(Objective):
         return model.decode(state, ctx)
 
     def two_stream_hidden(
-        self, inputs: Tensor, z: Tensor | None, sigma: Tensor | None, sees_own_clean: bool = True
+        self,
+        inputs: Tensor,
+        z: Tensor | None,
+        sigma: Tensor | None,
+        sees_own_clean: bool = True,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] of the noisy stream beside a clean one (DiffusionBlocks App. E.4): one pass
         over 2T rows.
@@ -144,10 +156,10 @@ class NextToken(Objective):
         its keys know no noise. z, sigma: [B, T, D] and [B, T], or None for z = 0 at sigma_max.
         """
         model, length = self.model, inputs.shape[1]
-        e = model.encode(inputs, model.context(inputs))
+        e = model.encode(inputs, model.context(inputs, documents))
         silent = torch.zeros_like(e)
         noisy = silent if z is None or sigma is None else self.inject(z, sigma)
-        ctx = TwoStreamContext(length, sees_own_clean, inputs.device)
+        ctx = TwoStreamContext(length, sees_own_clean, inputs.device, documents)
         sigma_max = torch.full(inputs.shape, self.noise.sigma_max, device=inputs.device)
         cond = self.condition(torch.cat([sigma_max, sigma_max if sigma is None else sigma], 1), e)
         state = self.step(torch.cat([silent, noisy], 1), torch.cat([e, e], 1), cond, ctx)
@@ -249,7 +261,14 @@ class NextToken(Objective):
 
     @torch.no_grad()
     def score(
-        self, inputs: Tensor, targets: Tensor, num_steps: Sequence[int], *, seed: int = 0, num_draws: int = 8
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        num_steps: Sequence[int],
+        *,
+        seed: int = 0,
+        num_draws: int = 8,
+        documents: Tensor | None = None,
     ) -> dict[int, TokenScores]:
         """One pass to the largest K; the softmax of the logits is normalised at each."""
         wanted, out = set(num_steps), {}
@@ -258,7 +277,7 @@ class NextToken(Objective):
             if k in wanted:
                 out[k] = self.read_scores(self.model.decode(state, ctx), targets)
 
-        self.iterate(inputs, max(wanted), seed, read)
+        self.iterate(inputs, max(wanted), seed, read, documents)
         return {k: out[k] for k in num_steps}
 
     @torch.no_grad()
@@ -290,6 +309,7 @@ class NextToken(Objective):
         num_steps: int,
         seed: int,
         on_step: Callable[[int, Tensor, AttentionContext], None],
+        documents: Tensor | None = None,
     ) -> None:
         """Core steps from z = 0 over whole rows [B, T]; on_step(k, state [B, T, D], ctx) after each, k = 1,
         2, ...
@@ -297,7 +317,7 @@ class NextToken(Objective):
         ``predict(model.decode(state, ctx)).prior`` are the logits at K = k.
         """
         model = self.model
-        ctx = model.context(inputs)
+        ctx = model.context(inputs, documents)
         e = model.encode(inputs, ctx)
         cond = self.condition(None, e)
 
@@ -404,28 +424,42 @@ class Evidence(NextToken):
 
     @torch.no_grad()
     def score(
-        self, inputs: Tensor, targets: Tensor, num_steps: Sequence[int], *, seed: int = 0, num_draws: int = 8
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        num_steps: Sequence[int],
+        *,
+        seed: int = 0,
+        num_draws: int = 8,
+        documents: Tensor | None = None,
     ) -> dict[int, TokenScores]:
         return {
-            k: cast(Evidence, self.at(None)).score_at_prior(inputs, targets)
+            k: cast(Evidence, self.at(None)).score_at_prior(inputs, targets, documents)
             if k == 1
-            else self._mixture(inputs, targets, k, seed, num_draws)
+            else self._mixture(inputs, targets, k, seed, num_draws, documents)
             for k in num_steps
         }
 
-    def score_at_prior(self, inputs: Tensor, targets: Tensor) -> TokenScores:
+    def score_at_prior(self, inputs: Tensor, targets: Tensor, documents: Tensor | None = None) -> TokenScores:
         """Normalised scores of the network that owns sigma_max, at z = 0."""
         z, sigma = self.read_at_zero(inputs)
         if self.two_streams:
-            return self.read_scores(self.two_stream_hidden(inputs, z, sigma), targets, z, sigma)
+            hidden = self.two_stream_hidden(inputs, z, sigma, documents=documents)
+            return self.read_scores(hidden, targets, z, sigma)
         model = self.model
-        ctx = model.context(inputs)
+        ctx = model.context(inputs, documents)
         e = model.encode(inputs, ctx)
         state = self.step(model.initial_state(e), e, self.condition(sigma, e), ctx)
         return self.read_scores(model.decode(state, ctx), targets, z, sigma)
 
     def _mixture(
-        self, inputs: Tensor, targets: Tensor, num_steps: int, seed: int, num_draws: int
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        num_steps: int,
+        seed: int,
+        num_draws: int,
+        documents: Tensor | None,
     ) -> TokenScores:
         """log mean over paths of the last level's posterior of the target. Context is always the clean
         stream."""
@@ -437,7 +471,7 @@ class Evidence(NextToken):
                 zeros, levels = self._zero_at(self.model.target_shape(inputs), sigma, inputs.device)
                 z = zeros if z is None else z
                 owner = cast(Evidence, self.at(sigma))
-                hidden = owner.two_stream_hidden(inputs, z, levels, sees_own_clean=self.sees_own_clean)
+                hidden = owner.two_stream_hidden(inputs, z, levels, self.sees_own_clean, documents)
                 return owner.predict(hidden, z, levels)
 
             def draw(prediction: Prediction, rng: torch.Generator = rng) -> Tensor:
@@ -523,11 +557,18 @@ class Paper(Evidence):
     def two_streams(self) -> bool:
         return self.model.is_causal
 
-    def hidden(self, inputs: Tensor, noised: Noised | None, num_steps: int, rng: Stream) -> Tensor:
+    def hidden(
+        self,
+        inputs: Tensor,
+        noised: Noised | None,
+        num_steps: int,
+        rng: Stream,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         if not self.two_streams:
-            return super().hidden(inputs, noised, num_steps, rng)
-        given = (None, None) if noised is None else (noised.dense, noised.sigma)
-        return self.two_stream_hidden(inputs, *given)
+            return super().hidden(inputs, noised, num_steps, rng, documents)
+        z, sigma = (None, None) if noised is None else (noised.dense, noised.sigma)
+        return self.two_stream_hidden(inputs, z, sigma, documents=documents)
 
     def predict(self, hidden: Tensor, z: Tensor | None = None, sigma: Tensor | None = None) -> Prediction:
         return Prediction(self.model.logits(self.denoised(hidden, z, sigma)))

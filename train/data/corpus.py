@@ -19,12 +19,14 @@ from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
 from train.data.order import row_numbers, shuffled
+from train.data.packing import Packed
 from train.settings import (
     DataConfig,
     GeneratedConfig,
     GroupProductConfig,
     ImagesConfig,
     LatinSquareConfig,
+    Packing,
     PointerChasingConfig,
     TokensConfig,
 )
@@ -82,21 +84,30 @@ class Corpus(Protocol):
 
 
 class TokenCorpus:
-    """Windows of ``seq_len`` tokens that follow each other without overlap, visited in a seeded order,
-    each once an epoch.
+    """Rows of ``seq_len`` tokens, visited in a seeded order, each once an epoch: windows that follow each
+    other without overlap and cross document ends, or documents that are packed and kept apart.
 
-    Windows cross document ends; every target counts. Held-out windows come from ``valid``.
+    Held-out rows come from ``valid``.
     """
 
     unit = "token"
 
-    def __init__(self, path: str | Path, seq_len: int, split: str = "train", held_out: str = "valid") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        seq_len: int,
+        split: str = "train",
+        held_out: str = "valid",
+        packing: Packing = "windows",
+    ) -> None:
         """UserError if the shards are missing or damaged, or a split is shorter than one window (valid:
         when first used)."""
         self._store = TokenStore(path, split)
-        self._held_out = held_out
+        self._held_out, self._packing = held_out, packing
         self.seq_len, self.vocab_size = seq_len, self._store.manifest.vocab_size
-        self.num_windows = self._store.num_windows(seq_len)
+        self._packed = Packed(self._store, seq_len) if packing == "documents" else None
+        self.num_windows = self._store.num_windows(seq_len) if self._packed is None else len(self._packed)
+        """Rows of an epoch."""
         self.identity = self._store.manifest_sha256
         self.tokenizer = self._store.tokenizer()
 
@@ -113,12 +124,19 @@ class TokenCorpus:
     ) -> Batch:
         """See ``train.data.Corpus.batch``."""
         place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
-        rows = row_numbers(step, global_batch=global_batch, **place)
-        return self._store.rows(shuffled(rows, self.num_windows, seed), self.seq_len)
+        return self.rows(row_numbers(step, global_batch=global_batch, **place), seed)
+
+    def rows(self, numbers: np.ndarray, seed: int) -> Batch:
+        """Rows of the endless list by their numbers, int64 [n]."""
+        chosen = shuffled(numbers, self.num_windows, seed)
+        return self._store.rows(chosen, self.seq_len) if self._packed is None else self._packed.rows(chosen)
 
     def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
-        """The first held-out windows, in order."""
-        return TokenStore(self._store.folder, self._held_out).windows(self.seq_len, max_tokens, batch_size)
+        """The first held-out rows, in order."""
+        store = TokenStore(self._store.folder, self._held_out)
+        if self._packing == "windows":
+            return store.windows(self.seq_len, max_tokens, batch_size)
+        return Packed(store, self.seq_len).windows(max_tokens, batch_size)
 
 
 class ImageCorpus:
@@ -250,7 +268,7 @@ def _generated(config: GeneratedConfig, fills_in: bool) -> Corpus:
 
 
 CORPORA: dict[type[DataConfig], Callable[[Any, bool], Corpus]] = {
-    TokensConfig: lambda config, fills_in: TokenCorpus(config.path, config.seq_len),
+    TokensConfig: lambda config, fills_in: TokenCorpus(config.path, config.seq_len, packing=config.packing),
     ImagesConfig: lambda config, fills_in: ImageCorpus(config.path, config.augment),
     **dict.fromkeys(TASKS, _generated),
 }
