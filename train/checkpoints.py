@@ -281,7 +281,7 @@ def load(
     _check_allowed(changes, config, path)
     grouped_by = OptimizerConfig.model_validate(manifest["config"]["optimizer"])
     for engine, tag in parts(engines):
-        groups = parameter_groups(engine.module, grouped_by)
+        groups = parameter_groups(engine.module, grouped_by, config.lora)
         names = [[engine.param_names[p] for p in group["params"]] for group in groups]
         restore(engine, SavedState(path / tag, names))
     state = RunState(int(manifest["step"]), manifest.get("skipped", 0), manifest.get("history", []))
@@ -334,10 +334,12 @@ class SavedState:
 
     ZeRO 1 and 2 cut the flat vector of each parameter group into equal parts, padded at its end; ZeRO 3 cuts
     every parameter (Rajbhandari et al. 2020). Names are those of the network: a wrapper's prefix is removed.
+    Frozen parameters are saved beside the optimizer's, in the precision of the run.
     """
 
     def __init__(self, folder: Path, groups: Sequence[Sequence[str]]) -> None:
-        """groups: names of the parameters as the optimizer groups them, which files of stage 0 do not hold."""
+        """groups: names of the parameters as the optimizer groups them, which files of stage 0 do not hold;
+        frozen ones last."""
         saved = [_read(file) for file in _sorted_by_rank(folder.glob("*zero_pp_rank_*_optim_states.pt"))]
         models = _sorted_by_rank(folder.glob("*model_states.pt"))
         if not models:
@@ -348,8 +350,11 @@ class SavedState:
         """What the optimizer keeps once for all parameters (``step``); None before its first update."""
         self._places: dict[str, tuple[int, int]] = {}
         """Name -> (group, first element in its flat vector)."""
+        self._frozen: dict[str, list[Tensor]] = {}
+        """Name -> its pieces, one a process where they are cut."""
         if not saved:
             self._read_whole(folder, model, groups)
+            self._read_frozen([model], cut=False)
             return
         states = [part["optimizer_state_dict"] for part in saved]
         self._cut_each = "fp32_flat_groups" in states[0]
@@ -367,6 +372,19 @@ class SavedState:
             for name, shape in shapes.items():
                 self.shapes[own_name(name)], self._places[own_name(name)] = tuple(shape), (group, start)
                 start += -(-prod(shape) // len(saved)) if self._cut_each else prod(shape)
+        self._read_frozen([_read(file) for file in models] if self._cut_each else [model], self._cut_each)
+
+    def _read_frozen(self, models: Sequence[dict[str, Any]], cut: bool) -> None:
+        """Parameters that no optimizer holds. cut: ZeRO 3, where each process has a piece of them."""
+        if cut:
+            for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
+                self.shapes[own_name(name)] = tuple(shape)
+                self._frozen[own_name(name)] = [m["frozen_param_fragments"][name].flatten() for m in models]
+            return
+        for name, weight in models[0]["module"].items():
+            if own_name(name) not in self.shapes:
+                self.shapes[own_name(name)] = tuple(weight.shape)
+                self._frozen[own_name(name)] = [weight.flatten()]
 
     def _read_counts(self, folder: Path, states: Sequence[Mapping[str, Any]]) -> list[str]:
         """Set ``counts`` from the optimizer's states -> the names of its elementwise tensors.
@@ -390,8 +408,9 @@ class SavedState:
         """Stage 0: nothing is cut. Moments, and in bf16 training the fp32 weights, are numbered through the
         groups."""
         self._cut_each = False
-        names = [own_name(name) for group in groups for name in group]
         optimizer = model["optimizer"]
+        held = optimizer.get("optimizer_state_dict", optimizer)["param_groups"]
+        names = [own_name(name) for group in groups for name in group][: sum(len(g["params"]) for g in held)]
         masters = [weight for group in optimizer.get("fp32_groups", []) for weight in group]
         found = {own_name(name): weight for name, weight in model["module"].items()}
         whole: dict[str, list[Tensor]] = {WEIGHT: masters or [found[name] for name in names]}
@@ -408,7 +427,11 @@ class SavedState:
         return [key for key in self._flat if key != WEIGHT]
 
     def tensor(self, key: str, name: str) -> Tensor:
-        """A copy of the whole fp32 weight or moment of a parameter, flat."""
+        """A copy of the whole fp32 weight or moment of a parameter, flat. A parameter that was frozen has
+        moments of zero."""
+        if name in self._frozen:
+            weight = torch.cat(self._frozen[name])[: prod(self.shapes[name])].float()
+            return weight if key == WEIGHT else torch.zeros_like(weight)
         group, start = self._places[name]
         pieces, count = [process[group].detach() for process in self._flat[key]], prod(self.shapes[name])
         if self._cut_each:
@@ -478,6 +501,12 @@ def restore(engine: DeepSpeedEngine, saved: SavedState) -> None:
             _fill(optimizer.optimizer, flat, saved, partial(_shares, saved, order, rank, world))
             optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
         optimizer.checkpoint_event_epilogue()
+    for parameter in (p for p in engine.module.parameters() if not p.requires_grad):
+        name = names[id(parameter)]
+        if stage == 3:
+            parameter.ds_tensor.data.copy_(_shares(saved, [name], rank, world, WEIGHT))
+        else:
+            parameter.data.copy_(saved.tensor(WEIGHT, name).view(parameter.shape))
 
 
 def _check_shapes(engine: DeepSpeedEngine, names: Mapping[int, str], saved: SavedState) -> None:

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -134,11 +135,13 @@ def full_precision_weights(engine: DeepSpeedEngine, model: nn.Module) -> dict[st
     masters = _unpartitioned_masters(engine)
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        value = (
-            masters[id(parameter)]
-            if engine.zero_optimization_stage() == 0
-            else safe_get_full_fp32_param(parameter)
-        )
+        if not parameter.requires_grad:
+            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                value = parameter.detach().clone()
+        elif engine.zero_optimization_stage() == 0:
+            value = masters[id(parameter)]
+        else:
+            value = safe_get_full_fp32_param(parameter)
         if engine.global_rank == 0:
             weights[name] = value.detach().float().cpu().clone()
     return weights if engine.global_rank == 0 else None

@@ -26,6 +26,8 @@ def held_out(
     batches = list(corpus.windows(config.evaluation.max_tokens, config.batch.micro_size or 8))
     sums: dict[str, float] = {}
     count = 0.0
+    training = network.training
+    network.eval()
     for first in range(0, len(batches), world):
         mine = first + rank
         batch = batches[min(mine, len(batches) - 1)]  # under ZeRO 3 every process must make the same calls
@@ -35,6 +37,7 @@ def held_out(
         for name, total in found.items():
             sums[name] = sums.get(name, 0.0) + (float(total.double()) if mine < len(batches) else 0.0)
         count += float(batch.mask.sum()) if mine < len(batches) else 0.0
+    network.train(training)
     every = torch.tensor([*sums.values(), count], dtype=torch.float64).to(device)
     dist.all_reduce(every)
     return {name: float(every[i] / every[-1]) for i, name in enumerate(sums)}

@@ -48,6 +48,7 @@ from train.checkpoints import (
     newest,
 )
 from train.data import build_corpus
+from train.lora import Merged, add_adapters
 from train.metrics import read
 from train.optim import parameter_groups
 from train.settings import ImagesConfig, TrainConfig
@@ -120,21 +121,22 @@ def export_run(output: Path) -> Path:
     return export(checkpoints_in(output / "checkpoints")[-1], output / "model")
 
 
-def saved_parts(checkpoint: Path, config: TrainConfig) -> Iterator[tuple[str, SavedState]]:
-    """What each engine saved, with the prefix of its parameters' names in the network."""
+def saved_parts(checkpoint: Path, config: TrainConfig) -> Iterator[tuple[str, SavedState | Merged]]:
+    """The weights that each engine saved, adapters merged, with the prefix of their names in the network."""
     joint = config.blocks is not None and config.blocks.num_blocks > 1 and config.block is None
     for block in range(config.blocks.num_blocks) if joint and config.blocks is not None else [None]:
         part = config if block is None else config.model_copy(update={"block": block})
         denoiser = build(part.checkpoint_config, device="meta")
+        add_adapters(denoiser, config.lora, config.seed)
         names = {id(p): name for name, p in denoiser.named_parameters()}
-        groups = [
-            [names[id(p)] for p in group["params"]] for group in parameter_groups(denoiser, config.optimizer)
-        ]
+        grouped = parameter_groups(denoiser, config.optimizer, config.lora)
+        groups = [[names[id(p)] for p in group["params"]] for group in grouped]
         prefix, tag = ("", TAG) if block is None else (f"blocks.{block}.", f"{TAG}/block_{block}")
-        yield prefix, SavedState(checkpoint / tag, groups)
+        saved = SavedState(checkpoint / tag, groups)
+        yield prefix, saved if config.lora is None else Merged(saved, config.lora)
 
 
-def _bytes(saved: SavedState, name: str, checkpoint: Path) -> Iterator[bytes]:
+def _bytes(saved: SavedState | Merged, name: str, checkpoint: Path) -> Iterator[bytes]:
     weight = saved.tensor(WEIGHT, name)
     if not bool(weight.isfinite().all()):
         raise UserError(
@@ -244,6 +246,11 @@ def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> st
         else ""
     )
     start = [] if config.init_from is None else [f"- Started from the weights of `{config.init_from}`."]
+    if config.lora is not None:
+        rank, alpha, moved = config.lora.rank, config.lora.alpha, list(config.lora.also_train)
+        start.append(
+            f"- LoRA of rank {rank}, alpha {alpha}, merged; trained as a whole: {moved or 'nothing'}."
+        )
     patterns = {"frozen": list(optimizer.freeze), "learning-rate factors": dict(optimizer.lr_factors)}
     lines = [
         "## Data and training",

@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import psutil
@@ -18,7 +17,9 @@ from torch.optim import Optimizer
 from torch.utils import cpp_extension
 
 from rdlm.errors import UserError
-from train.settings import OptimizerConfig, ScheduleConfig, TrainConfig
+from train.lora import is_trained, plain_name
+from train.patterns import matches
+from train.settings import LoraConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 Groups = list[dict]
 
@@ -45,20 +46,19 @@ OFFLOADED: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw":
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """The optimizer of ``config.optimizer.name`` over all parameters of ``model``.
+    """The optimizer of ``config.optimizer.name`` over the parameters of ``model`` that move. Frozen ones are
+    left out and record no gradient: they take no memory but their own.
 
     Its learning rate is 0: the training loop sets the rate of each update, and DeepSpeed, which makes an
     update with zero gradients while it initializes a bf16 engine at ZeRO stage 0, cannot decay the weights
     with it.
     """
     table = OFFLOADED if config.deepspeed.offload_optimizer == "cpu" else OPTIMIZERS
-    groups = parameter_groups(model, config.optimizer)
-    for group in groups:
-        for parameter in group["params"] if group["lr_factor"] == 0 else ():
-            # A gradient of zeros counts for nothing in the norm; without one DeepSpeed would leave the weight
-            # out of checkpoints.
-            parameter.register_hook(torch.zeros_like)
-    optimizer = table[config.optimizer.name](groups, config.optimizer)
+    groups = parameter_groups(model, config.optimizer, config.lora)
+    for parameter in (p for group in groups if group["lr_factor"] == 0 for p in group["params"]):
+        parameter.requires_grad_(False)
+    moving = [group for group in groups if group["lr_factor"]]
+    optimizer = table[config.optimizer.name](moving, config.optimizer)
     set_learning_rate(optimizer, 0.0)
     return optimizer
 
@@ -86,7 +86,7 @@ def reset_state(optimizer: Optimizer) -> None:
                 state[key] = type(value)(0)
 
 
-def parameter_groups(model: nn.Module, spec: OptimizerConfig) -> Groups:
+def parameter_groups(model: nn.Module, spec: OptimizerConfig, lora: LoraConfig | None = None) -> Groups:
     """Two groups for each learning-rate factor that occurs, that of 1 first and that of frozen parameters, 0,
     last.
 
@@ -96,7 +96,8 @@ def parameter_groups(model: nn.Module, spec: OptimizerConfig) -> Groups:
     factors = dict.fromkeys([1.0, *spec.lr_factors.values(), 0.0])
     found: dict[tuple[float, bool], list[nn.Parameter]] = {(f, d): [] for f in factors for d in (True, False)}
     for name, parameter in model.named_parameters():
-        found[lr_factor(name, spec), id(parameter) in matrices].append(parameter)
+        factor = 0.0 if lora is not None and not is_trained(name, lora) else lr_factor(plain_name(name), spec)
+        found[factor, id(parameter) in matrices].append(parameter)
     return [
         {"params": parameters, "weight_decay": spec.weight_decay if decayed else 0.0, "lr_factor": factor}
         for (factor, decayed), parameters in found.items()
@@ -111,17 +112,16 @@ def lr_factor(name: str, spec: OptimizerConfig) -> float:
     return next((f for pattern, f in reversed(spec.lr_factors.items()) if matches(name, pattern)), 1.0)
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern stands for a parameter: it matches its name, or the name of a module that it is part
-    of."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
-
-
-def check_patterns(names: Sequence[str], spec: OptimizerConfig) -> None:
+def check_patterns(names: Sequence[str], spec: OptimizerConfig, lora: LoraConfig | None = None) -> None:
     """UserError for a pattern that stands for none of the parameters ``names``, and where nothing is left to
     train."""
     tops = ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
-    for field, patterns in (("optimizer.freeze", spec.freeze), ("optimizer.lr_factors", spec.lr_factors)):
+    also = () if lora is None else lora.also_train
+    for field, patterns in (
+        ("optimizer.freeze", spec.freeze),
+        ("optimizer.lr_factors", spec.lr_factors),
+        ("lora.also_train", also),
+    ):
         for pattern in patterns:
             if not any(matches(name, pattern) for name in names):
                 raise UserError(field, pattern, "matches no parameter", f"names begin with {tops}")

@@ -177,6 +177,21 @@ class OptimizerConfig(Strict):
         return betas
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters on linear layers, which train in the place of the weights (train/lora.py)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    """What an adapter adds is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of what enters an adapter."""
+    targets: tuple[str, ...] = Field(("*.attn.Wqkv", "*.attn.proj", "*.mlp.fc", "*.mlp.proj"), min_length=1)
+    """Patterns of linear layers."""
+    also_train: tuple[str, ...] = ()
+    """Patterns of other parameters that move, as a whole: ``model.adapter``, the new injection of a converted
+    model."""
+
+
 class ScheduleConfig(Strict):
     """Learning rate over the run: see SCHEDULES in train/optim.py."""
 
@@ -305,6 +320,8 @@ class TrainConfig(Strict):
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
+    lora: LoraConfig | None = None
+    """Train adapters instead of the weights of ``init_from``; None: the weights."""
     schedule: ScheduleConfig
     precision: Literal["bf16", "fp32"] = "bf16"
     """A config file may say ``auto``: bf16 where the device computes in it, else fp32."""
@@ -503,6 +520,9 @@ def _check(config: TrainConfig) -> None:
                 "set evaluation.steps=[1]",
             )
         raise UserError("evaluation.steps", beyond[0], problem, remedy)
+    if config.lora is not None and config.init_from is None:
+        problem, remedy = "adapters change a trained network", "set init_from, or drop the section lora"
+        raise UserError("lora", config.lora.rank, problem, remedy)
     if config.resident is not None:
         _check_resident(config, config.resident)
 

@@ -40,6 +40,7 @@ from train.engines import (
 )
 from train.evaluate import held_out
 from train.export import initialize_from
+from train.lora import add_adapters, dropout_seed
 from train.metrics import FlopCounter, Report
 from train.offload import InHost, OnDisk
 from train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -55,9 +56,10 @@ def recompute_layers(denoiser: Objective) -> None:
     3 accepts one per parameter and backward pass.
     """
     denoiser.drops_modulation_activations()
+    draws = any(isinstance(m, torch.nn.Dropout) for m in denoiser.modules())  # of adapters
     for layer in (m for m in denoiser.modules() if isinstance(m, TransformerLayer)):
         plain = layer.forward
-        setattr(layer, "forward", partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=False))  # noqa: B010
+        setattr(layer, "forward", partial(checkpoint, plain, use_reentrant=False, preserve_rng_state=draws))  # noqa: B010
 
 
 @dataclass
@@ -155,6 +157,7 @@ class Trainer:
         if self.config.init_from is not None and not resume.checkpoints_in(self.checkpoints):
             for line in initialize_from(denoiser, self.config.init_from, part.block):
                 self.say(line)
+        add_adapters(denoiser, self.config.lora, self.config.seed)
         self._networks.append(denoiser)
         if self.config.activation_checkpointing:
             recompute_layers(denoiser)
@@ -213,6 +216,8 @@ class Trainer:
         rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
         set_learning_rate(engine.optimizer, rate)
         for micro, batch in enumerate(batches):
+            if self.config.lora is not None and self.config.lora.dropout:
+                torch.manual_seed(dropout_seed(self.config.seed, index, self.rank, micro))
             with self.flops if micro == 0 and self.flops.wanted else nullcontext():
                 total, count, metrics = engine(batch, Keys(self.config.seed, index, self.rank, micro))
                 engine.backward(total * scale)

@@ -176,6 +176,9 @@ class NextTokenConfig(BaseObjectiveConfig):
     implementation = "rdlm.objectives.next_token:NextToken"
     tasks = ("causal",)
     depth: DepthConfig = DepthConfig()
+    z_loss: float = Field(0.0, ge=0)
+    """Factor of the squared log of the softmax's denominator that is added to the loss of a position (PaLM,
+    Chowdhery et al. 2022: 1e-4). ``ce`` in the metrics is without it."""
 
 
 class OneStepConfig(NextTokenConfig):

@@ -31,15 +31,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, item_weight: Tensor, marked: Tensor | None, others: Tensor | None,
-        u: Tensor | None, table: Tensor | None, scale: Tensor | None, needs_grad: bool,
+        u: Tensor | None, table: Tensor | None, scale: Tensor | None, needs_grad: bool, z_loss: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         budget = CHUNK_ELEMENTS_GPU if hidden.is_cuda else CHUNK_ELEMENTS
         size = max(16, budget // weight.shape[0])
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_grad else None
         d_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_grad else None
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            if needs_grad and weight.requires_grad
+            else None
         )
+        penalty = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_scale = torch.zeros(1 if scale is None else scale.shape, dtype=torch.float32, device=hidden.device)
         for rows, u_rows in _chunks(hidden.shape[0], marked, others, u, size):
             states = hidden[rows]
@@ -51,26 +54,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index = targets[rows].unsqueeze(1)
             # One exponential serves loss and gradient: from here on ``logits`` holds exp(logits - max), in
             # place.
-            logits.sub_(logits.amax(1, keepdim=True))
+            top = logits.amax(1, keepdim=True)
+            logits.sub_(top)
             at_target = logits.gather(1, index).squeeze(1)
             total = logits.exp_().sum(1)
             losses[rows] = total.log() - at_target
-            if d_hidden is None or d_weight is None:
+            row_weight = item_weight[rows]
+            through = row_weight
+            if z_loss:
+                log_z = total.log() + top.squeeze(1)
+                penalty += z_loss * (row_weight * log_z.square()).sum()
+                through = row_weight * (1 + 2 * z_loss * log_z)
+            if d_hidden is None:
                 del logits, known  # or they would live on while the next chunk's are made
                 continue
-            row_weight = item_weight[rows]
-            d_logits = logits.mul_((row_weight / total).unsqueeze(1))
+            d_logits = logits.mul_((through / total).unsqueeze(1))
             d_logits.scatter_add_(1, index, -row_weight.unsqueeze(1))
             if known is not None:
                 d_scale += torch.dot(d_logits.flatten(), known.flatten())
             narrow = d_logits.to(hidden.dtype)
             d_hidden[rows] = narrow @ weight
-            d_weight += narrow.T @ states
+            if d_weight is not None:
+                d_weight += narrow.T @ states
             del logits, known, d_logits, narrow
         ctx.save_for_backward(d_hidden, d_weight, d_scale)
         ctx.dtypes = (weight.dtype, None if scale is None else scale.dtype)
         ctx.mark_non_differentiable(losses)
-        return (losses * item_weight).sum(), losses
+        total_loss = (losses * item_weight).sum()
+        return (total_loss + penalty if z_loss else total_loss), losses
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,8 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         upstream = grads[0]
         weight_dtype, scale_dtype = ctx.dtypes
         return (
-            d_hidden * upstream.to(d_hidden.dtype), (d_weight * upstream).to(weight_dtype), None, None, None, None, None, None,
-            None if scale_dtype is None else (d_scale * upstream).to(scale_dtype), None,
+            d_hidden * upstream.to(d_hidden.dtype), None if d_weight is None else (d_weight * upstream).to(weight_dtype),
+            None, None, None, None, None, None,
+            None if scale_dtype is None else (d_scale * upstream).to(scale_dtype), None, None,
         )  # fmt: skip
 
 
@@ -100,14 +112,22 @@ def _chunks(
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, item_weight: Tensor, evidence: Evidence | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    item_weight: Tensor,
+    evidence: Evidence | None = None,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of ``targets`` under softmax(hidden W^T [+ scale u table^T on the rows with evidence]).
 
+    z_loss: adds z_loss * (log of the softmax's denominator)^2 to each row's loss (PaLM, Chowdhery et al. 2022,
+    Sec. 5).
+
     hidden [N, D], weight [V, D], targets [N] int64, item_weight [N] fp32 -> (sum of item_weight * loss, a
-    differentiable fp32 scalar; the unweighted losses [N] fp32, without gradient).
+    differentiable fp32 scalar; the unweighted losses [N] fp32, without gradient and without z-loss).
     """
     total, losses = _LinearCrossEntropy.apply(
-        hidden, weight, targets, item_weight, *(evidence or (None,) * 5), torch.is_grad_enabled()
+        hidden, weight, targets, item_weight, *(evidence or (None,) * 5), torch.is_grad_enabled(), z_loss
     )
     return total, losses

@@ -254,7 +254,9 @@ class NextToken(Objective):
             table = self.unit_table().to(hidden.dtype)
             evidence = (noised.rows, noised.others, u, table, self.evidence_scale)
         return self.model.head(
-            use=lambda table: linear_cross_entropy(hidden, table, targets, weight, evidence)
+            use=lambda table: linear_cross_entropy(
+                hidden, table, targets, weight, evidence, getattr(self.settings, "z_loss", 0.0)
+            )
         )
 
     # Evaluation ---------------------------------------------------------------------------------------------
