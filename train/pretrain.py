@@ -126,7 +126,6 @@ def _check_optimizer(config: TrainConfig) -> None:
     from train.lora import add_adapters
     from train.optim import OFFLOADED, OPTIMIZERS, check_patterns
 
-<<<<<<< HEAD
     name = config.optimizer.name
     if name not in OPTIMIZERS:
         raise UserError(
@@ -136,14 +135,7 @@ def _check_optimizer(config: TrainConfig) -> None:
         problem = f"optimizer {name!r} does not run on the CPU while the weights are elsewhere"
         remedy = f"set it to none, or use optimizer {' or '.join(OFFLOADED)}"
         raise UserError("deepspeed.offload_optimizer", "cpu", problem, remedy)
-    if config.optimizer.freeze or config.optimizer.lr_factors:
-=======
-    table = OFFLOADED if config.deepspeed.offload_optimizer == "cpu" else OPTIMIZERS
-    if (name := config.optimizer.name) not in table:
-        known = ", ".join(table)
-        raise UserError("optimizer.name", name, "there is no such optimizer", f"use {known}")
     if config.optimizer.freeze or config.optimizer.lr_factors or config.lora is not None:
->>>>>>> a3b8007 (LoRA by peft, merged on export; frozen weights take no gradients and no moments; z-loss)
         parts = build(config.checkpoint_config, device="meta").parts
         names = [name for part in parts for name, _ in part.named_parameters()]
         check_patterns(names, config.optimizer, config.lora)

@@ -68,9 +68,8 @@ def losses(objective: Any, batch: Batch, held_out: bool) -> tuple[Tensor, Tensor
     noised = objective.corrupt(batch.targets, torch.Generator().manual_seed(1))
     rng = torch.Generator().manual_seed(2)
     hidden = objective.hidden(batch.inputs, noised, 2, rng, batch.documents)
-    z, sigma = (None, None) if noised is None else (noised.z.flatten(0, 1), noised.sigma.flatten())
     weight = torch.ones(batch.targets.numel())
-    _, found = objective.cross_entropy(hidden.flatten(0, 1), batch.targets.flatten(), weight, z, sigma)
+    _, found = objective.cross_entropy(hidden.flatten(0, 1), batch.targets.flatten(), weight, noised)
     return hidden, found.view(batch.targets.shape)
 
 
