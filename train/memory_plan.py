@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 
 from rdlm.registry import build
+from train.lora import add_adapters
 from train.memory_trace import Traced, trace
-from train.optim import parameter_groups
+from train.optim import build_optimizer, parameter_groups
 from train.settings import TrainConfig
 from train.trainer import recompute_layers
 
@@ -61,6 +62,8 @@ class _Sizes:
     the optimizer's larger group; bytes of the frozen rows that are noised."""
 
     parameters: int
+    moved: int
+    """Elements of those that are trained."""
     largest: int
     group: int
     frozen: int
@@ -70,9 +73,14 @@ class _Sizes:
 def _traced(text: str, micro_size: int, on_gpu: bool) -> tuple[_Sizes, Traced]:
     config = TrainConfig.model_validate_json(text)
     denoiser = build(config.checkpoint_config, device="meta").parts[0]
-    counts = [p.numel() for p in denoiser.parameters()]
+    add_adapters(denoiser, config.lora, config.seed)
+    total = sum(p.numel() for p in denoiser.parameters())
+    build_optimizer(denoiser, config)  # freezes what does not move
+    counts = [p.numel() for p in denoiser.parameters() if p.requires_grad]
     groups = [
-        sum(p.numel() for p in group["params"]) for group in parameter_groups(denoiser, config.optimizer)
+        sum(p.numel() for p in group["params"])
+        for group in parameter_groups(denoiser, config.optimizer, config.lora)
+        if group["lr_factor"]
     ]
     frozen = 0 if denoiser.targets is None else 4 * config.model.vocab_size * config.model.d_model
     if config.activation_checkpointing:
@@ -81,7 +89,7 @@ def _traced(text: str, micro_size: int, on_gpu: bool) -> tuple[_Sizes, Traced]:
     traced = trace(
         denoiser, micro_size, config.seq_len, dtype, config.objective.depth_in_training.mean, on_gpu
     )
-    return _Sizes(sum(counts), max(counts), max(groups), frozen), traced
+    return _Sizes(total, sum(counts), max(counts), max(groups), frozen), traced
 
 
 def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
@@ -95,7 +103,7 @@ def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
     micro, accumulation = config.batch.accumulation(world)
     sizes, traced = _traced(_essence(config), micro, on_gpu)
     width = 2 if config.precision == "bf16" else 4
-    spec, stage, count = config.deepspeed, config.deepspeed.zero_stage, sizes.parameters
+    spec, stage, count = config.deepspeed, config.deepspeed.zero_stage, sizes.moved
     shares = world if stage > 0 else 1
     owned, group = count // shares, sizes.group // shares
     masters = MASTER if stage > 0 or width == 2 else 0
@@ -110,7 +118,7 @@ def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
     if stage == 1 and width == 4 and on_gpu:
         bucket = width * spec.bucket_elements
     beside = bucket if stage in (1, 2) else 0  # ZeRO 3 keeps its bucket
-    gathered = width * count if stage == 3 and world > 1 else 0
+    gathered = width * sizes.parameters if stage == 3 and world > 1 else 0
     kept = {1: sums if width == 2 else 0, 3: sums + bucket}.get(
         stage, 0
     )  # stages 1 (bf16) and 3 do not let go of their sums
@@ -137,7 +145,7 @@ def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
         kept + peak,
     )
     return Memory(
-        parameters=width * (owned if stage == 3 else count) + sizes.frozen,
+        parameters=width * (sizes.parameters // (shares if stage == 3 else 1)) + sizes.frozen,
         optimizer=(ADAM + masters) * owned,
         gradients=gradients,
         activations=kept + peak - gradients,

@@ -114,7 +114,8 @@ def trace(
         with FakeTensorMode():
             for module in denoiser.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+                    empty = torch.empty(parameter.shape, dtype=dtype)
+                    setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
             if denoiser.targets is not None:
                 rows = torch.empty(denoiser.model.vocab_size, denoiser.model.ln_f.weight.shape[0])
                 denoiser.targets = lambda device: rows

@@ -22,6 +22,8 @@ from rdlm.errors import UserError
 from rdlm.objectives.base import Keys
 from rdlm.registry import build
 from train.export import export_run
+from train.lora import add_adapters
+from train.memory_plan import predict
 from train.optim import build_optimizer
 from train.patterns import matches
 from train.pretrain import check
@@ -199,6 +201,7 @@ def test_a_resumed_run_may_freeze_and_thaw(trainer: Any, stage: int) -> None:
     first.fit()
     before = {name: weight.clone() for name, weight in first.weights().items()}
     second = trainer({**changes, "schedule.steps": 4, "optimizer.freeze": ["model.coda"]})
+    before |= {n: w.bfloat16().float() for n, w in before.items() if n.startswith("model.coda.")}  # no master
     assert all(torch.equal(weight, before[name]) for name, weight in second.weights().items())
     second.fit()
     still = {name for name, weight in second.weights().items() if torch.equal(weight, before[name])}
@@ -287,3 +290,18 @@ def test_data_of_another_tokenizer_are_refused(file: Any, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="not those of the tokenizer of init_from"):
         check(other, 1)
     check(other.model_copy(update={"allow_changes": True}), 1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"optimizer.freeze": ["model.prelude", "model.wte"]}, {"lora": {"rank": 2}}]
+)
+def test_a_plan_counts_moments_of_what_moves_alone(document: Any, changes: dict[str, Any]) -> None:
+    config = parse(TrainConfig, document({**ONESTEP, **changes}), "test")
+    denoiser = build(config.checkpoint_config, device="meta")
+    add_adapters(denoiser, config.lora, 0)
+    build_optimizer(denoiser, config)
+    moved = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    assert 0 < moved < sum(p.numel() for p in denoiser.parameters())
+    found = predict(config, 1)
+    assert found.optimizer == 12 * moved  # bf16: two moments and a master
+    assert found.parameters == 2 * sum(p.numel() for p in denoiser.parameters())
