@@ -265,7 +265,7 @@ def _text_description(config: CheckpointConfig, objective: Objective) -> dict[st
     }
     ks = sorted({1, config.default_steps, config.max_steps})
     if backbone.is_causal:
-        core, entry = backbone.num_core_cache_layers, 2 * backbone.num_kv_heads * backbone.head_dim * 2
+        core, entry = len(backbone.core_cache_layers), 2 * backbone.num_kv_heads * backbone.head_dim * 2
         once = backbone.num_cache_layers - core
         every = ", ".join(f"{entry * (once + k * core):,} at K = {k}" for k in ks)
         rows["cache per token"] = f"shared {entry * (once + core):,} bytes in bf16; full {every}"

@@ -29,6 +29,18 @@ CacheOption = Annotated[
         help="shared: one key per position, whatever K is. full: the keys of every step, exact and larger."
     ),
 ]
+KernelOption = Annotated[
+    str,
+    typer.Option(
+        help="auto: on a CPU, kernels compiled for the machine (needs g++ once). torch: PyTorch's own, slower."
+    ),
+]
+WeightOption = Annotated[
+    str,
+    typer.Option(
+        help="auto: as stored. int8: quantised when loaded, faster where memory is slow (CPU kernels only)."
+    ),
+]
 """These options are those of `rdlm generate` and `rdlm images` too."""
 
 
@@ -46,6 +58,8 @@ def serve(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     kv_cache: CacheOption = "shared",
+    kernels: KernelOption = "auto",
+    weights: WeightOption = "auto",
     max_slots: Annotated[int, typer.Option(help="Sequences in flight at once.")] = 16,
     max_len: Annotated[
         int | None,
@@ -123,6 +137,8 @@ def serve(
         "device": device,
         "dtype": dtype,
         "kv_cache": kv_cache,
+        "kernels": kernels,
+        "weights": weights,
         "max_slots": max_slots,
         "max_len": max_len,
         "default_steps": renamed("--default-steps", default_steps, "--num-steps", num_steps),

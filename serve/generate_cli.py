@@ -16,7 +16,14 @@ import typer
 from rdlm.config.base import parse
 from rdlm.errors import UserError
 from rdlm.sampling_params import Order, SamplingParams, check_masked, check_sampler
-from serve.cli import CacheOption, CheckpointOption, DeviceOption, DtypeOption
+from serve.cli import (
+    CacheOption,
+    CheckpointOption,
+    DeviceOption,
+    DtypeOption,
+    KernelOption,
+    WeightOption,
+)
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Served
 from serve.engine.sequence import Request, StepBudget
@@ -72,6 +79,8 @@ def generate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     kv_cache: CacheOption = "shared",
+    kernels: KernelOption = "auto",
+    weights: WeightOption = "auto",
     resident_blocks: Annotated[
         int | None,
         typer.Option(
@@ -93,6 +102,8 @@ def generate(
         "device": device,
         "dtype": dtype,
         "kv_cache": kv_cache,
+        "kernels": kernels,
+        "weights": weights,
         "max_slots": min(len(prompts), MAX_TOGETHER),
         "max_queue": len(prompts),
         "resident_blocks": resident_blocks,

@@ -16,6 +16,7 @@ from rdlm.errors import UserError
 from rdlm.objectives import Objective
 from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.objectives.next_token import NextToken
+from serve.engine.cpu.modules import use_kernels
 from serve.engine.events import Served
 from serve.engine.masked_runner import MaskedRunner
 from serve.engine.packing import pack_weights
@@ -33,8 +34,19 @@ def load_served(folder: Path, settings: EngineSettings) -> Served:
     loaded, tokenizer, ends = load_text(folder, settings)
     served = build_served(loaded.denoiser, loaded.config, tokenizer, settings, ends)
     if settings.resident_blocks is None:  # otherwise weights come and go by name
-        pack_weights(loaded.denoiser)
+        optimise(loaded.denoiser, settings)
     return served
+
+
+def optimise(denoiser: Objective, settings: EngineSettings) -> None:
+    """Prepare a network for inference on this machine, in place: the kernels of serve/engine/cpu where they
+    can be compiled, else weights packed for PyTorch's own. On a GPU it stays as it is. Raises UserError."""
+    if settings.kernels == "auto" and use_kernels(denoiser, settings.weights):
+        return
+    if settings.weights != "auto":
+        problem = "quantised weights need the CPU kernels, so a CPU and a C++ compiler"
+        raise UserError("weights", settings.weights, problem, "install g++, or leave it out")
+    pack_weights(denoiser)
 
 
 def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded, Tokenizer, frozenset[int]]:

@@ -21,6 +21,10 @@ class EngineSettings(Strict):
     kv_cache: Literal["shared", "full"] = "shared"
     """shared: a position keeps the keys of its last core step, whatever K is. full: those of every step
     (exact, larger)."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """auto: on a CPU, those of serve/engine/cpu, compiled for the machine. torch: PyTorch's own."""
+    weights: Literal["auto", "int8"] = "auto"
+    """int8: matrices are quantised when they are loaded (CPU kernels only)."""
     max_slots: int = Field(16, ge=1, le=1024)
     """Sequences in flight at once; each owns max_len positions of the cache."""
     max_len: int | None = Field(None, ge=2)

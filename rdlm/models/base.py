@@ -43,6 +43,8 @@ class Backbone(nn.Module, ABC):
     depends_on_num_steps: bool = False
     """Whether a step depends on how many there will be, so that the states of K steps are not the first K
     states of more."""
+    state_is_random: bool = False
+    """Whether the state before the first step is drawn from a generator."""
     draws_state: bool = True
     """Whether the state before the first step is free: drawn, zero or given."""
     modulates_in_layers: bool = False
@@ -124,9 +126,9 @@ class Backbone(nn.Module, ABC):
         return [cast(Modulation, layer.modulation)(embedded) for layer in self.core_layers]
 
     @property
-    def num_core_cache_layers(self) -> int:
+    def core_cache_layers(self) -> range:
         """Of the layers that keep keys and values, those of a core step."""
-        return len(self.core_layers)
+        return range(len(self.core_layers))
 
     @property
     def head(self) -> TokenTable:
@@ -139,7 +141,7 @@ class Backbone(nn.Module, ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] fp32."""
-        return self.head(use=lambda weight: nn.functional.linear(hidden, weight).float())
+        return self.head(hidden=hidden).float()
 
 
 def through(layers: nn.ModuleList, x: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:

@@ -42,8 +42,8 @@ class Hrm(Backbone):
         return nn.ModuleList([*self.low, *self.high])
 
     @property
-    def num_core_cache_layers(self) -> int:
-        return self.num_cache_layers
+    def core_cache_layers(self) -> range:
+        return range(self.num_cache_layers)
 
     def prefix_context(self, token_types: Tensor) -> AttentionContext:
         return PrefixContext(token_types == 1)

@@ -68,6 +68,7 @@ class Recurrent(Backbone):
             None if loop.exit_gate == "none" else ExitGate(width, loop.exit_gate == "norm_linear")
         )
         self.has_exit_gate = self.exit_gate is not None
+        self.state_is_random = loop.state == "normal" and bool(loop.state_std)
         self.draws_state = loop.state != "embedding" and loop.injection != "replace"
 
     def _layer(self, place: int, is_core: bool = False) -> TransformerLayer:
@@ -84,6 +85,11 @@ class Recurrent(Backbone):
     @property
     def core_layers(self) -> nn.ModuleList:
         return cast(nn.ModuleList, getattr(self, self.core_name))
+
+    @property
+    def core_cache_layers(self) -> range:
+        first = len(self.prelude)
+        return range(first, first + len(self.core_layers))
 
     @property
     def mask_id(self) -> int:

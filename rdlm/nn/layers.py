@@ -46,7 +46,8 @@ R = TypeVar("R")
 
 
 class TokenTable(nn.Module):
-    """weight [V, D]. ``table(ids)`` looks rows up; ``table(use=f)`` returns ``f(weight)``.
+    """weight [V, D]. ``table(ids)`` looks rows up; ``table(hidden=x)`` multiplies x [..., D] with all rows;
+    ``table(use=f)`` returns ``f(weight)``.
 
     Every use goes through forward because ZeRO stage 3 gathers a partitioned weight only around its module's
     forward.
@@ -56,9 +57,16 @@ class TokenTable(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
-    def forward(self, ids: Tensor | None = None, use: Callable[[Tensor], R] | None = None) -> Tensor | R:
+    def forward(
+        self,
+        ids: Tensor | None = None,
+        use: Callable[[Tensor], R] | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor | R:
         if use is not None:
             return use(self.weight)
+        if hidden is not None:
+            return F.linear(hidden, self.weight)
         assert ids is not None
         return F.embedding(ids, self.weight)
 

@@ -288,7 +288,11 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: str, event: Event | None = None) -> None:
         """Forget a sequence and emit why it ended, with the last token if there is one."""
-        kv_bytes = self.served.runner.release(sequence)
+        try:
+            kv_bytes = self.served.runner.release(sequence)
+        except Exception:  # whoever waits for the sequence must hear of its end all the same
+            logger.exception("the memory of request %d could not be freed", sequence.id)
+            kv_bytes = 0
         self.served.scheduler.remove(sequence)
         self._sequences.pop(sequence.id, None)
         self._deadlines.remove(sequence)

@@ -1,7 +1,7 @@
 """Tensors of the server: one core step over a ragged pack of rows, and what comes before and after it.
 
 Shapes: S sequences in the pack, N rows (their segments one after another), M rows read out, D d_model, V
-vocabulary. A sequence's rows between two steps live in ``Sequence.rows``; the past lives in the KV pool.
+vocabulary. A sequence's rows between two steps live in ``Sequence.rows``; the past lives in the KV cache.
 Nothing here decides who runs.
 
 A failed step can be repeated with fewer sequences: ``run`` replaces ``rows`` and ``flops`` of a sequence and
@@ -23,7 +23,8 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.diffusion.samplers import SAMPLERS, Flow, StepPlan, expected_target
 from rdlm.errors import UserError
 from rdlm.flops import Cost, Costs, costs_of
-from rdlm.nn import kv_cache as cache
+from rdlm.models.base import Backbone
+from rdlm.nn.kv_cache import KVCache, PackedContext, Segment
 from rdlm.nn.layers import Condition
 from rdlm.objectives.base import Prediction
 from rdlm.objectives.next_token import NextToken, renoise
@@ -115,7 +116,7 @@ def logprobs_of(prior: Tensor, chosen: Tensor, count: int, num_tokens: int) -> l
 
 
 class Runner:
-    """A denoiser and its KV pool. Called by one thread only."""
+    """A denoiser and its key-value cache. Called by one thread only."""
 
     def __init__(
         self,
@@ -141,25 +142,36 @@ class Runner:
             Block(i, block, costs_of(block)) for i, block in enumerate(cast(list[NextToken], denoiser.parts))
         ]
         self._plans = {k: denoiser.step_plan(k) for k in range(1, max_steps + 1)}
-        self._filling: dict[tuple[int, frozenset[int]], StepPlan] = {}
+        self._counts: dict[tuple[int, frozenset[int]], StepCounts] = {}
         keeps_steps = kv_cache == "full" and config.objective.supports_exits
         sizes = (model.num_cache_layers, num_slots, max_len, model.num_kv_heads, model.head_dim)
-        self.pool = (cache.FullKVPool if keeps_steps else cache.KVPool)(*sizes, weight.dtype, weight.device)
+        self.cache = KVCache(
+            *sizes,
+            weight.dtype,
+            weight.device,
+            num_steps=max_steps if keeps_steps else 1,
+            core_layers=model.core_cache_layers,
+        )
         self._num_tokens = num_tokens
         self._base_conditions: dict[int, Condition | None] = {}
         """By block: its conditioning where no row has a noised target."""
-        self._packs: list[tuple[list[cache.Segment], cache.PackedContext]] = []
+        self._packs: list[tuple[list[Segment], PackedContext]] = []
         """The last ``PACKS`` packs, the newest last."""
 
     def step_counts(self, num_steps: int, blocks: frozenset[int] = frozenset()) -> StepCounts:
         """Core steps that each kind of position takes at K = num_steps where it fills the cache of
         ``blocks``. Raises UserError."""
+        known = self._counts.get((num_steps, blocks))
+        if known is not None:
+            return known
         if num_steps not in self._plans:
             most = len(self._plans)
             raise UserError("num_steps", num_steps, "is out of range", f"this model takes 1 to {most}")
         plan = self._plan_at(num_steps, blocks)
         context = max(i for i, commits in enumerate(plan.commit) if commits) + 1
-        return StepCounts(num_steps, plan.num_core_steps, context, max(context, score_step(plan) + 1))
+        counts = StepCounts(num_steps, plan.num_core_steps, context, max(context, score_step(plan) + 1), plan)
+        self._counts[num_steps, blocks] = counts
+        return counts
 
     def sequence(self, number: int, request: Request, chunk: int) -> Sequence:
         """The request as the engine steps it. chunk: prompt positions of a segment; a sweep's prompt is one
@@ -187,24 +199,21 @@ class Runner:
         missing = tuple(sorted(blocks - set(plan.blocks), reverse=True))
         if not missing:
             return plan
-        key = (num_steps, blocks)
-        if key not in self._filling:
-            count = len(missing)
-            self._filling[key] = replace(
-                plan,
-                sigmas=(None,) * count + plan.sigmas,
-                readout=(True,) * count + plan.readout,
-                commit=(True,) * count + plan.commit,
-                blocks=missing + plan.blocks,
-                num_draws_skipped=count + plan.num_draws_skipped,
-            )
-        return self._filling[key]
+        count = len(missing)
+        return replace(
+            plan,
+            sigmas=(None,) * count + plan.sigmas,
+            readout=(True,) * count + plan.readout,
+            commit=(True,) * count + plan.commit,
+            blocks=missing + plan.blocks,
+            num_draws_skipped=count + plan.num_draws_skipped,
+        )
 
     def release(self, sequence: Sequence) -> int:
         """Free what is kept for a sequence that leaves, while it still has its slot -> bytes of its keys and
         values."""
         sequence.rows, self._packs = None, []
-        return 0 if sequence.slot == NO_SLOT else self.pool.free(sequence.slot, sequence.next_start)
+        return 0 if sequence.slot == NO_SLOT else self.cache.free(sequence.slot)
 
     @torch.inference_mode()
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
@@ -215,8 +224,7 @@ class Runner:
         """
         results: dict[int, StepResult] = {}
         for block in self._blocks:
-            # In the order of their slots: rdlm/nn/kv_cache.py reads neighbouring slots in place.
-            mine = sorted((s for s in batch if self._block_index(s) == block.index), key=lambda s: s.slot)
+            mine = [s for s in batch if self._block_index(s) == block.index]
             if mine:
                 results |= self._run(block, mine)
         return results
@@ -237,7 +245,7 @@ class Runner:
         return self._read(block, readers, exiting) if readers else {}
 
     def _plan(self, sequence: Sequence) -> StepPlan:
-        return self._plan_at(sequence.counts.num_steps, sequence.blocks)
+        return cast(StepPlan, sequence.counts.plan)
 
     def _block_index(self, sequence: Sequence, later: int = 0) -> int:
         return self._plan(sequence).blocks[sequence.step + later]
@@ -262,11 +270,20 @@ class Runner:
 
     def _enter(self, block: Block, entering: list[Sequence]) -> None:
         """Prelude and initial state of segments that have just opened."""
-        for sequence, e in zip(entering, self._encode(block, entering), strict=True):
-            draw = generator(sequence.request.seed, sequence.request.choice, sequence.start, STATE)
-            num_steps = self._plan(sequence).num_core_steps
-            state = block.denoiser.model.initial_state(e[None], draw, num_steps=num_steps)
-            sequence.rows = Rows(e, state[0])
+        if not entering:
+            return
+        model, e = block.denoiser.model, self._encode(block, entering)
+        if not model.state_is_random and not model.depends_on_num_steps:
+            state = model.initial_state(torch.cat(list(e))[None] if len(e) > 1 else e[0][None])[0]
+            states = state.split([len(rows) for rows in e])
+        else:
+            states = [self._initial_state(model, s, rows) for s, rows in zip(entering, e, strict=True)]
+        for sequence, rows, state in zip(entering, e, states, strict=True):
+            sequence.rows = Rows(rows, state)
+
+    def _initial_state(self, model: Backbone, sequence: Sequence, e: Tensor) -> Tensor:
+        draw = generator(sequence.request.seed, sequence.request.choice, sequence.start, STATE)
+        return model.initial_state(e[None], draw, num_steps=self._plan(sequence).num_core_steps)[0]
 
     def _core(self, block: Block, batch: list[Sequence]) -> set[int]:
         """One core step -> ids of the sequences that exit on their states."""
@@ -318,25 +335,25 @@ class Runner:
         top = self.denoiser.noise.sigma_max
         return torch.tensor([top if sigma is None else sigma for sigma in sigmas], device=self.device)
 
-    def _pack(self, sequences: list[Sequence], once: bool) -> cache.PackedContext:
+    def _pack(self, sequences: list[Sequence], once: bool) -> PackedContext:
         """The context of the sequences' rows, a recent one where it is the same: while no row moves to
         another position."""
         segments = [segment for s in sequences for segment in self._cache_segments(s, once)]
         for known, pack in self._packs:
             if known == segments:
                 return pack
-        pack = cache.PackedContext(self.pool, segments)
+        pack = PackedContext(self.cache, segments)
         self._packs = [*self._packs, (segments, pack)][-PACKS:]
         return pack
 
-    def _cache_segments(self, sequence: Sequence, once: bool) -> list[cache.Segment]:
+    def _cache_segments(self, sequence: Sequence, once: bool) -> list[Segment]:
         """The sequence's rows as the cache sees them. once: a prelude or coda pass, whose keys do not depend
         on the step."""
         plan, start, length = self._plan(sequence), sequence.start, sequence.length
         commit = plan.commit[sequence.step]
-        step = 0 if once or not self.pool.keeps_steps else sequence.step
+        step = 0 if once or not self.cache.keeps_steps else sequence.step
         spans = [(start, length)] if commit else [(start + i, 1) for i in range(length)]
-        return [cache.Segment(sequence.slot, first, n, step, commit, plan.append_own) for first, n in spans]
+        return [Segment(sequence.slot, first, n, step, commit, plan.append_own) for first, n in spans]
 
     def _read(self, block: Block, readers: list[Sequence], exiting: set[int]) -> dict[int, StepResult]:
         """Coda for every row that is read out; head, log-probabilities and a draw where they are needed.
@@ -444,8 +461,11 @@ class Runner:
                 sequence, results[sequence.id].exited
             ):
                 sequence.rows = replace(rows_of(sequence), prior=prediction.prior[i])
-        uniforms = [uniform(s.request.seed, s.request.choice, s.context_length, s.step) for s in drawn]
         params, histories = [s.request.sampling for s in drawn], [s.history for s in drawn]
+        uniforms = [
+            0.0 if p.greedy else uniform(s.request.seed, s.request.choice, s.context_length, s.step)
+            for s, p in zip(drawn, params, strict=True)
+        ]
         known = slice(0, self._num_tokens)
         evidence = None if prediction.evidence is None else prediction.evidence[:, known]
         ids = sample(prediction.prior[:, known], params, histories, uniforms, evidence)

@@ -35,6 +35,8 @@ class StepCounts:
     """Steps of a prompt position that is only context: up to its last committing step."""
     scored: int
     """Steps of a prompt position whose log-probabilities are wanted, at least ``context``."""
+    plan: Any = field(default=None, compare=False, repr=False)
+    """The runner's own: what each of the steps does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rdlm.nn.attention import attention
-from rdlm.nn.kv_cache import PAGE, FullKVPool, KVPool, PackedContext, Segment
+from rdlm.nn.kv_cache import PAGE, KVCache, PackedContext, Segment
 
 H, DH, STARTS = 2, 8, (5, 0, 3)
 STEP = 2
@@ -19,11 +19,11 @@ def random_rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def filled(kind: type[KVPool] | type[FullKVPool]) -> tuple[KVPool | FullKVPool, torch.Tensor]:
+def filled(num_steps: int) -> tuple[KVCache, torch.Tensor]:
     """A pool whose three slots have a past, and the keys and values that a row at STEP must see: [2, slots,
     positions, H, Dh]."""
     torch.manual_seed(0)
-    pool = kind(1, 3, 8, H, DH)
+    pool = KVCache(1, 3, 8, H, DH, num_steps=num_steps)
     seen = torch.zeros(2, 3, 8, H, DH)
     for slot, start in enumerate(STARTS):
         for position in range(start):
@@ -35,13 +35,13 @@ def filled(kind: type[KVPool] | type[FullKVPool]) -> tuple[KVPool | FullKVPool, 
     return pool, seen
 
 
-@pytest.mark.parametrize("kind", [KVPool, FullKVPool])
+@pytest.mark.parametrize("num_steps", [1, 4], ids=["shared", "full"])
 @pytest.mark.parametrize("commits", [(True, True, True), (True, False, True)])
 @pytest.mark.parametrize("slots", [(0, 1, 2), (2, 0, 1), (0, 2)], ids=["neighbours", "shuffled", "apart"])
 def test_decoding_rows_see_their_own_past_and_themselves(
-    slots: tuple[int, ...], commits: tuple[bool, ...], kind: type[KVPool] | type[FullKVPool]
+    slots: tuple[int, ...], commits: tuple[bool, ...], num_steps: int
 ) -> None:
-    pool, seen = filled(kind)
+    pool, seen = filled(num_steps)
     step = STEP if pool.keeps_steps else 0
     segments = [
         Segment(slot, STARTS[slot], 1, step, commit) for slot, commit in zip(slots, commits, strict=False)
@@ -71,13 +71,13 @@ def test_decoding_rows_see_their_own_past_and_themselves(
         torch.testing.assert_close(out, attention(q2, *past), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [KVPool, FullKVPool])
-def test_a_slot_that_was_freed_tells_its_next_owner_nothing(kind: type[KVPool] | type[FullKVPool]) -> None:
+@pytest.mark.parametrize("num_steps", [1, 4], ids=["shared", "full"])
+def test_a_slot_that_was_freed_tells_its_next_owner_nothing(num_steps: int) -> None:
     """NaN keys of a request that failed would pass through the mask of a shorter one: 0 times NaN is NaN."""
-    pool = kind(1, 2, 8, H, DH)
+    pool = KVCache(1, 2, 8, H, DH, num_steps=num_steps)
     nan = torch.full((1, 8, H, DH), float("nan"))
     PackedContext(pool, [Segment(0, 0, 8)]).attend(nan, nan, nan, 0)
-    pool.free(0, 8)
+    pool.free(0)
     q, k, v = random_rows(2)
     PackedContext(pool, [Segment(1, 0, 2)]).attend(q, k, v, 0)
     out = PackedContext(pool, [Segment(0, 0, 1), Segment(1, 2, 1)]).attend(q, k, v, 0)
@@ -87,7 +87,7 @@ def test_a_slot_that_was_freed_tells_its_next_owner_nothing(kind: type[KVPool] |
 def test_the_full_pool_holds_what_has_been_written() -> None:
     """Three layers of which the middle one iterates: pages of the steps and positions that were taken, and
     none after ``free``."""
-    pool = FullKVPool(3, 2, 1000, H, DH)
+    pool = KVCache(3, 2, 1000, H, DH, num_steps=5, core_layers=range(1, 2))
     page = 2 * PAGE * H * DH * 4
     assert pool.num_bytes == 0
     span = random_rows(PAGE + 1)
@@ -97,10 +97,11 @@ def test_the_full_pool_holds_what_has_been_written() -> None:
     PackedContext(pool, [Segment(0, 0, PAGE + 1)]).attend(*span, 2)
     assert pool.num_bytes == (1 + 5 + 1) * 2 * page
     one = random_rows(1)
-    PackedContext(pool, [Segment(1, 0, 1)]).attend(*one, 0)
-    assert pool.num_bytes == (1 + 5 + 1) * 2 * page + page
-    assert pool.free(0, PAGE + 1) == (1 + 5 + 1) * 2 * page and pool.num_bytes == page
-    assert pool.free(1, 1) == page and pool.num_bytes == 0
+    for layer in (0, 2):  # prelude and coda
+        PackedContext(pool, [Segment(1, 0, 1)]).attend(*one, layer)
+    assert pool.num_bytes == (1 + 5 + 1) * 2 * page + 2 * page
+    assert pool.free(0) == (1 + 5 + 1) * 2 * page and pool.num_bytes == 2 * page
+    assert pool.free(1) == 2 * page and pool.num_bytes == 0
 
 
 def test_a_single_query_in_bf16_is_the_fp32_answer_rounded() -> None:

@@ -12,7 +12,7 @@ from rdlm.config.model import HuginnConfig, LlamaConfig
 from rdlm.diffusion.samplers import run
 from rdlm.errors import UserError
 from rdlm.nn.attention import CausalContext, rotary_table
-from rdlm.nn.kv_cache import FullKVPool, KVPool, PackedContext, Segment
+from rdlm.nn.kv_cache import KVCache, PackedContext, Segment
 from rdlm.objectives import Objective
 from rdlm.registry import build_model
 
@@ -128,14 +128,15 @@ def test_grouped_heads_equal_repeated_heads() -> None:
     torch.testing.assert_close(forward(grouped), forward(full), atol=1e-6, rtol=1e-5)
 
 
-def pool_for(denoiser: Objective, depth: int, slots: int = 3) -> KVPool | FullKVPool:
-    m, kind = denoiser.model, KVPool if depth == 1 else FullKVPool
-    return kind(m.num_cache_layers, slots, 32, m.num_kv_heads, m.head_dim)
+def pool_for(denoiser: Objective, depth: int, slots: int = 3) -> KVCache:
+    m = denoiser.model
+    sizes = m.num_cache_layers, slots, 32, m.num_kv_heads, m.head_dim
+    return KVCache(*sizes, num_steps=depth, core_layers=m.core_cache_layers)
 
 
 def through_cache(
     denoiser: Objective,
-    pool: KVPool | FullKVPool,
+    pool: KVCache,
     ids: torch.Tensor,
     num_steps: int,
     spans: list[int],
@@ -196,7 +197,6 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
     model, depth = denoiser.model, 4
     a, b, c = (torch.randint(0, V, (1, n)) for n in (6, 4, 3))
     alone, packed = pool_for(denoiser, depth), pool_for(denoiser, depth)
-    assert isinstance(alone, FullKVPool) and isinstance(packed, FullKVPool)
     for pool in (alone, packed):  # b and c have a past; a is prefilled beside them
         through_cache(denoiser, pool, b[:, :3], 4, [3], 1)
         through_cache(denoiser, pool, c[:, :2], 2, [2], 2)  # fewer steps: its last keys serve the deeper ones
@@ -222,9 +222,8 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
     got = denoiser.step(torch.ones_like(e), e, denoiser.condition(None, e), PackedContext(packed, stepped))
     torch.testing.assert_close(got, torch.cat(outs, 1), atol=2e-5, rtol=1e-4)
     for _, slot, start, length, step in plans:
-        segment = Segment(slot, start, length, step)
         for layer in range(model.num_cache_layers):
-            kept = [pool.read(layer, segment, pool.places(segment)) for pool in (packed, alone)]
+            kept = [pool.read(layer, slot, step, start + length) for pool in (packed, alone)]
             torch.testing.assert_close(*kept, atol=2e-5, rtol=1e-4)
 
 
@@ -243,19 +242,20 @@ def test_uncommitted_rows_equal_the_two_stream_forward(tiny, objective: str, app
     through_cache(denoiser, pool, ids[:, :-1], 1, [T - 1], 0)
     if append_own:
         through_clean_row(denoiser, pool, ids)
-    before = pool.k.clone()
+    (store,) = pool.stores
+    before = store.k.clone()
     noisy = PackedContext(pool, [Segment(0, T - 1, 1, commit=False, append_own=append_own)])
     e = model.encode(ids[:, -1:], PackedContext(pool, [Segment(0, T - 1, 1)]))
-    committed = pool.k.clone()
+    committed = store.k.clone()
     state = denoiser.step(
         denoiser.inject(z[:, -1:], sigma[:, -1:]), e, denoiser.condition(sigma[:, -1:], e), noisy
     )
     got = denoiser.predict(model.decode(state, noisy), z[:, -1:], sigma[:, -1:]).logits()[0, -1]
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-    assert torch.equal(pool.k, committed) and torch.allclose(before[1:], committed[1:], atol=1e-6)
+    assert torch.equal(store.k, committed) and torch.allclose(before[1:], committed[1:], atol=1e-6)
 
 
-def through_clean_row(denoiser: Objective, pool: KVPool | FullKVPool, ids: torch.Tensor) -> None:
+def through_clean_row(denoiser: Objective, pool: KVCache, ids: torch.Tensor) -> None:
     context = PackedContext(pool, [Segment(0, T - 1, 1)])
     e = denoiser.model.encode(ids[:, -1:], context)
     denoiser.model.decode(

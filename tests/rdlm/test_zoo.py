@@ -3,6 +3,7 @@ outputs, fp32)."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -18,7 +19,8 @@ from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.cli import app, run
 from rdlm.errors import UserError
 from rdlm.inference import Model
-from rdlm.nn.kv_cache import FullKVPool, KVPool, PackedContext, Segment
+from rdlm.nn.kv_cache import KVCache, PackedContext, Segment
+from serve.engine.cpu.modules import use_kernels
 
 FAMILIES = (
     "huginn", "ouro", "retro_llama", "retro_olmo", "parcae", "ifm_p2", "ifm_p2_orthoinj", "ifm_p2_linear", "nanbeige", "loopus",
@@ -86,12 +88,11 @@ def test_greedy_texts_are_the_reference(case: Case) -> None:
             assert torch.equal(ids[:, case.ids.shape[1] :], expected)
 
 
-def in_chunks(
-    case: Case, k: int, kind: type[KVPool | FullKVPool], latent: torch.Tensor | None = None
-) -> torch.Tensor:
+def in_chunks(case: Case, k: int, num_steps: int, latent: torch.Tensor | None = None) -> torch.Tensor:
     """Logits of both rows, fed in pieces to a cache; latent: None is zeros."""
     model, rows = case.model.denoiser.model, range(len(case.ids))
-    pool = kind(model.num_cache_layers, len(rows), case.ids.shape[1], model.num_kv_heads, model.head_dim)
+    sizes = model.num_cache_layers, len(rows), case.ids.shape[1], model.num_kv_heads, model.head_dim
+    pool = KVCache(*sizes, num_steps=num_steps, core_layers=model.core_cache_layers)
     latent = torch.zeros(*case.ids.shape, case.model.config.model.d_model) if latent is None else latent
     parts, start = [], 0
     with torch.no_grad():
@@ -117,17 +118,27 @@ def in_chunks(
 
 def test_chunked_prefill_and_decoding_with_the_full_cache_equal_the_whole(case: Case) -> None:
     k = min(3, case.model.config.max_steps)
-    assert_near(in_chunks(case, k, FullKVPool), case.model.logits(case.ids, k, zero_state=True)[k])
+    assert_near(in_chunks(case, k, 8), case.model.logits(case.ids, k, zero_state=True)[k])
     for name, cached in case.expected.items():
         if match := re.fullmatch(r"logits_cached_full_(zero_init_)?K(\d+)", name):
-            assert_near(in_chunks(case, int(match[2]), FullKVPool), cached)
+            assert_near(in_chunks(case, int(match[2]), 64), cached)
+
+
+def test_the_cpu_kernels_compute_every_family(case: Case) -> None:
+    """With fp32 weights as exactly as the modules that they replace; chunks of a prompt and single rows."""
+    k, fast = min(3, case.model.config.max_steps), copy.copy(case)
+    expected = case.model.logits(case.ids, k, zero_state=True)[k]
+    fast.model = copy.deepcopy(case.model)
+    if not use_kernels(fast.model.denoiser):
+        pytest.skip("needs a C++ compiler")
+    assert_near(in_chunks(fast, k, 8), expected)
 
 
 @pytest.mark.parametrize("family", ["ifm_p2", "ifm_p2_orthoinj", "ifm_p2_linear"])
 def test_the_shared_cache_is_the_published_terminal_kv(golden: Path, tmp_path: Path, family: str) -> None:
     case = Case(golden / f"{family}_tiny", tmp_path / "model")
-    assert_near(in_chunks(case, 5, KVPool), case.expected["logits_terminal_kv_zero_init_K5"])
-    hashed = in_chunks(case, 5, KVPool, latent=case.expected["hashed_state_identity"])
+    assert_near(in_chunks(case, 5, 1), case.expected["logits_terminal_kv_zero_init_K5"])
+    hashed = in_chunks(case, 5, 1, latent=case.expected["hashed_state_identity"])
     assert_near(hashed, case.expected["logits_terminal_kv_identity_state_K5"])
 
 
@@ -180,7 +191,7 @@ def test_hrm_text_at_every_number_of_cycles(golden: Path, tmp_path: Path) -> Non
         for _ in range(16):
             ids = torch.cat([ids, case.model.logits(ids, k)[k][:, -1].argmax(-1, keepdim=True)], 1)
         assert torch.equal(ids[:, 24:], case.expected[f"greedy_causal_H{k}_L3"])
-    assert_near(in_chunks(case, 2, FullKVPool), case.expected["logits_causal_H2_L3"])
+    assert_near(in_chunks(case, 2, 8), case.expected["logits_causal_H2_L3"])
 
 
 def test_both_forms_of_hrm_text_are_read(golden: Path, tmp_path: Path) -> None:

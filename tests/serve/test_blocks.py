@@ -273,7 +273,8 @@ def test_one_block_in_memory_draws_what_all_draw(
 ) -> None:
     made = cut(objective, targets)
     save(tmp_path / "model", made.runner.denoiser, made.config, tokenizer)  # type: ignore[attr-defined]
-    settings = SETTINGS.model_copy(update={"dtype": dtype})
+    # Weights that come and go are not packed: in bf16 the kernels, which round less, draw other tokens.
+    settings = SETTINGS.model_copy(update={"dtype": dtype, "kernels": "torch"})
     wanted = [request(7, 1, 1), request(12, 3, 3), request(8, 6, 4)]
 
     def answers(served: Served) -> list[list[int | None]]:

@@ -228,7 +228,7 @@ def test_the_full_cache_holds_nothing_once_its_requests_have_ended(
     make_served: Callable[..., Served],
 ) -> None:
     served = make_served(settings=EngineSettings(max_slots=4, chunk=16, prefill_rows=32, kv_cache="full"))
-    pool = served.runner.pool  # type: ignore[attr-defined]
+    pool = served.runner.cache  # type: ignore[attr-defined]
     with Engine(lambda: served) as engine:
         few, many = (engine.generate([request(20, k, max_tokens=2)])[0][-1].usage for k in (2, 8))
         assert few is not None and many is not None and 0 < few.kv_bytes < many.kv_bytes
@@ -276,13 +276,13 @@ def test_a_step_finds_the_packs_of_the_step_before(
     for kept in (1, 4):
         monkeypatch.setattr(runner, "PACKS", kept)
         engine, built[kept] = make_engine(), 0
-        real = runner.cache.PackedContext
+        real = runner.PackedContext
 
         def count(*args: object, kept: int = kept, real: type = real) -> object:
             built[kept] += 1
             return real(*args)
 
-        monkeypatch.setattr(runner.cache, "PackedContext", count)
+        monkeypatch.setattr(runner, "PackedContext", count)
         answers.append([tokens(e) for e in engine.generate([request(3, k, k) for k in (3, 7, 8)])])
-        monkeypatch.setattr(runner.cache, "PackedContext", real)
+        monkeypatch.setattr(runner, "PackedContext", real)
     assert answers[0] == answers[1] and built[4] < built[1]

@@ -1,0 +1,650 @@
+// CPU kernels of inference: products with packed weights, attention over a paged cache, and a whole
+// transformer layer made of them.
+//
+// Activations are fp32 whatever the weights are (fp32, bf16, int8). Every output element is summed in one
+// order that depends neither on how many rows there are nor on how many threads: a row computed in a batch
+// equals the row computed alone to the bit, and a prompt read in chunks equals one read token by token.
+//
+// Plain C interface, called through ctypes; see modules.py for what calls it.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include <unistd.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define MAX_ROWS 12
+constexpr int VW = 16;
+#elif defined(__AVX__)
+#define MAX_ROWS 6
+constexpr int VW = 8;
+#else
+#define MAX_ROWS 6
+constexpr int VW = 4;
+#endif
+constexpr int BW = 2 * VW;   // outputs of one weight block: two vectors
+constexpr int GROUP = 32;    // inputs that share a scale in int8 weights
+constexpr int PAGE = 64;     // positions of a cache page
+constexpr int UNIT = 4;      // weight blocks a thread takes at a time
+constexpr int AHEAD = 512;   // bytes: lines of 16 bytes come too slowly for the machine's own prefetching
+
+typedef float vf __attribute__((vector_size(VW * 4)));
+typedef int32_t vi __attribute__((vector_size(VW * 4)));
+typedef uint32_t vu __attribute__((vector_size(VW * 4)));
+
+enum Kind { F32 = 0, BF16 = 1, INT8 = 2 };
+
+template <class T> static inline T load(const void* p) {
+  T v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+static inline vf splat(float x) { return x - vf{}; }
+static inline vf load_int8(const void* p) {  // compilers find these instructions for neither of the widths
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+#else
+  typedef int8_t vb __attribute__((vector_size(VW)));
+  return __builtin_convertvector(load<vb>(p), vf);
+#endif
+}
+static inline vf load_bf16(const void* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16);
+#elif defined(__AVX2__)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))), 16);
+#else
+  typedef uint16_t vh __attribute__((vector_size(VW * 2)));
+  return (vf)(__builtin_convertvector(load<vh>(p), vu) << 16);
+#endif
+}
+static inline float bf16_to_float(uint16_t b) {
+  uint32_t u = uint32_t(b) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+static inline uint16_t float_to_bf16(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return uint16_t(u >> 16) | 0x40;  // NaN stays one
+  return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline float sum(vf v) {
+  float s[VW];
+  store(s, v);
+  for (int step = VW / 2; step; step /= 2)
+    for (int i = 0; i < step; i++) s[i] += s[i + step];
+  return s[0];
+}
+
+// exp to about 2 ulp (Cody-Waite reduction, degree 6).
+static inline vf exp_(vf x) {
+  const vf low = splat(-87.3f), high = splat(88.3f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  vf t = x * splat(1.44269504f);
+  vi n = __builtin_convertvector(t + (t < vf{} ? splat(-0.5f) : splat(0.5f)), vi);
+  vf fn = __builtin_convertvector(n, vf);
+  vf r = x - fn * splat(0.693359375f) + fn * splat(2.12194440e-4f);
+  vf p = splat(1.0f / 720);
+  p = p * r + splat(1.0f / 120);
+  p = p * r + splat(1.0f / 24);
+  p = p * r + splat(1.0f / 6);
+  p = p * r + splat(0.5f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  vi scale = (n + 127) << 23;
+  return p * load<vf>(&scale);
+}
+static inline float exp1(float x) { return exp_(splat(x))[0]; }
+
+struct Matrix {
+  const void* data;   // packed, see pack below
+  const float* bias;  // [out] or null
+  int32_t in, out, kind, blocks;
+};
+
+// Bytes of one block of BW outputs.
+static inline int64_t block_bytes(int in, int kind) {
+  if (kind == F32) return int64_t(in) * BW * 4;
+  if (kind == BF16) return int64_t(in) * BW * 2;
+  int groups = (in + GROUP - 1) / GROUP;
+  return int64_t(in) * BW + int64_t(groups) * BW * 4;
+}
+
+// out [N, B * BW] = B blocks of W times N rows of x. bf16: the 32-bit lane l of a line holds output l in its low
+// and output l + VW in its high half. int8: GROUP lines of BW bytes follow their BW scales.
+template <int N, int B, int KIND>
+static void micro(int in, const char* data, int64_t size, const float* x, int64_t ldx, float* out) {
+  vf acc[N][B][2] = {};
+  const char* w[B];
+  for (int j = 0; j < B; j++) w[j] = data + j * size;
+  auto multiply = [&](vf (&to)[N][B][2], int j, int k, vf a, vf b) __attribute__((always_inline)) {
+    for (int n = 0; n < N; n++) {
+      const vf s = splat(x[n * ldx + k]);
+      to[n][j][0] += s * a;
+      to[n][j][1] += s * b;
+    }
+  };
+  if (KIND == F32) {
+    for (int k = 0; k < in; k++)
+      for (int j = 0; j < B; j++) {
+        const char* line = w[j] + int64_t(k) * BW * 4;
+        multiply(acc, j, k, load<vf>(line), load<vf>(line + VW * 4));
+      }
+  } else if (KIND == BF16) {
+    for (int k = 0; k < in; k++)
+      for (int j = 0; j < B; j++) {
+        const vu both = load<vu>(w[j] + int64_t(k) * BW * 2);
+        multiply(acc, j, k, (vf)(both << 16), (vf)(both & 0xffff0000u));
+      }
+  } else {
+    for (int first = 0; first < in; first += GROUP) {
+      const int end = std::min(in, first + GROUP);
+      const int64_t scales = int64_t(first) * BW + int64_t(first / GROUP) * BW * 4, lines = scales + BW * 4;
+      vf part[N][B][2] = {};
+      for (int k = first; k < end; k++)
+        for (int j = 0; j < B; j++) {
+          const char* line = w[j] + lines + int64_t(k - first) * BW;
+          __builtin_prefetch(line + AHEAD);
+          multiply(part, j, k, load_int8(line), load_int8(line + VW));
+        }
+      for (int j = 0; j < B; j++) {
+        const vf sa = load<vf>(w[j] + scales), sb = load<vf>(w[j] + scales + VW * 4);
+        for (int n = 0; n < N; n++) {
+          acc[n][j][0] += sa * part[n][j][0];
+          acc[n][j][1] += sb * part[n][j][1];
+        }
+      }
+    }
+  }
+  for (int n = 0; n < N; n++)
+    for (int j = 0; j < B; j++) {
+      store(out + (n * B + j) * BW, acc[n][j][0]);
+      store(out + (n * B + j) * BW + VW, acc[n][j][1]);
+    }
+}
+
+typedef void (*Micro)(int, const char*, int64_t, const float*, int64_t, float*);
+
+// As many blocks at once as keep the multipliers busy.
+constexpr int blocks_at_once(int rows) { return rows * 4 <= MAX_ROWS ? 4 : rows * 2 <= MAX_ROWS ? 2 : 1; }
+
+template <int N, int KIND> static Micro micro_of(bool several) {
+  return several ? micro<N, blocks_at_once(N), KIND> : micro<N, 1, KIND>;
+}
+template <int KIND> static Micro micro_of(int rows, bool several) {
+  switch (rows) {
+    case 1: return micro_of<1, KIND>(several);
+    case 2: return micro_of<2, KIND>(several);
+    case 3: return micro_of<3, KIND>(several);
+    case 4: return micro_of<4, KIND>(several);
+    case 5: return micro_of<5, KIND>(several);
+    case 6: return micro_of<6, KIND>(several);
+#if MAX_ROWS > 6
+    case 7: return micro_of<7, KIND>(several);
+    case 8: return micro_of<8, KIND>(several);
+    case 9: return micro_of<9, KIND>(several);
+    case 10: return micro_of<10, KIND>(several);
+    case 11: return micro_of<11, KIND>(several);
+    case 12: return micro_of<12, KIND>(several);
+#endif
+  }
+  return nullptr;
+}
+static Micro micro_of(int kind, int rows, bool several) {
+  return kind == F32 ? micro_of<F32>(rows, several) : kind == BF16 ? micro_of<BF16>(rows, several) : micro_of<INT8>(rows, several);
+}
+
+// emit(row, block, values [BW]) for rows of x against ``count`` blocks from ``block`` on.
+template <class Emit>
+static inline void tiles(const Matrix& m, int block, int count, const float* x, int64_t ldx, int row, int rows, Emit& emit) {
+  const int64_t size = block_bytes(m.in, m.kind);
+  alignas(64) float out[MAX_ROWS * UNIT * BW];
+  while (rows > 0) {
+    const int n = rows > MAX_ROWS && rows < 2 * MAX_ROWS ? (rows + 1) / 2 : std::min(rows, MAX_ROWS);  // 4 + 3, not 6 + 1
+    for (int j = 0; j < count;) {
+      const int most = blocks_at_once(n), b = j + most <= count ? most : 1;
+      micro_of(m.kind, n, b > 1)(m.in, static_cast<const char*>(m.data) + (block + j) * size, size, x + row * ldx, ldx, out);
+      for (int r = 0; r < n; r++)
+        for (int i = 0; i < b; i++) emit(row + r, block + j + i, out + (r * b + i) * BW);
+      j += b;
+    }
+    row += n;
+    rows -= n;
+  }
+}
+
+static inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Phases of a job. Threads take items by a counter, and a phase ends when its items are done, not when all
+// threads have come: one that the system has put aside holds nobody up unless it holds an item.
+struct alignas(64) Phase {
+  std::atomic<int> next{0};
+  alignas(64) std::atomic<int> done{0};
+};
+constexpr int PHASES = 12;
+struct Worker {
+  Phase* phases;
+  template <class F> void each(int count, F&& f) {
+    Phase& phase = *phases++;
+    for (int i; (i = phase.next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      f(i);
+      phase.done.fetch_add(1, std::memory_order_release);
+    }
+    for (int spins = 0; phase.done.load(std::memory_order_acquire) < count; spins++)
+      if (spins < 4000) relax(); else std::this_thread::yield();
+  }
+};
+
+// Threads of these kernels. They wait for work with their eyes open for about 0.1 ms, then sleep.
+class Pool {
+ public:
+  void resize(int threads) {
+    std::lock_guard<std::mutex> lock(running);
+    wanted = threads;
+  }
+  template <class F> void run(F&& job) {
+    std::unique_lock<std::mutex> lock(running, std::try_to_lock);
+    if (!lock.owns_lock()) {  // another thread's job has the workers
+      Phase own[PHASES];
+      job(Worker{own});
+      return;
+    }
+    start();
+    for (Phase& phase : phases) phase.next.store(0, std::memory_order_relaxed), phase.done.store(0, std::memory_order_relaxed);
+    call = [](void* f, Phase* p) { (*static_cast<std::remove_reference_t<F>*>(f))(Worker{p}); };
+    argument = &job;
+    number.fetch_add(1);
+    if (asleep.load()) {
+      std::lock_guard<std::mutex> guard(sleeping);
+      wake.notify_all();
+    }
+    job(Worker{phases});
+    number.fetch_add(1);  // odd while a job can be joined
+    while (inside.load()) relax();
+  }
+
+ private:
+  void start() {
+    if (process != getpid()) process = getpid(), started = 1;  // workers do not survive a fork
+    for (; started < wanted; started++) std::thread([this] { work(); }).detach();
+  }
+  void work() {
+    for (uint64_t seen = 0;;) {
+      uint64_t now;
+      for (int spins = 0; (now = number.load()) == seen || now % 2 == 0; spins++) {
+        if (spins < 3000) {
+          relax();
+          continue;
+        }
+        std::unique_lock<std::mutex> lock(sleeping);
+        asleep.fetch_add(1);
+        wake.wait(lock, [&] { return number.load() != seen && number.load() % 2; });
+        asleep.fetch_sub(1);
+      }
+      seen = now;
+      inside.fetch_add(1);
+      if (number.load() == now) call(argument, phases);
+      inside.fetch_sub(1);
+    }
+  }
+
+  std::mutex running, sleeping;
+  std::condition_variable wake;
+  Phase phases[PHASES];
+  alignas(64) std::atomic<uint64_t> number{0};
+  alignas(64) std::atomic<int> inside{0}, asleep{0};
+  void (*call)(void*, Phase*) = nullptr;
+  void* argument = nullptr;
+  int wanted = 1, started = 1;
+  pid_t process = 0;
+};
+static Pool& pool() {
+  static Pool* the = new Pool;  // never destroyed: threads may outlive the process's end
+  return *the;
+}
+
+// y = W x for all rows, by emit(row, block, values [BW]).
+template <class Emit>
+static inline void product(Worker& worker, const Matrix& m, const float* x, int64_t ldx, int rows, Emit&& emit) {
+  const int at_once = std::max(MAX_ROWS, (64 << 10) / std::max(1, m.in) / MAX_ROWS * MAX_ROWS);  // rows whose x stays in L2
+  const int chunks = (rows + at_once - 1) / at_once, units = (m.blocks + UNIT - 1) / UNIT;
+  worker.each(chunks * units, [&](int i) {
+    const int row = i / units * at_once, block = i % units * UNIT;
+    tiles(m, block, std::min(UNIT, m.blocks - block), x, ldx, row, std::min(at_once, rows - row), emit);
+  });
+}
+
+// An emit that stores into y [rows, ldy], bias added.
+struct Store {
+  const Matrix& m;
+  float* y;
+  int64_t ldy;
+  void operator()(int row, int block, const float* values) const {
+    const int first = block * BW, count = std::min(BW, m.out - first);
+    float* to = y + row * ldy + first;
+    if (m.bias)
+      for (int i = 0; i < count; i++) to[i] = values[i] + m.bias[first + i];
+    else
+      memcpy(to, values, count * 4);
+  }
+};
+
+static inline float mean_square(const float* x, int width) {
+  vf acc[4] = {};
+  int i = 0;
+  for (; i + 4 * VW <= width; i += 4 * VW)
+    for (int j = 0; j < 4; j++) {
+      vf v = load<vf>(x + i + j * VW);
+      acc[j] += v * v;
+    }
+  float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  for (; i < width; i++) total += x[i] * x[i];
+  return total / width;
+}
+
+// to = x / rms(x) * weight; weight null: none.
+static inline void rms_norm(float* to, const float* x, const float* weight, int width, float eps) {
+  const float scale = 1.0f / std::sqrt(mean_square(x, width) + eps);
+  if (weight)
+    for (int i = 0; i < width; i++) to[i] = x[i] * scale * weight[i];
+  else
+    for (int i = 0; i < width; i++) to[i] = x[i] * scale;
+}
+
+// Rows of a pack and where their keys are: one entry a row.
+struct Rows {
+  int32_t count;
+  const int32_t* positions;
+  const int32_t* lengths;  // keys read from the cache, its own included where it is written
+  const int32_t* writes;   // place of its own key, or -1: seen by this row alone
+  const int64_t* tables;   // address of its int32 places of positions 0, 1, ...
+};
+struct Cache {
+  void* k;  // of one layer: [pages, kv_heads, PAGE, head_dim]
+  void* v;
+  int32_t kind;  // F32 or BF16
+};
+
+struct Layer {
+  int32_t width, heads, kv_heads, head_dim, rope_dims, norms, mlp, mlp_width, qk_norm, output_gate, value_gate_width;
+  float norm_eps, qk_eps, mlp_scale;
+  const float *norm[4], *qk_bias, *q_norm, *k_norm, *value_gate, *rope;  // rope [positions, rope_dims / 2, 2]: cos, sin
+  Matrix qkv, proj, fc, down;
+};
+enum Norms { PRE = 0, POST = 1, SANDWICH_SUM = 2, SANDWICH_BRANCH = 3 };
+enum Mlp { SWIGLU = 0, RELU2 = 1, GELU = 2 };
+enum QkNorm { NONE = 0, FULL = 1, HEAD = 2, HEAD_UNWEIGHTED = 3 };
+
+// AdaLN of a layer: shift, factor and gate of attention, then of the feed-forward layer; stride 0: one for all rows.
+struct Modulation {
+  const float* part[6];
+  int64_t stride[6];
+};
+
+template <class T> static inline vf load_kv(const T* p);
+template <> inline vf load_kv<float>(const float* p) { return load<vf>(p); }
+template <> inline vf load_kv<uint16_t>(const uint16_t* p) { return load_bf16(p); }
+static inline float scalar_kv(float x) { return x; }
+static inline float scalar_kv(uint16_t x) { return bf16_to_float(x); }
+
+template <class T> static inline float dot(const float* q, const T* k, int width) {
+  vf acc[4] = {};
+  int i = 0;
+  for (; i + 4 * VW <= width; i += 4 * VW)
+    for (int j = 0; j < 4; j++) acc[j] += load<vf>(q + i + j * VW) * load_kv(k + i + j * VW);
+  for (; i + VW <= width; i += VW) acc[0] += load<vf>(q + i) * load_kv(k + i);
+  float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  for (; i < width; i++) total += q[i] * scalar_kv(k[i]);
+  return total;
+}
+template <class T> static inline void add_scaled(float* to, float p, const T* v, int width) {
+  int i = 0;
+  for (; i + VW <= width; i += VW) store(to + i, load<vf>(to + i) + p * load_kv(v + i));
+  for (; i < width; i++) to[i] += p * scalar_kv(v[i]);
+}
+
+// scores [length] -> probabilities times their sum, which is returned; in place.
+static inline float soften(float* s, int length, float scale) {
+  float most = -INFINITY;
+  for (int j = 0; j < length; j++) most = std::max(most, s[j]);
+  const float shift = most * scale;
+  vf acc = {};
+  int j = 0;
+  for (; j + VW <= length; j += VW) {
+    vf e = exp_(load<vf>(s + j) * scale - shift);
+    store(s + j, e);
+    acc += e;
+  }
+  float total = sum(acc);
+  for (; j < length; j++) total += s[j] = exp1(s[j] * scale - shift);
+  return total;
+}
+
+// One query head of one row -> out [head_dim]. own_k, own_v: of a row whose key is not in the cache, or null.
+template <class T>
+static void attend(const Layer& l, const T* keys, const T* values, const int32_t* places, int length, int head, const float* q,
+                   const float* own_k, const float* own_v, float* out, std::vector<float>& scores) {
+  const int width = l.head_dim, kv = head / (l.heads / l.kv_heads);
+  if (int(scores.size()) < length + 1) scores.resize(2 * length + 64);
+  auto at = [&](const T* base, int j) {
+    const int64_t place = places[j];
+    return base + ((place / PAGE * l.kv_heads + kv) * PAGE + place % PAGE) * width;
+  };
+  for (int j = 0; j < length; j++) scores[j] = dot(q, at(keys, j), width);
+  if (own_k) scores[length] = dot(q, own_k, width);
+  const int seen = length + (own_k != nullptr);
+  const float total = soften(scores.data(), seen, 1.0f / std::sqrt(float(width)));
+  std::fill(out, out + width, 0.0f);
+  for (int j = 0; j < length; j++) add_scaled(out, scores[j], at(values, j), width);
+  if (own_k) add_scaled(out, scores[length], own_v, width);
+  const float scale = 1.0f / total;
+  for (int i = 0; i < width; i++) out[i] *= scale;
+}
+
+template <class T> static inline void put(T* to, const float* from, int width);
+template <> inline void put<float>(float* to, const float* from, int width) { memcpy(to, from, width * 4); }
+template <> inline void put<uint16_t>(uint16_t* to, const float* from, int width) {
+  for (int i = 0; i < width; i++) to[i] = float_to_bf16(from[i]);
+}
+
+// Bias, norm and rotation of a row's queries and keys, gate of its values; the key and value to the cache.
+template <class T>
+static void finish_qkv(const Layer& l, const Rows& rows, const Cache& cache, int row, float* qkv, const float* input, const float* values) {
+  const int width = l.head_dim, both = l.heads + l.kv_heads;
+  float *k = qkv + l.heads * width, *v = k + l.kv_heads * width;
+  if (l.qk_bias)
+    for (int i = 0; i < both * width; i++) qkv[i] += l.qk_bias[i];
+  if (l.qk_norm == FULL) {
+    rms_norm(qkv, qkv, l.q_norm, l.heads * width, l.qk_eps);
+    rms_norm(k, k, l.k_norm, l.kv_heads * width, l.qk_eps);
+  } else if (l.qk_norm != NONE) {
+    for (int h = 0; h < both; h++)
+      rms_norm(qkv + h * width, qkv + h * width, l.qk_norm == HEAD ? (h < l.heads ? l.q_norm : l.k_norm) : nullptr, width, l.qk_eps);
+  }
+  if (l.rope_dims) {
+    const float* angle = l.rope + int64_t(rows.positions[row]) * l.rope_dims;
+    for (int h = 0; h < both; h++)
+      for (int i = 0; i < l.rope_dims; i += 2) {
+        float *pair = qkv + h * width + i, re = pair[0], im = pair[1];
+        pair[0] = re * angle[i] - im * angle[i + 1];
+        pair[1] = re * angle[i + 1] + im * angle[i];
+      }
+  }
+  if (l.value_gate && values)
+    for (int h = 0; h < l.kv_heads; h++) {
+      const float gate = 2.0f / (1.0f + exp1(-dot(input, l.value_gate + h * l.value_gate_width, l.value_gate_width)));
+      for (int i = 0; i < width; i++) v[h * width + i] += gate * values[h * width + i];
+    }
+  const int64_t place = rows.writes[row];
+  if (place < 0) return;
+  for (int h = 0; h < l.kv_heads; h++) {
+    const int64_t at = ((place / PAGE * l.kv_heads + h) * PAGE + place % PAGE) * width;
+    put(static_cast<T*>(cache.k) + at, k + h * width, width);
+    put(static_cast<T*>(cache.v) + at, v + h * width, width);
+  }
+}
+
+// x + branch, with the norms and the gate that the layout has.
+static void leave(const Layer& l, float* x, float* branch, const float* norm, const Modulation* mod, int part, int row) {
+  const int width = l.width;
+  if (l.norms == POST || l.norms == SANDWICH_BRANCH) rms_norm(branch, branch, norm, width, l.norm_eps);
+  if (mod) {
+    const float* gate = mod->part[part + 2] + row * mod->stride[part + 2];
+    for (int i = 0; i < width; i++) x[i] += gate[i] * branch[i];
+  } else {
+    for (int i = 0; i < width; i++) x[i] += branch[i];
+  }
+  if (l.norms == SANDWICH_SUM) rms_norm(x, x, norm, width, l.norm_eps);
+}
+static void enter(const Layer& l, float* to, const float* x, const float* norm, const Modulation* mod, int part, int row) {
+  if (l.norms != POST)
+    rms_norm(to, x, norm, l.width, l.norm_eps);
+  else
+    memcpy(to, x, l.width * 4);
+  if (mod) {
+    const float *shift = mod->part[part] + row * mod->stride[part], *factor = mod->part[part + 1] + row * mod->stride[part + 1];
+    for (int i = 0; i < l.width; i++) to[i] = to[i] * factor[i] + shift[i];
+  }
+}
+
+static float* scratch(int64_t floats) {
+  static thread_local std::vector<float> memory;
+  if (int64_t(memory.size()) < floats) memory.resize(floats);
+  return memory.data();
+}
+
+template <class T>
+static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x, const Modulation* mod, const float* values, int64_t value_stride) {
+  const int n = rows.count, D = l.width, attended = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
+  const int all = attended + 2 * kv + (l.output_gate ? attended : 0);
+  float* h = scratch(int64_t(n) * (2 * D + all + attended + l.mlp_width));
+  float *branch = h + int64_t(n) * D, *qkv = branch + int64_t(n) * D, *mixed = qkv + int64_t(n) * all, *wide = mixed + int64_t(n) * attended;
+  const bool sandwich = l.norms >= SANDWICH_SUM;
+  const float *before_a = l.norm[0], *after_a = l.norms == POST ? l.norm[0] : l.norm[1];
+  const float *before_m = sandwich ? l.norm[2] : l.norm[1], *after_m = sandwich ? l.norm[3] : l.norm[1];
+  pool().run([&](Worker worker) {
+    worker.each(n, [&](int r) { enter(l, h + int64_t(r) * D, x + int64_t(r) * D, before_a, mod, 0, r); });
+    product(worker, l.qkv, h, D, n, Store{l.qkv, qkv, all});
+    worker.each(n, [&](int r) {
+      finish_qkv<T>(l, rows, cache, r, qkv + int64_t(r) * all, h + int64_t(r) * D, values ? values + r * value_stride : nullptr);
+    });
+    const int at_once = n >= 64 ? std::min(l.heads, 4) : 1, parts = (l.heads + at_once - 1) / at_once;
+    static thread_local std::vector<float> scores;
+    worker.each(n * parts, [&](int i) {
+      const int r = i % n, first = i / n * at_once;
+      const float *q = qkv + int64_t(r) * all, *k = q + attended, *v = k + kv;
+      const bool own = rows.writes[r] < 0;
+      for (int head = first; head < std::min(l.heads, first + at_once); head++) {
+        const int shared = head / (l.heads / l.kv_heads) * l.head_dim;
+        float* out = mixed + int64_t(r) * attended + head * l.head_dim;
+        attend<T>(l, static_cast<const T*>(cache.k), static_cast<const T*>(cache.v), reinterpret_cast<const int32_t*>(rows.tables[r]),
+                  rows.lengths[r], head, q + head * l.head_dim, own ? k + shared : nullptr, own ? v + shared : nullptr, out, scores);
+        if (l.output_gate) {
+          const float* gate = v + kv + head * l.head_dim;
+          for (int d = 0; d < l.head_dim; d++) out[d] *= 1.0f / (1.0f + exp1(-gate[d]));
+        }
+      }
+    });
+    product(worker, l.proj, mixed, attended, n, Store{l.proj, branch, D});
+    worker.each(n, [&](int r) {
+      leave(l, x + int64_t(r) * D, branch + int64_t(r) * D, after_a, mod, 0, r);
+      enter(l, h + int64_t(r) * D, x + int64_t(r) * D, before_m, mod, 3, r);
+    });
+    if (l.mlp == SWIGLU) {  // a block is VW gates and their VW partners
+      product(worker, l.fc, h, D, n, [&](int row, int block, const float* values) {
+        const vf gate = load<vf>(values), y = gate / (1.0f + exp_(-gate)) * load<vf>(values + VW) * l.mlp_scale;
+        const int first = block * VW, count = std::min(VW, l.mlp_width - first);
+        memcpy(wide + int64_t(row) * l.mlp_width + first, &y, count * 4);
+      });
+    } else {
+      product(worker, l.fc, h, D, n, [&](int row, int block, const float* values) {
+        float* to = wide + int64_t(row) * l.mlp_width + block * BW;
+        for (int i = 0; i < std::min(BW, l.mlp_width - block * BW); i++) {
+          const float y = values[i];
+          to[i] = l.mlp_scale * (l.mlp == RELU2 ? (y > 0 ? y * y : 0.0f) : 0.5f * y * (1.0f + std::erf(y * 0.70710678f)));
+        }
+      });
+    }
+    product(worker, l.down, wide, l.mlp_width, n, Store{l.down, branch, D});
+    worker.each(n, [&](int r) { leave(l, x + int64_t(r) * D, branch + int64_t(r) * D, after_m, mod, 3, r); });
+  });
+}
+
+extern "C" {
+
+int rdlm_vector_width() { return VW; }
+void rdlm_set_threads(int threads) { pool().resize(threads); }
+
+int64_t rdlm_packed_bytes(int in, int out, int kind) { return int64_t((out + BW - 1) / BW) * block_bytes(in, kind); }
+
+// weight [out, in] fp32 -> packed. Rows that fill the last block are zeros.
+void rdlm_pack(const float* weight, int in, int out, int kind, char* to) {
+  const int blocks = (out + BW - 1) / BW;
+  pool().run([&](Worker worker) { worker.each(blocks, [&](int block) {
+    char* data = to + block * block_bytes(in, kind);
+    auto at = [&](int lane, int k) { return block * BW + lane < out ? weight[int64_t(block * BW + lane) * in + k] : 0.0f; };
+    if (kind == F32) {
+      for (int k = 0; k < in; k++)
+        for (int lane = 0; lane < BW; lane++) reinterpret_cast<float*>(data)[int64_t(k) * BW + lane] = at(lane, k);
+    } else if (kind == BF16) {
+      uint16_t* halves = reinterpret_cast<uint16_t*>(data);
+      for (int k = 0; k < in; k++)
+        for (int lane = 0; lane < BW; lane++)  // low half: lane, high half: lane + VW
+          halves[int64_t(k) * BW + lane % VW * 2 + lane / VW] = float_to_bf16(at(lane, k));
+    } else {
+      for (int first = 0; first < in; first += GROUP) {
+        const int end = std::min(in, first + GROUP);
+        for (int lane = 0; lane < BW; lane++) {
+          float most = 0;
+          for (int k = first; k < end; k++) most = std::max(most, std::fabs(at(lane, k)));
+          const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+          memcpy(data + lane * 4, &scale, 4);
+          for (int k = first; k < end; k++)
+            data[BW * 4 + int64_t(k - first) * BW + lane] = int8_t(std::lrintf(at(lane, k) * inverse));
+        }
+        data += BW * 4 + int64_t(end - first) * BW;
+      }
+    }
+  }); });
+}
+
+// y [rows, out] = x [rows, in] W^T + bias.
+void rdlm_linear(const Matrix* m, const float* x, int64_t ldx, int rows, float* y) {
+  pool().run([&](Worker worker) { product(worker, *m, x, ldx, rows, Store{*m, y, m->out}); });
+}
+
+void rdlm_rms_norm(const float* x, const float* weight, int rows, int width, float eps, float* y) {
+  for (int r = 0; r < rows; r++) rms_norm(y + int64_t(r) * width, x + int64_t(r) * width, weight, width, eps);
+}
+
+// One transformer layer, x [rows, width] in place. mod and values may be null.
+void rdlm_layer(const Layer* l, const Rows* rows, const Cache* cache, float* x, const Modulation* mod, const float* values, int64_t value_stride) {
+  if (cache->kind == BF16)
+    layer<uint16_t>(*l, *rows, *cache, x, mod, values, value_stride);
+  else
+    layer<float>(*l, *rows, *cache, x, mod, values, value_stride);
+}
+}

@@ -1,0 +1,307 @@
+"""Modules that take the places of a model's own for inference on a CPU: weights packed in the order in which
+the kernels read them, activations in fp32.
+
+``use_kernels(model)`` replaces in place. What is computed is the same up to the order of summation, and in
+bf16 more exact, since nothing between the weights is rounded. Packed modules have no parameters: they can be
+neither trained nor saved.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import byref, c_void_p
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rdlm.nn.attention import AttentionContext, LaterLayers, rotary_table
+from rdlm.nn.kv_cache import PackedContext, Pages
+from rdlm.nn.layers import LayerCondition, RMSNorm, TokenTable
+from rdlm.nn.transformer import TransformerLayer
+from serve.engine.cpu.library import Cache, Layer, Matrix, Modulation, Rows, library
+
+WeightFormat = Literal["auto", "int8"]
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+NORMS = {"pre": 0, "post": 1, "sandwich_sum": 2, "sandwich_branch": 3}
+MLPS = {"swiglu": 0, "relu2": 1, "gelu": 2}
+QK_NORMS = {"none": 0, "full": 1, "head": 2, "head_unweighted": 3}
+R = TypeVar("R")
+
+
+def _lib() -> ctypes.CDLL:
+    lib = library()
+    assert lib is not None, "use_kernels asks for the library first"
+    return lib
+
+
+class Packed:
+    """A matrix [out, in] as the kernels read it: fp32, bf16, or int8 with a scale for each 32 inputs of an
+    output."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        """dtype: torch.int8 quantises; None keeps the weight's."""
+        lib, (outputs, inputs) = _lib(), weight.shape
+        kind = KINDS.get(dtype or weight.dtype, 0)
+        self.data = torch.empty(lib.rdlm_packed_bytes(inputs, outputs, kind), dtype=torch.uint8)
+        wide = weight.detach().float().contiguous()
+        lib.rdlm_pack(wide.data_ptr(), inputs, outputs, kind, self.data.data_ptr())
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.inputs, self.outputs = inputs, outputs
+        self.struct = Matrix(self.data.data_ptr(), _pointer(self.bias), inputs, outputs, kind, 0)
+        self.struct.blocks = -(-outputs // (2 * lib.rdlm_vector_width()))
+
+    def product(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out] fp32."""
+        rows = x.reshape(-1, self.inputs).float()
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        out = torch.empty(len(rows), self.outputs)
+        _lib().rdlm_linear(byref(self.struct), rows.data_ptr(), rows.stride(0), len(rows), out.data_ptr())
+        return out.view(*x.shape[:-1], self.outputs)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is packed."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = Packed(linear.weight, linear.bias, dtype)
+        # Embeddings of levels cast what they compute to the dtype of their weights: here, of activations.
+        self.register_buffer("weight", torch.empty(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out] fp32
+        return self.packed.product(x)
+
+
+class PackedTable(nn.Module):
+    """A token table with a packed copy for products with hidden states; rows are looked up in the table itself."""
+
+    def __init__(self, table: TokenTable, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.register_buffer("weight", table.weight.detach(), persistent=False)
+        self.packed: Packed | None = None
+        self.dtype = dtype
+
+    def forward(
+        self,
+        ids: Tensor | None = None,
+        use: Callable[[Tensor], R] | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor | R:
+        if use is not None:
+            return use(self.weight)
+        if ids is not None:
+            return nn.functional.embedding(ids, self.weight).float()
+        assert hidden is not None
+        if self.packed is None:  # of a model's tables only the read-out is multiplied
+            with torch.inference_mode(False), torch.no_grad():
+                self.packed = Packed(self.weight, None, self.dtype)
+        return self.packed.product(hidden)
+
+
+class PackedNorm(nn.Module):
+    """An RMS norm in one pass."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.weight: Tensor
+        self.register_buffer("weight", norm.weight.detach().float().contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D] fp32
+        rows = x.float().contiguous()
+        out = torch.empty_like(rows)
+        width = rows.shape[-1]
+        _lib().rdlm_rms_norm(
+            rows.data_ptr(), self.weight.data_ptr(), rows.numel() // width, width, self.eps, out.data_ptr()
+        )
+        return out
+
+
+class PackedLayer(nn.Module):
+    """A transformer layer as one call of a kernel; its context must be a PackedContext."""
+
+    def __init__(self, layer: TransformerLayer, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        lib, attn, mlp, config = _lib(), layer.attn, layer.mlp, layer.attn.config
+        self.layer, self.config, self.head_dim = attn.layer, config, attn.head_dim
+        self.modulation = layer.modulation
+        qkv: Tensor = attn.Wqkv.weight.detach()
+        bias: Tensor | None = attn.Wqkv.bias
+        if attn.output_gate is not None:
+            qkv = torch.cat([qkv, attn.output_gate.weight.detach()])
+            bias = None if bias is None else torch.cat([bias, bias.new_zeros(len(qkv) - len(bias))])
+        fc: Tensor = mlp.fc.weight.detach()
+        width = mlp.proj.in_features
+        if mlp.kind == "swiglu":
+            fc = _interleaved(fc, lib.rdlm_vector_width())
+        self.matrices = [
+            Packed(qkv, bias, dtype), Packed(attn.proj.weight, None, dtype), Packed(fc, None, dtype),
+            Packed(mlp.proj.weight, None, dtype),
+        ]  # fmt: skip
+        norms = (layer.norm_1, layer.norm_2, layer.norm_3, layer.norm_4)
+        self.norms = [_vector(getattr(norm, "weight", None)) for norm in norms]
+        gate = attn.value_gate
+        self.vectors = [
+            _vector(attn.qk_bias), _vector(getattr(attn.q_norm, "weight", None)),
+            _vector(getattr(attn.k_norm, "weight", None)), None if gate is None else _vector(gate.weight),
+        ]  # fmt: skip
+        self.rope_dims = 0 if config.rope is None else config.rope.num_dims or attn.head_dim
+        self.rope = torch.empty(0)
+        self.struct = Layer(
+            attn.proj.out_features, attn.num_heads, attn.num_kv_heads, attn.head_dim, self.rope_dims,
+            NORMS[layer.norms], MLPS[mlp.kind], width, QK_NORMS[config.qk_norm], attn.output_gate is not None,
+            0 if gate is None else gate.in_features, config.norm_eps, attn.qk_eps, mlp.scale,
+        )  # fmt: skip
+        self.struct.norm = (c_void_p * 4)(*map(_pointer, self.norms))
+        names = ("qk_bias", "q_norm", "k_norm", "value_gate")
+        for name, vector in zip(names, self.vectors, strict=True):
+            setattr(self.struct, name, _pointer(vector))
+        for name, matrix in zip(("qkv", "proj", "fc", "down"), self.matrices, strict=True):
+            setattr(self.struct, name, matrix.struct)
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: AttentionContext,
+        cond: LayerCondition | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
+        """As TransformerLayer.forward: x [1, N, D] -> [1, N, D] fp32."""
+        pack, layer = _pack_of(ctx, self.layer)
+        store = pack.cache.store(layer)
+        view: RowView | None = pack.views.get(id(store))
+        if view is None:
+            view = pack.views[id(store)] = RowView(pack, store)
+        if len(self.rope) < pack.cache.max_len and self.rope_dims:
+            self._read_rotations(pack.cache.max_len)
+        out = x.float().clone(memory_format=torch.contiguous_format)
+        parts = None
+        if cond is not None:
+            if isinstance(cond, Tensor):
+                assert self.modulation is not None
+                cond = self.modulation(cond)
+            parts = [part.float() for part in cond]
+            modulation = Modulation()
+            for i, part in enumerate(parts):
+                if part.stride(-1) != 1:
+                    part = parts[i] = part.contiguous()
+                modulation.part[i] = part.data_ptr()
+                modulation.stride[i] = part.stride(-2) if part.shape[-2] > 1 else 0
+        kept = None if values is None else values.float().contiguous()
+        _lib().rdlm_layer(
+            byref(self.struct), byref(view.rows), byref(view.cache(layer)), out.data_ptr(),
+            None if parts is None else byref(modulation), _pointer(kept), 0 if kept is None else kept.shape[-1],
+        )  # fmt: skip
+        return out
+
+    def _read_rotations(self, length: int) -> None:
+        rope = self.config.rope
+        assert rope is not None
+        table = rotary_table(self.rope_dims, rope.base, length, torch.device("cpu"), rope.scaling)
+        self.rope = torch.view_as_real(table).contiguous()
+        self.struct.rope = self.rope.data_ptr()
+
+
+def _pack_of(ctx: AttentionContext, layer: int) -> tuple[PackedContext, int]:
+    """The pack that a context stands for, and the cache index that a layer has in it."""
+    if isinstance(ctx, LaterLayers):
+        return _pack_of(ctx.inner, layer + ctx.shift)
+    assert isinstance(ctx, PackedContext), "a packed layer reads a packed context"
+    return ctx, layer
+
+
+class RowView:
+    """A pack's rows as the kernels see them, for the layers of one store."""
+
+    def __init__(self, ctx: PackedContext, store: Pages) -> None:
+        lengths: list[int] = []
+        writes: list[int] = []
+        tables: list[int] = []
+        slot_bytes, step_bytes, _ = store.places.strides
+        base, last = store.places.ctypes.data, store.num_steps - 1
+        for s in ctx.segments:
+            table = base + s.slot * slot_bytes + min(s.step, last) * step_bytes
+            if s.commit:
+                store.reserve(s)
+                own = store.row(s)[s.start : s.end].tolist()
+                lengths += range(s.start + 1, s.end + 1)
+            else:
+                own = [-1]
+                lengths.append(s.start + s.append_own)
+            writes += own
+            tables += [table] * s.length
+        self.store = store
+        self.arrays = [
+            ctx.row_positions, np.array(lengths, np.int32), np.array(writes, np.int32), np.array(tables, np.int64),
+        ]  # fmt: skip
+        self.rows = Rows(len(lengths), *(array.ctypes.data for array in self.arrays))
+        self._cache = Cache(0, 0, KINDS[store.k.dtype])
+
+    def cache(self, layer: int) -> Cache:
+        """Where the keys and values of a layer begin."""
+        index, found = layer - self.store.layers.start, self._cache
+        for name, pool in (("k", self.store.k), ("v", self.store.v)):
+            setattr(found, name, pool.data_ptr() + index * pool.stride(0) * pool.element_size())
+        return found
+
+
+def use_kernels(model: nn.Module, weights: WeightFormat = "auto") -> bool:
+    """Replace layers, linear layers, norms and token tables of a network on the CPU, in place -> whether it
+    was done: there must be a compiler, and weights in fp32 or bf16.
+
+    weights: int8 quantises the matrices of layers, adapters and the read-out.
+    """
+    if library() is None or any(
+        p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16) for p in model.parameters()
+    ):
+        return False
+    dtype = torch.int8 if weights == "int8" else None
+    with torch.inference_mode(False), torch.no_grad():
+        _replace(model, dtype, {})
+    return True
+
+
+def _replace(parent: nn.Module, dtype: torch.dtype | None, done: dict[int, nn.Module]) -> None:
+    """done: by id of the original, so that a shared module is packed once."""
+    for name, child in list(parent.named_children()):
+        packed = done.get(id(child))
+        if packed is None:
+            match child:
+                case TransformerLayer():
+                    packed = PackedLayer(child, dtype)
+                    _replace(packed, dtype, done)
+                case TokenTable():
+                    packed = PackedTable(child, dtype)
+                case RMSNorm():
+                    packed = PackedNorm(child)
+                case nn.Linear() if child.in_features and child.out_features > 1:
+                    packed = PackedLinear(child, dtype)
+                case _:
+                    _replace(child, dtype, done)
+                    continue
+            done[id(child)] = packed
+        setattr(parent, name, packed)
+
+
+def _interleaved(fc: Tensor, width: int) -> Tensor:
+    """[gate | up] rows -> ``width`` gates and their ups by turns; zeros fill the last turn."""
+    gate, up = fc.chunk(2)
+    pad = -len(gate) % width
+    both = [
+        torch.cat([part, part.new_zeros(pad, part.shape[1])]).unflatten(0, (-1, width)) for part in (gate, up)
+    ]
+    return torch.stack(both, 1).flatten(0, 2)
+
+
+def _vector(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.detach().float().flatten().contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
