@@ -41,11 +41,12 @@ def load_served(folder: Path, settings: EngineSettings) -> Served:
 def optimise(denoiser: Objective, settings: EngineSettings) -> None:
     """Prepare a network for inference on this machine, in place: the kernels of serve/engine/cpu where they
     can be compiled, else weights packed for PyTorch's own. On a GPU it stays as it is. Raises UserError."""
-    if settings.kernels == "auto" and use_kernels(denoiser, settings.weights):
+    causal = denoiser.config.objective.left_to_right  # a masked model's texts are padded, not packed
+    if settings.kernels == "auto" and causal and use_kernels(denoiser, settings.weights):
         return
     if settings.weights != "auto":
-        problem = "quantised weights need the CPU kernels, so a CPU and a C++ compiler"
-        raise UserError("weights", settings.weights, problem, "install g++, or leave it out")
+        problem = "quantised weights need the CPU kernels: a next-token model, a CPU, a C++ compiler"
+        raise UserError("weights", settings.weights, problem, "leave it out")
     pack_weights(denoiser)
 
 
