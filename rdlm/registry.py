@@ -98,6 +98,11 @@ def _check_objective(config: CheckpointConfig) -> None:
         problem = f"family {model.family!r} cannot be trained with it"
         remedy = f"use {' or '.join(objectives_of(model))}, or another family"
         raise UserError("objective.name", objective.name, problem, remedy)
+    if objective.needs_exit_gate and not model.has_exit_gate:
+        field = "model.exit_gate" if model.family == "huginn" else "model.loop.exit_gate"
+        problem = f"objective {objective.name!r} trains an exit gate, and the model has none"
+        remedy = f"set {field}=linear (family huginn or recurrent)"
+        raise UserError("objective.name", objective.name, problem, remedy)
     if objective.noise_conditioned != model.noise_conditioning:
         has = "has" if objective.noise_conditioned else "has no"
         raise UserError(

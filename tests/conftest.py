@@ -69,6 +69,12 @@ def tiny_config() -> Callable[..., CheckpointConfig]:
 
     def make(family: str = "huginn", objective: object = "single_pass", **model: object) -> CheckpointConfig:
         settings = {"name": objective} if isinstance(objective, str) else objective
+        if (
+            family == "huginn"
+            and isinstance(settings, dict)
+            and settings["name"] in ("exit_gate", "gate_only")
+        ):
+            model = {"exit_gate": "linear", **model}
         noisy = CheckpointConfig.model_validate(
             _document({"family": family}, settings, model)
         ).objective.noise_conditioned

@@ -95,8 +95,10 @@ def parameter_groups(model: nn.Module, spec: OptimizerConfig, lora: LoraConfig |
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     factors = dict.fromkeys([1.0, *spec.lr_factors.values(), 0.0])
     found: dict[tuple[float, bool], list[nn.Parameter]] = {(f, d): [] for f in factors for d in (True, False)}
+    trains = getattr(model, "is_trained", lambda name: True)
     for name, parameter in model.named_parameters():
-        factor = 0.0 if lora is not None and not is_trained(name, lora) else lr_factor(plain_name(name), spec)
+        frozen = not trains(name) or (lora is not None and not is_trained(name, lora))
+        factor = 0.0 if frozen else lr_factor(plain_name(name), spec)
         found[factor, id(parameter) in matrices].append(parameter)
     return [
         {"params": parameters, "weight_decay": spec.weight_decay if decayed else 0.0, "lr_factor": factor}

@@ -496,13 +496,14 @@ def _check(config: TrainConfig) -> None:
             "use images" if of_images else "use tokens or a generated task",
         )
     depth = objective.depth_in_training
+    window = 1 if depth.grad_steps == "all" else depth.grad_steps
     most = {"fixed": depth.mean, "uniform": 2 * depth.mean - 1}.get(depth.distribution, depth.max_steps)
     if depth.mean > depth.max_steps:
         problem = f"exceeds objective.depth.max_steps ({depth.max_steps}), where r is clipped"
         raise UserError("objective.depth.mean", depth.mean, problem, "lower it or raise max_steps")
-    if depth.grad_steps > most:
+    if window > most:
         problem = f"r is never above {most}"
-        raise UserError("objective.depth.grad_steps", depth.grad_steps, problem, f"use at most {most}")
+        raise UserError("objective.depth.grad_steps", window, problem, f"use at most {most}, or all")
     if config.seq_len > config.model.max_seq_len:
         problem = f"longer than model.max_seq_len ({config.model.max_seq_len})"
         raise UserError(

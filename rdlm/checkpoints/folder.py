@@ -23,6 +23,7 @@ from rdlm.atomic import replacing
 from rdlm.checkpoints.resident import ResidentBlocks, absent
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import SCHEMA_VERSION, CheckpointConfig
+from rdlm.config.objective import DepthConfig
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
 from rdlm.errors import UserError
 from rdlm.objectives import Objective
@@ -197,13 +198,23 @@ def _with_ties(denoiser: Objective, weights: dict[str, Tensor]) -> dict[str, Ten
     return {name: weights[first[id(parameter)]] for name, parameter in every.items()}
 
 
+def _depth(depth: DepthConfig) -> str:
+    """How often the core ran in training, for the card."""
+    drawn = f"{depth.distribution}, mean {depth.mean}, drawn per {depth.per}"
+    if depth.curriculum is not None:
+        rise = depth.curriculum
+        drawn += f" ({rise.kind} from {rise.start} over {rise.updates:,} updates)"
+    window = "all" if depth.grad_steps == "all" else f"the last {depth.grad_steps}"
+    return f"{drawn}; {window} with gradient"
+
+
 def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -> str:
     model, objective, depth = config.model, config.objective, config.objective.depth_in_training
     count = sum(weight.numel() for weight in weights.values())
     dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
     trained = {
         "objective": f"`{objective.name}`, read-out {objective.readout}",
-        "core steps in training": f"{depth.distribution}, mean {depth.mean}; the last {depth.grad_steps} with gradient",
+        "core steps in training": _depth(depth),
         "noised in training": objective.noised_in_training,
         "updates": f"{config.step:,}",
     }

@@ -378,11 +378,17 @@ class HuginnConfig(Strict, TextShape):
     other matrix."""
     state_init: Literal["zero", "normal"] = "zero"
     """Recurrent state before the first iteration; Huginn-0125 uses a truncated normal ("like-init")."""
+    exit_gate: Literal["none", "linear", "norm_linear"] = "none"
+    """A probability of stopping at each state, see LoopConfig; objectives exit_gate and gate_only train it."""
 
     @model_validator(mode="after")
     def _heads(self) -> HuginnConfig:
         _check_heads(self.d_model, self.num_heads)
         return self
+
+    @property
+    def has_exit_gate(self) -> bool:
+        return self.exit_gate != "none"
 
     @property
     def num_layers(self) -> int:
@@ -414,6 +420,7 @@ class HuginnConfig(Strict, TextShape):
                 state_scale=math.sqrt(self.d_model) if drawn else 1.0,
                 injection="linear",
                 readout="norm",
+                exit_gate=self.exit_gate,
             ),
             init=InitConfig(residual=self.residual_init, adapter=self.adapter_init),
             noise_conditioning=self.noise_conditioning,

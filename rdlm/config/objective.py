@@ -41,26 +41,52 @@ class NoiseConfig(Strict):
         return self
 
 
+class CurriculumConfig(Strict):
+    """The mean of r rises over the first updates of a run."""
+
+    kind: Literal["linear", "one_minus_sqrt", "geometric"] = "linear"
+    """See CURRICULA in rdlm/objectives/depth.py."""
+    start: int = Field(1, ge=1)
+    """Mean in the first update."""
+    updates: int = Field(ge=1)
+    """Updates until the mean is ``depth.mean``."""
+
+
 class DepthConfig(Strict):
     """How often the core runs in one update (r), and how many of these runs record gradient."""
 
-    distribution: Literal["fixed", "uniform", "lognormal_poisson"] = "fixed"
-    """fixed: r = mean. uniform: r in 1..2*mean-1. lognormal_poisson: r = 1 + Poisson(LogNormal) (Geiping et
-    al. 2025)."""
+    distribution: Literal["fixed", "uniform", "poisson", "lognormal_poisson"] = "fixed"
+    """fixed: r = mean. uniform: r in 1..2*mean-1. poisson: r = 1 + Poisson(mean - 1). lognormal_poisson: r =
+    1 + Poisson(LogNormal) (Geiping et al. 2025). See DISTRIBUTIONS in rdlm/objectives/depth.py."""
+    per: Literal["update", "sequence"] = "update"
+    """Whether all sequences of an update share one r, or each draws its own. Rows of different depth share a
+    pass, and none runs longer than its own r."""
     mean: int = Field(1, ge=1, le=256)
     """Mean of r (of r - 1 for lognormal_poisson, as in the Huginn code)."""
     spread: float = Field(0.5, ge=0, le=2)
     """Standard deviation of the log rate of lognormal_poisson."""
     max_steps: int = Field(256, ge=1, le=1024)
     """r is clipped here, so that the tail of the distribution cannot exhaust memory."""
-    grad_steps: int = Field(1, ge=1, le=256)
+    grad_steps: Annotated[int, Field(ge=1, le=1024)] | Literal["all"] = 1
     """The last so many runs record gradient (truncated backpropagation through time); 1 is a single backward
-    pass."""
+    pass, ``all`` is backpropagation through every run."""
+    curriculum: CurriculumConfig | None = None
+    """None: the mean is the same in all updates."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> DepthConfig:
+        if self.curriculum is not None and self.curriculum.start > self.mean:
+            raise ValueError(f"curriculum.start ({self.curriculum.start}) must not exceed mean ({self.mean})")
+        return self
 
     @property
     def is_single(self) -> bool:
         """Whether the core always runs exactly once."""
-        return self.distribution == "fixed" and self.mean == 1
+        return self.distribution in ("fixed", "poisson") and self.mean == 1
+
+    def window(self, num_steps: int) -> int:
+        """How many of ``num_steps`` runs record gradient."""
+        return num_steps if self.grad_steps == "all" else min(self.grad_steps, num_steps)
 
 
 class CorruptionConfig(Strict):
@@ -127,6 +153,8 @@ class BaseObjectiveConfig(Strict):
     """Whether a level is a standard deviation of noise; a masking level is a probability."""
     default_steps_in_evaluation: ClassVar[tuple[int, ...] | None] = None
     """K of a held-out likelihood where none is given; None: the usual powers of two up to the largest K."""
+    needs_exit_gate: ClassVar[bool] = False
+    """Whether it trains the model's exit gate, which the model must have."""
 
     @model_validator(mode="before")
     @classmethod
@@ -211,6 +239,57 @@ class SinglePassConfig(NextTokenConfig):
     @property
     def noise_conditioned(self) -> bool:
         return self.corruption.share > 0
+
+
+class _EveryStepConfig(NextTokenConfig):
+    """Every core run is read out. Noise conditioning is on where ``corruption.share`` is above 0."""
+
+    depth: DepthConfig = DepthConfig(mean=4, grad_steps="all")
+    corruption: CorruptionConfig = CorruptionConfig()
+
+    @property
+    def readout(self) -> Literal["plain", "evidence"]:  # type: ignore[override]
+        """As in ``single_pass`` where targets are noised, as in ``bptt`` where they are not."""
+        return "evidence" if self.noise_conditioned else "plain"
+
+    @property
+    def noise_conditioned(self) -> bool:
+        return self.corruption.share > 0
+
+
+class PerStepConfig(_EveryStepConfig):
+    """A weighted sum of the cross-entropies after every core run."""
+
+    name: Literal["per_step"] = "per_step"  # type: ignore[assignment]
+    implementation = "rdlm.objectives.per_step:PerStep"
+    weights: Literal["uniform", "linear", "last"] = "uniform"
+    """Of the cross-entropy after run t of r: see WEIGHTS in rdlm/objectives/per_step.py."""
+
+
+class ExitGateConfig(_EveryStepConfig):
+    """Network and exit gate together: the expected cross-entropy under the gate's exit distribution, less an
+    entropy (Ouro's first stage, arXiv 2510.25741)."""
+
+    name: Literal["exit_gate"] = "exit_gate"  # type: ignore[assignment]
+    implementation = "rdlm.objectives.exit_gate:ExitGate"
+    needs_exit_gate = True
+    loss_name = "expected cross-entropy - beta entropy of the exit, nats"
+    beta: float = Field(0.1, ge=0)
+    """Weight of the entropy of the exit distribution, which keeps it near the uniform one."""
+
+
+class GateOnlyConfig(NextTokenConfig):
+    """The exit gate alone, with the network frozen: it learns to go on as long as the loss falls (Ouro's
+    second stage, arXiv 2510.25741)."""
+
+    name: Literal["gate_only"] = "gate_only"  # type: ignore[assignment]
+    implementation = "rdlm.objectives.gate_only:GateOnly"
+    needs_exit_gate = True
+    loss_name = "binary cross-entropy of the exit gate, nats"
+    depth: DepthConfig = DepthConfig(mean=4)
+    slope: float = Field(50.0, gt=0)
+    """The target of going on is sigmoid(slope (improvement - margin)), the improvement in nats."""
+    margin: float = Field(0.005, ge=0)
 
 
 class _SamplingConfig(BaseObjectiveConfig):
@@ -439,7 +518,8 @@ def _is_neutral(key: str, value: Any, variant: type[BaseObjectiveConfig]) -> boo
 
 
 ObjectiveConfig = Annotated[
-    SinglePassConfig | OneStepConfig | EvidenceConfig | PaperConfig | BpttConfig | NextTokenConfig | MaskedConfig
+    SinglePassConfig | OneStepConfig | EvidenceConfig | PaperConfig | BpttConfig | NextTokenConfig | PerStepConfig
+    | ExitGateConfig | GateOnlyConfig | MaskedConfig
     | ClassifyConfig | ForwardForwardConfig | EdmConfig,
     Field(discriminator="name"),
     BeforeValidator(_current),

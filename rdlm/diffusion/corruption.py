@@ -47,6 +47,17 @@ class Noised:
         flat = self.z.new_zeros(self.sigma.numel(), self.z.shape[-1])
         return flat.index_copy(0, self.rows, self.z).view(shape)
 
+    def first(self, count: int) -> Noised:
+        """Those of the first ``count`` sequences."""
+        if count == len(self.sigma):
+            return self
+        sigma, is_noised = self.sigma[:count], self.is_noised[:count]
+        if self.rows is None or self.others is None:
+            return Noised(self.z[: sigma.numel()], sigma, is_noised)
+        noised = int(is_noised.sum())
+        others = self.others[: sigma.numel() - noised]
+        return Noised(self.z[:noised], sigma, is_noised, self.rows[:noised], others)
+
     def put(self, values: Tensor, into: Tensor) -> Tensor:
         """``into`` [B, T, D] with ``values`` [M, D] at the noised positions."""
         if self.rows is None:

@@ -176,6 +176,10 @@ class Objective(nn.Module, ABC):
         ]
         return torch.stack(totals).mean()
 
+    def is_trained(self, name: str) -> bool:
+        """Whether training may move a parameter; the optimizer freezes the others."""
+        return True
+
     def drops_modulation_activations(self) -> None:
         """Let layers compute their modulation themselves, so that recomputing a layer recomputes it too."""
         self.model.modulates_in_layers = True

@@ -28,13 +28,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.objective import CorruptionConfig, DepthConfig
+from rdlm.config.objective import CorruptionConfig
 from rdlm.data.batch import Batch
 from rdlm.device import staged
 from rdlm.diffusion.corruption import Noised, add_noise, draw_levels, noised_everywhere
@@ -54,9 +53,10 @@ from rdlm.nn.attention import AttentionContext, TwoStreamContext
 from rdlm.nn.cross_entropy import linear_cross_entropy
 from rdlm.nn.layers import Condition
 from rdlm.objectives.base import HeldOut, Keys, LossTerms, Objective, Prediction, ReadOut, TokenScores
+from rdlm.objectives.depth import drawn_depths, rows_at_work
 from rdlm.random_streams import Stream, generator
 
-_DEPTH_KEY, _NOISE_KEY, _STATE_KEY = 1, 2, 3
+_NOISE_KEY, STATE_KEY = 2, 3
 EVIDENCE_FLOOR = 0.02
 """Smallest sigma^2 in the evidence term: below it a nearest-neighbour lookup already names the token and
 logits only grow."""
@@ -97,11 +97,18 @@ class NextToken(Objective):
         return getattr(self.settings, "corruption", CorruptionConfig())
 
     def loss(self, batch: Batch, keys: Keys) -> LossTerms:
+        noised, depths = self.corrupt(batch.targets, self.noise_stream(keys)), self.depths(batch, keys)
+        hidden = self.hidden(batch.inputs, noised, depths, keys.stream(STATE_KEY), batch.documents)
+        return self._reduce(hidden, batch, noised, depths)
+
+    def noise_stream(self, keys: Keys) -> Stream:
+        """The randomness of ``corrupt``."""
         which = () if self.block is None else (self.block.index,)
-        noised = self.corrupt(batch.targets, keys.stream(_NOISE_KEY, *which))
-        num_steps = num_recurrences(self.settings.depth_in_training, keys.step, keys.seed)
-        hidden = self.hidden(batch.inputs, noised, num_steps, keys.stream(_STATE_KEY), batch.documents)
-        return self._reduce(hidden, batch, noised, num_steps)
+        return keys.stream(_NOISE_KEY, *which)
+
+    def depths(self, batch: Batch, keys: Keys) -> list[int]:
+        """r of each sequence of a micro-batch, falling."""
+        return drawn_depths(self.settings.depth_in_training, keys, len(batch.targets))
 
     def corrupt(self, targets: Tensor, rng: Stream) -> Noised | None:
         """Noise the targets [B, T]; None where the objective noises none."""
@@ -115,31 +122,74 @@ class NextToken(Objective):
         self,
         inputs: Tensor,
         noised: Noised | None,
-        num_steps: int,
+        depths: list[int],
         rng: Stream,
         documents: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, D] after ``num_steps`` core runs, the noised target standing in the state's
-        place at the start. documents: see Batch.
+        """Hidden states [B, T, D] after ``depths`` core runs of each sequence, the noised target standing in
+        the state's place at the start. documents: see Batch.
 
         z_j of a past position reveals only token j + 1, which position i > j reads in clean form anyway:
         nothing leaks.
         """
-        model = self.model
-        ctx = model.context(inputs, documents)
+        state, ctx = self.run_core(inputs, noised, depths, rng, documents)
+        return self.model.decode(state, ctx)
+
+    def run_core(
+        self,
+        inputs: Tensor,
+        noised: Noised | None,
+        depths: list[int],
+        rng: Stream,
+        documents: Tensor | None = None,
+        on_step: Callable[[int, Tensor, AttentionContext], None] | None = None,
+    ) -> tuple[Tensor, AttentionContext]:
+        """The last states [B, T, S] and their context.
+
+        depths: r of each sequence, falling. All end together, so a sequence of r runs joins in r steps before
+        the end, and the last runs, which record gradient, are the same for all. on_step(k, state, ctx) after
+        step k = 1, 2, ... with the sequences that are at work.
+        """
+        model, num_steps = self.model, depths[0]
+        at_work = rows_at_work(depths)
+        contexts = {
+            n: model.context(inputs[:n], None if documents is None else documents[:n])
+            for n in sorted(set(at_work))
+        }
+        ctx = contexts[len(inputs)]
         e = model.encode(inputs, ctx)
-        state = model.initial_state(e, rng, num_steps=num_steps)
+        start = self._start(e, noised, depths, rng)
         levels = None if noised is None else noised.sigma
         if levels is not None and self.corruption.per == "sequence":
             levels = levels[
                 :, :1
             ]  # one level a sequence: its modulation is computed once, not at every position
         cond = self.condition(levels, e)
-        if noised is not None:
-            state = noised.put(self.inject(noised.z, noised.levels), into=state)
-        grad_steps = self.settings.depth_in_training.grad_steps
-        state = run(lambda s, _: self.step(s, e, cond, ctx), state, num_steps, grad_steps=grad_steps)
-        return model.decode(state, ctx)
+
+        def step(state: Tensor, k: int) -> Tensor:
+            n = at_work[k]
+            if n > len(state):
+                state = torch.cat([state, start[len(state) : n]])
+            if n == len(start):
+                return self.step(state, e, cond, ctx)
+            return self.step(state, e[:n], first_rows(cond, n), contexts[n])
+
+        def after(k: int, state: Tensor) -> None:
+            if on_step is not None:
+                on_step(k, state, contexts[at_work[k - 1]])
+
+        grad_steps = self.settings.depth_in_training.window(num_steps)
+        return run(step, start[: at_work[0]], num_steps, grad_steps, after), ctx
+
+    def _start(self, e: Tensor, noised: Noised | None, depths: list[int], rng: Stream) -> Tensor:
+        """States [B, T, S] before the first step."""
+        model = self.model
+        if model.depends_on_num_steps:
+            rows = [model.initial_state(e[i : i + 1], rng, num_steps=r) for i, r in enumerate(depths)]
+            state = torch.cat(rows)
+        else:
+            state = model.initial_state(e, rng, num_steps=depths[0])
+        return state if noised is None else noised.put(self.inject(noised.z, noised.levels), into=state)
 
     def two_stream_hidden(
         self,
@@ -165,29 +215,43 @@ class NextToken(Objective):
         state = self.step(torch.cat([silent, noisy], 1), torch.cat([e, e], 1), cond, ctx)
         return model.decode(state, ctx)[:, length:]
 
-    def _reduce(self, hidden: Tensor, batch: Batch, noised: Noised | None, num_steps: int) -> LossTerms:
+    def position_weights(self, batch: Batch, noised: Noised | None) -> Tensor:
+        """Of each position in the loss, [B, T] fp32."""
         weight = batch.mask.float()
-        if noised is not None and self.settings.loss_weighting == "edm":
+        if noised is not None and getattr(self.settings, "loss_weighting", "none") == "edm":
             weight = weight * edm_weight(noised.sigma, self.noise.sigma_data)
+        return weight
+
+    def _reduce(self, hidden: Tensor, batch: Batch, noised: Noised | None, depths: list[int]) -> LossTerms:
+        weight = self.position_weights(batch, noised)
         total, losses = self.cross_entropy(
             hidden.flatten(0, 1), batch.targets.flatten(), weight.flatten(), noised
         )
         counted = batch.counted.flatten()
-        metrics = {"core_steps": torch.tensor(float(num_steps)), "ce": _mean(losses, counted)}
+        metrics = {"core_steps": mean_depth(depths), "ce": mean_of(losses, counted)}
         if noised is not None:
             flags = noised.is_noised.flatten()
             for name, chosen in (("ce_prior", counted & ~flags), ("ce_noised", counted & flags)):
                 if bool(chosen.any()):
-                    metrics[name] = _mean(losses, chosen)
+                    metrics[name] = mean_of(losses, chosen)
         return LossTerms(total, batch.mask.sum().float(), metrics)
 
     def traced_loss(self, inputs: Tensor, num_steps: int, read_out: ReadOut) -> Tensor:
-        noised = None
-        if self.settings.noise_conditioned:
-            shape = self.model.target_shape(inputs)
-            z = torch.empty(*shape, self.model.ln_f.weight.shape[0])
-            noised = noised_everywhere(z, torch.ones(shape))
-        hidden = self.hidden(inputs, noised, num_steps, torch.Generator()).flatten(0, 1)
+        noised = self.noised_without_values(inputs)
+        hidden = self.hidden(inputs, noised, [num_steps] * len(inputs), torch.Generator())
+        return self.read_traced(hidden, noised, read_out)
+
+    def noised_without_values(self, inputs: Tensor) -> Noised | None:
+        """What ``corrupt`` would give, for ``traced_loss``."""
+        if not self.settings.noise_conditioned:
+            return None
+        shape = self.model.target_shape(inputs)
+        z = torch.empty(*shape, self.model.ln_f.weight.shape[0])
+        return noised_everywhere(z, torch.ones(shape))
+
+    def read_traced(self, hidden: Tensor, noised: Noised | None, read_out: ReadOut) -> Tensor:
+        """The read-out of ``traced_loss``: hidden [B, T, D] -> scalar."""
+        hidden = hidden.flatten(0, 1)
         u = table = None
         if noised is not None and self.evidence_scale is not None:
             u = (noised.z / noised.levels.square().unsqueeze(-1)).to(hidden.dtype)
@@ -521,7 +585,7 @@ class Evidence(NextToken):
             if z is not None and level is not None:
                 noised = noised_everywhere(z, level)
             owner = cast(Evidence, self.at(sigma))
-            return owner.predict(owner.hidden(inputs, noised, 1, rng), z, level)
+            return owner.predict(owner.hidden(inputs, noised, [1] * len(inputs), rng), z, level)
 
         def noise(number: int) -> Tensor:
             size = shape[1], self.config.model.d_model
@@ -563,12 +627,12 @@ class Paper(Evidence):
         self,
         inputs: Tensor,
         noised: Noised | None,
-        num_steps: int,
+        depths: list[int],
         rng: Stream,
         documents: Tensor | None = None,
     ) -> Tensor:
         if not self.two_streams:
-            return super().hidden(inputs, noised, num_steps, rng, documents)
+            return super().hidden(inputs, noised, depths, rng, documents)
         z, sigma = (None, None) if noised is None else (noised.dense, noised.sigma)
         return self.two_stream_hidden(inputs, z, sigma, documents=documents)
 
@@ -594,27 +658,27 @@ class Paper(Evidence):
         return (c.c_skip.unsqueeze(-1) * z + c.c_out.unsqueeze(-1) * hidden.float()).to(hidden.dtype)
 
 
-def _mean(losses: Tensor, chosen: Tensor) -> Tensor:
+def mean_of(losses: Tensor, chosen: Tensor) -> Tensor:
     """Of the losses [N] that are chosen: bool [N] in host memory."""
     if bool(chosen.all()):
         return losses.mean()
     return losses[staged(chosen.nonzero().squeeze(1), losses.device)].mean()
 
 
-def num_recurrences(depth: DepthConfig, step: int, seed: int) -> int:
-    """r of one optimizer step: a pure function of (step, seed), the same on every rank and micro-batch.
+def mean_depth(depths: list[int]) -> Tensor:
+    """Mean of r over the sequences of a micro-batch."""
+    return torch.tensor(sum(depths) / len(depths))
 
-    lognormal_poisson: 1 + Poisson(rate), log rate ~ N(log mean - spread^2/2, spread^2) (Geiping et al. 2025,
-    Sec. 3.3; the code adds the 1, so a mean of 32 runs 33 times on average).
-    """
-    if depth.distribution == "fixed":
-        return min(depth.mean, depth.max_steps)
-    rng = np.random.default_rng([seed & 0xFFFF_FFFF_FFFF_FFFF, _DEPTH_KEY, step])
-    if depth.distribution == "uniform":
-        drawn = int(rng.integers(1, 2 * depth.mean))
-    else:
-        drawn = 1 + int(rng.poisson(rng.lognormal(np.log(depth.mean) - depth.spread**2 / 2, depth.spread)))
-    return min(drawn, depth.max_steps)
+
+def first_rows(cond: Condition | None, count: int) -> Condition | None:
+    """The conditioning of the first ``count`` sequences."""
+    if cond is None:
+        return None
+
+    def cut(told: Tensor) -> Tensor:
+        return told if told.shape[0] == 1 else told[:count]
+
+    return [cut(layer) if isinstance(layer, Tensor) else tuple(map(cut, layer)) for layer in cond]  # type: ignore[misc]
 
 
 def renoise(owner: Any, token_ids: Tensor, sigma: Tensor, eps: Tensor) -> Tensor:

@@ -217,15 +217,19 @@ def train_config(path: Path) -> dict[str, Any]:
         del document[newer]
     for newer in ("name", "freeze", "lr_factors"):
         del document["optimizer"][newer]
+    document["model"].pop("exit_gate", None)
     del document["checkpoint"]["keep_best"], document["recurrence"]["exit_thresholds"]
     return {**document, "objective": _objective_v1(document["objective"])}
+
+
+NEW_IN_DEPTH = {"per", "curriculum"}
 
 
 def _objective_v1(section: dict[str, Any]) -> dict[str, Any]:
     """An objective section with the fields that version 1 wrote for every objective."""
     config = objective_config.validate_python(section)
     absent = {
-        "depth": config.depth_in_training.model_dump(mode="json"),
+        "depth": config.depth_in_training.model_dump(mode="json", exclude=NEW_IN_DEPTH),
         "corruption": CorruptionConfig().model_dump(mode="json"),
         "readout": config.readout,
         "loss_weighting": "none",
@@ -233,7 +237,8 @@ def _objective_v1(section: dict[str, Any]) -> dict[str, Any]:
         "goodness": None,
         "masking": None,
     }
-    return {**absent, **{key: value for key, value in section.items() if key != "readout_quantile"}}
+    kept = {key: value for key, value in section.items() if key not in ("readout_quantile", "depth")}
+    return {**absent, **kept}
 
 
 # Scores and answers -----------------------------------------------------------------------------------------
@@ -256,7 +261,9 @@ def logits(model: Model, inputs: Tensor, num_steps: int) -> Tensor:
         return network.class_logits(inputs)
     assert num_steps == 1
     first = network.at(None)
-    return first.predict(first.hidden(inputs, None, 1, torch.Generator().manual_seed(0))).logits()
+    return first.predict(
+        first.hidden(inputs, None, [1] * len(inputs), torch.Generator().manual_seed(0))
+    ).logits()
 
 
 @torch.no_grad()

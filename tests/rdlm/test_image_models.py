@@ -102,7 +102,7 @@ def test_a_noised_class_row_moves_its_own_image_only(awake: Any) -> None:
 
     def hidden(targets: torch.Tensor) -> torch.Tensor:
 
-        return denoiser.hidden(data.inputs, denoiser.corrupt(targets, generator(0, 1)), 1, generator(0))
+        return denoiser.hidden(data.inputs, denoiser.corrupt(targets, generator(0, 1)), [1] * 4, generator(0))
 
     denoiser.objective = denoiser.settings.model_copy(
         update={"corruption": denoiser.settings.corruption.model_copy(update={"share": 1.0})}

@@ -33,7 +33,7 @@ def row_losses(denoiser: Objective, batch: Batch) -> torch.Tensor:
     if denoiser.settings.name == "paper":
         hidden = denoiser.two_stream_hidden(batch.inputs, z, sigma)
     else:
-        hidden = denoiser.hidden(batch.inputs, noised, 3, generator(0, 2))
+        hidden = denoiser.hidden(batch.inputs, noised, [3] * len(batch.inputs), generator(0, 2))
     return denoiser.predict(hidden, z, sigma).logits()
 
 

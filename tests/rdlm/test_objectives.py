@@ -17,7 +17,7 @@ from rdlm.diffusion.samplers import run
 from rdlm.diffusion.schedules import noise_schedule
 from rdlm.errors import UserError
 from rdlm.objectives.base import Keys
-from rdlm.objectives.next_token import num_recurrences
+from rdlm.objectives.depth import num_recurrences
 from rdlm.random_streams import generator
 
 V, B, T = 64, 4, 16
@@ -119,10 +119,10 @@ def test_one_level_a_sequence_is_told_to_every_position(tiny) -> None:
     ids = torch.randint(0, V, (8, T))
     noised = once.corrupt(ids, generator(0))
     assert noised is not None and 0 < int(noised.is_noised[:, 0].sum()) < 8
-    hidden = [denoiser.hidden(ids, noised, 2, generator(1)) for denoiser in (once, each)]
+    hidden = [denoiser.hidden(ids, noised, [2] * len(ids), generator(1)) for denoiser in (once, each)]
     torch.testing.assert_close(hidden[0], hidden[1])
     told_nothing = each.hidden(
-        ids, replace(noised, sigma=torch.full_like(noised.sigma, 80.0)), 2, generator(1)
+        ids, replace(noised, sigma=torch.full_like(noised.sigma, 80.0)), [2] * len(ids), generator(1)
     )
     assert not torch.allclose(told_nothing, hidden[1], atol=1e-3)
 

@@ -87,6 +87,9 @@ def to_published(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
             "for these weights",
             "use `rdlm export hf`, which brings its own modelling code, or export a model of onestep, bptt or next_token",
         )
+    if model.has_exit_gate:
+        problem = "the published architecture has no exit gate"
+        raise UserError("model.exit_gate", model.exit_gate, problem, "use `rdlm export hf`")
     if objective.depth_in_training.distribution not in SCHEMES:
         raise UserError(
             "objective.depth.distribution",
@@ -120,7 +123,7 @@ def to_published(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
         },
         "sampling_scheme": SCHEMES[objective.depth_in_training.distribution],
         "mean_recurrence": recurrence,
-        "mean_backprop_depth": objective.depth_in_training.grad_steps,
+        "mean_backprop_depth": objective.depth_in_training.window(256),
         "effective_expected_depth": depth,
         "torch_dtype": dtype,
         "rdlm": config.model_dump(mode="json"),
