@@ -148,13 +148,24 @@ def run_arm(
         row["curve"] = [
             {key: r[key] for key in ("sigma", "ce", "reference")} for r in read_json(curve)["results"]
         ]
-    texts = folder / "texts.json"
-    if prompts and not texts.exists():
-        options = ["--num-steps", str(arm.num_blocks), "--num-prompts", str(prompts), "--out", str(texts)]
-        run_rdlm(["eval", "gen-ppl", *common, *options, "--cache", str(folder / "texts")], folder / "log.txt")
-    if texts.exists():
-        row["texts"] = read_json(texts)["results"]
+    for key, options in text_readings(arm).items():
+        texts = folder / f"{key}.json"
+        if prompts and not texts.exists():
+            options = [*options, "--num-prompts", str(prompts), "--out", str(texts)]
+            run_rdlm(["eval", "gen-ppl", *common, *options, "--cache", str(folder / key)], folder / "log.txt")
+        if texts.exists():
+            row[key] = read_json(texts)["results"]
     return row
+
+
+def text_readings(arm: Arm) -> dict[str, list[str]]:
+    """Key in a row -> options of `rdlm eval gen-ppl`: K = B at temperature 1, and of ``paper`` the published
+    sampler too, with its four steps (one a block where there are more) and its greedy read-out."""
+    found = {"texts": ["--num-steps", str(arm.num_blocks)]}
+    if arm.objective == "paper":
+        steps = str(max(4, arm.num_blocks))
+        found["texts_published"] = ["--num-steps", steps, "--sampler", "published", "--temperature", "0"]
+    return found
 
 
 def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,8 +15,9 @@ from typing import Any, TypeVar
 import yaml
 
 from eval.provenance import provenance, write_json
+from rdlm.checkpoints.folder import CONFIG, load_config
 
-__all__ = ["in_parallel", "provenance", "read_json", "run_rdlm", "train", "write_json"]
+__all__ = ["at_sigma_max", "in_parallel", "provenance", "read_json", "run_rdlm", "train", "write_json"]
 
 T = TypeVar("T")
 
@@ -43,6 +45,26 @@ def train(folder: Path, config: dict[str, Any]) -> None:
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump({**config, "output": str(folder / "run")}, sort_keys=False))
     run_rdlm(["train", str(file), "--num-procs", "1"], folder / "log.txt")
+
+
+def at_sigma_max(model: Path) -> Path | None:
+    """The checkpoint ``model`` again, read at sigma_max instead of at the level that its training covers
+    (``objective.readout_quantile``), in a folder beside it; None where it is read there anyway. Tables of
+    ``paper`` show both readings."""
+    config = load_config(model)
+    if getattr(config.objective, "readout_quantile", 1.0) == 1.0:
+        return None
+    other = model.with_name(f"{model.name}-at-sigma-max")
+    if not other.is_dir():
+        temporary = other.with_name(f".{other.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(model, temporary)
+        document = read_json(model / CONFIG)
+        document["name"] += "-at-sigma-max"
+        document["objective"]["readout_quantile"] = 1.0
+        write_json(temporary / CONFIG, document)
+        temporary.replace(other)
+    return other
 
 
 def last_metrics(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,16 @@ import matplotlib
 import torch
 import typer
 
-from benchmarks.common import in_parallel, last_metrics, provenance, read_json, run_rdlm, train, write_json
+from benchmarks.common import (
+    at_sigma_max,
+    in_parallel,
+    last_metrics,
+    provenance,
+    read_json,
+    run_rdlm,
+    train,
+    write_json,
+)
 from benchmarks.train_step import ARMS as ARM_COSTS
 from benchmarks.train_step import Arm, interleaved_medians
 
@@ -88,17 +97,27 @@ def run_arm(
 
 
 def held_out(folder: Path, updates: int, data: Path, max_tokens: int, options: list[str]) -> dict[str, Any]:
-    """What a trained run cost and its held-out NLL (`rdlm eval nll`, made once and kept in ``folder``)."""
-    scored = folder / "nll.json"
-    if not scored.exists():
-        run_rdlm(["eval", "nll", "--checkpoint", str(folder / "run" / "model"), "--data", str(data), "--max-tokens", str(max_tokens),
-                  "--per-window", "--out", str(scored), *options], folder / "log.txt")  # fmt: skip
-    metrics, report = last_metrics(folder), read_json(scored)
+    """What a trained run cost and its held-out NLL (`rdlm eval nll`, made once and kept in ``folder``), of
+    models that are read at a quantile of their noise levels at sigma_max too."""
+    model = folder / "run" / "model"
+    report, metrics = _scored(model, folder / "nll.json", data, max_tokens, options), last_metrics(folder)
+    other = at_sigma_max(model)
+    second = (
+        None if other is None else _scored(other, folder / "nll-at-sigma-max.json", data, max_tokens, options)
+    )
     return {
+        **({} if second is None else {"at_sigma_max": second["results"]}),
         "train_tokens": updates * BATCH_SIZE * SEQ_LEN, "cpu_seconds": metrics["cpu_seconds"], "tokens": report["tokens"],
         "results": report["results"], "data": report["data"], "window_nll": report["window_nll"],
         "git_commit": provenance()["git_commit"],
     }  # fmt: skip
+
+
+def _scored(model: Path, file: Path, data: Path, max_tokens: int, options: list[str]) -> dict[str, Any]:
+    if not file.exists():
+        run_rdlm(["eval", "nll", "--checkpoint", str(model), "--data", str(data), "--max-tokens", str(max_tokens),
+                  "--per-window", "--out", str(file), *options], file.parent / "log.txt")  # fmt: skip
+    return read_json(file)
 
 
 def plot(rows: list[dict[str, Any]], file: Path, minutes: float) -> None:

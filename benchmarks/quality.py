@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common import in_parallel, read_json, run_rdlm, write_json
+from benchmarks.common import at_sigma_max, in_parallel, read_json, run_rdlm, write_json
 from rdlm.checkpoints.folder import load_config
 
 LM_EVAL_KEYS = (
@@ -49,6 +49,8 @@ class Arm:
     """K with a normalised likelihood."""
     written: list[int]
     """K of generated texts."""
+    published: bool = False
+    """Whether texts are also written by the published sampler."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,23 @@ class Sizes:
     blimp_pairs: int
 
 
-def arm_of(folder: Path, ks: list[int]) -> Arm:
-    """folder: of a training run, or of a checkpoint. An objective that never runs its core twice is judged at
-    K = 1 alone: its other K are no part of what was trained. A sampling one has a likelihood at K = 1 only
-    (``Objective.score``), and texts at every K."""
+def arms_of(folder: Path, ks: list[int]) -> list[Arm]:
+    """folder: of a training run, or of a checkpoint. Two arms for a model that is read at a quantile of its
+    noise levels: the other one is read at sigma_max."""
     model = folder / "run" / "model" if (folder / "run" / "model").is_dir() else folder
+    first, other = arm_of(folder.name, model, ks), at_sigma_max(model)
+    return [first] if other is None else [first, arm_of(f"{folder.name}-at-sigma-max", other, ks)]
+
+
+def arm_of(name: str, model: Path, ks: list[int]) -> Arm:
+    """An objective that never runs its core twice is judged at K = 1 alone: its other K are no part of what
+    was trained. A sampling one has a likelihood at K = 1 only (``Objective.score``), and texts at every K."""
     objective = load_config(model).objective
     if objective.k_meaning == "sampling":
-        return Arm(folder.name, model, [1], ks)
-    loops = objective.depth.mean > 1 or objective.depth.distribution != "fixed"
-    return Arm(folder.name, model, ks if loops else [1], ks if loops else [1])
+        published = objective.sampled_from_noise and getattr(objective, "readout_quantile", 1.0) != 1.0
+        return Arm(name, model, [1], ks, published)
+    loops = not objective.depth_in_training.is_single
+    return Arm(name, model, ks if loops else [1], ks if loops else [1])
 
 
 class Parts:
@@ -91,6 +100,8 @@ class Parts:
 
     def files(self, part: str, arm: Arm) -> list[Path]:
         """What a part writes."""
+        if part.endswith("-published") and not arm.published:
+            return []
         ks = [f"-k{k}" for k in arm.scored] if part == "blimp" else [""]
         return [self.out / f"{part}-{arm.name}{k}.json" for k in ks]
 
@@ -110,18 +121,27 @@ class Parts:
         self._rdlm(arm, "nll", "--checkpoint", str(arm.model), "--data", str(self.data), "--num-steps", _listed(arm.scored),
                    "--max-tokens", str(self.sizes.nll_tokens), "--per-window", "--out", str(files[0]))  # fmt: skip
 
-    def _texts(self, arm: Arm) -> list[str]:
+    def _texts(self, arm: Arm, ks: list[int]) -> list[str]:
         """Options of both judges of texts. In bf16 the judge's perplexities are within 0.5 % of those in
         fp32."""
-        return ["--checkpoint", str(arm.model), "--data", str(self.data), "--num-steps", _listed(arm.written),
+        return ["--checkpoint", str(arm.model), "--data", str(self.data), "--num-steps", _listed(ks),
                 "--batch-size", "64", "--judge-dtype", "bfloat16", "--cache", str(self.root / "cache")]  # fmt: skip
 
     def gen_ppl(self, arm: Arm, files: list[Path]) -> None:
-        self._rdlm(arm, "gen-ppl", *self._texts(arm), "--temperature", self.sizes.temperatures,
+        self._rdlm(arm, "gen-ppl", *self._texts(arm, arm.written), "--temperature", self.sizes.temperatures,
                    "--num-prompts", str(self.sizes.prompts), "--judge", self.judge, "--out", str(files[0]))  # fmt: skip
 
     def mauve(self, arm: Arm, files: list[Path]) -> None:
-        self._rdlm(arm, "mauve", *self._texts(arm), "--temperature", "1.0", "--protocol", "standard",
+        self._rdlm(arm, "mauve", *self._texts(arm, arm.written), "--temperature", "1.0", "--protocol", "standard",
+                   "--num-prompts", str(self.sizes.mauve_prompts), "--featuriser", self.judge, "--out", str(files[0]))  # fmt: skip
+
+    def published_gen_ppl(self, arm: Arm, files: list[Path]) -> None:
+        """The published protocol: four steps, greedy."""
+        self._rdlm(arm, "gen-ppl", *self._texts(arm, [4]), "--sampler", "published", "--temperature", "0",
+                   "--num-prompts", str(self.sizes.prompts), "--judge", self.judge, "--out", str(files[0]))  # fmt: skip
+
+    def published_mauve(self, arm: Arm, files: list[Path]) -> None:
+        self._rdlm(arm, "mauve", *self._texts(arm, [4]), "--sampler", "published", "--temperature", "0", "--protocol", "standard",
                    "--num-prompts", str(self.sizes.mauve_prompts), "--featuriser", self.judge, "--out", str(files[0]))  # fmt: skip
 
     def blimp_scores(self, arm: Arm, files: list[Path]) -> None:
@@ -139,6 +159,8 @@ class Parts:
 PARTS: dict[str, Callable[[Parts, Arm, list[Path]], None]] = {
     "gen-ppl": Parts.gen_ppl,
     "mauve": Parts.mauve,
+    "gen-ppl-published": Parts.published_gen_ppl,
+    "mauve-published": Parts.published_mauve,
     "blimp": Parts.blimp_scores,
     "nll": Parts.nll,
 }
@@ -174,7 +196,7 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Commands at a time, one core each.")] = 2,
 ) -> None:
     """Run what is missing, then write the report and copy its figures to ``out``."""
-    arms = [arm_of(folder, [int(k) for k in steps.split(",")]) for folder in runs]
+    arms = [arm for folder in runs for arm in arms_of(folder, [int(k) for k in steps.split(",")])]
     parts = Parts(
         data, blimp, out, root, judge, Sizes(nll_tokens, prompts, temperatures, mauve_prompts, blimp_pairs)
     )
@@ -186,7 +208,7 @@ def main(
         raise typer.Exit(1) from None
     files = [
         str(file)
-        for part in ("nll", "gen-ppl", "mauve", "blimp")
+        for part in ("nll", "gen-ppl", "gen-ppl-published", "mauve", "mauve-published", "blimp")
         for arm in arms
         for file in parts.files(part, arm)
     ]

@@ -21,11 +21,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def language(raw: dict[str, Any]) -> str:
     ks = ["1", "2", "4", "8", "16", "32"]
     rows = []
-    for run in raw["runs"]:
-        nll = {str(r["K"]): r for r in run["results"]}
-        first = run["results"][0]
+    for run, results, reading in _readings(raw["runs"]):
+        nll = {str(r["K"]): r for r in results}
+        first = results[0]
         interval = f"{first['nll_interval'][0]:.3f} to {first['nll_interval'][1]:.3f}"
-        rows.append([run["arm"], str(run["seed"]), f"{run['lr']:g}", f"{run['updates']:,}",
+        rows.append([run["arm"] + reading, str(run["seed"]), f"{run['lr']:g}", f"{run['updates']:,}",
                      f"{run['train_tokens'] / 1e6:.2f}", f"{run['cpu_seconds']:.0f}",
                      *(f"{nll[k]['nll']:.4f}" if k in nll else "" for k in ks), interval])  # fmt: skip
     head = [
@@ -39,6 +39,15 @@ def language(raw: dict[str, Any]) -> str:
         "95 % at first K",
     ]
     return table(head, rows)
+
+
+def _readings(runs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]], str]]:
+    """(run, its results, what to add to its name): two for a model whose likelihood is read at two levels."""
+    for run in runs:
+        second = run.get("at_sigma_max")
+        yield run, run["results"], "" if second is None else ", at its quantile"
+        if second is not None:
+            yield run, second, ", at sigma_max"
 
 
 def depth(raw: dict[str, Any]) -> str:
@@ -104,6 +113,7 @@ def quality(raw: dict[str, Any]) -> str:
     for run in raw["runs"]:
         report, kind = run["report"], run["kind"]
         name = report["config"]["checkpoint"] if kind == "lm-eval" else report["checkpoint"]["name"]
+        name += ", published sampler" * ("-published-" in run.get("file", ""))
         for k, text in _quality_cells(kind, report):
             cells.setdefault((name, k), {})[kind] = text
     kinds = ("nll", "gen-ppl", "mauve", "lm-eval")
@@ -141,22 +151,31 @@ def blockwise(raw: dict[str, Any]) -> str:
     )
     rows = []
     for run in raw["runs"]:
-        found = run["results"][0]
+        found, second = run["results"][0], run.get("at_sigma_max", [None])[0]
         levels = {point["sigma"]: point["ce"] for point in run.get("curve", [])}
         texts = run.get("texts", [{}])[0]
         perplexity = next(iter(texts.get("perplexity", {}).values()), None)
         rows.append([
             run["arm"], str(run["seed"]), f"{run['lr']:g}", f"{run['updates']:,}", f"{run['updates'] / run['num_blocks']:,.0f}",
             f"{run['cpu_seconds']:.0f}", f"{run['cpu_seconds'] / budget:.2f}", with_interval(found["nll"], found["nll_interval"]),
+            "" if second is None else f"{second['nll']:.3f}",
             *(f"{levels[sigma]:.2f}" if sigma in levels else "" for sigma in (0.3, 0.5, 1.0)),
             "" if perplexity is None else f"{perplexity['value']:.0f}",
-            f"{texts['diversity']['distinct_2']['value']:.3f}" if texts else "",
+            f"{texts['diversity']['distinct_2']['value']:.3f}" if texts else "", *_published(run),
         ])  # fmt: skip
     levels_head = [f"CE at sigma {sigma:g}" for sigma in (0.3, 0.5, 1.0)]
     return table(
-        ["arm", "seed", "learning rate", "updates", "of a block", "CPU s", "of end to end", "held-out NLL [95 %]", *levels_head,
-         "generative perplexity", "distinct-2"], rows,
+        ["arm", "seed", "learning rate", "updates", "of a block", "CPU s", "of end to end", "held-out NLL [95 %]", "at sigma_max",
+         *levels_head, "generative perplexity", "distinct-2", "perplexity, published sampler", "distinct-2, published sampler"], rows,
     )  # fmt: skip
+
+
+def _published(run: dict[str, Any]) -> list[str]:
+    """Perplexity and distinct-2 of what the published sampler wrote."""
+    texts = run.get("texts_published", [{}])[0]
+    found = next(iter(texts.get("perplexity", {}).values()), None)
+    distinct = f"{texts['diversity']['distinct_2']['value']:.3f}" if texts else ""
+    return ["" if found is None else f"{found['value']:.0f}", distinct]
 
 
 def memory(raw: dict[str, Any]) -> str:

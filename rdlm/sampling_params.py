@@ -140,6 +140,8 @@ def check_sampler(sampler: str, config: CheckpointConfig) -> None:
         problem = "this model iterates its core and reads out once, so it has no noise levels"
     elif not config.objective.left_to_right:
         problem = "this model masks tokens instead of adding noise, so there is no ODE"
+    elif SAMPLERS[name].starts_from_noise and not config.objective.sampled_from_noise:
+        problem = "it starts from pure noise, which only models trained with objective paper are read at"
     elif config.blocks is not None and config.blocks.num_blocks > 1 and config.blocks.targets == "own":
         problem = (
             "every block of this model has its own target embeddings, so no ODE leads from one to the next"

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import quality, tables
-from benchmarks.quality import arm_of
-from rdlm.checkpoints.folder import save
+from benchmarks.quality import arms_of
+from rdlm.checkpoints.folder import load_config, save
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.objectives import Objective
 
@@ -49,9 +49,13 @@ def run_of(
 def test_an_arm_is_judged_where_k_is_part_of_it(
     run_of: Callable[[str], Path], objective: str, scored: list[int], written: list[int]
 ) -> None:
-    arm = arm_of(run_of(objective), [1, 4])
+    arm, *others = arms_of(run_of(objective), [1, 4])
     assert (arm.name, arm.scored, arm.written) == (objective, scored, written)
-    assert arm_of(arm.model, [1, 4]).name == "model"
+    assert arms_of(arm.model, [1, 4])[0].name == "model"
+    assert arm.published == bool(others) == (objective == "paper")
+    for other in others:
+        assert load_config(other.model).objective.readout_quantile == 1 and not other.published
+        assert (other.name, other.scored, other.written) == ("paper-at-sigma-max", scored, written)
 
 
 class Commands:

@@ -112,6 +112,11 @@ class MetricsLog:
                 if key != "step":
                     self._board.add_scalar(key, value, record["step"])
 
+    def text(self, name: str, content: str, step: int) -> None:
+        """Markdown for TensorBoard."""
+        if self._board is not None:
+            self._board.add_text(name, content, step)
+
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
@@ -301,6 +306,9 @@ class Report:
             "lr": learning_rate(config.schedule, config.optimizer.lr, trainer.step - 1),
             "grad_norm": grad_norm,
             f"{trainer.corpus.unit}s_per_s": positions * steps / seconds,
+            f"{trainer.corpus.unit}s_seen": (trainer.step + trainer.state.skipped)
+            * config.batch.global_size
+            * config.seq_len,
             "step_s": seconds / steps,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,

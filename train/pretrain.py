@@ -88,6 +88,8 @@ def check(config: TrainConfig, world: int) -> Corpus:
             "model", config.model.family, problem, "make the model smaller, or train its blocks apart"
         )
     _check_optimizer(config)
+    from train.samples import check_samples
+
     corpus = build_corpus(config.data, config.fills_in)
     if config.init_from is not None:
         from train.export import check_init_from
@@ -102,6 +104,7 @@ def check(config: TrainConfig, world: int) -> Corpus:
         problem = f"smaller than the data's vocabulary ({corpus.vocab_size})"
         remedy = f"set model.vocab_size={corpus.vocab_size}"
         raise UserError("model.vocab_size", config.model.vocab_size, problem, remedy)
+    check_samples(config, corpus.tokenizer)
     if config.evaluation.interval_steps:
         next(iter(corpus.windows(1, 1)))  # the held-out split is there and long enough
     return corpus

@@ -288,6 +288,26 @@ class EvaluationConfig(Strict):
         return steps
 
 
+class SamplesConfig(Strict):
+    """Texts that the model writes while it is trained, in ``samples.md`` and TensorBoard."""
+
+    interval_steps: int = Field(0, ge=0)
+    """Every so many updates and at the end; 0 = never."""
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    num_steps: tuple[int, ...] = (1, 4, 16)
+    """Values of K."""
+    max_tokens: int = Field(48, ge=1)
+    """Of a text, after its prompt."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> SamplesConfig:
+        if self.interval_steps and not self.prompts:
+            raise ValueError("samples need at least one of prompts")
+        if not self.num_steps or min(self.num_steps) < 1:
+            raise ValueError("num_steps needs at least one K, each 1 or more")
+        return self
+
+
 class LogConfig(Strict):
     interval_steps: int = Field(1, ge=1)
     tensorboard: bool = True
@@ -334,6 +354,7 @@ class TrainConfig(Strict):
     nonfinite: NonfiniteConfig = NonfiniteConfig()
     checkpoint: CheckpointingConfig = CheckpointingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    samples: SamplesConfig = SamplesConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="before")
@@ -509,8 +530,13 @@ def _check(config: TrainConfig) -> None:
         raise UserError(
             "data.seq_len", config.seq_len, problem, "shorten the sequences or raise model.max_seq_len"
         )
-    beyond = [k for k in config.evaluation.steps if k > config.checkpoint_config.max_steps]
-    if beyond and config.evaluation.interval_steps:
+    for field, asked, wanted in (
+        ("evaluation.steps", config.evaluation.steps, config.evaluation.interval_steps),
+        ("samples.num_steps", config.samples.num_steps, config.samples.interval_steps),
+    ):
+        beyond = [k for k in asked if k > config.checkpoint_config.max_steps]
+        if not beyond or not wanted:
+            continue
         problem, remedy = (
             f"exceeds recurrence.max_steps ({config.recurrence.max_steps})",
             "use smaller K or raise recurrence.max_steps",
@@ -518,9 +544,9 @@ def _check(config: TrainConfig) -> None:
         if objective.supports_exits and not config.model.iterates:
             problem, remedy = (
                 f"with objective {objective.name!r} this model runs its layers once",
-                "set evaluation.steps=[1]",
+                f"set {field}=[1]",
             )
-        raise UserError("evaluation.steps", beyond[0], problem, remedy)
+        raise UserError(field, beyond[0], problem, remedy)
     if config.lora is not None and config.init_from is None:
         problem, remedy = "adapters change a trained network", "set init_from, or drop the section lora"
         raise UserError("lora", config.lora.rank, problem, remedy)
@@ -549,15 +575,15 @@ def _check_resident(config: TrainConfig, resident: ResidentConfig) -> None:
         problem = f"with {count} blocks some would not be visited in {config.schedule.steps} steps"
         remedy = f"use at most {config.schedule.steps // count}"
         raise UserError("resident.visit_steps", resident.visit_steps, problem, remedy)
-    several = [k for k in config.evaluation.steps if k > 1]
-    if several and config.evaluation.interval_steps:
-        problem = "K > 1 runs several blocks for every token, and one block is on the device"
-        raise UserError(
-            "evaluation.steps",
-            several[0],
-            problem,
-            "set evaluation.steps=[1]; rdlm eval takes any K afterwards",
-        )
+    for field, asked, wanted in (
+        ("evaluation.steps", config.evaluation.steps, config.evaluation.interval_steps),
+        ("samples.num_steps", config.samples.num_steps, config.samples.interval_steps),
+    ):
+        several = [k for k in asked if k > 1]
+        if several and wanted:
+            problem = "K > 1 runs several blocks for every token, and one block is on the device"
+            remedy = f"set {field}=[1]; rdlm eval and rdlm generate take any K afterwards"
+            raise UserError(field, several[0], problem, remedy)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

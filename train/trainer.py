@@ -45,6 +45,7 @@ from train.metrics import FlopCounter, Report
 from train.offload import InHost, OnDisk
 from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.process import ProcessError
+from train.samples import record, written_texts
 from train.settings import TrainConfig
 
 
@@ -197,6 +198,7 @@ class Trainer:
                     report.step(parts, positions, now - seconds, norm)
                 seconds, cpu = time.perf_counter(), cpu_now
             self._evaluate(report)
+            self._write_samples(report)
             if self.step % config.checkpoint.interval_steps == 0 and self.step < config.schedule.steps:
                 self.save()
         finished = self.step == config.schedule.steps
@@ -368,17 +370,31 @@ class Trainer:
         return parts
 
     def _evaluate(self, report: Report | None) -> None:
-        interval = self.config.evaluation.interval_steps
-        if not interval or (self.step % interval and self.step != self.config.schedule.steps):
+        if not self._is_due(self.config.evaluation.interval_steps):
             return
-        # With resident blocks K is 1 (train/settings.py), which is block 0.
-        one = len(self.engines) == 1 or self.config.resident is not None
-        network = self.engines[0].module if one else self.network
-        found = held_out(network, self.config, self.corpus, self.device)
+        found = held_out(self._whole(), self.config, self.corpus, self.device)
         if report is not None:
             report.held_out(found)
         if self.config.checkpoint.keep_best:
             self._keep_best(found)
+
+    def _is_due(self, interval: int) -> bool:
+        """Whether what happens every ``interval`` updates, 0 for never, happens after this one."""
+        return interval > 0 and (self.step % interval == 0 or self.step == self.config.schedule.steps)
+
+    def _whole(self) -> Objective:
+        """The network to evaluate. With resident blocks K is 1 (train/settings.py), which is block 0."""
+        one = len(self.engines) == 1 or self.config.resident is not None
+        network: Objective = self.engines[0].module if one else self.network
+        return network
+
+    def _write_samples(self, report: Report | None) -> None:
+        asked, tokenizer = self.config.samples, self.corpus.tokenizer
+        if tokenizer is None or not self._is_due(asked.interval_steps):
+            return
+        texts = written_texts(self._whole(), asked, tokenizer, self.config.model.max_seq_len, self.device)
+        if report is not None:
+            record(self.output / "samples.md", self.config.name, self.step, texts, report.held_out_log)
 
     def _keep_best(self, found: dict[str, float]) -> None:
         """Save and mark the checkpoint if its held-out figure is the best so far. Collective: all ranks have

@@ -108,6 +108,15 @@ def converting(
             min=1, help="Largest K that may be asked for [64, or the default K].", show_default=False
         ),
     ] = None,
+    keep_tokens: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DATA",
+            help="Cut the vocabulary to the tokens of this prepared data (made with the checkpoint's tokenizer), all bytes and special "
+            "tokens; may be given several times. Prepare the data again with the new tokenizer.",
+            show_default=False,
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -127,7 +136,7 @@ def converting(
     kept = None if keep_layers is None else parse_layers(keep_layers)
     convert(
         checkpoint, out, prelude=prelude, core=core, coda=coda, keep_layers=kept, injection=injection, num_steps=num_steps,
-        max_steps=max_steps, name=name, force=force,
+        max_steps=max_steps, keep_tokens=keep_tokens or (), name=name, force=force,
     )  # fmt: skip
     typer.echo(f"{out}: converted. Try: rdlm inspect {out}")
 

@@ -21,6 +21,7 @@ from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints import safetensors_io as tensors
 from rdlm.checkpoints.convert.base import check, check_out, progress_bar
 from rdlm.checkpoints.safetensors_io import DTYPES, Entry
+from rdlm.checkpoints.vocabulary_cut import cut_for
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import LoopConfig, RecurrentConfig
 from rdlm.errors import UserError
@@ -40,6 +41,7 @@ def convert(
     injection: Injection = "linear",
     num_steps: int = 1,
     max_steps: int | None = None,
+    keep_tokens: Sequence[Path] = (),
     name: str | None = None,
     force: bool = False,
 ) -> Path:
@@ -47,7 +49,8 @@ def convert(
     transformer ``source``.
 
     keep_layers: the source's layers in the order of their new places; None takes the first ones for the
-    prelude and the last ones for core and coda. num_steps and max_steps: default and largest K. Weights keep
+    prelude and the last ones for core and coda. num_steps and max_steps: default and largest K. keep_tokens:
+    prepared data whose tokens alone stay in the vocabulary (rdlm/checkpoints/vocabulary_cut.py). Weights keep
     their dtype; one tensor is in memory at a time. UserError where the source is no plain transformer of
     text, or the numbers do not fit it.
     """
@@ -55,7 +58,10 @@ def convert(
     plain = _plain(source, source_config)
     check_out(out, source, force)
     kept = _kept(plain.num_layers, prelude, core, coda, keep_layers)
+    cut = cut_for(source / checkpoint.TOKENIZER, keep_tokens) if keep_tokens else None
     model = plain.model_copy(update={"loop": _loop(prelude, core, coda, injection)})
+    if cut is not None:
+        model = model.model_copy(update={"vocab_size": len(cut.kept)})
     document = {
         "name": name or f"{source_config.name}-recurrent",
         "model": model.model_dump(),
@@ -65,22 +71,33 @@ def convert(
     }
     config = checkpoint.parse_config(document, "rdlm convert")
     stored = tensors.stored(source / checkpoint.WEIGHTS)
+    if cut is not None:
+        stored = cut.weights(stored, plain.vocab_size)
     weights = {**_renamed(stored, kept, prelude, core), **_adapter(injection, model.d_model, stored)}
     check(str(source), weights, config, f"use the {checkpoint.CONFIG} and {checkpoint.WEIGHTS} of one export")
 
     def fill(temporary: Path) -> None:
         with progress_bar(weights, "convert") as bar:
             tensors.write(temporary / checkpoint.WEIGHTS, weights, bar.update)
-        if (source / checkpoint.TOKENIZER).is_dir():
+        if cut is not None:
+            cut.write_tokenizer(source / checkpoint.TOKENIZER, temporary / checkpoint.TOKENIZER)
+        elif (source / checkpoint.TOKENIZER).is_dir():
             shutil.copytree(source / checkpoint.TOKENIZER, temporary / checkpoint.TOKENIZER)
         if (source / checkpoint.GENERATION).is_file():
-            shutil.copyfile(source / checkpoint.GENERATION, temporary / checkpoint.GENERATION)
+            ends = (source / checkpoint.GENERATION).read_text(encoding="utf-8")
+            (temporary / checkpoint.GENERATION).write_text(
+                ends if cut is None else cut.generation(ends), encoding="utf-8"
+            )
 
     described = {
         key: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
         for key, entry in weights.items()
     }
     notes = _notes(source, source_config, plain.num_layers, kept, (prelude, core, coda), injection)
+    if cut is not None:
+        notes += (
+            f"\n- Vocabulary: {len(cut.kept):,} of {plain.vocab_size:,} tokens, those that its data uses."
+        )
     return checkpoint.write(out, config, None, described, fill, notes)
 
 

@@ -153,6 +153,9 @@ class BaseObjectiveConfig(Strict):
     """Whether a level is a standard deviation of noise; a masking level is a probability."""
     default_steps_in_evaluation: ClassVar[tuple[int, ...] | None] = None
     """K of a held-out likelihood where none is given; None: the usual powers of two up to the largest K."""
+    sampled_from_noise: ClassVar[bool] = False
+    """Whether a sampler may start from z = sigma_max eps: clean rows then fill the cache, beside the noisy one.
+    """
     needs_exit_gate: ClassVar[bool] = False
     """Whether it trains the model's exit gate, which the model must have."""
 
@@ -342,6 +345,7 @@ class PaperConfig(_SamplingConfig):
     name: Literal["paper"] = "paper"
     implementation = "rdlm.objectives.next_token:Paper"
     readout = "edm"
+    sampled_from_noise = True
     corruption: CorruptionConfig = CorruptionConfig(share=1.0, distribution="lognormal", per="sequence")
     readout_quantile: float = Field(0.99, gt=0, le=1)
 

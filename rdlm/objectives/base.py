@@ -76,6 +76,8 @@ class HeldOut:
     """Number of the batch."""
     denoising: bool = False
     """Measure the training loss at this network's own levels instead: all that a block alone can say."""
+    answers: bool = False
+    """Give the most probable target at every position instead of a sum: {"K=4": [B, T] int64}."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,9 @@ class Objective(nn.Module, ABC):
         """Sums over the batch's targets by name: {"K=4": nats}, {"denoising": loss}, ..."""
         if held_out.denoising:
             return {"denoising": self._denoising(batch, held_out)}
+        if held_out.answers:
+            found = self.answer(batch.inputs, held_out.num_steps, held_out.seed)
+            return {f"K={k}": ids for k, ids in found.items()}
         scores = self.token_logprobs(
             batch.inputs, batch.targets, held_out.num_steps, mask=batch.mask, documents=batch.documents
         )

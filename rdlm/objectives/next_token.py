@@ -578,6 +578,8 @@ class Evidence(NextToken):
     ) -> Tensor:
         rng, shape = generator(*key), self.model.target_shape(inputs)
         levels, top, sampler = self.sampling_levels(num_steps), self.noise.sigma_max, sampler_named(name)
+        if sampler.starts_from_noise:
+            levels = [top, *levels[1:]]
 
         def predict(z: Tensor | None, sigma: float | None) -> Prediction:
             zeros, level = self._zero_at(shape, sigma, inputs.device)

@@ -96,6 +96,11 @@ def reports_step(sequence: Sequence) -> bool:
     )
 
 
+def starts_from_noise(request: Request) -> bool:
+    """Whether the first prediction of a token sees pure noise instead of z = 0."""
+    return SAMPLERS[request.sampling.sampler].starts_from_noise
+
+
 def predicts(plan: StepPlan, step: int) -> bool:
     """Whether the step's read-out is a prediction, and not one that only fills the cache."""
     return plan.readout[step] and sum(plan.readout[:step]) >= plan.num_draws_skipped
@@ -178,6 +183,9 @@ class Runner:
         segment."""
         if request.budget.exit is not None:
             check_exit_gate(request.budget.exit.criterion, self.config)
+        if starts_from_noise(request) and not (request.logprobs is None and request.prompt_logprobs is None):
+            problem = "log-probabilities are read at z = 0, and this sampler starts from noise"
+            raise UserError("logprobs", request.logprobs, problem, "leave logprobs out, or sampler")
         blocks, first = self._blocks_of(request.budget), request.budget.steps_at(0)
         for k in {request.budget.num_steps, *request.budget.schedule, *request.sweep}:
             self.step_counts(k)  # refused here, not by the step that comes to it
@@ -247,6 +255,13 @@ class Runner:
     def _plan(self, sequence: Sequence) -> StepPlan:
         return cast(StepPlan, sequence.counts.plan)
 
+    def _level(self, sequence: Sequence, later: int = 0) -> float | None:
+        """Noise level of the step now taken, or of a later one; None: z = 0, read at sigma_max."""
+        plan, step = self._plan(sequence), sequence.step + later
+        if step == plan.num_draws_skipped and starts_from_noise(sequence.request):
+            return self.denoiser.noise.sigma_max
+        return plan.sigmas[step]
+
     def _block_index(self, sequence: Sequence, later: int = 0) -> int:
         return self._plan(sequence).blocks[sequence.step + later]
 
@@ -291,10 +306,10 @@ class Runner:
         # A segment that has shrunk to the position that is drawn keeps its last row.
         before = torch.cat([rows_of(s).state[-s.length :] for s in batch])[None]  # [1, N, D]
         e = torch.cat([rows_of(s).e[-s.length :] for s in batch])[None]
-        sigmas = [self._plan(s).sigmas[s.step] for s in batch for _ in range(s.length)]
+        sigmas = [self._level(s) for s in batch for _ in range(s.length)]
         self._charge(batch, block.costs.core)
         for sequence in batch:
-            if self._plan(sequence).sigmas[sequence.step] is not None:
+            if self._level(sequence) is not None:
                 sequence.flops += sequence.length * block.costs.condition
         condition = self._condition(block, sigmas, before)
         after = block.denoiser.step(before, e, condition, self._pack(batch, once=False))[0]
@@ -426,11 +441,15 @@ class Runner:
         return found
 
     def _start_level(self, sequence: Sequence) -> None:
-        """After a pass that only fills the cache, the next one starts from z = 0 again."""
+        """After a pass that only fills the cache, the next one starts from z = 0 again, or from pure noise."""
         plan, step = self._plan(sequence), sequence.step
         if plan.readout[step] and step + 1 < plan.num_core_steps and step < plan.num_draws_skipped:
             rows = rows_of(sequence)
             sequence.rows = replace(rows, state=torch.zeros_like(rows.state))
+            if sequence.draws and step + 1 == plan.num_draws_skipped and starts_from_noise(sequence.request):
+                start = self.denoiser.noise.sigma_max * self._noise(sequence, later=1)
+                self._enter_level(self._blocks[self._block_index(sequence, 1)], [sequence], start[None])
+                sequence.rows = replace(rows_of(sequence), flow=Flow(start))
 
     def _score(self, block: Block, sequence: Sequence, hidden: Tensor) -> list[TokenLogprobs]:
         """Log-probabilities of the prompt tokens that follow the segment's rows. hidden [L, D]."""
@@ -442,7 +461,7 @@ class Runner:
         chunk = max(1, LOGITS_AT_ONCE // self.config.model.vocab_size)
         for start in range(0, len(targets), chunk):
             wanted = torch.tensor(targets[start : start + chunk], device=self.device)
-            rows, sigma = hidden[start : start + len(wanted)], self._plan(sequence).sigmas[sequence.step]
+            rows, sigma = hidden[start : start + len(wanted)], self._level(sequence)
             noised = (
                 () if sigma is None else (torch.zeros_like(rows).float(), self._levels([sigma] * len(rows)))
             )
@@ -498,7 +517,7 @@ class Runner:
             )
 
     def _predict(self, block: Block, rows: list[Sequence], hidden: Tensor) -> Prediction:
-        sigmas = [self._plan(s).sigmas[s.step] for s in rows]
+        sigmas = [self._level(s) for s in rows]
         has_evidence = block.denoiser.evidence_scale is not None  # a second read-out, of z
         for sequence, sigma in zip(rows, sigmas, strict=True):
             sequence.flops += block.costs.head * (1 + (has_evidence and sigma is not None))
@@ -510,19 +529,19 @@ class Runner:
 
     def _enter_level(self, block: Block, rows: list[Sequence], z: Tensor) -> None:
         """Put z [M, D] of each row's next level in the state's place."""
-        sigma = self._levels([self._plan(s).sigmas[s.step + 1] for s in rows])
+        sigma = self._levels([self._level(s, 1) for s in rows])
         for sequence, row, state in zip(rows, z, block.denoiser.inject(z, sigma), strict=True):
             sequence.rows = replace(rows_of(sequence), z=row, state=state[None])
 
-    def _noise(self, sequence: Sequence, stream: int = NOISE) -> Tensor:
-        """Standard normal [D] of the step now taken."""
+    def _noise(self, sequence: Sequence, stream: int = NOISE, later: int = 0) -> Tensor:
+        """Standard normal [D] of the step now taken, or of a later one."""
         request = sequence.request
-        draw = generator(request.seed, request.choice, sequence.context_length, sequence.step, stream)
+        draw = generator(request.seed, request.choice, sequence.context_length, sequence.step + later, stream)
         return torch.randn(self.config.model.d_model, generator=draw).to(self.device)
 
     def _renoised(self, rows: list[Sequence], ids: Tensor) -> Tensor:
         """``renoise``: drawn ids [M] -> z [M, D] at each row's next level."""
-        sigma = self._levels([self._plan(s).sigmas[s.step + 1] for s in rows])
+        sigma = self._levels([self._level(s, 1) for s in rows])
         noise = torch.stack([self._noise(s) for s in rows])
         z = torch.empty_like(noise)
         for index in {self._block_index(s, 1) for s in rows}:
@@ -538,7 +557,7 @@ class Runner:
         """
         top, flows = self.denoiser.noise.sigma_max, []
         for sequence, estimate in zip(rows, x0, strict=True):
-            sigma, below = self._plan(sequence).sigmas[sequence.step :][:2]
+            sigma, below = self._level(sequence), self._level(sequence, 1)
             flow = rows_of(sequence).flow
             at, level = (Flow(top * self._noise(sequence)), top) if flow is None else (flow, sigma or top)
             assert below is not None

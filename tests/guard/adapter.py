@@ -213,7 +213,7 @@ def train_config(path: Path) -> dict[str, Any]:
     from train.settings import load as load_settings
 
     document = load_settings(path).model_dump(mode="json")
-    for newer in ("init_from", "allow_changes", "deterministic", "nonfinite"):
+    for newer in ("init_from", "allow_changes", "deterministic", "nonfinite", "samples"):
         del document[newer]
     for newer in ("name", "freeze", "lr_factors"):
         del document["optimizer"][newer]
@@ -426,5 +426,5 @@ def _logprobs(entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a run's log."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    newer = ("tflops", "epoch")
+    newer = ("tflops", "epoch", "tokens_seen", "images_seen")
     return [{k: v for k, v in record.items() if k not in newer} for record in records]

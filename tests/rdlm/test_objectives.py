@@ -14,7 +14,7 @@ from rdlm.config.base import parse
 from rdlm.config.objective import DepthConfig, ObjectiveConfig
 from rdlm.data.batch import Batch
 from rdlm.diffusion.samplers import run
-from rdlm.diffusion.schedules import noise_schedule
+from rdlm.diffusion.schedules import noise_schedule, schedule_of
 from rdlm.errors import UserError
 from rdlm.objectives.base import Keys
 from rdlm.objectives.depth import num_recurrences
@@ -232,3 +232,19 @@ def test_the_readout_level_moves_the_scores_and_nothing_else(tiny, awake) -> Non
     assert torch.equal(low.loss(data, Keys(0, 3)).total, top.loss(data, Keys(0, 3)).total)
     scores = [each.score(data.inputs, data.targets, (1,))[1].logprobs for each in (low, top)]
     assert not torch.allclose(*scores)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+@torch.no_grad()
+def test_the_published_sampler_is_euler_from_noise_that_the_network_sees(tiny, awake, num_steps: int) -> None:
+    """Start z = sigma_max eps, levels of equal mass, x0 = softmax(logits) E, arg max (DiffusionBlocks App. E.4)."""
+    paper, ids = awake(tiny("huginn", "paper")), torch.randint(0, V, (2, 6))
+    levels = [80.0, *schedule_of(paper.config).grid(num_steps)[1:]]
+    z = torch.stack([torch.randn(6, 32, generator=generator(0, 0, row, 0)) for row in range(2)]) * levels[0]
+    for level, below in zip(levels, [*levels[1:], None], strict=True):
+        sigma = torch.full((2, 6), level)
+        logits = paper.predict(paper.two_stream_hidden(ids, z, sigma), z, sigma).logits()
+        if below is not None:
+            x0 = logits.softmax(-1) @ paper.unit_table()
+            z = z + (below - level) * (z - x0) / level
+    assert torch.equal(paper.answer(ids, [num_steps], sampler="published")[num_steps], logits.argmax(-1))

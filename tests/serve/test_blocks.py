@@ -21,7 +21,7 @@ from rdlm.objectives.next_token import renoise
 from rdlm.random_streams import generator
 from rdlm.registry import build
 from rdlm.sampling import process, sample
-from rdlm.sampling_params import History, SamplingParams, uniform
+from rdlm.sampling_params import History, SamplingParams, check_sampler, uniform
 from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.engine.events import Served
@@ -147,22 +147,22 @@ def test_a_schedule_leaves_no_holes_in_the_caches_of_blocks(
 
 def solved(served: Served, one: Request) -> list[int]:
     """The answer by ``solve`` over whole-sequence forwards: from noise at sigma_max, which the network reads
-    as z = 0."""
+    as z = 0 unless the sampler starts from noise."""
     denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
     paper, top = config.objective.name == "paper", config.noise.sigma_max
     first, *rest = denoiser.sampling_levels(one.budget.num_steps)
-    levels = [top, *rest]
+    levels, sees_noise = [top, *rest], SAMPLERS[one.sampling.sampler].starts_from_noise
     for _ in range(one.max_tokens):
         row, history = torch.tensor([ids]), History(one.prompt, out, ())
         fills = len({denoiser.at(None if level == top else level) for level in levels}) - (not paper)
 
         def predict(z: torch.Tensor, level: float) -> Prediction:
-            read = first if level == top else level
+            read = first if level == top and not sees_noise else level
             owner = denoiser.at(read)
             if read is None:
                 return owner.predict(owner.two_stream_hidden(row, None, None, sees_own_clean=paper)[:, -1])  # noqa: B023
             zs, sigma = torch.zeros(1, len(ids), 32), torch.full((1, len(ids)), read)
-            if level == top:
+            if level == top and not sees_noise:
                 z = torch.zeros_like(z)
             zs[0, -1] = z[0]
             hidden = owner.two_stream_hidden(row, zs, sigma, sees_own_clean=paper)[:, -1]  # noqa: B023
@@ -215,12 +215,22 @@ def test_a_sampler_goes_the_same_way_in_a_pack_as_over_the_whole_sequence(
             (5, 4, 0.0, "dpmpp_2m"),
             (6, 5, 1.0, "stochastic"),
             (4, 2, 0.0, "stochastic"),
+            *[(n, k, 0.0, "published") for n, k in ((6, 1), (9, 4)) if objective == "paper"],
         )
     ]
     with Engine(lambda: served) as engine:
         answers = engine.generate([*soft, request(9, 4)])
     found = [[e.token for e in events if e.token is not None] for events in answers]
     assert found == [*(solved(served, one) for one in soft), written_out(served, request(9, 4))]
+
+
+def test_the_published_sampler_is_for_models_of_the_published_objective(cut: Callable[..., Served]) -> None:
+    with pytest.raises(UserError, match="only models trained with objective paper"):
+        check_sampler("published", cut("evidence").config)
+    check_sampler("published", cut("paper").config)
+    one = request(5, 2, 3, sampling=SamplingParams(0.0, sampler="published"), logprobs=1)
+    with Engine(lambda: cut("paper")) as engine, pytest.raises(UserError, match="starts from noise"):
+        engine.generate([one])
 
 
 def test_samplers_lead_to_different_texts(cut: Callable[..., Served]) -> None:
