@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Predict the memory of a config and suggest how to train it on what there is.",
     ),
     "train": ("train.cli:train_app", "Train a model from a config, on one process or under DeepSpeed."),
+    "sweep": ("train.cli:sweep_app", "Train and measure many runs with equal budgets; one report."),
     "merge": ("train.cli:merge_app", "Put blocks that were trained alone together into one checkpoint."),
     "generate": ("serve.generate_cli:app", "Continue a prompt from a checkpoint, without a server."),
     "images": ("serve.images_cli:app", "Draw images from a checkpoint of family dit."),

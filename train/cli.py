@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 train_app = typer.Typer(add_completion=False)
 plan_app = typer.Typer(add_completion=False)
 merge_app = typer.Typer(add_completion=False)
+sweep_app = typer.Typer(add_completion=False)
 
 Config = Annotated[
     str, typer.Argument(metavar="CONFIG", help="YAML file; see configs/ and docs/training.md.")
@@ -109,6 +110,45 @@ def _device_numbers(text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError("--devices", text, "is not a list of numbers", "write for instance 2,3") from None
+
+
+@sweep_app.command(epilog="Example: rdlm sweep configs/sweeps/debug.yaml --dry-run")
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="YAML file; see configs/sweeps/ and docs/sweep.md.")
+    ],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check every run and print how many updates it gets; train nothing."),
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write the report of what is there; train nothing.")
+    ] = False,
+) -> int:
+    """Train and measure many runs with equal budgets, and put them into one report.
+
+    Every run is `rdlm train` in processes of its own, every measurement a command of `rdlm eval`. The same command
+    goes on where it was stopped: finished runs are not run again, an interrupted one resumes. OUTPUT then holds
+    plan.json, runs/, results.json and report/report.html. Exit status 1: some runs failed, the others are reported.
+    """
+    from train.sweep import Sweeper, read_sweep
+
+    sweeper = Sweeper(*read_sweep(config, overrides or []), lambda line: typer.echo(line))
+    if not report:
+        planned = sweeper.plan()
+        if dry_run:
+            return 0
+        failed = sweeper.run(planned)
+        if sweeper.commands.signal:
+            typer.echo("stopped; the same command goes on", err=True)
+            return 128 + sweeper.commands.signal
+        for line in failed:
+            typer.echo(f"rdlm sweep: {line}", err=True)
+        typer.echo(sweeper.report())
+        return 1 if failed else 0
+    typer.echo(sweeper.report())
+    return 0
 
 
 @merge_app.command(epilog="Example: rdlm merge runs/ar/block_0 runs/ar/block_1 --out runs/ar/model")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -321,7 +321,8 @@ class TrainConfig(Strict):
     """Folder of checkpoints, logs, metrics and the exported model."""
     init_from: FolderPath | None = None
     """A checkpoint folder (``model/`` of a run, an imported or a converted one) whose weights the run starts
-    from, with a new optimizer. The section model may then be left out: it is the checkpoint's."""
+    from, with a new optimizer. The section model may then be left out, or hold single fields to change: the rest
+    is the checkpoint's."""
     allow_changes: bool = False
     """Resume although fields have changed that decide what is learned. `rdlm train --allow-changes` sets it.
     """
@@ -396,9 +397,8 @@ class TrainConfig(Strict):
         )  # fmt: skip
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Read a YAML 1.2 file, apply ``key.sub=value`` overrides (values are YAML), check the whole; raises
-    UserError."""
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML 1.2 file holds; raises UserError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -409,13 +409,26 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
     data = _parsed(text, "CONFIG", str(path))
     if not isinstance(data, dict):
         raise UserError("CONFIG", str(path), "holds no mapping", "see configs/ for examples")
+    return data
+
+
+def changed(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The same mapping after ``key.sub=value`` overrides (values are YAML); raises UserError."""
+    for override in overrides:
+        _apply(data, override)
+    return data
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML 1.2 file, apply ``key.sub=value`` overrides, check the whole; raises UserError."""
+    data = read_yaml(path)
     for override in overrides:
         if override.startswith("init_from="):  # before the others, which may change the model that it brings
             _apply(data, override)
-    if "model" not in data and isinstance(data.get("init_from"), str):
-        data["model"] = _model_of(parse(FolderPath, data["init_from"], "init_from"))
-    for override in overrides:
-        _apply(data, override)
+    given = data.get("model", {})
+    if isinstance(data.get("init_from"), str) and isinstance(given, dict) and "family" not in given:
+        data["model"] = _merged(_model_of(parse(FolderPath, data["init_from"], "init_from")), given)
+    changed(data, overrides)
     if data.get("precision") == "auto":
         data["precision"] = native_precision()
     config: TrainConfig = parse(TrainConfig, data, str(path))
@@ -438,6 +451,15 @@ def native_precision() -> str:
     except OSError:
         return "fp32"
     return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "fp32"
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections of ``below`` with the fields of ``above`` put in."""
+    found = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(found.get(key), dict)
+        found[key] = _merged(found[key], value) if both else value
+    return found
 
 
 def _model_of(source: str) -> dict[str, Any]:

@@ -126,7 +126,9 @@ def test_noised_rows_of_different_depth_count_as_if_alone(network, batch) -> Non
     noised = shared.corrupt(batch.targets, generator(0, 1))
     together = shared.hidden(batch.inputs, noised, depths, generator(0))
     for i, r in enumerate(depths):
-        mine = Noised(*(part[i : i + 1] for part in (noised.z, noised.sigma, noised.is_noised)))
+        flags = noised.is_noised[i]
+        rows, others = flags.nonzero()[:, 0], (~flags).nonzero()[:, 0]
+        mine = Noised(noised.dense[i, rows], noised.sigma[i : i + 1], flags[None], rows, others)
         alone = shared.hidden(batch.inputs[i : i + 1], mine, [r], generator(0))
         torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,214 @@
+"""Sweeps: what a run gets of a budget, what is run again and what is not, and what the report says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from eval.metrics.sweep import Sweep, k_curves
+from rdlm.config.base import parse
+from rdlm.data.batch import Batch
+from rdlm.errors import UserError
+from rdlm.objectives.base import Keys
+from rdlm.objectives.depth import drawn_depths
+from rdlm.registry import build
+from train.cost import update_flops, updates_within
+from train.metrics import FlopCounter
+from train.settings import TrainConfig, load
+from train.sweep import Sweeper, read_sweep
+
+BASE: dict[str, Any] = {
+    "model": {"family": "huginn", "vocab_size": 8, "d_model": 32, "num_heads": 2, "mlp_width": 48, "max_seq_len": 32},
+    "data": {"kind": "group_product", "group": "s3", "length": 12}, "batch": {"global_size": 4},
+    "optimizer": {"lr": 0.01}, "schedule": {"kind": "cosine", "warmup_steps": "10%"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Callable[..., Path]:
+    """``sweep(arms=...)`` -> the YAML file of a sweep over BASE."""
+
+    def write(**changes: Any) -> Path:
+        document = {
+            "name": "test",
+            "output": str(tmp_path / "out"),
+            "base": BASE,
+            "budget": {"updates": 40},
+            **changes,
+        }
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+        return tmp_path / "sweep.yaml"
+
+    return write
+
+
+def planned(file: Path) -> list[Any]:
+    return Sweeper(*read_sweep(file), lambda line: None).plan()
+
+
+def test_every_arm_meets_every_point_of_the_grid_with_every_seed(sweep: Callable[..., Path]) -> None:
+    arms = {
+        "plain": {"objective": "next_token"},
+        "loop": {"objective": "bptt", "objective.depth": {"mean": 2, "grad_steps": 1}},
+    }
+    runs = planned(
+        sweep(arms=arms, grid={"optimizer.lr": [0.01, 0.02], "batch.global_size": [4]}, seeds=[3, 5])
+    )
+    assert [(run.arm, run.seed) for run, _ in runs] == [
+        (f"{arm}, optimizer.lr={lr}, batch.global_size=4", seed)
+        for arm in arms
+        for lr in (0.01, 0.02)
+        for seed in (3, 5)
+    ]
+    assert len({run.folder for run, _ in runs}) == len(runs) == 8
+    for run, config in runs:
+        assert config == load(run.config_file) and config.seed == run.seed
+        assert (config.schedule.steps, config.schedule.warmup_steps) == (40, 4)
+        assert config.objective.name == ("next_token" if run.arm.startswith("plain") else "bptt")
+    assert [config.optimizer.lr for _, config in runs] == [0.01, 0.01, 0.02, 0.02] * 2
+
+
+def test_budgets_in_tokens_and_flops_are_what_the_runs_get(sweep: Callable[..., Path]) -> None:
+    arms = {
+        "plain": {"objective": "next_token"},
+        "deep": {"objective": {"name": "bptt", "depth": {"mean": 6, "grad_steps": 3}}},
+    }
+    tokens = [
+        config.schedule.steps for _, config in planned(sweep(arms=arms, budget={"tokens": 4 * 12 * 30 + 5}))
+    ]
+    assert tokens == [30, 30]
+    shutil.rmtree(sweep().parent / "out")
+    for run, config in planned(sweep(arms=arms, budget={"flops": 3e9})):
+        cost = update_flops(config)
+        spent = sum(cost(step) for step in range(config.schedule.steps))
+        assert spent <= 3e9 < spent + cost(config.schedule.steps), run.arm
+
+
+@pytest.mark.parametrize(
+    "objective",
+    ["next_token", {"name": "bptt", "depth": {"mean": 5, "grad_steps": 3}}, {"name": "onestep", "depth": {"per": "sequence", "mean": 4}},
+     {"name": "per_step", "depth": {"mean": 5, "grad_steps": 2}}, "single_pass"],
+)  # fmt: skip
+def test_the_cost_of_an_update_is_that_of_its_own_code(objective: Any) -> None:
+    """Counted on tensors without data, at every r of the schedule: what was interpolated is what is counted."""
+    config = parse(
+        TrainConfig,
+        {**BASE, "name": "x", "output": "out", "schedule": {"steps": 9}, "objective": objective},
+        "test",
+    )
+    cost = update_flops(config)
+    for step in range(6):
+        depths = drawn_depths(config.objective.depth_in_training, Keys(config.seed, step), 4)
+        with FlopCounter() as counter:
+            network = build(config.checkpoint_config, device="meta")
+            network.depths = lambda batch, keys, found=depths: found  # type: ignore[method-assign,assignment,misc]
+            mask, ids = (
+                torch.ones(4, 12, dtype=torch.bool),
+                torch.empty(4, 12, dtype=torch.int64, device="meta"),
+            )
+            network.loss(Batch(ids, ids, mask.to("meta"), None, mask), Keys(config.seed, 0)).total.backward()
+        assert cost(step) == pytest.approx(counter.total, rel=1e-6 if objective != "single_pass" else 0.02)
+    assert updates_within(config, cost(0) + cost(1) + 1) == 2
+
+
+def test_a_run_with_other_settings_is_not_overwritten(sweep: Callable[..., Path]) -> None:
+    [(run, _)] = planned(sweep())
+    run.output.mkdir()
+    planned(sweep())
+    with pytest.raises(UserError, match="other settings"):
+        planned(sweep(arms={"base": {"optimizer.lr": 0.5}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"budget": {"updates": 3, "tokens": 5}}, "exactly one"),
+        ({"arms": {"wrong": {"optimizer.lrr": 1}}}, "wrong: .*lrr"),
+        (
+            {"arms": {"deep": {"objective": {"name": "bptt", "depth": {"mean": 9, "max_steps": 4}}}}},
+            "deep: objective.depth.mean",
+        ),
+        ({"evaluations": {}}, "evaluations"),
+    ],
+)
+def test_mistakes_are_named_before_anything_trains(
+    sweep: Callable[..., Path], changes: Any, problem: str
+) -> None:
+    with pytest.raises(UserError, match=problem):
+        planned(sweep(**changes))
+
+
+class Commands:
+    """Stands in for `rdlm`: notes each command and writes what it would."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.broken: str | None = None
+        self.jobs, self.signal = 1, 0
+
+    def rdlm(self, arguments: Sequence[str], log: Path) -> int:
+        self.seen.append(
+            f"{arguments[0]} {Path(arguments[1]).parent.name if arguments[0] == 'train' else arguments[1]}"
+        )
+        if self.broken is not None and self.broken in self.seen[-1]:
+            return 1
+        if arguments[0] == "train":
+            config = load(arguments[1])
+            output = Path(config.output)
+            (output / "model").mkdir(parents=True, exist_ok=True)
+            record = {"step": config.schedule.steps, "loss": 1.0, "seconds": 2.0, "cpu_seconds": 2.0}
+            (output / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+            held_out = [{"step": step, "K=1": 3.0, "K=4": 2.0 + config.seed} for step in (20, 40)]
+            (output / "held_out.jsonl").write_text("".join(json.dumps(r) + "\n" for r in held_out))
+        elif arguments[1] == "nll":
+            options = dict(zip(arguments[2::2], arguments[3::2], strict=True))
+            seed = int(options["--out"].split("seed")[1][0])
+            rows = [
+                {"K": k, "nll": 3.0 - k / 10 + seed, "nll_interval": [0, 9], "estimator": "normalised"}
+                for k in (1, 4)
+            ]
+            Path(options["--out"]).write_text(json.dumps({"evaluation": "nll", "results": rows}))
+        return 0
+
+    def until_signal(self) -> Any:
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+
+def test_finished_runs_are_not_run_again_and_a_failed_one_holds_up_no_other(
+    sweep: Callable[..., Path],
+) -> None:
+    file = sweep(
+        arms={"a": {}, "b": {"optimizer.lr": 0.02}}, seeds=[0, 1],
+        evaluate={"held out": "nll --checkpoint {model} --num-steps 1,4 --out {out}.json"},
+    )  # fmt: skip
+    sweeper = Sweeper(*read_sweep(file), lambda line: None)
+    sweeper.commands = commands = Commands()  # type: ignore[assignment]
+    commands.broken = "a-seed1"
+    [failed] = sweeper.run(sweeper.plan())
+    assert "a, seed 1" in failed and commands.seen.count("eval nll") == 3
+    commands.seen, commands.broken = [], None
+    assert sweeper.run(sweeper.plan()) == []
+    assert commands.seen == ["train a-seed1", "eval nll"]
+    commands.seen = []
+    assert sweeper.run(sweeper.plan()) == [] and commands.seen == []
+    report = Sweep().measure(Sweep.Options(folder=sweeper.output))
+    assert [(run["arm"], run["seed"], run["finished"]) for run in report["runs"]] == [
+        (arm, seed, True) for arm in "ab" for seed in (0, 1)
+    ]
+    assert k_curves(report, "held out")["b"][4] == {0: 2.6, 1: 3.6}
+    from eval.metric import Run
+
+    section = Sweep().section([Run(file, "sweep", "test", report)])
+    table = section.blocks[1]
+    assert table.rows[0] == ["a", "3.4000 [2.9000, 3.9000]", "3.1000 [2.6000, 3.6000]", ""]
+    assert table.rows[1][-1] == "+0.0000 [+0.0000, +0.0000] (K = 4)"
+    assert len([block for block in section.blocks if hasattr(block, "content")]) == 2
