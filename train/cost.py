@@ -69,7 +69,7 @@ def _at_depth(config: TrainConfig, num_steps: int) -> TrainConfig:
         return config
     depth = config.objective.depth_in_training
     fixed = {"distribution": "fixed", "mean": num_steps, "max_steps": max(depth.max_steps, num_steps)}
-    changed = parse(DepthConfig, {**fixed, "grad_steps": depth.grad_steps}, "objective.depth")
+    changed: DepthConfig = parse(DepthConfig, {**fixed, "grad_steps": depth.grad_steps}, "objective.depth")
     return config.model_copy(update={"objective": config.objective.model_copy(update={"depth": changed})})
 
 

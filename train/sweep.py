@@ -123,7 +123,7 @@ class Run:
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[SweepConfig, dict[str, Any]]:
     """The sweep and its base config. UserError for anything that is wrong with either."""
-    sweep = parse(SweepConfig, changed(read_yaml(path), overrides), str(path))
+    sweep: SweepConfig = parse(SweepConfig, changed(read_yaml(path), overrides), str(path))
     base = read_yaml(path.parent / sweep.base) if isinstance(sweep.base, str) else sweep.base
     for name in ("name", "output", "seed"):
         base.pop(name, None)

@@ -95,13 +95,14 @@ def _tables(report: Json) -> list[Table]:
     for name in _evaluations(report):
         curves = k_curves(report, name)
         ks = sorted({k for curve in curves.values() for k in curve})
-        first = next(arm for arm in curves if not arm.startswith(BEFORE)) if curves else ""
+        baseline = next(arm for arm in curves if not arm.startswith(BEFORE)) if curves else ""
         rows = []
         for arm, curve in curves.items():
             cells = [_range(list(curve[k].values())) if k in curve else "" for k in ks]
-            against = "" if arm == first else _difference(curve, curves.get(first, {}))
+            base = curves.get(baseline) or {}
+            against = "" if arm == baseline else _difference(curve, base)
             rows.append([arm, *cells, against])
-        headers = ["arm", *(f"K = {k}" for k in ks), f"against {first}, largest common K"]
+        headers = ["arm", *(f"K = {k}" for k in ks), f"against {baseline}, largest common K"]
         found.append(Table(headers, rows, f"NLL, nats per token: {name}"))
     return found
 
@@ -127,11 +128,11 @@ def _pictures(report: Json) -> list[Picture]:
         axes.set_ylabel("NLL, nats per token")
         axes.legend(fontsize=7)
         found.append(Picture(png(figure), f"NLL against K: {name}"))
-    curves = [(arm, runs) for arm, runs in _by_arm(report).items() if any(run["held_out"] for run in runs)]
-    if curves:
+    trained = [(arm, runs) for arm, runs in _by_arm(report).items() if any(run["held_out"] for run in runs)]
+    if trained:
         figure, panels = new_figure(2)
         for axes, x in zip(panels, ("tokens", "flops"), strict=True):
-            for i, (arm, runs) in enumerate(curves):
+            for i, (arm, runs) in enumerate(trained):
                 _draw_training(axes, arm, runs, x, colour(i))
             axes.set(xlabel={"tokens": "tokens seen", "flops": "FLOPs, forward and backward"}[x])
             axes.set_ylabel("held-out NLL at the largest K, nats per token")
