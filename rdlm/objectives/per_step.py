@@ -76,5 +76,8 @@ class PerStep(EveryStep):
                 totals.append(total)
 
         self.run_core(batch.inputs, noised, depths, keys.stream(STATE_KEY), batch.documents, read)
-        metrics = {"core_steps": mean_depth(depths), "ce": mean_of(last["losses"].flatten(), batch.counted.flatten())}
+        metrics = {
+            "core_steps": mean_depth(depths),
+            "ce": mean_of(last["losses"].flatten(), batch.counted.flatten()),
+        }
         return LossTerms(torch.stack(totals).sum(), batch.mask.sum().float(), metrics)

@@ -67,7 +67,7 @@ def losses(objective: Any, batch: Batch, held_out: bool) -> tuple[Tensor, Tensor
         return torch.cat([scores[k].logprobs for k in (1, 2)], -1).unsqueeze(-1), scores[2].logprobs
     noised = objective.corrupt(batch.targets, torch.Generator().manual_seed(1))
     rng = torch.Generator().manual_seed(2)
-    hidden = objective.hidden(batch.inputs, noised, 2, rng, batch.documents)
+    hidden = objective.hidden(batch.inputs, noised, [2] * len(batch.inputs), rng, batch.documents)
     weight = torch.ones(batch.targets.numel())
     _, found = objective.cross_entropy(hidden.flatten(0, 1), batch.targets.flatten(), weight, noised)
     return hidden, found.view(batch.targets.shape)
