@@ -29,7 +29,7 @@ def process(logits: Tensor, params: Sequence[SamplingParams], histories: Sequenc
     rows skip the last four (temperature included): none of them can change an arg-max.
     """
     logits = logits.float()
-    if any(p.edits or h.banned for p, h in zip(params, histories, strict=True)):
+    if any(p.edits or h.banned or h.allowed is not None for p, h in zip(params, histories, strict=True)):
         logits = logits.clone()
         for row, (param, history) in enumerate(zip(params, histories, strict=True)):
             _edit(logits[row], param, history)
@@ -59,6 +59,9 @@ def _edit(row: Tensor, param: SamplingParams, history: History) -> None:
         row -= param.frequency_penalty * counts + param.presence_penalty * (counts > 0)
     if history.banned:
         row[torch.tensor(sorted(history.banned), device=row.device)] = MINUS_INF
+    if history.allowed is not None:
+        allowed = torch.frombuffer(history.allowed, dtype=torch.uint8).to(row.device)
+        row.masked_fill_(allowed == 0, MINUS_INF)
 
 
 def _truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -95,7 +98,7 @@ def sample(
     greedy = [p.greedy for p in params]
     best = logits.argmax(-1)
     total = logits if evidence is None else logits + evidence.float()
-    _check_drawable(total.amax(-1))
+    _check_drawable(total.amax(-1), histories)
     if all(greedy):
         return best
     cdf = total.double().softmax(-1).cumsum(-1)
@@ -104,9 +107,12 @@ def sample(
     return torch.where(torch.tensor(greedy, device=cdf.device), best, drawn)
 
 
-def _check_drawable(largest: Tensor) -> None:
+def _check_drawable(largest: Tensor, histories: Sequence[History]) -> None:
     """``largest``: the largest logit of each row [M]; it is NaN where any of the row is."""
-    for value in largest.tolist():
+    for value, history in zip(largest.tolist(), histories, strict=True):
+        if value == MINUS_INF and history.allowed is not None:
+            problem = "every token that may come next is banned, so none can be drawn"
+            raise UserError("response_format", "...", problem, "ban fewer ids, or leave min_tokens out")
         if value == MINUS_INF:
             problem = "every token of the vocabulary is banned until min_tokens, so none can be drawn"
             raise UserError("stop_token_ids", "...", problem, "ban fewer ids, or leave min_tokens out")

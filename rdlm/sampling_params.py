@@ -173,8 +173,9 @@ def check_masked(params: SamplingParams, order: Order | None, config: Checkpoint
 @dataclass(frozen=True, slots=True)
 class History:
     """Tokens of a row so far, for penalties. ``banned`` ids get probability 0 (``min_tokens`` bans end
-    tokens)."""
+    tokens), and so do those that are 0 in ``allowed`` (one byte per id), where an answer is constrained."""
 
     prompt: Sequence[int] = ()
     output: Sequence[int] = ()
     banned: Collection[int] = ()
+    allowed: bytearray | None = None

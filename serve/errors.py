@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rdlm.errors import UserError
@@ -57,6 +60,18 @@ class EngineClosed(ApiError):
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """400."""
     return ApiError(400, message, "invalid_request_error", param, code)
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors within name the fields as the client sent them: ``names`` has the other interface's name of each."""
+    try:
+        yield
+    except ApiError as error:
+        spoken = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, names)) + r")(?![\w])")
+        error.message = spoken.sub(lambda found: names[found[1]], error.message)
+        error.param = error.param and spoken.sub(lambda found: names[found[1]], error.param)
+        raise
 
 
 def from_user_error(error: UserError) -> ApiError:

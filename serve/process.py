@@ -22,6 +22,7 @@ from rdlm.errors import UserError
 from serve.api import observability
 from serve.api.app import create_app
 from serve.api.chat_template import ChatTemplate
+from serve.connection import BoundedConnection
 from serve.engine.engine import Engine
 from serve.engine.events import Served
 from serve.loading import load_served
@@ -93,6 +94,7 @@ def run_server(
     engine = Engine(lambda: _load(checkpoint, engine_settings), engine_settings.max_queue)
     config = uvicorn.Config(
         create_app(engine, settings),
+        http=BoundedConnection,
         log_config=None,
         access_log=False,
         lifespan="off",

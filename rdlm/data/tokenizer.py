@@ -13,7 +13,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -266,12 +266,15 @@ class StreamDecoder:
     A character whose bytes are not complete yet is held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, spelt: Collection[int] = ()) -> None:
+        """spelt: special tokens that are written out, which ``decode`` leaves out."""
         self._table = tokenizer.token_bytes()
+        names = tokenizer.special_tokens if spelt else {}
+        self._spelt = {i: name.encode() for name, i in names.items() if i in spelt}
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
-        return self._utf8.decode(b"".join(self._table[i] for i in ids))
+        return self._utf8.decode(b"".join(self._spelt.get(i) or self._table[i] for i in ids))
 
     def flush(self) -> str:
         """Whatever is still held back, as U+FFFD."""

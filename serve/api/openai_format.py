@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from rdlm.data.tokenizer import Tokenizer
 from serve.api.request_parsing import Parsed
+from serve.api.tools import CallReader, Delta
 from serve.engine.events import Event, Usage
 from serve.engine.sequence import TokenLogprobs
 
@@ -104,6 +105,7 @@ class ChatFormat:
         if parsed.reports_ids:
             self._head["prompt_token_ids"] = list(parsed.requests[0].prompt)
         self._started: set[int] = set()
+        self._readers = readers(parsed)
 
     def head(self, stream: bool) -> dict[str, Any]:
         return self._head | {"object": "chat.completion.chunk"} if stream else self._head
@@ -114,8 +116,15 @@ class ChatFormat:
         logprobs = None
         if event.token is not None and event.logprobs is not None:
             logprobs = {"content": [chat_logprobs(self.names, event.token, event.logprobs)]}
-        delta = ({"role": "assistant"} if is_first else {}) | {"content": event.text}
-        choice = {"index": event.index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish}
+        delta: dict[str, Any] = {"role": "assistant"} if is_first else {}
+        finish = event.finish
+        if self._readers:
+            reader = self._readers[event.index]
+            delta |= _chat_delta(read_calls(reader, event))
+            finish = "tool_calls" if finish == "stop" and reader.is_whole else finish
+        else:
+            delta["content"] = event.text
+        choice = {"index": event.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         choice |= token_steps(self.parsed, event)
         if is_first:
             choice |= prompt_scores(self.names, self.parsed, event)
@@ -125,10 +134,13 @@ class ChatFormat:
 
     def merge(self, pieces: list[dict[str, Any]]) -> dict[str, Any]:
         content = [entry for piece in pieces if piece["logprobs"] for entry in piece["logprobs"]["content"]]
-        text = "".join(piece["delta"]["content"] for piece in pieces)
+        text = "".join(piece["delta"].get("content", "") for piece in pieces)
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls := _joined_calls(pieces):
+            message |= {"content": text or None, "tool_calls": calls}
         choice = {
             "index": pieces[-1]["index"],
-            "message": {"role": "assistant", "content": text},
+            "message": message,
             "logprobs": {"content": content} if content else None,
             "finish_reason": pieces[-1]["finish_reason"],
         }
@@ -136,6 +148,47 @@ class ChatFormat:
         if self.parsed.reports_ids:
             choice["token_ids"] = [i for piece in pieces for i in piece["token_ids"]]
         return choice | _joined_steps(pieces)
+
+
+def readers(parsed: Parsed) -> list[CallReader]:
+    """One for each answer where tools were offered, else none."""
+    tools = parsed.tools
+    return [] if tools is None else [CallReader(tools.form, tools.only_first) for _ in parsed.requests]
+
+
+def read_calls(reader: CallReader, event: Event) -> list[Delta]:
+    """Parts of the answer that are certain with this event."""
+    return reader.feed(event.text) + (reader.finish() if event.finish is not None else [])
+
+
+def _chat_delta(deltas: list[Delta]) -> dict[str, Any]:
+    """content and tool_calls of a chunk."""
+    text = "".join(delta.text for delta in deltas if delta.call is None)
+    calls: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        if delta.call is None:
+            continue
+        call = calls.setdefault(delta.call, {"index": delta.call, "function": {"arguments": ""}})
+        if delta.id is not None:
+            call |= {"id": delta.id, "type": "function"}
+            call["function"] = {"name": delta.name, "arguments": ""}
+        call["function"]["arguments"] += delta.text
+    return ({"content": text} if text or not calls else {}) | (
+        {"tool_calls": [*calls.values()]} if calls else {}
+    )
+
+
+def _joined_calls(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls of an answer from those of its parts."""
+    whole: dict[int, dict[str, Any]] = {}
+    for part in (part for piece in pieces for part in piece["delta"].get("tool_calls", ())):
+        if part["index"] not in whole:
+            whole[part["index"]] = {key: part[key] for key in ("id", "type")} | {
+                "function": {**part["function"]}
+            }
+        else:
+            whole[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
+    return [*whole.values()]
 
 
 def score_answer(

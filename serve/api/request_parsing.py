@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import re
 import secrets
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from litestar import Request as HttpRequest
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams, check_masked, check_sampler, text_sampler
 from serve.api.chat_template import ChatTemplate
+from serve.api.constraints import Constraint, tool_choice
 from serve.api.schemas import (
     INT32,
     MAX_CHOICES,
@@ -31,8 +33,10 @@ from serve.api.schemas import (
     ScoreRequest,
     shorten,
 )
+from serve.api.tools import Tool, ToolChoice, ToolFormat, tool_grammar
 from serve.engine.events import Served
 from serve.engine.exits import CRITERIA, ExitRule, check_exit_gate, default_thresholds
+from serve.engine.grammar import Grammar, Grammars
 from serve.engine.sequence import Request, StepBudget, StepPredictions
 from serve.errors import ApiError, invalid
 
@@ -44,6 +48,8 @@ DEFAULT_MAX_TOKENS = 16
 """Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
 MIN_TEMPERATURE = 1e-4
 """Below, logits leave the range of fp32."""
+MAX_VALUES = (1 << 20) + (1 << 16)
+"""Commas of a body, which bound its values: reading JSON holds up every other thread."""
 SMALL = 4096
 """Characters that are parsed on the event loop; longer requests are parsed in a thread."""
 EFFORTS: dict[Effort, Callable[[int], int]] = {
@@ -81,8 +87,11 @@ class JsonRequest(HttpRequest[Any, Any, Any]):
                 f"{problem}; send JSON in UTF-8 as 'Content-Type: application/json'",
                 "invalid_request_error",
             )
+        body = await self.body()
+        if body.count(b",") > MAX_VALUES:
+            raise invalid(f"the body's values exceed the {MAX_VALUES} of a request")
         try:
-            return schema.parse(_decoded(await self.body()))
+            return await in_thread_if_large(len(body) // 16, lambda: schema.parse(_decoded(body)))
         except UnicodeDecodeError as error:
             raise invalid(f"the body is not UTF-8 ({error.reason})") from None
         except RecursionError:
@@ -92,14 +101,26 @@ class JsonRequest(HttpRequest[Any, Any, Any]):
 
 
 def _decoded(body: bytes) -> Any:
-    """JSON, without the garbage collector, which would visit every list of a large body again and again."""
+    """JSON, without the garbage collector, which would visit every list of a large body again and again.
+
+    Raises ApiError for a key that is there twice: libraries differ in which of the two they read.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:
-        return msgspec.json.decode(body)
+        value = msgspec.json.decode(body)
+        json.loads(body, object_pairs_hook=_check_keys, parse_int=bool, parse_float=bool)
+        return value
     finally:
         if collects:
             gc.enable()
+
+
+def _check_keys(pairs: list[tuple[str, Any]]) -> None:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        raise invalid(f"the key {shorten(twice)!r} is there twice in one object", shorten(twice))
 
 
 async def in_thread_if_large(size: int, parse: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -117,6 +138,8 @@ class Limits:
     """K where a request names none: ``served.default_steps``, or fewer while too many wait (brown-out)."""
     capacity: int = INT32
     """Sequences that the server can hold at once, running and waiting."""
+    grammars: Grammars | None = None
+    """Compiles what answers must be; None only where nothing is constrained."""
     longest_token: int = INT32
     """Bytes of the longest token: a text of more than so many times the context cannot fit."""
     max_ms: int | None = None
@@ -191,6 +214,15 @@ class Parsed:
     """Whether choices carry ``token_ids``."""
     browned_out: bool = False
     """Whether K is below the server's default because too many wait."""
+    tools: OfferedTools | None = None
+    """How answers call the tools that were offered."""
+
+
+@dataclass(frozen=True)
+class OfferedTools:
+    form: ToolFormat
+    only_first: bool
+    """Whether only the begin of an answer tells calls from text."""
 
 
 def header_steps(values: Sequence[str]) -> int | None:
@@ -211,6 +243,7 @@ def header_steps(values: Sequence[str]) -> int | None:
 def parse_completion(body: CompletionRequest, limits: Limits) -> Parsed:
     """Raises ApiError."""
     served, n, reports_prompt = limits.served, body.n or 1, body.prompt_logprobs is not None
+    _check_constraint(body.constraint, limits)
     prompts = cast(list[str | list[int]], body.prompt)
     budget, browned_out = step_budget(body, limits)
     scored = body.logprobs if body.echo else None
@@ -229,6 +262,7 @@ def parse_completion(body: CompletionRequest, limits: Limits) -> Parsed:
         max_tokens = min(DEFAULT_MAX_TOKENS, max(room, 1)) if body.max_tokens is None else body.max_tokens
         may_be_empty = not (limits.left_to_right or body.echo or reports_prompt)
         first = _request(body, ids, budget, max_tokens, limits, may_be_empty)
+        first = replace(first, grammar=_grammar(body.constraint, limits))
         requests += _choices(replace(first, logprobs=body.logprobs, prompt_logprobs=scored), n)
     echoed = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts] if body.echo else None
     name, reports_ids = body.model or limits.name, bool(body.return_token_ids)
@@ -245,26 +279,97 @@ def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None)
         raise invalid(f"max_completion_tokens: {problem}", "max_completion_tokens")
     if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs: it needs logprobs = true", "top_logprobs")
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = getattr(body, field)
     if max_tokens == 0:
-        raise invalid("max_tokens: a chat answer has at least one token", "max_tokens")
+        raise invalid(f"{field}: a chat answer has at least one token", field)
     _check_number(1, n, limits)
+    _check_constraint(body.constraint, limits)
+    tools = cast(tuple[Tool, ...], body.tools or ())
+    given = body.tool_choice
+    choice = given if isinstance(given, ToolChoice) else tool_choice(given, tools)
     if template is None:
         problem = "this model has no chat template, so it cannot take messages"
         remedy = "use /v1/completions, or add chat_template to the checkpoint's tokenizer_config.json"
         raise invalid(f"{problem}; {remedy}", "messages", "no_chat_template")
     messages = [message.plain() for message in body.messages]
     _check_size(sum(len(message["content"]) for message in messages), limits, "messages")
-    text = template.render(messages, body.chat_template_kwargs or {})
+    offered = _offered_tools(messages, choice, tools, body.constraint, template, limits)
+    shown = () if choice.mode == "none" else tools
+    text = template.render(messages, body.chat_template_kwargs or {}, shown)
     _check_size(len(text), limits, "messages")
     ids = tuple(served.tokenizer.encode(text))
     if max_tokens is None:
         max_tokens = max(1, served.max_len - len(ids))
-    first = _request(body, ids, budget, max_tokens, limits, may_be_empty=False)
+    first = _request(body, ids, budget, max_tokens, limits, may_be_empty=False, max_field=field)
+    if offered is None:
+        first = replace(first, grammar=_grammar(body.constraint, limits))
+    else:
+        special = served.tokenizer.special_tokens
+        parallel = body.parallel_tool_calls is not False
+        rule = None if body.constraint is None else body.constraint.rule
+        source, lines = tool_grammar(offered.form, tools, choice, parallel, special, rule)
+        fields = {line: tools[i].field for line, i in lines.items()}
+        fields |= {line: cast(Constraint, body.constraint).param for line in (3,) if rule}
+        grammar = _grammar(Constraint("tools", source), limits, fields)
+        first = replace(first, grammar=grammar, spelt=offered.form.spelt(special))
     top = (body.top_logprobs or 0) if body.logprobs else None
     requests = _choices(replace(first, logprobs=top, prompt_logprobs=body.prompt_logprobs), n)
     name, reports_ids = body.model or limits.name, bool(body.return_token_ids)
-    return Parsed(name, budget, n, requests, None, reports_prompt, reports_ids, browned_out)
+    return Parsed(name, budget, n, requests, None, reports_prompt, reports_ids, browned_out, offered)
+
+
+def _check_constraint(constraint: Constraint | None, limits: Limits) -> None:
+    """Raises ApiError where the model's answers cannot be constrained."""
+    if constraint is not None and not limits.left_to_right:
+        field = constraint.param.partition(".")[0]
+        problem = (
+            "this model fills in all of an answer together, and only answers that grow can be constrained"
+        )
+        raise invalid(f"{field}: {problem}; leave {field} out", field, "unsupported_value")
+
+
+def _grammar(
+    constraint: Constraint | None, limits: Limits, lines: dict[int, str] | None = None
+) -> Grammar | None:
+    """Raises ApiError for what the grammar library refuses."""
+    if constraint is None:
+        return None
+    assert limits.grammars is not None
+    try:
+        return limits.grammars.compile(constraint.source, constraint.param, lines)
+    except UserError as error:
+        raise invalid(f"{error.field}: {error.problem}; {error.remedy}", error.field) from None
+
+
+def _offered_tools(
+    messages: list[dict[str, Any]],
+    choice: ToolChoice,
+    tools: tuple[Tool, ...],
+    constraint: Constraint | None,
+    template: ChatTemplate,
+    limits: Limits,
+) -> OfferedTools | None:
+    """How the answer may call tools, None where it may not. Raises ApiError where the model does not know how."""
+    if any("tool_calls" in message for message in messages) and not template.knows_tools:
+        problem = "this model's chat template knows no tools; leave calls out"
+        raise invalid(f"messages.tool_calls: {problem}", "messages.tool_calls", "tools_unsupported")
+    if choice.mode == "none":
+        return None
+    form = template.tool_format
+    if not limits.left_to_right:
+        problem = "this model fills in all of an answer together, which cannot be constrained to calls"
+    elif not template.knows_tools:
+        problem = "this model's chat template knows no tools"
+    elif form is None:
+        problem = "this model calls tools in a form that this server does not know"
+    elif constraint is not None and choice.mode == "auto" and (constraint.rule is None or not form.open):
+        problem = f"this model's calls cannot be told from answers that {constraint.param} describes"
+    else:
+        return OfferedTools(form, choice.mode == "required" or constraint is not None)
+    raise invalid(
+        f"tools: {problem}; leave tools out, or send tool_choice none", "tools", "tools_unsupported"
+    )
 
 
 def parse_score(body: ScoreRequest, limits: Limits) -> tuple[Parsed, list[int]]:
@@ -449,18 +554,20 @@ def _request(
     max_tokens: int,
     limits: Limits,
     may_be_empty: bool,
+    max_field: str = "max_tokens",
 ) -> Request:
     served = limits.served
     vocab = served.tokenizer.vocab_size
     if not ids and not may_be_empty:
         raise invalid("prompt: it has no tokens; send at least one", "prompt")
     if len(ids) + max_tokens > served.max_len:
-        sizes = f"the prompt's {len(ids)} tokens and max_tokens = {max_tokens}"
-        param = "max_tokens" if len(ids) < served.max_len else "prompt"
+        sizes = f"the prompt's {len(ids)} tokens and {max_field} = {max_tokens}"
+        prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
+        param = max_field if len(ids) < served.max_len else prompt
         raise invalid(f"{sizes} exceed the context of {served.max_len}", param, "context_length_exceeded")
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
-        raise invalid(f"min_tokens: {min_tokens} exceeds max_tokens = {max_tokens}", "min_tokens")
+        raise invalid(f"min_tokens: {min_tokens} exceeds {max_field} = {max_tokens}", "min_tokens")
     if any(i >= vocab for i in body.stop_token_ids or ()):
         raise invalid(f"stop_token_ids: ids must lie below {vocab}", "stop_token_ids")
     ends = frozenset(body.stop_token_ids or ()) | (frozenset() if body.ignore_eos else served.end_ids)

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import Field, PlainValidator, StrictStr
+from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
-from serve.api.openai_format import usage_of
+from serve.api import constraints
+from serve.api.constraints import Constraint
+from serve.api.openai_format import read_calls, readers, usage_of
 from serve.api.request_parsing import Parsed
 from serve.api.schemas import (
     MAX_MESSAGES,
@@ -26,29 +28,62 @@ from serve.api.schemas import (
     shorten,
 )
 from serve.api.streaming import PING_SECONDS, EngineEvents
+from serve.api.tools import Delta, Tool
 from serve.errors import ApiError, invalid
 
 TEXT_PARTS = ("input_text", "output_text", "text")
+CHAT_NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "messages.tool_calls": "input",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+}
+"""Fields of chat -> those of responses that they were made from."""
 
 
 def _input(value: Any) -> list[Message]:
-    """A text, or messages as clients write them and as answers have them."""
+    """A text, or items as clients write them and as answers have them: messages, calls and their outputs."""
     items = [{"role": "user", "content": value}] if isinstance(value, str) else value
     if not isinstance(items, list) or not 0 < len(items) <= MAX_MESSAGES:
         raise ValueError(f"it must be a text or a list of 1 to {MAX_MESSAGES} messages")
-    return [_message(item) for item in items]
+    messages: list[dict[str, Any]] = []
+    names: dict[Any, Any] = {}
+    for item in items:
+        kind = item.get("type", "message") if isinstance(item, dict) else None
+        if kind == "function_call":
+            _check_keys(item, {"type", "id", "call_id", "name", "arguments", "status"})
+            function = {"name": item.get("name"), "arguments": item.get("arguments")}
+            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            if isinstance(item.get("call_id"), str):
+                names[item["call_id"]] = item.get("name")
+            if messages and messages[-1]["role"] == "assistant":  # one answer
+                messages[-1].setdefault("tool_calls", []).append(call)
+            else:
+                messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        elif kind == "function_call_output":
+            _check_keys(item, {"type", "id", "call_id", "output", "status"})
+            if not isinstance(item.get("call_id"), str):
+                raise ValueError("an output of a call has its call_id")
+            told = {"role": "tool", "content": _parts(item.get("output")), "tool_call_id": item["call_id"]}
+            name = names.get(item["call_id"])
+            messages.append(told if name is None else told | {"name": name})
+        elif kind == "message":
+            _check_keys(item, {"type", "role", "content", "id", "status", "phase"})
+            messages.append({"role": item.get("role"), "content": _parts(item.get("content"))})
+        else:
+            problem = "this model takes messages, calls and their outputs"
+            raise ValueError(f"an item of type {shorten(str(kind))!r} cannot be read; {problem}")
+    return [Message.parse(message) for message in messages]
 
 
-def _message(item: Any) -> Message:
-    kind = item.get("type", "message") if isinstance(item, dict) else None
-    if kind != "message":
-        raise ValueError(f"an item of type {shorten(str(kind))!r} cannot be read; this model takes messages")
-    content = item.get("content")
-    if isinstance(content, list):
-        content = [_part(part) for part in content[: MAX_MESSAGES + 1]]
-    if unknown := sorted(item.keys() - {"type", "role", "content", "id", "status", "phase"}):
-        raise ValueError(f"a message has no field {shorten(unknown[0])!r}")
-    return Message.parse({"role": item.get("role"), "content": content})
+def _check_keys(item: dict[str, Any], known: set[str]) -> None:
+    if unknown := sorted(item.keys() - known):
+        raise ValueError(f"an item of this type has no field {shorten(unknown[0])!r}")
+
+
+def _parts(content: Any) -> Any:
+    return [_part(part) for part in content[: MAX_MESSAGES + 1]] if isinstance(content, list) else content
 
 
 def _part(part: Any) -> Any:
@@ -65,6 +100,16 @@ class Reasoning(Body):
     neutral: ClassVar[Neutral] = {"summary": ("auto",), "generate_summary": ("auto",)}
 
 
+class TextBody(Body):
+    path: ClassVar[str] = "text."
+    format: Annotated[
+        dict[str, Any] | None,
+        PlainValidator(lambda value: constraints.response_format(value, "text.format", is_flat=True)),
+    ] = None
+    """json_object or json_schema, as response_format of chat."""
+    neutral: ClassVar[Neutral] = {"verbosity": ("medium",)}
+
+
 class ResponsesRequest(SamplingBody):
     """POST /v1/responses."""
 
@@ -74,10 +119,16 @@ class ResponsesRequest(SamplingBody):
     """A system message before the input."""
     max_output_tokens: Count | None = None
     reasoning: Reasoning | None = None
+    text: TextBody | None = None
+    tools: Annotated[
+        list[dict[str, Any]] | None, PlainValidator(lambda value: constraints.tool_list(value, is_flat=True))
+    ] = None
+    """Functions that the answer may call, where the chat template knows them."""
+    tool_choice: Annotated[str | dict[str, Any] | None, PlainValidator(lambda value: value)] = None
+    """none, auto (default), required, a function, or allowed_tools."""
+    parallel_tool_calls: StrictBool | None = None
+    """Whether an answer may have several calls (default true)."""
     neutral: ClassVar[Neutral] = SamplingBody.neutral | {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "max_tool_calls": (),
         "previous_response_id": (),
         "conversation": (),
@@ -86,20 +137,32 @@ class ResponsesRequest(SamplingBody):
         "include": ([],),
         "truncation": ("disabled",),
         "top_logprobs": (0,),
-        "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
         "context_management": ([],),
     }
+
+    @property
+    def shown_format(self) -> dict[str, Any]:
+        """``text.format`` as the answer repeats it."""
+        made = None if self.text is None else cast(Constraint | None, self.text.format)
+        return {"type": "text"} if made is None else dict(made.given)
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """``tools`` as the answer repeats them."""
+        tools = cast(tuple[Tool, ...], self.tools or ())
+        return [{"type": "function", "strict": None, **tool.given["function"]} for tool in tools]
 
     def as_chat(self) -> ChatRequest:
         """The same request to /v1/chat/completions. Raises ApiError for fields that this form has no place
         for.
         """
-        for name in ("max_tokens", "n", "prompt_logprobs", "return_token_ids", "stream_options"):
+        remedies = {"max_tokens": "send max_output_tokens", "response_format": "send text.format"}
+        for name in (*remedies, "n", "prompt_logprobs", "return_token_ids", "stream_options"):
             if getattr(self, name) not in (
                 None,
                 StreamOptions(),
             ):  # include_obfuscation: false changes nothing
-                remedy = "send max_output_tokens" if name == "max_tokens" else "use /v1/chat/completions"
+                remedy = remedies.get(name, "use /v1/chat/completions")
                 raise invalid(f"{name}: a response has no such field; {remedy}", name)
         effort = None if self.reasoning is None else self.reasoning.effort
         if None not in (effort, self.reasoning_effort) and effort != self.reasoning_effort:
@@ -107,9 +170,14 @@ class ResponsesRequest(SamplingBody):
         system = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
         shared = {name: getattr(self, name) for name in SamplingBody.model_fields}
         shared |= {"reasoning_effort": effort or self.reasoning_effort}
+        shared |= {"response_format": self.text and self.text.format, "tools": self.tools}
+        shared |= {"parallel_tool_calls": self.parallel_tool_calls}
+        choice = constraints.tool_choice(
+            self.tool_choice, cast(tuple[Tool, ...], self.tools or ()), is_flat=True
+        )
         messages = [*system, *cast(list[Message], self.input)]
         return ChatRequest.model_construct(
-            **shared, messages=messages, max_completion_tokens=self.max_output_tokens
+            **shared, tool_choice=choice, messages=messages, max_completion_tokens=self.max_output_tokens
         )
 
 
@@ -118,7 +186,6 @@ class ResponseFormat:
 
     def __init__(self, body: ResponsesRequest, parsed: Parsed) -> None:
         self._body, self._parsed = body, parsed
-        self._message_id = f"msg_{secrets.token_hex(12)}"
         self._head = {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
@@ -130,10 +197,10 @@ class ResponseFormat:
             "temperature": body.numbers.get("temperature", 1.0),
             "top_p": body.numbers.get("top_p", 1.0),
             "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
-            "text": {"format": {"type": "text"}},
-            "tools": [],
-            "tool_choice": "auto",
-            "parallel_tool_calls": True,
+            "text": {"format": body.shown_format},
+            "tools": body.shown_tools,
+            "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "truncation": "disabled",
@@ -148,15 +215,6 @@ class ResponseFormat:
             "incomplete_details": details,
             "output": output,
             "usage": usage,
-        }
-
-    def _message(self, status: str, content: list[Any]) -> dict[str, Any]:
-        return {
-            "id": self._message_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": content,
         }
 
     async def collect(self, events: EngineEvents) -> dict[str, Any]:
@@ -184,28 +242,21 @@ class ResponseFormat:
             yield {"sequence_number": number + 1, "type": "error", **told}
 
     async def _payloads(self, events: EngineEvents) -> AsyncIterator[dict[str, Any] | None]:
-        place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
-        empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        text, finish, usage = "", None, None
+        finish, usage, reader = None, None, next(iter(readers(self._parsed)), None)
+        output = Output()
         for kind in ("response.created", "response.in_progress"):
             yield {"type": kind, "response": self._response("in_progress", [], None)}
-        item = self._message("in_progress", [])
-        yield {"type": "response.output_item.added", "output_index": 0, "item": item}
-        yield {"type": "response.content_part.added", **place, "part": empty}
         async for event in events.events(PING_SECONDS):
             if event is None:
                 yield None
                 continue
-            if event.text:
-                text += event.text
-                yield {"type": "response.output_text.delta", **place, "delta": event.text, "logprobs": []}
+            for delta in [Delta(event.text)] if reader is None else read_calls(reader, event):
+                for payload in output.add(delta):
+                    yield payload
             finish, usage = event.finish or finish, event.usage or usage
-        part = {**empty, "text": text}
         status = "incomplete" if finish == "length" else "completed"
-        item = self._message(status, [part])
-        yield {"type": "response.output_text.done", **place, "text": text, "logprobs": []}
-        yield {"type": "response.content_part.done", **place, "part": part}
-        yield {"type": "response.output_item.done", "output_index": 0, "item": item}
+        for payload in output.finish(status):
+            yield payload
         counts = usage_of(self._parsed, [] if usage is None else [usage])
         account = {
             "input_tokens": counts["prompt_tokens"],
@@ -215,4 +266,67 @@ class ResponseFormat:
             "total_tokens": counts["total_tokens"],
             "recurrence": counts["recurrence"],
         }
-        yield {"type": f"response.{status}", "response": self._response(status, [item], account)}
+        yield {"type": f"response.{status}", "response": self._response(status, output.items, account)}
+
+
+class Output:
+    """Items of a response as they grow: a message where there is text, then calls of functions."""
+
+    def __init__(self) -> None:
+        self.items: list[dict[str, Any]] = []
+        """The last one is open until the next begins."""
+
+    def add(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        """Events of one more part of the answer."""
+        if delta.id is not None:
+            yield from self._close("completed")
+            call = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", "status": "in_progress"}
+            yield from self._open(call | {"call_id": delta.id, "name": delta.name, "arguments": ""})
+        elif delta.text and delta.call is None and not self.items:
+            yield from self._open_message()
+        if not delta.text:
+            return
+        item = self.items[-1]
+        if item["type"] == "message":
+            item["content"][0]["text"] += delta.text
+            kind, more = "response.output_text.delta", {"content_index": 0, "logprobs": []}
+        else:
+            item["arguments"] += delta.text
+            kind, more = "response.function_call_arguments.delta", {}
+        yield {"type": kind, **self._place, **more, "delta": delta.text}
+
+    def finish(self, status: str) -> Iterator[dict[str, Any]]:
+        """Events of the end; an answer without text and calls is an empty message."""
+        if not self.items:
+            yield from self._open_message()
+        yield from self._close(status)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+
+    def _open(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        self.items.append(item)
+        shown = {**item, "content": []} if "content" in item else {**item}
+        yield {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": shown}
+
+    def _open_message(self) -> Iterator[dict[str, Any]]:
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant"}
+        yield from self._open({**head, "status": "in_progress", "content": [part]})
+        yield {"type": "response.content_part.added", **self._place, "content_index": 0, "part": {**part}}
+
+    def _close(self, status: str) -> Iterator[dict[str, Any]]:
+        """Events of the end of the open item."""
+        if not self.items:
+            return
+        item = self.items[-1]
+        item["status"] = status
+        if item["type"] == "message":
+            place, part = {**self._place, "content_index": 0}, item["content"][0]
+            yield {"type": "response.output_text.done", **place, "text": part["text"], "logprobs": []}
+            yield {"type": "response.content_part.done", **place, "part": part}
+        else:
+            told = {"arguments": item["arguments"], "name": item["name"]}
+            yield {"type": "response.function_call_arguments.done", **self._place, **told}
+        yield {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}

@@ -13,11 +13,22 @@ from litestar.params import JSONBody
 
 from serve.api.observability import FACTS
 from serve.api.openai_format import ChatFormat, CompletionFormat, score_answer
-from serve.api.request_parsing import in_thread_if_large, parse_chat, parse_completion, parse_score
-from serve.api.responses import ResponseFormat, ResponsesRequest
+from serve.api.request_parsing import (
+    Limits,
+    Parsed,
+    in_thread_if_large,
+    parse_chat,
+    parse_completion,
+    parse_score,
+)
+from serve.api.responses import CHAT_NAMES, ResponseFormat, ResponsesRequest
 from serve.api.schemas import ChatRequest, CompletionRequest, ScoreRequest
 from serve.api.state import ServerState
 from serve.api.streaming import chunks, collect, event_stream, last_events, until_disconnect
+from serve.errors import renamed
+
+MESSAGE_SIZE = 64
+"""Characters that rendering one more message is worth."""
 
 
 def has_room(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
@@ -40,7 +51,11 @@ async def completions(
     """
     server: ServerState = state.server
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
-    parsed = await in_thread_if_large(_size(data.prompt), parse_completion, data, server.limits(request))
+    limits = server.limits(request)
+    if data.constraint is None:
+        parsed = await in_thread_if_large(_size(data.prompt), parse_completion, data, limits)
+    else:
+        parsed = await server.in_compiler(parse_completion, data, limits)
     answer = CompletionFormat(parsed, server.token_names, data.logprobs is not None)
     events = server.submit(parsed, bool(data.stream))
     if data.stream:
@@ -63,8 +78,7 @@ async def chat_completions(
     """
     server: ServerState = state.server
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
-    size, limits = sum(len(message.content) for message in data.messages), server.limits(request)
-    parsed = await in_thread_if_large(size, parse_chat, data, limits, server.chat_template)
+    parsed = await _parsed_chat(data, server, server.limits(request))
     answer = ChatFormat(parsed, server.token_names)
     events = server.submit(parsed, bool(data.stream))
     if data.stream:
@@ -86,8 +100,8 @@ async def responses(
     server: ServerState = state.server
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
     chat, limits = data.as_chat(), server.limits(request)
-    size = sum(len(message.content) for message in chat.messages)
-    parsed = await in_thread_if_large(size, parse_chat, chat, limits, server.chat_template)
+    with renamed(CHAT_NAMES):
+        parsed = await _parsed_chat(chat, server, limits)
     answer = ResponseFormat(data, parsed)
     events = server.submit(parsed, bool(data.stream))
     if data.stream:
@@ -112,6 +126,14 @@ async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], s
     return Response(
         score_answer(parsed, server.token_names, ks, server.served.config.objective.estimator, events)
     )
+
+
+async def _parsed_chat(body: ChatRequest, server: ServerState, limits: Limits) -> Parsed:
+    template = server.chat_template
+    if body.constraint is not None or body.tools:
+        return await server.in_compiler(parse_chat, body, limits, template)
+    size = sum(MESSAGE_SIZE + len(message.content) for message in body.messages)
+    return await in_thread_if_large(size, parse_chat, body, limits, template)
 
 
 def _size(prompts: Any) -> int:

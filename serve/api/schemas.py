@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -25,6 +25,9 @@ from pydantic import (
 )
 
 from rdlm.sampling_params import NUMBERS, Order, Range
+from serve.api import constraints
+from serve.api.constraints import Constraint
+from serve.api.tools import ToolChoice
 from serve.engine.exits import CRITERIA
 from serve.errors import invalid
 
@@ -177,6 +180,32 @@ def _content(value: Any) -> str:
             raise ValueError("a part of type 'text' has a field text, and no other but cache_control")
         texts.append(part["text"])
     return "".join(texts)
+
+
+def _tool_calls(value: Any) -> list[dict[str, Any]] | None:
+    """Calls as chat templates take them: their arguments parsed."""
+    if not value:
+        return None
+    if not isinstance(value, list) or len(value) > constraints.MAX_TOOLS:
+        raise invalid("messages.tool_calls: it must be a list of calls", "messages.tool_calls")
+    return [_tool_call(call) for call in value]
+
+
+def _tool_call(call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid(f"messages.tool_calls: a call has the form {form}", "messages.tool_calls")
+    arguments = function.get("arguments")
+    try:
+        arguments = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        problem = "arguments must be the JSON text of an object"
+        raise invalid(f"messages.tool_calls: {problem}", "messages.tool_calls")
+    known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def shorten(text: str, length: int = 80) -> str:
@@ -338,6 +367,13 @@ class SamplingBody(NumbersBody):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
 
+    response_format: Annotated[dict[str, Any] | None, PlainValidator(constraints.response_format)] = None
+    """``json_object`` or ``json_schema`` with a schema (draft 2020-12): the answer is JSON that fits it."""
+    structured_outputs: Annotated[dict[str, Any] | None, PlainValidator(constraints.structured_outputs)] = (
+        None
+    )
+    """vLLM's form: exactly one of json, json_object, regex, choice and grammar (Lark of llguidance)."""
+
     user: Identifier | None = None
     """Written to the JSON log, like the next three."""
     metadata: Annotated[dict[str, str] | None, PlainValidator(_metadata)] = None
@@ -362,8 +398,6 @@ class SamplingBody(NumbersBody):
         "logits_processors": ([],),
         "truncate_prompt_tokens": (),
         "priority": (0,),
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
         "guided_json": (),
         "guided_regex": (),
         "guided_choice": (),
@@ -374,6 +408,17 @@ class SamplingBody(NumbersBody):
     def numbers(self) -> dict[str, Any]:
         """Those numbers of SamplingParams that are given."""
         return {name: value for name in NUMBERS if (value := getattr(self, name)) is not None}
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """What the answer must be, tools aside. Raises ApiError where two fields say it."""
+        found = [
+            cast(Constraint, c) for c in (self.response_format, self.structured_outputs) if c is not None
+        ]
+        if len(found) > 1:
+            problem = "it contradicts response_format; name one of them"
+            raise invalid(f"structured_outputs: {problem}", "structured_outputs")
+        return found[0] if found else None
 
     @property
     def identifiers(self) -> dict[str, Any]:
@@ -422,12 +467,13 @@ class Message(Body):
     """A text, or parts of type ``text``."""
     name: Identifier | None = None
     tool_call_id: Identifier | None = None
+    tool_calls: Annotated[list[dict[str, Any]] | None, PlainValidator(_tool_calls)] = None
+    """Calls of an earlier answer, as it had them."""
     cache_control: dict[str, Any] | None = None
     """A hint to caches; accepted, as it changes no answer."""
     neutral: ClassVar[Neutral] = {
         "type": ("text",),
         "refusal": (),
-        "tool_calls": ([],),
         "function_call": (),
         "annotations": ([],),
         "audio": (),
@@ -438,7 +484,16 @@ class Message(Body):
 
     def plain(self) -> dict[str, Any]:
         """The fields that a chat template sees."""
-        return self.model_dump(include={"role", "content", "name", "tool_call_id"}, exclude_none=True)
+        shown = {"role", "content", "name", "tool_call_id", "tool_calls"}
+        return self.model_dump(include=shown, exclude_none=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_alone(cls, value: Any) -> Any:
+        """An answer of calls has no content."""
+        if isinstance(value, dict) and value.get("tool_calls") and value.get("content") is None:
+            return {**value, "content": ""}
+        return value
 
 
 class ChatRequest(SamplingBody):
@@ -450,10 +505,15 @@ class ChatRequest(SamplingBody):
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, PlainValidator(_variables)] = None
     """Variables for the chat template."""
+    tools: Annotated[list[dict[str, Any]] | None, PlainValidator(constraints.tool_list)] = None
+    """Functions that the answer may call, where the chat template knows them."""
+    tool_choice: Annotated[str | dict[str, Any] | ToolChoice | None, PlainValidator(lambda value: value)] = (
+        None
+    )
+    """none, auto (default), required, a function, or allowed_tools."""
+    parallel_tool_calls: StrictBool | None = None
+    """Whether an answer may have several calls (default true)."""
     neutral: ClassVar[Neutral] = SamplingBody.neutral | {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),

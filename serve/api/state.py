@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+from typing import ParamSpec, TypeVar
 
 from litestar import Request
 
@@ -13,7 +17,14 @@ from serve.api.request_parsing import STEPS_HEADER, Limits, Parsed, header_steps
 from serve.api.streaming import MAX_UNREAD, EngineEvents
 from serve.engine.engine import Engine
 from serve.engine.events import Served
+from serve.engine.grammar import Grammars
+from serve.errors import ApiError
 from serve.settings import HttpSettings
+
+P = ParamSpec("P")
+T = TypeVar("T")
+MAX_COMPILING = 256
+"""Requests with a schema or grammar that may wait to be compiled."""
 
 
 class ServerState:
@@ -22,6 +33,8 @@ class ServerState:
     def __init__(self, engine: Engine, settings: HttpSettings) -> None:
         self.engine, self.settings = engine, settings
         self.metrics = Metrics(engine)
+        self._compilers = ThreadPoolExecutor(2, "rdlm-grammars")
+        self._compiling = 0
 
     @property
     def served(self) -> Served:
@@ -35,6 +48,10 @@ class ServerState:
     @cached_property
     def token_names(self) -> TokenNames:
         return TokenNames(self.served.tokenizer)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.served.tokenizer, self.served.end_ids)
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -53,10 +70,25 @@ class ServerState:
             served,
             max(1, served.default_steps // (1 + pressure)),
             capacity=served.scheduler.num_slots + self.engine.max_queue,
+            grammars=self.grammars,
             longest_token=self.token_names.longest,
             max_ms=None if settings.request_seconds is None else round(1000 * settings.request_seconds),
             header_steps=None if request is None else header_steps(request.headers.getall(STEPS_HEADER, [])),
         )
+
+    async def in_compiler(self, parse: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``parse(...)`` of a request that has a grammar to compile, in threads of their own: slow ones delay no
+        other kind of request. Raises ApiError 429 where too many wait.
+        """
+        if self._compiling >= MAX_COMPILING:
+            problem = "too many requests with a schema or grammar wait to be compiled; try again in 2 s"
+            raise ApiError(429, problem, "rate_limit_error", code="queue_full", retry_after=2)
+        self._compiling += 1
+        try:
+            work = partial(parse, *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(self._compilers, work)
+        finally:
+            self._compiling -= 1
 
     def submit(self, parsed: Parsed, stream: bool = False) -> EngineEvents:
         """Queue all requests of ``parsed`` or none. Raises EngineClosed or QueueFull.

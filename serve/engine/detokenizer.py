@@ -69,8 +69,9 @@ class StopStrings:
 class Detokenizer:
     """Text of a growing answer. What could still become a stop string, or half a character, is held back."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: StopStrings) -> None:
-        self._decoder = StreamDecoder(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stop: StopStrings, spelt: Collection[int] = ()) -> None:
+        """spelt: special tokens that are part of the text."""
+        self._decoder = StreamDecoder(tokenizer, spelt)
         self._stop, self._state = stop, 0
         self._pending = ""
 

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 from rdlm.errors import UserError
@@ -29,6 +30,11 @@ logger = logging.getLogger("rdlm.serve")
 IDLE_SECONDS = 30.0
 """After so long without work, and again each time, the process gives memory back: large requests and long
 prompts leave a large heap."""
+
+MASK_PATIENCE = 0.001
+"""Seconds a step waits for the masks of constrained answers, which mostly take less; then the others go on."""
+MASK_WAIT = 0.05
+"""The same where there is nobody else: only new requests wait then."""
 
 
 class Engine:
@@ -53,6 +59,8 @@ class Engine:
         self._idle = threading.Event()
         self._idle.set()
         self._seconds_per_sequence = 0.0
+        self._masks = ThreadPoolExecutor(2, "rdlm-masks")
+        """Computes which tokens may come next in constrained answers, while the engine steps."""
         self._thread = threading.Thread(target=self._main, name="rdlm-engine", daemon=True)
 
     # Called from any thread ----------------------------------------------------------------------------
@@ -107,7 +115,10 @@ class Engine:
         for index, request in enumerate(requests):
             sequence = served.runner.sequence(next(self._ids), request, served.scheduler.chunk)
             sequence.index, sequence.sink, sequence.submitted = index, sink, now
-            sequence.detokenizer = Detokenizer(served.tokenizer, matchers[tuple(request.stop)])
+            matcher = matchers[tuple(request.stop)]
+            sequence.detokenizer = Detokenizer(served.tokenizer, matcher, request.spelt)
+            if request.grammar is not None:
+                sequence.guide = request.grammar.start(self._masks)
             sequences.append(sequence)
         with self._wake:
             self.check_room(len(requests))
@@ -226,7 +237,7 @@ class Engine:
         for late in self._deadlines.expired(began):
             self._finish(late, late.expire(), Event(late.index, text=late.detokenizer.finish()))
         self._deadlines.update(began, len(served.scheduler.running), served.runner.step_counts)
-        batch = served.scheduler.schedule()
+        batch = self._guided(served.scheduler.schedule())
         if not batch:
             return
         for sequence in batch:
@@ -247,6 +258,25 @@ class Engine:
             except Exception as error:
                 self._fail(sequence, error)
         self.counters.busy_s += time.monotonic() - after_model
+
+    def _guided(self, batch: list[Sequence]) -> list[Sequence]:
+        """``batch`` without the constrained answers whose next mask is not there yet: the others do not wait for
+        it."""
+        drawing = [(s, s.guide) for s in batch if s.guide is not None and s.draws]
+        pending = [guide.pending for _, guide in drawing if guide.pending is not None]
+        if pending:
+            wait(pending, MASK_PATIENCE)
+        if len(pending) == len(batch):
+            wait(pending, MASK_WAIT, FIRST_COMPLETED)
+        held: set[int] = set()
+        for sequence, guide in drawing:
+            try:
+                if not guide.ready:
+                    held.add(sequence.id)
+            except Exception as error:
+                held.add(sequence.id)
+                self._fail(sequence, error)
+        return [sequence for sequence in batch if sequence.id not in held]
 
     def _advance(self, sequence: Sequence, result: StepResult) -> None:
         """Move a sequence past the step it has just taken, and emit what came out."""
@@ -319,6 +349,9 @@ class Engine:
 def check_tokens(request: Request, served: Served) -> None:
     """Raises UserError for tokens that the model does not have, or more or fewer of them than it can take."""
     prompt, vocab = request.prompt, served.config.model.vocab_size
+    if request.grammar is not None and not served.config.objective.left_to_right:
+        problem = "only answers that grow from left to right can be constrained"
+        raise UserError("grammar", "...", problem, "leave it out")
     if not prompt and (served.config.objective.left_to_right or not request.max_tokens):
         raise UserError("prompt", prompt, "it has no tokens", "send at least one")
     if prompt and not 0 <= min(prompt) <= max(prompt) < vocab:

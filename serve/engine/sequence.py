@@ -18,6 +18,7 @@ from serve.engine.exits import ExitRule
 
 if TYPE_CHECKING:
     from serve.engine.events import Sink
+    from serve.engine.grammar import Grammar, Guide
 
 NO_SLOT = -1
 
@@ -102,6 +103,10 @@ class Request:
     step_predictions: StepPredictions | None = None
     order: Order = "random"
     """Which tokens a masked model unmasks first."""
+    grammar: Grammar | None = None
+    """What the answer may be; the answer ends where nothing can follow, also before ``min_tokens``."""
+    spelt: frozenset[int] = frozenset()
+    """Special tokens that the text spells out, such as the marks of tool calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +190,8 @@ class Sequence:
     """The request's place in the list given to ``Engine.submit``."""
     sink: Sink = field(init=False)
     detokenizer: Detokenizer = field(init=False)
+    guide: Guide | None = None
+    """Follows the answer through the request's grammar."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Those that no event has carried yet."""
     sweep: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
@@ -229,7 +236,8 @@ class Sequence:
 
     @property
     def history(self) -> History:
-        return History(self.request.prompt, self.output, self.banned)
+        allowed = None if self.guide is None else self.guide.allowed
+        return History(self.request.prompt, self.output, self.banned, allowed)
 
     @property
     def deadline(self) -> float | None:
@@ -285,9 +293,12 @@ class Sequence:
         may_stop = len(self.output) > self.request.min_tokens
         if token in self.request.stop_ids and may_stop:
             return self.detokenizer.finish(), "stop"
+        is_complete = self.guide is not None and self.guide.accept(token)
         text, stopped = self.detokenizer.feed(token, may_stop)
         if stopped:
             return text, "stop"
+        if is_complete:
+            return text + self.detokenizer.finish(), "stop"
         return (text, None) if self.wants_token else (text + self.detokenizer.finish(), "length")
 
     def add_prompt_logprobs(self, logprobs: list[TokenLogprobs], steps: int) -> None:

@@ -45,8 +45,8 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"suffix": "end"}, "suffix"), (COMPLETIONS, {"best_of": 3}, "best_of"), (CHAT, {"store": True}, "store"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"), (CHAT, {"verbosity": "low"}, "verbosity"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools"), (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"response_format": {"type": "grammar"}}, "response_format.type"), (CHAT, {"verbosity": "low"}, "verbosity"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function"), (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"modalities": ["text", "audio"]}, "modalities"), (CHAT, {"skip_special_tokens": False}, "skip_special_tokens"),
     (CHAT, {"guided_json": {"type": "object"}}, "guided_json"), (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     (CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.tool_calls"),
@@ -253,11 +253,13 @@ def test_openais_responses_are_chat_in_another_form(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("field", "param"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"), ({"tools": [{}]}, "tools"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"), ({"max_tokens": 3}, "max_tokens"), ({"n": 2}, "n"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"), ({"tools": [{}]}, "tools.0"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"), ({"max_tokens": 3}, "max_tokens"), ({"n": 2}, "n"),
         ({"input": []}, "input"), ({"input": [{"type": "function_call_output"}]}, "input"), ({"input": [3]}, "input"),
         ({"reasoning": {"effort": "much"}}, "reasoning.effort"), ({"background": True}, "background"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content"), ({"max_output_tokens": 0}, "max_tokens"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content"), ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 4000}, "max_output_tokens"), ({"input": [{"type": "reasoning"}]}, "input"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )  # fmt: skip
 def test_what_responses_cannot_do_is_refused_by_name(
@@ -299,6 +301,33 @@ def test_templates_run_in_the_environment_of_transformers(
 ) -> None:
     template = ChatTemplate(templated(tokenizer, source))
     assert template.render([{"role": "user", "content": "a<b> ü"}], {"shout": "yes"}) == expected
+
+
+def test_a_request_sets_no_global_of_the_template(tokenizer: Tokenizer) -> None:
+    """``strftime_now`` is the operator's, whatever ``chat_template_kwargs`` says."""
+    template = ChatTemplate(templated(tokenizer, "{{ strftime_now('%Y') }}{{ bos_token }}"))
+    for name in ("strftime_now", "raise_exception", "range", "namespace", "dict", "bos_token", "eos_token",
+                 "messages", "tools", "add_generation_prompt", "documents", "self"):  # fmt: skip
+        with pytest.raises(ApiError, match=name):
+            template.render([], {name: "x"})
+
+
+def test_a_template_has_bounds_of_time_and_size(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from serve.api import chat_template
+
+    body = "{% for a in range(n) %}{% for b in range(n) %}{{ a }}{% endfor %}{% endfor %}"
+    template = ChatTemplate(templated(tokenizer, body))
+    assert template.render([], {"n": 2}) == "0011"
+    monkeypatch.setattr(chat_template, "MAX_PROMPT", 1000)
+    with pytest.raises(ApiError, match="more than"):
+        template.render([], {"n": 90_000})
+    monkeypatch.undo()
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.1)
+    silent = ChatTemplate(templated(tokenizer, body.replace("{{ a }}", "{% set c = m.x %}")))
+    with pytest.raises(ApiError, match="more than"):
+        silent.render([], {"n": 90_000, "m": {"x": 1}})
 
 
 def test_templates_are_compiled_at_load_and_cannot_leave_their_sandbox(tokenizer: Tokenizer) -> None:

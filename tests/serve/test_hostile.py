@@ -159,6 +159,35 @@ def test_bodies_that_are_not_the_json_they_claim_are_refused(path: str, client: 
     assert "the body is empty" in client.post(path, headers=JSON).text
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"prompt": "x", "prompt": "y"}', '{"prompt": "x", "max_tokens": 1, "logit_bias": {"5": 1, "5": 2}}',
+        '{"prompt": "x", "metadata": {"a": "1", "\\u0061": "2"}}', '{"prompt": "x", "exit": {"min_steps": 1, "min_steps": 1}}',
+    ],
+)  # fmt: skip
+def test_a_key_that_is_there_twice_is_refused(body: str, client: TestClient) -> None:
+    """Proxies and libraries differ in which of the two they read."""
+    answer = client.post("/v1/completions", content=body.encode(), headers=JSON)
+    assert answer.status_code == 400 and "twice" in answer.json()["error"]["message"], answer.text
+
+
+def test_large_bodies_are_read_off_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    threads, decode = [], request_parsing._decoded
+    monkeypatch.setattr(
+        request_parsing,
+        "_decoded",
+        lambda body: (threads.append(threading.current_thread().name), decode(body))[1],
+    )
+    client.post("/v1/completions", json={"prompt": [5] * 100_000})
+    client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+    assert threads[0].startswith("asyncio_") and not threads[1].startswith("asyncio_")
+
+
 def test_a_content_type_other_than_json_is_refused(client: TestClient) -> None:
     """A page of another site may send a form or plain text here without the browser asking this server first."""
     body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
@@ -235,7 +264,8 @@ def test_keys_of_logit_bias_are_plain_token_ids(key: str, client: TestClient) ->
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 HUGE: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": "a" * 15_000_000}, "exceed the context"),
-    ("/v1/completions", {"prompt": [5] * 3_000_000}, "exceed"),
+    ("/v1/completions", {"prompt": [5] * 3_000_000}, "values exceed"),
+    ("/v1/completions", {"prompt": "x", "nothing": [[]] * 5_000_000}, "values exceed"),
     ("/v1/completions", {"prompt": [[5] * 300_000] * 10}, "exceed"),
     ("/v1/completions", {"prompt": ["a"] * 2_000_000}, "exceed"),
     ("/v1/completions", {"prompt": [[]] * 500_000}, "exceed"),
@@ -244,10 +274,10 @@ HUGE: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"prompt": "x", "stop_token_ids": [-1] * 1_000_000}, "stop_token_ids"),
     ("/v1/completions", {"prompt": "x", "logit_bias": {str(i): 1 for i in range(100_000)}}, "1024"),
     ("/v1/completions", {"prompt": "x", "model": "m" * 10_000_000}, "256"),
-    ("/v1/completions", {"prompt": "x", "schedule": [0] * 2_000_000}, "4096"),
+    ("/v1/completions", {"prompt": "x", "schedule": [0] * 1_000_000}, "4096"),
     ("/v1/completions", {"prompt": "x", **{f"field{i}": 0 for i in range(100_000)}}, "no such field"),
     ("/v1/completions", {"prompt": "x", "metadata": {str(i): "x" for i in range(300_000)}}, "16"),
-    ("/v1/score", {"prompt": "x", "num_steps": [0] * 2_000_000}, "num_steps"),
+    ("/v1/score", {"prompt": "x", "num_steps": [0] * 1_000_000}, "num_steps"),
     ("/v1/chat/completions", {"messages": [{}] * 200_000}, "messages"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a" * 15_000_000}]}, "exceed the context"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}] * 200_000}]}, "content"),

@@ -64,7 +64,14 @@ def test_images_are_the_same_whatever_the_batch(draw: Callable[..., dict[str, np
 
 @pytest.mark.parametrize(
     "options",
-    [("--seed", "1"), ("--num-steps", "5"), ("--guidance", "3"), ("--sampler", "heun"), ("--sampler", "renoise"), ("--classes", "1")],
+    [
+        ("--seed", "1"),
+        ("--num-steps", "5"),
+        ("--guidance", "3"),
+        ("--sampler", "heun"),
+        ("--sampler", "renoise"),
+        ("--classes", "1"),
+    ],
 )
 def test_every_option_changes_images(
     draw: Callable[..., dict[str, np.ndarray]], options: tuple[str, str]

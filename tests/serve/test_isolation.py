@@ -7,7 +7,7 @@ import itertools
 import json
 import queue
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -23,12 +23,27 @@ from serve.engine import masked_runner, runner
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Served
 from serve.engine.exits import ExitRule
-from serve.engine.sequence import Request, StepBudget
+from serve.engine.grammar import Grammar, Grammars, Guide, json_grammar
+from serve.engine.masked_runner import MaskedSequence
+from serve.engine.sequence import Request, Sequence, StepBudget
 from serve.settings import EngineSettings, HttpSettings
 
 MARK = 299
 """The prompt token of a request that makes a stage fail."""
-STAGES = ("encode", "core", "decode", "predict", "sample")
+STAGES = (
+    "encode",
+    "core",
+    "decode",
+    "predict",
+    "sample",
+    "exit",
+    "renoise",
+    "logprobs",
+    "mask",
+    "accept",
+    "append",
+    "advance",
+)
 SETTINGS = EngineSettings(max_slots=4, chunk=8, prefill_rows=24)
 
 
@@ -41,9 +56,13 @@ class Injector:
     kind: str = "raise"
     first: int = 0
     calls: int = 0
+    grammar: Grammar | None = None
+    """Of constrained bystanders, and of the request that fails; None where the model cannot be constrained."""
+    guides: list[Guide] = field(default_factory=list)
 
     def reset(self, stage: str = "", kind: str = "raise", first: int = 0) -> None:
         self.stage, self.kind, self.first, self.calls = stage, kind, first, 0
+        self.guides = []
 
 
 @pytest.fixture(scope="module", params=["onestep", "evidence", "masked"])
@@ -83,9 +102,53 @@ def world(request: pytest.FixtureRequest, make_served: Callable[..., Served]) ->
         patch.setattr(denoiser.model, "decode", wrap("decode", denoiser.model.decode))
         patch.setattr(denoiser, "predict", wrap("predict", denoiser.predict))
         patch.setattr(runner, "sample", wrap("sample", runner.sample))
+        patch.setattr(runner, "exits_on_rows", wrap("exit", runner.exits_on_rows))
+        patch.setattr(runner, "exits_on_states", wrap("exit", runner.exits_on_states))
+        patch.setattr(runner, "renoise", wrap("renoise", runner.renoise))
+        patch.setattr(runner, "logprobs_of", wrap("logprobs", runner.logprobs_of))
+    wrap_own(patch, injector)
+    if objective != "masked":
+        grammars = Grammars(served.tokenizer, served.end_ids)
+        injector.grammar = grammars.compile(
+            json_grammar({"type": "array", "items": {"type": "integer"}}), "schema"
+        )
     with Engine(lambda: served) as engine:
         yield engine, injector
     patch.undo()
+
+
+def wrap_own(patch: pytest.MonkeyPatch, injector: Injector) -> None:
+    """Stages outside of the shared step, which the engine takes for one request at a time."""
+
+    def wrap(kind: type, name: str, stage: str, is_marked: Callable[[Any], bool]) -> None:
+        real = getattr(kind, name)
+
+        def call(self: Any, *args: Any) -> Any:
+            if injector.stage == stage and is_marked(self):
+                injector.calls += 1
+                if injector.calls > injector.first:
+                    raise RuntimeError(f"injected into {stage}")
+            return real(self, *args)
+
+        patch.setattr(kind, name, call)
+
+    wrap(Guide, "compute", "mask", lambda guide: guide in injector.guides)
+    wrap(Guide, "accept", "accept", lambda guide: guide in injector.guides)
+    for kind in (Sequence, MaskedSequence):
+        wrap(kind, "advance", "advance", lambda sequence: MARK in sequence.request.prompt)
+    wrap(Sequence, "append", "append", lambda sequence: MARK in sequence.request.prompt)
+
+
+class MarkedGrammar(Grammar):
+    """The grammar of the request that fails."""
+
+    def __init__(self, grammar: Grammar, injector: Injector) -> None:
+        self._real, self._injector = grammar, injector
+
+    def start(self, threads: Any) -> Guide:
+        guide = self._real.start(threads)
+        self._injector.guides.append(guide)
+        return guide
 
 
 def bystander(number: int, masked: bool, thinking: bool) -> Request:
@@ -110,7 +173,7 @@ def outcome(events: list[Event]) -> tuple[list[int | None], list[float], str | N
     return [e.token for e in events if e.token is not None], scores, events[-1].finish
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=16, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     numbers=st.lists(st.integers(0, 23), min_size=1, max_size=6, unique=True),
     place=st.integers(0, 6),
@@ -127,9 +190,12 @@ def test_bystanders_get_what_they_get_alone(
     masked, thinking = config.objective.name == "masked", config.objective.k_meaning == "thinking"
     injector.reset()
     others = [bystander(number, masked, thinking) for number in numbers]
+    others = [replace(one, grammar=injector.grammar if one.seed % 3 == 0 else None) for one in others]
     alone = [outcome(engine.generate([one])[0]) for one in others]
     villain = replace(bystander(24, masked, thinking), prompt=(MARK, 7, 8), logprobs=1, prompt_logprobs=0)
     villain = replace(villain, **HOSTILE[hostile])
+    if injector.grammar is not None and stage in ("mask", "accept", "sample"):
+        villain = replace(villain, grammar=MarkedGrammar(injector.grammar, injector))
     requests = [*others[:place], villain, *others[place:]]
     at = requests.index(villain)
     injector.reset(stage, first=first)

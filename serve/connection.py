@@ -1,0 +1,56 @@
+"""One connection of the HTTP server: uvicorn's protocol with bounds for requests that do not arrive whole."""
+
+from __future__ import annotations
+
+import asyncio
+
+from h11 import IDLE, SEND_RESPONSE
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_SECONDS = 30.0
+"""From the first byte of a request, or the connection, to the end of its headers; uvicorn would wait for ever."""
+BODY_SECONDS = 30.0
+"""Between two parts of a body."""
+CHECK_SECONDS = 5.0
+
+
+class BoundedConnection(H11Protocol):
+    """Closes connections whose request stays incomplete; what is no HTTP ends in 400 or the connection's end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._heard = self.loop.time()
+        self._head_since: float | None = self._heard
+        self._timer = self.loop.call_later(CHECK_SECONDS, self._check)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = self.loop.time()
+        super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's fails where an answer has begun already, as in the middle of a chunked body."""
+        if self.conn.our_state in (IDLE, SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+    def _check(self) -> None:
+        now, cycle = self.loop.time(), self.cycle
+        self._timer = self.loop.call_later(CHECK_SECONDS, self._check)
+        if cycle is not None and not cycle.response_complete:
+            self._head_since = None
+            if cycle.more_body and not self.flow.read_paused and now - self._heard > BODY_SECONDS:
+                self.transport.close()
+        elif cycle is not None and not self.conn.trailing_data[0]:
+            self._head_since = None  # between two requests, which is keep-alive's matter
+        elif self._head_since is None:
+            self._head_since = now
+        elif now - self._head_since > HEAD_SECONDS:
+            self.transport.write(
+                b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+            )
+            self.transport.close()
