@@ -87,6 +87,10 @@ class JsonRequest(HttpRequest[Any, Any, Any]):
                 f"{problem}; send JSON in UTF-8 as 'Content-Type: application/json'",
                 "invalid_request_error",
             )
+        coding = self.headers.get("content-encoding", "identity")
+        if coding.strip().lower() != "identity":
+            problem = f"the body is encoded as {shorten(coding)!r}; send it as it is"
+            raise ApiError(415, problem, "invalid_request_error", "content-encoding")
         body = await self.body()
         if body.count(b",") > MAX_VALUES:
             raise invalid(f"the body's values exceed the {MAX_VALUES} of a request")
