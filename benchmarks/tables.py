@@ -274,6 +274,10 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def main(kind: Annotated[str, typer.Argument(help=" | ".join(RENDER))], file: Path) -> None:
     """Print one table."""
+    if kind not in RENDER:
+        raise typer.BadParameter(
+            f"there is no table {kind!r}; use one of {', '.join(RENDER)}", param_hint="KIND"
+        )
     print(RENDER[kind](read_json(file)))
 
 

@@ -52,8 +52,8 @@ from train.settings import TrainConfig
 def recompute_layers(denoiser: Objective) -> None:
     """Keep only the inputs of each transformer layer and run it again in the backward pass.
 
-    Of a noise level that is its embedding, C wide; scales, shifts and gates, 6 D wide at each position, are
-    recomputed with the layer. Not re-entrant: that gives the shared core one gradient per iteration, and ZeRO
+    Of a noise level its embedding is kept, C wide; the scales, shifts and gates of AdaLN, 6 D wide at each
+    position, are recomputed with the layer. Not re-entrant: that gives the shared core one gradient per iteration, and ZeRO
     3 accepts one per parameter and backward pass.
     """
     denoiser.drops_modulation_activations()

@@ -39,6 +39,7 @@ from rdlm.config.model import VitConfig
 from rdlm.data.images import ImageStore
 from rdlm.device import usable_device
 from rdlm.errors import UserError
+from rdlm.objectives.base import Draws
 from rdlm.sampling_params import check_sampler, text_samplers
 
 USUAL_STEPS = (1, 2, 4, 8)
@@ -109,7 +110,7 @@ def evaluate_accuracy(
                 ks = [k for k in steps if draw < len(hits[sampler, k])]
                 if not ks:
                     continue
-                answers = loaded.denoiser.answer(inputs, ks, seed, sampler=sampler, first=first, draw=draw)
+                answers = loaded.denoiser.answer(inputs, ks, Draws(seed, draw, first, sampler))
                 for k in ks:
                     hits[sampler, k][draw, rows] = (answers[k] == batch.targets)[:, 0].cpu().numpy()
         if progress:

@@ -1,6 +1,6 @@
 """Cross-entropy against the noise level, compared with the best possible.
 
-The next token is predicted with its own noised copy in sight: how well a denoiser reads z, and at which
+The next token is predicted given its own noised copy z: how well a denoiser reads z, and at which
 levels a token is decided. NOT a likelihood: z = y + sigma * eps is made from the target token.
 
 With clean context the best possible denoiser has a closed form, p(x | context, z, sigma) proportional to

@@ -27,6 +27,7 @@ from rdlm.checkpoints.folder import Loaded, load
 from rdlm.data.synthetic import FilledIn, Generated, Task, parse_task
 from rdlm.device import usable_device
 from rdlm.errors import UserError
+from rdlm.objectives.base import Draws
 from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.sampling_params import Order
 
@@ -123,9 +124,8 @@ def evaluate_depth(
         numbers = np.arange(start, min(rows, start + batch_size))
         batch = task.rows(numbers, seed, "test")
         inputs = batch.inputs if hidden is None else batch.inputs.masked_fill(batch.mask, hidden)
-        answers = loaded.denoiser.answer(
-            inputs.to(device), steps, seed=seed, order=order or "random", first=start
-        )
+        draws = Draws(seed, first=start, order=order or "random")
+        answers = loaded.denoiser.answer(inputs.to(device), steps, draws)
         masks.append(batch.mask.numpy())
         for k in steps:
             given = answers[k].cpu()

@@ -6,6 +6,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
 
@@ -21,6 +22,16 @@ logger = logging.getLogger("rdlm.eval")
 
 Score = tuple[float, bool]
 """log p(continuation | context) in nats, and whether each of its tokens is greedy."""
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Rows of ids, longest first, of which the last ``wanted`` ids each are scored; and how noise is drawn."""
+
+    rows: list[list[int]]
+    wanted: list[int]
+    seed: int
+    num_draws: int
 
 
 class Estimator(ABC):
@@ -41,16 +52,8 @@ class Estimator(ABC):
         return config.objective.estimator_at(num_steps)
 
     @abstractmethod
-    def score(
-        self,
-        loaded: Loaded,
-        rows: list[list[int]],
-        wanted: list[int],
-        ks: Sequence[int],
-        seed: int,
-        num_draws: int,
-    ) -> dict[int, list[Score]]:
-        """Scores of the last ``wanted`` ids of each row, longest row first, at each K."""
+    def score(self, loaded: Loaded, asked: Continuations, ks: Sequence[int]) -> dict[int, list[Score]]:
+        """A score of each continuation at each K."""
 
 
 class Mixture(Estimator):
@@ -61,22 +64,15 @@ class Mixture(Estimator):
 
     owners = "sampling"
 
-    def score(
-        self,
-        loaded: Loaded,
-        rows: list[list[int]],
-        wanted: list[int],
-        ks: Sequence[int],
-        seed: int,
-        num_draws: int,
-    ) -> dict[int, list[Score]]:
+    def score(self, loaded: Loaded, asked: Continuations, ks: Sequence[int]) -> dict[int, list[Score]]:
         """Padded on the right, which no earlier position sees."""
+        rows, wanted = asked.rows, asked.wanted
         padded = torch.zeros((len(rows), len(rows[0])), dtype=torch.int64)
         for row, target in zip(rows, padded, strict=True):
             target[: len(row)] = torch.tensor(row)
         padded = padded.to(next(loaded.denoiser.parameters()).device)
         inputs, targets = padded[:, :-1], padded[:, 1:]
-        scores = loaded.denoiser.score(inputs, targets, ks, seed=seed, num_draws=num_draws)
+        scores = loaded.denoiser.score(inputs, targets, ks, seed=asked.seed, num_draws=asked.num_draws)
         spans = [
             (i, slice(len(row) - 1 - n, len(row) - 1))
             for i, (row, n) in enumerate(zip(rows, wanted, strict=True))
@@ -107,21 +103,14 @@ class Bound(Estimator):
 
     owners, sees_padding = "masked", True
 
-    def score(
-        self,
-        loaded: Loaded,
-        rows: list[list[int]],
-        wanted: list[int],
-        ks: Sequence[int],
-        seed: int,
-        num_draws: int,
-    ) -> dict[int, list[Score]]:
+    def score(self, loaded: Loaded, asked: Continuations, ks: Sequence[int]) -> dict[int, list[Score]]:
         """The last ``wanted`` ids of each row are modelled, those before stay visible."""
-        ids, places = _continuations(loaded, rows, wanted)
+        ids, places = _continuations(loaded, asked)
         out = {}
         for k in ks:
-            nats = bound(loaded.denoiser, ids, k, mask=places, seed=seed, num_draws=num_draws).double().sum(1)
-            out[k] = [(-total, -total > math.log(0.5)) for total in nats.tolist()]
+            nats = bound(loaded.denoiser, ids, k, mask=places, seed=asked.seed, num_draws=asked.num_draws)
+            totals = nats.double().sum(1).tolist()
+            out[k] = [(-total, -total > math.log(0.5)) for total in totals]
         return out
 
 
@@ -137,17 +126,9 @@ class LeftToRight(Estimator):
     def described(self, config: CheckpointConfig, num_steps: int) -> str:
         return config.objective.estimator
 
-    def score(
-        self,
-        loaded: Loaded,
-        rows: list[list[int]],
-        wanted: list[int],
-        ks: Sequence[int],
-        seed: int,
-        num_draws: int,
-    ) -> dict[int, list[Score]]:
+    def score(self, loaded: Loaded, asked: Continuations, ks: Sequence[int]) -> dict[int, list[Score]]:
         """Nothing is drawn."""
-        logprobs, greedy = left_to_right(loaded.denoiser, *_continuations(loaded, rows, wanted))
+        logprobs, greedy = left_to_right(loaded.denoiser, *_continuations(loaded, asked))
         found = list(zip(logprobs.double().sum(1).tolist(), greedy.all(1).tolist(), strict=True))
         return {k: found for k in ks}
 
@@ -200,8 +181,8 @@ def score_continuations(
     for chosen in (
         group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)
     ):
-        batch, lengths = [rows[i] for i in chosen], [wanted[i] for i in chosen]
-        found = chosen_estimator.score(loaded, batch, lengths, ks, seed, num_draws)
+        asked = Continuations([rows[i] for i in chosen], [wanted[i] for i in chosen], seed, num_draws)
+        found = chosen_estimator.score(loaded, asked, ks)
         for k in ks:
             for i, found_score in zip(chosen, found[k], strict=True):
                 scores[k][i] = found_score
@@ -210,8 +191,8 @@ def score_continuations(
     return scores
 
 
-def _continuations(loaded: Loaded, rows: list[list[int]], wanted: list[int]) -> tuple[Tensor, Tensor]:
+def _continuations(loaded: Loaded, asked: Continuations) -> tuple[Tensor, Tensor]:
     """ids [B, T] and the places [B, T] of the last ``wanted`` ids of each."""
-    ids = torch.tensor(rows, device=next(loaded.denoiser.parameters()).device)
-    start = ids.shape[1] - torch.tensor(wanted, device=ids.device).unsqueeze(1)
+    ids = torch.tensor(asked.rows, device=next(loaded.denoiser.parameters()).device)
+    start = ids.shape[1] - torch.tensor(asked.wanted, device=ids.device).unsqueeze(1)
     return ids, torch.arange(ids.shape[1], device=ids.device) >= start

@@ -1,7 +1,7 @@
 """Likelihoods of a masked denoiser: the exact one of its sampler from left to right, and a bound on that of
 its sampler in random order.
 
-Both samplers are in rdlm/diffusion/unmasking.py. Shapes: ids [B, T] int64, ``mask_id`` where hidden.
+Both samplers are in rdlm/diffusion/unmasking.py. Shapes: ids [B, T] int64, ``mask_id`` where masked.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdlm.diffusion.unmasking import Asked, by_owner, mask_of, read
+from rdlm.diffusion.unmasking import Query, by_owner, mask_of, read
 from rdlm.random_streams import generator
 
 _BOUND_KEY = 6
@@ -35,12 +35,12 @@ def bound(
     sampler with K = num_steps.
 
     The negative ELBO of discrete time (MD4 Sec. 3): sum over k of 1/k times the expected cross-entropies of
-    the tokens hidden at level k/K; it has no other terms, since all is hidden at level 1 and nothing at 0.
+    the tokens masked at level k/K; it has no other terms, since all is masked at level 1 and nothing at 0.
     ``num_draws`` of its K terms are evaluated, one of each of as many equal parts of 1 .. K, on a hiding of
     its own. Draws depend on (seed, the row's ids, draw): not on the batch, and the same for all K. At K = 1
     nothing is random. How the nats fall on positions is the draw's doing; only sums mean something.
 
-    mask: bool [B, T], True where a token is modelled. The others are in sight all along, and what is bounded
+    mask: bool [B, T], True where a token is modelled. The others are never masked, and what is bounded
     is the likelihood of the modelled ones given these, as ``unmask`` draws them. always_given: see there.
     """
     draws = num_draws if num_steps > 1 else 1
@@ -73,12 +73,12 @@ def bound(
 
 @torch.no_grad()
 def left_to_right(denoiser: Any, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token given those before it, all from itself on hidden -> fp32 [B, T], and
+    """Log-probability of each token given those before it, itself and all behind it masked -> fp32 [B, T], and
     whether it is the arg max, bool.
 
     By the chain rule their sum over a row is exactly log p(row) of ``unmask`` in this order with as many
     steps as tokens (temperature 1, all ids allowed). One pass a token, whatever K means elsewhere. mask: bool
-    [B, T], True where a token is modelled; the others are in sight all along and have log-probability 0.
+    [B, T], True where a token is modelled; the others are never masked and have log-probability 0.
     """
     length, mask_id = targets.shape[1], mask_of(denoiser)
     modelled = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
@@ -90,7 +90,7 @@ def left_to_right(denoiser: Any, targets: Tensor, mask: Tensor | None = None) ->
     for row, place in zip(rows.split(chunk), places.split(chunk), strict=True):
         hidden = modelled[row] & (torch.arange(length, device=row.device) >= place.unsqueeze(1))
         levels, ids = hidden.double().mean(1).tolist(), targets[row].masked_fill(hidden, mask_id)
-        asked = [Asked(*each) for each in zip(ids, levels, place.split(1), strict=True)]
+        asked = [Query(*each) for each in zip(ids, levels, place.split(1), strict=True)]
         logits, truth = torch.cat(read(denoiser, asked)), targets[row, place]
         logprobs[row, place] = logits.log_softmax(-1).gather(1, truth.unsqueeze(1)).squeeze(1)
         greedy[row, place] = logits.argmax(1) == truth

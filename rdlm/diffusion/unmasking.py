@@ -1,12 +1,11 @@
-"""Text from a masked denoiser: hidden tokens come into sight in K steps, together with those of other texts
-of any length.
+"""Sampling from a masked denoiser: masked tokens are unmasked in K steps, in texts of any length together.
 
-K steps have the levels K/K, (K-1)/K, .., 1/K, times the share that is hidden at the start of what training
-may hide. At step k, counted down from K, a hidden token comes into sight with probability (alpha_s - alpha_t)
-/ (1 - alpha_t) = 1/k, drawn from the denoiser (MD4, Shi et al. 2024, Sec. 4); one that is in sight never
-changes. Other orders than this one: rdlm/diffusion/unmasking_plan.py.
+The K steps have the levels K/K, (K-1)/K, .., 1/K, times the masked share at the start (of the tokens that
+training may mask). At step k, counted down from K, a masked token is unmasked with probability (alpha_s -
+alpha_t) / (1 - alpha_t) = 1/k and drawn from the denoiser (MD4, Shi et al. 2024, Sec. 4); an unmasked token
+never changes. Other orders than this one: rdlm/diffusion/unmasking_plan.py.
 
-Shapes: B rows of T tokens, ids int64 with ``mask_id`` where hidden; P places, V vocabulary.
+Shapes: B rows of T tokens, ids int64 with ``mask_id`` where masked; P positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rdlm.diffusion.samplers import run
-from rdlm.diffusion.unmasking_plan import Turn, turns
+from rdlm.diffusion.unmasking_plan import UnmaskingStep, unmasking_steps
 from rdlm.sampling import sample
 from rdlm.sampling_params import History, Order, SamplingParams, uniform
 
@@ -47,27 +46,27 @@ class MaskedNetwork(Protocol):
 
 @dataclass(slots=True)
 class Draft:
-    """A text some of whose tokens are hidden, and what brings them into sight."""
+    """A text some of whose tokens are masked, and the plan that unmasks them."""
 
     ids: Tensor
     """[T]; ``fill`` writes into it."""
-    turns: Sequence[Turn]
+    plan: Sequence[UnmaskingStep]
     params: SamplingParams
     seed: int = 0
     choice: int = 0
-    """Draws depend on (seed, choice, place, step)."""
+    """Draws depend on (seed, choice, position, step)."""
     ends: Collection[int] = ()
-    """Ids that are not drawn before the place ``ends_from``."""
+    """Ids that are not drawn before the position ``ends_from``."""
     ends_from: int = 0
     taken: int = 0
 
     @property
-    def turn(self) -> Turn | None:
-        """The next one; None: nothing is hidden any more."""
-        return self.turns[self.taken] if self.taken < len(self.turns) else None
+    def next_step(self) -> UnmaskingStep | None:
+        """None: no token is masked any more."""
+        return self.plan[self.taken] if self.taken < len(self.plan) else None
 
-    def history(self, place: int) -> History:
-        return History(banned=self.ends if place < self.ends_from else ())
+    def history(self, position: int) -> History:
+        return History(banned=self.ends if position < self.ends_from else ())
 
 
 @torch.no_grad()
@@ -83,28 +82,28 @@ def unmask(
     num_tokens: int | None = None,
     always_given: bool = False,
 ) -> Tensor:
-    """Fill in the hidden tokens of ids [B, T] in ``num_steps`` steps -> ids [B, T]; tokens in sight stay what
-    they are.
+    """Unmask the masked tokens of ids [B, T] in ``num_steps`` steps -> ids [B, T]; the others stay.
 
     params: temperature, top-k, top-p, min-p and biases act on every draw. num_tokens: ids from there on are
-    never drawn. Draws depend on (seed, number of the row, place, step), the first row being number ``first``.
-    A row with a clean prompt starts at the level that its hidden share is in training, so with a long one the
-    first block may never be asked. rdlm/diffusion/unmasking_plan.py says what comes into sight when.
+    never drawn. Draws depend on (seed, number of the row, position, step); the first row is number ``first``.
+    A row with a clean prompt starts at the level of its masked share, so with a long prompt the first block
+    may never run.
 
-    always_given: what is in sight at the start never counted in training (``Batch.mask``: rows of a task with
-    its inputs). A level is then the hidden share of the others alone, as it is in ``masked_terms``: sampling
-    starts at 1.
+    always_given: tokens that are unmasked at the start never counted in training (``Batch.mask``: rows of a
+    task with its inputs). The level is then the masked share of the others alone, as in the objective's loss:
+    sampling starts at 1.
     """
-    hidden, drafts = ids == mask_of(denoiser), []
-    for choice, (row, here) in enumerate(zip(ids.clone(), hidden, strict=True), first):
-        places = here.nonzero().squeeze(1).tolist()
-        plan = turns(places, num_steps, 1.0 if always_given else len(places) / len(row), order, seed, choice)
+    masked, drafts = ids == mask_of(denoiser), []
+    for choice, (row, here) in enumerate(zip(ids.clone(), masked, strict=True), first):
+        positions = here.nonzero().squeeze(1).tolist()
+        start = 1.0 if always_given else len(positions) / len(row)
+        plan = unmasking_steps(positions, num_steps, start, order, seed, choice)
         drafts.append(Draft(row, plan, params, seed, choice))
 
     def step(drafts: list[Draft], k: int) -> list[Draft]:
         fill(
             denoiser,
-            [draft for draft in drafts if draft.turn is not None and draft.turn.step == k],
+            [draft for draft in drafts if draft.next_step is not None and draft.next_step.step == k],
             num_tokens,
         )
         return drafts
@@ -116,50 +115,55 @@ def unmask(
 def fill(
     denoiser: MaskedNetwork, drafts: Sequence[Draft], num_tokens: int | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Take the next turn of every draft, together -> of each the places [P] that came into sight and their
+    """Take the next step of every draft, together -> of each the positions [P] that were unmasked and their
     logits [P, V].
 
     The same tokens as alone, but for rounding. num_tokens: see ``unmask``.
     """
-    mask_id, asked = mask_of(denoiser), []
+    mask_id, queries = mask_of(denoiser), []
     for draft in drafts:
-        turn = draft.turn
-        assert turn is not None
-        places = (
-            (draft.ids == mask_id).nonzero().squeeze(1) if turn.places is None else torch.tensor(turn.places)
+        step = draft.next_step
+        assert step is not None
+        positions = (
+            (draft.ids == mask_id).nonzero().squeeze(1)
+            if step.positions is None
+            else torch.tensor(step.positions)
         )
-        asked.append(Asked(draft.ids, turn.level, places.to(draft.ids.device)))
+        queries.append(Query(draft.ids, step.level, positions.to(draft.ids.device)))
     found = []
-    for group in _in_memory([len(ask.places) * mask_id for ask in asked]):
+    for group in _in_memory([len(query.positions) * mask_id for query in queries]):
         found += _take(
             [drafts[i] for i in group],
-            [asked[i] for i in group],
-            read(denoiser, [asked[i] for i in group]),
+            [queries[i] for i in group],
+            read(denoiser, [queries[i] for i in group]),
             num_tokens,
         )
     return found
 
 
 def _take(
-    drafts: Sequence[Draft], asked: Sequence[Asked], read_out: Sequence[Tensor], num_tokens: int | None
+    drafts: Sequence[Draft], queries: Sequence[Query], read_out: Sequence[Tensor], num_tokens: int | None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Draw a token at each place that was read out, and write those that come into sight."""
-    rows = [(draft, place) for draft, ask in zip(drafts, asked, strict=True) for place in ask.places.tolist()]
-    logits, sizes = torch.cat(list(read_out))[:, :num_tokens], [len(ask.places) for ask in asked]
-    uniforms = [uniform(d.seed, _TOKEN, d.choice, place, d.turns[d.taken].step) for d, place in rows]
-    drawn = sample(logits, [d.params for d, _ in rows], [d.history(place) for d, place in rows], uniforms)
+    """Draw a token at each position that was read out, and write those that are unmasked."""
+    pairs = zip(drafts, queries, strict=True)
+    rows = [(draft, position) for draft, query in pairs for position in query.positions.tolist()]
+    logits, sizes = torch.cat(list(read_out))[:, :num_tokens], [len(query.positions) for query in queries]
+    uniforms = [uniform(d.seed, _TOKEN, d.choice, position, d.plan[d.taken].step) for d, position in rows]
+    drawn = sample(
+        logits, [d.params for d, _ in rows], [d.history(position) for d, position in rows], uniforms
+    )
     found = []
-    for draft, ask, whole, own, tokens in zip(
-        drafts, asked, read_out, logits.split(sizes), drawn.split(sizes), strict=True
+    for draft, query, whole, own, tokens in zip(
+        drafts, queries, read_out, logits.split(sizes), drawn.split(sizes), strict=True
     ):
-        turn = draft.turns[draft.taken]
+        step = draft.plan[draft.taken]
         kept = torch.arange(len(tokens), device=tokens.device)
-        if turn.places is None:
+        if step.positions is None:
             score = own.log_softmax(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
-            kept = score.argsort(stable=True, descending=True)[: turn.count]
-        draft.ids[ask.places[kept]] = tokens[kept]
+            kept = score.argsort(stable=True, descending=True)[: step.count]
+        draft.ids[query.positions[kept]] = tokens[kept]
         draft.taken += 1
-        found.append((ask.places[kept], whole[kept]))
+        found.append((query.positions[kept], whole[kept]))
     return found
 
 
@@ -177,40 +181,40 @@ def _in_memory(sizes: Sequence[int]) -> list[list[int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A row of tokens and what the network is to say about it: ids [T], the level, and the places [P] that
+class Query:
+    """A row for one forward pass: ids [T], the level, and the positions [P] that
     are read out."""
 
     ids: Tensor
     level: float
-    places: Tensor
+    positions: Tensor
 
 
 @torch.no_grad()
-def read(denoiser: MaskedNetwork, asked: Sequence[Asked]) -> list[Tensor]:
-    """Logits [P, V] fp32 of the places of each row. Rows of similar length share a pass, where their owner is
+def read(denoiser: MaskedNetwork, queries: Sequence[Query]) -> list[Tensor]:
+    """Logits [P, V] fp32 of the positions of each row. Rows of similar length share a pass, where their owner is
     the same."""
     found: dict[int, Tensor] = {}
-    for owner, mine in by_owner(denoiser, [ask.level for ask in asked]):
-        for group in _alike(mine.tolist(), [len(ask.ids) for ask in asked]):
-            rows = [asked[i] for i in group]
+    for owner, mine in by_owner(denoiser, [query.level for query in queries]):
+        for group in _alike(mine.tolist(), [len(query.ids) for query in queries]):
+            rows = [queries[i] for i in group]
             lengths = torch.tensor([len(row.ids) for row in rows])
             ids = nn.utils.rnn.pad_sequence([row.ids for row in rows], batch_first=True)
             ragged = int(lengths.min()) < ids.shape[1]
             states = owner.hidden(ids, torch.tensor([row.level for row in rows]), lengths if ragged else None)
-            chosen = torch.cat([states[i, row.places] for i, row in enumerate(rows)])
+            chosen = torch.cat([states[i, row.positions] for i, row in enumerate(rows)])
             found.update(
                 zip(
                     group,
-                    owner.predict(chosen).logits().split([len(row.places) for row in rows]),
+                    owner.predict(chosen).logits().split([len(row.positions) for row in rows]),
                     strict=True,
                 )
             )
-    return [found[i] for i in range(len(asked))]
+    return [found[i] for i in range(len(queries))]
 
 
 def mask_of(denoiser: MaskedNetwork) -> int:
-    """The id of a hidden token."""
+    """The id of a masked token."""
     return denoiser.at(1.0).mask_id
 
 

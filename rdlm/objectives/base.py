@@ -30,6 +30,7 @@ from rdlm.nn.attention import AttentionContext
 from rdlm.nn.cross_entropy import linear_cross_entropy
 from rdlm.nn.layers import Condition
 from rdlm.random_streams import Stream, counter_stream, generator
+from rdlm.sampling_params import Order
 
 ReadOut = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """(hidden [N, D], precision-weighted z [N, D] or None, target table [V, D] or None) -> a scalar; see
@@ -78,6 +79,24 @@ class HeldOut:
     """Measure the training loss at this network's own levels instead: all that a block alone can say."""
     answers: bool = False
     """Give the most probable target at every position instead of a sum: {"K=4": [B, T] int64}."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How answers are drawn, where anything is drawn."""
+
+    seed: int = 0
+    draw: int = 0
+    """Which of several draws."""
+    first: int = 0
+    """Number of the first row."""
+    sampler: str = "renoise"
+    """Of models that sample through noise levels (rdlm/diffusion/samplers.py)."""
+    order: Order = "random"
+    """Of masked models (rdlm/diffusion/unmasking_plan.py)."""
+
+
+DEFAULT_DRAWS = Draws()
 
 
 @dataclass(frozen=True)
@@ -227,21 +246,12 @@ class Objective(nn.Module, ABC):
         return {k: scores.logprobs for k, scores in found.items()}
 
     def answer(
-        self,
-        inputs: Tensor,
-        num_steps: Sequence[int],
-        seed: int = 0,
-        *,
-        order: str = "random",
-        sampler: str = "renoise",
-        first: int = 0,
-        draw: int = 0,
+        self, inputs: Tensor, num_steps: Sequence[int], draws: Draws = DEFAULT_DRAWS
     ) -> dict[int, Tensor]:
         """The most probable target at every position: inputs [B, T] int64 -> {K: [B, T] int64}, images -> {K:
         [B, 1]}.
 
-        Random draws depend on (seed, draw, number of the row, step); the first row is number ``first``.
-        order: of masked models. sampler: of models that sample through noise levels.
+        Random draws depend on (seed, draw, number of the row, step).
         """
         raise self._cannot("an answer to every target", "use a measurement that fits the objective")
 

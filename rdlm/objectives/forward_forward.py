@@ -20,7 +20,16 @@ from torch import Tensor
 from rdlm.data.batch import Batch
 from rdlm.device import staged
 from rdlm.models.vision import Vit
-from rdlm.objectives.base import HeldOut, Keys, LossTerms, Objective, ReadOut, TokenScores
+from rdlm.objectives.base import (
+    DEFAULT_DRAWS,
+    Draws,
+    HeldOut,
+    Keys,
+    LossTerms,
+    Objective,
+    ReadOut,
+    TokenScores,
+)
 from rdlm.random_streams import host_generator
 
 _NOISE_KEY = 2
@@ -104,15 +113,7 @@ class ForwardForward(Objective):
 
     @torch.no_grad()
     def answer(
-        self,
-        inputs: Tensor,
-        num_steps: Sequence[int],
-        seed: int = 0,
-        *,
-        order: str = "random",
-        sampler: str = "renoise",
-        first: int = 0,
-        draw: int = 0,
+        self, inputs: Tensor, num_steps: Sequence[int], draws: Draws = DEFAULT_DRAWS
     ) -> dict[int, Tensor]:
         return dict.fromkeys(num_steps, self.class_logits(inputs).argmax(1, keepdim=True))
 

@@ -22,9 +22,9 @@ from rdlm.diffusion.unmasking import unmask
 from rdlm.models.recurrent import Recurrent
 from rdlm.nn.attention import PaddedContext
 from rdlm.nn.layers import Condition
-from rdlm.objectives.base import Keys, LossTerms, Objective, ReadOut, TokenScores
+from rdlm.objectives.base import DEFAULT_DRAWS, Draws, Keys, LossTerms, Objective, ReadOut, TokenScores
 from rdlm.random_streams import host_generator
-from rdlm.sampling_params import Order, SamplingParams
+from rdlm.sampling_params import SamplingParams
 
 _NOISE_KEY = 2
 
@@ -123,20 +123,21 @@ class MaskedDiffusion(Objective):
         }
 
     def answer(
-        self,
-        inputs: Tensor,
-        num_steps: Sequence[int],
-        seed: int = 0,
-        *,
-        order: str = "random",
-        sampler: str = "renoise",
-        first: int = 0,
-        draw: int = 0,
+        self, inputs: Tensor, num_steps: Sequence[int], draws: Draws = DEFAULT_DRAWS
     ) -> dict[int, Tensor]:
-        """K unmasking steps in ``order``; inputs are rows of ``FilledIn`` with the mask's id at every answer
+        """K unmasking steps in the order of ``draws``; inputs are rows of ``FilledIn`` with the mask's id at every answer
         that counts."""
-        greedy, by = SamplingParams(temperature=0), cast(Order, order)
-        return {
-            k: unmask(self, inputs, k, greedy, seed=seed, order=by, first=first, always_given=True)
-            for k in num_steps
-        }
+        return {k: self._unmasked(inputs, k, draws) for k in num_steps}
+
+    def _unmasked(self, inputs: Tensor, num_steps: int, draws: Draws) -> Tensor:
+        greedy, order = SamplingParams(temperature=0), draws.order
+        return unmask(
+            self,
+            inputs,
+            num_steps,
+            greedy,
+            seed=draws.seed,
+            order=order,
+            first=draws.first,
+            always_given=True,
+        )

@@ -52,7 +52,17 @@ from rdlm.models.base import Backbone
 from rdlm.nn.attention import AttentionContext, TwoStreamContext
 from rdlm.nn.cross_entropy import linear_cross_entropy
 from rdlm.nn.layers import Condition
-from rdlm.objectives.base import HeldOut, Keys, LossTerms, Objective, Prediction, ReadOut, TokenScores
+from rdlm.objectives.base import (
+    DEFAULT_DRAWS,
+    Draws,
+    HeldOut,
+    Keys,
+    LossTerms,
+    Objective,
+    Prediction,
+    ReadOut,
+    TokenScores,
+)
 from rdlm.objectives.depth import drawn_depths, rows_at_work
 from rdlm.random_streams import Stream, generator
 
@@ -261,7 +271,7 @@ class NextToken(Objective):
     def evaluate(self, batch: Batch, held_out: HeldOut) -> dict[str, Tensor]:
         if held_out.denoising or self.model.is_causal:
             return super().evaluate(batch, held_out)
-        answers = self.answer(batch.inputs, held_out.num_steps, seed=held_out.index)
+        answers = self.answer(batch.inputs, held_out.num_steps, Draws(held_out.index))
         nats = -self.score(batch.inputs, batch.targets, (1,))[1].logprobs.sum()
         right = {f"accuracy at K={k}": (answers[k] == batch.targets).sum() for k in held_out.num_steps}
         return {"K=1": nats, **right}
@@ -348,15 +358,7 @@ class NextToken(Objective):
 
     @torch.no_grad()
     def answer(
-        self,
-        inputs: Tensor,
-        num_steps: Sequence[int],
-        seed: int = 0,
-        *,
-        order: str = "random",
-        sampler: str = "renoise",
-        first: int = 0,
-        draw: int = 0,
+        self, inputs: Tensor, num_steps: Sequence[int], draws: Draws = DEFAULT_DRAWS
     ) -> dict[int, Tensor]:
         """Arg max after K core steps."""
         wanted, out = set(num_steps), {}
@@ -365,7 +367,7 @@ class NextToken(Objective):
             if k in wanted:
                 out[k] = self.predict(self.model.decode(state, ctx)).prior.argmax(-1)
 
-        self.iterate(inputs, max(wanted), seed + first, read)
+        self.iterate(inputs, max(wanted), draws.seed + draws.first, read)
         return out
 
     @torch.no_grad()
@@ -558,26 +560,17 @@ class Evidence(NextToken):
 
     @torch.no_grad()
     def answer(
-        self,
-        inputs: Tensor,
-        num_steps: Sequence[int],
-        seed: int = 0,
-        *,
-        order: str = "random",
-        sampler: str = "renoise",
-        first: int = 0,
-        draw: int = 0,
+        self, inputs: Tensor, num_steps: Sequence[int], draws: Draws = DEFAULT_DRAWS
     ) -> dict[int, Tensor]:
         """K noise levels. With ``renoise`` the arg max of all positions is noised again together in between,
         so that a position may use what earlier positions have answered so far; other samplers follow the
         mean estimate."""
-        return {k: self._denoised(inputs, k, sampler, (seed, draw), first) for k in num_steps}
+        return {k: self._denoised(inputs, k, draws) for k in num_steps}
 
-    def _denoised(
-        self, inputs: Tensor, num_steps: int, name: str, key: tuple[int, int], first: int
-    ) -> Tensor:
+    def _denoised(self, inputs: Tensor, num_steps: int, draws: Draws) -> Tensor:
+        key = draws.seed, draws.draw
         rng, shape = generator(*key), self.model.target_shape(inputs)
-        levels, top, sampler = self.sampling_levels(num_steps), self.noise.sigma_max, sampler_named(name)
+        levels, top, sampler = self.sampling_levels(num_steps), self.noise.sigma_max, sampler_named(draws.sampler)
         if sampler.starts_from_noise:
             levels = [top, *levels[1:]]
 
@@ -592,7 +585,8 @@ class Evidence(NextToken):
         def noise(number: int) -> Tensor:
             size = shape[1], self.config.model.d_model
             rows = [
-                torch.randn(size, generator=generator(*key, first + row, number)) for row in range(shape[0])
+                torch.randn(size, generator=generator(*key, draws.first + row, number))
+                for row in range(shape[0])
             ]
             return torch.stack(rows).to(inputs.device)
 

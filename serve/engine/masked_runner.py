@@ -16,8 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rdlm.diffusion.unmasking import Asked, Draft, fill, mask_of, read
-from rdlm.diffusion.unmasking_plan import Turn, turns
+from rdlm.diffusion.unmasking import Draft, Query, fill, mask_of, read
+from rdlm.diffusion.unmasking_plan import UnmaskingStep, unmasking_steps
 from rdlm.errors import UserError
 from rdlm.flops import costs_of
 from rdlm.objectives.masked import MaskedDiffusion
@@ -28,10 +28,10 @@ from serve.engine.sequence import Request, Sequence, StepCounts, StepResult, Tok
 @dataclass(slots=True, eq=False)
 class MaskedSequence(Sequence):
     """First, where the prompt is scored, a segment over the prompt with a step for each token; then one over
-    prompt and answer with a step for each turn of the sampler (rdlm/diffusion/unmasking_plan.py)."""
+    prompt and answer with a step for each step of the sampler (rdlm/diffusion/unmasking_plan.py)."""
 
     is_scored: bool = False
-    turns: tuple[Turn, ...] = ()
+    plan: tuple[UnmaskingStep, ...] = ()
 
     @property
     def scores(self) -> bool:
@@ -49,17 +49,19 @@ class MaskedSequence(Sequence):
         assert not self.is_open
         self.start, self.length, self.step, request = 0, self.next_length(), 0, self.request
         if not self.scores:
-            places = range(len(request.prompt), self.length)
-            start = len(places) / self.length
-            self.turns = tuple(
-                turns(places, self.counts.num_steps, start, request.order, request.seed, request.choice)
+            positions = range(len(request.prompt), self.length)
+            start = len(positions) / self.length
+            self.plan = tuple(
+                unmasking_steps(
+                    positions, self.counts.num_steps, start, request.order, request.seed, request.choice
+                )
             )
 
     def advance(self, exited: bool = False) -> None:
         assert self.is_open and not exited
         prompt = len(self.request.prompt)
-        steps = prompt - 1 if self.scores else len(self.turns)
-        if steps:  # one prompt token has nothing to be scored, and a text that is not continued no turn
+        steps = prompt - 1 if self.scores else len(self.plan)
+        if steps:  # one prompt token has nothing to be scored, and a text that is not continued no step
             self.prompt_row_steps += prompt
             self.decode_row_steps += self.length - prompt
         self.step += 1
@@ -70,7 +72,7 @@ class MaskedSequence(Sequence):
 
 @dataclass(frozen=True, slots=True)
 class MaskedRows:
-    """A text between two steps, and the log-probabilities of its drawn tokens by place, where they are
+    """A text between two steps, and the log-probabilities of its drawn tokens by position, where they are
     wanted."""
 
     draft: Draft
@@ -112,7 +114,7 @@ class MaskedRunner:
         serve.engine.runner says."""
         masked = cast(Seq[MaskedSequence], batch)  # ``sequence`` makes no others
         return self._score([s for s in masked if s.scores]) | self._fill(
-            [s for s in masked if not s.scores and s.turns]
+            [s for s in masked if not s.scores and s.plan]
         )
 
     def _score(self, sequences: Seq[MaskedSequence]) -> dict[int, StepResult]:
@@ -122,12 +124,12 @@ class MaskedRunner:
         sequences = [s for s in sequences if len(s.request.prompt) > 1]
         queries = []
         for s in sequences:
-            place, ids = s.step + 1, self._tensor(s.request.prompt)
-            ids[place:] = self._mask_id
-            queries.append(Asked(ids, (len(ids) - place) / len(ids), self._tensor((place,))))
+            position, ids = s.step + 1, self._tensor(s.request.prompt)
+            ids[position:] = self._mask_id
+            queries.append(Query(ids, (len(ids) - position) / len(ids), self._tensor((position,))))
             self._charge(s, queries[-1].level, len(ids), 1)
         for s, query, logits in zip(sequences, queries, read(self.denoiser, queries), strict=True):
-            token, count = s.request.prompt[int(query.places)], s.request.prompt_logprobs
+            token, count = s.request.prompt[int(query.positions)], s.request.prompt_logprobs
             assert count is not None
             results[s.id].prompt_logprobs = logprobs_of(
                 logits, self._tensor((token,)), count, self._num_tokens
@@ -138,17 +140,17 @@ class MaskedRunner:
         """Take an unmasking step, and report which tokens of the answer are now certain."""
         states = [self._begin(s) if s.rows is None else cast(MaskedRows, s.rows).copy() for s in sequences]
         for s, state in zip(sequences, states, strict=True):
-            turn = state.draft.turn
-            assert turn is not None
-            hidden = int((state.draft.ids == self._mask_id).sum()) if turn.places is None else turn.count
-            self._charge(s, turn.level, len(state.draft.ids), hidden)
+            step = state.draft.next_step
+            assert step is not None
+            read_out = int((state.draft.ids == self._mask_id).sum()) if step.positions is None else step.count
+            self._charge(s, step.level, len(state.draft.ids), read_out)
         found = fill(self.denoiser, [state.draft for state in states], self._num_tokens)
         results = {}
-        for s, state, (places, logits) in zip(sequences, states, found, strict=True):
+        for s, state, (positions, logits) in zip(sequences, states, found, strict=True):
             if s.request.logprobs is not None:
-                chosen = state.draft.ids[places]
+                chosen = state.draft.ids[positions]
                 entries = logprobs_of(logits, chosen, s.request.logprobs, self._num_tokens)
-                state.logprobs.update(zip(places.tolist(), entries, strict=True))
+                state.logprobs.update(zip(positions.tolist(), entries, strict=True))
             tokens = self._certain(s, state)
             first = s.context_length
             logprobs = [state.logprobs.get(first + i) for i in range(len(tokens))]
@@ -163,7 +165,7 @@ class MaskedRunner:
         return MaskedRows(
             Draft(
                 ids,
-                sequence.turns,
+                sequence.plan,
                 request.sampling,
                 request.seed,
                 request.choice,

@@ -17,7 +17,7 @@ from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.images import ImageStore, as_batch
 from rdlm.objectives import Objective
-from rdlm.objectives.base import Keys
+from rdlm.objectives.base import Draws, Keys
 from rdlm.objectives.next_token import Evidence
 from rdlm.registry import build
 from train.data.image_prepare import ImagePreparation, prepare_images
@@ -94,14 +94,10 @@ def test_figures_are_those_of_a_model_whose_mistakes_are_known(
     shape, store = config("evidence"), ImageStore(data, "test")
     labels = store.read(np.arange(len(store)))[1]
 
-    def answers(
-        self: Any, inputs: torch.Tensor, ks: Any, seed: int = 0, **place: Any
-    ) -> dict[int, torch.Tensor]:
-        out, numbers = {}, np.arange(place["first"], place["first"] + len(inputs))
+    def answers(self: Any, inputs: torch.Tensor, ks: Any, draws: Draws) -> dict[int, torch.Tensor]:
+        out, numbers = {}, np.arange(draws.first, draws.first + len(inputs))
         for k in ks:
-            right = (
-                (numbers % (4 // k) == 0) & (place["sampler"] == "renoise") & (k == 1 or place["draw"] != 2)
-            )
+            right = (numbers % (4 // k) == 0) & (draws.sampler == "renoise") & (k == 1 or draws.draw != 2)
             out[k] = torch.from_numpy(np.where(right, labels[numbers], (labels[numbers] + 1) % 4))[:, None]
         return out
 

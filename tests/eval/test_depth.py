@@ -39,7 +39,7 @@ def _knows_k_factors(task: GroupProduct) -> Callable[..., dict[int, torch.Tensor
     """Answers right at the first K positions and never after them."""
 
     def answers(
-        self: Objective, input_ids: torch.Tensor, ks: Sequence[int], **_: object
+        self: Objective, input_ids: torch.Tensor, ks: Sequence[int], draws: object = None
     ) -> dict[int, torch.Tensor]:
         right = input_ids.clone().numpy()
         for i in range(1, task.length):
@@ -76,7 +76,7 @@ def test_interval_is_that_of_a_mean_over_examples(loaded: Loaded, monkeypatch: p
     task, rows = GroupProduct("s3", 8), 400
 
     def half(
-        self: Objective, input_ids: torch.Tensor, ks: Sequence[int], **_: object
+        self: Objective, input_ids: torch.Tensor, ks: Sequence[int], draws: object = None
     ) -> dict[int, torch.Tensor]:
         right = _knows_k_factors(task)(self, input_ids, [8])[8]
         kept = (torch.arange(len(right)) % 2 == 0)[:, None]

@@ -29,7 +29,7 @@ from rdlm.diffusion.partition import partition_of
 from rdlm.diffusion.unmasking import mask_of
 from rdlm.diffusion.unmasking import unmask as rdlm_unmask
 from rdlm.objectives import Objective
-from rdlm.objectives.base import Keys
+from rdlm.objectives.base import Draws, Keys
 from rdlm.objectives.blockwise import drawn_block
 from rdlm.objectives.edm import Edm
 from rdlm.objectives.masked import MaskedDiffusion
@@ -320,7 +320,7 @@ def unmask(model: Model, ids: Tensor, num_steps: int, sampling: dict[str, Any], 
 def greedy_answers(model: Model, inputs: Tensor, ks: Sequence[int], **options: Any) -> dict[int, Tensor]:
     if "bridge" in options:
         options["sampler"] = options.pop("bridge")
-    return model.network.answer(inputs, ks, **options)
+    return model.network.answer(inputs, ks, Draws(**options))
 
 
 def draw_images(model: Model, classes: Tensor, num_steps: int, **options: Any) -> Tensor:

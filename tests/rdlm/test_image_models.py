@@ -16,7 +16,7 @@ from rdlm.diffusion.preconditioning import denoise_scalings, edm_weight
 from rdlm.errors import UserError
 from rdlm.models.vision import assemble, patches
 from rdlm.objectives import Objective
-from rdlm.objectives.base import Keys
+from rdlm.objectives.base import Draws, Keys
 from rdlm.objectives.edm import Edm, pixels
 from rdlm.random_streams import generator
 from rdlm.registry import build
@@ -122,7 +122,7 @@ def test_a_vit_learns_to_classify(objective: str, blocks: dict[str, Any] | None)
     denoiser, held_out = learn(build(shape, seed=0), 60), batch(200, seed=10_000)
     ks, names = ([1], ["renoise"]) if objective == "classify" else ([1, 4], ["renoise", "euler", "dpmpp_2m"])
     for sampler in names:
-        for answers in denoiser.answer(held_out.inputs, ks, sampler=sampler).values():  # type: ignore[arg-type]
+        for answers in denoiser.answer(held_out.inputs, ks, Draws(sampler=sampler)).values():  # type: ignore[arg-type]
             assert (answers == held_out.targets).float().mean() > 0.9, (objective, sampler)
     scores = denoiser.score(held_out.inputs, held_out.targets, (1,))[1]
     assert scores.is_greedy.float().mean() > 0.9 and -scores.logprobs.mean() < 1.0

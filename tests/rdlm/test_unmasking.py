@@ -14,7 +14,7 @@ from rdlm.data.batch import Batch
 from rdlm.diffusion import unmasking
 from rdlm.diffusion.masked_likelihood import bound
 from rdlm.diffusion.unmasking import Draft, fill, unmask
-from rdlm.diffusion.unmasking_plan import turns
+from rdlm.diffusion.unmasking_plan import unmasking_steps
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Keys
 from rdlm.objectives.masked import MaskedDiffusion
@@ -147,19 +147,21 @@ def test_texts_of_any_length_are_filled_in_together_as_alone(masked_config, awak
         for choice, (length, given, num_steps) in enumerate(shapes):
             ids = torch.full((length,), V)
             ids[:given] = torch.randint(0, 50, (given,), generator=rng.manual_seed(choice))
-            plan = turns(range(given, length), num_steps, (length - given) / length, order, 7, choice)
+            plan = unmasking_steps(
+                range(given, length), num_steps, (length - given) / length, order, 7, choice
+            )
             found.append(Draft(ids, plan, params[choice], 7, choice, ends=range(30), ends_from=given + 2))
         return found
 
     alone = drafts()
     for draft in alone:
-        while draft.turn is not None:
+        while draft.next_step is not None:
             fill(denoiser, [draft], 50)
         assert draft.ids.max() < 50 and (draft.ids[shapes[draft.choice][1] :][:2] >= 30).all(), (
             "ends are not drawn before their place"
         )
     together = drafts()
-    while open_ones := [draft for draft in together if draft.turn is not None]:
+    while open_ones := [draft for draft in together if draft.next_step is not None]:
         fill(denoiser, open_ones, 50)
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(alone, together, strict=True))
     row = drafts()[1].ids
