@@ -122,7 +122,8 @@ def config_of(name: str, seed: int, steps: int, lr: float, data: Path) -> dict[s
         100 * arm.num_blocks, steps // 5
     )  # as many of each block's own updates as the whole network gets
     return {
-        **base, "model": {**SHAPE, "num_layers": arm.num_layers, "max_seq_len": SEQ_LEN}, "objective": {"name": arm.objective},
+        **base, "model": {**SHAPE, "num_layers": arm.num_layers, "max_seq_len": SEQ_LEN},
+        "objective": {"name": arm.objective},
         "schedule": {**base["schedule"], "warmup_steps": warmup},
         "recurrence": {"default_steps": 1 if arm.objective == "next_token" else 4, "max_steps": 64},
         **({"blocks": cut} if (cut := arm.cut()) else {}),
@@ -136,8 +137,10 @@ def run_arm(
     folder = root / f"{config['name']}-{updates}-lr{lr:g}-seed{seed}"
     train(folder, config)
     row = {
-        "arm": name, "seed": seed, "lr": lr, "objective": arm.objective, "num_blocks": arm.num_blocks, "equal": arm.equal,
-        "updates": updates, "commit": provenance()["git_commit"], **held_out(folder, updates, data, max_tokens, ["--num-steps", "1"]),
+        "arm": name, "seed": seed, "lr": lr, "objective": arm.objective, "num_blocks": arm.num_blocks,
+        "equal": arm.equal,
+        "updates": updates, "commit": provenance()["git_commit"],
+        **held_out(folder, updates, data, max_tokens, ["--num-steps", "1"]),
     }  # fmt: skip
     common = ["--checkpoint", str(folder / "run" / "model"), "--data", str(data)]
     if arm.objective != "next_token":
@@ -289,12 +292,14 @@ def main(
     updates = {name: updates_of(ARMS[name], minutes, cost) for name in names}
     for name in names:
         print(
-            f"{name:28} {updates[name]:6} updates, at most {updates[name] * cost[ARMS[name].cost] / 60:5.1f} CPU minutes",
+            f"{name:28} {updates[name]:6} updates, at most {updates[name] * cost[ARMS[name].cost] / 60:5.1f} "
+            "CPU minutes",
             flush=True,
         )
     if dry_run:
         return 0
-    head = {"minutes": minutes, "shape": SHAPE, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "curve_tokens": CURVE_TOKENS,
+    head = {"minutes": minutes, "shape": SHAPE, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN,
+    "curve_tokens": CURVE_TOKENS,
             "seconds_per_update": cost}  # fmt: skip
     writing = threading.Lock()
 

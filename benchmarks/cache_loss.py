@@ -1,6 +1,7 @@
 """What the shared cache costs in likelihood: held-out NLL through the engine, decoding position by position.
 
-    python benchmarks/cache_loss.py --checkpoint runs/x/model --data data/books-4096 --steps 1,2,4,8 --out docs/results/raw/cache_loss.json
+    python -m benchmarks.cache_loss --checkpoint runs/x/model --data data/books-4096 --steps 1,2,4,8 \\
+        --out docs/results/raw/cache_loss.json
 
 ``exact`` is ``Objective.score`` (every step reads the past at the same step); ``full`` must reproduce it;
 ``shared`` reads the past's last step. Prompts are scored with a chunk of one position, which is what decoding

@@ -32,7 +32,8 @@ def run_rdlm(arguments: Sequence[str], log: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as stream:
         subprocess.run(
-            [sys.executable, "-m", "rdlm", *arguments], check=True, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
+            [sys.executable, "-m", "rdlm", *arguments], check=True, stdin=subprocess.DEVNULL, stdout=stream,
+            stderr=stream, env=environment
         )  # fmt: skip
 
 

@@ -72,7 +72,8 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def config_of(name: str, seed: int, steps: int, lr: float) -> dict[str, Any]:
     return {
-        "name": name.replace(" ", "-").replace("/", "-"), "seed": seed, "model": {"family": "huginn", **SHAPE, "max_seq_len": LONG},
+        "name": name.replace(" ", "-").replace("/", "-"), "seed": seed,
+        "model": {"family": "huginn", **SHAPE, "max_seq_len": LONG},
         "objective": ARMS[name][0], "recurrence": {"default_steps": 8, "max_steps": max(KS)},
         "data": {"kind": "group_product", "group": "s3", "length": LENGTH}, "batch": {"global_size": BATCH_SIZE},
         "optimizer": {"lr": lr, "betas": [0.9, 0.98], "weight_decay": 0.01},
@@ -178,7 +179,8 @@ def main(
         if row["best_lr"]:
             shown = " ".join(f"{k}:{row['accuracy']['16'][str(k)]['all']:.3f}" for k in KS)
             print(
-                f"{row['arm']:12} lr {row['lr']:g} seed {row['seed']} {shown} | 24: {row['accuracy']['24'][str(KS[-1])]['all']:.3f}"
+                f"{row['arm']:12} lr {row['lr']:g} seed {row['seed']} {shown} | 24: "
+                f"{row['accuracy']['24'][str(KS[-1])]['all']:.3f}"
             )
 
 

@@ -183,7 +183,8 @@ def against_naive(
     of_engine, naive = [found for _, _, found in runs["engine"]], runs["naive"][-1][2]
     return {
         "num_steps": k, "tokens_per_s": rates, "seconds": seconds, "cpu_seconds_per_token": cpu,
-        "engine_over_naive": rates["engine"] / rates["naive"], "engine_over_naive_in_cpu_time": cpu["naive"] / cpu["engine"],
+        "engine_over_naive": rates["engine"] / rates["naive"],
+        "engine_over_naive_in_cpu_time": cpu["naive"] / cpu["engine"],
         "engine_over_limit": rates["engine"] / rates["limit"], "limit_over_naive": rates["limit"] / rates["naive"],
         "share_of_equal_tokens": (torch.tensor(of_engine[-1]["ids"][: len(few)]) == naive).float().mean().item(),
         **{name: median(of_engine)[name] for name in ("bookkeeping_share", "rows_per_step")},
@@ -211,7 +212,8 @@ def against_mean_k(engine: Engine, prompts: Tensor, num_tokens: int, repeats: in
             found.append(engine_run(engine, one, *sides[side], in_step=in_step))
     mix, even, mix_apart, even_apart = (median(found) for found in runs.values())
     return {
-        "lanes": len(ks), "mix": mix, "mean_k": mean, "even": even, "mix_out_of_step": mix_apart, "even_out_of_step": even_apart,
+        "lanes": len(ks), "mix": mix, "mean_k": mean, "even": even, "mix_out_of_step": mix_apart,
+        "even_out_of_step": even_apart,
         "mix_over_even": mix["tokens_per_s"] / even["tokens_per_s"],
         "mix_over_even_out_of_step": mix_apart["core_rows_per_s"] / even_apart["core_rows_per_s"],
     }  # fmt: skip
@@ -250,7 +252,8 @@ def describe(name: str, found: dict[str, Any]) -> str:
     rates = ", ".join(f"{side} {rate:.1f}" for side, rate in found["tokens_per_s"].items())
     return (
         f"{name}, K = {found['num_steps']}: tokens/s {rates}; engine {found['engine_over_naive']:.2f}x naive "
-        f"({found['engine_over_naive_in_cpu_time']:.2f}x in CPU time) and {found['engine_over_limit']:.2f}x the limit; bookkeeping "
+        f"({found['engine_over_naive_in_cpu_time']:.2f}x in CPU time) and {found['engine_over_limit']:.2f}x "
+        "the limit; bookkeeping "
         f"{found['bookkeeping_share']:.1%}, {found['rows_per_step']:.1f} rows a step (prompts included); "
         f"{found['share_of_equal_tokens']:.1%} of tokens equal"
     )
@@ -360,7 +363,8 @@ def main(
             f"{'met   ' if target['met'] else 'MISSED'} {target['target']}: {target['value']:.3g} ({target['bound']})"
         )
     shape = {
-        "concurrent": concurrent, "prompt_tokens": prompt_tokens, "num_tokens": num_tokens, "repeats": repeats, "device": device,
+        "concurrent": concurrent, "prompt_tokens": prompt_tokens, "num_tokens": num_tokens,
+        "repeats": repeats, "device": device,
         "threads": threads,
     }  # fmt: skip
     write_json(

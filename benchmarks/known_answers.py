@@ -69,8 +69,10 @@ def blimp_of_judge(name: str, blimp: Path, pairs: int, work: Path) -> dict[str, 
     arguments = ",".join(
         [f"pretrained={source}", "dtype=float32", *(f"{key}={value}" for key, value in extra.items())]
     )
-    run_rdlm(["eval", "lm-eval", "--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "32", "--blimp", str(blimp),
-              "--tasks", "blimp_local", "--limit", str(pairs), "--output_path", str(work)], work / "log.txt")  # fmt: skip
+    run_rdlm(["eval", "lm-eval", "--model", "hf", "--model_args", arguments, "--device", "cpu",
+    "--batch_size", "32", "--blimp", str(blimp),
+              "--tasks", "blimp_local", "--limit", str(pairs), "--output_path", str(work)],
+              work / "log.txt")  # fmt: skip
     return blimp_facts(read_json(next(work.rglob("results_*.json"))))
 
 

@@ -74,7 +74,8 @@ def run_arm(name: str, updates: int, lr: float, data: Path, root: Path, max_toke
     train(
         folder,
         {
-            **base, "model": {**shape_of(objective, vocab_size), "max_seq_len": SEQ_LEN}, "objective": {"name": objective},
+            **base, "model": {**shape_of(objective, vocab_size), "max_seq_len": SEQ_LEN},
+            "objective": {"name": objective},
             "schedule": {**base["schedule"], "warmup_steps": warmup},
             "recurrence": {"default_steps": 1 if objective == "next_token" else 16, "max_steps": 64}, "blocks": blocks,
         },
@@ -118,7 +119,8 @@ def main(
     vocab_size = read_manifest(data).vocab_size
     cost, runs = seconds_per_update(root / "seconds_per_update.json", rounds, vocab_size), []
     shape = {**SHAPE, "vocab_size": vocab_size}
-    head = {"minutes": minutes, "shape": shape, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN, "seconds_per_update": cost,
+    head = {"minutes": minutes, "shape": shape, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN,
+    "seconds_per_update": cost,
             "prompt": PROMPT, "answer_tokens": ANSWER}  # fmt: skip
     for name in ARMS:
         runs.append(run_arm(name, int(60 * minutes / cost[name]), lr, data, root, max_tokens))

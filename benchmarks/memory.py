@@ -60,7 +60,8 @@ class Arm:
 
     def config(self, folder: str, shape: dict[str, int], micro_size: int, seq_len: int) -> TrainConfig:
         document: dict[str, Any] = {
-            "name": "memory", "output": f"{folder}/run", "precision": self.precision, "activation_checkpointing": self.checkpointing,
+            "name": "memory", "output": f"{folder}/run", "precision": self.precision,
+            "activation_checkpointing": self.checkpointing,
             "model": {"family": "llama", "max_seq_len": seq_len, **shape}, "objective": {"name": self.objective},
             "data": {"kind": "tokens", "path": "none", "seq_len": seq_len}, "batch": {"global_size": micro_size},
             "optimizer": {"lr": 1e-4}, "schedule": {"steps": 1000}, "deepspeed": {"zero_stage": self.zero_stage},
@@ -248,7 +249,8 @@ def apart(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 APPENDIX_G = {
-    "standard": Arm("evidence"), "checkpointing": Arm("evidence", checkpointing=True), "block-wise, B = 4": Arm("evidence", 4),
+    "standard": Arm("evidence"), "checkpointing": Arm("evidence", checkpointing=True),
+    "block-wise, B = 4": Arm("evidence", 4),
     "both": Arm("evidence", 4, True),
 }  # fmt: skip
 
@@ -288,7 +290,8 @@ def main(
         for (name, arm), second in zip(APPENDIX_G.items(), seconds, strict=True)
     }
     write_json(out, {
-        "provenance": provenance(), "seed": 0, "shape": {**SHAPE, "micro_size": micro_size, "seq_len": seq_len}, "arms": rows,
+        "provenance": provenance(), "seed": 0,
+        "shape": {**SHAPE, "micro_size": micro_size, "seq_len": seq_len}, "arms": rows,
         "memory_limit": {"bytes": limit, "updates_made_of_two": updates}, "appendix_g": table,
     })  # fmt: skip
 
@@ -297,7 +300,8 @@ def show(row: dict[str, Any]) -> None:
     mib = {key: value / 2**20 for key, value in row.items() if isinstance(value, int) and value > 10**5}
     off = row["predicted"]["total"] / row["peak"] - 1
     print(
-        f"{row['objective']} B={row['num_blocks']} again={row['checkpointing']} {row['precision']} zero {row['zero_stage']}: "
+        f"{row['objective']} B={row['num_blocks']} again={row['checkpointing']} {row['precision']} zero "
+        f"{row['zero_stage']}: "
         + ", ".join(f"{key} {value:.0f}" for key, value in mib.items()) + f" MiB; predicted {off:+.1%}",
         flush=True,
     )  # fmt: skip

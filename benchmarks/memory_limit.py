@@ -76,7 +76,8 @@ class MemoryGroup:
 
 def config_of(output: Path, seed: int, num_blocks: int) -> dict[str, Any]:
     return {
-        "name": "limit", "output": str(output), "seed": seed, "model": {**SHAPE, "max_seq_len": 256}, "precision": "fp32",
+        "name": "limit", "output": str(output), "seed": seed, "model": {**SHAPE, "max_seq_len": 256},
+        "precision": "fp32",
         "objective": {"name": "evidence"}, "recurrence": {"default_steps": 4, "max_steps": 8},
         "data": {"kind": "group_product", "group": "s5", "length": 256}, "batch": {"global_size": 2},
         "optimizer": {"lr": 1e-4}, "schedule": {"steps": UPDATES, "warmup_steps": 0},
@@ -94,7 +95,8 @@ def trained(num_blocks: int, limit: int, seed: int) -> dict[str, Any]:
         group = MemoryGroup(limit)
         done = subprocess.run(
             [sys.executable, "-m", "rdlm", "train", str(file), *block, "--num-procs", "1"],
-            preexec_fn=group.enter, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+            preexec_fn=group.enter, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+            text=True, check=False,
         )  # fmt: skip
         metrics = (output / "block_0" if block else output) / "metrics.jsonl"
         updates = len(metrics.read_text().splitlines()) if metrics.exists() else 0

@@ -62,7 +62,8 @@ def moving(arm: Arm, visits: int, folder: str) -> dict[str, Any]:
     )
     held = sum(p.numel() for p in trainer.engines[trainer.engines.active].module.parameters())
     return {
-        **asdict(arm), "visits": visits, "parameters_of_a_block": held, "clock_s": clock, "cpu_s": cpu, "moving_clock_s": swap_clock,
+        **asdict(arm), "visits": visits, "parameters_of_a_block": held, "clock_s": clock, "cpu_s": cpu,
+        "moving_clock_s": swap_clock,
         "moving_cpu_s": swap_cpu, "moving_share_clock": swap_clock / clock, "moving_share_cpu": swap_cpu / cpu,
     }  # fmt: skip
 

@@ -85,7 +85,8 @@ def engine_figures(before: dict[str, float], after: dict[str, float], seconds: f
     return {
         "core_steps_per_s": steps / seconds, "rows_per_step": rows / steps if steps else 0.0,
         "core_rows_per_s": rows / seconds, "mean_k": gained["rdlm_steps_per_token_sum"] / tokens if tokens else 0.0,
-        "busy_share": busy / seconds, "bookkeeping_share": 1 - gained["rdlm_model_seconds_total"] / busy if busy else 0.0,
+        "busy_share": busy / seconds,
+        "bookkeeping_share": 1 - gained["rdlm_model_seconds_total"] / busy if busy else 0.0,
     }  # fmt: skip
 
 
@@ -135,8 +136,10 @@ def row(point: dict[str, Any]) -> list[str]:
     engine = point["engine"]
     status = " ".join(f"{status}:{n}" for status, n in point["by_status"].items())
     return [
-        load, f"{point['requests_per_s']:.2f}", f"{point['goodput_per_s']:.2f}", f"{point['tokens_per_s']:.1f}", " ".join(ttft),
-        " ".join(itl), f"{engine['core_steps_per_s']:.1f}", f"{engine['rows_per_step']:.1f}", f"{engine['bookkeeping_share']:.1%}", status,
+        load, f"{point['requests_per_s']:.2f}", f"{point['goodput_per_s']:.2f}",
+        f"{point['tokens_per_s']:.1f}", " ".join(ttft),
+        " ".join(itl), f"{engine['core_steps_per_s']:.1f}", f"{engine['rows_per_step']:.1f}",
+        f"{engine['bookkeeping_share']:.1%}", status,
     ]  # fmt: skip
 
 

@@ -53,7 +53,8 @@ from rdlm.cli import run
 app = typer.Typer(add_completion=False)
 MIB = 1 << 20
 KINDS = {
-    "stream": 40, "plain": 15, "score": 5, "leave-stream": 10, "leave-plain": 5, "slow-reader": 5, "malformed": 12, "oversized": 2,
+    "stream": 40, "plain": 15, "score": 5, "leave-stream": 10, "leave-plain": 5, "slow-reader": 5,
+    "malformed": 12, "oversized": 2,
     "half-body": 6,
 }  # fmt: skip
 """Weights. The first six are requests that are to be answered with 200 or 429."""
@@ -223,7 +224,10 @@ def complaint(sample: Sample) -> str | None:
     if sample.status != 200:
         return f"{sample.kind}: status {sample.status}: {sample.problem}"
     if not sample.done or len(sample.tokens) != sample.asked:
-        return f"{sample.kind}: {len(sample.tokens)} of {sample.asked} tokens, {'' if sample.done else 'no end, '}{sample.problem}"
+        return (
+            f"{sample.kind}: {len(sample.tokens)} of {sample.asked} tokens, "
+            f"{'' if sample.done else 'no end, '}{sample.problem}"
+        )
     return None
 
 
@@ -241,7 +245,8 @@ def memory(series: list[tuple[float, float]], requests: int) -> dict[str, Any]:
     quarters = np.array_split(resident, 4)
     growth = float(np.median(quarters[3]) - np.median(quarters[1]))
     return {"growth_mib": growth, "growth_kib_per_request": 1024 * growth / max(1, requests / 2),
-            "largest_mib": float(resident.max()), "series_s_mib": [(round(s, 1), round(m, 2)) for s, m in series]}  # fmt: skip
+            "largest_mib": float(resident.max()),
+            "series_s_mib": [(round(s, 1), round(m, 2)) for s, m in series]}  # fmt: skip
 
 
 async def settle(client: httpx.AsyncClient, workload: Workload, seconds: float = 60.0) -> dict[str, Any]:
@@ -318,7 +323,8 @@ def report(
     }
     return seen | {
         "checks": checks, "complaints": len(complaints), "first_complaints": complaints[:20], "status_by_kind": by_kind,
-        "sent": len(samples), "ttft_s": ttft, "ttft_bound_s": ttft_bound, "memory": resident, "growth_bound_mib": growth_bound,
+        "sent": len(samples), "ttft_s": ttft, "ttft_bound_s": ttft_bound, "memory": resident,
+        "growth_bound_mib": growth_bound,
         "log_tail": log[-2000:],
     }  # fmt: skip
 
@@ -334,8 +340,10 @@ def show(found: dict[str, Any]) -> None:
     for text in found["first_complaints"][:5]:
         console.print(text, markup=False)
     ttft = found["ttft_s"]
-    console.print(f"p99 TTFT {ttft['p99'] if ttft else float('nan'):.2f} s of at most {found['ttft_bound_s']:.2f} s; memory "
-                  f"{found['memory']['growth_mib']:+.1f} MiB, {found['memory']['growth_kib_per_request']:+.2f} KiB a request")  # fmt: skip
+    console.print(f"p99 TTFT {ttft['p99'] if ttft else float('nan'):.2f} s of at most "
+                  f"{found['ttft_bound_s']:.2f} s; memory "
+                  f"{found['memory']['growth_mib']:+.1f} MiB, "
+                  f"{found['memory']['growth_kib_per_request']:+.2f} KiB a request")  # fmt: skip
 
 
 def stop(process: subprocess.Popen[bytes]) -> int | None:

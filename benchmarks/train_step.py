@@ -181,7 +181,8 @@ def main(
     for row in rows.values():
         row["flops_bptt_over_this"] = bptt["flops"] / row["flops"]
     parameters = sum(p.numel() for p in arms["next_token"].denoiser.parameters())
-    result = {"provenance": provenance(), "shape": {**shape, "batch_size": batch_size, "seq_len": seq_len, "parameters": parameters},
+    result = {"provenance": provenance(),
+    "shape": {**shape, "batch_size": batch_size, "seq_len": seq_len, "parameters": parameters},
               "matmul_peak_flops": peak, "arms": rows}  # fmt: skip
     show(result)
     if out:

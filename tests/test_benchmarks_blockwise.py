@@ -16,7 +16,8 @@ from rdlm.objectives.blockwise import drawn_block
 from rdlm.registry import build
 from train.settings import TrainConfig
 
-COST = {"next_token B=1": 0.5, "paper B=1": 1.0, "paper B=2": 0.6, "paper B=4": 0.4, "evidence B=1": 0.6, "evidence B=2": 0.4,
+COST = {"next_token B=1": 0.5, "paper B=1": 1.0, "paper B=2": 0.6, "paper B=4": 0.4, "evidence B=1": 0.6,
+"evidence B=2": 0.4,
         "evidence B=4": 0.3}  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def _row(name: str, lr: float, nll: float) -> dict[str, Any]:
     arm = blockwise.ARMS[name]
     curve = [{"sigma": sigma, "ce": 1.0, "reference": 0.9} for sigma in (0.3, 0.5)]
     return {
-        "arm": name, "seed": 0, "lr": lr, "objective": arm.objective, "num_blocks": arm.num_blocks, "equal": arm.equal, "updates": 8,
+        "arm": name, "seed": 0, "lr": lr, "objective": arm.objective, "num_blocks": arm.num_blocks,
+        "equal": arm.equal, "updates": 8,
         "cpu_seconds": 2.0, "results": [{"nll": nll, "nll_interval": [nll - 1, nll + 1]}],
         **({} if name == "next_token" else {"curve": curve}),
     }  # fmt: skip

@@ -33,7 +33,8 @@ Overrides = Annotated[
 
 
 @train_app.command(
-    epilog="Examples: rdlm train configs/debug.yaml  |  rdlm train configs/demo.yaml optimizer.lr=0.001 output=runs/lr1 --num-procs 2"
+    epilog="Examples: rdlm train configs/debug.yaml  |  rdlm train configs/demo.yaml optimizer.lr=0.001 "
+    "output=runs/lr1 --num-procs 2"
 )
 def train(
     config: Config,

@@ -79,7 +79,8 @@ def prepare_command(
     text_files: Annotated[
         Literal["files", "pieces"] | None,
         typer.Option(
-            help="What a document of plain text is: a file, or 8 KiB up to a blank line [files; pieces of a single file].",
+            help="What a document of plain text is: a file, or 8 KiB up to a blank line [files; pieces of a "
+            "single file].",
             show_default=False,
         ),
     ] = None,
@@ -134,7 +135,8 @@ def images_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="A folder with one subfolder a class, a .parquet file with images and labels, a folder with train, valid and test of "
+            help="A folder with one subfolder a class, a .parquet file with images and labels, a folder with "
+            "train, valid and test of "
             f"these, one of {', '.join(IMAGE_PRESETS)}, or hub:OWNER/NAME[:CONFIG]."
         ),
     ],

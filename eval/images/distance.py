@@ -190,9 +190,11 @@ def evaluate_images(
         "figures": {"frechet": extractor.figures[0], "kernel": extractor.figures[1]},
         "comparable_with_published": extractor.published,
         "features": {
-            "name": extractor.name, "dimensions": extractor.dimensions, "resize": extractor.resize, "fingerprint": extractor.fingerprint,
+            "name": extractor.name, "dimensions": extractor.dimensions, "resize": extractor.resize,
+            "fingerprint": extractor.fingerprint,
         },
-        "reference": {"name": reference.name, "count": wanted, "of": reference.count, "sha256": sha256, "size": list(size or ())},
+        "reference": {"name": reference.name, "count": wanted, "of": reference.count, "sha256": sha256,
+        "size": list(size or ())},
         "data": {"source": reference.name, "manifest_sha256": sha256},
         "results": results,
         "floor": {**floor, "same_n": floor["n"] == [count, wanted]},

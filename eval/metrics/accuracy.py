@@ -280,7 +280,10 @@ class Accuracy(Metric):
         k_axis(axes, [r["K"] for run in runs for r in run.report["results"]], "K")
         axes.legend(fontsize=7)
         data = runs[0].report["data"]
-        about = f"{runs[0].report['images']:,} images of {data['source']}, split {data['split']}. The NLL is that of the class at K = 1."
+        about = (
+            f"{runs[0].report['images']:,} images of {data['source']}, split {data['split']}. The NLL is "
+            "that of the class at K = 1."
+        )
         headers = ["run", "sampler", "K", "accuracy [95 %]", f"against {named}", "NLL, nats per image [95 %]"]
         return Section(
             "Classification", about, [Table(headers, rows), Picture(png(figure), "Accuracy against K")]

@@ -188,7 +188,8 @@ class Depth(Metric):
         num_steps: Annotated[
             str | None,
             typer.Option(
-                help="Values of K with commas [1,2,4,8,16,32,64,128; a sampling checkpoint only goes to its own largest]."
+                help="Values of K with commas [1,2,4,8,16,32,64,128; a sampling checkpoint only goes to its "
+                "own largest]."
             ),
         ] = None
         order: Annotated[
@@ -310,7 +311,10 @@ class Depth(Metric):
             WHOLE[whole],
         ]
         data = first.report["data"]
-        about = f"Task {data['task']}: {data['rows']:,} held-out examples of each length, chance {first.report['chance']:.3f}."
+        about = (
+            f"Task {data['task']}: {data['rows']:,} held-out examples of each length, chance "
+            f"{first.report['chance']:.3f}."
+        )
         caption = f"Accuracy against K, and by position for {runs[-1].label}"
         pictures = [Picture(png(figure), caption), *_settling(runs)]
         return Section("Depth", about, [Table(headers, rows), *pictures])

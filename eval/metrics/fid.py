@@ -31,7 +31,10 @@ from rdlm.device import usable_device
 from rdlm.diffusion.samplers import SAMPLERS
 from rdlm.errors import UserError
 
-SET = "a folder of PNG or JPEG files, an .npy or .npz array (uint8 [N, H, W, 3]), or a parquet file with an image column"
+SET = (
+    "a folder of PNG or JPEG files, an .npy or .npz array (uint8 [N, H, W, 3]), or a parquet file with an "
+    "image column"
+)
 NUM_DRAWN = 2000
 """Images of a checkpoint by default: more than either network has features."""
 DIGITS = {"frechet": ".2f", "kernel": ".5f"}
@@ -47,7 +50,10 @@ class Fid(Metric):
 
     name = "fid"
     place = 90
-    example = "rdlm eval fid --checkpoint runs/dit_cifar10/model --reference data/cifar10/test/images.npy --num-steps 10,50"
+    example = (
+        "rdlm eval fid --checkpoint runs/dit_cifar10/model --reference data/cifar10/test/images.npy "
+        "--num-steps 10,50"
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Options:

@@ -39,7 +39,8 @@ EXAMPLES = 4
 
 
 def evaluate_gen_ppl(
-    prompts: Sequence[str], human: Texts, generated: Sequence[tuple[Setting, Texts]], judges: Sequence[Judge], cache: Path, bar: Bar,
+    prompts: Sequence[str], human: Texts, generated: Sequence[tuple[Setting, Texts]], judges: Sequence[Judge],
+    cache: Path, bar: Bar,
     seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """-> {"judges": [facts], "human": row, "results": [row per setting]}.

@@ -140,7 +140,10 @@ class LmEval(Metric):
         config = report["config"]
         names = ("model_seed", "random_seed", "numpy_seed", "torch_seed")
         seeds = ", ".join(str(config.get(name)) for name in names)
-        command = f"lm_eval {report['lm_eval_version']}: --model {config.get('model')} --model_args {config.get('model_args')}"
+        command = (
+            f"lm_eval {report['lm_eval_version']}: --model {config.get('model')} --model_args "
+            f"{config.get('model_args')}"
+        )
         weights = str(config.get("weights_sha256"))[:12]
         return [command, str(report.get("git_hash")), seeds, weights, "by task", config.get("machine", "")]
 

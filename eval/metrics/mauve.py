@@ -144,7 +144,8 @@ def shuffled_words(texts: Sequence[str], seed: int) -> list[str]:
 
 
 def evaluate_mauve(
-    protocol: Protocol, human: Texts, others: Texts, generated: Sequence[tuple[Setting, Texts]], featuriser: Judge, cache: Path, bar: Bar,
+    protocol: Protocol, human: Texts, others: Texts, generated: Sequence[tuple[Setting, Texts]],
+    featuriser: Judge, cache: Path, bar: Bar,
     seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of every setting against ``human``; ceiling and floor are ``others`` (human texts after other

@@ -179,7 +179,10 @@ class Nll(Metric):
             "bits/byte",
             "bits/character",
         )
-        caption = f"{report['tokens']:,} tokens in {report['windows']:,} windows of {report['data']['seq_len']}; nats per token"
+        caption = (
+            f"{report['tokens']:,} tokens in {report['windows']:,} windows of {report['data']['seq_len']}; "
+            "nats per token"
+        )
         print_table(console, f"{heading(report)} on {report['data']['split']}", headers, rows, caption)
         for r in report["results"]:
             console.print(f"K = {r['K']}: {r['estimator']}", highlight=False, style="dim")

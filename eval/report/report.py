@@ -112,7 +112,10 @@ def _provenance(runs: Sequence[Run], metrics: dict[str, Metric]) -> Section:
     """Where every figure comes from, a row for each file."""
     rows = [[run.label, run.metric, *metrics[run.metric].origin(run.report)] for run in runs]
     headers = ["run", "evaluation", "command", "commit", "seed", "weights", "data", "hardware"]
-    about = "Commits that end in -dirty had uncommitted changes. Weights and data are named by the start of their sha256."
+    about = (
+        "Commits that end in -dirty had uncommitted changes. Weights and data are named by the start of "
+        "their sha256."
+    )
     return Section("Provenance", about, [Table(headers, rows)])
 
 

@@ -170,7 +170,10 @@ def load_judge(
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **extra)
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
     except (OSError, ValueError) as error:
-        remedy = f"give a folder with it, or {PACKAGE!r}, or download it where the hub can be reached (gated ones need a login)"
+        remedy = (
+            f"give a folder with it, or {PACKAGE!r}, or download it where the hub can be reached (gated ones "
+            "need a login)"
+        )
         raise UserError("--judge", name, f"cannot be loaded ({reason(error)})", remedy) from None
     if not tokenizer.is_fast:
         raise UserError(

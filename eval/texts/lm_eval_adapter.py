@@ -46,7 +46,8 @@ from serve.settings import EngineSettings
 logger = logging.getLogger("rdlm.eval")
 
 ARGUMENTS = (
-    "checkpoint", "num_steps", "seed", "estimator", "num_draws", "dtype", "device", "batch_size", "max_length", "kv_cache", "add_bos_token",
+    "checkpoint", "num_steps", "seed", "estimator", "num_draws", "dtype", "device", "batch_size",
+    "max_length", "kv_cache", "add_bos_token",
 )  # fmt: skip
 MAX_GEN_TOKS = 256
 """Most tokens of an answer where a task names no limit: lm-eval's own default."""

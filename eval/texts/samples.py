@@ -89,7 +89,10 @@ def take(found: Iterator[Passage], count: int, shape: Shape, least: int | None =
             if shape.across_documents
             else ", prepare more text, or let prompts span documents with --across-documents"
         )
-        problem = f"the split has only {len(taken)} passages of {shape.prompt_tokens} + {shape.max_tokens} tokens to give"
+        problem = (
+            f"the split has only {len(taken)} passages of {shape.prompt_tokens} + {shape.max_tokens} tokens "
+            "to give"
+        )
         raise UserError("--num-prompts", count, problem, f"ask for fewer or shorter ones{whole}")
     return taken
 
@@ -291,7 +294,8 @@ def open_sampler(
 ) -> Iterator[tuple[Sampler, Iterator[Passage]]]:
     """-> the sampler, and the passages that are left."""
     engine = {
-        "device": str(usable_device(options.device, "--device")), "dtype": options.dtype, "kv_cache": options.kv_cache, "max_slots": options.batch_size,
+        "device": str(usable_device(options.device, "--device")), "dtype": options.dtype,
+        "kv_cache": options.kv_cache, "max_slots": options.batch_size,
     }  # fmt: skip
     store = TokenStore(options.data, options.split)
     found = passages(store, shape)

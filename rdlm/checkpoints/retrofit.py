@@ -227,7 +227,8 @@ def _notes(
         start += size
     dropped = sorted(set(range(count)) - set(kept))
     at_one = (
-        f"Layers left out: {', '.join(map(str, dropped))}; what it predicts without them is not what the source predicts."
+        f"Layers left out: {', '.join(map(str, dropped))}; what it predicts without them is not what the "
+        "source predicts."
         if dropped
         else "At K = 1 its logits are those of the source."
         if list(kept) == list(range(count))
@@ -242,7 +243,8 @@ def _notes(
     lines = [
         "## Conversion",
         "",
-        f"- Made by `rdlm convert` from `{source.resolve().name}` (model {config.name!r}, {family}, {count} layers that run once).",
+        f"- Made by `rdlm convert` from `{source.resolve().name}` (model {config.name!r}, {family}, {count} "
+        "layers that run once).",
         f"- Its layers, counted from 0: {'; '.join(parts)}.",
         f"- {at_one}",
         f"- {at_more}",

@@ -311,7 +311,10 @@ class HrmConfig(Strict, TextShape):
 
     def topology(self) -> str:
         """The loop in words."""
-        return f"a step is {self.num_low_cycles} runs of a low stack and one of a high stack, {self.num_stack_layers} layers each"
+        return (
+            f"a step is {self.num_low_cycles} runs of a low stack and one of a high stack, "
+            f"{self.num_stack_layers} layers each"
+        )
 
 
 class LoopFormerConfig(Strict, TextShape):

@@ -16,7 +16,10 @@ import numpy as np
 from rdlm.errors import UserError, reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-KINDS = "a folder of PNG or JPEG files, an .npy or .npz array of uint8 [N, H, W, 3], or a parquet file with one image column"
+KINDS = (
+    "a folder of PNG or JPEG files, an .npy or .npz array of uint8 [N, H, W, 3], or a parquet file with one "
+    "image column"
+)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,10 @@ def open_split(
     images = _open(folder / split / "images.npy", np.uint8, (count, *manifest.image_size, manifest.channels))
     labels = _open(folder / split / "labels.npy", np.int64, (count,))
     if labels.min() < 0 or labels.max() >= len(manifest.classes):
-        problem = f"holds labels from {labels.min()} to {labels.max()}, the manifest has {len(manifest.classes)} classes"
+        problem = (
+            f"holds labels from {labels.min()} to {labels.max()}, the manifest has {len(manifest.classes)} "
+            "classes"
+        )
         raise UserError("data", str(folder / split / "labels.npy"), problem, AGAIN)
     return images, labels
 

@@ -150,7 +150,8 @@ def partition_of(config: CheckpointConfig) -> BlockPartition:
     if blocks.prior_nats is not None:
         curve = evidence_curve(blocks.prior_nats, *schedule.ends)
     return partition(
-        config.noise, model.num_layers, blocks.num_blocks, blocks.partition, blocks.layers_per_block, blocks.overlap, schedule,
+        config.noise, model.num_layers, blocks.num_blocks, blocks.partition, blocks.layers_per_block,
+        blocks.overlap, schedule,
         blocks.edges, curve,
     )  # fmt: skip
 

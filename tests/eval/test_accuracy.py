@@ -224,8 +224,10 @@ def test_from_checkpoints_to_a_report(data: Path, tmp_path: Path, capsys: pytest
         ({}, ["--sampler", "euler"], "has no noise levels"),
         ({}, ["--sampler", "rope"], "no such sampler"),
         ({}, ["--split", "dev"], "dev"),
-        ({"model": {**config("classify").model.model_dump(), "num_classes": 10}}, [], "the model was built for 8x8 in 10"),
-        ({"model": {**config("classify").model.model_dump(), "image_size": 16}}, [], "the model was built for 16x16 in 4"),
+        ({"model": {**config("classify").model.model_dump(), "num_classes": 10}}, [], "the model was built "
+                                                                                      "for 8x8 in 10"),
+        ({"model": {**config("classify").model.model_dump(), "image_size": 16}}, [], "the model was built "
+                                                                                     "for 16x16 in 4"),
         ({"model": {**config("classify").model.model_dump(), "family": "dit", "noise_conditioning": True},
           "objective": {"name": "edm"}}, [], "family 'dit' is not 'vit'"),
     ],

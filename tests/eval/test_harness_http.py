@@ -34,8 +34,10 @@ from eval.texts.lm_eval_adapter import RecurrentLM
 pytestmark = pytest.mark.multiproc
 REPO = Path(__file__).parents[2]
 PAIRS = [
-    ("in the", " beginning was"), ("and it came to pass in those", " days"), ("", "the word was with"), ("with", " god"),
-    ("in the beginning was the word and the word was " * 4, "with god"), ("xyz", " 123 xyz"), ("it", " came to pass"), ("the", " word"),
+    ("in the", " beginning was"), ("and it came to pass in those", " days"), ("", "the word was with"),
+    ("with", " god"),
+    ("in the beginning was the word and the word was " * 4, "with god"), ("xyz", " 123 xyz"),
+    ("it", " came to pass"), ("the", " word"),
 ]  # fmt: skip
 LONG = "in the beginning was the word and the word was with xyz " * 16
 
@@ -208,7 +210,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "blocks": {"num_blocks": 2},
     },
     "evidence": {
-        "model": {"family": "huginn", "num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "noise_conditioning": True},
+        "model": {"family": "huginn", "num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1,
+        "noise_conditioning": True},
         "objective": {"name": "evidence"},
     },
     "next token": {"model": {"family": "llama", "num_layers": 2}, "objective": {"name": "next_token"}},
@@ -301,7 +304,8 @@ def test_an_end_of_text_the_model_predicts_does_not_cut_the_score(url: str, fold
 
 TASKS = {
     "picks": {
-        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "label",
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
+        "doc_to_target": "label",
         "metric_list": [{"metric": "acc"}],
     },
     "reads": {

@@ -75,7 +75,8 @@ def _gen_ppl(name: str, reach: float = 0.7, factor: float = 1.0) -> Json:
         rows.append(row)
     return {
         **_head("gen-ppl", name),
-        "samples": {"prompts": {"count": 5, "sha256": "p"}, "shape": {"prompt_tokens": 5, "max_tokens": 6, "continuations": 1}, "seed": 0},
+        "samples": {"prompts": {"count": 5, "sha256": "p"},
+        "shape": {"prompt_tokens": 5, "max_tokens": 6, "continuations": 1}, "seed": 0},
         "judges": [{"name": "t", "fingerprint": "1", "dtype": "float32", "window": 512}],
         "human": texts(0.6, 40.0),
         "results": rows,
@@ -86,7 +87,8 @@ def _gen_ppl(name: str, reach: float = 0.7, factor: float = 1.0) -> Json:
 
 def _depth(name: str, task: str = "s3") -> Json:
     rows = [
-        {"length": n, "K": k, **_figure("accuracy", 0.2 * k), **_figure("delta", 0.0), **_figure("last", 0.1), "by_position": [0.1] * n}
+        {"length": n, "K": k, **_figure("accuracy", 0.2 * k), **_figure("delta", 0.0), **_figure("last", 0.1),
+        "by_position": [0.1] * n}
         for n in (4, 6) for k in (1, 2)
     ]  # fmt: skip
     data = {"task": task, "unit": "positions", "whole": "last", "split": "test", "rows": 9, "seed": 0}
@@ -96,7 +98,8 @@ def _depth(name: str, task: str = "s3") -> Json:
 def _lm_eval(name: str, acc: float, shots: int = 0) -> Json:
     return {
         "results": {"blimp_x": {"alias": "x", "acc,none": acc, "acc_stderr,none": 0.02}},
-        "config": {"model": "rdlm", "model_args": {}, "checkpoint": name, "num_steps": 4, "estimator": "normalised", "tied_documents": 0},
+        "config": {"model": "rdlm", "model_args": {}, "checkpoint": name, "num_steps": 4,
+        "estimator": "normalised", "tied_documents": 0},
         "versions": {"blimp_x": 1.0}, "n-shot": {"blimp_x": shots}, "n-samples": {"blimp_x": {"effective": 9}},
         "lm_eval_version": "0.4.13", "git_hash": "abc",
     }  # fmt: skip
@@ -203,7 +206,8 @@ def _mauve(name: str, *values: float) -> Json:
     protocol = {"name": "quick", "scaling_factor": 5.0, "seeds": 3}
     judge = {"name": "t", "fingerprint": "1", "dtype": "float32", "window": 512}
     return {
-        **_head("mauve", name), "samples": _gen_ppl(name)["samples"], "protocol": protocol, "featuriser": judge, "references": 100,
+        **_head("mauve", name), "samples": _gen_ppl(name)["samples"], "protocol": protocol,
+        "featuriser": judge, "references": 100,
         "ceiling": score(0.95), "floor": score(0.01), "results": rows,
     }  # fmt: skip
 

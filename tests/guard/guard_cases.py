@@ -289,7 +289,8 @@ PLANNED = ("huginn_70m", "ar_lm1b_blocks", "masked_text8", "dit_cifar10")
 RUN: Document = {
     "name": "tiny",
     "seed": 3,
-    "model": {**TEXT, "vocab_size": 8, "max_seq_len": 32, "family": "huginn", "num_prelude_layers": 1, "num_core_layers": 1,
+    "model": {**TEXT, "vocab_size": 8, "max_seq_len": 32, "family": "huginn", "num_prelude_layers": 1,
+    "num_core_layers": 1,
               "num_coda_layers": 1},
     "objective": {"name": "single_pass"},
     "data": {"kind": "group_product", "group": "s3", "length": 12},

@@ -402,7 +402,8 @@ def _file_facts(path: Path) -> Document:
 
 
 SECTIONS: dict[str, Callable[[Any], Document]] = {
-    "updates": updates, "scores": scores, "answers": answers, "images": images, "partitions": partitions, "served": served,
+    "updates": updates, "scores": scores, "answers": answers, "images": images, "partitions": partitions,
+    "served": served,
     "plans": plans, "runs": runs,
 }  # fmt: skip
 FAST = tuple(name for name in SECTIONS if name != "runs")

@@ -39,7 +39,8 @@ def plain_model(kind: str) -> dict[str, Any]:
     if kind == "own":
         return {"family": "llama", **shape, "num_heads": 4, "mlp_width": 80, "num_layers": LAYERS}
     return {
-        "family": "recurrent", "origin": kind, **shape, "tie_embeddings": kind != "olmo2", "layer": {**LAYER, **KINDS[kind]},
+        "family": "recurrent", "origin": kind, **shape, "tie_embeddings": kind != "olmo2",
+        "layer": {**LAYER, **KINDS[kind]},
         "loop": {"num_core_layers": LAYERS, "iterates": False, "injection": "replace"},
     }  # fmt: skip
 

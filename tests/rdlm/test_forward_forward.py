@@ -19,7 +19,8 @@ from rdlm.objectives.forward_forward import ForwardForward, goodness_loss
 from rdlm.registry import build
 
 SHAPE: dict[str, Any] = {
-    "family": "vit", "image_size": 8, "patch_size": 4, "num_classes": 4, "d_model": 32, "num_heads": 2, "mlp_width": 48, "num_layers": 3,
+    "family": "vit", "image_size": 8, "patch_size": 4, "num_classes": 4, "d_model": 32, "num_heads": 2,
+    "mlp_width": 48, "num_layers": 3,
 }  # fmt: skip
 
 

@@ -50,14 +50,16 @@ def recurrent(
 
 def huginn(**model: Any) -> dict[str, Any]:
     return {
-        "family": "huginn", "d_model": 32, "num_heads": 2, "mlp_width": 64, "max_seq_len": 64, "num_prelude_layers": 1, "num_core_layers": 2,
+        "family": "huginn", "d_model": 32, "num_heads": 2, "mlp_width": 64, "max_seq_len": 64,
+        "num_prelude_layers": 1, "num_core_layers": 2,
         "num_coda_layers": 1, "noise_embed_dim": 16, **model,
     }  # fmt: skip
 
 
 def llama(**model: Any) -> dict[str, Any]:
     return {
-        "family": "llama", "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 48, "max_seq_len": 64, "num_layers": 2,
+        "family": "llama", "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_width": 48,
+        "max_seq_len": 64, "num_layers": 2,
         "noise_embed_dim": 16, **model,
     }  # fmt: skip
 
@@ -67,7 +69,8 @@ LOOPED: dict[str, tuple[dict[str, Any], str]] = {
     "huginn, single_pass": (huginn(noise_conditioning=True), "single_pass"),
     "huginn, bptt, drawn state": (huginn(state_init="normal", tie_embeddings=False), "bptt"),
     "diagonal injection": (
-        recurrent(loop={**PARTS, "injection": "diagonal", "readout": "linear", "input_norm": True, "core_mlp_width": 40}),
+        recurrent(loop={**PARTS, "injection": "diagonal", "readout": "linear", "input_norm": True,
+        "core_mlp_width": 40}),
         "onestep",
     ),
     "orthogonal injection, unweighted boundary norm": (
@@ -93,12 +96,14 @@ LOOPED: dict[str, tuple[dict[str, Any], str]] = {
         "next_token",
     ),
     "added input, partial and scaled rotations, gelu": (
-        recurrent({"rope": {**SCALED_ROPE, "num_dims": 4}, "mlp": "gelu", "norms": "post", "qk_norm": "full"}, {"injection": "add"}),
+        recurrent({"rope": {**SCALED_ROPE, "num_dims": 4}, "mlp": "gelu", "norms": "post", "qk_norm": "full"},
+        {"injection": "add"}),
         "next_token",
     ),
     "two stacks": (
         {
-            "family": "hrm", "d_model": 32, "max_seq_len": 64, "embed_scale": 3.0, "num_stack_layers": 2, "num_low_cycles": 2,
+            "family": "hrm", "d_model": 32, "max_seq_len": 64, "embed_scale": 3.0, "num_stack_layers": 2,
+            "num_low_cycles": 2,
             "layer": {**LAYER, "num_kv_heads": None, "norm_weights": False, "output_gate": True},
         },
         "next_token",
@@ -327,18 +332,21 @@ def test_weights_keep_their_dtype_and_shards_are_numbered(tmp_path: Path) -> Non
     ("model", "objective", "fields", "words"),
     [
         (
-            {"family": "masked", "d_model": 32, "num_heads": 2, "mlp_width": 64, "num_layers": 2, "max_seq_len": 64, "noise_conditioning": True},
+            {"family": "masked", "d_model": 32, "num_heads": 2, "mlp_width": 64, "num_layers": 2,
+            "max_seq_len": 64, "noise_conditioning": True},
             "masked",
             {},
             ("no next token", "rdlm serve"),
         ),
         (
-            {"family": "loopformer", "d_model": 32, "max_seq_len": 64, "num_layers": 2, "layer": {"num_heads": 2, "mlp_width": 64}},
+            {"family": "loopformer", "d_model": 32, "max_seq_len": 64, "num_layers": 2,
+            "layer": {"num_heads": 2, "mlp_width": 64}},
             "next_token",
             {},
             ("model.family", "'loopformer'", "rdlm serve"),
         ),
-        (llama(noise_conditioning=True), "evidence", {"blocks": {"num_blocks": 2}}, ("blocks.num_blocks", "rdlm serve")),
+        (llama(noise_conditioning=True), "evidence", {"blocks": {"num_blocks": 2}},
+        ("blocks.num_blocks", "rdlm serve")),
     ],
 )  # fmt: skip
 def test_what_has_no_place_in_transformers_is_refused_before_anything_is_written(

@@ -355,7 +355,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, tiny_config) -> Non
     config = tiny_config("huginn", "onestep", d_model=1024, mlp_width=2048, vocab_size=16384)
     code = (
         "import resource, sys, json; from pathlib import Path; from rdlm.checkpoints.convert.huginn import *\n"
-        "from rdlm.checkpoints.convert.importers import import_checkpoint; from rdlm.registry import build; from rdlm.checkpoints.safetensors_io import write, Entry\n"
+        "from rdlm.checkpoints.convert.importers import import_checkpoint; from rdlm.registry import build; "
+        "from rdlm.checkpoints.safetensors_io import write, Entry\n"
         "config = checkpoint.parse_config(json.loads(sys.argv[2]), 'x'); root = Path(sys.argv[1])\n"
         "def zeros(n):\n    return lambda: (bytes(min(1 << 20, n - i)) for i in range(0, n, 1 << 20))\n"
         "shapes = {k: tuple(p.shape) for k, p in build(config, device='meta').named_parameters()}\n"

@@ -27,7 +27,8 @@ from train.data.prepare import Preparation, prepare
 
 SPECIAL = ["<|begin_text|>", "<|end_text|>", "<|begin_header|>", "<|end_header|>", "<|end_turn|>", "<|pad|>"]
 TEMPLATE = (  # that of Huginn-0125
-    "{% for message in messages %}{% set content = '<|begin_header|>' + ('Huginn' if message['role'] == 'assistant' else "
+    "{% for message in messages %}{% set content = '<|begin_header|>' + ('Huginn' if message['role'] == "
+    "'assistant' else "
     "message['role']) + '<|end_header|>\n\n' + message['content'] | trim + '<|end_turn|>' %}"
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|begin_header|>Huginn<|end_header|>\n\n' }}{% endif %}"
@@ -159,7 +160,10 @@ def test_imported_model_serves_and_scores(source: Path, tmp_path: Path) -> None:
                 "/v1/chat/completions", json={**asked, "logit_bias": {str(special[token]): 100}}
             ).json()
             assert answer["choices"][0]["finish_reason"] == reason, token
-        text = "<|begin_text|><|begin_header|>user<|end_header|>\n\nthe fox<|end_turn|><|begin_header|>Huginn<|end_header|>\n\n"
+        text = (
+            "<|begin_text|><|begin_header|>user<|end_header|>\n\nthe "
+            "fox<|end_turn|><|begin_header|>Huginn<|end_header|>\n\n"
+        )
         assert answer["usage"]["prompt_tokens"] == len(tokenizer.encode(text))
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 400)
     wanted = Preparation(

@@ -42,7 +42,8 @@ def counted(served: Served, request: Request) -> tuple[int, int]:
 
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "plain": {}, "scored": {"logprobs": 1, "prompt_logprobs": 1}, "step_predictions": {"step_predictions": StepPredictions(2, 1)},
+    "plain": {}, "scored": {"logprobs": 1, "prompt_logprobs": 1},
+    "step_predictions": {"step_predictions": StepPredictions(2, 1)},
     "exits": {},
 }  # fmt: skip
 

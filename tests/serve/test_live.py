@@ -149,7 +149,10 @@ def test_two_events_in_one_segment_split_on_a_blank_line(live: Live) -> None:
     body = json.dumps(
         {"prompt": "x", "max_tokens": 20, "stream": True, "temperature": 0, "ignore_eos": True}
     ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: "
+        f"application/json\r\nContent-Length: {len(body)}"
+    )
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
         time.sleep(0.5)
@@ -198,7 +201,10 @@ def test_half_a_body_is_no_defect_of_the_server(live: Live) -> None:
     left, defects = refused(499), refused(500)
     address = httpx.URL(live.url)
     with socket.create_connection((address.host, address.port or 80)) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+            "application/json\r\nContent-Length: 1000\r\n\r\n"
+        )
         connection.sendall(head.encode() + b'{"prompt": "x')
     deadline = time.monotonic() + 60
     while refused(499) + refused(500) == left + defects:

@@ -297,9 +297,12 @@ def test_chat_and_models(client: TestClient) -> None:
     ("body", "param"),
     [
         ({"repetition_penalty": 1.1}, "repetition_penalty"), ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"), ({"bridge": "euler"}, "bridge"), ({"num_steps": "auto"}, "num_steps"),
-        ({"exit": {}}, "exit"), ({"schedule": [4, 2]}, "schedule"), ({"max_ms": 50}, "max_ms"), ({"num_steps": 9}, "num_steps"),
-        ({"order": "backwards"}, "order"), ({"prompt": [[]], "echo": True}, "prompt"), ({"max_tokens": 127}, "max_tokens"),
+        ({"frequency_penalty": -1}, "frequency_penalty"), ({"bridge": "euler"}, "bridge"),
+        ({"num_steps": "auto"}, "num_steps"),
+        ({"exit": {}}, "exit"), ({"schedule": [4, 2]}, "schedule"), ({"max_ms": 50}, "max_ms"),
+        ({"num_steps": 9}, "num_steps"),
+        ({"order": "backwards"}, "order"), ({"prompt": [[]], "echo": True}, "prompt"),
+        ({"max_tokens": 127}, "max_tokens"),
         ({"stream": True, "stream_options": {"include_steps": True}}, "stream_options"),
     ],
 )  # fmt: skip

@@ -188,6 +188,9 @@ def test_chunk_must_fit() -> None:
     ],
 )
 def test_who_imports_what(modules: str, banned: str) -> None:
-    code = f"import sys\nfor name in {modules.split()!r}:\n    __import__(name)\n    assert {banned!r} not in sys.modules, name"
+    code = (
+        f"import sys\nfor name in {modules.split()!r}:\n    __import__(name)\n    assert {banned!r} not in "
+        "sys.modules, name"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -15,7 +15,8 @@ from train.export import export_run
 
 BLOCKS: dict[str, Any] = {
     "model": {
-        "family": "llama", "vocab_size": 8, "d_model": 32, "num_heads": 2, "mlp_width": 48, "max_seq_len": 32, "num_layers": 3,
+        "family": "llama", "vocab_size": 8, "d_model": 32, "num_heads": 2, "mlp_width": 48, "max_seq_len": 32,
+        "num_layers": 3,
         "noise_embed_dim": 16, "noise_conditioning": True,
     },
     "objective": {"name": "evidence"},

@@ -149,9 +149,11 @@ def test_targets_of_windows_are_the_marked_tokens(checkpoint: Path, tmp_path: Pa
     [
         ([{"conversations": [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "c"}]}], None),
         ([{"prompt": "a b", "response": "c"}], None),
-        ([{"prompt": [{"role": "user", "content": "a b"}], "completion": [{"role": "assistant", "content": "c"}]}], None),
+        ([{"prompt": [{"role": "user", "content": "a b"}],
+        "completion": [{"role": "assistant", "content": "c"}]}], None),
         ([{"question": "a b", "answer": "c"}], None),
-        ([{"messages": [{"role": "user", "content": [{"type": "text", "text": "a b"}]}, {"role": "assistant", "content": "c"}]}], None),
+        ([{"messages": [{"role": "user", "content": [{"type": "text", "text": "a b"}]},
+        {"role": "assistant", "content": "c"}]}], None),
         ([{"instruction": "a", "input": "b", "output": "c"}], "a\n\nb"),
         ([{"instruction": "a b", "input": "", "output": "c", "id": 3}], None),
     ],
@@ -224,7 +226,8 @@ GOOD = json.dumps({"messages": turns(1)})
     [
         ('{"messages": []}', "field 'messages' is no list of messages"),
         ('{"messages": [{"role": "user"}]}', "field 'messages[0].content' is no text"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]}', "messages[1].content"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]}',
+        "messages[1].content"),
         ('{"messages": [{"content": "a"}]}', "field 'messages[0].role' is no text"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "has no turn of an assistant"),
         ('{"messages": [{"role": "judge", "content": "a"}, {"role": "assistant", "content": "b"}]}', "unknown role"),

@@ -13,8 +13,10 @@ from train.settings import load
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 VALUES = [
-    "", "~", "true", "-1", "0", "1e400", ".nan", "1e3", "0x10", "0120", "2:00", "9" * 30, "[]", "{}", "[1, [2]]", "{a: {b: 1}}", "text",
-    "'", '"', "&a [*a]", "*b", "!!binary x", "2020-01-01", "- 1", "? x", "$HOME", "~/x", "$NOWHERE", "\u2028", "a: b", "[" * 50, "yes", "null",
+    "", "~", "true", "-1", "0", "1e400", ".nan", "1e3", "0x10", "0120", "2:00", "9" * 30, "[]", "{}",
+    "[1, [2]]", "{a: {b: 1}}", "text",
+    "'", '"', "&a [*a]", "*b", "!!binary x", "2020-01-01", "- 1", "? x", "$HOME", "~/x", "$NOWHERE", "\u2028",
+    "a: b", "[" * 50, "yes", "null",
     "!x 1", "<<", "%", "@", "`", "|", ">", "1_0", "-.inf", "0o9", "0b1", "é", "\t",
 ]  # fmt: skip
 COUNT = 25
@@ -64,7 +66,8 @@ def test_a_damaged_config_is_one_line_or_a_run(config: Path, tmp_path: Path) -> 
 
 def test_a_damaged_override_is_one_line_or_a_run(tmp_path: Path) -> None:
     draw = random.Random(0)
-    keys = ["optimizer.lr", "model", "model.d_model", "objective", "objective.depth", "data.kind", "schedule.steps", "a.b.c", "", ".", "seed",
+    keys = ["optimizer.lr", "model", "model.d_model", "objective", "objective.depth", "data.kind",
+    "schedule.steps", "a.b.c", "", ".", "seed",
             "evaluation.steps", "optimizer.betas", "output", "blocks", "resident"]  # fmt: skip
     for _ in range(150):
         try:

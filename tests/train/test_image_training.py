@@ -70,8 +70,10 @@ def job(trainer: Callable[..., Any], pictures: Path) -> Callable[..., Any]:
 
 @both
 def test_a_run_resumes_to_the_bit(job, tmp_path: Path, family: str) -> None:
-    changes = {"schedule.steps": 8, "activation_checkpointing": True, "batch.micro_size": 2, "checkpoint.interval_steps": 100,
-               "blocks": {"num_blocks": 2}, "evaluation": {"interval_steps": 4, "steps": [1, 4], "max_tokens": 12}}  # fmt: skip
+    changes = {"schedule.steps": 8, "activation_checkpointing": True, "batch.micro_size": 2,
+    "checkpoint.interval_steps": 100,
+               "blocks": {"num_blocks": 2},
+               "evaluation": {"interval_steps": 4, "steps": [1, 4], "max_tokens": 12}}  # fmt: skip
     whole = job(family, {**changes, "output": str(tmp_path / "whole")})
     assert whole.fit()
     calls = iter(range(99))
@@ -111,7 +113,8 @@ def test_joint_blocks_stay_idle_until_drawn_and_export(
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_layers_that_learn_each_for_itself_train_resume_and_export(job, tmp_path: Path, stage: int) -> None:
     """Forward-Forward: no gradient reaches the last norm, in no stage of ZeRO."""
-    changes = {"objective": {"name": "forward_forward"}, "deepspeed.zero_stage": stage, "schedule.steps": 6, "batch.micro_size": 2,
+    changes = {"objective": {"name": "forward_forward"}, "deepspeed.zero_stage": stage, "schedule.steps": 6,
+    "batch.micro_size": 2,
                "activation_checkpointing": True, "checkpoint.interval_steps": 100,
                "evaluation": {"interval_steps": 3, "steps": [1], "max_tokens": 12}}  # fmt: skip
     whole = job("vit", {**changes, "output": str(tmp_path / "whole")})
@@ -147,7 +150,8 @@ def test_blocks_trained_alone_merge_and_resident_ones_are_the_joint_run(
 ) -> None:
     folders = []
     for b in range(2):
-        alone = job(family, {"blocks": {"num_blocks": 2}, "block": b, "schedule.steps": 2, "output": str(tmp_path / f"b{b}"),
+        alone = job(family, {"blocks": {"num_blocks": 2}, "block": b, "schedule.steps": 2,
+        "output": str(tmp_path / f"b{b}"),
                              "evaluation": {"interval_steps": 2, "steps": [1], "max_tokens": 12}})  # fmt: skip
         assert alone.fit()
         export_run(alone.output)
@@ -210,7 +214,8 @@ def test_blocks_and_batches_are_planned(document, family: str) -> None:
     [
         ({"data": {"kind": "tokens", "path": "d", "seq_len": 4}}, "data.kind"),
         ({"data": {"kind": "group_product", "group": "s3", "length": 4}}, "data.kind"),
-        ({"model": {"family": "llama", "vocab_size": 8, "d_model": 32, "num_heads": 2, "mlp_width": 8, "num_layers": 1, "max_seq_len": 4},
+        ({"model": {"family": "llama", "vocab_size": 8, "d_model": 32, "num_heads": 2, "mlp_width": 8,
+        "num_layers": 1, "max_seq_len": 4},
           "objective": {"name": "evidence"}}, "data.kind"),
         ({"objective": {"name": "classify"}, "evaluation": {"interval_steps": 2, "steps": [1, 4]}}, "evaluation.steps"),
         ({"model.patch_size": 3}, "model"),

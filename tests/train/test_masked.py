@@ -27,7 +27,8 @@ from train.settings import load as load_config
 
 MASKED: dict[str, Any] = {
     "model": {
-        "family": "masked", "vocab_size": 257, "d_model": 32, "num_heads": 2, "mlp_width": 48, "max_seq_len": 32, "num_layers": 3,
+        "family": "masked", "vocab_size": 257, "d_model": 32, "num_heads": 2, "mlp_width": 48,
+        "max_seq_len": 32, "num_layers": 3,
         "noise_embed_dim": 16,
     },
     "objective": {"name": "masked"},
@@ -55,7 +56,8 @@ def masked(trainer: Callable[..., Any], corpus: Path) -> Callable[..., Any]:
 
 
 def test_a_run_resumes_to_the_bit_and_learns(masked, tmp_path: Path) -> None:
-    changes = {"schedule.steps": 30, "activation_checkpointing": True, "batch.micro_size": 2, "checkpoint.interval_steps": 100,
+    changes = {"schedule.steps": 30, "activation_checkpointing": True, "batch.micro_size": 2,
+    "checkpoint.interval_steps": 100,
                "evaluation": {"interval_steps": 15, "steps": [1, 8], "max_tokens": 64}}  # fmt: skip
     whole = masked({**changes, "output": str(tmp_path / "whole")})
     assert whole.fit()
@@ -125,7 +127,8 @@ TASKS: list[tuple[dict[str, Any], int, str]] = [
 def test_tasks_are_trained_on_as_rows_that_hold_their_inputs_and_measured(
     trainer, document, tmp_path: Path, data: dict[str, Any], length: int, task: str
 ) -> None:
-    changes = {**MASKED, "data": data, "blocks": {"num_blocks": 2}, "model": {**MASKED["model"], "vocab_size": 8}, "schedule.steps": 4,
+    changes = {**MASKED, "data": data, "blocks": {"num_blocks": 2},
+    "model": {**MASKED["model"], "vocab_size": 8}, "schedule.steps": 4,
                "evaluation": {"interval_steps": 4, "steps": [1, 8], "max_tokens": 200}}  # fmt: skip
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(document(changes)))
     assert load_config(tmp_path / "c.yaml").seq_len == length

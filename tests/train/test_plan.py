@@ -86,8 +86,10 @@ def test_prediction_equals_the_live_tensors_of_a_real_update(
     """Every tensor of DeepSpeed's engine and of the third update, forward pass to optimizer step, of one
     block among two."""
     changes = {
-        "model": {**LLAMA, "vocab_size": 512, "d_model": 128, "mlp_width": 320}, "objective": {"name": "evidence"}, "data.length": 32,
-        "precision": precision, "deepspeed.zero_stage": stage, "deepspeed.bucket_elements": 600_000, "blocks": {"num_blocks": 2},
+        "model": {**LLAMA, "vocab_size": 512, "d_model": 128, "mlp_width": 320},
+        "objective": {"name": "evidence"}, "data.length": 32,
+        "precision": precision, "deepspeed.zero_stage": stage, "deepspeed.bucket_elements": 600_000,
+        "blocks": {"num_blocks": 2},
         "block": 0,
     }  # fmt: skip
     frozen_rows.cache_clear()

@@ -30,7 +30,8 @@ def stop_after(steps: int):
 
 
 # Stage 3 cannot hold the scalar of the evidence read-out: DeepSpeed 0.19.8 does not partition 0-d parameters.
-STAGES = [(0, "bf16", "single_pass"), (0, "fp32", "single_pass"), (1, "bf16", "single_pass"), (2, "bf16", "single_pass"),
+STAGES = [(0, "bf16", "single_pass"), (0, "fp32", "single_pass"), (1, "bf16", "single_pass"),
+(2, "bf16", "single_pass"),
           (2, "fp32", "single_pass"), (3, "bf16", "bptt"), (3, "bf16", "single_pass")]  # fmt: skip
 
 
@@ -137,7 +138,8 @@ def test_finished_run_has_nothing_left_to_do(trainer) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "field"),
-    [({"model.mlp_width": 64}, "model.mlp_width"), ({"seed": 4}, "seed"), ({"batch.global_size": 8}, "batch.global_size")],
+    [({"model.mlp_width": 64}, "model.mlp_width"), ({"seed": 4}, "seed"),
+    ({"batch.global_size": 8}, "batch.global_size")],
 )  # fmt: skip
 def test_resume_refuses_what_decides_what_is_learned(trainer, changes: dict[str, Any], field: str) -> None:
     trainer(SHORT).fit()
@@ -163,7 +165,8 @@ def test_what_was_changed_on_purpose_is_in_the_history(trainer) -> None:
     again.fit()
     manifest = resume.manifest_of(again.checkpoints / "step_000004")
     assert manifest["history"] == [
-        {"step": 2, "batch.micro_size": [None, 2], "optimizer.lr": [0.01, 0.02], "schedule.steps": [2, 4], "seed": [3, 4]}
+        {"step": 2, "batch.micro_size": [None, 2], "optimizer.lr": [0.01, 0.02], "schedule.steps": [2, 4],
+        "seed": [3, 4]}
     ]  # fmt: skip
     third = trainer({**SHORT, **changes, "schedule.steps": 6})
     assert [change["step"] for change in third.state.history] == [2, 4]
@@ -211,7 +214,8 @@ def test_another_zero_stage_goes_on_with_the_same_weights_and_moments(
     """And the losses of the uninterrupted run, to the order of additions (1e-5) and to bf16 sums of gradients
     (1e-2)."""
     plain: dict[str, Any] = {
-        "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}}, "precision": precision, "optimizer.eps": 1e-3,
+        "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}}, "precision": precision,
+        "optimizer.eps": 1e-3,
     }  # fmt: skip
     whole = trainer({**plain, "deepspeed.zero_stage": before, "output": str(tmp_path / "whole")})
     assert whole.fit()

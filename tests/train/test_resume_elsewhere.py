@@ -44,7 +44,8 @@ def document(name: str, output: Path | str) -> dict[str, Any]:
         },
         "data": {"kind": "group_product", "group": "s3", "length": 12}, "batch": {"global_size": 4, "micro_size": 1},
         "optimizer": {"lr": 0.01, "eps": 1e-3}, "schedule": {"kind": "cosine", "steps": 6, "warmup_steps": 2},
-        "deepspeed": {"zero_stage": stage}, "checkpoint": {"interval_steps": 100, "keep": 9}, "log": {"tensorboard": False},
+        "deepspeed": {"zero_stage": stage}, "checkpoint": {"interval_steps": 100, "keep": 9},
+        "log": {"tensorboard": False},
     }  # fmt: skip
 
 

@@ -28,7 +28,8 @@ def file(tmp_path: Path, document: Callable[..., dict[str, Any]]) -> Callable[..
 
 
 LLAMA = {
-    "family": "llama", "vocab_size": 64, "d_model": 32, "num_heads": 2, "mlp_width": 48, "max_seq_len": 64, "num_layers": 2,
+    "family": "llama", "vocab_size": 64, "d_model": 32, "num_heads": 2, "mlp_width": 48, "max_seq_len": 64,
+    "num_layers": 2,
 }  # fmt: skip
 BAD = [
     ({"optimiser": 1}, "optimiser"),
@@ -175,7 +176,8 @@ def test_paths_mean_what_the_shell_would_make_of_them(file, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "changes", [{"model.d_model": 2**40}, {"model.num_core_layers": 10**9}, {"model.d_model": 2**17, "model.mlp_width": 2**20}]
+    "changes", [{"model.d_model": 2**40}, {"model.num_core_layers": 10**9},
+    {"model.d_model": 2**17, "model.mlp_width": 2**20}]
 )  # fmt: skip
 def test_absurd_sizes_are_one_line(file, capsys, changes: dict[str, Any]) -> None:
     assert run(app, ["train", str(file(changes)), "--num-procs", "1"], "rdlm") == 2

@@ -206,18 +206,22 @@ def _card(config: CheckpointConfig, kind: str | None, has_tokenizer: bool) -> st
     notes = []
     if thinks:
         notes.append(
-            f"- `num_steps` (K, 1 to {config.max_steps}, default {config.default_steps}) is an argument of `generate` and of the model's call: "
+            f"- `num_steps` (K, 1 to {config.max_steps}, default {config.default_steps}) is an argument of "
+            "`generate` and of the model's call: "
             f"{config.objective.k_description}. The KV cache holds the keys of every step."
         )
     if config.objective.k_meaning == "sampling":
         notes.append(
-            "- This model samples each token through K noise levels. That sampler is not part of transformers: what is computed here is its "
-            f"K = 1 prior ({config.objective.estimator}). For K > 1 import the folder (`rdlm import`) and use `rdlm serve`."
+            "- This model samples each token through K noise levels. That sampler is not part of "
+            "transformers: what is computed here is its "
+            f"K = 1 prior ({config.objective.estimator}). For K > 1 import the folder (`rdlm import`) and "
+            "use `rdlm serve`."
         )
     loop = getattr(config.model.layout(), "loop", None)  # type: ignore[union-attr]
     if loop is not None and loop.state == "normal":
         notes.append(
-            "- The recurrent state starts from zero, where rdlm draws it; `input_states` [B, T, D] of the model's call gives another."
+            "- The recurrent state starts from zero, where rdlm draws it; `input_states` [B, T, D] of the "
+            "model's call gives another."
         )
     if loop is not None and loop.exit_gate != "none":
         notes.append("- The exit gate is carried along and not used: all K steps run.")

@@ -66,7 +66,8 @@ class HrmText(Importer):
         lost = []
         if fields.get("prefix_lm", False):
             lost.append(
-                "It was trained on prompts whose tokens see each other in both directions. The server and the evaluations read them from left "
+                "It was trained on prompts whose tokens see each other in both directions. The server and "
+                "the evaluations read them from left "
                 "to right; `rdlm logits` with token_type_ids reads them as they were trained."
             )
         return imported(name, model, high, fields.where), lost

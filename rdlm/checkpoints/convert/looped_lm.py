@@ -88,7 +88,8 @@ class LoopedLM(Importer):
             },
         }
         lost = [
-            "The published evaluation draws its initial state from a hash of the position; here it is drawn from the seed."
+            "The published evaluation draws its initial state from a hash of the position; here it is drawn "
+            "from the seed."
         ]
         return recurrent(name, document, model_fields.number("loop_times", 5), fields.where), lost
 

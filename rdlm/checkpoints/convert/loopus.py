@@ -65,7 +65,8 @@ class LoopUS(Importer):
         )
         rule, threshold = fields.get("halting_strategy", "threshold"), fields.get("q_threshold")
         lost = [
-            f"Its halting rule ({rule!r}, threshold {threshold}) is not applied: all K loops run unless a request asks for "
+            f"Its halting rule ({rule!r}, threshold {threshold}) is not applied: all K loops run unless a "
+            "request asks for "
             "an exit criterion."
         ]
         criterion = {"threshold": "halt", "cdf": "gate"}.get(str(rule))

@@ -106,7 +106,8 @@ class Parcae(Importer):
             first = f"transformer.{paths[used[0]]}.attn.ve_gate.weight"
             model["value_gate_width"] = shapes[first][-1]
         lost = [
-            f"Layer {j} has a value embedding {'without a gate' if j in tables else 'gate without a table'}; the reference does not use it."
+            f"Layer {j} has a value embedding {'without a gate' if j in tables else 'gate without a table'}; "
+            "the reference does not use it."
             for j in sorted(gates ^ tables)
         ]
         fields.ignore("vocab_size", "padding_multiple")
