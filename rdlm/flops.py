@@ -35,7 +35,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of the parts of one denoiser. condition: what a core step adds to be told a noise level; head: one
+    """Of the parts of one denoiser. condition: what conditioning on a noise level adds to a core step; head: one
     read-out."""
 
     encode: Cost

@@ -33,7 +33,7 @@ class EngineSettings(Strict):
     """Prompt positions that step together. Part of what a text is computed from in the shared cache, so fixed
     for a server."""
     prefill_rows: int = Field(512, ge=1)
-    """Prompt positions in one core step beside the decoding rows."""
+    """Prompt positions in one core step, in addition to the decoding rows."""
     max_queue: int = Field(1024, ge=0)
     """Sequences that may wait for a slot before the server answers 429."""
     default_steps: int | None = Field(None, ge=1)

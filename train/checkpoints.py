@@ -45,7 +45,7 @@ BEST = "best.json"
 TOKENIZER = "tokenizer"
 DAMAGED = "damaged-"
 WEIGHT = "weight"
-"""Key of the fp32 weights in ``SavedState``, beside the names of the optimizer's moments."""
+"""Key of the fp32 weights in ``SavedState``, which also has the names of the optimizer's moments."""
 FREE_FIELDS = (
     "output", "checkpoint", "evaluation", "log", "samples", "nonfinite", "deterministic", "resident.rest", "data.path", "init_from",
     "allow_changes",

@@ -46,7 +46,7 @@ def report(
 
 
 def read_runs(files: Sequence[Path]) -> list[Run]:
-    """UserError for a file that is no result. A name that several files of one metric share is told apart
+    """UserError for a file that is no result. A name that several files of one metric share is extended
     by their file names."""
     found = [_read(file) for file in files]
     names = [(run.metric, run.label) for run in found]

@@ -572,8 +572,8 @@ class MaskedConfig(TextConfig):
 
 
 class VitConfig(ImageConfig):
-    """Names the class of an image (Dosovitskiy et al. 2021): the noised class row, if there is one, is a row
-    beside the patches."""
+    """Names the class of an image (Dosovitskiy et al. 2021): the noised class, if there is one, is a row
+    behind the patches."""
 
     family: Literal["vit"] = "vit"
     task = "classify"

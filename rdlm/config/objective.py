@@ -89,6 +89,9 @@ class DepthConfig(Strict):
         return num_steps if self.grad_steps == "all" else min(self.grad_steps, num_steps)
 
 
+ONE_RUN = DepthConfig()
+
+
 class CorruptionConfig(Strict):
     """Which positions start from a noised copy of their target, and how their noise levels are drawn."""
 
@@ -109,6 +112,9 @@ class CorruptionConfig(Strict):
             if not 0 < low < high:
                 raise ValueError(f"{name} must be two rising positive levels, got {(low, high)}")
         return self
+
+
+NO_NOISE = CorruptionConfig()
 
 
 class MaskingConfig(Strict):
@@ -188,7 +194,7 @@ class BaseObjectiveConfig(Strict):
     @property
     def depth_in_training(self) -> DepthConfig:
         """How often the core runs in one update."""
-        return getattr(self, "depth", DepthConfig())
+        return getattr(self, "depth", ONE_RUN)
 
     def estimator_at(self, num_steps: int, num_draws: int | None = None) -> str:
         """What ``Objective.score`` and ``token_logprobs`` estimate at K = num_steps, in words."""
@@ -340,7 +346,7 @@ class EvidenceConfig(_SamplingConfig):
 
 
 class PaperConfig(_SamplingConfig):
-    """DiffusionBlocks as published (App. E.4): a noisy stream beside the clean one, EDM preconditioning."""
+    """DiffusionBlocks as published (App. E.4): a noisy stream and a clean one, EDM preconditioning."""
 
     name: Literal["paper"] = "paper"
     implementation = "rdlm.objectives.next_token:Paper"

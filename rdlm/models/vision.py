@@ -155,13 +155,13 @@ class Dit(nn.Module):
         return self.patches.empty_images(count)
 
     def forward(self, images: Tensor, c_noise: Tensor, classes: Tensor) -> Tensor:
-        """images [B, C, H, W], c_noise [B] fp32, classes [B] int64 (``no_class``: none is told) -> fp32 [B,
+        """images [B, C, H, W], c_noise [B] fp32, classes [B] int64 (``no_class``: unconditional) -> fp32 [B,
         C, H, W]."""
-        told = self.noise_embedding(c_noise) + self.classes(classes)
-        told = told.unsqueeze(1)  # [B, 1, C]: the same for all patches
+        cond = self.noise_embedding(c_noise) + self.classes(classes)
+        cond = cond.unsqueeze(1)  # [B, 1, C]: the same for all patches
         ctx = BidirectionalContext(self.config.num_patches, images.device)
-        x = through(self.layers, self.patches(images), [told] * len(self.layers), ctx)
-        shift, scale = self.modulation(told).chunk(2, dim=-1)
+        x = through(self.layers, self.patches(images), [cond] * len(self.layers), ctx)
+        shift, scale = self.modulation(cond).chunk(2, dim=-1)
         rows = self.pixels(modulate(self.ln_f(x), shift, 1 + scale))
         return assemble(rows.float(), self.config.patch_size, self.config.num_channels)
 

@@ -127,7 +127,7 @@ LayerModulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Shifts, factors and gates of one layer, each [B or 1, T or 1, D]: see Modulation.forward."""
 
 LayerCondition = LayerModulation | Tensor
-"""What one layer is told about the noise level of its rows: its modulation, or the embedding [B or 1, T or 1,
+"""The conditioning of one layer on the noise level of its rows: its modulation, or the embedding [B or 1, T or 1,
 C] to compute it from."""
 
 Condition = Sequence[LayerCondition]

@@ -184,7 +184,7 @@ class Objective(nn.Module, ABC):
         if held_out.denoising:
             return {"denoising": self._denoising(batch, held_out)}
         if held_out.answers:
-            found = self.answer(batch.inputs, held_out.num_steps, held_out.seed)
+            found = self.answer(batch.inputs, held_out.num_steps, Draws(held_out.seed))
             return {f"K={k}": ids for k, ids in found.items()}
         scores = self.token_logprobs(
             batch.inputs, batch.targets, held_out.num_steps, mask=batch.mask, documents=batch.documents

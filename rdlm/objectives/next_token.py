@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.objective import CorruptionConfig
+from rdlm.config.objective import NO_NOISE, CorruptionConfig
 from rdlm.data.batch import Batch
 from rdlm.device import staged
 from rdlm.diffusion.corruption import Noised, add_noise, draw_levels, noised_everywhere
@@ -104,7 +104,7 @@ class NextToken(Objective):
 
     @property
     def corruption(self) -> CorruptionConfig:
-        return getattr(self.settings, "corruption", CorruptionConfig())
+        return getattr(self.settings, "corruption", NO_NOISE)
 
     def loss(self, batch: Batch, keys: Keys) -> LossTerms:
         noised, depths = self.corrupt(batch.targets, self.noise_stream(keys)), self.depths(batch, keys)

@@ -35,7 +35,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Fields:
-    """A published config that is read field by field; ``unread`` lists what nobody looked at."""
+    """A published config that is read field by field; ``unread`` lists the fields that were not read."""
 
     def __init__(self, data: Mapping[str, Any], where: str) -> None:
         self.data, self.where = data, where
@@ -88,7 +88,7 @@ class Fields:
 
 
 class Source:
-    """The tensors of a folder. Each is taken once; ``finish`` refuses what nobody took."""
+    """The tensors of a folder. Each is taken once; ``finish`` refuses those that were not taken."""
 
     def __init__(self, where: str, entries: Mapping[str, Entry]) -> None:
         self.where, self.entries = where, dict(entries)
