@@ -34,7 +34,8 @@ from torch.optim import Optimizer
 from rdlm.atomic import sync, write_file
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError, reason
-from train.optim import parameter_groups
+from train.ema import KEY as AVERAGE
+from train.optim import Muon, parameter_groups
 from train.process import ProcessError
 from train.settings import OptimizerConfig, TrainConfig
 
@@ -44,17 +45,21 @@ MANIFEST = "manifest.json"
 BEST = "best.json"
 TOKENIZER = "tokenizer"
 DAMAGED = "damaged-"
+_NONE = torch.empty(0)
 WEIGHT = "weight"
 """Key of the fp32 weights in ``SavedState``, which also has the names of the optimizer's moments."""
 FREE_FIELDS = (
     "output", "checkpoint", "evaluation", "log", "samples", "nonfinite", "deterministic", "resident.rest", "data.path", "init_from",
+    "branch_from", "ema.export", "data.parts",
     "allow_changes",
 )  # fmt: skip
 """Sections and fields that change nothing in what is computed. Data are compared by their identity, not by
 their place."""
 RECORDED_FIELDS = (
-    "name", "optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.grad_clip", "optimizer.freeze",
-    "optimizer.lr_factors", "schedule", "recurrence", "precision", "deepspeed", "batch.micro_size", "activation_checkpointing",
+    "name", "optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay",
+    "optimizer.grad_clip", "optimizer.freeze", "optimizer.lr_factors", "optimizer.layer_decay",
+    "optimizer.momentum", "ema", "schedule", "recurrence", "precision", "deepspeed", "batch.micro_size",
+    "activation_checkpointing",
 )  # fmt: skip
 """Those that change how the run goes on but neither the model nor the order of the data: allowed, and noted
 in the manifest."""
@@ -284,6 +289,9 @@ def load(
         groups = parameter_groups(engine.module, grouped_by, config.lora)
         names = [[engine.param_names[p] for p in group["params"]] for group in groups]
         restore(engine, SavedState(path / tag, names))
+        if config.ema is None:  # an average that nobody moves any more would be saved as if it were one
+            for kept in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+                kept.pop(AVERAGE, None)
     state = RunState(int(manifest["step"]), manifest.get("skipped", 0), manifest.get("history", []))
     recorded = {key: list(pair) for key, pair in changes.items() if not _in(key, FREE_FIELDS)}
     if recorded:
@@ -393,11 +401,18 @@ class SavedState:
         anew.
         """
         first = states[0] if states else {}
-        elementwise = [key for key, value in first.items() if torch.is_tensor(value) and value.dim()]
+        elementwise = list(
+            dict.fromkeys(
+                key
+                for state in states
+                for key, value in state.items()
+                if torch.is_tensor(value) and value.dim()
+            )
+        )
         self.counts = {key: float(value) for key, value in first.items() if key not in elementwise} or None
         for state in states:
             kept = {key: float(state[key]) for key in self.counts or ()}
-            if kept != (self.counts or {}) or len({state[key].numel() for key in elementwise}) > 1:
+            if kept != (self.counts or {}) or len({state[k].numel() for k in elementwise if k in state}) > 1:
                 problem = (
                     "its optimizer keeps more than tensors in the shape of the weights and common numbers"
                 )
@@ -416,10 +431,18 @@ class SavedState:
         whole: dict[str, list[Tensor]] = {WEIGHT: masters or [found[name] for name in names]}
         state = optimizer.get("optimizer_state_dict", optimizer)["state"]
         for key in self._read_counts(folder, list(state.values())):
-            whole[key] = [state[i][key] for i in range(len(names))]
+            whole[key] = [state[i].get(key, _NONE) for i in range(len(names))]
         self.shapes = {name: tuple(weight.shape) for name, weight in zip(names, whole[WEIGHT], strict=True)}
         self._places = {name: (number, 0) for number, name in enumerate(names)}
-        self._flat = {key: [[tensor.flatten() for tensor in tensors]] for key, tensors in whole.items()}
+        self._flat = {
+            key: [[tensor if tensor is _NONE else tensor.flatten() for tensor in tensors]]
+            for key, tensors in whole.items()
+        }
+
+    def holds(self, key: str, name: str) -> bool:
+        """Whether the optimizer keeps this of a parameter: another one may be none of its business."""
+        place = self._places.get(name)
+        return place is None or self._flat[key][0][place[0]] is not _NONE
 
     @property
     def moments(self) -> list[str]:
@@ -431,7 +454,7 @@ class SavedState:
         moments of zero."""
         if name in self._frozen:
             weight = torch.cat(self._frozen[name])[: prod(self.shapes[name])].float()
-            return weight if key == WEIGHT else torch.zeros_like(weight)
+            return weight if key in (WEIGHT, AVERAGE) else torch.zeros_like(weight)
         group, start = self._places[name]
         pieces, count = [process[group].detach() for process in self._flat[key]], prod(self.shapes[name])
         if self._cut_each:
@@ -482,7 +505,7 @@ def restore(engine: DeepSpeedEngine, saved: SavedState) -> None:
         for lows, masters in pairs:
             for parameter, master in zip(lows, masters, strict=True):
                 name = names[id(parameter)]
-                _fill(base, master, saved, partial(_whole, saved, name, master.shape))
+                _fill(base, master, saved, partial(_whole, saved, name, master.shape), name)
                 parameter.data.copy_(master.data)
     elif stage < 3:
         bf16 = hasattr(optimizer, "bf16_groups")  # BF16_Optimizer, which DeepSpeed takes at stage 1 in bf16
@@ -519,20 +542,26 @@ def _check_shapes(engine: DeepSpeedEngine, names: Mapping[int, str], saved: Save
             )
 
 
-def _fill(base: Optimizer, target: Tensor, saved: SavedState, cut: Callable[[str], Tensor]) -> None:
+def _fill(
+    base: Optimizer, target: Tensor, saved: SavedState, cut: Callable[[str], Tensor], name: str | None = None
+) -> None:
     """Write the weights of ``target`` and the optimizer's state for it. cut: key -> this process' share, in
-    the shape of ``target``."""
+    the shape of ``target``. name: of the parameter, where it is one."""
     target.data.copy_(cut(WEIGHT))
     if saved.counts is None:
         base.state.pop(target, None)
         return
     state = base.state[target]
     for key in saved.moments:
+        if name is not None and not saved.holds(key, name):
+            continue
         if key in state:
             state[key].copy_(cut(key))
         else:
             state[key] = cut(key).to(target.device)
-    counts_in_tensors = isinstance(base, torch.optim.Optimizer) and type(base).__module__.startswith("torch.")
+    counts_in_tensors = isinstance(base, Muon) or (
+        isinstance(base, torch.optim.Optimizer) and type(base).__module__.startswith("torch.")
+    )
     for key, value in saved.counts.items():
         state[key] = torch.tensor(value) if counts_in_tensors else int(value)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -200,6 +200,10 @@ def export_run(
         str,
         typer.Option(help="Of a run: last, best (needs checkpoint.keep_best) or the number of a step."),
     ] = "last",
+    weights: Annotated[
+        Literal["last", "ema"] | None,
+        typer.Option(help="The weights, or their moving averages [as ema.export says].", show_default=False),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what OUT holds.")] = False,
 ) -> None:
     """Turn a checkpoint of a run, finished or not, into a model to serve, evaluate and generate with. Needs
@@ -211,7 +215,10 @@ def export_run(
     from train.export import export, find_checkpoint
 
     checkpoint = find_checkpoint(source, which, lambda text: typer.echo(f"warning: {text}", err=True))
-    typer.echo(f"{export(checkpoint, out)}: exported from {checkpoint}. Try: rdlm serve --checkpoint {out}")
+    averaged = None if weights is None else weights == "ema"
+    typer.echo(
+        f"{export(checkpoint, out, averaged=averaged)}: exported from {checkpoint}. Try: rdlm serve --checkpoint {out}"
+    )
 
 
 export_app.registered_commands += published_layouts.registered_commands

@@ -48,6 +48,7 @@ from train.checkpoints import (
     newest,
 )
 from train.data import build_corpus
+from train.ema import KEY as AVERAGE
 from train.lora import Merged, add_adapters
 from train.metrics import read
 from train.optim import parameter_groups
@@ -82,18 +83,28 @@ def find_checkpoint(source: Path, which: str, warn: Callable[[str], None], field
     return found
 
 
-def export(checkpoint: Path, out: Path, tokenizer: Tokenizer | None = None) -> Path:
+def export(
+    checkpoint: Path, out: Path, tokenizer: Tokenizer | None = None, averaged: bool | None = None
+) -> Path:
     """Write the fp32 model of a training checkpoint to ``out``, replacing what is there once it is complete.
     Returns ``out``.
 
-    tokenizer: by default the one that the checkpoint holds, or that of its data. UserError if a weight is not
-    finite.
+    tokenizer: by default the one that the checkpoint holds, or that of its data. averaged: the moving averages
+    of the weights; None: as the run's ``ema.export`` says. UserError if a weight is not finite, or there are no
+    averages.
     """
     manifest = manifest_of(checkpoint)
     config: TrainConfig = parse(TrainConfig, manifest["config"], str(checkpoint / "manifest.json"))
     model_config = config.checkpoint_config.model_copy(update={"step": int(manifest["step"])})
+    if averaged and config.ema is None:
+        problem, remedy = "the run keeps no averages of its weights", "add a section ema to its config"
+        raise UserError("--weights", "ema", problem, remedy)
+    averaged = config.ema is not None and config.ema.export if averaged is None else averaged
+    key = AVERAGE if averaged else WEIGHT
     entries = {
-        prefix + name: tensors.Entry("F32", shape, 4 * prod(shape), partial(_bytes, saved, name, checkpoint))
+        prefix + name: tensors.Entry(
+            "F32", shape, 4 * prod(shape), partial(_bytes, saved, key, name, checkpoint)
+        )
         for prefix, saved in saved_parts(checkpoint, config)
         for name, shape in saved.shapes.items()
     }
@@ -136,8 +147,8 @@ def saved_parts(checkpoint: Path, config: TrainConfig) -> Iterator[tuple[str, Sa
         yield prefix, saved if config.lora is None else Merged(saved, config.lora)
 
 
-def _bytes(saved: SavedState | Merged, name: str, checkpoint: Path) -> Iterator[bytes]:
-    weight = saved.tensor(WEIGHT, name)
+def _bytes(saved: SavedState | Merged, key: str, name: str, checkpoint: Path) -> Iterator[bytes]:
+    weight = saved.tensor(key if key in saved.moments else WEIGHT, name)
     if not bool(weight.isfinite().all()):
         raise UserError(
             "checkpoint", str(checkpoint), f"weight {name} is not finite", "export an earlier one"
@@ -246,6 +257,9 @@ def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> st
         else ""
     )
     start = [] if config.init_from is None else [f"- Started from the weights of `{config.init_from}`."]
+    if config.ema is not None:
+        held = "in this folder" if config.ema.export else "not exported unless asked for"
+        start.append(f"- Moving average of the weights, decay {config.ema.decay}: {held}.")
     if config.lora is not None:
         rank, alpha, moved = config.lora.rank, config.lora.alpha, list(config.lora.also_train)
         start.append(

@@ -26,6 +26,9 @@ class Weights(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
+    @property
+    def moments(self) -> list[str]: ...
+
     def tensor(self, key: str, name: str) -> Tensor: ...
 
 
@@ -90,8 +93,12 @@ class Merged:
         self._names = {plain_name(name): name for name in saved.shapes if not is_adapter(name)}
         self.shapes = {plain: saved.shapes[name] for plain, name in self._names.items()}
 
+    @property
+    def moments(self) -> list[str]:
+        return self._saved.moments
+
     def tensor(self, key: str, name: str) -> Tensor:
-        """The whole fp32 weight, flat."""
+        """The whole fp32 weight, or average of it, flat."""
         own = self._names[name]
         weight = self._saved.tensor(key, own)
         stem = own.removesuffix(_BASE + "weight")

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import resource
+import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from train.engines import ResidentEngines
 from train.optim import learning_rate
+from train.wandb_sink import Wandb
 
 if TYPE_CHECKING:
     from train.trainer import Tally, Trainer
@@ -35,6 +38,14 @@ PEAK_FLOPS = {
     "T4": 65e12,
 }
 """Dense 16-bit operations per second of a device whose name contains the key, from NVIDIA's data sheets."""
+
+
+SPIKE_WINDOW = 64
+"""Records that a loss is compared with."""
+SPIKE = 6.0
+"""Deviations above their median from which a loss is counted as a spike."""
+Sink = Callable[[str, dict[str, Any]], None]
+"""(name of the log, record) -> None."""
 
 
 class FlopCounter(TorchDispatchMode):
@@ -82,8 +93,9 @@ def peak_flops(device: torch.device) -> float | None:
 class MetricsLog:
     """A JSONL file with one record per logged step, cut back to ``step`` when a run is resumed there."""
 
-    def __init__(self, path: Path, step: int, tensorboard: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, step: int, tensorboard: bool, sink: Sink | None = None) -> None:
+        """sink: what else is given each record."""
+        self.path, self._sink = path, sink
         self.damaged = 0
         """Lines that were no records; they are dropped."""
         kept = []
@@ -96,6 +108,8 @@ class MetricsLog:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, self.path)
         self.last: dict[str, Any] = kept[-1] if kept else {}
+        self.losses: list[float] = [r["loss"] for r in kept[-SPIKE_WINDOW:] if r.get("loss") is not None]
+        """Of the last records that there were."""
         self._file = self.path.open("a", buffering=1)
         self._board = None
         if tensorboard:
@@ -107,6 +121,8 @@ class MetricsLog:
         """Append one record; ``step`` is its number of finished updates. JSON has no NaN: such a value is
         null."""
         self._file.write(json.dumps(finite_only(record), allow_nan=False) + "\n")
+        if self._sink is not None:
+            self._sink(self.path.stem, finite_only(record))
         if self._board is not None:
             for key, value in record.items():
                 if key != "step":
@@ -153,6 +169,16 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def spike(loss: float, before: Sequence[float]) -> float | None:
+    """How far a loss lies above the median of those before it, in standard deviations of a normal law with their
+    median absolute deviation; None before 16 of them."""
+    if len(before) < 16:
+        return None
+    median = statistics.median(before)
+    spread = 1.4826 * statistics.median(abs(value - median) for value in before)
+    return (loss - median) / spread if spread else None
 
 
 class Progress:
@@ -260,6 +286,9 @@ class Report:
         self.progress = Progress(config.schedule.steps, trainer.step, trainer.terminal, trainer.corpus.unit)
         self.first_loss: float | None = None
         self.last_losses: list[float] = []
+        self.spikes = 0
+        wanted = config.log.wandb
+        self.wandb = None if wanted is None else Wandb(wanted, config, trainer.output)
         self._open()
         for line in first_lines(trainer):
             self.progress.say(line)
@@ -268,8 +297,10 @@ class Report:
 
     def _open(self) -> None:
         trainer, tensorboard = self.trainer, self.trainer.config.log.tensorboard
-        self.log = MetricsLog(trainer.output / "metrics.jsonl", trainer.step, tensorboard)
-        self.held_out_log = MetricsLog(trainer.output / "held_out.jsonl", trainer.step, tensorboard)
+        sink = self.wandb.log if self.wandb is not None else None
+        self.log = MetricsLog(trainer.output / "metrics.jsonl", trainer.step, tensorboard, sink)
+        self.held_out_log = MetricsLog(trainer.output / "held_out.jsonl", trainer.step, tensorboard, sink)
+        self.losses = self.log.losses
         for log in (self.log, self.held_out_log):
             if log.damaged:
                 self.progress.say(f"warning: dropped {log.damaged} lines of {log.path} that are no records")
@@ -288,10 +319,15 @@ class Report:
         return engines.swap_seconds if isinstance(engines, ResidentEngines) else 0.0
 
     def step(
-        self, parts: list[tuple[Tally, float]], positions: float, seconds: float, grad_norm: float
+        self,
+        parts: list[tuple[Tally, float]],
+        positions: float,
+        seconds: float,
+        grad_norm: float,
+        more: dict[str, float] | None = None,
     ) -> None:
         """Record the update just made. parts: every process's tally and CPU seconds; seconds: since the last
-        record."""
+        record; more: other figures of it."""
         trainer, steps = self.trainer, self.trainer.step - self.logged_step
         tallies = [tally for tally, _ in parts]
         assert sum(t.count for t in tallies) == positions, (
@@ -315,6 +351,12 @@ class Report:
             "peak_memory_bytes": peak_memory(trainer.device),
             **self._utilisation(seconds / steps),
         }
+        record |= more or {}
+        deviation = spike(record["loss"], self.losses)
+        if deviation is not None:
+            record["loss_spike"] = deviation
+            self.spikes += deviation > SPIKE
+        self.losses = [*self.losses, record["loss"]][-SPIKE_WINDOW:]
         rows = rows_of(trainer.corpus)
         if rows is not None:
             record["epoch"] = (trainer.step + trainer.state.skipped) * config.batch.global_size / rows
@@ -352,6 +394,11 @@ class Report:
     def close(self) -> None:
         self.log.close()
         self.held_out_log.close()
+        if self.wandb is not None:
+            self.wandb.close()
+        if self.spikes:
+            what = f"more than {SPIKE:g} deviations above the median of the {SPIKE_WINDOW} before it"
+            self.progress.say(f"the loss of {self.spikes} updates was {what}")
         if len(self.last_losses) == 10 and self.first_loss is not None:
             mean = sum(self.last_losses) / 10
             if mean > self.first_loss:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -17,6 +18,9 @@ from torch.optim import Optimizer
 from torch.utils import cpp_extension
 
 from rdlm.errors import UserError
+from rdlm.nn.transformer import TransformerLayer
+from train.ema import KEY as AVERAGE
+from train.ema import keep_average
 from train.lora import is_trained, plain_name
 from train.patterns import matches
 from train.settings import LoraConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -38,9 +42,45 @@ def offloaded_adamw(groups: Groups, spec: OptimizerConfig) -> Optimizer:
         return DeepSpeedCPUAdam(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, adamw_mode=True)
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": adamw}
+class Muon(Optimizer):
+    """Momentum that is orthogonalised, for the weights of linear layers (Jordan et al. 2024), and AdamW for all
+    else. Updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that learning rate and
+    weight decay mean the same for both.
+
+    The library's two optimizers work on the groups and the state of this one.
+    """
+
+    def __init__(self, groups: Groups, spec: OptimizerConfig) -> None:
+        super().__init__(groups, {"lr": spec.lr})
+        matrices = [dict(group) for group in groups if group["matrices"]]
+        others = [dict(group) for group in groups if not group["matrices"]]
+        self._parts: list[tuple[bool, Optimizer]] = []
+        if matrices:
+            given = {"momentum": spec.momentum, "adjust_lr_fn": "match_rms_adamw"}
+            self._parts.append((True, torch.optim.Muon(matrices, lr=spec.lr, **given)))
+        if others:
+            self._parts.append((False, adamw(others, spec)))
+        for of_matrices, part in self._parts:
+            for group in (g for g in self.param_groups if g["matrices"] is of_matrices):
+                group |= {key: value for key, value in part.defaults.items() if key not in group}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for of_matrices, part in self._parts:
+            part.param_groups = [group for group in self.param_groups if group["matrices"] is of_matrices]
+            part.state = self.state
+            part.step()
+            for parameter in (p for g in part.param_groups if of_matrices for p in g["params"]):
+                if parameter.grad is not None:  # as AdamW counts
+                    state = self.state[parameter]
+                    state["step"] = state.get("step", torch.tensor(0.0)) + 1
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": adamw, "muon": Muon}
 """By name. Their state must be tensors in the shape of the weights and numbers that all parameters share, or
 else a run cannot be resumed: see train/checkpoints.py."""
+NEED_WHOLE = ("muon",)
+"""Those that work on whole matrices, which ZeRO 1 to 3 flatten and cut."""
 OFFLOADED: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": offloaded_adamw}
 """Those that can run on the CPU while the weights are on a GPU."""
 
@@ -59,6 +99,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         parameter.requires_grad_(False)
     moving = [group for group in groups if group["lr_factor"]]
     optimizer = table[config.optimizer.name](moving, config.optimizer)
+    if config.ema is not None:
+        keep_average(optimizer, config.ema.decay)
     set_learning_rate(optimizer, 0.0)
     return optimizer
 
@@ -75,6 +117,7 @@ def reset_state(optimizer: Optimizer) -> None:
     An optimizer that keeps other numbers, whose first values only it knows, makes its state anew.
     """
     for state in optimizer.state.values():
+        state.pop(AVERAGE, None)
         if any(
             key != "step" and not (torch.is_tensor(value) and value.dim()) for key, value in state.items()
         ):
@@ -87,24 +130,45 @@ def reset_state(optimizer: Optimizer) -> None:
 
 
 def parameter_groups(model: nn.Module, spec: OptimizerConfig, lora: LoraConfig | None = None) -> Groups:
-    """Two groups for each learning-rate factor that occurs, that of 1 first and that of frozen parameters, 0,
-    last.
+    """At most two groups for each learning-rate factor that occurs, that of 1 first and that of frozen
+    parameters, 0, last.
 
     Weights of nn.Linear decay; norms, biases (qk_bias too), scalars and token tables never do.
     """
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    factors = dict.fromkeys([1.0, *spec.lr_factors.values(), 0.0])
+    factors = dict.fromkeys([1.0, *spec.lr_factors.values()])
     found: dict[tuple[float, bool], list[nn.Parameter]] = {(f, d): [] for f in factors for d in (True, False)}
+    still: dict[tuple[float, bool], list[nn.Parameter]] = {(0.0, True): [], (0.0, False): []}
     trains = getattr(model, "is_trained", lambda name: True)
+    behind = layers_behind(model) if spec.layer_decay < 1 else {}
     for name, parameter in model.named_parameters():
         frozen = not trains(name) or (lora is not None and not is_trained(name, lora))
-        factor = 0.0 if frozen else lr_factor(plain_name(name), spec)
-        found[factor, id(parameter) in matrices].append(parameter)
+        factor = 0.0 if frozen else lr_factor(plain_name(name), spec) * spec.layer_decay ** behind.get(name, 0)
+        place = (factor, id(parameter) in matrices)
+        (found if factor else still).setdefault(place, []).append(parameter)
+    found |= still
     return [
-        {"params": parameters, "weight_decay": spec.weight_decay if decayed else 0.0, "lr_factor": factor}
+        {
+            "params": parameters,
+            "weight_decay": spec.weight_decay if decayed else 0.0,
+            "lr_factor": factor,
+            "matrices": decayed,
+        }
         for (factor, decayed), parameters in found.items()
         if parameters
     ]
+
+
+def layers_behind(model: nn.Module) -> dict[str, int]:
+    """Name of a parameter -> how many transformer layers come after it. Networks register their parts in the
+    order in which they are used."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, TransformerLayer)]
+    found, seen = {}, 0
+    for name, _ in model.named_parameters():
+        own = next((i for i, layer in enumerate(layers) if name.startswith(f"{layer}.")), None)
+        seen = seen if own is None else own + 1
+        found[name] = len(layers) - seen
+    return found
 
 
 def lr_factor(name: str, spec: OptimizerConfig) -> float:

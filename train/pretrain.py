@@ -35,6 +35,7 @@ from train.process import (
     tune_cpu,
 )
 from train.settings import TrainConfig, load, read_checked
+from train.wandb_sink import wandb_module
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Of a collective operation: exporting or reading a large checkpoint takes longer than DeepSpeed's 10
@@ -88,6 +89,8 @@ def check(config: TrainConfig, world: int) -> Corpus:
             "model", config.model.family, problem, "make the model smaller, or train its blocks apart"
         )
     _check_optimizer(config)
+    if config.log.wandb is not None:
+        wandb_module()
     from train.samples import check_samples
 
     corpus = build_corpus(config.data, config.fills_in)
@@ -127,13 +130,16 @@ def count_parameters(config: TrainConfig) -> int:
 
 def _check_optimizer(config: TrainConfig) -> None:
     from train.lora import add_adapters
-    from train.optim import OFFLOADED, OPTIMIZERS, check_patterns
+    from train.optim import NEED_WHOLE, OFFLOADED, OPTIMIZERS, check_patterns
 
     name = config.optimizer.name
     if name not in OPTIMIZERS:
         raise UserError(
             "optimizer.name", name, "there is no such optimizer", f"use one of {', '.join(OPTIMIZERS)}"
         )
+    if name in NEED_WHOLE and config.deepspeed.zero_stage > 0:
+        problem = f"optimizer {name!r} works on whole matrices, which ZeRO {config.deepspeed.zero_stage} cuts"
+        raise UserError("optimizer.name", name, problem, "set deepspeed.zero_stage=0, or use adamw")
     if config.deepspeed.offload_optimizer == "cpu" and name not in OFFLOADED:
         problem = f"optimizer {name!r} does not run on the CPU while the weights are elsewhere"
         remedy = f"set it to none, or use optimizer {' or '.join(OFFLOADED)}"

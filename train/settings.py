@@ -50,6 +50,22 @@ class TokensConfig(Strict):
     packing: Packing = "windows"
 
 
+class MixturePart(Strict):
+    """Prepared shards, and their weight against the other parts."""
+
+    path: FolderPath
+    weight: float = Field(1.0, gt=0)
+
+
+class MixtureConfig(Strict):
+    """Several folders of prepared shards with one tokenizer: rows come from each in proportion to its weight."""
+
+    kind: Literal["mixture"] = "mixture"
+    parts: tuple[MixturePart, ...] = Field(min_length=1)
+    seq_len: int = Field(ge=2)
+    packing: Packing = "windows"
+
+
 class GroupProductConfig(Strict):
     """Running product in a finite group: a task that needs serial steps."""
 
@@ -117,7 +133,9 @@ class ImagesConfig(Strict):
 GeneratedConfig = GroupProductConfig | PointerChasingConfig | LatinSquareConfig
 """Of a task: ``filled_in_len`` is the length of a row of ``rdlm.data.synthetic.FilledIn``, ``seq_len`` that
 of the task itself."""
-DataConfig = Annotated[TokensConfig | ImagesConfig | GeneratedConfig, Field(discriminator="kind")]
+DataConfig = Annotated[
+    TokensConfig | MixtureConfig | ImagesConfig | GeneratedConfig, Field(discriminator="kind")
+]
 
 
 class BatchConfig(Strict):
@@ -157,6 +175,9 @@ class OptimizerConfig(Strict):
     """See OPTIMIZERS in train/optim.py."""
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW; with muon, of what it does not move."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Of muon."""
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float = Field(1.0, ge=0)
@@ -165,9 +186,18 @@ class OptimizerConfig(Strict):
     """Patterns of parameters that do not move, and whose gradients count for nothing: ``model.prelude.*``. A
     pattern stands for the names that it matches and for everything below them. Of a network in blocks the
     names are those within a block."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor of the learning rate from a layer to the one before it: the last layer and what follows it have the
+    full rate, the embedding the smallest (Clark et al. 2020, ELECTRA). Times ``lr_factors``."""
     lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
     """Pattern -> factor of the learning rate: ``{"model.adapter": 10}``. Of several that match a parameter
     the last one counts."""
+
+    @model_validator(mode="after")
+    def _of_muon(self) -> OptimizerConfig:
+        if self.momentum != 0.95 and self.name != "muon":
+            raise ValueError(f"momentum belongs to optimizer 'muon', this is {self.name!r}; drop it")
+        return self
 
     @field_validator("betas")
     @classmethod
@@ -175,6 +205,15 @@ class OptimizerConfig(Strict):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError("both betas must lie in [0, 1)")
         return betas
+
+
+class EmaConfig(Strict):
+    """An exponential moving average of the weights, beside them in the optimizer's state (train/ema.py)."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    """Of an update; in the first ones at most (1 + n) / (10 + n)."""
+    export: bool = True
+    """Whether ``model/`` holds the averages; `rdlm export --weights` asks for either."""
 
 
 class LoraConfig(Strict):
@@ -308,9 +347,20 @@ class SamplesConfig(Strict):
         return self
 
 
+class WandbConfig(Strict):
+    """Weights & Biases; WANDB_MODE=offline writes files alone, to be sent later with `wandb sync`."""
+
+    project: str = Field(min_length=1)
+    entity: str | None = None
+
+
 class LogConfig(Strict):
     interval_steps: int = Field(1, ge=1)
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
+    """Send every record to Weights & Biases as well (package wandb)."""
+    gradient_noise: bool = False
+    """Estimate the gradient noise scale from AdamW's moments, in sequences; reads them at every record."""
 
 
 class TrainConfig(Strict):
@@ -323,6 +373,9 @@ class TrainConfig(Strict):
     """A checkpoint folder (``model/`` of a run, an imported or a converted one) whose weights the run starts
     from, with a new optimizer. The section model may then be left out, or hold single fields to change: the rest
     is the checkpoint's."""
+    branch_from: FolderPath | None = None
+    """A training checkpoint, or a run (its newest one), that this run goes on from, with its optimizer, step and
+    data: another decay of the learning rate, for instance. Its own output folder stays as it is."""
     allow_changes: bool = False
     """Resume although fields have changed that decide what is learned. `rdlm train --allow-changes` sets it.
     """
@@ -341,6 +394,8 @@ class TrainConfig(Strict):
     data: DataConfig
     batch: BatchConfig
     optimizer: OptimizerConfig
+    ema: EmaConfig | None = None
+    """Average the weights over updates; None: they are not."""
     lora: LoraConfig | None = None
     """Train adapters instead of the weights of ``init_from``; None: the weights."""
     schedule: ScheduleConfig
@@ -569,7 +624,10 @@ def _check(config: TrainConfig) -> None:
                 f"set {field}=[1]",
             )
         raise UserError(field, beyond[0], problem, remedy)
-    if config.lora is not None and config.init_from is None:
+    if config.branch_from is not None and config.init_from is not None:
+        problem = "branch_from brings the weights, and their optimizer"
+        raise UserError("init_from", config.init_from, problem, "drop one of the two")
+    if config.lora is not None and config.init_from is None and config.branch_from is None:
         problem, remedy = "adapters change a trained network", "set init_from, or drop the section lora"
         raise UserError("lora", config.lora.rank, problem, remedy)
     if config.resident is not None:

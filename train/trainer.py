@@ -39,7 +39,8 @@ from train.engines import (
     unreported_grad_norm,
 )
 from train.evaluate import held_out
-from train.export import initialize_from
+from train.export import find_checkpoint, initialize_from
+from train.gradient_noise import moment_sums, noise_scale
 from train.lora import add_adapters, dropout_seed
 from train.metrics import FlopCounter, Report
 from train.offload import InHost, OnDisk
@@ -193,9 +194,9 @@ class Trainer:
             ):
                 now, cpu_now = time.perf_counter(), time.process_time()
                 parts = self._gather((tally.on_host(), cpu_now - cpu))
-                norm = self.grad_norm()
+                norm, more = self.grad_norm(), self._gradient_noise()
                 if report is not None:
-                    report.step(parts, positions, now - seconds, norm)
+                    report.step(parts, positions, now - seconds, norm, more)
                 seconds, cpu = time.perf_counter(), cpu_now
             self._evaluate(report)
             self._write_samples(report)
@@ -246,6 +247,19 @@ class Trainer:
             return float(self._own_norm)
         return float(self.engines[self.block].get_global_grad_norm())
 
+    def _gradient_noise(self) -> dict[str, float]:
+        """The gradient noise scale where it is asked for and known. Collective."""
+        if not self.config.log.gradient_noise:
+            return {}
+        engine, spec = self.engines[self.block], self.config.optimizer
+        base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        sums = moment_sums(base, spec.betas)
+        every = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        if self.config.deepspeed.zero_stage > 0:  # each process has a part of the moments
+            dist.all_reduce(every[:2])
+        found = noise_scale(*every.tolist(), spec.betas[0], self.config.batch.global_size)
+        return {} if found is None else {"gradient_noise": found}
+
     def save(self) -> None:
         """Checkpoint the run as it stands, unless that is done. Raises UserError where its loss is not
         finite. Collective."""
@@ -279,6 +293,8 @@ class Trainer:
     def _resume(self) -> RunState:
         """Load the newest checkpoint that is whole; a new run's state where there is none."""
         found = resume.newest(self.checkpoints, lambda text: self.say(f"warning: {text}"), self._gather)
+        if found is None and self.config.branch_from is not None:
+            return self._branched(self.config.branch_from)
         if found is None:
             return RunState()
         state = resume.load(
@@ -293,6 +309,25 @@ class Trainer:
                 self.say(f"ignoring {path}: it is no checkpoint of this run")
             for path in resume.set_aside_damaged(self.checkpoints, state.step):
                 self.say(f"renamed a damaged checkpoint to {path}")
+        return state
+
+    def _branched(self, source: str) -> RunState:
+        """Load what another run left, and go on from there."""
+        path = find_checkpoint(Path(source), "last", self.say, "branch_from")
+        state = resume.load(
+            self.engines,
+            path,
+            self.config,
+            self.corpus.identity,
+            lambda text: self.say(f"branching with {text}"),
+        )
+        if state.step >= self.config.schedule.steps:
+            problem = f"has made {state.step} updates, and schedule.steps is {self.config.schedule.steps}"
+            raise UserError(
+                "branch_from", source, problem, "raise schedule.steps, or give an earlier checkpoint"
+            )
+        self.say(f"branched from {path} at step {state.step}")
+        state.history.append({"step": state.step, "branched_from": str(path)})
         return state
 
     def _batches(self, index: int) -> list[Batch]:

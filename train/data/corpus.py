@@ -6,11 +6,16 @@ One kind of data is a class and a line in CORPORA.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rdlm.data.batch import Batch
 from rdlm.data.images import ImageStore, as_batch
@@ -18,7 +23,7 @@ from rdlm.data.synthetic import FilledIn, Generated, GroupProduct, LatinSquare, 
 from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from train.data.order import row_numbers, shuffled
+from train.data.order import mixed, row_numbers, shares, shuffled
 from train.data.packing import Packed
 from train.settings import (
     DataConfig,
@@ -26,12 +31,15 @@ from train.settings import (
     GroupProductConfig,
     ImagesConfig,
     LatinSquareConfig,
+    MixtureConfig,
     Packing,
     PointerChasingConfig,
     TokensConfig,
 )
 
 Augment = Literal["none", "flip", "flip_crop"]
+PERIOD = 1000
+"""Rows in which a mixture has exactly its shares."""
 PAD = 4
 """Pixels that ``flip_crop`` moves an image by at most (He et al. 2016, Sec. 4.2, which pads with zeros).
 """
@@ -137,6 +145,63 @@ class TokenCorpus:
         if self._packing == "windows":
             return store.windows(self.seq_len, max_tokens, batch_size)
         return Packed(store, self.seq_len).windows(max_tokens, batch_size)
+
+
+class MixtureCorpus:
+    """Rows of several TokenCorpus: of every PERIOD rows each part gives its share, in a seeded order. A part
+    begins a new epoch when its own rows are through. Held-out rows are those of the parts, one after the other.
+    """
+
+    unit = "token"
+
+    def __init__(self, config: MixtureConfig) -> None:
+        """UserError where a part is missing, has another tokenizer than the first, or a weight that no row
+        of PERIOD would show."""
+        self._parts = [TokenCorpus(p.path, config.seq_len, packing=config.packing) for p in config.parts]
+        first = self._parts[0]
+        self.seq_len, self.vocab_size, self.tokenizer = config.seq_len, first.vocab_size, first.tokenizer
+        for given, part in zip(config.parts, self._parts, strict=True):
+            if part.tokenizer.fingerprint != self.tokenizer.fingerprint:
+                problem = f"has another tokenizer than {config.parts[0].path}"
+                remedy = f"prepare it with --tokenizer {config.parts[0].path}/tokenizer"
+                raise UserError("data.parts", given.path, problem, remedy)
+        self._counts = shares([part.weight for part in config.parts], PERIOD)
+        if 0 in self._counts:
+            smallest = min(config.parts, key=lambda part: part.weight)
+            problem = f"its weight {smallest.weight} is less than 1 of {PERIOD} rows"
+            raise UserError("data.parts", smallest.path, problem, "raise it, or leave the part out")
+        named = [(part.identity, count) for part, count in zip(self._parts, self._counts, strict=True)]
+        self.identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+    def batch(
+        self,
+        step: int,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        micro_index: int,
+        micro_size: int,
+    ) -> Batch:
+        """See ``train.data.Corpus.batch``."""
+        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
+        which, numbers = mixed(row_numbers(step, global_batch=global_batch, **place), self._counts, seed)
+        chosen = [np.flatnonzero(which == part) for part in range(len(self._parts))]
+        batches = [self._parts[i].rows(numbers[rows], seed) for i, rows in enumerate(chosen) if len(rows)]
+        order = torch.from_numpy(np.argsort(np.concatenate(chosen), kind="stable"))
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(batch, name) for batch in batches])[order]
+
+        documents = None if batches[0].documents is None else joined("documents")
+        return Batch(joined("inputs"), joined("targets"), joined("mask"), documents)
+
+    def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
+        """The first held-out rows of each part, of ``max_tokens`` in proportion to its weight."""
+        bounds = [None if max_tokens is None else max_tokens * count // PERIOD for count in self._counts]
+        parts = zip(self._parts, bounds, strict=True)
+        return chain.from_iterable([part.windows(bound, batch_size) for part, bound in parts])
 
 
 class ImageCorpus:
@@ -268,6 +333,7 @@ def _generated(config: GeneratedConfig, fills_in: bool) -> Corpus:
 
 
 CORPORA: dict[type[DataConfig], Callable[[Any, bool], Corpus]] = {
+    MixtureConfig: lambda config, fills_in: MixtureCorpus(config),
     TokensConfig: lambda config, fills_in: TokenCorpus(config.path, config.seq_len, packing=config.packing),
     ImagesConfig: lambda config, fills_in: ImageCorpus(config.path, config.augment),
     **dict.fromkeys(TASKS, _generated),

@@ -3,10 +3,14 @@ step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from rdlm.data.synthetic import mix64
 from rdlm.errors import UserError
+
+_MIX_KEY = 0x3117  # apart from other uses of the seed
 
 
 def row_numbers(
@@ -38,6 +42,33 @@ def shuffled(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
         inside = epochs == epoch
         items[inside] = permute(positions[inside], count, seed, int(epoch))
     return items
+
+
+def shares(weights: Sequence[float], count: int) -> list[int]:
+    """``count`` in whole parts in proportion to ``weights``: the largest remainders are rounded up."""
+    exact = [weight / sum(weights) * count for weight in weights]
+    parts = [int(part) for part in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda i: (parts[i] - exact[i], i))
+    for i in by_remainder[: count - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+def mixed(rows: np.ndarray, counts: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers -> (part, number of the row in that part's own endless list), both int64.
+
+    Of every sum(counts) rows part i gives counts[i], in an order of their own; each row of a part comes once.
+    """
+    period = sum(counts)
+    ends = np.cumsum(counts)
+    rounds, positions = np.divmod(rows, period)
+    slots = np.empty_like(rows)
+    for number in np.unique(rounds):
+        inside = rounds == number
+        slots[inside] = permute(positions[inside], period, seed ^ _MIX_KEY, int(number))
+    part = np.searchsorted(ends, slots, side="right")
+    own = np.asarray(counts)[part]
+    return part, rounds * own + slots - (ends[part] - own)
 
 
 def permute(positions: np.ndarray, count: int, seed: int, epoch: int) -> np.ndarray:
