@@ -25,6 +25,8 @@ ADAM = 8
 """Bytes of AdamW's two fp32 moments per parameter."""
 MASTER = 4
 """Bytes of the fp32 copy of a weight."""
+AVERAGE = 4
+"""Bytes of the fp32 average of a weight."""
 SUM = 4
 """Bytes of a gradient summed up in fp32."""
 TEMPORARIES = 8
@@ -146,7 +148,7 @@ def predict(config: TrainConfig, world: int, on_gpu: bool = False) -> Memory:
     )
     return Memory(
         parameters=width * (sizes.parameters // (shares if stage == 3 else 1)) + sizes.frozen,
-        optimizer=(ADAM + masters) * owned,
+        optimizer=(ADAM + masters + (AVERAGE if config.ema is not None else 0)) * owned,
         gradients=gradients,
         activations=kept + peak - gradients,
     )

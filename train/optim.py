@@ -56,8 +56,10 @@ class Muon(Optimizer):
         others = [dict(group) for group in groups if not group["matrices"]]
         self._parts: list[tuple[bool, Optimizer]] = []
         if matrices:
-            given = {"momentum": spec.momentum, "adjust_lr_fn": "match_rms_adamw"}
-            self._parts.append((True, torch.optim.Muon(matrices, lr=spec.lr, **given)))
+            muon = torch.optim.Muon(
+                matrices, lr=spec.lr, momentum=spec.momentum, adjust_lr_fn="match_rms_adamw"
+            )
+            self._parts.append((True, muon))
         if others:
             self._parts.append((False, adamw(others, spec)))
         for of_matrices, part in self._parts:

@@ -257,7 +257,8 @@ class Trainer:
         every = torch.tensor(sums, dtype=torch.float64, device=self.device)
         if self.config.deepspeed.zero_stage > 0:  # each process has a part of the moments
             dist.all_reduce(every[:2])
-        found = noise_scale(*every.tolist(), spec.betas[0], self.config.batch.global_size)
+        squares, seconds, updates = every.tolist()
+        found = noise_scale(squares, seconds, updates, spec.betas[0], self.config.batch.global_size)
         return {} if found is None else {"gradient_noise": found}
 
     def save(self) -> None:
