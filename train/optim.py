@@ -145,7 +145,9 @@ def parameter_groups(model: nn.Module, spec: OptimizerConfig, lora: LoraConfig |
     behind = layers_behind(model) if spec.layer_decay < 1 else {}
     for name, parameter in model.named_parameters():
         frozen = not trains(name) or (lora is not None and not is_trained(name, lora))
-        factor = 0.0 if frozen else lr_factor(plain_name(name), spec) * spec.layer_decay ** behind.get(name, 0)
+        factor = (
+            0.0 if frozen else lr_factor(plain_name(name), spec) * spec.layer_decay ** behind.get(name, 0)
+        )
         place = (factor, id(parameter) in matrices)
         (found if factor else still).setdefault(place, []).append(parameter)
     found |= still
