@@ -51,7 +51,7 @@ WEIGHT = "weight"
 FREE_FIELDS = (
     "output", "checkpoint", "evaluation", "log", "samples", "nonfinite", "deterministic", "resident.rest", "data.path", "init_from",
     "branch_from", "ema.export", "data.parts",
-    "allow_changes",
+    "allow_changes", "profile",
 )  # fmt: skip
 """Sections and fields that change nothing in what is computed. Data are compared by their identity, not by
 their place."""
@@ -59,7 +59,7 @@ RECORDED_FIELDS = (
     "name", "optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay",
     "optimizer.grad_clip", "optimizer.freeze", "optimizer.lr_factors", "optimizer.layer_decay",
     "optimizer.momentum", "ema", "schedule", "recurrence", "precision", "deepspeed", "batch.micro_size",
-    "activation_checkpointing",
+    "activation_checkpointing", "compile", "noise_source",
 )  # fmt: skip
 """Those that change how the run goes on but neither the model nor the order of the data: allowed, and noted
 in the manifest."""

@@ -20,6 +20,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rdlm.nn.transformer import TransformerLayer
 from train.offload import Mover, Store
 from train.optim import reset_state
 from train.settings import TrainConfig
@@ -56,7 +57,7 @@ def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
         # Stages 1 and 2: one stream, so that the order of additions, and every bit, stays the same between
         # runs. Stage 3: without
         # it gathers and reductions would run on the stream of the computation, one after the other.
-        "overlap_comm": spec.zero_stage == 3,
+        "overlap_comm": spec.zero_stage == 3 if spec.overlap_comm is None else spec.overlap_comm,
     }
     if spec.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -67,6 +68,10 @@ def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
             zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = spec.live_elements
         if spec.offload_param == "cpu":
             zero["offload_param"] = {"device": "cpu"}
+        if config.compile == "blocks":
+            # One gather for a layer instead of one for each of its matrices, whose hooks no compiler could trace.
+            layer = TransformerLayer
+            zero["leaf_module"] = {"classes": [f"{layer.__module__}.{layer.__qualname__}"]}
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
@@ -76,6 +81,8 @@ def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # OPTIMIZERS of train/optim.py decides
         "steps_per_print": None,
     }
+    if spec.communication_dtype != "auto":
+        result["communication_data_type"] = spec.communication_dtype
     if config.precision == "bf16" and spec.zero_stage > 0:  # stage 0 offers bf16 accumulation only
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result

@@ -23,14 +23,16 @@ from train.ema import KEY as AVERAGE
 from train.ema import keep_average
 from train.lora import is_trained, plain_name
 from train.patterns import matches
+from train.process import device_kind
 from train.settings import LoraConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 Groups = list[dict]
 
 
 def adamw(groups: Groups, spec: OptimizerConfig) -> Optimizer:
-    """Decoupled weight decay (Loshchilov and Hutter 2019)."""
-    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+    """Decoupled weight decay (Loshchilov and Hutter 2019). On GPUs in one kernel, without temporaries."""
+    fused = device_kind() == "cuda" or None
+    return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)
 
 
 def offloaded_adamw(groups: Groups, spec: OptimizerConfig) -> Optimizer:

@@ -265,6 +265,11 @@ class DeepSpeedConfig(Strict):
     offload_param: Literal["none", "cpu"] = "none"
     bucket_elements: int = Field(50_000_000, ge=1)
     """Elements reduced or gathered in one message."""
+    overlap_comm: bool | None = None
+    """Send gradients while the backward pass computes, on a stream of their own. None: at stage 3 alone, where
+    weights are gathered so; at stages 1 and 2 it changes the order of additions between runs."""
+    communication_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """In which gradients are sent. auto is DeepSpeed's choice, the precision of the weights."""
     live_elements: int | None = Field(None, ge=1)
     """ZeRO 3: most elements of gathered weights in memory; a small bound gathers more often. None:
     DeepSpeed's 1,000 million."""
@@ -354,6 +359,15 @@ class WandbConfig(Strict):
     entity: str | None = None
 
 
+class ProfileConfig(Strict):
+    """A trace of some updates by torch's profiler, of each process, in ``output/profile``."""
+
+    start: int = Field(ge=0)
+    """The first update that is recorded; two before it warm the profiler up."""
+    steps: int = Field(3, ge=1, le=100)
+    """Updates that are recorded."""
+
+
 class LogConfig(Strict):
     interval_steps: int = Field(1, ge=1)
     tensorboard: bool = True
@@ -404,6 +418,13 @@ class TrainConfig(Strict):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
+    compile: Literal["off", "blocks"] = "off"
+    """blocks: run transformer layers through torch.compile. It needs a C++ compiler on a CPU, and Triton on a
+    GPU; results differ by rounding."""
+    noise_source: Literal["generator", "counter"] = "generator"
+    """What makes the noise of targets and random states. generator: torch's generator on one CPU thread, as in all
+    runs without this field. counter: a hash, computed on the device, with a fixed number of noised positions in a
+    micro-batch: for GPUs, which would wait for the CPU."""
     deterministic: bool = False
     """On GPUs: deterministic kernels, which bit-exact resuming needs there and which cost time. CPUs need no
     switch."""
@@ -412,6 +433,7 @@ class TrainConfig(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     samples: SamplesConfig = SamplesConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig | None = None
 
     @model_validator(mode="before")
     @classmethod

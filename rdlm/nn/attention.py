@@ -52,7 +52,11 @@ def _slowed(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x: [B, T, H, Dh]; table: complex64 [B or 1, T, 1, Dh/2] -> [B, T, H, Dh] in x's dtype."""
+    """x: [B, T, H, Dh]; table: complex64 [B or 1, T, 1, Dh/2], or the same as pairs of fp32 [..., Dh/2, 2], which
+    a compiler can fuse -> [B, T, H, Dh] in x's dtype. Both forms give the same bits where nothing is fused."""
+    if not table.is_complex():
+        (a, b), (c, d) = x.float().unflatten(-1, (-1, 2)).unbind(-1), table.unbind(-1)
+        return torch.stack([a * c - b * d, a * d + b * c], dim=-1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
@@ -89,7 +93,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_ca
     return out.transpose(1, 2)
 
 
-class CausalContext:
+class KeepsRope:
+    """Part of contexts under which compiled layers may run: their rotary table is made before, outside of the
+    compiled code, which would make it again in every layer."""
+
+    _pairs: Tensor | None = None
+
+    def prepare_rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> None:
+        """Make the table of ``rope`` as pairs of real numbers. The layers of a model all ask for one table."""
+        if self._pairs is None:
+            self._pairs = torch.view_as_real(self.rope(num_dims, base, scaling))
+
+    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+        """The prepared pairs in compiled code, elsewhere complex numbers; see AttentionContext."""
+        if self._pairs is not None and torch.compiler.is_compiling():
+            return self._pairs
+        return self._rope(num_dims, base, scaling)
+
+    def _rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
+        raise NotImplementedError
+
+
+class CausalContext(KeepsRope):
     """Rows are positions 0..T-1 of whole sequences; row i sees rows j <= i."""
 
     is_causal = True
@@ -100,7 +125,7 @@ class CausalContext:
     def positions(self) -> Tensor:
         return torch.arange(self.length, device=self.device)[None]
 
-    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+    def _rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
         return rotary_table(num_dims, base, self.length, self.device, scaling)[None, :, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -114,24 +139,17 @@ class DocumentContext(CausalContext):
     def __init__(self, documents: Tensor) -> None:
         """documents: int64 [B, T], the document of each row, rising along T."""
         super().__init__(documents.shape[1], documents.device)
-        self.documents = documents
-
-    @cached_property
-    def mask(self) -> Tensor:
+        self.mask = (same_document(documents) & _lower(self.length, self.device)).unsqueeze(1)
         """bool [B, 1, T, T], True where the row may look."""
-        return (same_document(self.documents) & _lower(self.length, self.device)).unsqueeze(1)
-
-    @cached_property
-    def _positions(self) -> Tensor:
-        places = torch.arange(self.length, device=self.device).expand_as(self.documents)
-        starts = torch.ones_like(self.documents, dtype=torch.bool)
-        starts[:, 1:] = self.documents[:, 1:] != self.documents[:, :-1]
-        return places - places.where(starts, 0).cummax(1).values
+        places = torch.arange(self.length, device=self.device).expand_as(documents)
+        starts = torch.ones_like(documents, dtype=torch.bool)
+        starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        self._positions = places - places.where(starts, 0).cummax(1).values
 
     def positions(self) -> Tensor:
         return self._positions
 
-    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+    def _rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
         table = rotary_table(num_dims, base, self.length, self.device, scaling)
         return table[self._positions].unsqueeze(2)
 
@@ -200,11 +218,16 @@ class LaterLayers:
     def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
         return self.inner.rope(num_dims, base, scaling)
 
+    def prepare_rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> None:
+        """See KeepsRope."""
+        if isinstance(self.inner, KeepsRope):
+            self.inner.prepare_rope(num_dims, base, scaling)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         return self.inner.attend(q, k, v, layer + self.shift)
 
 
-class TwoStreamContext:
+class TwoStreamContext(KeepsRope):
     """Rows are a clean stream 0..T-1 followed by a noisy stream 0..T-1 of the same positions (DiffusionBlocks
     App. E.4).
 
@@ -223,16 +246,12 @@ class TwoStreamContext:
         """documents: see DocumentContext; None: each sequence is one."""
         self.length, self.sees_own_clean, self.device = length, sees_own_clean, torch.device(device)
         self._one = CausalContext(length, device) if documents is None else DocumentContext(documents)
-        self.documents = documents
-
-    @cached_property
-    def mask(self) -> Tensor:
+        square = self._streams()
+        self.mask = square
         """bool [2T, 2T], with documents [B, 1, 2T, 2T]: True where the row may look."""
-        if self.documents is None:
-            return self._streams
-        return (same_document(self.documents).repeat(1, 2, 2) & self._streams).unsqueeze(1)
+        if documents is not None:
+            self.mask = (same_document(documents).repeat(1, 2, 2) & square).unsqueeze(1)
 
-    @property
     def _streams(self) -> Tensor:
         square = torch.ones(self.length, self.length, dtype=torch.bool, device=self.device)
         clean = square.tril()
@@ -243,7 +262,7 @@ class TwoStreamContext:
     def positions(self) -> Tensor:
         return self._one.positions().repeat(1, 2)
 
-    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+    def _rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
         return self._one.rope(num_dims, base, scaling).repeat(1, 2, 1, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

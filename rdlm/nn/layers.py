@@ -117,7 +117,9 @@ class MLP(nn.Module):
 
     def _inner(self, wide: Tensor) -> Tensor:
         if self.kind == "swiglu":
-            inner: Tensor = _SwiGLU.apply(wide)
+            # A compiler fuses the plain form by itself, and cannot trace the other.
+            gate, up = wide.chunk(2, dim=-1) if torch.compiler.is_compiling() else (None, None)
+            inner: Tensor = _SwiGLU.apply(wide) if gate is None or up is None else F.silu(gate) * up
         else:
             inner = F.relu(wide).square() if self.kind == "relu2" else F.gelu(wide)
         return inner if self.scale == 1.0 else self.scale * inner
