@@ -23,7 +23,7 @@ def _signed(word: int) -> int:
 
 
 _GOLDEN, _MIX_1, _MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_AT_ONCE = {"cpu": 1 << 14}
+_AT_ONCE = {"cpu": 1 << 16}
 """Pairs of normals made at a time, by device: on a CPU what its cache holds."""
 _AT_ONCE_GPU = 1 << 24
 
@@ -61,25 +61,28 @@ class CounterStream:
         high, low = bits >> 32 & 0xFFFF_FFFF, bits & 0xFFFF_FFFF
         return (high.float() + 0.5) * 2**-32, low.float() * 2**-32
 
-    def normals(self, rows: Tensor, width: int) -> Tensor:
-        """Standard normal numbers of these rows: int64 [M] -> fp32 [M, width] on the device of ``rows``."""
+    def normals(self, rows: Tensor, width: int, cut: float | None = None) -> Tensor:
+        """Standard normal numbers of these rows, or those cut at +- ``cut`` (by inverting the distribution
+        function): int64 [M] -> fp32 [M, width] on the device of ``rows``."""
         pairs = (width + 1) // 2
         out = torch.empty(len(rows), width, dtype=torch.float32, device=rows.device)
         at_once = max(1, _AT_ONCE.get(rows.device.type, _AT_ONCE_GPU) // pairs)
         for first in range(0, len(rows), at_once):
             span = slice(first, first + at_once)
             one, other = self.uniforms(rows[span], pairs)
-            radius, angle = one.log_().mul_(-2.0).sqrt_(), other.mul_(2 * math.pi)
-            out[span, :pairs] = radius * angle.cos()
-            out[span, pairs:] = (radius * angle.sin())[:, : width - pairs]
+            if cut is None:
+                radius, angle = one.log_().mul_(-2.0).sqrt_(), other.mul_(2 * math.pi)
+                one, other = radius * angle.cos(), radius * angle.sin()
+            else:
+                one, other = _inverted(one, cut), _inverted(other, cut)
+            out[span, :pairs], out[span, pairs:] = one, other[:, : width - pairs]
         return out
 
-    def truncated_normals(self, rows: Tensor, width: int, cut: float) -> Tensor:
-        """The same cut at +- ``cut``, by inverting the distribution function."""
-        pairs = (width + 1) // 2
-        inside = math.erf(cut / math.sqrt(2))
-        uniform = torch.cat(self.uniforms(rows, pairs), 1)[:, :width]
-        return torch.erfinv((2 * uniform - 1) * inside).mul_(math.sqrt(2)).clamp_(-cut, cut)
+
+def _inverted(uniform: Tensor, cut: float) -> Tensor:
+    """fp32 in [0, 1] -> a normal number within +- ``cut``."""
+    inside = math.erf(cut / math.sqrt(2))
+    return torch.erfinv((2 * uniform - 1) * inside).mul_(math.sqrt(2)).clamp_(-cut, cut)
 
 
 Stream = torch.Generator | CounterStream

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from train.engines import ResidentEngines
+from train.flop_trace import UpdateFlops, peak_flops
 from train.optim import learning_rate
 from train.wandb_sink import Wandb
 
@@ -27,67 +26,12 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL = 10.0
 """Seconds between two progress lines where there is no terminal."""
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-"""Dense 16-bit operations per second of a device whose name contains the key, from NVIDIA's data sheets."""
-
-
 SPIKE_WINDOW = 64
 """Records that a loss is compared with."""
 SPIKE = 6.0
 """Deviations above their median from which a loss is counted as a spike."""
 Sink = Callable[[str, dict[str, Any]], None]
 """(name of the log, record) -> None."""
-
-
-class FlopCounter(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and attention of the passes that run under it.
-
-    Their number varies with the core steps of a batch, so the first ``SAMPLES`` batches of a run are counted
-    and averaged.
-    """
-
-    SAMPLES = 8
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = self.samples = 0
-
-    @property
-    def wanted(self) -> bool:
-        return self.samples < self.SAMPLES
-
-    @property
-    def mean(self) -> float:
-        """Operations of one micro-batch, forward and backward pass."""
-        return self.total / max(1, self.samples)
-
-    def __enter__(self) -> FlopCounter:
-        self.samples += 1
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Operations per second that the device could do in 16 bits, None where that is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
 
 
 class MetricsLog:
@@ -284,6 +228,10 @@ class Report:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, config = trainer, trainer.config
         self.progress = Progress(config.schedule.steps, trainer.step, trainer.terminal, trainer.corpus.unit)
+        parts, size = range(len(trainer.engines)), (trainer.micro_size, trainer.corpus.seq_len)
+        whole = len(trainer.engines) == 1
+        configs = [config if whole else config.model_copy(update={"block": block}) for block in parts]
+        self._flops = [UpdateFlops(each.checkpoint_config, *size) for each in configs]
         self.first_loss: float | None = None
         self.last_losses: list[float] = []
         self.spikes = 0
@@ -349,7 +297,7 @@ class Report:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "peak_memory_bytes": peak_memory(trainer.device),
-            **self._utilisation(seconds / steps),
+            **self._utilisation(seconds),
         }
         record |= more or {}
         deviation = spike(record["loss"], self.losses)
@@ -374,12 +322,13 @@ class Report:
         self.log.write(record)
         self.progress.update(trainer.step, record)
 
-    def _utilisation(self, step_seconds: float) -> dict[str, float]:
-        """Operations per second of one process, and their share of what its device could do where that is
-        known."""
-        done = self.trainer.flops.mean * self.trainer.accumulation / step_seconds
-        peak = peak_flops(self.trainer.device)
-        return {"tflops": done / 1e12, **({} if peak is None else {"mfu": done / peak})}
+    def _utilisation(self, seconds: float) -> dict[str, float]:
+        """Operations per second of one process since the last record, and their share of what its device could do
+        where that is known."""
+        depths, self.trainer.depths = self.trainer.depths, []
+        done = self.trainer.accumulation * sum(self._flops[block].of(steps) for block, steps in depths)
+        peak, rate = peak_flops(self.trainer.device), done / seconds
+        return {"tflops": rate / 1e12, **({} if peak is None else {"mfu": rate / peak})}
 
     def held_out(self, found: dict[str, float]) -> None:
         """Record what train/evaluate.py measured."""

@@ -8,7 +8,6 @@ import fcntl
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from rdlm.objectives.blockwise import blockwise, drawn_block
 from rdlm.registry import build
 from train import checkpoints as resume
 from train.checkpoints import RunState
+from train.compilation import compile_layers, uncompiled
 from train.data import Corpus
 from train.engines import (
     ResidentEngines,
@@ -42,12 +42,14 @@ from train.evaluate import held_out
 from train.export import find_checkpoint, initialize_from
 from train.gradient_noise import moment_sums, noise_scale
 from train.lora import add_adapters, dropout_seed
-from train.metrics import FlopCounter, Report
+from train.metrics import Report
 from train.offload import InHost, OnDisk
 from train.optim import build_optimizer, learning_rate, set_learning_rate
 from train.process import ProcessError
+from train.profiling import Profiler
 from train.samples import record, written_texts
 from train.settings import TrainConfig
+from train.staging import Reader, on_device
 
 
 def recompute_layers(denoiser: Objective) -> None:
@@ -122,7 +124,9 @@ class Trainer:
         self._last_good: tuple[Batch, Keys] | None = None
         """The first micro-batch of the last update that was finite, and what its noise is drawn from."""
         self._nonfinite_in_a_row = self._rollbacks = 0
-        self.flops = FlopCounter()
+        self.depths: list[tuple[int, int]] = []
+        """(Block, core steps) of the updates since the last record."""
+        self._reader = Reader(lambda index: self._batches(index))
         self.state = self._resume()
         self._saved_step = self.step
 
@@ -161,6 +165,8 @@ class Trainer:
                 self.say(line)
         add_adapters(denoiser, self.config.lora, self.config.seed)
         self._networks.append(denoiser)
+        if self.config.compile == "blocks":
+            compile_layers(denoiser)
         if self.config.activation_checkpointing:
             recompute_layers(denoiser)
         optimizer = build_optimizer(denoiser, self.config)
@@ -174,21 +180,25 @@ class Trainer:
         config = self.config
         report = Report(self) if self.rank == 0 else None
         seconds, cpu = time.perf_counter(), time.process_time()
+        profiler = Profiler(config.profile, self.output, self.rank)
         while self.step < config.schedule.steps:
             index = self.step + self.state.skipped
-            batches = self._batches(index)
+            batches = self._reader.take(index, index + 1 if self.step + 1 < config.schedule.steps else None)
+            profiler.before(self.step)
             positions, stopping = self._agree(
                 sum(float(batch.mask.sum()) for batch in batches), should_stop()
             )
             if stopping:
                 break
-            tally = self.train_step([batch.to(self.device) for batch in batches], positions)
+            tally = self.train_step(on_device(batches, self.device), positions)
+            for line in profiler.after(self.step):
+                self.say(line)
             self.step += 1
             if not tally.finite:
                 self._after_nonfinite(report)
             else:
                 self._nonfinite_in_a_row = 0
-                self._last_good = batches[0], Keys(self.config.seed, index, self.rank, 0)
+                self._last_good = batches[0], self._keys(index, 0)
             if tally.finite and (
                 self.step % config.log.interval_steps == 0 or self.step == config.schedule.steps
             ):
@@ -221,9 +231,8 @@ class Trainer:
         for micro, batch in enumerate(batches):
             if self.config.lora is not None and self.config.lora.dropout:
                 torch.manual_seed(dropout_seed(self.config.seed, index, self.rank, micro))
-            with self.flops if micro == 0 and self.flops.wanted else nullcontext():
-                total, count, metrics = engine(batch, Keys(self.config.seed, index, self.rank, micro))
-                engine.backward(total * scale)
+            total, count, metrics = engine(batch, self._keys(index, micro))
+            engine.backward(total * scale)
             tally.add(total, count, metrics)
             if micro == len(batches) - 1:
                 self._own_norm = unreported_grad_norm(engine)
@@ -232,8 +241,13 @@ class Trainer:
             else:
                 engine.step()
         applied = engine.was_step_applied() if self._own_norm is None else bool(self._own_norm.isfinite())
-        tally.finite = self._everywhere(applied and bool(torch.isfinite(torch.as_tensor(tally.total))))
+        tally.finite = self._everywhere(torch.as_tensor(tally.total).isfinite() & applied)
+        depth, number = tally.metrics["core_steps"]  # in host memory
+        self.depths.append((self.block, round(float(depth) / number)))
         return tally
+
+    def _keys(self, index: int, micro: int) -> Keys:
+        return Keys(self.config.seed, index, self.rank, micro, self.config.noise_source)
 
     def due(self) -> DeepSpeedEngine:
         """The engine whose block is trained in the next update."""
@@ -279,6 +293,7 @@ class Trainer:
 
     def close(self) -> None:
         """Let another run have the output folder."""
+        self._reader.close()
         if self.rank == 0:
             self._lock.close()
 
@@ -355,9 +370,9 @@ class Trainer:
         dist.all_reduce(both)
         return float(both[0]), bool(both[1] > 0)
 
-    def _everywhere(self, mine: bool) -> bool:
-        """Whether it is so on every process."""
-        flag = torch.tensor(float(mine), device=self.device)
+    def _everywhere(self, mine: bool | Tensor) -> bool:
+        """Whether it is so on every process. The host waits for the device here, once an update."""
+        flag = torch.as_tensor(mine, device=self.device).float()
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
 
@@ -389,7 +404,7 @@ class Trainer:
                 raise self._diverged(f"training diverged at update {self.step}")
             return
         batch, keys = self._last_good
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled():
             total, _, _ = self.engines[self.block].module(batch.to(self.device), keys)
         if not self._everywhere(bool(total.isfinite())):
             raise self._diverged(f"training diverged before update {self.step + 1}")
@@ -408,7 +423,8 @@ class Trainer:
     def _evaluate(self, report: Report | None) -> None:
         if not self._is_due(self.config.evaluation.interval_steps):
             return
-        found = held_out(self._whole(), self.config, self.corpus, self.device)
+        with uncompiled():
+            found = held_out(self._whole(), self.config, self.corpus, self.device)
         if report is not None:
             report.held_out(found)
         if self.config.checkpoint.keep_best:

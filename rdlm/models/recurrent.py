@@ -142,13 +142,8 @@ class Recurrent(Backbone):
             return e
         std, cut = loop.state_std or 0.0, loop.state_cut
         if isinstance(generator, CounterStream):
-            rows, width = torch.arange(e.shape[0] * e.shape[1], device=e.device), e.shape[2]
-            plain = cut is None or std == 0
-            drawn = (
-                generator.normals(rows, width)
-                if plain
-                else generator.truncated_normals(rows, width, cast(float, cut))
-            )
+            rows = torch.arange(e.shape[0] * e.shape[1], device=e.device)
+            drawn = generator.normals(rows, e.shape[2], None if std == 0 else cut)
             return (std * loop.state_scale * drawn.view(e.shape)).to(e)
         state = torch.empty(e.shape, dtype=torch.float32, device=generator.device if generator else e.device)
         if cut is None or std == 0:

@@ -64,7 +64,7 @@ from rdlm.objectives.base import (
     TokenScores,
 )
 from rdlm.objectives.depth import drawn_depths, rows_at_work
-from rdlm.random_streams import Stream, generator
+from rdlm.random_streams import Stream, counter_stream, generator
 
 _NOISE_KEY, STATE_KEY = 2, 3
 EVIDENCE_FLOOR = 0.02
@@ -248,7 +248,7 @@ class NextToken(Objective):
 
     def traced_loss(self, inputs: Tensor, num_steps: int, read_out: ReadOut) -> Tensor:
         noised = self.noised_without_values(inputs)
-        hidden = self.hidden(inputs, noised, [num_steps] * len(inputs), torch.Generator())
+        hidden = self.hidden(inputs, noised, [num_steps] * len(inputs), counter_stream(0))  # needs no value
         return self.read_traced(hidden, noised, read_out)
 
     def noised_without_values(self, inputs: Tensor) -> Noised | None:
