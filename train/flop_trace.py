@@ -32,6 +32,15 @@ PEAK_FLOPS = {
 """Dense 16-bit operations per second of a device whose name contains the key, from NVIDIA's data sheets. The first
 key that fits counts."""
 
+aten = torch.ops.aten
+FORMULAS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
 
 class FlopCounter(TorchDispatchMode):
     """Counts matrix products and attention; of causal attention only pairs that see each other."""
@@ -42,7 +51,7 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             found = formula(*args, **(kwargs or {}), out_val=result)
             if "attention" in func.__name__ and any(arg is True for arg in (*args, *(kwargs or {}).values())):
