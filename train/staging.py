@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def on_device(batches: list[Batch], device: torch.device) -> list[Batch]:
             buffer[start : start + part.nbytes] = part.contiguous().view(-1).view(torch.uint8)
     there = staged(buffer, device)
 
-    def placed(start: int, part: Tensor | None) -> Tensor | None:
+    def placed(start: int, part: Tensor | None) -> Any:
         if part is None:
             return None
         return there[start : start + part.nbytes].view(part.dtype).view(part.shape)
