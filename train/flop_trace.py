@@ -76,15 +76,13 @@ class UpdateFlops:
     def __init__(self, config: CheckpointConfig, micro_size: int, seq_len: int) -> None:
         self.config, self.sizes = config, (micro_size, seq_len)
 
-    def of(self, core_steps: int) -> float:
-        """Every step costs the same, with gradient or without: traced where that changes, linear in between."""
-        with_gradient = min(self.config.objective.depth_in_training.grad_steps, core_steps)
-        found = self._line(with_gradient, 1)
-        if core_steps > with_gradient:
-            found = self._line(core_steps, with_gradient)
-        return found
+    def of(self, core_steps: float) -> float:
+        """Every step costs the same, with gradient or without: traced where that changes, linear in between and
+        for a mean of several r."""
+        most = self.config.objective.depth_in_training.grad_steps
+        return self._line(core_steps, most if core_steps > most else 1)
 
-    def _line(self, at: int, first: int) -> float:
+    def _line(self, at: float, first: int) -> float:
         start = self._traced(first)
         return start if at == first else start + (at - first) * (self._traced(first + 1) - start)
 

@@ -124,8 +124,8 @@ class Trainer:
         self._last_good: tuple[Batch, Keys] | None = None
         """The first micro-batch of the last update that was finite, and what its noise is drawn from."""
         self._nonfinite_in_a_row = self._rollbacks = 0
-        self.depths: list[tuple[int, int]] = []
-        """(Block, core steps) of the updates since the last record."""
+        self.depths: list[tuple[int, float]] = []
+        """(Block, mean of its core steps) of the updates since the last record."""
         self._reader = Reader(lambda index: self._batches(index))
         self.state = self._resume()
         self._saved_step = self.step
@@ -243,7 +243,7 @@ class Trainer:
         applied = engine.was_step_applied() if self._own_norm is None else bool(self._own_norm.isfinite())
         tally.finite = self._everywhere(torch.as_tensor(tally.total).isfinite() & applied)
         depth, number = tally.metrics["core_steps"]  # in host memory
-        self.depths.append((self.block, round(float(depth) / number)))
+        self.depths.append((self.block, float(depth) / number))
         return tally
 
     def _keys(self, index: int, micro: int) -> Keys:
@@ -444,7 +444,8 @@ class Trainer:
         asked, tokenizer = self.config.samples, self.corpus.tokenizer
         if tokenizer is None or not self._is_due(asked.interval_steps):
             return
-        texts = written_texts(self._whole(), asked, tokenizer, self.config.model.max_seq_len, self.device)
+        with uncompiled():
+            texts = written_texts(self._whole(), asked, tokenizer, self.config.model.max_seq_len, self.device)
         if report is not None:
             record(self.output / "samples.md", self.config.name, self.step, texts, report.held_out_log)
 

@@ -213,7 +213,16 @@ def train_config(path: Path) -> dict[str, Any]:
     from train.settings import load as load_settings
 
     document = load_settings(path).model_dump(mode="json")
-    for newer in ("init_from", "allow_changes", "deterministic", "nonfinite", "samples", "compile", "noise_source", "profile"):
+    for newer in (
+        "init_from",
+        "allow_changes",
+        "deterministic",
+        "nonfinite",
+        "samples",
+        "compile",
+        "noise_source",
+        "profile",
+    ):
         del document[newer]
     for newer in ("name", "freeze", "lr_factors"):
         del document["optimizer"][newer]
