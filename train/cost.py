@@ -18,7 +18,7 @@ from rdlm.objectives import Objective
 from rdlm.objectives.base import Keys
 from rdlm.objectives.depth import drawn_depths
 from rdlm.registry import build
-from train.metrics import FlopCounter
+from train.flop_trace import FlopCounter
 from train.settings import ImagesConfig, TrainConfig
 
 ROWS = 4

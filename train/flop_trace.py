@@ -3,6 +3,7 @@ without data, as train/memory_trace.py finds its bytes."""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -79,7 +80,7 @@ class UpdateFlops:
     def of(self, core_steps: float) -> float:
         """Every step costs the same, with gradient or without: traced where that changes, linear in between and
         for a mean of several r."""
-        most = self.config.objective.depth_in_training.grad_steps
+        most = self.config.objective.depth_in_training.window(math.ceil(core_steps))
         return self._line(core_steps, most if core_steps > most else 1)
 
     def _line(self, at: float, first: int) -> float:
