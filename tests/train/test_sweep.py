@@ -20,7 +20,7 @@ from rdlm.objectives.base import Keys
 from rdlm.objectives.depth import drawn_depths
 from rdlm.registry import build
 from train.cost import update_flops, updates_within
-from train.metrics import FlopCounter
+from train.flop_trace import FlopCounter
 from train.settings import TrainConfig, load
 from train.sweep import Sweeper, read_sweep
 
