@@ -3,9 +3,11 @@ and ``rdlm inspect``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rdlm.checkpoints import folder as checkpoint
+from rdlm.checkpoints.convert.base import HUB_ID, local
+from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.checkpoints.folder import Loaded
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.errors import UserError, reason
@@ -21,14 +25,115 @@ from rdlm.nn.attention import AttentionContext
 from rdlm.objectives import Objective
 from rdlm.random_streams import generator
 from rdlm.registry import build
+from rdlm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer."""
+
+    text: str
+    tokens: list[int]
+    steps: list[int]
+    """Core steps of the position that each token was drawn from."""
+    finish: str
+    """stop: an end of text or a stop string; length: ``max_tokens``."""
+
+
+class Engine(Protocol):
+    """What ``Model.generate`` asks of the engine that the server runs (serve/in_process.py). rdlm imports no
+    other package: the one that is used is handed over by rdlm/__init__.py."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_steps: int,
+        *,
+        max_tokens: int,
+        sampling: SamplingParams,
+        seed: int,
+        stop: Sequence[str],
+        exit_criterion: str | None,
+        exit_threshold: float | None,
+        kv_cache: Literal["shared", "full"],
+    ) -> list[Generation]: ...
 
 
 class Model:
     """A checkpoint of text in memory. ids: [B, T] int64; a state is what stands before the read-out after K
-    core steps."""
+    core steps. K is None for the default of the checkpoint."""
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, folder: Path, loaded: Loaded, engine: Callable[[Model], Engine] | None = None) -> None:
+        """engine: what generates; None leaves ``generate`` out."""
+        self.folder = folder
         self.denoiser, self.config, self.tokenizer = loaded.denoiser, loaded.config, loaded.tokenizer
+        self._engine = engine
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        num_steps: int | None = None,
+        *,
+        max_tokens: int = 64,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        exit_criterion: str | None = None,
+        exit_threshold: float | None = None,
+        kv_cache: Literal["shared", "full"] = "shared",
+    ) -> list[Generation]:
+        """Continue texts, or ids as they are, with the engine that the server runs; in the order given, each as
+        it would be alone.
+
+        temperature: 0 is greedy. exit_criterion: of ``serve/engine/exits.py``, for instance latent-diff; its
+        threshold by default the checkpoint's. kv_cache: full keeps the keys of every step, shared those of the
+        last. UserError where the model cannot do what is asked.
+        """
+        if self._engine is None:
+            raise UserError("engine", None, "this model was loaded without one", "use rdlm.load")
+        given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
+        ids: list[Sequence[int]] = [self._begun(p) if isinstance(p, str) else p for p in given]
+        sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
+        return self._engine(self).generate(
+            ids,
+            self.config.default_steps if num_steps is None else num_steps,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop=stop,
+            exit_criterion=exit_criterion,
+            exit_threshold=exit_threshold,
+            kv_cache=kv_cache,
+        )
+
+    @torch.no_grad()
+    def score(
+        self, texts: str | Sequence[str], num_steps: int | Sequence[int] | None = None, *, seed: int = 0
+    ) -> dict[int, list[Tensor]]:
+        """{K: for each text the log-probabilities of its tokens, fp32 [T], nats}. Without a beginning of text
+        the first token has none. ``config.objective.estimator_at(K)`` names what the numbers are. UserError
+        for a K that the model does not have, or a text that is too long."""
+        ks, device = self._ks(num_steps), self.denoiser.model.head.weight.device
+        found: dict[int, list[Tensor]] = {k: [] for k in ks}
+        for text in [texts] if isinstance(texts, str) else texts:
+            begun = self._begun(text)
+            if len(begun) < 2:
+                raise UserError("texts", text, "has no token to score", "give at least two tokens")
+            ids = torch.tensor([begun])
+            self._checked(ids)
+            scores = self.denoiser.score(ids[:, :-1].to(device), ids[:, 1:].to(device), ks, seed=seed)
+            for k in ks:
+                found[k].append(scores[k].logprobs[0])
+        return found
+
+    def _begun(self, text: str) -> list[int]:
+        """Ids of a text from the beginning of a sequence on."""
+        if self.tokenizer is None:
+            problem = "it has no tokenizer, so texts cannot be read"
+            raise UserError("checkpoint", self.config.name, problem, "give ids")
+        return [*self.tokenizer.start, *self.tokenizer.encode(text)]
 
     def logits(
         self,
@@ -163,15 +268,30 @@ class Model:
         return ks
 
 
-def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """Read a checkpoint folder. UserError where a file or weight is not what its config says, or the device
-    cannot be used."""
+def load(
+    source: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    engine: Callable[[Model], Engine] | None = None,
+) -> Model:
+    """See rdlm.load."""
+    folder = Path(source)
+    if not folder.exists() and HUB_ID.fullmatch(str(source)):
+        folder = _imported(str(source))
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         problem, remedy = f"cannot be used ({reason(error)})", "use cpu, or cuda on a machine with one"
         raise UserError("device", str(device), problem, remedy) from None
-    return Model(checkpoint.load(folder, device, dtype))
+    return Model(folder, checkpoint.load(folder, device, dtype), engine)
+
+
+def _imported(name: str) -> Path:
+    """A published model of the hub as a checkpoint, imported where that has not been done. UserError."""
+    snapshot = local(name)  # its folder is called by the commit
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rdlm"
+    out = cache / f"{name.replace('/', '--')}--{snapshot.name[:12]}"
+    return out if out.is_dir() else import_checkpoint(str(snapshot), out, name=name.partition("/")[2])
 
 
 def logits_file(
@@ -223,7 +343,8 @@ def logits_file(
         if zero_state and not model.draws_state
         else ""
     )
-    return f"{', '.join(save)}{start}"
+    beyond = model.config.depth_warning(max([*(ks or []), model.config.default_steps]))
+    return f"{', '.join(save)}{start}" + ("" if beyond is None else f". Warning: {beyond}")
 
 
 def description(folder: Path) -> dict[str, str]:
@@ -240,6 +361,8 @@ def description(folder: Path) -> dict[str, str]:
         "K": f"{config.k_description}. Default {config.default_steps}, at most {config.max_steps}",
         "likelihood": config.objective.estimator,
     }
+    if config.trained_steps is not None:
+        found["trained at"] = f"K up to {config.trained_steps}; beyond it answers may be worse"
     if config.blocks is not None:
         found["blocks"] = f"{config.blocks.num_blocks}" + (
             f", block {config.block} alone" if config.block is not None else ""

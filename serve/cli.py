@@ -73,6 +73,10 @@ def serve(
         int | None,
         typer.Option(help="Largest K of a request; by default the checkpoint's.", show_default=False),
     ] = None,
+    forbid_beyond_trained: Annotated[
+        bool,
+        typer.Option("--forbid-beyond-trained", help="Refuse K above what the model was trained with."),
+    ] = False,
     max_queue: Annotated[int, typer.Option(help="Waiting sequences before the server answers 429.")] = 1024,
     api_key: Annotated[
         list[str] | None,
@@ -143,6 +147,7 @@ def serve(
         "max_len": max_len,
         "default_steps": renamed("--default-steps", default_steps, "--num-steps", num_steps),
         "max_steps": renamed("--max-steps", max_steps, "--max-num-steps", max_num_steps),
+        "forbid_beyond_trained": forbid_beyond_trained,
         "max_queue": max_queue,
     }
     engine_settings: EngineSettings = parse(EngineSettings, engine_options, "the options of rdlm serve")

@@ -133,6 +133,8 @@ def generate(
                 for one in ids
             ]
             typer.secho(f"K = {k}", bold=True)
+            if (warning := served.config.depth_warning(k)) is not None:
+                typer.echo(f"rdlm: {warning}", err=True)
             _generate(engine, prompts, requests)
 
 

@@ -63,10 +63,10 @@ def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded
             "it has no tokenizer, so prompts cannot be read as text",
             "put the tokenizer that the model was trained with into its folder tokenizer/",
         )
-    return loaded, loaded.tokenizer, _end_ids(folder, loaded.tokenizer)
+    return loaded, loaded.tokenizer, end_ids(folder, loaded.tokenizer)
 
 
-def _end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+def end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """The tokenizer's end of text and what ``generation_config.json`` in its folder or in the checkpoint
     names as ``eos_token_id``.
 
@@ -93,9 +93,9 @@ def build_served(
     config: CheckpointConfig,
     tokenizer: Tokenizer,
     settings: EngineSettings,
-    end_ids: frozenset[int] | None = None,
+    ends: frozenset[int] | None = None,
 ) -> Served:
-    """The parts of an engine around a model in memory. end_ids: ids that end a text, by default the
+    """The parts of an engine around a model in memory. ends: ids that end a text, by default the
     tokenizer's one.
 
     Raises UserError where settings and checkpoint contradict each other.
@@ -111,8 +111,8 @@ def build_served(
             known,
             vocab,
         )
-    if end_ids is None:
-        end_ids = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
+    if ends is None:
+        ends = frozenset() if tokenizer.eos_id is None else frozenset({tokenizer.eos_id})
     config.check_text("the engine")
     config.check_whole()
     limit = config.model.max_seq_len
@@ -129,11 +129,16 @@ def build_served(
             "raise prefill_rows",
         )
     most = config.max_steps
+    if settings.forbid_beyond_trained:
+        if config.trained_steps is None:
+            problem = "the checkpoint does not say at which K it was trained"
+            raise UserError(
+                "forbid_beyond_trained", True, problem, "set the largest K instead: --max-num-steps"
+            )
+        most = min(most, config.trained_steps)
     max_steps = most if settings.max_steps is None else settings.max_steps
     if max_steps > most:
-        raise UserError(
-            "max_steps", max_steps, f"the checkpoint allows K up to {most}", f"ask for at most {most}"
-        )
+        raise UserError("max_steps", max_steps, f"K may be up to {most} here", f"ask for at most {most}")
     default = (
         min(config.default_steps, max_steps) if settings.default_steps is None else settings.default_steps
     )
@@ -143,7 +148,7 @@ def build_served(
         )
     runner, rows = _parts(denoiser.eval(), config, settings, max_len, max_steps, tokenizer.vocab_size)
     scheduler = Scheduler(settings.max_slots, rows, settings.chunk)
-    return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default, end_ids)
+    return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default, ends)
 
 
 def _parts(

@@ -40,6 +40,8 @@ class EngineSettings(Strict):
     """K where a request names none; None is the checkpoint's."""
     max_steps: int | None = Field(None, ge=1)
     """Largest K a request may ask for; None is the checkpoint's."""
+    forbid_beyond_trained: bool = False
+    """Whether the largest K is that of training, where the checkpoint's is larger."""
 
 
 class HttpSettings(Strict):

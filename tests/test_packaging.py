@@ -88,6 +88,12 @@ def test_rdlm_imports_nobody() -> None:
     assert importers("train", "serve", "eval", "deepspeed", "litestar", under=("rdlm",)) == []
 
 
+def test_only_the_composition_root_names_modules_of_the_applications() -> None:
+    named = re.compile(r"(train|serve|eval)(\.\w+)+:\w+|import_module\(")
+    found = {str(path.relative_to(REPO)) for path in SOURCES if named.search(path.read_text())}
+    assert {path for path in found if path.startswith("rdlm/")} == {"rdlm/cli.py", "rdlm/__init__.py"}
+
+
 def test_applications_never_import_each_other() -> None:
     assert importers("serve", "eval", under=("train",)) == []
     assert importers("train", "eval", under=("serve",)) == []

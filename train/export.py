@@ -7,6 +7,7 @@ memory one at a time.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,7 @@ from rdlm.data.tokenizer import Tokenizer, load_tokenizer
 from rdlm.diffusion.partition import partition_of
 from rdlm.errors import UserError
 from rdlm.objectives import Objective
+from rdlm.objectives.next_token import num_recurrences
 from rdlm.registry import build
 from train.checkpoints import (
     TAG,
@@ -53,6 +56,9 @@ from train.lora import Merged, add_adapters
 from train.metrics import read
 from train.optim import parameter_groups
 from train.settings import ImagesConfig, TrainConfig
+
+MOST_DRAWS = 10_000
+"""Updates whose core steps are looked at for ``trained_steps``."""
 
 
 def find_checkpoint(source: Path, which: str, warn: Callable[[str], None], field: str = "SOURCE") -> Path:
@@ -96,6 +102,11 @@ def export(
     manifest = manifest_of(checkpoint)
     config: TrainConfig = parse(TrainConfig, manifest["config"], str(checkpoint / "manifest.json"))
     model_config = config.checkpoint_config.model_copy(update={"step": int(manifest["step"])})
+    if model_config.recurrence.trained_steps is None:
+        recurrence = model_config.recurrence.model_copy(
+            update={"trained_steps": _trained_steps(config, manifest)}
+        )
+        model_config = model_config.model_copy(update={"recurrence": recurrence})
     if averaged and config.ema is None:
         problem, remedy = "the run keeps no averages of its weights", "add a section ema to its config"
         raise UserError("--weights", "ema", problem, remedy)
@@ -145,6 +156,16 @@ def saved_parts(checkpoint: Path, config: TrainConfig) -> Iterator[tuple[str, Sa
         prefix, tag = ("", TAG) if block is None else (f"blocks.{block}.", f"{TAG}/block_{block}")
         saved = SavedState(checkpoint / tag, groups)
         yield prefix, saved if config.lora is None else Merged(saved, config.lora)
+
+
+def _trained_steps(config: TrainConfig, manifest: Mapping[str, Any]) -> int | None:
+    """Core steps that at most one of 100 updates exceeded; None where the run drew none."""
+    updates = int(manifest["step"])
+    if not updates or not config.objective.supports_exits:
+        return None
+    chosen = np.linspace(0, updates - 1, min(updates, MOST_DRAWS)).round().astype(int)
+    drawn = sorted(num_recurrences(config.objective.depth_in_training, int(n), config.seed) for n in chosen)
+    return drawn[math.ceil(0.99 * len(drawn)) - 1]
 
 
 def _bytes(saved: SavedState | Merged, key: str, name: str, checkpoint: Path) -> Iterator[bytes]:

@@ -224,6 +224,7 @@ def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -
         "parameters": f"{count:,} ({dtypes})",
         **(trained if origin is None or config.step else {}),
         "K": f"{config.k_description}. Default {config.default_steps}, at most {config.max_steps}",
+        **({} if config.trained_steps is None else {"trained at K": f"up to {config.trained_steps}"}),
         "normalised likelihood": objective.estimator,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -68,6 +68,9 @@ class RecurrenceConfig(Strict):
 
     default_steps: int = Field(8, ge=1)
     max_steps: int = Field(64, ge=1)
+    trained_steps: int | None = Field(None, ge=1)
+    """Core steps that training covered: those of 99 of 100 updates of a run here (its export fills it in), the
+    published depth of an imported model (its mean where depth was drawn). None: not known."""
     exit_thresholds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Default thresholds of exit criteria by name, where the checkpoint's source has its own."""
 
@@ -112,6 +115,19 @@ class CheckpointConfig(Strict):
         if self.runs_once:
             return "the layers run once, so K is 1 (`rdlm convert` makes such a model recurrent)"
         return self.objective.k_description
+
+    @property
+    def trained_steps(self) -> int | None:
+        """Core steps that training covered; None where it is not known, or K is a setting of a sampler."""
+        trains_depth = self.objective.supports_exits and not self.runs_once
+        return self.recurrence.trained_steps if trains_depth else None
+
+    def depth_warning(self, num_steps: int) -> str | None:
+        """A sentence where K = num_steps goes beyond what training covered, in ASCII: it may be a header."""
+        trained = self.trained_steps
+        if trained is None or num_steps <= trained:
+            return None
+        return f"K = {num_steps} exceeds the {trained} core steps that {self.name} was trained with: answers may be worse"
 
     @property
     def default_steps(self) -> int:

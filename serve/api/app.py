@@ -18,7 +18,7 @@ from litestar.plugins.pydantic import PydanticPlugin
 from rdlm import __version__
 from serve.api.errors import EXCEPTION_HANDLERS
 from serve.api.observability import Outermost, traced
-from serve.api.request_parsing import JsonRequest
+from serve.api.request_parsing import WARNING_HEADER, JsonRequest
 from serve.api.routes import chat_completions, completions, responses, score
 from serve.api.routes_info import (
     detokenize,
@@ -116,5 +116,5 @@ def _cors(settings: HttpSettings) -> CORSConfig | None:
         allow_origins=list(settings.cors_origins),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=["x-request-id", "retry-after"],
+        expose_headers=["x-request-id", "retry-after", WARNING_HEADER.lower()],
     )

@@ -210,8 +210,13 @@ def score_answer(
             }
         )
     usage = usage_of(parsed, [event.usage for event in events if event.usage])
-    body = {"num_steps": ks, "estimator": estimator, "scores": scores, "usage": usage}
+    body = {"num_steps": ks, "estimator": estimator, "scores": scores, "usage": usage, **warnings_of(parsed)}
     return envelope("score", parsed.model, "score") | body
+
+
+def warnings_of(parsed: Parsed) -> dict[str, Any]:
+    """The field ``warnings``, where there are any."""
+    return {"warnings": list(parsed.warnings)} if parsed.warnings else {}
 
 
 def envelope(kind: str, model: str, prefix: str) -> dict[str, Any]:

@@ -44,6 +44,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 STEPS_HEADER = "X-Num-Steps"
 """K for clients that can send a header and no field (lm-eval's log-likelihoods)."""
+WARNING_HEADER = "X-Num-Steps-Warning"
+"""Says of an answer that its K exceeds what the model was trained with; ``warnings`` in the body says it too."""
 DEFAULT_MAX_TOKENS = 16
 """Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
 MIN_TEMPERATURE = 1e-4
@@ -177,9 +179,23 @@ class Limits:
 
     @property
     def efforts(self) -> dict[str, int]:
-        """K of each ``reasoning_effort``, cut to what the model takes."""
-        served = self.served
-        return {name: min(max(1, of(served.default_steps)), served.max_steps) for name, of in EFFORTS.items()}
+        """K of each ``reasoning_effort``, cut to what the model takes and was trained with."""
+        default, most = self.served.default_steps, self.most_unnamed
+        return {name: min(max(1, of(default)), most) for name, of in EFFORTS.items()}
+
+    @property
+    def most_unnamed(self) -> int:
+        """Largest K that is chosen without being named: what training covered, or the default where it is
+        more."""
+        served, trained = self.served, self.served.config.trained_steps
+        return (
+            served.max_steps if trained is None else min(max(trained, served.default_steps), served.max_steps)
+        )
+
+    def warnings(self, budget: StepBudget) -> tuple[str, ...]:
+        """What a client should know about the K of a request."""
+        warning = self.served.config.depth_warning(budget.num_steps)
+        return () if warning is None else (warning,)
 
     def model_steps(self, model: str | None) -> int | None:
         """K of a model alias, None for the plain name. Raises ApiError 404 for another model."""
@@ -220,6 +236,12 @@ class Parsed:
     """Whether K is below the server's default because too many wait."""
     tools: OfferedTools | None = None
     """How answers call the tools that were offered."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the answer."""
+        return {WARNING_HEADER: "; ".join(self.warnings)} if self.warnings else {}
 
 
 @dataclass(frozen=True)
@@ -269,8 +291,14 @@ def parse_completion(body: CompletionRequest, limits: Limits) -> Parsed:
         first = replace(first, grammar=_grammar(body.constraint, limits))
         requests += _choices(replace(first, logprobs=body.logprobs, prompt_logprobs=scored), n)
     echoed = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts] if body.echo else None
-    name, reports_ids = body.model or limits.name, bool(body.return_token_ids)
-    return Parsed(name, budget, n, requests, echoed, reports_prompt, reports_ids, browned_out)
+    name, reports_ids, warnings = (
+        body.model or limits.name,
+        bool(body.return_token_ids),
+        limits.warnings(budget),
+    )
+    return Parsed(
+        name, budget, n, requests, echoed, reports_prompt, reports_ids, browned_out, warnings=warnings
+    )
 
 
 def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None) -> Parsed:
@@ -320,7 +348,10 @@ def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None)
     top = (body.top_logprobs or 0) if body.logprobs else None
     requests = _choices(replace(first, logprobs=top, prompt_logprobs=body.prompt_logprobs), n)
     name, reports_ids = body.model or limits.name, bool(body.return_token_ids)
-    return Parsed(name, budget, n, requests, None, reports_prompt, reports_ids, browned_out, offered)
+    warnings = limits.warnings(budget)
+    return Parsed(
+        name, budget, n, requests, None, reports_prompt, reports_ids, browned_out, offered, warnings
+    )
 
 
 def _check_constraint(constraint: Constraint | None, limits: Limits) -> None:
@@ -395,7 +426,8 @@ def parse_score(body: ScoreRequest, limits: Limits) -> tuple[Parsed, list[int]]:
         ids = _ids(prompt, body.add_special_tokens is not False, limits)
         first = _request(SamplingBody(seed=0), ids, budgets[-1], 0, limits, may_be_empty=False)
         requests.append(replace(first, prompt_logprobs=0, sweep=tuple(ks) if limits.supports_exits else ()))
-    return Parsed(body.model or limits.name, budgets[-1], 1, requests), ks
+    warnings = limits.warnings(budgets[-1])
+    return Parsed(body.model or limits.name, budgets[-1], 1, requests, warnings=warnings), ks
 
 
 # K ----------------------------------------------------------------------------------------------------------
@@ -476,7 +508,7 @@ def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[i
     (least_param, least), (most_param, most) = bounds["min_steps"], bounds["max_steps"]
     if most is not None and limits.check_range(most, most_param) != (named or most):
         raise invalid(f"{most_param}: {most} contradicts K = {named}; name one of them", most_param)
-    most = most or named or limits.served.max_steps
+    most = most or named or limits.most_unnamed
     if (least or 1) > most:
         raise invalid(f"{least_param}: {least} exceeds the most steps ({most})", least_param)
     criterion = next(iter(CRITERIA)) if body.exit is None else body.exit.criterion

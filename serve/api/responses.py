@@ -13,7 +13,7 @@ from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
 from serve.api import constraints
 from serve.api.constraints import Constraint
-from serve.api.openai_format import read_calls, readers, usage_of
+from serve.api.openai_format import read_calls, readers, usage_of, warnings_of
 from serve.api.request_parsing import Parsed
 from serve.api.schemas import (
     MAX_MESSAGES,
@@ -215,6 +215,7 @@ class ResponseFormat:
             "incomplete_details": details,
             "output": output,
             "usage": usage,
+            **({} if usage is None else warnings_of(self._parsed)),
         }
 
     async def collect(self, events: EngineEvents) -> dict[str, Any]:

@@ -59,8 +59,8 @@ async def completions(
     answer = CompletionFormat(parsed, server.token_names, data.logprobs is not None)
     events = server.submit(parsed, bool(data.stream))
     if data.stream:
-        return event_stream(chunks(events, answer, data.stream_options))
-    return Response(await until_disconnect(request, collect(events, answer)))
+        return event_stream(chunks(events, answer, data.stream_options), parsed.headers)
+    return Response(await until_disconnect(request, collect(events, answer)), headers=parsed.headers)
 
 
 @post(
@@ -82,8 +82,8 @@ async def chat_completions(
     answer = ChatFormat(parsed, server.token_names)
     events = server.submit(parsed, bool(data.stream))
     if data.stream:
-        return event_stream(chunks(events, answer, data.stream_options))
-    return Response(await until_disconnect(request, collect(events, answer)))
+        return event_stream(chunks(events, answer, data.stream_options), parsed.headers)
+    return Response(await until_disconnect(request, collect(events, answer)), headers=parsed.headers)
 
 
 @post(
@@ -105,8 +105,8 @@ async def responses(
     answer = ResponseFormat(data, parsed)
     events = server.submit(parsed, bool(data.stream))
     if data.stream:
-        return event_stream(answer.stream(events), is_named=True)
-    return Response(await until_disconnect(request, answer.collect(events)))
+        return event_stream(answer.stream(events), parsed.headers, is_named=True)
+    return Response(await until_disconnect(request, answer.collect(events)), headers=parsed.headers)
 
 
 @post(
@@ -124,7 +124,8 @@ async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], s
     parsed, ks = await in_thread_if_large(_size(data.prompt), parse_score, data, server.limits(request))
     events = await until_disconnect(request, last_events(server.submit(parsed)))
     return Response(
-        score_answer(parsed, server.token_names, ks, server.served.config.objective.estimator, events)
+        score_answer(parsed, server.token_names, ks, server.served.config.objective.estimator, events),
+        headers=parsed.headers,
     )
 
 

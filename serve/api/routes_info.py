@@ -81,6 +81,7 @@ def _card(limits: Limits, name: str) -> dict[str, Any]:
         "min_steps": 1,
         "max_steps": served.max_steps,
         "default_steps": served.default_steps,
+        "trained_steps": config.trained_steps,
         "reasoning_effort": limits.efforts,
         "exits": list(thresholds),
         "exit_criteria": {

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request as HttpRequest
 from litestar.response import Stream
 
-from serve.api.openai_format import Format, step_prediction, timings_of, usage_of
+from serve.api.openai_format import Format, step_prediction, timings_of, usage_of, warnings_of
 from serve.api.schemas import StreamOptions
 from serve.engine.engine import Engine
 from serve.engine.events import Event, Usage
@@ -141,6 +141,7 @@ async def collect(events: EngineEvents, answer: Format) -> dict[str, Any]:
         "choices": [answer.merge(parts) for parts in pieces],
         "usage": usage_of(answer.parsed, usages),
         "timings": timings_of(usages),
+        **warnings_of(answer.parsed),
     }
 
 
@@ -155,6 +156,7 @@ async def chunks(
     head, parsed = answer.head(stream=True), answer.parsed
     usages: list[Usage] = []
     completion_tokens = 0
+    ends_with_usage = options is not None and options.include_usage
     async for event in events.events(PING_SECONDS):
         if event is None:
             yield None
@@ -171,9 +173,12 @@ async def chunks(
             chunk["usage"]["total_tokens"] = chunk["usage"]["prompt_tokens"] + completion_tokens
             if len(usages) < len(parsed.requests):  # the work of a choice is known at its end
                 del chunk["usage"]["recurrence"]
+        if len(usages) == len(parsed.requests) and not ends_with_usage:
+            chunk |= warnings_of(parsed)
         yield chunk
-    if options is not None and options.include_usage:
-        yield {**head, "choices": [], "usage": usage_of(parsed, usages), "timings": timings_of(usages)}
+    if ends_with_usage:
+        account = {"usage": usage_of(parsed, usages), "timings": timings_of(usages)}
+        yield {**head, "choices": [], **account, **warnings_of(parsed)}
 
 
 def sse(payload: dict[str, Any] | None, name: str | None = None) -> bytes:
@@ -205,8 +210,10 @@ async def _named(payloads: AsyncIterator[dict[str, Any] | None]) -> AsyncIterato
         yield sse(payload, None if payload is None else payload["type"])
 
 
-def event_stream(payloads: AsyncIterator[dict[str, Any] | None], is_named: bool = False) -> Stream:
+def event_stream(
+    payloads: AsyncIterator[dict[str, Any] | None], more_headers: Mapping[str, str], is_named: bool = False
+) -> Stream:
     """The HTTP answer; a client that leaves cancels the iterator, and with it the work."""
     encoded = _named(payloads) if is_named else _encoded(payloads)
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **more_headers}
     return Stream(encoded, media_type="text/event-stream", headers=headers, status_code=200)

@@ -36,6 +36,16 @@ def test_an_unfinished_run_exports_the_weights_it_has(
     assert all(torch.equal(stored[name], weights[name]) for name in stored)
 
 
+def test_the_model_says_at_which_k_it_was_trained(trainer, tmp_path: Path) -> None:
+    training = trainer({"objective.depth": {"distribution": "fixed", "mean": 3}})
+    training.fit()
+    model = load(export_run(training.output))
+    assert model.config.trained_steps == 3
+    assert model.config.depth_warning(3) is None and "K = 4 exceeds the 3" in str(
+        model.config.depth_warning(4)
+    )
+
+
 def test_the_checkpoint_can_be_chosen(trainer, tmp_path: Path, capsys) -> None:
     training = trainer(
         {**EVALUATED, "checkpoint.keep_best": True, "checkpoint.keep": 1, "optimizer.lr": 0.02}

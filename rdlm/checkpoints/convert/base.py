@@ -326,7 +326,7 @@ def imported(
     exit_thresholds: Mapping[str, Any] | None = None,
 ) -> CheckpointConfig:
     """Config of an imported next-token model whose K is the number of core steps; at least 64 of them may be
-    asked for."""
+    asked for. default_steps: the published depth, which training covered."""
     if isinstance(default_steps, bool) or not isinstance(default_steps, int) or default_steps < 1:
         problem, remedy = "is no positive whole number", "correct it there"
         raise UserError(f"{where}: default number of loops", default_steps, problem, remedy)
@@ -337,6 +337,7 @@ def imported(
         "recurrence": {
             "default_steps": default_steps,
             "max_steps": max(64, 4 * default_steps),
+            "trained_steps": default_steps,
             "exit_thresholds": dict(exit_thresholds or {}),
         },
     }

@@ -174,6 +174,7 @@ def from_published(data: dict[str, Any], name: str, where: str) -> CheckpointCon
         "recurrence": {
             "default_steps": recurrence,
             "max_steps": 4 * recurrence if isinstance(recurrence, int) else recurrence,
+            "trained_steps": recurrence,
         },
     }
     config = parse_config(document, where)

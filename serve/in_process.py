@@ -1,0 +1,86 @@
+"""The server's engine around a model that is in memory: behind ``rdlm.load(...).generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Literal
+
+from rdlm.errors import UserError
+from rdlm.inference import Generation, Model
+from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
+from serve.engine.engine import Engine
+from serve.engine.exits import CRITERIA, ExitRule, default_thresholds
+from serve.engine.sequence import Request, StepBudget
+from serve.loading import build_served, end_ids
+from serve.settings import EngineSettings
+
+MOST_TOGETHER = 16
+"""Prompts that step together."""
+
+
+class InProcess:
+    """See rdlm.inference.Engine. Each call has a pool of keys that fits its prompts, and none stays behind."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def generate(
+        self,
+        prompts: Seq[Seq[int]],
+        num_steps: int,
+        *,
+        max_tokens: int,
+        sampling: SamplingParams,
+        seed: int,
+        stop: Seq[str],
+        exit_criterion: str | None,
+        exit_threshold: float | None,
+        kv_cache: Literal["shared", "full"],
+    ) -> list[Generation]:
+        if not prompts:
+            return []
+        model, tokenizer = self.model, self.model.tokenizer
+        if tokenizer is None:
+            problem = "it has no tokenizer, so answers cannot be read as text"
+            raise UserError("checkpoint", model.config.name, problem, "use logits")
+        check_sampler(sampling.sampler, model.config)
+        check_masked(sampling, None, model.config)
+        ends = end_ids(model.folder, tokenizer)
+        settings = EngineSettings(
+            kv_cache=kv_cache,
+            max_slots=min(len(prompts), MOST_TOGETHER),
+            max_len=max(2, max(map(len, prompts)) + max_tokens),
+            max_queue=len(prompts),
+        )
+        served = build_served(model.denoiser, model.config, tokenizer, settings, ends)
+        budget = StepBudget(num_steps, self._rule(exit_criterion, exit_threshold))
+        requests = [
+            Request(tuple(ids), budget, max_tokens, sampling, seed, stop=tuple(stop), stop_ids=ends)
+            for ids in prompts
+        ]
+        with Engine(lambda: served, settings.max_queue) as engine:
+            answers = engine.generate(requests)
+        found = []
+        for events in answers:
+            last = events[-1]
+            if last.error is not None:
+                raise last.error
+            if last.finish not in ("stop", "length"):
+                raise RuntimeError(f"generation ended with {last.finish!r}")
+            drawn = [(e.token, e.steps) for e in events if e.token is not None and e.steps is not None]
+            tokens, steps = [token for token, _ in drawn], [count for _, count in drawn]
+            found.append(Generation("".join(e.text for e in events), tokens, steps, last.finish))
+        return found
+
+    def _rule(self, criterion: str | None, threshold: float | None) -> ExitRule | None:
+        """UserError for a criterion that the model does not have."""
+        if criterion is None:
+            return None
+        known = default_thresholds(self.model.config)
+        if criterion not in known:
+            problem = (
+                "this model has no such criterion" if criterion in CRITERIA else "there is no such criterion"
+            )
+            remedy = f"use one of {', '.join(known)}" if known else "leave it out"
+            raise UserError("exit_criterion", criterion, problem, remedy)
+        return ExitRule(criterion, known[criterion] if threshold is None else threshold)

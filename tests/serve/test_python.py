@@ -1,0 +1,114 @@
+"""rdlm.load: the Python interface, and every snippet of docs/python.md."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import rdlm
+from rdlm.checkpoints import folder
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.data.tokenizer import Tokenizer
+from rdlm.errors import UserError
+from rdlm.inference import Model
+from rdlm.registry import build
+from rdlm.sampling_params import SamplingParams
+from serve.engine.engine import Engine
+from serve.engine.sequence import Request, StepBudget
+from serve.loading import load_served
+from serve.settings import EngineSettings
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def checkpoint(out: Path, tokenizer: Tokenizer | None, vocab_size: int = 300) -> Path:
+    model = {
+        "family": "huginn", "vocab_size": vocab_size, "d_model": 32, "num_heads": 2, "mlp_width": 32, "max_seq_len": 64,
+    }  # fmt: skip
+    document = {"name": "demo", "model": model, "objective": "onestep", "recurrence": {"default_steps": 2}}
+    config = CheckpointConfig.model_validate(document)
+    denoiser, rng = build(config, seed=0), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
+    return folder.save(out, denoiser, config, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return rdlm.load(checkpoint(tmp_path_factory.mktemp("python") / "model", tokenizer))
+
+
+def test_every_snippet_of_the_documentation_runs(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(tmp_path / "runs" / "demo" / "model", tokenizer)
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"^```python\n(.*?)^```", (REPO / "docs/python.md").read_text(), re.M | re.S)
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "docs/python.md", "exec"), names)
+    assert len(snippets) == 4 and names["scores"].keys() == {1, 4}  # type: ignore[attr-defined]
+
+
+def test_greedy_texts_are_the_most_probable_tokens_of_the_logits(model: Model) -> None:
+    ids = [model._begun("in the beginning")]
+    answer = model.generate(ids, 3, max_tokens=8, temperature=0, kv_cache="full")[0]
+    expected = list(ids[0])
+    for _ in range(len(answer.tokens)):
+        expected.append(int(model.logits(torch.tensor([expected]), 3)[3][0, -1, :300].argmax()))
+    assert answer.tokens == expected[len(ids[0]) :] and answer.steps == [3] * len(answer.tokens)
+
+
+def test_texts_are_those_of_the_servers_engine(model: Model) -> None:
+    prompts = ["in the beginning", "and it came"]
+    with Engine(lambda: load_served(model.folder, EngineSettings(max_slots=4))) as engine:
+        requests = [
+            Request(
+                tuple(model._begun(prompt)), StepBudget(4), 12, SamplingParams(top_k=20), seed=5,
+                stop_ids=engine.served.end_ids,
+            )
+            for prompt in prompts
+        ]  # fmt: skip
+        expected = ["".join(event.text for event in events) for events in engine.generate(requests)]
+    got = model.generate(prompts, 4, max_tokens=12, top_k=20, seed=5)
+    assert [answer.text for answer in got] == expected
+
+
+def test_scores_are_those_of_the_logits(model: Model) -> None:
+    begun = torch.tensor([model._begun("in the word")])
+    scores, logits = model.score(["in the word"], [1, 4]), model.logits(begun, [1, 4])
+    for k in (1, 4):
+        expected = logits[k].log_softmax(-1)[:, :-1].gather(-1, begun[:, 1:, None])[0, :, 0]
+        torch.testing.assert_close(scores[k][0], expected, atol=1e-4, rtol=0)
+
+
+def test_a_name_of_the_hub_is_imported_once(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from rdlm.checkpoints.convert.hf_export import export_hf
+
+    source = tmp_path / "0123456789abcdef"
+    export_hf(checkpoint(tmp_path / "model", tokenizer), source, shard_bytes=1 << 30)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("rdlm.inference.local", lambda name: source)
+    first = rdlm.load("owner/tiny")
+    written = first.folder.stat().st_mtime_ns
+    assert first.folder == tmp_path / "cache" / "rdlm" / "owner--tiny--0123456789ab"
+    assert rdlm.load("owner/tiny").folder.stat().st_mtime_ns == written
+
+
+def test_what_cannot_be_done_is_a_line(model: Model, tmp_path: Path) -> None:
+    for asked, word in (
+        (lambda: model.generate("in the", 65, max_tokens=4), "num_steps=65"),
+        (lambda: model.generate("in the", max_tokens=4, exit_criterion="gate"), "exit_criterion='gate'"),
+        (lambda: model.generate("in the", max_tokens=640), "max_len"),
+        (lambda: model.score("", 1), "no token to score"),
+        (lambda: rdlm.load(checkpoint(tmp_path / "ids", None)).score("in", 1), "no tokenizer"),
+    ):
+        with pytest.raises(UserError, match=word):
+            asked()
