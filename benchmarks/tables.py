@@ -1,5 +1,5 @@
 """Markdown tables of docs/results from the raw JSON: python -m benchmarks.tables
-language|depth|cost|cache|quality|blockwise|memory FILE"""
+language|depth|cost|cache|quality|blockwise|memory|zoo FILE"""
 
 from __future__ import annotations
 
@@ -239,6 +239,27 @@ def memory(raw: dict[str, Any]) -> str:
     )
 
 
+def zoo(raw: dict[str, Any]) -> str:
+    head = ["golden set", "reference", "golden tensors", "largest difference", "out and in again"]
+    speeds = sorted({int(k) for about in raw["families"].values() for k in about.get("tokens_per_s", {})})
+    rows = [
+        [name, about["reference"], str(len(about["differences"])), f"{about['largest']:.1e}",
+         "; ".join(f"{layout}: {what}" for layout, what in about["round_trips"].items()),
+         *(f"{about['tokens_per_s'][str(k)]:.0f}" for k in speeds)]
+        for name, about in raw["families"].items()
+    ]  # fmt: skip
+    first = table([*head, *(f"tokens/s, K = {k}" for k in speeds)], rows)
+    ks = list(next(iter(raw["published"].values()))["flops"])
+    head = ["model", "parameters", "trained at K", "KV bytes, shared", *(f"full, K = {k}" for k in ks)]
+    rows = [
+        [name, f"{about['parameters'] / 1e9:.2f}e9", str(about["trained_steps"]),
+         f"{about['cache_bytes'][ks[0]]['shared']:,}", *(f"{about['cache_bytes'][k]['full']:,}" for k in ks),
+         *(f"{about['flops'][k] / 1e9:.2f}" for k in ks)]
+        for name, about in raw["published"].items()
+    ]  # fmt: skip
+    return f"{first}\n\n{table([*head, *(f'GFLOP, K = {k}' for k in ks)], rows)}"
+
+
 def _quality_cells(kind: str, report: dict[str, Any]) -> Iterator[tuple[int, str]]:
     """(K, figure) of one file; of generated texts what stands at temperature 1 and top-p 1, or at the
     diversity of human text."""
@@ -269,6 +290,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "blockwise": blockwise,
     "memory": memory,
+    "zoo": zoo,
 }
 
 

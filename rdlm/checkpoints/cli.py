@@ -33,6 +33,10 @@ Unroll = Annotated[
         show_default=False,
     ),
 ]
+OutFolder = Annotated[Path, typer.Argument(help="Folder to create.")]
+ShardGB = Annotated[
+    float, typer.Option(min=1e-6, help="Largest weights file in GB, unless one tensor is larger.")
+]
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint folder.")]
 
 
@@ -151,10 +155,8 @@ def huginn_out(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint folder of a huginn without noise conditioning.")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    shard_gb: Annotated[
-        float, typer.Option(min=1e-6, help="Largest weights file in GB, unless one tensor is larger.")
-    ] = 5.0,
+    out: OutFolder,
+    shard_gb: ShardGB = 5.0,
     force: Force = False,
 ) -> None:
     """Write a Hugging Face folder that the published modelling code loads. Needs little memory."""
@@ -169,10 +171,8 @@ def hf_out(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint folder of a text model that predicts the next token.")
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    shard_gb: Annotated[
-        float, typer.Option(min=1e-6, help="Largest weights file in GB, unless one tensor is larger.")
-    ] = 5.0,
+    out: OutFolder,
+    shard_gb: ShardGB = 5.0,
     unroll: Unroll = None,
     force: Force = False,
 ) -> None:
@@ -187,6 +187,27 @@ def hf_out(
     typer.echo(
         f"{out}: exported as {architecture}; its README.md says how to load it. Back: rdlm import {out} CHECKPOINT"
     )
+
+
+@export_app.command("ouro", epilog="Example: rdlm export ouro runs/ouro exported/ouro")
+def ouro_out(checkpoint: Checkpoint, out: OutFolder, shard_gb: ShardGB = 5.0, force: Force = False) -> None:
+    """Write the published layout of Ouro, of a model with its layers, loop and gate. Needs little memory."""
+    from rdlm.checkpoints.convert.published import export_published
+
+    export_published("ouro", checkpoint, out, shard_bytes=int(shard_gb * 1e9), force=force)
+    typer.echo(f"{out}: exported. Check it: rdlm import {out} CHECKPOINT")
+
+
+@export_app.command("retrofit", epilog="Example: rdlm export retrofit runs/looped exported/looped")
+def retrofit_out(
+    checkpoint: Checkpoint, out: OutFolder, shard_gb: ShardGB = 5.0, force: Force = False
+) -> None:
+    """Write the published layout of retrofitted recurrence, for instance of what `rdlm convert` makes of a
+    Llama. Needs little memory."""
+    from rdlm.checkpoints.convert.published import export_published
+
+    export_published("retrofit", checkpoint, out, shard_bytes=int(shard_gb * 1e9), force=force)
+    typer.echo(f"{out}: exported. Check it: rdlm import {out} CHECKPOINT")
 
 
 @export_app.command("gguf", epilog=_GGUF_EXAMPLE)

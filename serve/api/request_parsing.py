@@ -522,6 +522,13 @@ def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[i
     except UserError as error:
         problem = f"{error.field}: {error.problem}; {error.remedy}"
         raise invalid(problem, error.field, "exits_unsupported") from None
+    if body.exit is not None and not CRITERIA[criterion].exits:
+        for name in ("threshold", "min_steps", "check_every"):
+            if getattr(body.exit, name) is not None:
+                problem = (
+                    f"with criterion {criterion!r} no position exits, so it would mean nothing; leave it out"
+                )
+                raise invalid(f"exit.{name}: {problem}", f"exit.{name}")
     threshold = default_thresholds(limits.served.config)[criterion]
     if body.exit is None:
         return most, ExitRule(criterion, threshold, least or 1)

@@ -75,6 +75,8 @@ class Criterion(ABC):
     description: ClassVar[str]
     """The value after a step, in the words of the API's documentation."""
     reads: ClassVar[Literal["states", "predictions", "gate"]]
+    exits: ClassVar[bool] = True
+    """Whether a position may exit, at a threshold and from ``min_steps`` on; otherwise these mean nothing."""
 
     @classmethod
     def settled(cls, value: float, threshold: float) -> bool:
@@ -257,9 +259,30 @@ class Halt(GateCriterion):
         return gates, list(gates)
 
 
+class Weighted(GateCriterion):
+    """Ouro's use_weighted_exit: no position exits, and a token is drawn from the read-outs of all steps,
+    weighted with the exit distribution p_u of ``Gate``, whose last step takes the rest."""
+
+    name, default_threshold = "weighted", 0.0
+    description = "none: all steps run, and their logits are mixed with the gate's exit distribution"
+    exits = False
+
+    @classmethod
+    def settled(cls, value: float, threshold: float) -> bool:
+        return False
+
+    @staticmethod
+    def measure(gates: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        """Remembers (probability of not having exited, p_u of this step)."""
+        import torch
+
+        before = torch.stack([gates.new_ones(()) if row is None else row[0] for row in memory])
+        return gates, list(torch.stack([before * (1 - gates), before * gates], dim=1))
+
+
 CRITERIA: dict[str, type[Criterion]] = {
     criterion.name: criterion
-    for criterion in (LatentDiff, Cosine, KL, MinPKL, EntropyDiff, ArgmaxStability, Gate, Halt)
+    for criterion in (LatentDiff, Cosine, KL, MinPKL, EntropyDiff, ArgmaxStability, Gate, Halt, Weighted)
 }
 """Every exit criterion by name. The API's schema, the page and the documentation read this table."""
 
@@ -295,6 +318,14 @@ def is_measured(sequence: Sequence, reads: Literal["states", "predictions", "gat
     if taken % rule.check_every and reads != "gate":  # a gate's probabilities add up over all steps
         return False
     return taken >= criterion.first_check(rule)
+
+
+def mixes_steps(sequence: Sequence) -> bool:
+    """Whether the token that is drawn comes from the read-outs of all steps."""
+    rule = sequence.request.budget.exit
+    if rule is None or rule.criterion != Weighted.name or not sequence.draws:
+        return False
+    return rule.prefill or sequence.start >= len(sequence.request.prompt)
 
 
 def _exits(sequence: Sequence, value: float) -> bool:

@@ -31,7 +31,14 @@ from rdlm.objectives.next_token import NextToken, renoise
 from rdlm.random_streams import generator
 from rdlm.sampling import process, sample, top_logprobs
 from rdlm.sampling_params import uniform
-from serve.engine.exits import LatentDiff, check_exit_gate, exits_on_rows, exits_on_states, is_measured
+from serve.engine.exits import (
+    LatentDiff,
+    check_exit_gate,
+    exits_on_rows,
+    exits_on_states,
+    is_measured,
+    mixes_steps,
+)
 from serve.engine.sequence import (
     NO_SLOT,
     Request,
@@ -69,7 +76,7 @@ class Rows:
 
     e, state [L, D]. Of the position that is drawn: z [D], its noised target; prior [V], its normalised
     next-token logits; flow, its place on the ODE. previous [D]: the last row's state before the step, where a
-    stream reports it. memory: of the exit criterion.
+    stream reports it. memory: of the exit criterion. mixed [D]: its weighted read-outs so far.
     """
 
     e: Tensor
@@ -79,6 +86,7 @@ class Rows:
     flow: Flow | None = None
     previous: Tensor | None = None
     memory: Tensor | None = None
+    mixed: Tensor | None = None
 
 
 def rows_of(sequence: Sequence) -> Rows:
@@ -248,7 +256,11 @@ class Runner:
         readers = [
             s
             for s in batch
-            if s.id in exiting or self._reads(s) or is_measured(s, "predictions") or reports_step(s)
+            if s.id in exiting
+            or self._reads(s)
+            or is_measured(s, "predictions")
+            or reports_step(s)
+            or mixes_steps(s)
         ]
         return self._read(block, readers, exiting) if readers else {}
 
@@ -384,6 +396,7 @@ class Runner:
         step_predictions = self._step_predictions(
             block, [(s, h[-1]) for s, h in read if reports_step(s) and s.id not in exiting]
         )
+        read = [(s, self._mixed(s, h) if mixes_steps(s) else h) for s, h in read]
         read = [(s, h) for s, h in read if s.id in exiting or self._reads(s)]
         results = {s.id: StepResult(exited=s.id in exiting) for s, _ in read}
         for sequence, h in read:
@@ -401,6 +414,18 @@ class Runner:
         for number, prediction in step_predictions.items():
             results.setdefault(number, StepResult()).step_prediction = prediction
         return results
+
+    def _mixed(self, sequence: Sequence, hidden: Tensor) -> Tensor:
+        """hidden [L, D] of this step; of the last step, its last row is the mixture over all: logits are linear
+        in it, so they are mixed with it."""
+        rows, last = rows_of(sequence), hidden[-1].float()
+        mixed = torch.zeros_like(last) if rows.mixed is None else rows.mixed
+        if is_measured(sequence, "gate"):
+            assert rows.memory is not None
+            sequence.rows = replace(rows, mixed=mixed + rows.memory[1] * last)
+            return hidden
+        left = 1.0 if rows.memory is None else rows.memory[0]
+        return torch.cat([hidden[:-1], (mixed + left * last).to(hidden)[None]])
 
     def _reads(self, sequence: Sequence) -> bool:
         """Whether the step is read out in any case: by plan, or for a sweep."""

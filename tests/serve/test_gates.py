@@ -58,6 +58,49 @@ def first_steps(folder: Path, prompts: list[list[int]], k: int, rule: ExitRule) 
     return [next(event.steps for event in events if event.token is not None) for events in answers]
 
 
+@pytest.mark.parametrize("chunk", [24, 7])
+def test_ouros_weighted_exit_mixes_the_logits_of_all_loops(
+    shared_data: Path, tmp_path: Path, chunk: int
+) -> None:
+    """Golden logits of use_weighted_exit at every second position, of the prompt's last token and of a decoded
+    one; rows of plain requests share the steps."""
+    folder, expected = imported(shared_data.parent, tmp_path, "ouro")
+    prompts = [ids[:length] for ids in expected["input_ids"].tolist() for length in range(2, 25, 2)]
+    wanted = expected["logits_weighted_exit_K4"].log_softmax(-1)[:, 1::2].flatten(0, 1)
+    settings = EngineSettings(kv_cache="full", max_slots=8, chunk=chunk, prefill_rows=96, max_len=48)
+    greedy, rule = SamplingParams(temperature=0), ExitRule("weighted", 0.0)
+    budgets = (StepBudget(4, exit=rule), StepBudget(3))
+    requests = [Request(tuple(ids), budget, 2, greedy, logprobs=5) for ids in prompts for budget in budgets]
+    with Engine(lambda: load_served(folder, settings)) as engine:
+        answers = engine.generate(requests)[::2]
+    for events, row in zip(answers, wanted, strict=True):
+        first, second = (event for event in events if event.token is not None)
+        assert first.logprobs is not None and first.steps == 4
+        for token, logprob in first.logprobs.top:
+            assert logprob == pytest.approx(row[token].item(), abs=1e-4)
+    longer = tuple(prompts[-1]) + (answers[-1][0].token,)  # the same token drawn behind a prompt
+    with Engine(lambda: load_served(folder, settings)) as engine:
+        again = engine.generate([Request(longer, StepBudget(4, exit=rule), 1, greedy, logprobs=5)])[0][0]
+    second = next(event for event in answers[-1][1:] if event.token is not None)
+    assert second.logprobs is not None and again.logprobs is not None
+    assert [i for i, _ in second.logprobs.top] == [i for i, _ in again.logprobs.top]
+
+
+def test_a_weighted_exit_takes_no_threshold(shared_data: Path, tmp_path: Path) -> None:
+    folder, _ = imported(shared_data.parent, tmp_path, "ouro")
+    with (
+        Engine(lambda: load_served(folder, EngineSettings(max_slots=2))) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
+        asked = {"prompt": [1, 2, 3], "num_steps": 3, "max_tokens": 2}
+        answer = client.post("/v1/completions", json={**asked, "exit": {"criterion": "weighted"}})
+        assert answer.status_code == 200 and answer.json()["usage"]["recurrence"]["exits"] == 0
+        refused = client.post(
+            "/v1/completions", json={**asked, "exit": {"criterion": "weighted", "threshold": 0.5}}
+        )
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "exit.threshold"
+
+
 def test_gates_against_their_definitions() -> None:
     gates = torch.tensor([[0.2, 0.5, 0.9], [0.1, 0.1, 0.3]])
     memory: list[Tensor | None] = [None, None]

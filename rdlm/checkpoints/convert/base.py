@@ -288,9 +288,9 @@ def adjacent_pairs(
     return _reordered(entry, order, num_heads)
 
 
-def split_halves(entry: Entry, head_dim: int) -> Entry:
-    """The inverse of ``adjacent_pairs`` where all dimensions of all heads are rotated."""
-    return _reordered(entry, torch.arange(head_dim).view(-1, 2).T.flatten(), None)
+def split_halves(entry: Entry, head_dim: int, num_heads: int | None = None) -> Entry:
+    """The inverse of ``adjacent_pairs`` where all dimensions of a head are rotated."""
+    return _reordered(entry, torch.arange(head_dim).view(-1, 2).T.flatten(), num_heads)
 
 
 def _reordered(entry: Entry, order: Tensor, num_heads: int | None) -> Entry:

@@ -22,7 +22,7 @@ from rdlm.checkpoints.convert.base import (
 )
 from rdlm.checkpoints.safetensors_io import Entry
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import LayerConfig, LoopConfig, RecurrentConfig
+from rdlm.config.model import LayerConfig, LoopConfig, RecurrentConfig, RopeConfig
 from rdlm.errors import UserError
 
 PRE_NORMS = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
@@ -242,21 +242,26 @@ def kind_of(config: CheckpointConfig) -> str | None:
     return None
 
 
+def rope_scaling_of(rope: RopeConfig) -> dict[str, Any] | None:
+    """``rope_scaling`` of transformers; None where frequencies are plain."""
+    scaling = rope.scaling
+    if scaling is None:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_seq_len,
+    }
+
+
 def to_published(config: CheckpointConfig, kind: str) -> dict[str, Any]:
     """The fields of transformers' config of ``kind`` that say what is computed."""
     model = config.model.layout()  # type: ignore[union-attr]
     layer = model.layer
     assert layer.rope is not None
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": layer.rope.base}
-    if layer.rope.scaling is not None:
-        scaling = layer.rope.scaling
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_seq_len,
-        }
+    scaling = rope_scaling_of(layer.rope) or {"rope_type": "default"}
     return {
         "model_type": kind,
         "vocab_size": model.vocab_size,
@@ -269,14 +274,23 @@ def to_published(config: CheckpointConfig, kind: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "max_position_embeddings": model.max_seq_len,
         "rms_norm_eps": layer.norm_eps,
-        "rope_parameters": rope,
+        "rope_parameters": {**scaling, "rope_theta": layer.rope.base},
         "tie_word_embeddings": model.tie_embeddings,
         **({"sliding_window": None} if KINDS[kind].has_window else {}),
     }
 
 
-def published_weights(found: Mapping[str, Entry], model: RecurrentConfig) -> dict[str, Entry]:
-    """Tensors of a checkpoint of ours under transformers' names: the inverse of ``PlainDecoder.weights``."""
+def published_weights(
+    found: Mapping[str, Entry],
+    model: RecurrentConfig,
+    part: str = "layers",
+    norms: Mapping[str, str] | None = None,
+) -> dict[str, Entry]:
+    """Tensors of a checkpoint of ours under transformers' names: the inverse of ``PlainDecoder.weights``.
+
+    part: our name of the layers. norms: our name -> theirs, None for those of a plain decoder.
+    """
+    norms = norms or (POST_NORMS if model.layer.norms == "post" else PRE_NORMS)
     layer, head_dim = model.layer, model.layer.head_width(model.d_model)
     q_end = layer.num_heads * head_dim
     k_end = q_end + (layer.num_kv_heads or layer.num_heads) * head_dim
@@ -287,21 +301,21 @@ def published_weights(found: Mapping[str, Entry], model: RecurrentConfig) -> dic
     if not model.tie_embeddings:
         weights["lm_head.weight"] = found["model.lm_head.weight"]
     for i in range(model.num_layers):
-        at, attn, mlp = f"model.layers.{i}", f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        for part in ("weight", "bias") if layer.bias == "qkv" else ("weight",):
-            qkv = found[f"{at}.attn.Wqkv.{part}"]
-            weights[f"{attn}.q_proj.{part}"] = split_halves(rows(qkv, 0, q_end), head_dim)
-            weights[f"{attn}.k_proj.{part}"] = split_halves(rows(qkv, q_end, k_end), head_dim)
-            weights[f"{attn}.v_proj.{part}"] = rows(qkv, k_end, qkv.shape[0])
+        at, ours = f"model.layers.{i}", f"model.{part}.{i}"
+        attn, mlp = f"{at}.self_attn", f"{at}.mlp"
+        for kind in ("weight", "bias") if layer.bias == "qkv" else ("weight",):
+            qkv = found[f"{ours}.attn.Wqkv.{kind}"]
+            weights[f"{attn}.q_proj.{kind}"] = split_halves(rows(qkv, 0, q_end), head_dim)
+            weights[f"{attn}.k_proj.{kind}"] = split_halves(rows(qkv, q_end, k_end), head_dim)
+            weights[f"{attn}.v_proj.{kind}"] = rows(qkv, k_end, qkv.shape[0])
         for name in ("q_norm", "k_norm") if layer.qk_norm in ("full", "head") else ():
-            weights[f"{attn}.{name}.weight"] = split_halves(found[f"{at}.attn.{name}.weight"], head_dim)
-        fused = found[f"{at}.mlp.fc.weight"]
+            weights[f"{attn}.{name}.weight"] = split_halves(found[f"{ours}.attn.{name}.weight"], head_dim)
+        fused = found[f"{ours}.mlp.fc.weight"]
         weights |= {
-            f"{attn}.o_proj.weight": found[f"{at}.attn.proj.weight"],
+            f"{attn}.o_proj.weight": found[f"{ours}.attn.proj.weight"],
             f"{mlp}.gate_proj.weight": rows(fused, 0, layer.mlp_width),
             f"{mlp}.up_proj.weight": rows(fused, layer.mlp_width, 2 * layer.mlp_width),
-            f"{mlp}.down_proj.weight": found[f"{at}.mlp.proj.weight"],
+            f"{mlp}.down_proj.weight": found[f"{ours}.mlp.proj.weight"],
         }
-        norms = POST_NORMS if layer.norms == "post" else PRE_NORMS
-        weights |= {f"{at}.{theirs}.weight": found[f"{at}.{ours}.weight"] for ours, theirs in norms.items()}
+        weights |= {f"{at}.{theirs}.weight": found[f"{ours}.{own}.weight"] for own, theirs in norms.items()}
     return weights

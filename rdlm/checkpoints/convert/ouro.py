@@ -4,21 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
-from rdlm.checkpoints.convert.base import Fields, Importer, Shapes, Source, recurrent
+from rdlm.checkpoints.convert.base import Fields, Importer, Shapes, Source, own_config, recurrent
 from rdlm.checkpoints.convert.decoder import (
     PRE_NORMS,
     head_tensors,
     is_tied,
     layer_of,
     layer_tensors,
+    published_weights,
     refuse_windows,
+    rope_scaling_of,
     size_of,
 )
 from rdlm.checkpoints.safetensors_io import Entry
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import RecurrentConfig
+from rdlm.config.model import RecurrentConfig, RopeConfig
 
 OURO_NORMS = {
     "norm_1": "input_layernorm",
@@ -43,6 +45,8 @@ class Ouro(Importer):
         return data.get("model_type") == "ouro"
 
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
+        if "rdlm" in fields.data:
+            return own_config(fields, self.to_published), []
         fields.only({"model_type": "ouro", "attention_bias": False})
         refuse_windows(fields)
         threshold, step = fields.get("early_exit_threshold"), fields.get("early_exit_step")
@@ -78,6 +82,43 @@ class Ouro(Importer):
             for kind in ("weight", "bias"):
                 found[f"model.exit_gate.linear.{kind}"] = source.take(f"model.early_exit_gate.{kind}")
         return found
+
+    def to_published(self, config: CheckpointConfig) -> dict[str, Any]:
+        model = cast(RecurrentConfig, config.model)
+        layer, code = model.layer, "ByteDance/Ouro-1.4B--"
+        rope = layer.rope or RopeConfig(base=10_000.0)
+        return {
+            "model_type": "ouro",
+            "architectures": ["OuroForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"{code}configuration_ouro.OuroConfig",
+                "AutoModelForCausalLM": f"{code}modeling_ouro.OuroForCausalLM",
+            },
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.d_model,
+            "intermediate_size": layer.mlp_width,
+            "num_hidden_layers": model.loop.num_core_layers,
+            "layer_types": ["full_attention"] * model.loop.num_core_layers,
+            "num_attention_heads": layer.num_heads,
+            "num_key_value_heads": layer.num_kv_heads or layer.num_heads,
+            "head_dim": layer.head_width(model.d_model),
+            "hidden_act": "silu",
+            "max_position_embeddings": model.max_seq_len,
+            "rms_norm_eps": layer.norm_eps,
+            "rope_theta": rope.base,
+            "rope_scaling": rope_scaling_of(rope),
+            "total_ut_steps": config.recurrence.default_steps,
+            "early_exit_threshold": config.recurrence.exit_thresholds.get("gate", 1.0),
+            "tie_word_embeddings": model.tie_embeddings,
+            "use_sliding_window": False,
+            "sliding_window": None,
+        }
+
+    def published_weights(self, found: Mapping[str, Entry], model: RecurrentConfig) -> dict[str, Entry]:
+        weights = published_weights(found, model, "core_block", OURO_NORMS)
+        for kind in ("weight", "bias") if model.loop.exit_gate != "none" else ():
+            weights[f"model.early_exit_gate.{kind}"] = found[f"model.exit_gate.linear.{kind}"]
+        return weights
 
 
 class Nanbeige(Importer):

@@ -8,13 +8,22 @@ the Llama form neither.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
-from rdlm.checkpoints.convert.base import Fields, Importer, Shapes, Source, adjacent_pairs, recurrent
-from rdlm.checkpoints.convert.decoder import head_tensors, rope_of
+from rdlm.checkpoints.convert.base import (
+    Fields,
+    Importer,
+    Shapes,
+    Source,
+    adjacent_pairs,
+    own_config,
+    recurrent,
+    split_halves,
+)
+from rdlm.checkpoints.convert.decoder import head_tensors, rope_of, rope_scaling_of
 from rdlm.checkpoints.safetensors_io import Entry
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import RecurrentConfig
+from rdlm.config.model import RecurrentConfig, RopeConfig
 
 STATES = {"like-init": "normal", "zero": "zero"}
 TABLE = "transformer.wte.weight"
@@ -30,6 +39,8 @@ class Retrofit(Importer):
         return data.get("model_type") == "huginn_raven" and not any(".norm_3." in name for name in names)
 
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
+        if "rdlm" in fields.data:
+            return own_config(fields, self.to_published), []
         fields.only(
             {
                 "model_type": "huginn_raven",
@@ -87,6 +98,70 @@ class Retrofit(Importer):
             "init": {"adapter": "random"},
         }
         return recurrent(name, model, fields.number("mean_recurrence"), fields.where), []
+
+    def to_published(self, config: CheckpointConfig) -> dict[str, Any]:
+        model = cast(RecurrentConfig, config.model)
+        layer, loop, depth = model.layer, model.loop, config.recurrence.default_steps
+        rope = layer.rope or RopeConfig(base=10_000.0)
+        std = (loop.state_std or 0.0) if loop.state == "normal" else 0.0
+        states = {ours: theirs for theirs, ours in STATES.items()}
+        parent = "OLMo-2-0425" if layer.norms == "post" else "TinyLlama-3T"
+        code = f"smcleish/Recurrent-{parent}-train-recurrence-4--raven_"
+        return {
+            "model_type": "huginn_raven",
+            "architectures": ["RavenForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"{code}config_minimal.RavenConfig",
+                "AutoModelForCausalLM": f"{code}modeling_minimal.RavenForCausalLM",
+            },
+            "n_embd": model.d_model,
+            "n_heads": layer.num_heads,
+            "num_key_value_heads": layer.num_kv_heads or layer.num_heads,
+            "head_dim": layer.head_width(model.d_model),
+            "intermediate_size": layer.mlp_width,
+            "n_layers": model.num_layers,
+            "n_layers_in_prelude": loop.num_prelude_layers,
+            "n_layers_in_recurrent_block": loop.num_core_layers,
+            "n_layers_in_coda": loop.num_coda_layers,
+            "norm_eps": layer.norm_eps,
+            "vocab_size": model.vocab_size,
+            "padded_vocab_size": model.vocab_size,
+            "padding_multiple": 1,
+            "block_size": model.max_seq_len,
+            "max_position_embeddings": model.max_seq_len,
+            "rope_theta": rope.base,
+            "rope_scaling": rope_scaling_of(rope),
+            "tie_embeddings": model.tie_embeddings,
+            "tie_word_embeddings": model.tie_embeddings,
+            "bias": loop.injection_bias,
+            "qk_bias": False,
+            "injection_type": "linear",
+            "initial_state_mode": "random",
+            "state_init": states.get(loop.state, loop.state),
+            "init_values": {"std": std, "embed_scale": model.embed_scale},
+            "test_time_noise": 0,
+            "nonlin_name": "SiLU",
+            "mlp_class_name": "GatedMLP",
+            "norm_class_name": "RMSNorm_llama",
+            "block_class_name": "SandwichBlock",
+            "architecture_class_name": "RecurrentGPT",
+            "sampling_scheme": "poisson-lognormal-filling",
+            "mean_recurrence": depth,
+            "mean_backprop_depth": config.objective.depth_in_training.grad_steps,
+        }
+
+    def published_weights(self, found: Mapping[str, Entry], model: RecurrentConfig) -> dict[str, Entry]:
+        layer, head_dim = model.layer, model.layer.head_width(model.d_model)
+        rotated = layer.num_heads + (layer.num_kv_heads or layer.num_heads)
+        weights = {}
+        for name, entry in found.items():
+            theirs = name.removeprefix("model.")
+            if theirs.endswith("attn.Wqkv.weight"):
+                entry = split_halves(entry, head_dim, rotated)
+            elif theirs.endswith(("q_norm.weight", "k_norm.weight")):
+                entry = split_halves(entry, head_dim)
+            weights[theirs if theirs.startswith("lm_head") else f"transformer.{theirs}"] = entry
+        return weights
 
     def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
         model = config.model
