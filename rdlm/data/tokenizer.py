@@ -13,7 +13,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -120,14 +120,14 @@ class _ByteTable:
 
 
 class BytePairTokenizer(_ByteTable):
-    """Byte-level BPE of the Hugging Face ``tokenizers`` library (GPT-2, Pythia, SmolLM2, Huginn)."""
+    """BPE of the Hugging Face ``tokenizers`` library: byte-level (GPT-2, Pythia, SmolLM2, Huginn), or with
+    bytes as a fallback (Llama 2, TinyLlama), whose texts decode with the space that is put before them."""
 
     file_name = "tokenizer.json"
 
     def __init__(self, source: bytes, config: Mapping[str, Any]) -> None:
         document = json.loads(source)
-        if "ByteLevel" not in json.dumps(document["decoder"]):
-            raise ValueError("it is not a byte-level tokenizer")
+        bytes_of = _bytes_of(json.dumps(document["decoder"]))
         config = _with_default_ends(config, document)
         _make_special(document, {name for key in ENDS if (name := _name(config, key)) is not None})
         self._prompts, self._documents = (
@@ -137,14 +137,13 @@ class BytePairTokenizer(_ByteTable):
         for each in (self._prompts, self._documents):
             each.no_padding()
             each.no_truncation()
-        alphabet = _byte_alphabet()
         added = self._prompts.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
         vocabulary = self._prompts.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values()) + 1)
         for text, i in vocabulary.items():
             if i not in added:
-                table[i] = bytes(alphabet[c] for c in text)
+                table[i] = bytes_of(text)
             elif not added[i].special:
                 table[i] = text.encode()
         super().__init__(source, table, special, config)
@@ -308,7 +307,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except (
         Exception
     ) as error:  # both libraries raise bare Exception or RuntimeError on a file they cannot read
-        remedy = "give a byte-level BPE tokenizer.json or a sentencepiece model"
+        remedy = "give a BPE tokenizer.json with bytes in it, or a sentencepiece model"
         raise UserError("tokenizer", str(file), f"cannot be read ({reason(error)})", remedy) from error
 
 
@@ -446,6 +445,21 @@ def _check_unicode(text: str) -> str:
             "remove or replace it",
         ) from None
     return text
+
+
+def _bytes_of(decoder: str) -> Callable[[str], bytes]:
+    """What a word of the vocabulary stands for, by the JSON of the decoder."""
+    if "ByteLevel" in decoder:
+        alphabet = _byte_alphabet()
+        return lambda word: bytes(alphabet[c] for c in word)
+    if "ByteFallback" not in decoder:
+        raise ValueError("it is a tokenizer without bytes")
+
+    def fallback(word: str) -> bytes:
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", word)
+        return word.replace("\u2581", " ").encode() if byte is None else bytes([int(byte[1], 16)])
+
+    return fallback
 
 
 def _byte_alphabet() -> dict[str, int]:

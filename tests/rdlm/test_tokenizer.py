@@ -136,7 +136,7 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
         with _user_error("cannot be read"):
             load_tokenizer(tmp_path / name)
     LibraryTokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    with _user_error("not a byte-level"):
+    with _user_error("a tokenizer without bytes"):
         load_tokenizer(tmp_path)
     TOKENIZERS["bpe"].save(tmp_path)
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"eos_token": "</s>"}))
