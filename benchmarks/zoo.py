@@ -118,7 +118,7 @@ def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def cache_bytes(objective: Objective, num_steps: int) -> dict[str, int]:
     """Bytes of keys and values per token in bf16, by policy."""
     model = objective.model
-    entry, core = 2 * 2 * model.num_kv_heads * model.head_dim, model.num_core_cache_layers
+    entry, core = 2 * 2 * model.num_kv_heads * model.head_dim, len(model.core_cache_layers)
     once = model.num_cache_layers - core
     return {"shared": entry * (once + core), "full": entry * (once + num_steps * core)}
 
