@@ -168,7 +168,10 @@ class Reference(Side):
         sys.modules[package] = importlib.util.module_from_spec(spec)
         sys.modules[package].__path__ = [str(code)]
         module = importlib.import_module(f"{package}.raven_modeling_minimal")
-        config = importlib.import_module(f"{package}.raven_config_minimal").RavenConfig.from_pretrained(folder)
+        config = importlib.import_module(f"{package}.raven_config_minimal").RavenConfig.from_pretrained(
+            folder
+        )
+        module.RavenForCausalLM._tied_weights_keys = {}  # current transformers takes no list; tied below
         self.model = module.RavenForCausalLM(config)
         from safetensors.torch import load_file
 
@@ -177,7 +180,8 @@ class Reference(Side):
             found |= load_file(file)
         missing, unexpected = self.model.load_state_dict(found, strict=False)
         assert not unexpected and all("lm_head" in name or "freqs" in name for name in missing), missing
-        self.model.tie_weights()
+        if config.tie_embeddings:
+            self.model.lm_head.weight = self.model.transformer.wte.weight
         self.model.to(dtype).eval()
 
     @torch.inference_mode()
@@ -214,7 +218,10 @@ def sides(
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         folder, config = save_model(Path(scratch) / "model", shape, dtype, max_len)
         settings = EngineSettings(max_slots=most, dtype=dtype, kv_cache="shared")  # type: ignore[arg-type]
-        kinds = {"engine": settings, "engine, kernels torch": settings.model_copy(update={"kernels": "torch"})}
+        kinds = {
+            "engine": settings,
+            "engine, kernels torch": settings.model_copy(update={"kernels": "torch"}),
+        }
         if quantised:
             kinds["engine, int8"] = settings.model_copy(update={"weights": "int8"})
         if shape == "huginn":
@@ -310,7 +317,13 @@ def main(
                     prompts = torch.randint(5, 4000, (batch, prompt_tokens), generator=rng)
                     tokens = max(8, num_tokens // (1 if k < 8 else 4))
                     row = measure(found, prompts, tokens, k, rounds)
-                    row |= {"dtype": dtype, "batch": batch, "num_steps": k, "weight_bytes": read, "absent": absent}
+                    row |= {
+                        "dtype": dtype,
+                        "batch": batch,
+                        "num_steps": k,
+                        "weight_bytes": read,
+                        "absent": absent,
+                    }
                     rows.append(row)
                     print(describe(row), flush=True)
     versions = {}

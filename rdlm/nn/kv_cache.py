@@ -26,6 +26,8 @@ from rdlm.nn.attention import attention, rotary_table
 
 PAGE = 64
 """Positions of a page: the cache is allocated in these units."""
+LANES = 32
+"""Values of a head are filled up to a multiple of this width, which any CPU reads in whole vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,9 @@ class Segment:
 class Pages:
     """Keys and values of some layers in pages, and the table of where each position's are.
 
-    k and v are [layers, pages, Hkv, PAGE, Dh]. A *place* is page * PAGE + offset. Page 0 stays zero: it is
-    what unwritten positions show.
+    k is [layers, pages, Hkv, Dh, PAGE], v [layers, pages, Hkv, PAGE, Dh or more]: products with queries run
+    along positions, those with probabilities along the dimensions of a head. A *place* is page * PAGE +
+    offset, and the offset is the position's own. Page 0 stays zero: it is what unwritten positions show.
     """
 
     def __init__(
@@ -73,16 +76,18 @@ class Pages:
         self.places = np.zeros((num_slots, num_steps, self._per_slot * PAGE), dtype=np.int32)
         """[slots, steps, positions]: where a row at a step reads the key of a position. Once a position has
         keys of step r, rows of that and of every later step read them, until it has later ones."""
-        shape = (len(layers), num_slots * self._per_slot + 1, num_kv_heads, PAGE, head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self._free = list(range(shape[1] - 1, 0, -1))
+        count, width = num_slots * self._per_slot + 1, -(-head_dim // LANES) * LANES
+        self.head_dim, shape = head_dim, (len(layers), count, num_kv_heads)
+        self.k = torch.zeros(*shape, head_dim, PAGE, dtype=dtype, device=device)
+        self.v = torch.zeros(*shape, PAGE, width, dtype=dtype, device=device)
+        self._free = list(range(count - 1, 0, -1))
         self._owned: list[dict[tuple[int, int], int]] = [{} for _ in range(num_slots)]
         """By slot: the page of each (step, position // PAGE)."""
 
     @property
     def page_bytes(self) -> int:
         """Of keys and values in all layers."""
-        return 2 * self.k[:, 0].numel() * self.k.element_size()
+        return sum(pool[:, 0].numel() * pool.element_size() for pool in (self.k, self.v))
 
     @property
     def num_used(self) -> int:
@@ -92,6 +97,18 @@ class Pages:
         """Places that rows of a segment read: int32 [positions]. Layers that run once, and all of a shared
         cache, have one for every step."""
         return self.places[segment.slot, min(segment.step, self.num_steps - 1)]
+
+    def write(self, layer: int, pages: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keep k and v [N, Hkv, Dh] at places given as pages and offsets [N]."""
+        self.k[layer][pages, :, :, offsets] = k
+        self.v[layer][pages, :, offsets, : self.head_dim] = v
+
+    def read(self, layer: int, pages: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., Hkv, Dh] at places given as pages and offsets [...]."""
+        return (
+            self.k[layer][pages, :, :, offsets],
+            self.v[layer][pages, :, offsets, : self.head_dim],
+        )
 
     def reserve(self, segment: Segment) -> None:
         """Give each position of a segment a place for the keys of its step."""
@@ -175,8 +192,7 @@ class KVCache:
         store = self.store(layer)
         places = torch.from_numpy(store.row(Segment(slot, 0, length, step))[:length].astype(np.int64))
         pages, offsets = (places // PAGE).to(self.device), (places % PAGE).to(self.device)
-        index = layer - store.layers.start
-        return torch.stack([pool[index][pages, :, offsets] for pool in (store.k, store.v)])
+        return torch.stack(store.read(layer - store.layers.start, pages, offsets))
 
     def free(self, slot: int) -> int:
         """Forget a sequence -> the bytes that it had."""
@@ -279,27 +295,25 @@ class _Reader:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [N, H, Dh], k and v [N, Hkv, Dh] -> [N, H, Dh]."""
-        pools = self.store.k[layer], self.store.v[layer]
         if len(self.kept):
-            for pool, new in zip(pools, (k, v), strict=True):
-                pool[self.own_pages, :, self.own_offsets] = new[self.kept]
+            self.store.write(layer, self.own_pages, self.own_offsets, k[self.kept], v[self.kept])
         if len(self.rows) == len(q):
-            return self._attend_singles(pools, q, k, v)
+            return self._attend_singles(layer, q, k, v)
         out = torch.empty_like(q)
         if len(self.rows):
-            out[self.rows] = self._attend_singles(pools, q[self.rows], k[self.rows], v[self.rows])
+            out[self.rows] = self._attend_singles(layer, q[self.rows], k[self.rows], v[self.rows])
         for span, segment, (pages, offsets) in self.spans:
             own, mask = q[None, span], None
             past_k, past_v = k[None, span], v[None, span]
             if segment.start:
-                past_k, past_v = (pool[pages, :, offsets][None] for pool in pools)
+                past_k, past_v = (past[None] for past in self.store.read(layer, pages, offsets))
                 mask = torch.ones(segment.length, segment.end, dtype=torch.bool, device=q.device)
                 mask = mask.tril(segment.start)
             out[span] = attention(own, past_k, past_v, mask=mask, is_causal=mask is None)[0]
         return out
 
-    def _attend_singles(self, pools: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen_k, seen_v = (pool[self.pages, :, self.offsets] for pool in pools)  # [S, width, Hkv, Dh]
+    def _attend_singles(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen_k, seen_v = self.store.read(layer, self.pages, self.offsets)  # [S, width, Hkv, Dh]
         if len(self.uncommitted):
             own = self.own[self.uncommitted]
             seen_k[self.uncommitted, own], seen_v[self.uncommitted, own] = (

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rdlm.nn.attention import attention
-from rdlm.nn.kv_cache import PAGE, KVCache, PackedContext, Segment
+from rdlm.nn.kv_cache import LANES, PAGE, KVCache, PackedContext, Segment
 
 H, DH, STARTS = 2, 8, (5, 0, 3)
 STEP = 2
@@ -88,7 +88,7 @@ def test_the_full_pool_holds_what_has_been_written() -> None:
     """Three layers of which the middle one iterates: pages of the steps and positions that were taken, and
     none after ``free``."""
     pool = KVCache(3, 2, 1000, H, DH, num_steps=5, core_layers=range(1, 2))
-    page = 2 * PAGE * H * DH * 4
+    page = PAGE * H * (DH + LANES) * 4  # keys, and values of narrow heads filled up
     assert pool.num_bytes == 0
     span = random_rows(PAGE + 1)
     PackedContext(pool, [Segment(0, 0, PAGE + 1)]).attend(*span, 0)

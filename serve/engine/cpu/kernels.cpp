@@ -37,13 +37,14 @@ constexpr int BW = 2 * VW;   // outputs of one weight block: two vectors
 constexpr int GROUP = 32;    // inputs that share a scale in int8 weights
 constexpr int PAGE = 64;     // positions of a cache page
 constexpr int UNIT = 4;      // weight blocks a thread takes at a time
+constexpr int ROWS_TOGETHER = 24;
 constexpr int AHEAD = 512;   // bytes: lines of 16 bytes come too slowly for the machine's own prefetching
 
 typedef float vf __attribute__((vector_size(VW * 4)));
 typedef int32_t vi __attribute__((vector_size(VW * 4)));
 typedef uint32_t vu __attribute__((vector_size(VW * 4)));
 
-enum Kind { F32 = 0, BF16 = 1, INT8 = 2 };
+enum Kind { F32 = 0, BF16 = 1, INT8 = 2, PLAIN_BF16 = 3 };  // the last: of the cache
 
 template <class T> static inline T load(const void* p) {
   T v;
@@ -129,8 +130,9 @@ static inline int64_t block_bytes(int in, int kind) {
 
 // out [N, B * BW] = B blocks of W times N rows of x. bf16: the 32-bit lane l of a line holds output l in its low
 // and output l + VW in its high half. int8: GROUP lines of BW bytes follow their BW scales.
+// line: bytes from an input's weights to the next one's. ahead, stride: memory that is fetched meanwhile, line by line (where blocks stream, the machine does it itself).
 template <int N, int B, int KIND>
-static void micro(int in, const char* data, int64_t size, const float* x, int64_t ldx, float* out) {
+static void micro(int in, const char* data, int64_t size, int64_t line, const float* x, int64_t ldx, float* out, const char* ahead, int64_t stride) {
   vf acc[N][B][2] = {};
   const char* w[B];
   for (int j = 0; j < B; j++) w[j] = data + j * size;
@@ -142,17 +144,24 @@ static void micro(int in, const char* data, int64_t size, const float* x, int64_
     }
   };
   if (KIND == F32) {
-    for (int k = 0; k < in; k++)
+    for (int k = 0; k < in; k++) {
+      if (B == 1) __builtin_prefetch(ahead + k * stride, 0, 2);
       for (int j = 0; j < B; j++) {
-        const char* line = w[j] + int64_t(k) * BW * 4;
-        multiply(acc, j, k, load<vf>(line), load<vf>(line + VW * 4));
+        const char* at = w[j] + k * line;
+        multiply(acc, j, k, load<vf>(at), load<vf>(at + VW * 4));
       }
+    }
   } else if (KIND == BF16) {
-    for (int k = 0; k < in; k++)
+    for (int k = 0; k < in; k++) {
+      if (B == 1) __builtin_prefetch(ahead + k * stride, 0, 2);
       for (int j = 0; j < B; j++) {
-        const vu both = load<vu>(w[j] + int64_t(k) * BW * 2);
+        const vu both = load<vu>(w[j] + k * line);
         multiply(acc, j, k, (vf)(both << 16), (vf)(both & 0xffff0000u));
       }
+    }
+  } else if (KIND == PLAIN_BF16) {
+    for (int k = 0; k < in; k++)
+      for (int j = 0; j < B; j++) multiply(acc, j, k, load_bf16(w[j] + k * line), load_bf16(w[j] + k * line + VW * 2));
   } else {
     for (int first = 0; first < in; first += GROUP) {
       const int end = std::min(in, first + GROUP);
@@ -160,9 +169,9 @@ static void micro(int in, const char* data, int64_t size, const float* x, int64_
       vf part[N][B][2] = {};
       for (int k = first; k < end; k++)
         for (int j = 0; j < B; j++) {
-          const char* line = w[j] + lines + int64_t(k - first) * BW;
-          __builtin_prefetch(line + AHEAD);
-          multiply(part, j, k, load_int8(line), load_int8(line + VW));
+          const char* at = w[j] + lines + int64_t(k - first) * BW;
+          __builtin_prefetch(at + AHEAD);
+          multiply(part, j, k, load_int8(at), load_int8(at + VW));
         }
       for (int j = 0; j < B; j++) {
         const vf sa = load<vf>(w[j] + scales), sb = load<vf>(w[j] + scales + VW * 4);
@@ -180,7 +189,7 @@ static void micro(int in, const char* data, int64_t size, const float* x, int64_
     }
 }
 
-typedef void (*Micro)(int, const char*, int64_t, const float*, int64_t, float*);
+typedef void (*Micro)(int, const char*, int64_t, int64_t, const float*, int64_t, float*, const char*, int64_t);
 
 // As many blocks at once as keep the multipliers busy.
 constexpr int blocks_at_once(int rows) { return rows * 4 <= MAX_ROWS ? 4 : rows * 2 <= MAX_ROWS ? 2 : 1; }
@@ -208,25 +217,47 @@ template <int KIND> static Micro micro_of(int rows, bool several) {
   return nullptr;
 }
 static Micro micro_of(int kind, int rows, bool several) {
-  return kind == F32 ? micro_of<F32>(rows, several) : kind == BF16 ? micro_of<BF16>(rows, several) : micro_of<INT8>(rows, several);
+  switch (kind) {
+    case F32: return micro_of<F32>(rows, several);
+    case BF16: return micro_of<BF16>(rows, several);
+    case INT8: return micro_of<INT8>(rows, several);
+    default: return micro_of<PLAIN_BF16>(rows, several);
+  }
 }
 
 // emit(row, block, values [BW]) for rows of x against ``count`` blocks from ``block`` on.
 template <class Emit>
 static inline void tiles(const Matrix& m, int block, int count, const float* x, int64_t ldx, int row, int rows, Emit& emit) {
   const int64_t size = block_bytes(m.in, m.kind);
-  alignas(64) float out[MAX_ROWS * UNIT * BW];
-  while (rows > 0) {
-    const int n = rows > MAX_ROWS && rows < 2 * MAX_ROWS ? (rows + 1) / 2 : std::min(rows, MAX_ROWS);  // 4 + 3, not 6 + 1
+  const char* data = static_cast<const char*>(m.data) + block * size;
+  alignas(64) float out[MAX_ROWS * 4 * BW];
+  auto at_once = [&](int left) {  // 4 + 3 rows rather than 6 + 1
+    return left > MAX_ROWS && left < 2 * MAX_ROWS ? (left + 1) / 2 : std::min(left, MAX_ROWS);
+  };
+  auto multiply = [&](int n, int first, int j, int b, const char* ahead, int64_t stride) {
+    micro_of(m.kind, n, b > 1)(m.in, data + j * size, size, m.kind == F32 ? BW * 4 : BW * 2, x + first * ldx, ldx, out, ahead, stride);
+    for (int r = 0; r < n; r++)
+      for (int i = 0; i < b; i++) emit(first + r, block + j + i, out + (r * b + i) * BW);
+  };
+  const int most = blocks_at_once(std::min(rows, MAX_ROWS));
+  if (most > 1) {  // so few rows that they are one tile
     for (int j = 0; j < count;) {
-      const int most = blocks_at_once(n), b = j + most <= count ? most : 1;
-      micro_of(m.kind, n, b > 1)(m.in, static_cast<const char*>(m.data) + (block + j) * size, size, x + row * ldx, ldx, out);
-      for (int r = 0; r < n; r++)
-        for (int i = 0; i < b; i++) emit(row + r, block + j + i, out + (r * b + i) * BW);
+      const int b = j + most <= count ? most : 1;
+      multiply(rows, row, j, b, data, 0);
       j += b;
     }
-    row += n;
-    rows -= n;
+    return;
+  }
+  // A block stays in the cache while the tiles of rows pass, and each tile fetches its part of the next block.
+  const int passes = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  for (int j = 0; j < count; j++) {
+    const char* next = data + std::min(j + 1, count - 1) * size;
+    for (int left = rows, first = row, pass = 0; left > 0; pass++) {
+      const int n = at_once(left);
+      multiply(n, first, j, 1, next + size * std::min(pass, passes - 1) / passes, size / m.in / passes);
+      left -= n;
+      first += n;
+    }
   }
 }
 
@@ -330,10 +361,11 @@ static Pool& pool() {
 template <class Emit>
 static inline void product(Worker& worker, const Matrix& m, const float* x, int64_t ldx, int rows, Emit&& emit) {
   const int at_once = std::max(MAX_ROWS, (64 << 10) / std::max(1, m.in) / MAX_ROWS * MAX_ROWS);  // rows whose x stays in L2
-  const int chunks = (rows + at_once - 1) / at_once, units = (m.blocks + UNIT - 1) / UNIT;
+  const int unit = rows > MAX_ROWS && m.blocks >= 8 * UNIT ? 2 * UNIT : UNIT;
+  const int chunks = (rows + at_once - 1) / at_once, units = (m.blocks + unit - 1) / unit;
   worker.each(chunks * units, [&](int i) {
-    const int row = i / units * at_once, block = i % units * UNIT;
-    tiles(m, block, std::min(UNIT, m.blocks - block), x, ldx, row, std::min(at_once, rows - row), emit);
+    const int row = i / units * at_once, block = i % units * unit;
+    tiles(m, block, std::min(unit, m.blocks - block), x, ldx, row, std::min(at_once, rows - row), emit);
   });
 }
 
@@ -383,9 +415,9 @@ struct Rows {
   const int64_t* tables;   // address of its int32 places of positions 0, 1, ...
 };
 struct Cache {
-  void* k;  // of one layer: [pages, kv_heads, PAGE, head_dim]
-  void* v;
-  int32_t kind;  // F32 or BF16
+  char* k;  // of one layer: [pages, kv_heads, head_dim, PAGE]
+  char* v;  // [pages, kv_heads, PAGE, value_width]: head_dim, filled up to a multiple of the blocks
+  int32_t value_width, kind;  // F32 or PLAIN_BF16
 };
 
 struct Layer {
@@ -404,26 +436,15 @@ struct Modulation {
   int64_t stride[6];
 };
 
-template <class T> static inline vf load_kv(const T* p);
-template <> inline vf load_kv<float>(const float* p) { return load<vf>(p); }
-template <> inline vf load_kv<uint16_t>(const uint16_t* p) { return load_bf16(p); }
-static inline float scalar_kv(float x) { return x; }
-static inline float scalar_kv(uint16_t x) { return bf16_to_float(x); }
-
-template <class T> static inline float dot(const float* q, const T* k, int width) {
+static inline float dot(const float* a, const float* b, int width) {
   vf acc[4] = {};
   int i = 0;
   for (; i + 4 * VW <= width; i += 4 * VW)
-    for (int j = 0; j < 4; j++) acc[j] += load<vf>(q + i + j * VW) * load_kv(k + i + j * VW);
-  for (; i + VW <= width; i += VW) acc[0] += load<vf>(q + i) * load_kv(k + i);
+    for (int j = 0; j < 4; j++) acc[j] += load<vf>(a + i + j * VW) * load<vf>(b + i + j * VW);
+  for (; i + VW <= width; i += VW) acc[0] += load<vf>(a + i) * load<vf>(b + i);
   float total = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-  for (; i < width; i++) total += q[i] * scalar_kv(k[i]);
+  for (; i < width; i++) total += a[i] * b[i];
   return total;
-}
-template <class T> static inline void add_scaled(float* to, float p, const T* v, int width) {
-  int i = 0;
-  for (; i + VW <= width; i += VW) store(to + i, load<vf>(to + i) + p * load_kv(v + i));
-  for (; i < width; i++) to[i] += p * scalar_kv(v[i]);
 }
 
 // scores [length] -> probabilities times their sum, which is returned; in place.
@@ -443,35 +464,97 @@ static inline float soften(float* s, int length, float scale) {
   return total;
 }
 
-// One query head of one row -> out [head_dim]. own_k, own_v: of a row whose key is not in the cache, or null.
-template <class T>
-static void attend(const Layer& l, const T* keys, const T* values, const int32_t* places, int length, int head, const float* q,
-                   const float* own_k, const float* own_v, float* out, std::vector<float>& scores) {
-  const int width = l.head_dim, kv = head / (l.heads / l.kv_heads);
-  if (int(scores.size()) < length + 1) scores.resize(2 * length + 64);
-  auto at = [&](const T* base, int j) {
-    const int64_t place = places[j];
-    return base + ((place / PAGE * l.kv_heads + kv) * PAGE + place % PAGE) * width;
-  };
-  for (int j = 0; j < length; j++) scores[j] = dot(q, at(keys, j), width);
-  if (own_k) scores[length] = dot(q, own_k, width);
-  const int seen = length + (own_k != nullptr);
-  const float total = soften(scores.data(), seen, 1.0f / std::sqrt(float(width)));
-  std::fill(out, out + width, 0.0f);
-  for (int j = 0; j < length; j++) add_scaled(out, scores[j], at(values, j), width);
-  if (own_k) add_scaled(out, scores[length], own_v, width);
-  const float scale = 1.0f / total;
-  for (int i = 0; i < width; i++) out[i] *= scale;
+// Queries q [n, ldq] times ``count`` blocks of BW columns -> emit(query, column, values [BW]); in: lines of a block.
+template <class Emit>
+static inline void columns(int kind, int in, const char* data, int64_t line, int count, const float* q, int64_t ldq, int n, Emit&& emit) {
+  const int64_t size = BW * (kind == F32 ? 4 : 2);
+  alignas(64) float out[MAX_ROWS * 4 * BW];
+  for (int first = 0; first < n; first += MAX_ROWS) {
+    const int rows = std::min(MAX_ROWS, n - first), most = blocks_at_once(rows);
+    for (int j = 0; j < count;) {
+      const int b = j + most <= count ? most : 1;
+      micro_of(kind, rows, b > 1)(in, data + j * size, size, line, q + first * ldq, ldq, out, data, 0);
+      for (int r = 0; r < rows; r++)
+        for (int i = 0; i < b; i++) emit(first + r, (j + i) * BW, out + (r * b + i) * BW);
+      j += b;
+    }
+  }
 }
 
-template <class T> static inline void put(T* to, const float* from, int width);
-template <> inline void put<float>(float* to, const float* from, int width) { memcpy(to, from, width * 4); }
-template <> inline void put<uint16_t>(uint16_t* to, const float* from, int width) {
-  for (int i = 0; i < width; i++) to[i] = float_to_bf16(from[i]);
+// Rows ``first`` to ``first + n`` of one sequence, one head of keys, and the query heads that share it. Sums run over
+// the dimensions of a head, and over the positions of a page and then over pages, however many rows there are.
+// own: of a single row whose key is not in the cache, its key and value behind its queries.
+static void attend(const Layer& l, const Rows& rows, const Cache& cache, int first, int n, int kv, const float* qkv, int64_t stride, float* mixed) {
+  const int width = l.head_dim, group = l.heads / l.kv_heads, longest = rows.lengths[first + n - 1], wide = (width + BW - 1) / BW;
+  const int pages = (longest + PAGE - 1) / PAGE, count = n * group;
+  const int64_t lds = int64_t(pages) * PAGE + PAGE, item = cache.kind == F32 ? 4 : 2;
+  const int32_t* places = reinterpret_cast<const int32_t*>(rows.tables[first]);
+  const bool own = rows.writes[first] < 0;
+  static thread_local std::vector<float> memory;
+  if (int64_t(memory.size()) < count * (lds + width + wide * BW)) memory.resize(count * (lds + width + wide * BW));
+  float *scores = memory.data(), *queries = scores + count * lds, *sums = queries + count * width;
+  for (int r = 0; r < n; r++)
+    for (int g = 0; g < group; g++)
+      memcpy(queries + (r * group + g) * width, qkv + (first + r) * stride + (kv * group + g) * width, width * 4);
+  auto page_of = [&](int position) { return int64_t(places[position]) / PAGE; };
+  // The positions of a page lie together, unless they took different numbers of steps: f(page, from, to) for each run.
+  auto runs = [&](int start, int end, auto&& f) {
+    for (int from = start; from < end;) {
+      int to = from + 1;
+      while (to < end && page_of(to) == page_of(from)) to++;
+      f(page_of(from), from, to);
+      from = to;
+    }
+  };
+  for (int p = 0; p < pages; p++)
+    runs(p * PAGE, std::min(longest, (p + 1) * PAGE), [&](int64_t page, int from, int to) {
+      const int low = from % PAGE / BW, high = ((to - 1) % PAGE) / BW + 1;  // blocks of positions that hold the run
+      const char* keys = cache.k + (page * l.kv_heads + kv) * width * PAGE * item + low * BW * item;
+      columns(cache.kind, width, keys, PAGE * item, high - low, queries, width, count, [&](int query, int column, const float* values) {
+        const int at = p * PAGE + low * BW + column, begin = std::max(at, from), end = std::min(at + BW, to);
+        if (begin < end) memcpy(scores + query * lds + begin, values + begin - at, (end - begin) * 4);
+      });
+    });
+  const float scale = 1.0f / std::sqrt(float(width));
+  for (int r = 0; r < n; r++)
+    for (int g = 0; g < group; g++) {
+      const int query = r * group + g, length = rows.lengths[first + r];
+      float* row = scores + query * lds;
+      if (own) {  // n is 1
+        const float* key = qkv + first * stride + (l.heads + kv) * width;
+        float total = 0;
+        for (int d = 0; d < width; d++) total = std::fma(queries[query * width + d], key[d], total);
+        row[length] = total;
+      }
+      const float inverse = 1.0f / soften(row, length + own, scale);
+      for (int j = 0; j < length + own; j++) row[j] *= inverse;
+      for (int j = length + own; j < lds; j++) row[j] = 0;
+      float* out = mixed + int64_t(first + r) * l.heads * width + (kv * group + g) * width;
+      std::fill(out, out + width, 0.0f);
+    }
+  for (int p = 0; p < pages; p++) {
+    std::fill(sums, sums + count * wide * BW, 0.0f);
+    runs(p * PAGE, std::min(longest, (p + 1) * PAGE), [&](int64_t page, int from, int to) {
+      const char* values = cache.v + ((page * l.kv_heads + kv) * PAGE + from % PAGE) * cache.value_width * item;
+      columns(cache.kind, to - from, values, cache.value_width * item, wide, scores + from, lds, count, [&](int query, int column, const float* part) {
+        float* to_sum = sums + query * wide * BW + column;
+        for (int i = 0; i < BW; i++) to_sum[i] += part[i];
+      });
+    });
+    for (int query = 0; query < count; query++) {
+      float* out = mixed + int64_t(first + query / group) * l.heads * width + (kv * group + query % group) * width;
+      for (int d = 0; d < width; d++) out[d] += sums[query * wide * BW + d];
+    }
+  }
+  if (own)
+    for (int g = 0; g < group; g++) {
+      const float *value = qkv + first * stride + (l.heads + l.kv_heads + kv) * width, p = scores[g * lds + rows.lengths[first]];
+      float* out = mixed + int64_t(first) * l.heads * width + (kv * group + g) * width;
+      for (int d = 0; d < width; d++) out[d] += p * value[d];
+    }
 }
 
 // Bias, norm and rotation of a row's queries and keys, gate of its values; the key and value to the cache.
-template <class T>
 static void finish_qkv(const Layer& l, const Rows& rows, const Cache& cache, int row, float* qkv, const float* input, const float* values) {
   const int width = l.head_dim, both = l.heads + l.kv_heads;
   float *k = qkv + l.heads * width, *v = k + l.kv_heads * width;
@@ -501,9 +584,17 @@ static void finish_qkv(const Layer& l, const Rows& rows, const Cache& cache, int
   const int64_t place = rows.writes[row];
   if (place < 0) return;
   for (int h = 0; h < l.kv_heads; h++) {
-    const int64_t at = ((place / PAGE * l.kv_heads + h) * PAGE + place % PAGE) * width;
-    put(static_cast<T*>(cache.k) + at, k + h * width, width);
-    put(static_cast<T*>(cache.v) + at, v + h * width, width);
+    const int64_t head = place / PAGE * l.kv_heads + h, offset = place % PAGE;
+    const int64_t key = head * width * PAGE + offset, value = (head * PAGE + offset) * cache.value_width;
+    for (int i = 0; i < width; i++) {
+      if (cache.kind == F32) {
+        reinterpret_cast<float*>(cache.k)[key + i * PAGE] = k[h * width + i];
+        reinterpret_cast<float*>(cache.v)[value + i] = v[h * width + i];
+      } else {
+        reinterpret_cast<uint16_t*>(cache.k)[key + i * PAGE] = float_to_bf16(k[h * width + i]);
+        reinterpret_cast<uint16_t*>(cache.v)[value + i] = float_to_bf16(v[h * width + i]);
+      }
+    }
   }
 }
 
@@ -536,7 +627,6 @@ static float* scratch(int64_t floats) {
   return memory.data();
 }
 
-template <class T>
 static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x, const Modulation* mod, const float* values, int64_t value_stride) {
   const int n = rows.count, D = l.width, attended = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
   const int all = attended + 2 * kv + (l.output_gate ? attended : 0);
@@ -545,29 +635,30 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
   const bool sandwich = l.norms >= SANDWICH_SUM;
   const float *before_a = l.norm[0], *after_a = l.norms == POST ? l.norm[0] : l.norm[1];
   const float *before_m = sandwich ? l.norm[2] : l.norm[1], *after_m = sandwich ? l.norm[3] : l.norm[1];
-  pool().run([&](Worker worker) {
+  static thread_local std::vector<int> starts;  // of the groups of rows that attend together
+  starts.clear();
+  for (int r = 0; r < n; r++)
+    if (r == 0 || rows.tables[r] != rows.tables[r - 1] || rows.writes[r] < 0 || rows.writes[r - 1] < 0 || r - starts.back() == ROWS_TOGETHER ||
+        rows.lengths[r] < rows.lengths[r - 1])
+      starts.push_back(r);
+  const int groups = int(starts.size());
+  starts.push_back(n);
+  pool().run([&, starts = starts.data()](Worker worker) {
     worker.each(n, [&](int r) { enter(l, h + int64_t(r) * D, x + int64_t(r) * D, before_a, mod, 0, r); });
     product(worker, l.qkv, h, D, n, Store{l.qkv, qkv, all});
     worker.each(n, [&](int r) {
-      finish_qkv<T>(l, rows, cache, r, qkv + int64_t(r) * all, h + int64_t(r) * D, values ? values + r * value_stride : nullptr);
+      finish_qkv(l, rows, cache, r, qkv + int64_t(r) * all, h + int64_t(r) * D, values ? values + r * value_stride : nullptr);
     });
-    const int at_once = n >= 64 ? std::min(l.heads, 4) : 1, parts = (l.heads + at_once - 1) / at_once;
-    static thread_local std::vector<float> scores;
-    worker.each(n * parts, [&](int i) {
-      const int r = i % n, first = i / n * at_once;
-      const float *q = qkv + int64_t(r) * all, *k = q + attended, *v = k + kv;
-      const bool own = rows.writes[r] < 0;
-      for (int head = first; head < std::min(l.heads, first + at_once); head++) {
-        const int shared = head / (l.heads / l.kv_heads) * l.head_dim;
-        float* out = mixed + int64_t(r) * attended + head * l.head_dim;
-        attend<T>(l, static_cast<const T*>(cache.k), static_cast<const T*>(cache.v), reinterpret_cast<const int32_t*>(rows.tables[r]),
-                  rows.lengths[r], head, q + head * l.head_dim, own ? k + shared : nullptr, own ? v + shared : nullptr, out, scores);
-        if (l.output_gate) {
-          const float* gate = v + kv + head * l.head_dim;
-          for (int d = 0; d < l.head_dim; d++) out[d] *= 1.0f / (1.0f + exp1(-gate[d]));
-        }
-      }
+    // Consecutive rows of a sequence read the same keys: up to ROWS_TOGETHER of them are one item.
+    worker.each(groups * l.kv_heads, [&](int i) {
+      const int group = i % groups, first = starts[group], count = starts[group + 1] - first;
+      attend(l, rows, cache, first, count, i / groups, qkv, all, mixed);
     });
+    if (l.output_gate)
+      worker.each(n, [&](int r) {
+        const float* gate = qkv + int64_t(r) * all + attended + 2 * kv;
+        for (int d = 0; d < attended; d++) mixed[int64_t(r) * attended + d] *= 1.0f / (1.0f + exp1(-gate[d]));
+      });
     product(worker, l.proj, mixed, attended, n, Store{l.proj, branch, D});
     worker.each(n, [&](int r) {
       leave(l, x + int64_t(r) * D, branch + int64_t(r) * D, after_a, mod, 0, r);
@@ -642,9 +733,6 @@ void rdlm_rms_norm(const float* x, const float* weight, int rows, int width, flo
 
 // One transformer layer, x [rows, width] in place. mod and values may be null.
 void rdlm_layer(const Layer* l, const Rows* rows, const Cache* cache, float* x, const Modulation* mod, const float* values, int64_t value_stride) {
-  if (cache->kind == BF16)
-    layer<uint16_t>(*l, *rows, *cache, x, mod, values, value_stride);
-  else
-    layer<float>(*l, *rows, *cache, x, mod, values, value_stride);
+  layer(*l, *rows, *cache, x, mod, values, value_stride);
 }
 }

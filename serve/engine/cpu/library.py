@@ -46,7 +46,7 @@ class Rows(Structure):
 class Cache(Structure):
     """``struct Cache`` of kernels.cpp."""
 
-    _fields_ = (("k", c_void_p), ("v", c_void_p), ("kind", c_int32))
+    _fields_ = (("k", c_void_p), ("v", c_void_p), ("value_width", c_int32), ("kind", c_int32))
 
 
 class Layer(Structure):

@@ -25,6 +25,7 @@ from serve.engine.cpu.library import Cache, Layer, Matrix, Modulation, Rows, lib
 
 WeightFormat = Literal["auto", "int8"]
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 3}
 NORMS = {"pre": 0, "post": 1, "sandwich_sum": 2, "sandwich_branch": 3}
 MLPS = {"swiglu": 0, "relu2": 1, "gelu": 2}
 QK_NORMS = {"none": 0, "full": 1, "head": 2, "head_unweighted": 3}
@@ -241,7 +242,7 @@ class RowView:
             ctx.row_positions, np.array(lengths, np.int32), np.array(writes, np.int32), np.array(tables, np.int64),
         ]  # fmt: skip
         self.rows = Rows(len(lengths), *(array.ctypes.data for array in self.arrays))
-        self._cache = Cache(0, 0, KINDS[store.k.dtype])
+        self._cache = Cache(0, 0, store.v.shape[-1], CACHE_KINDS[store.k.dtype])
 
     def cache(self, layer: int) -> Cache:
         """Where the keys and values of a layer begin."""
