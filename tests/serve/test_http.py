@@ -61,8 +61,8 @@ def test_completion_has_openai_shape_and_accounts_for_its_work(
     work = answer["usage"]["recurrence"]
     assert work.pop("flops") > 0  # tests/serve/test_cost.py
     assert (
-        work.pop("kv_bytes") == PAGE * 4 * (32 + 4 * 32) * 4 and length + 4 <= PAGE
-    )  # a page of positions: keys of 4 layers of 4 heads of 8 numbers of 4 bytes, values filled up to 32
+        work.pop("kv_bytes") == PAGE * 4 * (32 + 2 * 32) * 4 and length + 4 <= PAGE
+    )  # a page of positions: keys of 4 layers of 2 heads of 16 numbers of 4 bytes, values filled up to 32
     steps = {
         "num_steps": 4,
         "core_steps": 4 * (length + 4),
