@@ -37,7 +37,7 @@ from rdlm.data.tokenizer import Tokenizer, load_tokenizer
 from rdlm.diffusion.partition import partition_of
 from rdlm.errors import UserError
 from rdlm.objectives import Objective
-from rdlm.objectives.next_token import num_recurrences
+from rdlm.objectives.depth import num_recurrences
 from rdlm.registry import build
 from train.checkpoints import (
     TAG,
