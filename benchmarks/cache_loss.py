@@ -1,17 +1,18 @@
-"""What the shared cache costs in likelihood: held-out NLL through the engine, decoding position by position.
+"""What the shared cache and rounded weights cost in likelihood: held-out NLL through the engine, decoding
+position by position.
 
     python -m benchmarks.cache_loss --checkpoint runs/x/model --data data/books-4096 --steps 1,2,4,8 \\
         --out docs/results/raw/cache_loss.json
 
 ``exact`` is ``Objective.score`` (every step reads the past at the same step); ``full`` must reproduce it;
-``shared`` reads the past's last step. Prompts are scored with a chunk of one position, which is what decoding
+``shared`` reads the past's last step. ``bfloat16`` and ``int8`` are full with rounded weights. Prompts are scored with a chunk of one position, which is what decoding
 does.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -24,13 +25,18 @@ from serve.engine.sequence import Request, StepBudget
 from serve.loading import load_served
 from serve.settings import EngineSettings
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {"kv_cache": "full", "dtype": "float32"},
+    "shared": {"kv_cache": "shared", "dtype": "float32"},
+    "bfloat16": {"kv_cache": "full", "dtype": "bfloat16"},
+    "int8": {"kv_cache": "full", "dtype": "float32", "weights": "int8"},
+}
 
-def engine_nll(
-    checkpoint: Path, windows: torch.Tensor, num_steps: int, kv_cache: Literal["shared", "full"]
-) -> float:
+
+def engine_nll(checkpoint: Path, windows: torch.Tensor, num_steps: int, variant: str) -> float:
     """Mean nats per token of windows [N, T + 1], one position at a time."""
     settings = EngineSettings(
-        kv_cache=kv_cache,
+        **VARIANTS[variant],
         chunk=1,
         prefill_rows=64,
         max_slots=64,
@@ -59,7 +65,7 @@ def main(
     seq_len: int = 96,
     num_windows: int = 64,
 ) -> None:
-    """Exact, full and shared NLL at each K."""
+    """NLL of every variant at each K."""
     loaded = load(checkpoint, device="cpu", dtype=torch.float32)
     batch = next(iter(TokenStore(data, "valid").windows(seq_len, num_windows * seq_len, num_windows)))
     windows = torch.cat([batch.inputs, batch.targets[:, -1:]], 1)
@@ -68,7 +74,7 @@ def main(
         exact = -loaded.denoiser.token_logprobs(batch.inputs, batch.targets, [k])[k].mean().item()
         rows[str(k)] = {
             "exact": exact,
-            **{kind: engine_nll(checkpoint, windows, k, kind) for kind in ("full", "shared")},
+            **{variant: engine_nll(checkpoint, windows, k, variant) for variant in VARIANTS},
         }
         print(
             f"K={k}: " + ", ".join(f"{name} {value:.5f}" for name, value in rows[str(k)].items()), flush=True
