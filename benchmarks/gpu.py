@@ -309,9 +309,9 @@ def _decoded(
         for sequence in running:
             result = results.get(sequence.id)
             sequence.advance(result.exited if result else False)
-            for token in result.drawn if result else ():
-                sequence.output.append(token.token)
-                drawn += 1
+            tokens_drawn = list(result.tokens) if result else []
+            sequence.output.extend(tokens_drawn)
+            drawn += len(tokens_drawn)
             if len(sequence.output) >= tokens:
                 runner.release(sequence)
                 scheduler.remove(sequence)

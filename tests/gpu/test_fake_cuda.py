@@ -131,8 +131,7 @@ def test_the_serving_step_mixes_no_devices(
             for sequence in running:
                 result = results.get(sequence.id)
                 sequence.advance(result.exited if result else False)
-                for drawn in result.drawn if result else ():
-                    sequence.output.append(drawn.token)
+                sequence.output.extend(result.tokens if result else ())
                 if len(sequence.output) == 2:
                     runner.release(sequence)
                     scheduler.remove(sequence)

@@ -209,26 +209,11 @@ def memory_plan(path: Path, overrides: Sequence[str], world: int, on_gpu: bool) 
 
 
 def train_config(path: Path) -> dict[str, Any]:
-    """The resolved training config of a YAML file, as JSON with version 1's fields."""
+    """The resolved training config of a YAML file as JSON, its objective with version 1's fields; newer fields
+    are among them."""
     from train.settings import load as load_settings
 
     document = load_settings(path).model_dump(mode="json")
-    for newer in (
-        "init_from",
-        "allow_changes",
-        "deterministic",
-        "nonfinite",
-        "samples",
-        "compile",
-        "noise_source",
-        "profile",
-    ):
-        del document[newer]
-    for newer in ("name", "freeze", "lr_factors"):
-        del document["optimizer"][newer]
-    document["model"].pop("exit_gate", None)
-    del document["deepspeed"]["overlap_comm"], document["deepspeed"]["communication_dtype"]
-    del document["checkpoint"]["keep_best"], document["recurrence"]["exit_thresholds"]
     return {**document, "objective": _objective_v1(document["objective"])}
 
 
