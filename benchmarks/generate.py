@@ -10,8 +10,9 @@ turns, and medians and the spread over rounds are reported. What a side cannot r
 ``engine``: serve/engine as ``rdlm serve`` builds it. ``transformers``: ``generate`` of its own class on the
 model as ``rdlm export hf`` writes it. ``llama.cpp``: one ``llama_decode`` a step for all sequences (package
 llama-cpp-python) on the GGUF that ``rdlm export gguf`` writes. ``reference``: ``generate_minimal`` of the
-published Huginn code (raven_modeling_minimal.py and raven_config_minimal.py in FOLDER). limit: the memory's
-speed, as a copy of a large buffer shows it, over the bytes of the weights that a token reads.
+published Huginn code (raven_modeling_minimal.py and raven_config_minimal.py in FOLDER; it runs under
+transformers 4.53). limit: the memory's speed, as the sum of a large buffer shows it, over the bytes of the
+weights that a token reads.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ class Reference(Side):
         self.model = module.RavenForCausalLM(config)
         from safetensors.torch import load_file
 
-        found = {}
+        found: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             found |= load_file(file)
         missing, unexpected = self.model.load_state_dict(found, strict=False)
@@ -212,12 +213,12 @@ def _seconds(call: Any, *arguments: Any) -> float:
 @contextmanager
 def sides(
     shape: str, dtype: str, quantised: bool, most: int, max_len: int, threads: int, reference: Path | None
-) -> Iterator[tuple[list[Side], dict[str, str], int]]:
-    """The sides that can run here, why others cannot, and the bytes of the weights outside of the embedding."""
+) -> Iterator[tuple[list[Side], dict[str, str], CheckpointConfig]]:
+    """The sides that can run here, why others cannot, and the model's config."""
     absent: dict[str, str] = {}
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         folder, config = save_model(Path(scratch) / "model", shape, dtype, max_len)
-        settings = EngineSettings(max_slots=most, dtype=dtype, kv_cache="shared")  # type: ignore[arg-type]
+        settings = EngineSettings(max_slots=most, dtype=dtype, kv_cache="shared")
         kinds = {
             "engine": settings,
             "engine, kernels torch": settings.model_copy(update={"kernels": "torch"}),
@@ -238,7 +239,7 @@ def sides(
                 found.append(make(Path(scratch), folder, dtype, threads, max_len, most, reference))
             except (ImportError, FileNotFoundError) as error:
                 absent[name] = str(error)
-        yield found, absent, weight_bytes(config, dtype)
+        yield found, absent, config
 
 
 def _transformers(scratch: Path, folder: Path, dtype: str, *_: Any) -> Side:
@@ -283,10 +284,14 @@ def save_model(folder: Path, shape: str, dtype: str, max_len: int) -> tuple[Path
     return folder, config
 
 
-def weight_bytes(config: CheckpointConfig, dtype: str) -> int:
-    """Of everything that a token at K = 1 reads; of each step beyond it, see ``core_bytes``."""
-    network = build(config, seed=1)
-    return sum(p.numel() for p in network.parameters()) * torch.finfo(getattr(torch, dtype)).bits // 8
+def bytes_per_token(config: CheckpointConfig, dtype: str, num_steps: int) -> int:
+    """Of the weights that one token reads: those of the core ``num_steps`` times, the others once."""
+    model = build(config, seed=1).model
+    core = sum(p.numel() for part in (model.core_layers, getattr(model, "adapter", None)) if part is not None
+               for p in part.parameters())  # fmt: skip
+    every = sum(p.numel() for p in model.parameters())
+    looked_up = 0 if model.lm_head is None else model.wte.weight.numel()
+    return (every - looked_up + (num_steps - 1) * core) * torch.finfo(getattr(torch, dtype)).bits // 8
 
 
 def main(
@@ -310,7 +315,7 @@ def main(
     for dtype in dtypes.split(","):
         max_len = prompt_tokens + num_tokens + 1
         setting = sides(shape, dtype, dtype == "bfloat16", max(sizes), max_len, threads, reference)
-        with setting as (found, absent, read), torch.no_grad():
+        with setting as (found, absent, config), torch.no_grad():
             for k in ks:
                 for batch in sizes:
                     rng = torch.Generator().manual_seed(2)
@@ -321,9 +326,9 @@ def main(
                         "dtype": dtype,
                         "batch": batch,
                         "num_steps": k,
-                        "weight_bytes": read,
                         "absent": absent,
                     }
+                    row["limit_at_batch_1"] = 1e9 * bandwidth / bytes_per_token(config, dtype, k)
                     rows.append(row)
                     print(describe(row), flush=True)
     versions = {}

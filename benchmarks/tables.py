@@ -1,5 +1,5 @@
 """Markdown tables of docs/results from the raw JSON: python -m benchmarks.tables
-language|depth|cost|cache|quality|blockwise|memory|zoo FILE"""
+language|depth|cost|cache|quality|blockwise|memory|zoo|speed FILE"""
 
 from __future__ import annotations
 
@@ -98,12 +98,13 @@ def cache(raw: dict[str, Any]) -> str:
     rows = [
         [
             k,
-            *(f"{row[name]:.5f}" for name in ("exact", "full", "shared")),
-            f"{row['shared'] - row['exact']:+.5f}",
+            f"{row['exact']:.5f}",
+            *(f"{row[name] - row['exact']:+.5f}" for name in list(row)[1:]),
         ]
         for k, row in raw["nll"].items()
     ]
-    return table(["K", "exact (scoring)", "full cache", "shared cache", "shared - exact"], rows)
+    names = [f"{name} - exact" for name in list(next(iter(raw["nll"].values())))[1:]]
+    return table(["K", "exact (scoring)", *names], rows)
 
 
 def quality(raw: dict[str, Any]) -> str:
@@ -282,6 +283,23 @@ def _quality_cells(kind: str, report: dict[str, Any]) -> Iterator[tuple[int, str
             yield r.get("K", r.get("num_steps")), with_interval(r[figure], between)
 
 
+def speed(raw: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(name for row in raw["rows"] for name in row["tokens_per_s"]))
+    rows = []
+    for row in raw["rows"]:
+        rates = row["tokens_per_s"]
+        own, limit = rates["engine"]["median"], row["limit_at_batch_1"]
+        cells = [
+            f"{r['median']:.1f} ({r['least']:.1f} to {r['most']:.1f})" if (r := rates.get(name)) else ""
+            for name in names
+        ]
+        peers = [name for name in rates if not name.startswith("engine")]
+        ratios = ", ".join(f"{own / rates[name]['median']:.2f}x {name}" for name in peers)
+        share = f"{own / limit:.0%}" if row["batch"] == 1 else ""
+        rows.append([row["dtype"], str(row["batch"]), str(row["num_steps"]), *cells, ratios, share])
+    return table(["weights", "batch", "K", *names, "engine over peers", "of the memory's limit"], rows)
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "language": language,
     "depth": depth,
@@ -291,6 +309,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "blockwise": blockwise,
     "memory": memory,
     "zoo": zoo,
+    "speed": speed,
 }
 
 
