@@ -23,7 +23,7 @@ class Reader:
 
     def __init__(self, read: Callable[[int], list[Batch]]) -> None:
         self._read = read
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def take(self, index: int, following: int | None) -> list[Batch]:
@@ -32,11 +32,18 @@ class Reader:
             batches = self._ahead[1].result()
         else:
             batches = self._read(index)
-        self._ahead = None if following is None else (following, self._thread.submit(self._read, following))
+        self._ahead = None
+        if following is not None:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
+            self._ahead = (following, self._thread.submit(self._read, following))
         return batches
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """End the thread; ``take`` starts another where it is called again."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread = self._ahead = None
 
 
 def on_device(batches: list[Batch], device: torch.device) -> list[Batch]:
