@@ -19,5 +19,7 @@ def frozen_rows(seed: int, vocab_size: int, width: int, device: torch.device) ->
     evidence term reads best.
     """
     rows = np.random.RandomState(seed).standard_normal((vocab_size, width))
-    with torch.inference_mode(False):  # else a first call in inference mode would make the table unusable in training
+    with torch.inference_mode(
+        False
+    ):  # else a first call in inference mode would make the table unusable in training
         return torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True)).float().to(device)

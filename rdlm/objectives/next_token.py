@@ -570,7 +570,11 @@ class Evidence(NextToken):
     def _denoised(self, inputs: Tensor, num_steps: int, draws: Draws) -> Tensor:
         key = draws.seed, draws.draw
         rng, shape = generator(*key), self.model.target_shape(inputs)
-        levels, top, sampler = self.sampling_levels(num_steps), self.noise.sigma_max, sampler_named(draws.sampler)
+        levels, top, sampler = (
+            self.sampling_levels(num_steps),
+            self.noise.sigma_max,
+            sampler_named(draws.sampler),
+        )
         if sampler.starts_from_noise:
             levels = [top, *levels[1:]]
 

@@ -29,7 +29,11 @@ def prepared(folder: Path, tokenizer: Path) -> Path:
     (folder / "text.txt").parent.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text("".join(NARROW))
     options = Preparation(
-        str(folder / "text.txt"), folder / "out", tokenizer=str(tokenizer), valid_fraction=0.0, test_fraction=0.0
+        str(folder / "text.txt"),
+        folder / "out",
+        tokenizer=str(tokenizer),
+        valid_fraction=0.0,
+        test_fraction=0.0,
     )
     prepare(options, progress=False)
     return folder / "out"
