@@ -126,8 +126,12 @@ class Trainer:
         self._nonfinite_in_a_row = self._rollbacks = 0
         self.depths: list[tuple[int, float]] = []
         """(Block, mean of its core steps) of the updates since the last record."""
-        self._reader = Reader(lambda index: self._batches(index))
-        self.state = self._resume()
+        self._reader = Reader(self._batches)
+        try:
+            self.state = self._resume()
+        except UserError:
+            self.close()  # the folder is free again for a run that fits
+            raise
         self._saved_step = self.step
 
     @property
