@@ -126,6 +126,20 @@ def text_sampler(name: str, field: str = "sampler") -> str:
     return found
 
 
+def samplers_of(config: CheckpointConfig) -> list[str]:
+    """Names of the samplers that texts of a checkpoint can be sampled with: none without noise levels."""
+    if config.objective.supports_exits or not config.objective.left_to_right:
+        return []
+    usable = []
+    for name in text_samplers():
+        try:
+            check_sampler(name, config)
+        except UserError:
+            continue
+        usable.append(name)
+    return usable
+
+
 def check_sampler(sampler: str, config: CheckpointConfig) -> None:
     """Raises UserError where the checkpoint has no noise levels, or where its blocks share no space for an
     ODE to run in."""

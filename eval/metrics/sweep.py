@@ -1,4 +1,4 @@
-"""Runs of a sweep side by side: held-out curves in training, and quality against K with the range over seeds."""
+"""Runs of a sweep side by side: held-out curves and quality against K."""
 
 from __future__ import annotations
 

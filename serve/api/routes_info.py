@@ -11,7 +11,7 @@ from litestar import MediaType, Response, get, post
 from litestar.datastructures import State
 from litestar.params import FromPath, JSONBody
 
-from rdlm.sampling_params import Order, text_samplers
+from rdlm.sampling_params import Order, samplers_of
 from serve.api.observability import METRICS_TYPE
 from serve.api.request_parsing import Limits, in_thread_if_large
 from serve.api.schemas import DetokenizeRequest, TokenizeRequest
@@ -88,7 +88,7 @@ def _card(limits: Limits, name: str) -> dict[str, Any]:
             name: {"default_threshold": threshold, "description": CRITERIA[name].description}
             for name, threshold in thresholds.items()
         },
-        "samplers": text_samplers() if limits.left_to_right and not limits.supports_exits else [],
+        "samplers": samplers_of(config),
         "orders": [] if limits.left_to_right else list(get_args(Order)),
         "meaning": limits.meaning,
         "kind": config.objective.k_meaning,

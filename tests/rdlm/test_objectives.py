@@ -16,7 +16,7 @@ from rdlm.data.batch import Batch
 from rdlm.diffusion.samplers import run
 from rdlm.diffusion.schedules import noise_schedule, schedule_of
 from rdlm.errors import UserError
-from rdlm.objectives.base import Keys
+from rdlm.objectives.base import Draws, Keys
 from rdlm.objectives.depth import num_recurrences
 from rdlm.random_streams import generator
 
@@ -247,4 +247,5 @@ def test_the_published_sampler_is_euler_from_noise_that_the_network_sees(tiny, a
         if below is not None:
             x0 = logits.softmax(-1) @ paper.unit_table()
             z = z + (below - level) * (z - x0) / level
-    assert torch.equal(paper.answer(ids, [num_steps], sampler="published")[num_steps], logits.argmax(-1))
+    found = paper.answer(ids, [num_steps], Draws(sampler="published"))[num_steps]
+    assert torch.equal(found, logits.argmax(-1))
