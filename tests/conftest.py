@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -140,3 +141,15 @@ def awake() -> Callable[[Objective], Objective]:
         return denoiser
 
     return wake
+
+
+@pytest.fixture(autouse=True)
+def no_handler_stays() -> Iterator[None]:
+    """A handler that a test leaves behind writes to its captured stream, which is closed for later ones."""
+    loggers = [logging.getLogger(name) for name in (None, "rdlm", "rdlm.serve")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    yield
+    for logger, handlers, level in before:
+        for handler in [h for h in logger.handlers if h not in handlers]:
+            logger.removeHandler(handler)
+        logger.setLevel(level)
