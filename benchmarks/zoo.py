@@ -1,7 +1,7 @@
 """Every family of published models: parity with its reference, round trips, memory and work by K.
 
     python -m benchmarks.zoo --golden ../shared/golden --out docs/results/raw/zoo.json
-    python -m benchmarks.zoo --golden ../shared/golden --out /tmp/zoo.json --speed    # also tokens/s by K, on an idle machine
+    python -m benchmarks.zoo --golden ../shared/golden --out zoo.json --speed  # also tokens/s by K, idle machine
 
 Golden sets are small random checkpoints in the published layouts and what the reference implementations computed
 from them in fp32. Figures of memory and work are those of the published sizes, from their configs.

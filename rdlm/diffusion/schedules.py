@@ -9,6 +9,7 @@ A schedule is a class with the methods of ``NoiseSchedule`` and one line in ``NO
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -60,13 +61,14 @@ class NoiseSchedule(Protocol):
         level."""
 
 
-class _Levels:
+class _Levels(ABC):
     """What schedules of Gaussian noise share."""
 
     ends: tuple[float, float]
 
+    @abstractmethod
     def icdf(self, q: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The level below which the probability q lies: [...] in [0, 1] -> [...] fp64."""
 
     def sample(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         """Levels fp32 [*shape] by inverse CDF."""

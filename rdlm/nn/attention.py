@@ -7,6 +7,7 @@ Shapes: B batch, T rows of a sequence, H query heads, Hkv key-value heads, Dh he
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import cached_property, lru_cache
 from typing import Protocol
 
@@ -93,7 +94,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_ca
     return out.transpose(1, 2)
 
 
-class KeepsRope:
+class KeepsRope(ABC):
     """Part of contexts under which compiled layers may run: their rotary table is made before, outside of the
     compiled code, which would make it again in every layer."""
 
@@ -110,8 +111,9 @@ class KeepsRope:
             return self._pairs
         return self._rope(num_dims, base, scaling)
 
+    @abstractmethod
     def _rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
-        raise NotImplementedError
+        """The table as complex numbers."""
 
 
 class CausalContext(KeepsRope):

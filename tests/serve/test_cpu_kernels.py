@@ -109,7 +109,7 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_chunks_to_the_bit(name: str, 
     assert torch.equal(together, whole[69:].expand(3, -1))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [2, 3])
 def test_results_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     """In a process of its own: OpenMP reads its number of threads once."""
     code = (

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rdlm.checkpoints import folder as checkpoint
+from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.engine.cpu.library import library
 from serve.engine.engine import Engine
@@ -81,3 +82,9 @@ def test_row_counts_are_few_and_waste_little() -> None:
     counts = [padded(rows) for rows in range(1, 4097)]
     assert counts[:16] == list(range(1, 17)) and len(set(counts)) <= 48
     assert all(rows <= count <= 1.25 * rows for rows, count in enumerate(counts, 1))
+
+
+def test_weights_that_come_and_go_cannot_be_quantised(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"resident_blocks": 1, "weights": "int8"})
+    with pytest.raises(UserError, match="resident-blocks"):
+        load_served(tmp_path, settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -91,7 +92,30 @@ class Corpus(Protocol):
         sequence."""
 
 
-class TokenCorpus:
+class RowCorpus(ABC):
+    """A Corpus whose rows have numbers: an update's are drawn from one endless list."""
+
+    @abstractmethod
+    def rows(self, numbers: np.ndarray, seed: int) -> Batch:
+        """Rows of the endless list by their numbers, int64 [n]."""
+
+    def batch(
+        self,
+        step: int,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+        micro_index: int,
+        micro_size: int,
+    ) -> Batch:
+        """See ``train.data.Corpus.batch``."""
+        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
+        return self.rows(row_numbers(step, global_batch=global_batch, **place), seed)
+
+
+class TokenCorpus(RowCorpus):
     """Rows of ``seq_len`` tokens, visited in a seeded order, each once an epoch: windows that follow each
     other without overlap and cross document ends, or documents that are packed and kept apart.
 
@@ -119,21 +143,6 @@ class TokenCorpus:
         self.identity = self._store.manifest_sha256
         self.tokenizer = self._store.tokenizer()
 
-    def batch(
-        self,
-        step: int,
-        *,
-        seed: int,
-        global_batch: int,
-        rank: int,
-        world: int,
-        micro_index: int,
-        micro_size: int,
-    ) -> Batch:
-        """See ``train.data.Corpus.batch``."""
-        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
-        return self.rows(row_numbers(step, global_batch=global_batch, **place), seed)
-
     def rows(self, numbers: np.ndarray, seed: int) -> Batch:
         """Rows of the endless list by their numbers, int64 [n]."""
         chosen = shuffled(numbers, self.num_windows, seed)
@@ -147,7 +156,7 @@ class TokenCorpus:
         return Packed(store, self.seq_len).windows(max_tokens, batch_size)
 
 
-class MixtureCorpus:
+class MixtureCorpus(RowCorpus):
     """Rows of several TokenCorpus: of every PERIOD rows each part gives its share, in a seeded order. A part
     begins a new epoch when its own rows are through. Held-out rows are those of the parts, one after the other.
     """
@@ -173,20 +182,9 @@ class MixtureCorpus:
         named = [(part.identity, count) for part, count in zip(self._parts, self._counts, strict=True)]
         self.identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
-    def batch(
-        self,
-        step: int,
-        *,
-        seed: int,
-        global_batch: int,
-        rank: int,
-        world: int,
-        micro_index: int,
-        micro_size: int,
-    ) -> Batch:
-        """See ``train.data.Corpus.batch``."""
-        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
-        which, numbers = mixed(row_numbers(step, global_batch=global_batch, **place), self._counts, seed)
+    def rows(self, numbers: np.ndarray, seed: int) -> Batch:
+        """Rows of the endless list by their numbers, int64 [n]."""
+        which, numbers = mixed(numbers, self._counts, seed)
         chosen = [np.flatnonzero(which == part) for part in range(len(self._parts))]
         batches = [self._parts[i].rows(numbers[rows], seed) for i, rows in enumerate(chosen) if len(rows)]
         order = torch.from_numpy(np.argsort(np.concatenate(chosen), kind="stable"))
@@ -204,7 +202,7 @@ class MixtureCorpus:
         return chain.from_iterable([part.windows(bound, batch_size) for part, bound in parts])
 
 
-class ImageCorpus:
+class ImageCorpus(RowCorpus):
     """Images with their class, visited in a seeded order, each once an epoch. Held-out images come from
     ``valid``, as they are."""
 
@@ -228,22 +226,10 @@ class ImageCorpus:
             problem = f"reflects {PAD} pixels at each side, and images are {width}x{height}"
             raise UserError("data.augment", augment, problem, "use flip or none")
 
-    def batch(
-        self,
-        step: int,
-        *,
-        seed: int,
-        global_batch: int,
-        rank: int,
-        world: int,
-        micro_index: int,
-        micro_size: int,
-    ) -> Batch:
-        """See ``train.data.Corpus.batch``; inputs fp32 [micro_size, 3, H, W], targets [micro_size, 1]."""
-        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
-        rows = row_numbers(step, global_batch=global_batch, **place)
-        pixels, labels = self._store.read(shuffled(rows, len(self._store), seed))
-        return as_batch(augmented(pixels, rows, seed, self._augment), labels)
+    def rows(self, numbers: np.ndarray, seed: int) -> Batch:
+        """Images of the endless list by their numbers, int64 [n]: inputs fp32 [n, 3, H, W], targets [n, 1]."""
+        pixels, labels = self._store.read(shuffled(numbers, len(self._store), seed))
+        return as_batch(augmented(pixels, numbers, seed, self._augment), labels)
 
     def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
         """The first held-out images, in order; at most ``max_tokens`` of them, since a row has one target."""
@@ -282,7 +268,7 @@ def _reflected(offset: np.ndarray, size: int) -> np.ndarray:
     return size - 1 - np.abs(size - 1 - position)
 
 
-class GeneratedCorpus:
+class GeneratedCorpus(RowCorpus):
     """A task of rdlm/data/synthetic.py: no row number is used twice; held-out rows come from a random
     stream of their own."""
 
@@ -292,21 +278,8 @@ class GeneratedCorpus:
         self._task = task
         self.seq_len, self.vocab_size, self.identity = task.length, task.vocab_size, task.identity
 
-    def batch(
-        self,
-        step: int,
-        *,
-        seed: int,
-        global_batch: int,
-        rank: int,
-        world: int,
-        micro_index: int,
-        micro_size: int,
-    ) -> Batch:
-        """See ``train.data.Corpus.batch``."""
-        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
-        rows = row_numbers(step, global_batch=global_batch, **place)
-        return self._task.rows(rows, seed)
+    def rows(self, numbers: np.ndarray, seed: int) -> Batch:
+        return self._task.rows(numbers, seed)
 
     def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
         """Held-out examples of seed 0; 65,536 positions where no bound is given."""

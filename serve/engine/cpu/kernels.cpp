@@ -37,7 +37,7 @@ constexpr int BW = 2 * VW;   // outputs of one weight block: two vectors
 constexpr int GROUP = 32;    // inputs that share a scale in int8 weights
 constexpr int PAGE = 64;     // positions of a cache page
 constexpr int UNIT = 4;      // weight blocks a thread takes at a time
-constexpr int ROWS_TOGETHER = 24;
+constexpr int ROWS_TOGETHER = 24;  // rows of a prompt that attend as one item: their scores stay in the cache
 constexpr int AHEAD = 512;   // bytes: lines of 16 bytes come too slowly for the machine's own prefetching
 
 typedef float vf __attribute__((vector_size(VW * 4)));
