@@ -127,7 +127,8 @@ class BytePairTokenizer(_ByteTable):
 
     def __init__(self, source: bytes, config: Mapping[str, Any]) -> None:
         document = json.loads(source)
-        bytes_of = _bytes_of(json.dumps(document["decoder"]))
+        decoder = json.dumps(document["decoder"])
+        bytes_of = _bytes_of(decoder)
         config = _with_default_ends(config, document)
         _make_special(document, {name for key in ENDS if (name := _name(config, key)) is not None})
         self._prompts, self._documents = (
@@ -144,8 +145,9 @@ class BytePairTokenizer(_ByteTable):
         for text, i in vocabulary.items():
             if i not in added:
                 table[i] = bytes_of(text)
-            elif not added[i].special:
-                table[i] = text.encode()
+            elif not added[i].special:  # the library decodes such a token from its normalised text
+                word = self._prompts.id_to_token(i) or text
+                table[i] = bytes_of(word) if "ByteFallback" in decoder else word.encode()
         super().__init__(source, table, special, config)
 
     def encode(self, text: str) -> list[int]:

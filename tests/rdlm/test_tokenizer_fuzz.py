@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -92,6 +92,7 @@ def both(kind: str) -> tuple[Tokenizer, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(text=TEXT)
+@example(text="<tool>Zebra")
 def test_ids_and_texts_are_the_librarys(kind: str, text: str) -> None:
     ours, theirs = both(kind)
     ids = ours.encode(text)

@@ -88,8 +88,8 @@ def test_rollback_passes_over_the_batches_since_the_checkpoint(trainer, tmp_path
     run = trainer({**STEADY, "nonfinite.action": "rollback"})
     poisoned(run, 3)
     used: list[int] = []
-    batches = run._batches
-    run._batches = lambda index: (used.append(index), batches(index))[1]
+    take = run._reader.take
+    run._reader.take = lambda index, following: (used.append(index), take(index, following))[1]
     assert run.fit()
     assert used == [0, 1, 2, 3, 4, 5, 6, 7], (
         "checkpoint at 2, batch 3 failed: updates 3 to 6 see batches 4 to 7"
