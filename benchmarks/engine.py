@@ -102,7 +102,7 @@ def dense_greedy(denoiser: Objective, prompts: Tensor, num_steps: int, num_token
         e = denoiser.model.encode(ids, ctx)
         state, cond = denoiser.model.initial_state(e), denoiser.condition(None, e)
         for _ in range(num_steps):
-            state = denoiser.step(state, e, cond, ctx)
+            state = denoiser.model.core(state, e, cond, ctx)
         ids = denoiser.predict(denoiser.model.decode(state, ctx)[:, -1]).prior.argmax(-1, keepdim=True)
         said.append(ids)
     return torch.cat(said, 1)

@@ -88,7 +88,7 @@ def costs_of(denoiser: Objective) -> Costs:
         tally.weights = 0
         cond = denoiser.condition(None, e)
         condition = tally.weights
-        state = count(lambda: denoiser.step(model.initial_state(e, num_steps=1), e, cond, tally))
+        state = count(lambda: model.core(model.initial_state(e, num_steps=1), e, cond, tally))
         count(lambda: model.decode(state, tally))
     finally:
         for hook in hooks:

@@ -222,7 +222,7 @@ class Model:
         for wanted in [[k] for k in ks] if model.depends_on_num_steps else [ks]:
             state = model.initial_state(e, generator(seed), latent, max(wanted))
             for k in range(1, max(wanted) + 1):
-                state = self.denoiser.step(state, e, cond, ctx)
+                state = self.denoiser.model.core(state, e, cond, ctx)
                 if k in wanted:
                     found.append((k, state, ctx))
         return found

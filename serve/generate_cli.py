@@ -24,9 +24,8 @@ from serve.cli import (
     KernelOption,
     WeightOption,
 )
-from serve.engine.engine import Engine
-from serve.engine.events import Event, Served
-from serve.engine.sequence import Request, StepBudget
+from serve.engine.engine import Engine, Served
+from serve.engine.sequence import Event, Request, StepBudget
 from serve.settings import EngineSettings
 
 app = typer.Typer(add_completion=False)

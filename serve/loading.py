@@ -17,7 +17,7 @@ from rdlm.objectives import Objective
 from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.objectives.next_token import NextToken
 from serve.engine.cpu.modules import use_kernels
-from serve.engine.events import Served
+from serve.engine.engine import Served
 from serve.engine.masked_runner import MaskedRunner
 from serve.engine.packing import pack_weights
 from serve.engine.runner import Runner

@@ -23,8 +23,7 @@ from serve.api import observability
 from serve.api.app import create_app
 from serve.api.chat_template import ChatTemplate
 from serve.connection import BoundedConnection
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.loading import load_served
 from serve.settings import EngineSettings, HttpSettings
 

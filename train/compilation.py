@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rdlm.nn.attention import AttentionContext, KeepsRope, LaterLayers
-from rdlm.nn.transformer import TransformerLayer
+from rdlm.nn.layers import TransformerLayer
 
 
 def compile_layers(network: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:

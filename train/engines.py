@@ -20,7 +20,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rdlm.nn.transformer import TransformerLayer
+from rdlm.nn.layers import TransformerLayer
 from train.offload import Mover, Store
 from train.optim import reset_state
 from train.settings import TrainConfig

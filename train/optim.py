@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils import cpp_extension
 
 from rdlm.errors import UserError
-from rdlm.nn.transformer import TransformerLayer
+from rdlm.nn.layers import TransformerLayer
 from train.ema import KEY as AVERAGE
 from train.ema import keep_average
 from train.lora import is_trained, plain_name

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from rdlm.atomic import write_file
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
-from rdlm.nn.transformer import TransformerLayer
+from rdlm.nn.layers import TransformerLayer
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Keys
 from rdlm.objectives.blockwise import blockwise, drawn_block
@@ -255,6 +255,8 @@ class Trainer:
 
     def due(self) -> DeepSpeedEngine:
         """The engine whose block is trained in the next update."""
+        if len(self.engines) == 1:
+            return self.engines[0]
         visit = self.step if self.config.resident is None else self.step // self.config.resident.visit_steps
         self.block = drawn_block(len(self.engines), visit, self.config.seed)
         return self.engines[self.block]

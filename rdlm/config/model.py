@@ -74,7 +74,7 @@ class LayerConfig(Strict):
     num_kv_heads)."""
 
     norms: Literal["pre", "post", "sandwich_sum", "sandwich_branch"] = "pre"
-    """Where the norms are: see rdlm/nn/transformer.py."""
+    """Where the norms are: see rdlm/nn/layers.py."""
     norm_eps: float = Field(1e-6, gt=0)
     norm_weights: bool = True
     """Whether the norms have learned weights."""

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from rdlm.config.model import HrmConfig, initial_std
 from rdlm.models.base import Backbone, init_weights, through
 from rdlm.nn.attention import AttentionContext, LaterLayers, PrefixContext
-from rdlm.nn.layers import Condition, TokenTable, normalized
-from rdlm.nn.transformer import TransformerLayer
+from rdlm.nn.layers import Condition, TokenTable, TransformerLayer, normalized
 from rdlm.random_streams import Stream
 
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from rdlm.config.model import LoopFormerConfig, initial_std
 from rdlm.models.base import Backbone, init_weights
 from rdlm.nn.attention import AttentionContext
-from rdlm.nn.layers import Condition, RMSNorm, TokenTable
-from rdlm.nn.transformer import TransformerLayer
+from rdlm.nn.layers import Condition, RMSNorm, TokenTable, TransformerLayer
 from rdlm.random_streams import Stream
 
 NUM_FREQUENCIES = 128

@@ -18,8 +18,7 @@ from rdlm.config.model import RecurrentConfig, initial_std
 from rdlm.device import staged
 from rdlm.models.base import Backbone, init_weights
 from rdlm.nn.attention import AttentionContext, BidirectionalContext
-from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, normalized
-from rdlm.nn.transformer import TransformerLayer
+from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, TransformerLayer, normalized
 from rdlm.random_streams import CounterStream, Stream
 
 

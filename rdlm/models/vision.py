@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from rdlm.config.model import PLAIN_STD, DitConfig, ImageConfig, VitConfig
 from rdlm.models.base import Backbone, init_weights, through
 from rdlm.nn.attention import AttentionContext, BidirectionalContext
-from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, modulate
-from rdlm.nn.transformer import TransformerLayer
+from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, TransformerLayer, modulate
 from rdlm.random_streams import Stream
 
 

@@ -1,4 +1,4 @@
-"""Attention: rotary positions, the kernel, the contexts that say which rows see each other, and the module.
+"""Attention: rotary positions, the kernel, and the contexts that say which rows see each other.
 
 A context is data handed to a model for one call; models keep no attention state.
 Shapes: B batch, T rows of a sequence, H query heads, Hkv key-value heads, Dh head width.
@@ -13,10 +13,9 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from rdlm.config.model import LayerConfig, Llama3Scaling
-from rdlm.nn.layers import RMSNorm, normalized
+from rdlm.config.model import Llama3Scaling
 
 
 @lru_cache(maxsize=16)
@@ -269,73 +268,3 @@ class TwoStreamContext(KeepsRope):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         return attention(q, k, v, mask=self.mask)
-
-
-class Attention(nn.Module):
-    """Multi-head attention as a LayerConfig describes it; who sees whom, and cached keys, are the context's
-    business.
-
-    Wqkv is q | k | v in one matrix. ``layer`` is the cache index of this layer; the layer itself holds no
-    keys.
-    """
-
-    def __init__(
-        self, config: LayerConfig, d_model: int, layer: int, value_gate_width: int | None = None
-    ) -> None:
-        """value_gate_width: leading channels of the input that gate a value embedding (Parcae); None: there
-        is none."""
-        super().__init__()
-        self.config, self.layer = config, layer
-        self.head_dim = config.head_width(d_model)
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
-        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.Wqkv = nn.Linear(d_model, q_width + 2 * kv_width, bias=config.bias == "qkv")
-        self.proj = nn.Linear(q_width, d_model, bias=False)
-        has_qk_bias = config.bias == "qk"
-        self.qk_bias = nn.Parameter(torch.zeros(2, 1, self.num_heads, self.head_dim)) if has_qk_bias else None
-        self.q_norm = self.k_norm = None
-        self.qk_eps = config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
-        if config.qk_norm in ("full", "head"):
-            widths = (q_width, kv_width) if config.qk_norm == "full" else (self.head_dim, self.head_dim)
-            self.q_norm, self.k_norm = (RMSNorm(width, self.qk_eps) for width in widths)
-        gated = value_gate_width is not None
-        self.value_gate = nn.Linear(value_gate_width or 0, self.num_kv_heads, bias=False) if gated else None
-        self.output_gate = nn.Linear(d_model, q_width, bias=False) if config.output_gate else None
-
-    def forward(self, x: Tensor, ctx: AttentionContext, values: Tensor | None = None) -> Tensor:
-        """x [B, T, D]; values [B, T, Hkv Dh]: the rows' value embeddings, where the layer has a gate for them
-        -> [B, T, D]."""
-        heads = self.Wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 Hkv, Dh]
-        qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
-        if self.qk_bias is not None:
-            qk = (qk + self.qk_bias.flatten(0, 2)).to(v.dtype)
-        if self.config.qk_norm != "none":
-            qk = self._normed(qk)
-        if self.config.rope is not None:
-            qk = self._rotated(qk, ctx)
-        if self.value_gate is not None and values is not None:
-            gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # [B, T, Hkv]
-            v = v + gate.unsqueeze(-1) * values.unflatten(-1, (-1, self.head_dim))
-        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
-        attended = ctx.attend(q, k, v, self.layer).flatten(-2)
-        if self.output_gate is not None:
-            attended = torch.sigmoid(self.output_gate(x)) * attended
-        return self.proj(attended)
-
-    def _rotated(self, qk: Tensor, ctx: AttentionContext) -> Tensor:
-        rope = self.config.rope
-        assert rope is not None
-        num_dims = rope.num_dims or self.head_dim
-        table = ctx.rope(num_dims, rope.base, rope.scaling)
-        if num_dims == self.head_dim:
-            return rotate(qk, table)
-        return torch.cat([rotate(qk[..., :num_dims], table), qk[..., num_dims:]], dim=-1)
-
-    def _normed(self, qk: Tensor) -> Tensor:
-        if self.q_norm is None or self.k_norm is None:
-            return normalized(qk, self.qk_eps)
-        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
-        if self.config.qk_norm == "head":
-            return torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
-        q, k = self.q_norm(q.flatten(-2)), self.k_norm(k.flatten(-2))  # one mean over all heads (OLMo 2)
-        return torch.cat([q, k], dim=-1).unflatten(-1, (-1, self.head_dim))

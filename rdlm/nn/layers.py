@@ -1,5 +1,5 @@
-"""The parts of a layer other than attention: norms, the token table, feed-forward layers, and conditioning on
-a noise level."""
+"""The modules of a network: norms, the token table, attention, feed-forward layers, conditioning on a noise level,
+and the transformer layer that they make."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from rdlm.config.model import LayerConfig
+from rdlm.nn.attention import AttentionContext, rotate
 
 
 def normalized(x: Tensor, eps: float) -> Tensor:
@@ -69,6 +72,76 @@ class TokenTable(nn.Module):
             return F.linear(hidden, self.weight)
         assert ids is not None
         return F.embedding(ids, self.weight)
+
+
+class Attention(nn.Module):
+    """Multi-head attention as a LayerConfig describes it; who sees whom, and cached keys, are the context's
+    business.
+
+    Wqkv is q | k | v in one matrix. ``layer`` is the cache index of this layer; the layer itself holds no
+    keys.
+    """
+
+    def __init__(
+        self, config: LayerConfig, d_model: int, layer: int, value_gate_width: int | None = None
+    ) -> None:
+        """value_gate_width: leading channels of the input that gate a value embedding (Parcae); None: there
+        is none."""
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.head_dim = config.head_width(d_model)
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
+        q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.Wqkv = nn.Linear(d_model, q_width + 2 * kv_width, bias=config.bias == "qkv")
+        self.proj = nn.Linear(q_width, d_model, bias=False)
+        has_qk_bias = config.bias == "qk"
+        self.qk_bias = nn.Parameter(torch.zeros(2, 1, self.num_heads, self.head_dim)) if has_qk_bias else None
+        self.q_norm = self.k_norm = None
+        self.qk_eps = config.norm_eps if config.qk_norm_eps is None else config.qk_norm_eps
+        if config.qk_norm in ("full", "head"):
+            widths = (q_width, kv_width) if config.qk_norm == "full" else (self.head_dim, self.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(width, self.qk_eps) for width in widths)
+        gated = value_gate_width is not None
+        self.value_gate = nn.Linear(value_gate_width or 0, self.num_kv_heads, bias=False) if gated else None
+        self.output_gate = nn.Linear(d_model, q_width, bias=False) if config.output_gate else None
+
+    def forward(self, x: Tensor, ctx: AttentionContext, values: Tensor | None = None) -> Tensor:
+        """x [B, T, D]; values [B, T, Hkv Dh]: the rows' value embeddings, where the layer has a gate for them
+        -> [B, T, D]."""
+        heads = self.Wqkv(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 Hkv, Dh]
+        qk, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
+        if self.qk_bias is not None:
+            qk = (qk + self.qk_bias.flatten(0, 2)).to(v.dtype)
+        if self.config.qk_norm != "none":
+            qk = self._normed(qk)
+        if self.config.rope is not None:
+            qk = self._rotated(qk, ctx)
+        if self.value_gate is not None and values is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # [B, T, Hkv]
+            v = v + gate.unsqueeze(-1) * values.unflatten(-1, (-1, self.head_dim))
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        attended = ctx.attend(q, k, v, self.layer).flatten(-2)
+        if self.output_gate is not None:
+            attended = torch.sigmoid(self.output_gate(x)) * attended
+        return self.proj(attended)
+
+    def _rotated(self, qk: Tensor, ctx: AttentionContext) -> Tensor:
+        rope = self.config.rope
+        assert rope is not None
+        num_dims = rope.num_dims or self.head_dim
+        table = ctx.rope(num_dims, rope.base, rope.scaling)
+        if num_dims == self.head_dim:
+            return rotate(qk, table)
+        return torch.cat([rotate(qk[..., :num_dims], table), qk[..., num_dims:]], dim=-1)
+
+    def _normed(self, qk: Tensor) -> Tensor:
+        if self.q_norm is None or self.k_norm is None:
+            return normalized(qk, self.qk_eps)
+        q, k = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        if self.config.qk_norm == "head":
+            return torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
+        q, k = self.q_norm(q.flatten(-2)), self.k_norm(k.flatten(-2))  # one mean over all heads (OLMo 2)
+        return torch.cat([q, k], dim=-1).unflatten(-1, (-1, self.head_dim))
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -176,3 +249,94 @@ class Modulation(nn.Module):
 def modulate(x: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
     """x * factor + shift; all [..., D] or broadcastable."""
     return torch.addcmul(shift, x, factor)
+
+
+BranchModulation = tuple[Tensor, Tensor, Tensor]
+"""Shift, factor and gate of one branch, each [B or 1, T or 1, D]."""
+
+Norm = RMSNorm | UnweightedNorm
+
+
+class TransformerLayer(nn.Module):
+    """x = around(attn, x); x = around(mlp, x), where ``config.norms`` says what around(f, x) is:
+
+    | norms           | around(f, x)     | as in                          |
+    |-----------------|------------------|--------------------------------|
+    | pre             | x + f(n(x))      | Llama (Touvron et al. 2023)    |
+    | post            | x + n(f(x))      | OLMo 2                         |
+    | sandwich_branch | x + n'(f(n(x)))  | Ouro                           |
+    | sandwich_sum    | n'(f(n(x)) + x)  | Huginn (Geiping et al. 2025)   |
+
+    Norms are numbered in the order of their use. With a noise level, AdaLN shifts and scales what enters f
+    and gates what leaves.
+    """
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        d_model: int,
+        layer: int,
+        cond_width: int | None = None,
+        mlp_width: int | None = None,
+        value_gate_width: int | None = None,
+    ) -> None:
+        """layer: cache index. cond_width: width of an embedded noise level. mlp_width: None takes
+        ``config.mlp_width``."""
+        super().__init__()
+        self.norms = config.norms
+        self.attn = Attention(config, d_model, layer, value_gate_width)
+        self.mlp = MLP(config.mlp, d_model, mlp_width or config.mlp_width, config.mlp_scale)
+        self.norm_1, self.norm_2 = _norm(config, d_model), _norm(config, d_model)
+        self.norm_3 = self.norm_4 = None
+        if config.norms in ("sandwich_sum", "sandwich_branch"):
+            self.norm_3, self.norm_4 = _norm(config, d_model), _norm(config, d_model)
+        self.modulation = Modulation(cond_width, d_model) if cond_width else None
+
+    def forward(
+        self,
+        x: Tensor,
+        ctx: AttentionContext,
+        cond: LayerCondition | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, T, D]; cond: what ``self.modulation`` gave, what it takes, or None; values: see Attention ->
+        [B, T, D]."""
+        of_attn, of_mlp = (None, None) if cond is None else self._modulated(cond)
+        (before_attn, after_attn), (before_mlp, after_mlp) = self._norms()
+        x = self._leave(x, self.attn(_enter(x, before_attn, of_attn), ctx, values), after_attn, of_attn)
+        return self._leave(x, self.mlp(_enter(x, before_mlp, of_mlp)), after_mlp, of_mlp)
+
+    def _norms(self) -> tuple[tuple[Norm | None, Norm | None], tuple[Norm | None, Norm | None]]:
+        """(before, after) of attention and of the feed-forward layer."""
+        if self.norms == "pre":
+            return (self.norm_1, None), (self.norm_2, None)
+        if self.norms == "post":
+            return (None, self.norm_1), (None, self.norm_2)
+        return (self.norm_1, self.norm_2), (self.norm_3, self.norm_4)
+
+    def _modulated(self, cond: LayerCondition) -> tuple[BranchModulation, BranchModulation]:
+        if isinstance(cond, Tensor):
+            assert self.modulation is not None
+            cond = self.modulation(cond)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = cond
+        return (shift_a, scale_a, gate_a), (shift_m, scale_m, gate_m)
+
+    def _leave(
+        self, x: Tensor, branch: Tensor, norm: Norm | None, modulation: BranchModulation | None
+    ) -> Tensor:
+        if norm is not None and self.norms != "sandwich_sum":
+            branch = norm(branch)
+        if modulation is not None:
+            branch = modulation[2] * branch
+        branch = x + branch
+        return norm(branch) if norm is not None and self.norms == "sandwich_sum" else branch
+
+
+def _norm(config: LayerConfig, width: int) -> Norm:
+    return RMSNorm(width, config.norm_eps) if config.norm_weights else UnweightedNorm(config.norm_eps)
+
+
+def _enter(x: Tensor, norm: Norm | None, modulation: BranchModulation | None) -> Tensor:
+    if norm is not None:
+        x = norm(x)
+    return x if modulation is None else modulate(x, modulation[0], modulation[1])

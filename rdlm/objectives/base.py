@@ -26,7 +26,6 @@ from rdlm.diffusion.partition import Block
 from rdlm.diffusion.samplers import StepPlan
 from rdlm.errors import UserError
 from rdlm.models.base import Backbone
-from rdlm.nn.attention import AttentionContext
 from rdlm.nn.cross_entropy import linear_cross_entropy
 from rdlm.nn.layers import Condition
 from rdlm.random_streams import Stream, counter_stream, generator
@@ -260,10 +259,6 @@ class Objective(nn.Module, ABC):
     def condition(self, sigma: Tensor | None, like: Tensor) -> Condition | None:
         """The conditioning of the network on levels; None means the highest one. None if it is unconditioned."""
         return None
-
-    def step(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
-        """One core step. state, e [B, T, D] -> [B, T, D]."""
-        return self.model.core(state, e, cond, ctx)
 
     def predict(self, hidden: Tensor, z: Tensor | None = None, sigma: Tensor | None = None) -> Prediction:
         """Read-out of ``hidden`` = model.decode(state, ctx), [..., D] -> logits [..., V] fp32."""

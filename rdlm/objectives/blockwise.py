@@ -109,8 +109,6 @@ def drawn_block(num_blocks: int, visit: int, seed: int) -> int:
     Every ``num_blocks`` visits train each block once, in shuffled order: no block is behind by more than one
     visit.
     """
-    if num_blocks == 1:
-        return 0
     lap, place = divmod(visit, num_blocks)
     return int(
         np.random.default_rng([seed & 0xFFFF_FFFF_FFFF_FFFF, _BLOCK_KEY, lap]).permutation(num_blocks)[place]

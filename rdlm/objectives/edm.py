@@ -16,8 +16,8 @@ from rdlm.data.batch import Batch
 from rdlm.device import staged
 from rdlm.diffusion.corruption import draw_levels
 from rdlm.diffusion.partition import partition_of
-from rdlm.diffusion.preconditioning import denoise_scalings, edm_weight
 from rdlm.diffusion.samplers import solve
+from rdlm.diffusion.schedules import denoise_scalings, edm_weight
 from rdlm.models.vision import Dit
 from rdlm.objectives.base import HeldOut, Keys, LossTerms, Objective, ReadOut
 from rdlm.random_streams import generator, host_generator, normals

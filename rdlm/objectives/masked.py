@@ -81,7 +81,7 @@ class MaskedDiffusion(Objective):
         ctx = self.model.context(ids) if lengths is None else PaddedContext(lengths, ids.shape[1], ids.device)
         e = self.model.encode(ids, ctx)
         cond = self.condition(staged(level.float(), ids.device).unsqueeze(1), e)
-        return self.model.decode(self.step(self.model.initial_state(e), e, cond, ctx), ctx)
+        return self.model.decode(self.model.core(self.model.initial_state(e), e, cond, ctx), ctx)
 
     # Evaluation ---------------------------------------------------------------------------------------------
 

@@ -38,7 +38,6 @@ from rdlm.data.batch import Batch
 from rdlm.device import staged
 from rdlm.diffusion.corruption import Noised, add_noise, draw_levels, noised_everywhere
 from rdlm.diffusion.partition import Block, partition_of
-from rdlm.diffusion.preconditioning import denoise_scalings, edm_weight
 from rdlm.diffusion.samplers import (
     StepPlan,
     expected_target,
@@ -47,7 +46,7 @@ from rdlm.diffusion.samplers import (
     run,
     sampler_named,
 )
-from rdlm.diffusion.schedules import schedule_of
+from rdlm.diffusion.schedules import denoise_scalings, edm_weight, schedule_of
 from rdlm.models.base import Backbone
 from rdlm.nn.attention import AttentionContext, TwoStreamContext
 from rdlm.nn.cross_entropy import linear_cross_entropy
@@ -181,8 +180,8 @@ class NextToken(Objective):
             if n > len(state):
                 state = torch.cat([state, start[len(state) : n]])
             if n == len(start):
-                return self.step(state, e, cond, ctx)
-            return self.step(state, e[:n], first_rows(cond, n), contexts[n])
+                return self.model.core(state, e, cond, ctx)
+            return self.model.core(state, e[:n], first_rows(cond, n), contexts[n])
 
         def after(k: int, state: Tensor) -> None:
             if on_step is not None:
@@ -222,7 +221,7 @@ class NextToken(Objective):
         ctx = TwoStreamContext(length, sees_own_clean, inputs.device, documents)
         sigma_max = torch.full(inputs.shape, self.noise.sigma_max, device=inputs.device)
         cond = self.condition(torch.cat([sigma_max, sigma_max if sigma is None else sigma], 1), e)
-        state = self.step(torch.cat([silent, noisy], 1), torch.cat([e, e], 1), cond, ctx)
+        state = model.core(torch.cat([silent, noisy], 1), torch.cat([e, e], 1), cond, ctx)
         return model.decode(state, ctx)[:, length:]
 
     def position_weights(self, batch: Batch, noised: Noised | None) -> Tensor:
@@ -390,7 +389,7 @@ class NextToken(Objective):
         cond = self.condition(None, e)
 
         def step(state: Tensor, k: int) -> Tensor:
-            return self.step(state, e, cond, ctx)
+            return model.core(state, e, cond, ctx)
 
         if model.depends_on_num_steps:
             for k in range(1, num_steps + 1):
@@ -517,7 +516,7 @@ class Evidence(NextToken):
         model = self.model
         ctx = model.context(inputs, documents)
         e = model.encode(inputs, ctx)
-        state = self.step(model.initial_state(e), e, self.condition(sigma, e), ctx)
+        state = model.core(model.initial_state(e), e, self.condition(sigma, e), ctx)
         return self.read_scores(model.decode(state, ctx), targets, z, sigma)
 
     def _mixture(

@@ -22,8 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from rdlm.errors import UserError
-from serve.engine.engine import Engine
-from serve.engine.events import Histogram, State
+from serve.engine.engine import Engine, Histogram, State
 from serve.errors import ApiError
 
 logger = logging.getLogger("rdlm.serve.access")

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 from rdlm.data.tokenizer import Tokenizer
 from serve.api.request_parsing import Parsed
 from serve.api.tools import CallReader, Delta
-from serve.engine.events import Event, Usage
-from serve.engine.sequence import TokenLogprobs
+from serve.engine.sequence import Event, TokenLogprobs, Usage
 
 FLOOR = -9999.0
 """Stands for -inf and NaN, which JSON cannot carry (vLLM's convention)."""

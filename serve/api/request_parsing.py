@@ -34,7 +34,7 @@ from serve.api.schemas import (
     shorten,
 )
 from serve.api.tools import Tool, ToolChoice, ToolFormat, tool_grammar
-from serve.engine.events import Served
+from serve.engine.engine import Served
 from serve.engine.exits import CRITERIA, ExitRule, check_exit_gate, default_thresholds
 from serve.engine.grammar import Grammar, Grammars
 from serve.engine.sequence import Request, StepBudget, StepPredictions

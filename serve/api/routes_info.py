@@ -16,7 +16,7 @@ from serve.api.observability import METRICS_TYPE
 from serve.api.request_parsing import Limits, in_thread_if_large
 from serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from serve.api.state import ServerState
-from serve.engine.events import State as EngineState
+from serve.engine.engine import State as EngineState
 from serve.engine.exits import CRITERIA, default_thresholds
 from serve.errors import invalid
 

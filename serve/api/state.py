@@ -15,8 +15,7 @@ from serve.api.observability import Metrics
 from serve.api.openai_format import TokenNames
 from serve.api.request_parsing import STEPS_HEADER, Limits, Parsed, header_steps
 from serve.api.streaming import MAX_UNREAD, EngineEvents
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.engine.grammar import Grammars
 from serve.errors import ApiError
 from serve.settings import HttpSettings

@@ -14,8 +14,7 @@ from litestar.response import Stream
 from serve.api.openai_format import Format, step_prediction, timings_of, usage_of, warnings_of
 from serve.api.schemas import StreamOptions
 from serve.engine.engine import Engine
-from serve.engine.events import Event, Usage
-from serve.engine.sequence import Request
+from serve.engine.sequence import Event, Request, Usage
 from serve.errors import ApiError, from_user_error
 
 T = TypeVar("T")

@@ -13,18 +13,33 @@ import logging
 import queue
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
 from rdlm.errors import UserError
-from serve.engine.deadlines import Deadlines
 from serve.engine.detokenizer import Detokenizer, StopStrings
-from serve.engine.events import Counters, Event, Served, Sink, State
-from serve.engine.sequence import Request, Sequence, StepResult, TokenLogprobs
+from serve.engine.scheduler import Deadlines, Scheduler
+from serve.engine.sequence import (
+    Event,
+    Request,
+    Sequence,
+    Sink,
+    StepCounts,
+    StepResult,
+    TokenLogprobs,
+    Usage,
+)
 from serve.errors import EngineClosed, QueueFull
+
+if TYPE_CHECKING:
+    from rdlm.config.checkpoint import CheckpointConfig
+    from rdlm.data.tokenizer import Tokenizer
 
 logger = logging.getLogger("rdlm.serve")
 IDLE_SECONDS = 30.0
@@ -35,6 +50,113 @@ MASK_PATIENCE = 0.001
 """Seconds a step waits for the masks of constrained answers, which mostly take less; then the others go on."""
 MASK_WAIT = 0.05
 """The same where there is nobody else: only new requests wait then."""
+
+
+class Runner(Protocol):
+    """What the engine needs of serve.engine.runner.Runner and serve.engine.masked_runner.MaskedRunner."""
+
+    waits: bool
+    """Whether every step has been computed when ``run`` returns; on an accelerator only those that return a
+    result have."""
+
+    def sequence(self, number: int, request: Request, chunk: int) -> Sequence: ...
+    def step_counts(self, num_steps: int, blocks: frozenset[int] = ...) -> StepCounts: ...
+    def run(self, batch: list[Sequence]) -> dict[int, StepResult]: ...
+    def release(self, sequence: Sequence) -> int: ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """A loaded model with everything the server needs to know about it."""
+
+    config: CheckpointConfig
+    tokenizer: Tokenizer
+    runner: Runner
+    scheduler: Scheduler
+    max_len: int
+    """Positions of prompt and answer together."""
+    max_steps: int
+    default_steps: int
+    end_ids: frozenset[int] = frozenset()
+    """Ids that end a text unless a request ignores them."""
+
+
+class State(Enum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Histogram:
+    """Counts of values up to each bound, and their sum. Written by one thread, read by any: a plain list
+    costs no lock."""
+
+    def __init__(self, *bounds: float) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+def _seconds() -> Histogram:
+    return Histogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+def _powers() -> Histogram:
+    return Histogram(*(2**i for i in range(11)))
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start; written by the engine thread only. serve/api/observability.py names them for
+    Prometheus."""
+
+    steps: int = 0
+    """Core steps of the engine, each one forward over all rows."""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    exits: int = 0
+    saved_steps: int = 0
+    flops: int = 0
+    overdue: int = 0
+    lowered: int = 0
+    ended: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error", "expired"), 0)
+    )
+    model_s: float = 0.0
+    busy_s: float = 0.0
+    rows: Histogram = field(default_factory=_powers)
+    """Rows (positions) of each core step."""
+    token_steps: Histogram = field(default_factory=_powers)
+    """Core steps of the position that each token was drawn from: its mean is the mean K."""
+    queue_s: Histogram = field(default_factory=_seconds)
+    first_token_s: Histogram = field(default_factory=_seconds)
+    between_tokens_s: Histogram = field(default_factory=_seconds)
+    total_s: Histogram = field(default_factory=_seconds)
+
+    def token(self, steps: int, gap_s: float | None, since_submission_s: float) -> None:
+        """A token was drawn; gap_s: since the one before, None for a first one."""
+        self.tokens += 1
+        self.token_steps.observe(steps)
+        if gap_s is None:
+            self.first_token_s.observe(since_submission_s)
+        else:
+            self.between_tokens_s.observe(gap_s)
+
+    def end(self, reason: str, usage: Usage) -> None:
+        """A sequence ended: stop, length, abort, error or expired."""
+        self.ended[reason] += 1
+        self.overdue += usage.overdue
+        self.lowered += usage.lowered
+        self.flops += usage.flops
+        if reason in ("stop", "length"):
+            self.prompt_tokens += usage.prompt_tokens
+            self.exits += usage.exits
+            self.saved_steps += usage.saved_core_steps
+            self.queue_s.observe(usage.queue_s)
+            self.total_s.observe(usage.total_s)
 
 
 class Engine:

@@ -324,7 +324,7 @@ class Runner:
             if self._level(sequence) is not None:
                 sequence.flops += sequence.length * block.costs.condition
         condition = self._condition(block, sigmas, before)
-        after = block.denoiser.step(before, e, condition, self._pack(batch, once=False))[0]
+        after = block.denoiser.model.core(before, e, condition, self._pack(batch, once=False))[0]
         parts = zip(batch, before[0].split(lengths), e[0].split(lengths), after.split(lengths), strict=True)
         for sequence, was, own, state in parts:
             previous = was[-1] if reports_step(sequence) else None

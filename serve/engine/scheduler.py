@@ -1,4 +1,5 @@
-"""Which rows step now. Pure bookkeeping over Sequence objects: no torch, no clock, no threads.
+"""Which rows step now, and K of the next token where it may vary. Pure bookkeeping over Sequence objects: no
+torch, no clock, no threads. All times are seconds of the engine's clock.
 
 One engine step is one core step of every open segment. Single rows always run (there are at most
 ``num_slots`` of them); longer prompt chunks share ``prefill_rows`` further rows, strictly first come first
@@ -9,8 +10,9 @@ keeps memory bounded.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
-from serve.engine.sequence import NO_SLOT, Sequence
+from serve.engine.sequence import NO_SLOT, Sequence, StepCounts
 
 
 class Scheduler:
@@ -68,3 +70,104 @@ class Scheduler:
     @property
     def free_slots(self) -> int:
         return len(self._free)
+
+
+class StepCost:
+    """Seconds of one core step of the engine as a + b * rows: least squares in which older steps fade."""
+
+    FADE = 0.99
+    """Weight of a step one step later: about the last hundred count."""
+
+    def __init__(self) -> None:
+        self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
+        self._unfinished: list[int] = []
+        self._unfinished_s = 0.0
+
+    def observe(self, rows: int, seconds: float, finished: bool = True) -> None:
+        """A step over ``rows`` rows took ``seconds``. finished: whether the device had done its work when the
+        clock was read.
+
+        An accelerator only queues kernels until something waits for it: steps that nothing waited for share
+        the time of the next one that was waited for, instead of teaching how long launches take.
+        """
+        self._unfinished.append(rows)
+        self._unfinished_s += seconds
+        if not finished:
+            return
+        share = self._unfinished_s / len(self._unfinished)
+        for count in self._unfinished:
+            self._add(count, share)
+        self._unfinished, self._unfinished_s = [], 0.0
+
+    def _add(self, rows: int, seconds: float) -> None:
+        self._weight = self.FADE * self._weight + 1
+        self._rows = self.FADE * self._rows + rows
+        self._seconds = self.FADE * self._seconds + seconds
+        self._rows_rows = self.FADE * self._rows_rows + rows * rows
+        self._rows_seconds = self.FADE * self._rows_seconds + rows * seconds
+
+    def predict(self, rows: int) -> float:
+        """Seconds of a step over ``rows`` rows, at least a tenth of the average; 0 before anything was
+        observed."""
+        if not self._weight:
+            return 0.0
+        mean_rows, mean = self._rows / self._weight, self._seconds / self._weight
+        variance = self._rows_rows / self._weight - mean_rows**2
+        slope = (
+            max(0.0, (self._rows_seconds / self._weight - mean_rows * mean) / variance)
+            if variance > 0.25
+            else 0.0
+        )
+        return max(mean / 10, mean + slope * (rows - mean_rows))
+
+
+class Deadlines:
+    """The sequences whose K varies, by schedule or by deadline, which lowers K before it ends an answer; and what
+    the next core step of each may cost."""
+
+    def __init__(self) -> None:
+        self.cost = StepCost()
+        self._varied: dict[int, Sequence] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        budget = sequence.request.budget
+        if budget.schedule or budget.max_ms is not None:
+            self._varied[sequence.id] = sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        self._varied.pop(sequence.id, None)
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Those whose time is over."""
+        return [s for s in self._varied.values() if s.deadline is not None and now >= s.deadline]
+
+    def update(
+        self, now: float, running: int, step_counts: Callable[[int, frozenset[int]], StepCounts]
+    ) -> None:
+        """Set the step counts of every segment that may open now. ``running``: sequences that share the
+        engine's steps."""
+        for sequence in self._varied.values():
+            if not sequence.is_open:
+                steps = self._steps(sequence, now, max(1, running))
+                sequence.lowered += steps < sequence.request.budget.steps_at(sequence.next_token)
+                sequence.counts = step_counts(steps, sequence.blocks)
+
+    def _steps(self, sequence: Sequence, now: float, running: int) -> int:
+        budget = sequence.request.budget
+        requested = budget.steps_at(sequence.next_token)
+        if sequence.deadline is None or not budget.lowers:
+            return requested
+        per_k = self._seconds_per_k(sequence, running)
+        affordable = int((sequence.deadline - now) / per_k) if per_k > 0 else requested
+        return max(min(requested, affordable), min(requested, budget.min_steps))
+
+    def _seconds_per_k(self, sequence: Sequence, running: int) -> float:
+        """What the rest of the answer costs for each step of K: the chunks of the prompt that are left, then
+        every token."""
+        waiting = max(0, len(sequence.request.prompt) - sequence.next_start)
+        whole, rest = divmod(waiting, sequence.chunk)
+        chunks = whole * self.cost.predict(sequence.chunk + running - 1) + (
+            self.cost.predict(rest + running - 1) if rest else 0
+        )
+        decoded = max(0, sequence.request.max_tokens - len(sequence.output) - (1 if waiting else 0))
+        return chunks + decoded * self.cost.predict(running)

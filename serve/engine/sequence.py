@@ -1,4 +1,4 @@
-"""A request and its sequence, the one object that the engine keeps for it. No torch here.
+"""A request, its sequence (the one object that the engine keeps for it) and its events. No torch here.
 
 A *segment* is the contiguous run of positions of one sequence that steps together: a chunk of the prompt, or
 the one position that is being decoded. A token is drawn only from a segment that ends the context.
@@ -6,18 +6,17 @@ the one position that is being decoded. A token is drawn only from a segment tha
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rdlm.errors import UserError
 from rdlm.sampling_params import History, Order, SamplingParams
 from serve.engine.detokenizer import Detokenizer
-from serve.engine.events import Usage
 from serve.engine.exits import ExitRule
 
 if TYPE_CHECKING:
-    from serve.engine.events import Sink
     from serve.engine.grammar import Grammar, Guide
 
 NO_SLOT = -1
@@ -143,6 +142,67 @@ class StepResult:
     step_prediction: StepPrediction | None = None
     error: Exception | None = None
     """Why the step failed for this sequence; nothing else is set then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Work done for one sequence. Row steps are core steps of one position; steps are the core forwards it
+    took part in."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    num_steps: int
+    prefill_core_steps: int
+    decode_core_steps: int
+    saved_core_steps: int
+    """Core steps that exits saved."""
+    flops: int
+    """Floating-point operations of its rows (rdlm/flops.py)."""
+    kv_bytes: int
+    """Memory of the keys and values of its positions."""
+    token_steps: int
+    """Core steps of the positions that tokens were drawn from, summed."""
+    exits: int
+    """Tokens whose position exited early."""
+    lowered: int
+    """Chunks of the prompt and tokens that took fewer steps than requested, to meet the deadline."""
+    overdue: bool
+    """Whether the deadline ended the answer."""
+    queue_s: float
+    first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One token of one submitted request, or its end, or both; or an intermediate read-out of a token that is
+    not drawn yet.
+
+    ``index`` is the request's place in the list given to ``submit``.
+    """
+
+    index: int
+    token: int | None = None
+    text: str = ""
+    steps: int | None = None
+    """Core steps of the position the token was drawn from."""
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """With the first event of a request that wants them: those of prompt tokens 1, 2, ..."""
+    sweep: dict[int, list[TokenLogprobs]] | None = None
+    """With the last event of a request that wants one: K -> the prompt's log-probabilities, as above."""
+    step_prediction: StepPrediction | None = None
+    """Alone on its event."""
+    finish: str | None = None
+    """stop | length | abort | error | expired, on the last event."""
+    error: UserError | None = None
+    """With finish "error": what the client can mend; None where the model failed."""
+    usage: Usage | None = None
+    """On the last event."""
+
+
+Sink = Callable[[Event], None]
+"""Called in the engine thread for every event; must not block."""
 
 
 @dataclass(slots=True, eq=False)

@@ -36,9 +36,8 @@ from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.registry import build as rdlm_build
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
-from serve.engine.events import Event
 from serve.engine.exits import ExitRule
-from serve.engine.sequence import Request, StepBudget, StepPredictions, TokenLogprobs
+from serve.engine.sequence import Event, Request, StepBudget, StepPredictions, TokenLogprobs
 from serve.loading import build_served, load_served
 from serve.settings import EngineSettings
 

@@ -24,7 +24,7 @@ def forward(denoiser) -> torch.Tensor:
     ids = torch.arange(10).view(1, 10)
     ctx = CausalContext(10)
     e = denoiser.model.encode(ids, ctx)
-    state = denoiser.step(denoiser.model.initial_state(e), e, denoiser.condition(None, e), ctx)
+    state = denoiser.model.core(denoiser.model.initial_state(e), e, denoiser.condition(None, e), ctx)
     return denoiser.predict(denoiser.model.decode(state, ctx)).logits()
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.batch import Batch
 from rdlm.diffusion.corruption import draw_levels
-from rdlm.diffusion.preconditioning import denoise_scalings, edm_weight
+from rdlm.diffusion.schedules import denoise_scalings, edm_weight
 from rdlm.errors import UserError
 from rdlm.models.vision import assemble, patches
 from rdlm.objectives import Objective

@@ -119,9 +119,9 @@ def test_clean_stream_is_the_plain_causal_model(tiny) -> None:
     ctx = TwoStreamContext(T, True)
     cond = denoiser.condition(torch.cat([torch.full((B, T), 80.0), sigma], 1), e)
     both = torch.cat([torch.zeros_like(e), denoiser.inject(z, sigma)], 1)
-    streams = model.decode(denoiser.step(both, torch.cat([e, e], 1), cond, ctx), ctx)
+    streams = model.decode(denoiser.model.core(both, torch.cat([e, e], 1), cond, ctx), ctx)
     alone_ctx = CausalContext(T)
     alone = model.decode(
-        denoiser.step(torch.zeros_like(e), e, denoiser.condition(None, e), alone_ctx), alone_ctx
+        denoiser.model.core(torch.zeros_like(e), e, denoiser.condition(None, e), alone_ctx), alone_ctx
     )
     torch.testing.assert_close(streams[:, :T], alone, atol=2e-6, rtol=1e-5)

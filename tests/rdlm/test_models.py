@@ -93,8 +93,8 @@ def test_adaln_starts_as_the_plain_layer(tiny) -> None:
     e = plain.model.encode(ids, ctx)
     cond = conditioned.condition(torch.full((2, T), 0.3), e)
     torch.testing.assert_close(
-        conditioned.step(torch.zeros_like(e), e, cond, ctx),
-        plain.step(torch.zeros_like(e), e, None, ctx),
+        conditioned.model.core(torch.zeros_like(e), e, cond, ctx),
+        plain.model.core(torch.zeros_like(e), e, None, ctx),
         atol=0,
         rtol=0,
     )
@@ -150,7 +150,9 @@ def through_cache(
         cond = denoiser.condition(None, e)
 
         def step(state, k, e=e, cond=cond, start=start, length=length):
-            return denoiser.step(state, e, cond, PackedContext(pool, [Segment(slot, start, length, step=k)]))
+            return denoiser.model.core(
+                state, e, cond, PackedContext(pool, [Segment(slot, start, length, step=k)])
+            )
 
         state = run(step, model.initial_state(e), num_steps)
         rows.append(denoiser.predict(model.decode(state, once)).prior[0])
@@ -173,7 +175,7 @@ def test_prefill_equals_decode_with_the_full_cache(
     ctx = CausalContext(T)
     e = denoiser.model.encode(ids, ctx)
     cond = denoiser.condition(None, e)
-    state = run(lambda s, _: denoiser.step(s, e, cond, ctx), denoiser.model.initial_state(e), num_steps)
+    state = run(lambda s, _: denoiser.model.core(s, e, cond, ctx), denoiser.model.initial_state(e), num_steps)
     expected = denoiser.predict(denoiser.model.decode(state, ctx)).prior[0]
     got = through_cache(denoiser, pool_for(denoiser, num_steps), ids, num_steps, spans, slot=1)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
@@ -206,7 +208,7 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
         e = model.encode(ids[:, start : start + length], PackedContext(alone, [Segment(slot, start, length)]))
         e_alone.append(e)
         outs.append(
-            denoiser.step(
+            denoiser.model.core(
                 torch.ones_like(e),
                 e,
                 denoiser.condition(None, e),
@@ -219,7 +221,9 @@ def test_a_ragged_pack_equals_each_sequence_alone(tiny) -> None:
     )
     torch.testing.assert_close(e, torch.cat(e_alone, 1), atol=2e-5, rtol=1e-4)
     stepped = [Segment(slot, start, length, step) for _, slot, start, length, step in plans]
-    got = denoiser.step(torch.ones_like(e), e, denoiser.condition(None, e), PackedContext(packed, stepped))
+    got = denoiser.model.core(
+        torch.ones_like(e), e, denoiser.condition(None, e), PackedContext(packed, stepped)
+    )
     torch.testing.assert_close(got, torch.cat(outs, 1), atol=2e-5, rtol=1e-4)
     for _, slot, start, length, step in plans:
         for layer in range(model.num_cache_layers):
@@ -247,7 +251,7 @@ def test_uncommitted_rows_equal_the_two_stream_forward(tiny, objective: str, app
     noisy = PackedContext(pool, [Segment(0, T - 1, 1, commit=False, append_own=append_own)])
     e = model.encode(ids[:, -1:], PackedContext(pool, [Segment(0, T - 1, 1)]))
     committed = store.k.clone()
-    state = denoiser.step(
+    state = denoiser.model.core(
         denoiser.inject(z[:, -1:], sigma[:, -1:]), e, denoiser.condition(sigma[:, -1:], e), noisy
     )
     got = denoiser.predict(model.decode(state, noisy), z[:, -1:], sigma[:, -1:]).logits()[0, -1]
@@ -259,7 +263,7 @@ def through_clean_row(denoiser: Objective, pool: KVCache, ids: torch.Tensor) -> 
     context = PackedContext(pool, [Segment(0, T - 1, 1)])
     e = denoiser.model.encode(ids[:, -1:], context)
     denoiser.model.decode(
-        denoiser.step(torch.zeros_like(e), e, denoiser.condition(None, e), context), context
+        denoiser.model.core(torch.zeros_like(e), e, denoiser.condition(None, e), context), context
     )
 
 

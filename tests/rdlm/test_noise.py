@@ -11,8 +11,7 @@ from scipy import stats
 
 from rdlm.config.objective import NoiseConfig
 from rdlm.diffusion.partition import partition
-from rdlm.diffusion.preconditioning import denoise_scalings, edm_weight
-from rdlm.diffusion.schedules import LogNormalSchedule, geometric_grid
+from rdlm.diffusion.schedules import LogNormalSchedule, denoise_scalings, edm_weight, geometric_grid
 from rdlm.errors import UserError
 
 SCHEDULE = LogNormalSchedule(NoiseConfig())

@@ -11,8 +11,7 @@ import torch
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import Tokenizer, train_tokenizer
 from rdlm.registry import build
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.loading import build_served
 from serve.settings import EngineSettings
 

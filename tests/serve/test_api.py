@@ -20,8 +20,7 @@ from serve.api.app import create_app
 from serve.api.observability import traced
 from serve.cli import _keys_of
 from serve.cli import app as cli
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import load_served
 from serve.settings import EngineSettings, HttpSettings

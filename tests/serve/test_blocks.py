@@ -23,8 +23,7 @@ from rdlm.registry import build
 from rdlm.sampling import process, sample
 from rdlm.sampling_params import History, SamplingParams, check_sampler, uniform
 from serve.api.app import create_app
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.engine.runner import ADDED_NOISE, NOISE
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served, load_served

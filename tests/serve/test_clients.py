@@ -19,8 +19,7 @@ from rdlm.errors import UserError
 from serve.api.app import create_app
 from serve.api.chat_template import ChatTemplate
 from serve.cli import app as cli
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.errors import ApiError
 from serve.settings import EngineSettings, HttpSettings
 

@@ -14,8 +14,7 @@ import uvicorn
 
 from serve import connection
 from serve.api.app import create_app
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.settings import EngineSettings, HttpSettings
 
 BODY = b'{"prompt": "x", "max_tokens": 1}'

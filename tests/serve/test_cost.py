@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rdlm.flops import Cost
 from rdlm.sampling_params import SamplingParams
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.engine.exits import ExitRule
 from serve.engine.sequence import Request, StepBudget, StepPredictions
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from rdlm.config.model import LayerConfig, RopeConfig
 from rdlm.nn.kv_cache import KVCache, PackedContext, Segment
-from rdlm.nn.layers import TokenTable
-from rdlm.nn.transformer import TransformerLayer
+from rdlm.nn.layers import TokenTable, TransformerLayer
 from serve.engine.cpu import library
 from serve.engine.cpu.modules import Packed, PackedLayer, PackedTable, use_kernels
 

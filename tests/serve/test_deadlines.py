@@ -13,9 +13,8 @@ from litestar.testing import TestClient
 
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
-from serve.engine.deadlines import Deadlines, StepCost
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
+from serve.engine.scheduler import Deadlines, StepCost
 from serve.engine.sequence import Request, Sequence, StepBudget, StepCounts
 from serve.settings import EngineSettings, HttpSettings
 

@@ -12,9 +12,8 @@ import torch
 
 from rdlm.sampling_params import SamplingParams
 from serve.engine import runner
-from serve.engine.engine import Engine
-from serve.engine.events import Event, Served
-from serve.engine.sequence import Request, StepBudget, StepPredictions
+from serve.engine.engine import Engine, Served
+from serve.engine.sequence import Event, Request, StepBudget, StepPredictions
 from serve.errors import EngineClosed, QueueFull
 from serve.settings import EngineSettings
 

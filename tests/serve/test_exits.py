@@ -14,8 +14,7 @@ from litestar.testing import TestClient
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
-from serve.engine.engine import Engine
-from serve.engine.events import Event, Served
+from serve.engine.engine import Engine, Served
 from serve.engine.exits import (
     CRITERIA,
     KL,
@@ -27,7 +26,7 @@ from serve.engine.exits import (
     MinPKL,
     default_thresholds,
 )
-from serve.engine.sequence import Request, StepBudget
+from serve.engine.sequence import Event, Request, StepBudget
 from serve.settings import EngineSettings, HttpSettings
 
 WARM = SamplingParams(temperature=0.9)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from serve.api.app import create_app
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.settings import EngineSettings, HttpSettings
 
 schemathesis = pytest.importorskip("schemathesis")

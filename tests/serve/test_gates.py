@@ -18,8 +18,7 @@ from rdlm.data.tokenizer import train_tokenizer
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.engine.exits import CRITERIA, ExitRule, Gate, Halt, default_thresholds
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import load_served

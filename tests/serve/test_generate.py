@@ -9,7 +9,7 @@ import pytest
 
 from rdlm.checkpoints.folder import save
 from rdlm.errors import UserError
-from serve.engine.events import Served
+from serve.engine.engine import Served
 from serve.generate_cli import _parse_steps, _read_prompts, generate
 
 

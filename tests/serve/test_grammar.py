@@ -18,10 +18,9 @@ from rdlm.data.tokenizer import Tokenizer, train_tokenizer
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
-from serve.engine.events import Event
 from serve.engine.exits import ExitRule
 from serve.engine.grammar import Grammars, choice_grammar, explain, json_grammar, regex_grammar, special_rule
-from serve.engine.sequence import Request, StepBudget
+from serve.engine.sequence import Event, Request, StepBudget
 from serve.settings import EngineSettings
 
 

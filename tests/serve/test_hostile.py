@@ -15,8 +15,7 @@ from serve.api import request_parsing
 from serve.api.app import create_app
 from serve.api.responses import ResponsesRequest
 from serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ScoreRequest, TokenizeRequest
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.settings import EngineSettings, HttpSettings
 
 JSON = {"content-type": "application/json"}

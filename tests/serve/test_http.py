@@ -14,8 +14,7 @@ from rdlm.data.tokenizer import Tokenizer
 from rdlm.nn.kv_cache import PAGE
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.engine.sequence import Request, StepBudget
 from serve.settings import EngineSettings, HttpSettings
 

@@ -20,12 +20,11 @@ from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
 from serve.engine import masked_runner, runner
-from serve.engine.engine import Engine
-from serve.engine.events import Event, Served
+from serve.engine.engine import Engine, Served
 from serve.engine.exits import ExitRule
 from serve.engine.grammar import Grammar, Grammars, Guide, json_grammar
 from serve.engine.masked_runner import MaskedSequence
-from serve.engine.sequence import Request, Sequence, StepBudget
+from serve.engine.sequence import Event, Request, Sequence, StepBudget
 from serve.settings import EngineSettings, HttpSettings
 
 MARK = 299

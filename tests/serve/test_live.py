@@ -21,7 +21,7 @@ import openai
 import pytest
 
 from rdlm.checkpoints.folder import save
-from serve.engine.events import Served
+from serve.engine.engine import Served
 
 pytestmark = pytest.mark.multiproc
 

@@ -20,10 +20,9 @@ from rdlm.diffusion.unmasking import mask_of, unmask
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
-from serve.engine.engine import Engine
-from serve.engine.events import Event, Served
+from serve.engine.engine import Engine, Served
 from serve.engine.masked_runner import MaskedRunner
-from serve.engine.sequence import Request, StepBudget
+from serve.engine.sequence import Event, Request, StepBudget
 from serve.settings import EngineSettings, HttpSettings
 
 WARM = SamplingParams(temperature=0.9, top_p=0.95)

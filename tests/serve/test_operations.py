@@ -13,8 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve.api.app import create_app
 from serve.api.observability import JsonLines
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.settings import EngineSettings, HttpSettings
 
 

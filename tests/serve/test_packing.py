@@ -14,8 +14,7 @@ from rdlm.checkpoints import folder as checkpoint
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.engine.cpu.library import library
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.engine.packing import PackedLinear, can_pack, pack_weights, padded
 from serve.engine.runner import Runner
 from serve.engine.sequence import Request, StepBudget

@@ -10,8 +10,7 @@ from litestar.testing import TestClient
 
 from serve.api.app import create_app
 from serve.api.schemas import ChatRequest, CompletionRequest
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.settings import HttpSettings
 
 PAGE = files("serve").joinpath("page.html").read_text()

@@ -20,7 +20,7 @@ import pytest
 
 from benchmarks.client import running_server
 from rdlm.checkpoints.folder import save
-from serve.engine.events import Served
+from serve.engine.engine import Served
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiproc]
 PATIENCE = 120_000

@@ -10,7 +10,7 @@ import pytest
 from rdlm.checkpoints.folder import save
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from serve.engine.events import Served
+from serve.engine.engine import Served
 from serve.process import _load
 from serve.settings import EngineSettings
 

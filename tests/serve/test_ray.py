@@ -13,7 +13,7 @@ import pytest
 
 from rdlm.checkpoints.folder import save
 from rdlm.errors import UserError
-from serve.engine.events import Served
+from serve.engine.engine import Served
 
 ray = pytest.importorskip("ray", reason="ray is not installed (extra ray)")
 pytestmark = [pytest.mark.slow, pytest.mark.multiproc]

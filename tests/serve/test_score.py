@@ -10,8 +10,7 @@ import torch
 from litestar.testing import TestClient
 
 from serve.api.app import create_app
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.settings import EngineSettings, HttpSettings
 
 KS = [1, 2, 5, 8]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve.api.streaming import EngineEvents, sse
-from serve.engine.events import Event
+from serve.engine.sequence import Event
 from serve.errors import ApiError
 
 

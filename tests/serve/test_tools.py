@@ -16,8 +16,7 @@ from rdlm.data.tokenizer import Tokenizer, load_tokenizer
 from serve.api.app import create_app
 from serve.api.chat_template import ChatTemplate
 from serve.api.tools import CallReader, tool_format
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.loading import build_served
 from serve.settings import EngineSettings, HttpSettings
 

@@ -18,8 +18,7 @@ from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
 from rdlm.registry import build
 from serve.api.app import create_app
-from serve.engine.engine import Engine
-from serve.engine.events import Served
+from serve.engine.engine import Engine, Served
 from serve.generate_cli import app as generate
 from serve.loading import build_served
 from serve.settings import EngineSettings, HttpSettings

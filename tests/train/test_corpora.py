@@ -9,7 +9,7 @@ import torch
 from rdlm.data.token_shards import TokenStore
 from rdlm.errors import UserError
 from train.data import Corpus, build_corpus
-from train.data.order import permute, shuffled
+from train.data.corpus import permute, shuffled
 from train.data.prepare import Preparation, prepare
 from train.settings import (
     DataConfig,

@@ -134,7 +134,7 @@ def test_deepspeed_accepts_the_settings_of_every_stage(document, stage: int, wor
     assert found.zero_config.stage == stage and found.communication_data_type == torch.float32
     assert found.zero_config.overlap_comm == (stage == 3), "stage 3 gathers weights on a stream of its own"
     if stage == 3:
-        assert found.zero_config.leaf_module.classes == ["rdlm.nn.transformer.TransformerLayer"]
+        assert found.zero_config.leaf_module.classes == ["rdlm.nn.layers.TransformerLayer"]
 
 
 def test_overlap_and_dtype_follow_the_config(document) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from rdlm.errors import UserError
 from train.data import build_corpus
-from train.data.order import mixed, shares
+from train.data.corpus import mixed, shares
 from train.data.prepare import Preparation, prepare
 from train.settings import MixtureConfig
 

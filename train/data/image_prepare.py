@@ -17,8 +17,8 @@ from rdlm.data.image_files import ImageSet, pillow
 from rdlm.data.images import SCHEMA_VERSION, ImageManifest, ImageSplit, open_split, read_image_manifest
 from rdlm.data.manifest import SPLITS, file_sha256
 from rdlm.errors import UserError
+from train.data.corpus import permute
 from train.data.image_sources import ImageSource, open_source
-from train.data.order import permute
 from train.data.prepare import held_out_fractions
 from train.data.writer import building, check_same_request, write_manifest
 

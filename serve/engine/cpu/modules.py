@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from rdlm.nn.attention import AttentionContext, LaterLayers, rotary_table
 from rdlm.nn.kv_cache import PackedContext, Pages
-from rdlm.nn.layers import LayerCondition, RMSNorm, TokenTable
-from rdlm.nn.transformer import TransformerLayer
+from rdlm.nn.layers import LayerCondition, RMSNorm, TokenTable, TransformerLayer
 from serve.engine.cpu.library import Cache, Layer, Matrix, Modulation, Rows, library
 
 WeightFormat = Literal["auto", "int8"]
