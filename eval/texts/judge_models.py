@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.cache import Progress
+from rdlm.device import usable_device
 from rdlm.errors import UserError, reason
 
 PACKAGE = "smollm2"
@@ -158,11 +159,12 @@ def _batched(rows: Sequence[Any], size: Callable[[Any], int]) -> Iterator[list[A
 def load_judge(
     name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, window: int = WINDOW
 ) -> Judge:
-    """name: "smollm2", a folder, or a name on the hub (HUB_NAMES are short forms). UserError if it cannot
-    be had."""
+    """name: "smollm2", a folder, or a name on the hub (HUB_NAMES are short forms). device: as in
+    ``usable_device``. UserError if the model cannot be loaded."""
     _need("transformers", "5.23.0")
     import transformers
 
+    place = usable_device(device, "--device")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     source, extra = where(name)
@@ -182,7 +184,7 @@ def load_judge(
             "its tokenizer reports no character offsets",
             "use a model with a fast tokenizer",
         )
-    model = model.eval().to(device)
+    model = model.eval().to(place)
     limit = getattr(model.config, "max_position_embeddings", None) or window
     return Judge(name, model, tokenizer, _fingerprint(model), min(window, limit))
 

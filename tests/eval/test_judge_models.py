@@ -1,6 +1,7 @@
 """Judges: which tokens are scored, with what context; what is kept; which sources are refused. A tiny
 random model stands in."""
 
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 
 from eval.cache import CHUNK_TEXTS, cached
 from eval.texts.judge_models import Judge, load_judge, pieces, where
+from rdlm.cli import app, run
+from rdlm.device import usable_device
 from rdlm.errors import UserError
+from train.data.prepare import Preparation, prepare
 
 transformers = pytest.importorskip("transformers", reason="judges need transformers")
 TEXT = "In the beginning God created the heaven and the earth, and the earth was without form and void."
@@ -193,3 +197,25 @@ def test_missing_packages_and_empty_folders_are_named(
     monkeypatch.setattr("eval.texts.judge_models.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install transformers==5\.23\.0"):
         load_judge("smollm2")
+
+
+def test_a_device_is_named_as_everywhere_else(folder: Path) -> None:
+    assert load_judge(str(folder), device="auto").model.device == usable_device("auto")
+    with pytest.raises(UserError, match="--device='gpu'"):
+        load_judge(str(folder), device="gpu")
+
+
+def test_the_command_judges_texts_with_its_default_device(
+    folder: Path, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    checkpoint, source = folders("onestep"), tmp_path / "d.jsonl"
+    source.write_text(
+        "".join(f'{{"text": "Verse {i}: {i * i} foxes ran past {i} hens."}}\n' for i in range(99))
+    )
+    prepare(Preparation(str(source), tmp_path / "data", tokenizer=str(checkpoint)), progress=False)
+    given = ["--checkpoint", checkpoint, "--data", tmp_path / "data", "--split", "train", "--judge", folder]
+    small = ["--num-prompts", 4, "--prompt-tokens", 6, "--max-tokens", 8, "--across-documents"]
+    written = ["--cache", tmp_path / "cache", "--out", tmp_path / "r.json", "--plot", tmp_path / "r.png"]
+    assert run(app, ["eval", "gen-ppl", *map(str, [*given, *small, *written])], "rdlm") == 0
+    [result] = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert result["num_steps"] == 2 and (tmp_path / "r.png").stat().st_size > 0
