@@ -21,7 +21,7 @@ from eval.plots import Row, against_k
 from eval.stats import Pair, difference, mover, with_interval
 from rdlm.errors import UserError
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parents[1] / "texts" / "tasks"
 
 
 def with_model(arguments: list[str]) -> list[str]:

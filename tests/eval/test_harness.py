@@ -22,7 +22,7 @@ pytest.importorskip("lm_eval", reason="the harness is not installed")
 
 from lm_eval.api.instance import Instance
 
-from eval.metrics.lm_eval import TASKS, expand_blimp, taken_out, with_model
+from eval.metrics.lm_eval import TASKS, taken_out
 from eval.texts import lm_eval_adapter as harness
 from eval.texts.likelihood import score_continuations
 from eval.texts.lm_eval_adapter import RecurrentLM, run_sweep
@@ -299,36 +299,6 @@ def blimp(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-def test_blimp_helper_speaks_lm_evals_language(tmp_path: Path) -> None:
-    expanded = expand_blimp(["--tasks", "blimp_local", "--blimp", str(tmp_path)])
-    assert expanded == [
-        "run",
-        "--tasks",
-        "blimp_local",
-        "--include_path",
-        str(TASKS),
-        "--metadata",
-        json.dumps({"blimp": str(tmp_path)}),
-    ]
-    assert expand_blimp(["run", "--model", "hf"]) == ["run", "--model", "hf"]
-    assert with_model(["--tasks", "piqa"]) == ["--tasks", "piqa", "--model", "rdlm"]
-    for kept in (["run", "--model=hf"], ["-M", "hf"], ["--config", "x.yaml"], ["ls", "tasks"], []):
-        assert with_model(kept) == kept
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "mine.yaml").write_text("task: mine")
-    both = ["--blimp", str(tmp_path), "--include_path", str(tmp_path / "own"), "--metadata", "a=1"]
-    expanded = expand_blimp(both, tmp_path / "both")
-    assert expanded[:3] == ["run", "--metadata", "a=1"] and expanded[4] == str(tmp_path / "both")
-    found = {file.name: file.read_text() for file in (tmp_path / "both").glob("**/*.yaml")}
-    assert (
-        found["mine.yaml"] == "task: mine"
-        and found["blimp_local.yaml"] == (TASKS / "blimp_local.yaml").read_text()
-    )
-    for arguments in (["--blimp", "nowhere"], ["--blimp"], ["--blimp", str(tmp_path), "--include_path", "x"]):
-        with pytest.raises(UserError):
-            expand_blimp(arguments)
 
 
 def test_command_runs_lm_evals_own_with_the_estimator_in_the_results(
