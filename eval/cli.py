@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from eval.registry import METRICS, load_metric
 from eval.report.report import EXAMPLE, report
+from rdlm.command_line import new_app
 
 
 class Metrics(TyperGroup):
@@ -46,7 +47,7 @@ def _renamed(args: list[str]) -> list[str]:
     return found
 
 
-app = typer.Typer(
+app = new_app(
     cls=Metrics,
     no_args_is_help=True,
     epilog="Example: rdlm eval nll --checkpoint runs/demo/model --data data/demo --num-steps 1,4,16",

@@ -1,9 +1,8 @@
-"""What a metric is: a class that measures, prints, plots and reports; and the parts that a report is made
-of.
+"""What a metric is: a command of ``rdlm eval`` and a section of its report; and the parts of a report.
 
-One metric is one class in one file of eval/metrics. Its options are the fields of a
-dataclass, its result is a JSON document that begins with ``provenance.origin``, and `rdlm eval report`
-puts the results of several files into one section.
+One metric is one class in one file of eval/metrics: a ``Measurement``, whose options are the fields of a
+dataclass and whose result is a JSON document that begins with ``provenance.origin``, or a ``Metric`` around
+another program (lm-eval). `rdlm eval report` puts the results of several files into one section.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from eval.provenance import write_json
+from rdlm.command_line import new_app
 from rdlm.errors import UserError
 
 Json = dict[str, Any]
@@ -73,64 +73,17 @@ class Section:
 
 
 class Metric(ABC):
-    """The docstring of a subclass is the help of its command, the fields of ``Options`` are its options."""
+    """A command of ``rdlm eval`` and its section of a report."""
 
     name: ClassVar[str]
     """Its command, and the name of its file with dashes."""
     place: ClassVar[int] = 100
     """Where its section stands in a report: the lowest first."""
     example: ClassVar[str]
-    Options: ClassVar[type]
-    """A dataclass; ``out`` and ``plot`` are written by ``run`` where it has them."""
 
     @abstractmethod
-    def measure(self, options: Any) -> Json:
-        """The result. UserError where checkpoint, data and options do not fit each other."""
-
-    @abstractmethod
-    def show(self, report: Json, console: Console) -> None:
-        """Print the result as a table."""
-
-    def plot(self, report: Json, file: Path) -> None:
-        """Write the result as a PNG."""
-        raise NotImplementedError
-
-    def written(self, report: Json, options: Any) -> Json:
-        """What goes into the file of ``--out``: all of the result, unless options leave something out."""
-        return report
-
-    def run(self, options: Any) -> None:
-        """Measure, print, and write the files that the options name."""
-        report = self.measure(options)
-        self.show(report, Console())
-        if options.out is not None:
-            write_json(options.out, self.written(report, options))
-        if (file := getattr(options, "plot", None)) is not None:
-            self.plot(report, file)
-
     def command(self) -> typer.Typer:
-        """The command line: every field of ``Options`` is an option."""
-        hints = get_type_hints(self.Options, include_extras=True)
-        parameters = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if field.default is MISSING else field.default,
-                annotation=hints[field.name],
-            )
-            for field in fields(self.Options)
-        ]
-
-        def command(**given: Any) -> None:
-            self.run(self.Options(**given))
-
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        app = typer.Typer()
-        app.command(self.name, help=inspect.getdoc(type(self)), epilog=f"Example: {self.example}")(command)
-        return app
-
-    # What a report over several files needs --------------------------------------------------------------
+        """The command line."""
 
     @abstractmethod
     def section(self, runs: list[Run]) -> Section:
@@ -160,6 +113,61 @@ class Metric(ABC):
         digest = data.get("manifest_sha256") or f"generated: {data.get('task')}"
         weights = report.get("checkpoint", {}).get("weights_sha256", "-")[:12]
         return [origin["command"], str(origin["git_commit"]), str(seed), weights, digest[:24], machine]
+
+
+class Measurement(Metric):
+    """A metric that is computed here. The docstring of a subclass is the help of its command, the fields of
+    ``Options`` are its options."""
+
+    Options: ClassVar[type]
+    """A dataclass with the fields ``out`` and ``plot``."""
+
+    @abstractmethod
+    def measure(self, options: Any) -> Json:
+        """The result. UserError where checkpoint, data and options do not fit each other."""
+
+    @abstractmethod
+    def show(self, report: Json, console: Console) -> None:
+        """Print the result as a table."""
+
+    @abstractmethod
+    def plot(self, report: Json, file: Path) -> None:
+        """Write the result as a PNG."""
+
+    def written(self, report: Json, options: Any) -> Json:
+        """What goes into the file of ``--out``: all of the result, unless options leave something out."""
+        return report
+
+    def run(self, options: Any) -> None:
+        """Measure, print, and write the files that the options name."""
+        report = self.measure(options)
+        self.show(report, Console())
+        if options.out is not None:
+            write_json(options.out, self.written(report, options))
+        if options.plot is not None:
+            self.plot(report, options.plot)
+
+    def command(self) -> typer.Typer:
+        """Every field of ``Options`` is an option."""
+        hints = get_type_hints(self.Options, include_extras=True)
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(self.Options)
+        ]
+
+        def command(**given: Any) -> None:
+            self.run(self.Options(**given))
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        app = new_app()
+        app.command(self.name, help=inspect.getdoc(type(self)), epilog=f"Example: {self.example}")(command)
+        return app
 
 
 def check_equal(run: Run, first: Run, facts: Sequence[tuple[str, object, object]]) -> None:

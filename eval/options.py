@@ -100,6 +100,7 @@ class TextOptions:
         "float32"
     )
     out: Out = None
+    plot: Plot = None
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:

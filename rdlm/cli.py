@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from rdlm import __version__
+from rdlm.command_line import new_app
 from rdlm.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -75,7 +76,7 @@ class LazyGroup(TyperGroup):
         return name, stub if name is None else load_command(name), rest
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, epilog=EXAMPLE)
+app = new_app(cls=LazyGroup, epilog=EXAMPLE)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,11 +7,12 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from rdlm.command_line import new_app
 from rdlm.config.base import parse
 from rdlm.errors import UserError
 from serve.settings import EngineSettings, HttpSettings
 
-app = typer.Typer(add_completion=False)
+app = new_app()
 T = TypeVar("T")
 CheckpointOption = Annotated[
     Path, typer.Option(help="Folder that `rdlm train` exported (OUTPUT/model).", show_default=False)

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from rdlm.command_line import new_app
 from rdlm.config.base import parse
 from rdlm.errors import UserError
 from rdlm.sampling_params import Order, SamplingParams, check_masked, check_sampler
@@ -28,7 +29,7 @@ from serve.engine.engine import Engine, Served
 from serve.engine.sequence import Event, Request, StepBudget
 from serve.settings import EngineSettings
 
-app = typer.Typer(add_completion=False)
+app = new_app()
 MAX_TOGETHER = 16
 """Prompts that the engine runs at once."""
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from rdlm.command_line import new_app
 from rdlm.errors import UserError
 from serve.cli import CheckpointOption, DeviceOption, DtypeOption, renamed
 
 if TYPE_CHECKING:
     import numpy as np
 
-app = typer.Typer(add_completion=False)
+app = new_app()
 
 
 @app.command(epilog="Example: rdlm images --checkpoint runs/dit_cifar10/model --guidance 2 --out samples.png")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import typer
@@ -98,6 +100,27 @@ def test_a_missing_dependency_is_named(
     monkeypatch.setitem(cli.COMMANDS, "probe", ("needs_more:app", "probe"))
     assert cli.run(cli.app, ["probe"], "rdlm") == 2
     assert "a_package_that_is_not_installed" in capsys.readouterr().err
+
+
+def _commands(command: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """Every command below one, with the words that call it and its context."""
+    context = command.make_context(path, [], resilient_parsing=True)
+    yield path, command, context
+    for name in getattr(command, "commands", ()):
+        if name != "lm-eval":  # whose help is that of lm_eval
+            yield from _commands(command.resolve_command(context, [name])[1], f"{path} {name}")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_shows_every_text_as_it_is_written(name: str) -> None:
+    for path, command, context in _commands(cli.load_command(name), f"rdlm {name}"):
+        shown = "".join(command.get_help(context).split())
+        for text in (
+            command.help,
+            *(p.help for p in command.params if p.name != "help" and not getattr(p, "hidden", False)),
+        ):
+            assert text and "".join(text.split()) in shown, path
+        assert "--install-completion" not in shown, "a part of a program has no completion of its own"
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -13,15 +13,16 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from rdlm.checkpoints.cli import export_app as published_layouts
+from rdlm.command_line import new_app
 from rdlm.errors import UserError
 
 if TYPE_CHECKING:
     from train.memory_plan import Arm
 
-train_app = typer.Typer(add_completion=False)
-plan_app = typer.Typer(add_completion=False)
-merge_app = typer.Typer(add_completion=False)
-sweep_app = typer.Typer(add_completion=False)
+train_app = new_app()
+plan_app = new_app()
+merge_app = new_app()
+sweep_app = new_app()
 
 Config = Annotated[
     str, typer.Argument(metavar="CONFIG", help="YAML file; see configs/ and docs/training.md.")
@@ -178,7 +179,7 @@ class ExportGroup(TyperGroup):
 _EXPORT_EXAMPLES = (
     "Examples: rdlm export runs/demo exported/demo  |  rdlm export huginn runs/onestep/model exported/onestep"
 )
-export_app = typer.Typer(add_completion=False, cls=ExportGroup, no_args_is_help=True, epilog=_EXPORT_EXAMPLES)
+export_app = new_app(cls=ExportGroup, no_args_is_help=True, epilog=_EXPORT_EXAMPLES)
 
 
 @export_app.callback()

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from rdlm.command_line import new_app
 from rdlm.data.images import open_split, read_image_manifest
 from rdlm.data.manifest import check_hashes, kind_of, read_document
 from rdlm.data.token_shards import Manifest, check_sizes, hashes_of, read_manifest
@@ -20,7 +21,7 @@ from train.data.image_sources import PRESETS as IMAGE_PRESETS
 from train.data.prepare import Preparation, prepare
 from train.data.sources import FORMATS, PRESETS
 
-app = typer.Typer(
+app = new_app(
     help="Turn text into tokenised shards and labelled images into arrays, both memory-mapped.",
     epilog="Example: rdlm data prepare embedded --out data/demo",
     no_args_is_help=True,

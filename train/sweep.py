@@ -336,6 +336,9 @@ class Sweeper:
 
     def report(self) -> Path:
         """results.json and the report of everything that is there."""
+        if not (self.output / "plan.json").is_file():
+            problem, remedy = "holds no run of this sweep", "run the same command without --report first"
+            raise UserError("--report", str(self.output), problem, remedy)
         results, log = self.output / "results.json", self.output / "log.txt"
         steps: list[list[str]] = [["sweep", "--folder", str(self.output), "--out", str(results)]]
         files = sorted(

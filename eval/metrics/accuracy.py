@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from tqdm import tqdm
 
-from eval.metric import Json, Metric, Picture, Run, Section, Table, pair, print_table
+from eval.metric import Json, Measurement, Picture, Run, Section, Table, pair, print_table
 from eval.options import (
     TEXT_SAMPLERS,
     Checkpoint,
@@ -151,7 +151,7 @@ def _summarise(
     return results
 
 
-class Accuracy(Metric):
+class Accuracy(Measurement):
     """Share of images whose class is named, and the NLL of the class, with 95 % bootstrap intervals over
     images."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.held_out import open_windows, window_protocol
-from eval.metric import Block, Json, Metric, Picture, Run, Section, Table, pair, print_table
+from eval.metric import Block, Json, Measurement, Picture, Run, Section, Table, pair, print_table
 from eval.options import WindowOptions, check_steps, numbers
 from eval.plots import colour, heading, new_figure, png, with_errors, write_png
 from eval.stats import difference, interval, resamples, with_interval
@@ -165,7 +165,7 @@ def draw_noise_curve(axes: Any, report: dict[str, Any], name: str = "", color: s
     axes.grid(alpha=0.3)
 
 
-class NoiseCurve(Metric):
+class NoiseCurve(Measurement):
     """Cross-entropy of the next token with z noised from the truth, against sigma, compared with the best
     possible. Not a likelihood."""
 

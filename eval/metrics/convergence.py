@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from eval.held_out import open_windows, window_protocol
-from eval.metric import Json, Metric, Picture, Run, Section, Table, pair, print_table
+from eval.metric import Json, Measurement, Picture, Run, Section, Table, pair, print_table
 from eval.options import WindowOptions, check_steps, iterates
 from eval.plots import colour, heading, k_axis, new_figure, png, with_errors, write_png
 from eval.stats import interval, resamples, with_interval
@@ -124,7 +124,7 @@ def draw_picture(axes: Any, report: dict[str, Any]) -> None:
     axes.set_ylabel("core step K")
 
 
-class Convergence(Metric):
+class Convergence(Measurement):
     """Relative change of the latent state and share of changed top tokens at each core step, on held-out
     text."""
 

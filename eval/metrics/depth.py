@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from tqdm import tqdm
 
-from eval.metric import Json, Metric, Picture, Run, Section, Table, pair, print_table
+from eval.metric import Json, Measurement, Picture, Run, Section, Table, pair, print_table
 from eval.metrics.convergence import draw_convergence, evaluate_convergence
 from eval.options import Checkpoint, Device, Out, Plot, Seed, check_steps, iterates, numbers
 from eval.plots import Row, colour, heading, k_axis, new_figure, png, with_errors, write_png
@@ -163,7 +163,7 @@ def _summarise(
     return results
 
 
-class Depth(Metric):
+class Depth(Measurement):
     """Share of right answers to a generated task against K, with 95 % bootstrap intervals over examples."""
 
     name = "depth"

@@ -20,7 +20,7 @@ from eval.cache import Bar, bars
 from eval.images.distance import evaluate_images
 from eval.images.features import load_extractor
 from eval.images.samples import Setting, drawn, settings
-from eval.metric import Json, Metric, Picture, Run, Section, Table, print_table
+from eval.metric import Json, Measurement, Picture, Run, Section, Table, print_table
 from eval.options import Device, Dtype, Out, Plot, Seed, numbers, samplers
 from eval.plots import colour, k_axis, new_figure, png, with_errors, write_png
 from eval.provenance import checkpoint_facts, provenance
@@ -40,7 +40,7 @@ NUM_DRAWN = 2000
 DIGITS = {"frechet": ".2f", "kernel": ".5f"}
 
 
-class Fid(Metric):
+class Fid(Measurement):
     """Frechet and kernel distance between two sets of images, with the floor between parts of the
     reference.
 

@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 
 from eval.cache import Bar, bars, cached
-from eval.metric import Block, Json, Metric, Picture, Run, Sample, Section, Table, print_table
-from eval.options import SOURCES, Plot, TextOptions
+from eval.metric import Block, Json, Measurement, Picture, Run, Sample, Section, Table, print_table
+from eval.options import SOURCES, TextOptions
 from eval.plots import Row, against_k, heading, new_figure, png
 from eval.stats import difference, interval, or_dash, resamples, with_interval
 from eval.texts.diversity import blocks, measure
@@ -109,7 +109,7 @@ def _resampled(scores: np.ndarray, seed: int) -> np.ndarray:
     return totals[:, 0] / totals[:, 1]
 
 
-class GenPpl(Metric):
+class GenPpl(Measurement):
     """Perplexity of generated texts under other models, with their diversity, and the same figures of
     human text."""
 
@@ -128,7 +128,6 @@ class GenPpl(Metric):
         prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 50
         max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a continuation.")] = 50
         continuations: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1
-        plot: Plot = None
 
     def measure(self, options: Options) -> Json:
         shape = Shape(

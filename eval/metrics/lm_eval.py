@@ -10,15 +10,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import typer
-from rich.console import Console
 
 from eval.metric import Json, Metric, Picture, Run, Section, Table, check_equal
 from eval.options import numbers
 from eval.plots import Row, against_k
 from eval.stats import Pair, difference, mover, with_interval
+from rdlm.command_line import new_app
 from rdlm.errors import UserError
 
 TASKS = Path(__file__).parents[1] / "texts" / "tasks"
@@ -82,8 +81,6 @@ class LmEval(Metric):
     name = "lm-eval"
     place = 40
     example = "rdlm eval lm-eval --model_args checkpoint=runs/demo/model,num_steps=8 --blimp FOLDER --tasks blimp_local"
-    Options = list
-    """The arguments as they are."""
 
     def command(self) -> typer.Typer:
         """Hands every argument over, --help included."""
@@ -91,14 +88,14 @@ class LmEval(Metric):
         def command(context: typer.Context) -> None:
             self.run(context.args)
 
-        app = typer.Typer()
+        app = new_app()
         passing = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
         app.command(self.name, help=self.__doc__, context_settings=passing)(command)
         return app
 
-    def run(self, options: list[str]) -> None:
-        """lm_eval prints and writes its results itself."""
-        arguments, steps = taken_out(options, "--num-steps")
+    def run(self, given: list[str]) -> None:
+        """Run lm_eval, which prints and writes its results itself."""
+        arguments, steps = taken_out(given, "--num-steps")
         ks = None if steps is None else numbers("--num-steps", steps, int)
         try:
             from eval.texts.lm_eval_adapter import run, run_sweep
@@ -115,12 +112,6 @@ class LmEval(Metric):
                 run(arguments)
             else:
                 run_sweep(arguments, ks)
-
-    def measure(self, options: Any) -> Json:
-        raise NotImplementedError("lm_eval writes its own files")
-
-    def show(self, report: Json, console: Console) -> None:
-        raise NotImplementedError("lm_eval prints its own tables")
 
     def label(self, report: Json) -> str:
         config = report["config"]

@@ -22,10 +22,11 @@ import typer
 from rich.console import Console
 
 from eval.cache import Bar, bars, cached
-from eval.metric import Json, Metric, Picture, Run, Section, Table, print_table
+from eval.metric import Json, Measurement, Picture, Run, Section, Table, print_table
 from eval.metrics.gen_ppl import described, text_protocol
 from eval.options import SOURCES, TextOptions
 from eval.plots import Row, against_k, heading
+from eval.provenance import write_bytes
 from eval.stats import difference, mover, with_interval
 from eval.texts.judge_models import Judge, load_judge
 from eval.texts.samples import Shape, Texts, open_sampler, sample_all, settings_of, to_text
@@ -208,7 +209,7 @@ def _features(featuriser: Judge, texts: Texts, cache: Path, bar: Bar, what: str)
     return found, len(flat) - len(full)
 
 
-class Mauve(Metric):
+class Mauve(Measurement):
     """Distance of the distribution of generated texts from human ones, with a human ceiling and a shuffled
     floor."""
 
@@ -282,13 +283,16 @@ class Mauve(Metric):
                 f"The ceiling rests on {texts:,} texts instead of {wanted:,}: the split has no more."
             )
 
+    def plot(self, report: Json, file: Path) -> None:
+        write_bytes(file, _against_k([Run(file, self.name, self.label(report), report)]))
+
     def protocol(self, report: Json) -> Json:
         own = {"protocol": report["protocol"], "featuriser": described(report["featuriser"])}
         return {**super().protocol(report), **text_protocol(report), **own}
 
     def section(self, runs: list[Run]) -> Section:
         """Every setting between ceiling and floor, and against K."""
-        first, rows, curves = runs[0], [], dict[str, list[Row]]()
+        first, rows = runs[0], []
         base = first.report["results"][0]
         for name, what in (
             ("ceiling", "human text after other prompts (ceiling)"),
@@ -300,10 +304,6 @@ class Mauve(Metric):
                 others = (first.report["ceiling"], base, run.report["results"][0])
                 compared = ["" if other is r else _against(r, other) for other in others]
                 rows.append([run.label, *setting_of(r).cells, *_scored(r), *compared])
-                name = ", ".join(filter(None, (run.label, f"T {r['temperature']:g}", setting_of(r).rest)))
-                curves.setdefault(name, []).append(
-                    {"K": r["num_steps"], "value": r["value"], "value_interval": r["interval"]}
-                )
         protocol = first.report["protocol"]
         about = (
             f"Protocol {protocol['name']}: {first.report['references']:,} references, scaling factor "
@@ -312,12 +312,19 @@ class Mauve(Metric):
             f"of {protocol['seeds']} k-means seeds."
         )
         headers = ["run", *CELLS, "MAUVE [95 %]", "texts", "- ceiling", "- first row", "- own first row"]
-        lines = {name: tuple(first.report[name]["interval"]) for name in ("ceiling", "floor")}
-        return Section(
-            "MAUVE",
-            about,
-            [Table(headers, rows), Picture(against_k(curves, "MAUVE", lines), "MAUVE against K")],
-        )
+        return Section("MAUVE", about, [Table(headers, rows), Picture(_against_k(runs), "MAUVE against K")])
+
+
+def _against_k(runs: list[Run]) -> bytes:
+    """PNG: a curve per run and setting, between ceiling and floor of the first run."""
+    curves: dict[str, list[Row]] = {}
+    for run in runs:
+        for r in run.report["results"]:
+            name = ", ".join(filter(None, (run.label, f"T {r['temperature']:g}", setting_of(r).rest)))
+            row = {"K": r["num_steps"], "value": r["value"], "value_interval": r["interval"]}
+            curves.setdefault(name, []).append(row)
+    bands = {name: tuple(runs[0].report[name]["interval"]) for name in ("ceiling", "floor")}
+    return against_k(curves, "MAUVE", bands)
 
 
 def _scored(entry: Json) -> list[str]:

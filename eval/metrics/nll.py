@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 
 from eval.held_out import open_windows, window_protocol
-from eval.metric import Json, Metric, Picture, Run, Section, Table, print_table
+from eval.metric import Json, Measurement, Picture, Run, Section, Table, print_table
 from eval.options import WindowOptions, check_steps, numbers
 from eval.plots import Row, colour, heading, k_axis, new_figure, png, with_errors, write_png
 from eval.stats import difference, interval, mover, or_dash, resamples, with_interval
@@ -120,7 +120,7 @@ def _summarise(sums: dict[int, np.ndarray], counts: np.ndarray, seed: int) -> li
     return results
 
 
-class Nll(Metric):
+class Nll(Measurement):
     """Held-out NLL per token (of masked models a bound), perplexity and bits per byte against K, with 95 %
     bootstrap intervals."""
 

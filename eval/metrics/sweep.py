@@ -12,17 +12,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from eval.metric import Json, Metric, Picture, Run, Section, Table, print_table
-from eval.options import Out
+from eval.metric import Json, Measurement, Picture, Run, Section, Table, print_table
+from eval.options import Out, Plot
 from eval.plots import colour, k_axis, new_figure, png
-from eval.provenance import provenance
+from eval.provenance import provenance, write_bytes
 from rdlm.data.manifest import MANIFEST, file_sha256
 from rdlm.errors import UserError
 
 BEFORE = "before training"
 
 
-class Sweep(Metric):
+class Sweep(Measurement):
     """The runs of `rdlm sweep`: what each cost, its held-out NLL in training, and its NLL against K.
 
     Bars and bands go from the lowest to the highest seed: with few seeds that is what is known. Differences are
@@ -36,6 +36,7 @@ class Sweep(Metric):
     class Options:
         folder: Annotated[Path, typer.Option(help="Output folder of `rdlm sweep`.")]
         out: Out = None
+        plot: Plot = None
 
     def measure(self, options: Options) -> Json:
         plan = _json(options.folder / "plan.json")
@@ -67,6 +68,14 @@ class Sweep(Metric):
     def show(self, report: Json, console: Console) -> None:
         for table in _tables(report):
             print_table(console, f"{report['checkpoint']['name']}: {table.note}", table.headers, table.rows)
+
+    def plot(self, report: Json, file: Path) -> None:
+        """NLL against K of the first evaluation; held-out NLL in training where there is none."""
+        pictures = _pictures(report)
+        if not pictures:
+            problem = "no run of the sweep has a measurement yet"
+            raise UserError("--plot", str(file), problem, "leave it out until a run has finished")
+        write_bytes(file, pictures[0].content)
 
     def section(self, runs: list[Run]) -> Section:
         """Of the first sweep; several are shown one after the other."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from rdlm.command_line import new_app
 from rdlm.errors import UserError
 
 _IMPORT_EXAMPLE = "Example: rdlm import ByteDance/Ouro-1.4B runs/ouro"
@@ -18,11 +19,11 @@ _GGUF_EXAMPLE = "Example: rdlm export gguf runs/smollm2 exported/smollm2.gguf"
 _LOGITS_EXAMPLE = (
     "Example: rdlm logits runs/ouro inputs.safetensors --num-steps 1,2,4 --out logits.safetensors"
 )
-import_app = typer.Typer(no_args_is_help=True)
-convert_app = typer.Typer(no_args_is_help=True)
-export_app = typer.Typer(no_args_is_help=True, epilog=_EXPORT_EXAMPLE)
-logits_app = typer.Typer(no_args_is_help=True)
-inspect_app = typer.Typer(no_args_is_help=True)
+import_app = new_app(no_args_is_help=True)
+convert_app = new_app(no_args_is_help=True)
+export_app = new_app(no_args_is_help=True, epilog=_EXPORT_EXAMPLE)
+logits_app = new_app(no_args_is_help=True)
+inspect_app = new_app(no_args_is_help=True)
 Force = Annotated[bool, typer.Option("--force", help="Replace what OUT holds.")]
 Unroll = Annotated[
     int | None,

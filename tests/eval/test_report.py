@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.metric import Picture, Sample, Section, Table
+from eval.metric import Picture, Run, Sample, Section, Table
 from eval.options import samplers
 from eval.registry import METRICS, load_metric
 from eval.report.report import current, read_runs, sections, write_report
@@ -212,6 +212,13 @@ def _mauve(name: str, *values: float) -> Json:
     }  # fmt: skip
 
 
+def test_a_figure_of_mauve_is_that_of_its_section(tmp_path: Path) -> None:
+    metric, report = load_metric("mauve"), _mauve("a", 0.5, 0.6)
+    metric.plot(report, tmp_path / "m.png")
+    [picture] = metric.section([Run(tmp_path / "m.json", "mauve", "a", report)]).blocks[1:]
+    assert (tmp_path / "m.png").read_bytes() == picture.content
+
+
 def test_mauve_is_compared_with_its_ceiling_the_first_row_and_its_own_first(
     tmp_path: Path, write: Write
 ) -> None:
@@ -300,6 +307,7 @@ def test_every_file_of_metrics_is_a_command(capfd: pytest.CaptureFixture[str]) -
             assert run(app, ["eval", name, "--help"], "rdlm") == 0
             shown = capfd.readouterr().out
             assert "Example: rdlm eval" in shown and "--steps" not in shown
+            assert "--out" in shown and "--plot" in shown
             assert ("--num-steps" in shown) == (name != "sweep")  # which reads K from its runs
 
 

@@ -191,6 +191,8 @@ def test_finished_runs_are_not_run_again_and_a_failed_one_holds_up_no_other(
         evaluate={"held out": "nll --checkpoint {model} --num-steps 1,4 --out {out}.json"},
     )  # fmt: skip
     sweeper = Sweeper(*read_sweep(file), lambda line: None)
+    with pytest.raises(UserError, match="--report.*without --report first"):
+        sweeper.report()
     sweeper.commands = commands = Commands()  # type: ignore[assignment]
     commands.broken = "a-seed1"
     [failed] = sweeper.run(sweeper.plan())
@@ -211,4 +213,9 @@ def test_finished_runs_are_not_run_again_and_a_failed_one_holds_up_no_other(
     table = section.blocks[1]
     assert table.rows[0] == ["a", "3.4000 [2.9000, 3.9000]", "3.1000 [2.6000, 3.6000]", ""]
     assert table.rows[1][-1] == "+0.0000 [+0.0000, +0.0000] (K = 4)"
-    assert len([block for block in section.blocks if hasattr(block, "content")]) == 2
+    pictures = [block for block in section.blocks if hasattr(block, "content")]
+    assert len(pictures) == 2
+    Sweep().plot(report, file.with_suffix(".png"))
+    assert file.with_suffix(".png").read_bytes() == pictures[0].content
+    with pytest.raises(UserError, match="--plot"):
+        Sweep().plot({**report, "runs": [], "starts": []}, file.with_suffix(".png"))
