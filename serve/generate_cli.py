@@ -26,7 +26,7 @@ from serve.cli import (
     WeightOption,
 )
 from serve.engine.engine import Engine, Served
-from serve.engine.sequence import Event, Request, StepBudget
+from serve.engine.sequence import Event, Request, Speculation, StepBudget
 from serve.settings import EngineSettings
 
 app = new_app()
@@ -75,6 +75,16 @@ def generate(
             help="Models with noise levels: draw a token at each level (renoise), or follow the ODE (euler, dpmpp_2m).",
         ),
     ] = "renoise",
+    draft_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Self-speculative decoding: draft tokens at so many core steps, verify them at K. Same text, "
+            "fewer passes; needs --kv-cache full.",
+            show_default=False,
+        ),
+    ] = None,
+    draft_tokens: Annotated[int, typer.Option(min=1, max=64, help="Most tokens of a draft.")] = 4,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -111,6 +121,7 @@ def generate(
     settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, sampler=sampler)
     ks = _parse_steps(num_steps)
+    speculation = None if draft_steps is None else Speculation(draft_steps, draft_tokens)
 
     from serve.loading import load_served
 
@@ -123,7 +134,7 @@ def generate(
             requests = [
                 Request(
                     one,
-                    StepBudget(k),
+                    StepBudget(k, speculation=speculation),
                     max_tokens,
                     sampling,
                     seed,

@@ -171,6 +171,11 @@ class Metrics(Collector):
             "rdlm_core_steps": ("forwards of the core, each over all rows in flight", counters.steps),
             "rdlm_prompt_tokens": ("prompt tokens of finished sequences", counters.prompt_tokens),
             "rdlm_tokens": ("tokens drawn", counters.tokens),
+            "rdlm_draft_tokens": ("tokens drafted, of finished sequences", counters.drafted),
+            "rdlm_accepted_draft_tokens": (
+                "drafted tokens that were verified to be right",
+                counters.accepted,
+            ),
             "rdlm_exits": (
                 "tokens of finished sequences whose position left before its last step",
                 counters.exits,

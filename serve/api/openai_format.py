@@ -258,12 +258,20 @@ def usage_of(parsed: Parsed, usages: Iterable[Usage]) -> dict[str, Any]:
         recurrence["deadline_hit"] = any(u.overdue for u in done)
     if parsed.browned_out:
         recurrence["brownout"] = True
-    return {
+    usage: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "recurrence": recurrence,
     }
+    if budget.speculation is not None:
+        drafted, accepted = sum(u.drafted for u in done), sum(u.accepted for u in done)
+        recurrence["speculation"] = asdict(budget.speculation)
+        usage["completion_tokens_details"] = {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": drafted - accepted,
+        }
+    return usage
 
 
 def timings_of(usages: Iterable[Usage]) -> dict[str, float]:

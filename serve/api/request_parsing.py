@@ -37,7 +37,7 @@ from serve.api.tools import Tool, ToolChoice, ToolFormat, tool_grammar
 from serve.engine.engine import Served
 from serve.engine.exits import CRITERIA, ExitRule, check_exit_gate, default_thresholds
 from serve.engine.grammar import Grammar, Grammars
-from serve.engine.sequence import Request, StepBudget, StepPredictions
+from serve.engine.sequence import Request, Speculation, StepBudget, StepPredictions
 from serve.errors import ApiError, invalid
 
 P = ParamSpec("P")
@@ -48,6 +48,8 @@ WARNING_HEADER = "X-Num-Steps-Warning"
 """Says of an answer that its K exceeds what the model was trained with; ``warnings`` in the body says it too."""
 DEFAULT_MAX_TOKENS = 16
 """Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
+DRAFT_TOKENS = 4
+"""Of a ``speculation`` that names none."""
 MIN_TEMPERATURE = 1e-4
 """Below, logits leave the range of fp32."""
 MAX_VALUES = (1 << 20) + (1 << 16)
@@ -457,7 +459,14 @@ def step_budget(body: SamplingBody, limits: Limits) -> tuple[StepBudget, bool]:
         raise invalid(f"min_steps: {least} exceeds the most steps ({most})", "min_steps")
     max_ms = min((ms for ms in (body.max_ms, limits.max_ms) if ms is not None), default=None)
     browned_out = most < limits.served.default_steps and not (named or exits or schedule)
-    return StepBudget(most, rule, schedule, least, max_ms, body.max_ms is not None), browned_out
+    speculation = None
+    if body.speculation is not None:
+        wanted = body.speculation
+        speculation = Speculation(
+            wanted.draft_steps or max(1, most // 4), wanted.draft_tokens or DRAFT_TOKENS
+        )
+    budget = StepBudget(most, rule, schedule, least, max_ms, body.max_ms is not None, speculation)
+    return budget, browned_out
 
 
 def _check_left_to_right(body: SamplingBody, limits: Limits) -> None:
@@ -466,7 +475,7 @@ def _check_left_to_right(body: SamplingBody, limits: Limits) -> None:
     """
     if limits.left_to_right:
         return
-    for param in ("exit", "num_steps", "schedule", "max_ms"):
+    for param in ("exit", "num_steps", "schedule", "max_ms", "speculation"):
         value = getattr(body, param)
         if value == "auto" or (value is not None and param != "num_steps"):
             code = "exits_unsupported" if param in ("exit", "num_steps") else None

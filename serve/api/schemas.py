@@ -292,6 +292,17 @@ class ExitBody(Body):
     """Whether chunks of the prompt may exit early too; default true."""
 
 
+class SpeculationBody(Body):
+    """Self-speculative decoding: tokens are drafted at a small K and verified at the request's. The answer is
+    that of plain decoding."""
+
+    path: ClassVar[str] = "speculation."
+    draft_steps: Positive | None = None
+    """Core steps of a draft, fewer than K; default a quarter of K."""
+    draft_tokens: Annotated[StrictInt, Field(ge=1, le=64)] | None = None
+    """Most tokens of a draft; default 4."""
+
+
 class Schedule(Body):
     """K of the prompt (and of the first token, which is drawn from its end), and of the tokens after it."""
 
@@ -339,6 +350,9 @@ class SamplingBody(NumbersBody):
     max_ms: Annotated[StrictInt, Field(ge=1, le=86_400_000)] | None = None
     """Deadline in milliseconds, waiting included: K is lowered (to ``min_steps`` at least) where max_tokens
     would not fit it, and the answer ends with what there is when it has passed."""
+    speculation: SpeculationBody | None = None
+    """Draft tokens at fewer core steps and verify several at once. It needs a server with the full cache and a
+    fixed K."""
     max_tokens: Count | None = None
     logit_bias: Annotated[dict[str, float] | None, PlainValidator(_logit_bias)] = None
     """Token id -> added logit, -100 to 100."""

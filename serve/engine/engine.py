@@ -117,6 +117,8 @@ class Counters:
     """Core steps of the engine, each one forward over all rows."""
     prompt_tokens: int = 0
     tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
     exits: int = 0
     saved_steps: int = 0
     flops: int = 0
@@ -153,6 +155,8 @@ class Counters:
         self.flops += usage.flops
         if reason in ("stop", "length"):
             self.prompt_tokens += usage.prompt_tokens
+            self.drafted += usage.drafted
+            self.accepted += usage.accepted
             self.exits += usage.exits
             self.saved_steps += usage.saved_core_steps
             self.queue_s.observe(usage.queue_s)
@@ -405,7 +409,7 @@ class Engine:
         if result.error is not None:
             raise result.error
         steps = sequence.step + 1
-        sequence.advance(result.exited)
+        sequence.advance(result)
         if result.prompt_logprobs is not None:
             sequence.add_prompt_logprobs(result.prompt_logprobs, steps)
         if result.step_prediction is not None:

@@ -76,7 +76,8 @@ class Rows:
 
     e, state [L, D]. Of the position that is drawn: z [D], its noised target; prior [V], its normalised
     next-token logits; flow, its place on the ODE. previous [D]: the last row's state before the step, where a
-    stream reports it. memory: of the exit criterion. mixed [D]: its weighted read-outs so far.
+    stream reports it. memory: of the exit criterion. mixed [D]: its weighted read-outs so far. drafted: e and
+    state of earlier rows, which wait for the end of a draft to go on.
     """
 
     e: Tensor
@@ -87,6 +88,7 @@ class Rows:
     previous: Tensor | None = None
     memory: Tensor | None = None
     mixed: Tensor | None = None
+    drafted: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def rows_of(sequence: Sequence) -> Rows:
@@ -194,11 +196,35 @@ class Runner:
         if starts_from_noise(request) and not (request.logprobs is None and request.prompt_logprobs is None):
             problem = "log-probabilities are read at z = 0, and this sampler starts from noise"
             raise UserError("logprobs", request.logprobs, problem, "leave logprobs out, or sampler")
+        self._check_speculation(request)
         blocks, first = self._blocks_of(request.budget), request.budget.steps_at(0)
         for k in {request.budget.num_steps, *request.budget.schedule, *request.sweep}:
             self.step_counts(k)  # refused here, not by the step that comes to it
         chunk = len(request.prompt) if request.sweep else chunk
         return Sequence(number, request, self.step_counts(first, blocks), chunk, blocks)
+
+    def _check_speculation(self, request: Request) -> None:
+        """Raises UserError where a draft could not be verified exactly."""
+        budget = request.budget
+        if budget.speculation is None:
+            return
+        if not self.config.objective.supports_exits:
+            problem = "every step of this model has a noise level of its own, so there is no draft to read"
+            raise UserError("speculation", "...", problem, "leave it out")
+        if not self.cache.keeps_steps:
+            problem = "a draft is verified exactly only where the keys of every step are kept"
+            raise UserError("speculation", "...", problem, "serve with --kv-cache full, or leave it out")
+        if not 0 < budget.speculation.draft_steps < budget.num_steps:
+            problem = f"a draft takes fewer core steps than K = {budget.num_steps}"
+            remedy = f"send 1 to {budget.num_steps - 1}" if budget.num_steps > 1 else "raise num_steps"
+            raise UserError("speculation.draft_steps", budget.speculation.draft_steps, problem, remedy)
+        for name, value in (
+            ("exit", budget.exit), ("schedule", budget.schedule), ("max_ms", budget.lowers),
+            ("include_steps", request.step_predictions), ("response_format", request.grammar),
+        ):  # fmt: skip
+            if value:
+                problem = "a draft is verified at one K, without a form that the answer must have"
+                raise UserError("speculation", "...", problem, f"leave it out, or {name}")
 
     def _blocks_of(self, budget: StepBudget) -> frozenset[int]:
         """Blocks that every position must fill where K varies: one that a position skipped would be a hole in
@@ -252,6 +278,13 @@ class Runner:
             sequence.rows = replace(
                 rows_of(sequence), e=e
             )  # every block reads the tokens through a stem of its own
+        for sequence in batch:
+            rows = rows_of(sequence)
+            if rows.drafted and sequence.length > 1:
+                e, state = (
+                    torch.cat(parts) for parts in zip(*rows.drafted, (rows.e, rows.state), strict=True)
+                )
+                sequence.rows = Rows(e, state)
         exiting = self._core(block, batch)
         readers = [
             s
@@ -306,7 +339,11 @@ class Runner:
         else:
             states = [self._initial_state(model, s, rows) for s, rows in zip(entering, e, strict=True)]
         for sequence, rows, state in zip(entering, e, states, strict=True):
-            sequence.rows = Rows(rows, state)
+            drafted: tuple[tuple[Tensor, Tensor], ...] = ()
+            if sequence.draft:
+                before = rows_of(sequence)
+                drafted = (*before.drafted, (before.e, before.state))
+            sequence.rows = Rows(rows, state, drafted=drafted)
 
     def _initial_state(self, model: Backbone, sequence: Sequence, e: Tensor) -> Tensor:
         draw = generator(sequence.request.seed, sequence.request.choice, sequence.start, STATE)
@@ -404,8 +441,13 @@ class Runner:
                 sequence, sequence.id in exiting
             ):
                 results[sequence.id].prompt_logprobs = self._score(block, sequence, h)
+        for sequence, h in read:
+            if sequence.verifies:
+                self._verify(block, sequence, h, results[sequence.id])
         drawing = [
-            (s, h[-1]) for s, h in read if s.draws and (s.id in exiting or predicts(self._plan(s), s.step))
+            (s, h[-1])
+            for s, h in read
+            if s.draws and not s.verifies and (s.id in exiting or s.drafts or predicts(self._plan(s), s.step))
         ]
         if drawing:
             self._draw(block, [s for s, _ in drawing], torch.stack([h for _, h in drawing]), results)
@@ -428,8 +470,12 @@ class Runner:
         return torch.cat([hidden[:-1], (mixed + left * last).to(hidden)[None]])
 
     def _reads(self, sequence: Sequence) -> bool:
-        """Whether the step is read out in any case: by plan, or for a sweep."""
-        return self._plan(sequence).readout[sequence.step] or sequence.step + 1 in sequence.request.sweep
+        """Whether the step is read out in any case: by plan, for a draft, or for a sweep."""
+        return (
+            self._plan(sequence).readout[sequence.step]
+            or sequence.drafts
+            or sequence.step + 1 in sequence.request.sweep
+        )
 
     def _is_likelihood(self, sequence: Sequence, exits: bool) -> bool:
         """Whether this step's read-out is the normalised likelihood; that of a thinking model always is."""
@@ -506,16 +552,16 @@ class Runner:
             ):
                 sequence.rows = replace(rows_of(sequence), prior=prediction.prior[i])
         params, histories = [s.request.sampling for s in drawn], [s.history for s in drawn]
-        uniforms = [
-            0.0 if p.greedy else uniform(s.request.seed, s.request.choice, s.context_length, s.step)
-            for s, p in zip(drawn, params, strict=True)
-        ]
+        uniforms = [self._uniform(s, s.context_length) for s in drawn]
         known = slice(0, self._num_tokens)
         evidence = None if prediction.evidence is None else prediction.evidence[:, known]
         ids = sample(prediction.prior[:, known], params, histories, uniforms, evidence)
         renoised: list[int] = []
         flowing: list[int] = []
         for i, (sequence, token) in enumerate(zip(drawn, ids.tolist(), strict=True)):
+            if sequence.drafts:
+                results[sequence.id].draft = token
+                continue
             if sequence.step + 1 < sequence.counts.drawn and not results[sequence.id].exited:
                 (renoised if SAMPLERS[params[i].sampler].draws_tokens else flowing).append(i)
                 continue
@@ -540,6 +586,33 @@ class Runner:
             self._enter_level(
                 block, rows, self._flowed(rows, expected_target(total, block.denoiser.unit_table()[known]))
             )
+
+    def _uniform(self, sequence: Sequence, position: int) -> float:
+        """The random number that the token at a position is drawn with; a draft's is that of the last step."""
+        request, step = sequence.request, sequence.step
+        if request.sampling.greedy:
+            return 0.0
+        step = sequence.counts.drawn - 1 if sequence.drafts else step
+        return uniform(request.seed, request.choice, position, step)
+
+    def _verify(self, block: Block, sequence: Sequence, hidden: Tensor, result: StepResult) -> None:
+        """The tokens of plain decoding in a draft's place, up to the first that differs. hidden [L, D]."""
+        request, count = sequence.request, len(hidden)
+        prior = self._predict(block, [sequence] * count, hidden).prior
+        ids = sample(
+            prior[:, : self._num_tokens],
+            [request.sampling] * count,
+            [sequence.history_after(i) for i in range(count)],
+            [self._uniform(sequence, sequence.start + i + 1) for i in range(count)],
+        )
+        right = [token == drafted for token, drafted in zip(ids.tolist(), sequence.draft, strict=True)]
+        count = min(count, right.index(False) + 1) if False in right else count
+        result.tokens = ids[:count].tolist()
+        result.logprobs = (
+            [None] * count
+            if request.logprobs is None
+            else logprobs_of(prior[:count], ids[:count], request.logprobs, self._num_tokens)
+        )
 
     def _predict(self, block: Block, rows: list[Sequence], hidden: Tensor) -> Prediction:
         sigmas = [self._level(s) for s in rows]

@@ -6,7 +6,7 @@ the one position that is being decoded. A token is drawn only from a segment tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,21 @@ class StepCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Speculation:
+    """Self-speculative decoding: the model drafts tokens at a small K and verifies them at the request's.
+
+    The states of drafted positions go on from where the draft read them, so a token that is accepted costs no
+    core step more than without speculation. Tokens are those of plain decoding, drawn ones included: both
+    draws of a position use one random number.
+    """
+
+    draft_steps: int
+    """Core steps after which a draft is read; fewer than K."""
+    draft_tokens: int
+    """Most tokens of a draft."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepBudget:
     """How many core steps (noise levels, unmasking steps) the positions of one request may take: the only
     carrier of K."""
@@ -58,6 +73,8 @@ class StepBudget:
     lowers: bool = False
     """Whether K is lowered, down to ``min_steps``, where ``max_tokens`` would not fit ``max_ms`` otherwise.
     """
+    speculation: Speculation | None = None
+    """For thinking models at a fixed K, with the full cache."""
 
     @property
     def varies(self) -> bool:
@@ -135,6 +152,8 @@ class StepResult:
     """The next tokens of its answer."""
     logprobs: Seq[TokenLogprobs | None] = ()
     """One entry a token, None where none were requested."""
+    draft: int | None = None
+    """The token that was drafted."""
     exited: bool = False
     """Whether the segment exits with this step, before its last."""
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -162,6 +181,10 @@ class Usage:
     """Memory of the keys and values of its positions."""
     token_steps: int
     """Core steps of the positions that tokens were drawn from, summed."""
+    drafted: int
+    """Tokens that were drafted (``StepBudget.speculation``)."""
+    accepted: int
+    """Drafted tokens that became part of the answer."""
     exits: int
     """Tokens whose position exited early."""
     lowered: int
@@ -233,6 +256,8 @@ class Sequence:
     """The core step that the open segment is about to take, from 0."""
     next_start: int = 0
     output: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    """Tokens after ``output`` that are not verified yet."""
 
     rows: Any = None
     """The runner's tensors of the open segment, an immutable object."""
@@ -242,6 +267,9 @@ class Sequence:
     saved_row_steps: int = 0
     """Core steps of positions that exits have spared."""
     token_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    """Tokens that were drafted, and of these the ones that were verified to be right."""
     exits: int = 0
     lowered: int = 0
     """Segments that took fewer steps than requested, to meet the deadline."""
@@ -270,7 +298,7 @@ class Sequence:
 
     @property
     def context_length(self) -> int:
-        return len(self.request.prompt) + len(self.output)
+        return len(self.request.prompt) + len(self.output) + len(self.draft)
 
     @property
     def wants_token(self) -> bool:
@@ -288,16 +316,37 @@ class Sequence:
     @property
     def draws(self) -> bool:
         """Whether a token is drawn from the last position of the open segment."""
-        return self.is_open and self.wants_token and self.start + self.length == self.context_length
+        end = self.context_length - self.verifies
+        return self.is_open and self.wants_token and self.start + self.length == end
 
     @property
-    def banned(self) -> Collection[int]:
-        return self.request.stop_ids if len(self.output) < self.request.min_tokens else ()
+    def speculates(self) -> bool:
+        """Whether the open segment is of positions whose tokens are drafted first: all after the prompt's."""
+        return self.request.budget.speculation is not None and self.start >= len(self.request.prompt)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a token is drafted from the step now taken."""
+        speculation = self.request.budget.speculation
+        return speculation is not None and self.speculates and self.step + 1 == speculation.draft_steps
+
+    @property
+    def verifies(self) -> bool:
+        """Whether the open segment is a draft: the token after each of its rows is drawn."""
+        speculation = self.request.budget.speculation
+        return speculation is not None and self.speculates and self.step >= speculation.draft_steps
 
     @property
     def history(self) -> History:
-        allowed = None if self.guide is None else self.guide.allowed
-        return History(self.request.prompt, self.output, self.banned, allowed)
+        return self.history_after(len(self.draft))
+
+    def history_after(self, drafted: int) -> History:
+        """What the token after the output and ``drafted`` drafted ones is drawn with."""
+        output = [*self.output, *self.draft[:drafted]] if drafted else self.output
+        banned = self.request.stop_ids if len(output) < self.request.min_tokens else ()
+        return History(
+            self.request.prompt, output, banned, None if self.guide is None else self.guide.allowed
+        )
 
     @property
     def deadline(self) -> float | None:
@@ -314,7 +363,8 @@ class Sequence:
         """Input ids of the open segment's positions."""
         boundary, end = len(self.request.prompt), self.start + self.length
         if self.start >= boundary:
-            return self.output[self.start - boundary : end - boundary]
+            output = [*self.output, *self.draft] if self.draft else self.output
+            return output[self.start - boundary : end - boundary]
         return list(self.request.prompt[self.start : end])
 
     def next_length(self) -> int:
@@ -328,21 +378,47 @@ class Sequence:
         self.start, self.length, self.step = self.next_start, self.next_length(), 0
         self.next_start += self.length
 
-    def advance(self, exited: bool = False) -> None:
+    def advance(self, result: StepResult) -> None:
         """Record one core step; close the segment where it was the last one of its last position, or where it
         exits."""
         assert self.is_open
+        exited = result.exited
         prompt_rows = max(0, min(len(self.request.prompt) - self.start, self.length))
         self.prompt_row_steps += prompt_rows
         self.decode_row_steps += self.length - prompt_rows
         self.step += 1
+        if result.draft is not None:
+            self._extend_draft(result.draft)
+            return
         draws = self.draws
         needed = self.counts.drawn if draws else self.prompt_steps
         if exited or self.step >= needed:
+            if self.speculates:
+                self._end_draft(result.tokens)
             self.saved_row_steps += (needed - self.step) * self.length
             self.length = 0
         elif draws and self.length > 1 and self.step >= self.prompt_steps:
             self.start, self.length = self.start + self.length - 1, 1  # the rest was only context
+
+    def _extend_draft(self, token: int) -> None:
+        """The position of the drafted token is drafted from next; the last one, and one that may end the
+        answer, is verified with those before it: all of them go on together from the step that they are at."""
+        speculation = self.request.budget.speculation
+        assert speculation is not None
+        self.draft.append(token)
+        self.drafted += 1
+        left = self.request.max_tokens - len(self.output) - len(self.draft)
+        if token in self.request.stop_ids or left == 0 or len(self.draft) == speculation.draft_tokens:
+            self.start, self.length = self.start - len(self.draft) + 1, len(self.draft)
+        else:
+            self.start, self.step = self.start + 1, 0
+
+    def _end_draft(self, tokens: Seq[int]) -> None:
+        """``tokens`` take the place of the draft: of them only the last can differ from what was drafted. Keys of
+        later positions are written again."""
+        self.accepted += sum(token == drafted for token, drafted in zip(tokens, self.draft, strict=False))
+        self.next_start = self.start + len(tokens)
+        self.draft.clear()
 
     def append(self, token: int, steps: int, exited: bool) -> tuple[str, str | None]:
         """Append a drawn token -> the text that is now certain, and why the answer ends with it (None: it
@@ -399,6 +475,8 @@ class Sequence:
             flops=self.flops,
             kv_bytes=kv_bytes,
             token_steps=self.token_steps,
+            drafted=self.drafted,
+            accepted=self.accepted,
             exits=self.exits,
             lowered=self.lowered,
             overdue=self.overdue,

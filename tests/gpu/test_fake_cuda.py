@@ -20,7 +20,7 @@ from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
-from serve.engine.sequence import Request, StepBudget
+from serve.engine.sequence import Request, StepBudget, StepResult
 from tests.gpu.fake_cuda import Watch, load_guard
 from tests.guard.guard_cases import CUT, MODELS, PAIRS, batch, is_image
 from train.staging import on_device
@@ -131,7 +131,7 @@ def test_the_serving_step_mixes_no_devices(
             results = run(runner, running)
             for sequence in running:
                 result = results.get(sequence.id)
-                sequence.advance(result.exited if result else False)
+                sequence.advance(result or StepResult())
                 sequence.output.extend(result.tokens if result else ())
                 if len(sequence.output) == 2:
                     runner.release(sequence)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.engine.scheduler import Scheduler
-from serve.engine.sequence import NO_SLOT, Request, Sequence, StepBudget, StepCounts
+from serve.engine.sequence import NO_SLOT, Request, Sequence, StepBudget, StepCounts, StepResult
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class World:
             for position in range(sequence.start, sequence.start + sequence.length):
                 self.steps[sequence.id, position].append(sequence.step)
             draws, ends_context = sequence.draws, sequence.start + sequence.length == sequence.context_length
-            sequence.advance()
+            sequence.advance(StepResult())
             if not sequence.is_open and ends_context:
                 if draws:
                     sequence.output.append(0)

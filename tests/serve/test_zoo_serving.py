@@ -15,7 +15,7 @@ from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.data.tokenizer import train_tokenizer
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request, StepBudget
+from serve.engine.sequence import Request, Speculation, StepBudget
 from serve.loading import load_served
 from serve.settings import EngineSettings
 
@@ -24,6 +24,11 @@ FAMILIES = (
     "loopformer", "hrm_text",
 )  # fmt: skip
 STARTS_FROM_TOKENS = ("ouro", "nanbeige", "loopus", "loopformer", "hrm_text")
+
+
+def drafted(k: int) -> StepBudget:
+    """K with self-speculation, where there is a smaller one."""
+    return StepBudget(k, speculation=Speculation(k // 2, 3) if k > 1 else None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,12 +53,14 @@ def test_greedy_answers_are_the_reference(shared_data: Path, tmp_path: Path, fam
     }
     assert wanted
     requests = [
-        Request(tuple(ids), StepBudget(k), values.shape[1], SamplingParams(temperature=0))
+        Request(tuple(ids), budget, values.shape[1], SamplingParams(temperature=0))
+        for budget_of in (StepBudget, drafted)
         for k, values in wanted.items()
+        for budget in [budget_of(k)]
         for ids in expected["input_ids"].tolist()
     ]
     settings = EngineSettings(kv_cache="full", max_slots=4, chunk=10, prefill_rows=20, max_len=48)
     with Engine(lambda: load_served(folder, settings)) as engine:
         answers = engine.generate(requests)
     got = [[event.token for event in events if event.token is not None] for events in answers]
-    assert got == [row for values in wanted.values() for row in values.tolist()]
+    assert got == [row for values in wanted.values() for row in values.tolist()] * 2
