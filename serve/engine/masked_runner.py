@@ -57,8 +57,8 @@ class MaskedSequence(Sequence):
                 )
             )
 
-    def advance(self, exited: bool = False) -> None:
-        assert self.is_open and not exited
+    def advance(self, result: StepResult) -> None:
+        assert self.is_open and not result.exited
         prompt = len(self.request.prompt)
         steps = prompt - 1 if self.scores else len(self.plan)
         if steps:  # one prompt token has nothing to be scored, and a text that is not continued no step
