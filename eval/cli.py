@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import typer
@@ -24,27 +23,9 @@ class Metrics(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         if name in METRICS:
-            command, rest = typer.main.get_command(load_metric(name).command()), _renamed(rest)
+            command = typer.main.get_command(load_metric(name).command())
             command.name = name
         return name, command, rest
-
-
-RENAMED = {
-    "--steps": "--num-steps", "--bridge": "--sampler", "--solver": "--sampler", "--teacher": "--judge",
-    "--teacher-dtype": "--judge-dtype",
-}  # fmt: skip
-"""Former names of options: they still work."""
-
-
-def _renamed(args: list[str]) -> list[str]:
-    """The arguments with today's names, and a line on stderr for every former one."""
-    found = []
-    for arg in args:
-        name, equals, value = arg.partition("=")
-        if name in RENAMED:
-            print(f"rdlm eval: {name} is called {RENAMED[name]} now; the old name will go", file=sys.stderr)
-        found.append(RENAMED.get(name, name) + equals + value)
-    return found
 
 
 app = new_app(

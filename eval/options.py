@@ -21,9 +21,7 @@ Checkpoint = Annotated[Path, typer.Option(help="Checkpoint folder.")]
 Data = Annotated[
     Path, typer.Option(help="Folder made by `rdlm data prepare` with the checkpoint's tokenizer.")
 ]
-Seed = Annotated[
-    int, typer.Option(min=0, help="Seed of everything that is drawn: noise, texts, bootstrap, k-means.")
-]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all randomness: noise, texts, bootstrap, k-means.")]
 Device = Annotated[str, typer.Option(help="Where to run: auto (the GPU where there is one), cpu or cuda.")]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of the checkpoint's weights.")]
 Out = Annotated[
@@ -46,12 +44,12 @@ class WindowOptions:
     data: Data
     split: Annotated[str, typer.Option(help="Split to evaluate.")] = "valid"
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Use the first so many tokens [the whole split].")
+        int | None, typer.Option(min=1, help="Evaluate this many tokens from the start [the whole split].")
     ] = None
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a window [the model's max_seq_len].")
+        int | None, typer.Option(min=1, help="Tokens per window [the model's max_seq_len].")
     ] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows of one forward pass.")] = 16
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 16
     seed: Seed = 0
     device: Device = "auto"
     dtype: Dtype = "float32"
@@ -74,31 +72,34 @@ class TextOptions:
     top_k: Annotated[str, typer.Option(help="One or several with commas; 0 is off.")] = "0"
     min_p: Annotated[str, typer.Option(help="One or several with commas; 0 is off.")] = "0"
     sampler: Annotated[
-        str, typer.Option(help=f"Of models with noise levels: one or several of {TEXT_SAMPLERS}.")
+        str, typer.Option(help=f"Models with noise levels: one or several of {TEXT_SAMPLERS}.")
     ] = "renoise"
     order: Annotated[
         str,
         typer.Option(
-            help="Of masked models: one or several of random, left_to_right and confidence with commas."
+            help="Masked models: one or several of random, left_to_right and confidence with commas."
         ),
     ] = "random"
     across_documents: Annotated[
         bool, typer.Option("--across-documents", help="Prompts and answers may contain an end of text.")
     ] = False
     seed: Seed = 0
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts in flight at once; changes no text.")] = 32
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Texts generated at once; does not affect the texts.")
+    ] = 32
     cache: Annotated[
         Path, typer.Option(help="Where texts, scores and features are kept; a run resumes from it.")
     ] = Path("runs/eval")
     device: Device = "auto"
     dtype: Dtype = "float32"
     kv_cache: Annotated[
-        Literal["shared", "full"], typer.Option(help="Keys of a position: of its last core step, or of all.")
+        Literal["shared", "full"],
+        typer.Option(help="Keys kept of a position: those of its last core step, or of every step."),
     ] = "shared"
-    window: Annotated[int, typer.Option(min=2, help="Tokens that a judge sees at once.")] = 512
-    judge_dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Precision of judges.")] = (
-        "float32"
-    )
+    window: Annotated[int, typer.Option(min=2, help="Context of a judge model, in tokens.")] = 512
+    judge_dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Precision of judge models.")
+    ] = "float32"
     out: Out = None
     plot: Plot = None
 

@@ -29,20 +29,36 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train.cli:train_app", "Train a model from a config, on one process or under DeepSpeed."),
     "sweep": ("train.cli:sweep_app", "Train and measure many runs with equal budgets; one report."),
     "merge": ("train.cli:merge_app", "Put blocks that were trained alone together into one checkpoint."),
-    "generate": ("serve.generate_cli:app", "Continue a prompt from a checkpoint, without a server."),
-    "images": ("serve.images_cli:app", "Draw images from a checkpoint of family dit."),
+    "generate": ("serve.generate_cli:app", "Continue prompts with a checkpoint, without a server."),
+    "images": ("serve.images_cli:app", "Generate images with a checkpoint of family dit."),
     "serve": ("serve.cli:app", "Serve a checkpoint over an OpenAI-compatible HTTP interface."),
     "eval": ("eval.cli:app", "Measure a checkpoint, for instance its held-out NLL against the core steps K."),
-    "import": ("rdlm.checkpoints.cli:import_app", "Turn a published checkpoint into one of rdlm."),
+    "import": ("rdlm.checkpoints.cli:import_app", "Import a published checkpoint."),
     "convert": ("rdlm.checkpoints.cli:convert_app", "Make a plain transformer recurrent."),
-    "logits": ("rdlm.checkpoints.cli:logits_app", "Compute logits of given ids at several K, into a file."),
-    "inspect": ("rdlm.checkpoints.cli:inspect_app", "Say what a checkpoint is and which commands apply."),
+    "logits": ("rdlm.checkpoints.cli:logits_app", "Compute the logits of given token ids at several K."),
+    "inspect": (
+        "rdlm.checkpoints.cli:inspect_app",
+        "Describe a checkpoint and list the commands that apply to it.",
+    ),
     "export": (
         "train.cli:export_app",
-        "Turn a training checkpoint into a model, or a model into a published layout.",
+        "Export a training checkpoint as a model, or a model in a published layout.",
     ),
 }
 """Command name -> (``module:typer app``, one line of help)."""
+
+RENAMED: dict[str, dict[str, str]] = {
+    "convert": {"--max-steps": "--max-num-steps"},
+    "eval": {
+        "--steps": "--num-steps", "--bridge": "--sampler", "--solver": "--sampler", "--teacher": "--judge",
+        "--teacher-dtype": "--judge-dtype", "--rows": "--num-examples",
+    },
+    "generate": {"--bridge": "--sampler"},
+    "images": {"--solver": "--sampler"},
+    "plan": {"--devices": "--num-devices"},
+    "serve": {"--default-steps": "--num-steps", "--max-steps": "--max-num-steps"},
+}  # fmt: skip
+"""Command -> former name of an option -> its name. The former ones still work."""
 
 EXAMPLE = "Example: rdlm train configs/demo.yaml && rdlm serve --checkpoint runs/demo/model"
 
@@ -64,6 +80,19 @@ def load_command(name: str) -> Any:
     return command
 
 
+def new_names(command: str, args: Sequence[str]) -> list[str]:
+    """The arguments with today's names of options, and a line on stderr for every former one."""
+    renamed, found = RENAMED.get(command, {}), []
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if name in renamed:
+            print(
+                f"rdlm {command}: {name} is called {renamed[name]} now; the old name will go", file=sys.stderr
+            )
+        found.append(renamed.get(name, name) + equals + value)
+    return found
+
+
 class LazyGroup(TyperGroup):
     """Lists every command from the table; imports the one that is run (or completed)."""
 
@@ -73,7 +102,7 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, stub, rest = super().resolve_command(ctx, args)
-        return name, stub if name is None else load_command(name), rest
+        return (name, stub, rest) if name is None else (name, load_command(name), new_names(name, rest))
 
 
 app = new_app(cls=LazyGroup, epilog=EXAMPLE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
@@ -13,9 +13,9 @@ from rdlm.errors import UserError
 from serve.settings import EngineSettings, HttpSettings
 
 app = new_app()
-T = TypeVar("T")
 CheckpointOption = Annotated[
-    Path, typer.Option(help="Folder that `rdlm train` exported (OUTPUT/model).", show_default=False)
+    Path,
+    typer.Option(help="Checkpoint folder, for instance OUTPUT/model of `rdlm train`.", show_default=False),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[
@@ -27,7 +27,7 @@ DtypeOption = Annotated[
 CacheOption = Annotated[
     str,
     typer.Option(
-        help="shared: one key per position, whatever K is. full: the keys of every step, exact and larger."
+        help="shared: keep the keys of the last core step of a position. full: keep those of every step (exact, larger)."
     ),
 ]
 KernelOption = Annotated[
@@ -61,10 +61,13 @@ def serve(
     kv_cache: CacheOption = "shared",
     kernels: KernelOption = "auto",
     weights: WeightOption = "auto",
-    max_slots: Annotated[int, typer.Option(help="Sequences in flight at once.")] = 16,
+    max_slots: Annotated[int, typer.Option(help="Sequences that run at once; more wait.")] = 16,
     max_len: Annotated[
         int | None,
-        typer.Option(help="Tokens of prompt and answer; by default all the model takes.", show_default=False),
+        typer.Option(
+            help="Most tokens of prompt and answer together; by default the context of the model.",
+            show_default=False,
+        ),
     ] = None,
     num_steps: Annotated[
         int | None,
@@ -76,64 +79,66 @@ def serve(
     ] = None,
     forbid_beyond_trained: Annotated[
         bool,
-        typer.Option("--forbid-beyond-trained", help="Refuse K above what the model was trained with."),
+        typer.Option(
+            "--forbid-beyond-trained", help="Refuse a K above those that the model was trained with."
+        ),
     ] = False,
-    max_queue: Annotated[int, typer.Option(help="Waiting sequences before the server answers 429.")] = 1024,
+    max_queue: Annotated[
+        int, typer.Option(help="Sequences that may wait; beyond, the server answers 429.")
+    ] = 1024,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
             envvar="RDLM_API_KEYS",
-            help="Accept this bearer key; may be repeated. None: no check.",
+            help="Accept this bearer key; may be repeated. Without any, no key is needed.",
             show_default=False,
         ),
     ] = None,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="Accept the keys in this file too, one a line; # begins a comment.", show_default=False
+            help="Also accept the keys in this file, one per line; # begins a comment.", show_default=False
         ),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Answer requests with this Host header; may be repeated, * for all. By default a server without keys "
-            "on a loopback address answers loopback names only, and any other server all.",
+            help="Answer requests with this Host header; may be repeated; * means all. By default a server without keys "
+            "on a loopback address answers loopback names only, any other server all names.",
             show_default=False,
         ),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
-            help="Let pages of this origin call the server; may be repeated, * for all.", show_default=False
+            help="Let web pages of this origin call the server; may be repeated; * means all.",
+            show_default=False,
         ),
     ] = None,
-    max_body_bytes: Annotated[int, typer.Option(help="Larger request bodies are refused.")] = 16
-    * 1024
-    * 1024,
+    max_body_bytes: Annotated[int, typer.Option(help="Refuse larger request bodies.")] = 16 * 1024 * 1024,
     request_seconds: Annotated[
         float | None,
         typer.Option(
-            help="End answers that take longer, waiting included; by default none.", show_default=False
+            help="Most seconds for an answer, waiting included; by default no limit.", show_default=False
         ),
     ] = None,
     brownout_queue: Annotated[
         int | None,
         typer.Option(
-            help="While so many sequences wait, halve K of requests that name none; by default never.",
+            help="While this many sequences wait, halve K of requests that name none; by default never.",
             show_default=False,
         ),
     ] = None,
     tracing: Annotated[
-        bool, typer.Option(help="OpenTelemetry spans (extra otel; OTEL_* variables say where to).")
+        bool, typer.Option(help="Send OpenTelemetry spans (extra otel; the OTEL_* variables say where to).")
     ] = False,
     log_format: Annotated[
-        str, typer.Option(help="text: warnings and errors. json: also every answer, one object a line.")
+        str,
+        typer.Option(help="text: warnings and errors. json: also every answer, one JSON object per line."),
     ] = "text",
     drain_seconds: Annotated[
-        float, typer.Option(help="Time for accepted requests to finish after SIGTERM.")
+        float, typer.Option(help="Seconds for accepted requests to finish after SIGTERM.")
     ] = 30.0,
-    default_steps: Annotated[int | None, typer.Option(hidden=True)] = None,
-    max_steps: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve completions and chat with the number of core steps K chosen per request (num_steps, or model
     alias NAME:kN).
@@ -146,8 +151,8 @@ def serve(
         "weights": weights,
         "max_slots": max_slots,
         "max_len": max_len,
-        "default_steps": renamed("--default-steps", default_steps, "--num-steps", num_steps),
-        "max_steps": renamed("--max-steps", max_steps, "--max-num-steps", max_num_steps),
+        "default_steps": num_steps,
+        "max_steps": max_num_steps,
         "forbid_beyond_trained": forbid_beyond_trained,
         "max_queue": max_queue,
     }
@@ -170,20 +175,6 @@ def serve(
     from serve.process import run_server
 
     run_server(checkpoint, engine_settings, http_settings, port_file)
-
-
-def renamed(old: str, old_value: T | None, new: str, value: T | None) -> T | None:
-    """The value of an option under either of its names, with a line on stderr about the old one. Raises
-    UserError for both.
-    """
-    if old_value is None:
-        return value
-    if value is not None:
-        raise UserError(
-            old, old_value, f"it is the old name of {new}, which is given too", f"leave {old} out"
-        )
-    typer.echo(f"rdlm: {old} is deprecated; it is called {new} now", err=True)
-    return old_value
 
 
 def _keys_of(path: Path | None) -> list[str]:

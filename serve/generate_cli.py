@@ -47,7 +47,7 @@ def generate(
     prompt_file: Annotated[
         Path | None,
         typer.Option(
-            help="Further prompts: one a line (.jsonl: one JSON string a line); - reads standard input.",
+            help="File with further prompts, one per line (.jsonl: one JSON string per line); - reads standard input.",
             show_default=False,
         ),
     ] = None,
@@ -61,8 +61,12 @@ def generate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0 or -1 keeps all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Keep the most probable tokens up to this total probability.")
+    ] = 0.95,
+    top_k: Annotated[
+        int, typer.Option(help="Keep this many of the most probable tokens; 0 or -1 keeps all.")
+    ] = 0,
     order: Annotated[
         Order | None,
         typer.Option(help="Masked models: which tokens are unmasked first [random].", show_default=False),
@@ -70,9 +74,7 @@ def generate(
     sampler: Annotated[
         str,
         typer.Option(
-            "--sampler",
-            "--bridge",
-            help="Models with noise levels: draw a token at each level (renoise), or follow the ODE (euler, dpmpp_2m).",
+            help="Models with noise levels: sample a token at each level (renoise), or follow the ODE (euler, dpmpp_2m)."
         ),
     ] = "renoise",
     draft_steps: Annotated[
@@ -95,12 +97,12 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="Networks of blocks: how many blocks are in memory at once; by default all.",
+            help="Networks of blocks: how many blocks are kept in memory; by default all.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Continue prompts at one or several K; prints tokens/s and core steps.
+    """Continue prompts at one or several K, and print tokens/s and core steps.
 
     One prompt is streamed. Several run together and are printed in their order, each as it would be alone. A
     masked model fills in --max-tokens tokens after the prompt in K steps.

@@ -1,4 +1,4 @@
-"""``rdlm images``: draw images from a checkpoint of family dit."""
+"""``rdlm images``: generate images with a checkpoint of family dit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from rdlm.command_line import new_app
 from rdlm.errors import UserError
-from serve.cli import CheckpointOption, DeviceOption, DtypeOption, renamed
+from serve.cli import CheckpointOption, DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,21 +22,26 @@ def images(
     checkpoint: CheckpointOption,
     out: Annotated[
         Path,
-        typer.Option(help="A .png picture of all, or an .npz array for `rdlm eval fid`.", show_default=False),
+        typer.Option(
+            help="A .png with all images, or an .npz array for `rdlm eval fid`.", show_default=False
+        ),
     ],
     classes: Annotated[
         str | None,
         typer.Option(
-            help="Numbers of classes with commas, taken in turn; by default all.", show_default=False
+            help="Class numbers with commas, used in turn; by default all classes.", show_default=False
         ),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="How many.")] = 64,
+    num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 64,
     num_steps: Annotated[
         int | None,
         typer.Option(help="K, steps from noise to image; by default the checkpoint's.", show_default=False),
     ] = None,
     guidance: Annotated[
-        float, typer.Option(min=0, max=100, help="1 is none; more is truer to the class and less varied.")
+        float,
+        typer.Option(
+            min=0, max=100, help="1 is none; larger values follow the class more closely and vary less."
+        ),
     ] = 1.0,
     sampler: Annotated[
         str,
@@ -45,16 +50,14 @@ def images(
             "(new noise at every step)."
         ),
     ] = "euler",
-    solver: Annotated[str | None, typer.Option(hidden=True)] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images of one network call; changes no image.")
+        int, typer.Option(min=1, help="Images per network call; does not affect the images.")
     ] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same images.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
-    """Draw images of the classes asked for, in K steps from noise to image."""
-    chosen_sampler = renamed("--solver", solver, "--sampler", None) or sampler
+    """Generate images of the given classes, in K steps from noise to image."""
     if out.suffix not in (".png", ".npz"):
         raise UserError("--out", str(out), "is neither a picture nor an array", "name a .png or .npz file")
 
@@ -73,7 +76,7 @@ def images(
     k, most = config.default_steps if num_steps is None else num_steps, config.max_steps
     if not 1 <= k <= most:
         raise UserError("--num-steps", num_steps, "is out of range", f"this model takes 1 to {most}")
-    sampler_named(chosen_sampler, "--sampler")
+    sampler_named(sampler, "--sampler")
     wanted = _classes(classes, config.model.vocab_size)
     chosen = usable_device(device, "--device")
     loaded = load(checkpoint, chosen, usable_dtype(dtype, chosen, "--dtype"))
@@ -83,7 +86,7 @@ def images(
             numbers = range(first, min(first + batch_size, num_images))
             asked = torch.tensor([wanted[i % len(wanted)] for i in numbers], device=chosen)
             drawn = cast(Edm, loaded.denoiser).sample_images(
-                asked, k, first=first, guidance=guidance, sampler=chosen_sampler, seed=seed
+                asked, k, first=first, guidance=guidance, sampler=sampler, seed=seed
             )
             parts.append(pixels(drawn).numpy())
             bar.update(len(asked))

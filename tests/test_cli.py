@@ -123,6 +123,18 @@ def test_help_shows_every_text_as_it_is_written(name: str) -> None:
         assert "--install-completion" not in shown, "a part of a program has no completion of its own"
 
 
+@pytest.mark.parametrize("name", cli.RENAMED)
+def test_former_names_of_options_have_a_successor_and_no_second_meaning(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    below = list(_commands(cli.load_command(name), f"rdlm {name}"))
+    options = {spelling for _, command, _ in below for p in command.params for spelling in p.opts}
+    for old, new in cli.RENAMED[name].items():
+        assert new in options and old not in options
+        assert cli.new_names(name, ["a", f"{old}=1", old, "2"]) == ["a", f"{new}=1", new, "2"]
+        assert f"{old} is called {new} now" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_helps_with_an_example(name: str) -> None:
     done = rdlm(name, "--help")

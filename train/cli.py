@@ -61,23 +61,27 @@ def train(
     block: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Train this block alone, in OUTPUT/block_N; then see rdlm merge.", show_default=False
+            min=0,
+            help="Train this block alone, in OUTPUT/block_N; `rdlm merge` puts blocks together.",
+            show_default=False,
         ),
     ] = None,
     parallel: Annotated[
-        bool, typer.Option("--parallel", help="Train every block in a launch of its own, then merge.")
+        bool, typer.Option("--parallel", help="Train every block in processes of its own, then merge them.")
     ] = False,
     at_once: Annotated[
         int | None,
         typer.Option(
-            min=1, help="--parallel: most launches at a time; by default what fits.", show_default=False
+            min=1,
+            help="With --parallel: blocks that train at a time; by default as many as fit.",
+            show_default=False,
         ),
     ] = None,
     retries: Annotated[
-        int, typer.Option(min=0, help="--parallel: restarts of a block from its last checkpoint.")
+        int, typer.Option(min=0, help="With --parallel: restarts of a block from its last checkpoint.")
     ] = 3,
 ) -> int:
-    """Train a model, or resume an interrupted run: the same command goes on from the last checkpoint.
+    """Train a model, or resume an interrupted run: the same command continues from the last checkpoint.
 
     A config has the sections model, objective, data, batch, optimizer and schedule, and some optional ones.
     Start from a file in configs/: debug.yaml (a minute), demo.yaml (text, ten minutes on a CPU), ar_lm1b.yaml
@@ -125,14 +129,14 @@ def sweep(
         typer.Option("--dry-run", help="Check every run and print how many updates it gets; train nothing."),
     ] = False,
     report: Annotated[
-        bool, typer.Option("--report", help="Write the report of what is there; train nothing.")
+        bool, typer.Option("--report", help="Write the report of the finished runs; train nothing.")
     ] = False,
 ) -> int:
     """Train and measure many runs with equal budgets, and put them into one report.
 
-    Every run is `rdlm train` in processes of its own, every measurement a command of `rdlm eval`. The same command
-    goes on where it was stopped: finished runs are not run again, an interrupted one resumes. OUTPUT then holds
-    plan.json, runs/, results.json and report/report.html. Exit status 1: some runs failed, the others are reported.
+    Every run is `rdlm train` in processes of its own, every measurement a command of `rdlm eval`. Run again, the
+    command continues where it was stopped: finished runs are kept, an interrupted one resumes. OUTPUT then holds
+    plan.json, runs/, results.json and report/report.html. The exit status is 1 if a run failed; the others are reported.
     """
     from train.sweep import Sweeper, read_sweep
 
@@ -143,7 +147,7 @@ def sweep(
             return 0
         failed = sweeper.run(planned)
         if sweeper.commands.signal:
-            typer.echo("stopped; the same command goes on", err=True)
+            typer.echo("stopped; run the same command again to continue", err=True)
             return 128 + sweeper.commands.signal
         for line in failed:
             typer.echo(f"rdlm sweep: {line}", err=True)
@@ -199,16 +203,24 @@ def export_run(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint folder to create.")],
     which: Annotated[
         str,
-        typer.Option(help="Of a run: last, best (needs checkpoint.keep_best) or the number of a step."),
+        typer.Option(
+            help="Checkpoint of a run: last, best (needs checkpoint.keep_best) or the number of a step."
+        ),
     ] = "last",
-    weights: Annotated[
-        Literal["last", "ema"] | None,
-        typer.Option(help="The weights, or their moving averages [as ema.export says].", show_default=False),
+    ema: Annotated[
+        bool | None,
+        typer.Option(
+            help="Export the moving averages of the weights, or not [as ema.export says].", show_default=False
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what OUT holds.")] = False,
+    weights: Annotated[Literal["last", "ema"] | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Turn a checkpoint of a run, finished or not, into a model to serve, evaluate and generate with. Needs
     little memory."""
+    if weights is not None:
+        typer.echo("rdlm export: --weights is called --ema or --no-ema now; the old name will go", err=True)
+        ema = weights == "ema"
     if which not in ("last", "best") and not which.isdecimal():
         raise UserError("--which", which, "is neither last, best nor a number", "write for instance 2000")
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
@@ -216,9 +228,8 @@ def export_run(
     from train.export import export, find_checkpoint
 
     checkpoint = find_checkpoint(source, which, lambda text: typer.echo(f"warning: {text}", err=True))
-    averaged = None if weights is None else weights == "ema"
     typer.echo(
-        f"{export(checkpoint, out, averaged=averaged)}: exported from {checkpoint}. Try: rdlm serve --checkpoint {out}"
+        f"{export(checkpoint, out, averaged=ema)}: exported from {checkpoint}. Try: rdlm serve --checkpoint {out}"
     )
 
 
@@ -227,29 +238,29 @@ export_app.registered_commands += published_layouts.registered_commands
 UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 
-@plan_app.command(epilog="Example: rdlm plan configs/ar_lm1b.yaml --memory 24GiB --devices 4")
+@plan_app.command(epilog="Example: rdlm plan configs/ar_lm1b.yaml --memory 24GiB --num-devices 4")
 def plan(
     config: Config,
-    memory: Annotated[str, typer.Option(help="What one device has, for instance 24GiB or 900MB.")],
+    memory: Annotated[str, typer.Option(help="Memory of one device, for instance 24GiB or 900MB.")],
     overrides: Overrides = None,
-    devices: Annotated[int, typer.Option(min=1, help="Devices, or processes on a CPU.")] = 1,
+    num_devices: Annotated[int, typer.Option(min=1, help="Number of devices, or of processes on a CPU.")] = 1,
     gpu: Annotated[
-        bool, typer.Option(help="Predict for GPUs: AdamW works on all weights at once there.")
+        bool, typer.Option(help="Predict for GPUs, where AdamW updates all weights at once.")
     ] = True,
 ) -> int:
     """Predict memory per device by part; suggest blocks, micro-batch, recomputation, ZeRO stage and mode.
-    Exit status 1: none fits."""
+    The exit status is 1 if nothing fits."""
     budget = size(memory)
     from train.memory_plan import arms
     from train.pretrain import count_parameters
     from train.settings import load
 
     settings = load(config, overrides or [])
-    settings.batch.accumulation(devices)
+    settings.batch.accumulation(num_devices)
     count_parameters(settings)
     rows: dict[tuple[int, bool, int], Arm] = {}
     chosen: Arm | None = None
-    for arm in arms(settings, devices, gpu):
+    for arm in arms(settings, num_devices, gpu):
         if chosen is not None and arm.num_blocks > chosen.num_blocks:
             break
         fits = arm.memory.total <= budget

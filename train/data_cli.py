@@ -52,12 +52,13 @@ def prepare_command(
     ],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     tokenizer: Annotated[
-        str, typer.Option(help="'train', or a checkpoint, or the file or folder of a tokenizer.")
+        str, typer.Option(help="'train' (a new one), a checkpoint, or the file or folder of a tokenizer.")
     ] = "train",
     kind: Annotated[Literal["bpe", "sentencepiece"], typer.Option(help="Tokenizer to train.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Size of the vocabulary to train.")] = 4096,
     tokenizer_sample_mb: Annotated[
-        int, typer.Option(min=1, help="Train the tokenizer on the first MB of training text.")
+        int,
+        typer.Option(min=1, help="Train the tokenizer on this many MB from the start of the training text."),
     ] = 200,
     valid: Annotated[str | None, typer.Option(help="Source of the valid split.")] = None,
     test: Annotated[str | None, typer.Option(help="Source of the test split.")] = None,
@@ -87,7 +88,7 @@ def prepare_command(
     ] = None,
     separator: Annotated[
         str | None,
-        typer.Option(help=r"Cut plain text wherever this stands; \n and \t are what they are elsewhere."),
+        typer.Option(help=r"Split plain text at this string; \n and \t mean newline and tab."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
 ) -> None:

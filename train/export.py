@@ -109,7 +109,7 @@ def export(
         model_config = model_config.model_copy(update={"recurrence": recurrence})
     if averaged and config.ema is None:
         problem, remedy = "the run keeps no averages of its weights", "add a section ema to its config"
-        raise UserError("--weights", "ema", problem, remedy)
+        raise UserError("--ema", True, problem, remedy)
     averaged = config.ema is not None and config.ema.export if averaged is None else averaged
     key = AVERAGE if averaged else WEIGHT
     entries = {

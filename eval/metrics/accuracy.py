@@ -152,7 +152,7 @@ def _summarise(
 
 
 class Accuracy(Measurement):
-    """Share of images whose class is named, and the NLL of the class, with 95 % bootstrap intervals over
+    """Share of images that are classified correctly, and the NLL of the class, with 95 % bootstrap intervals over
     images."""
 
     name = "accuracy"
@@ -171,21 +171,22 @@ class Accuracy(Measurement):
             ),
         ] = None
         sampler: Annotated[
-            str, typer.Option(help=f"Of models that noise the class: one or several of {TEXT_SAMPLERS}.")
+            str, typer.Option(help=f"Models that noise the class: one or several of {TEXT_SAMPLERS}.")
         ] = "renoise"
         num_draws: Annotated[
-            int, typer.Option(min=1, max=9, help="Draws of noise that accuracy is the mean of, where K > 1.")
+            int, typer.Option(min=1, max=9, help="Noise samples that accuracy is averaged over, where K > 1.")
         ] = 1
-        max_images: Annotated[int | None, typer.Option(min=2, help="Use the first so many images [all].")] = (
-            None
-        )
+        max_images: Annotated[
+            int | None, typer.Option(min=2, help="Use this many images from the start [all].")
+        ] = None
         batch_size: Annotated[
-            int, typer.Option(min=1, help="Images of one forward pass; changes no noise.")
+            int, typer.Option(min=1, help="Images per forward pass; does not affect the noise.")
         ] = 128
         per_image: Annotated[
             bool,
             typer.Option(
-                "--per-image", help="Add what was right to the JSON: reports then compare in pairs."
+                "--per-image",
+                help="Add the outcome of each image to the JSON, so that reports compare in pairs.",
             ),
         ] = False
         seed: Seed = 0

@@ -176,9 +176,7 @@ class NoiseCurve(Measurement):
     @dataclass(frozen=True, kw_only=True)
     class Options(WindowOptions):
         sigmas: Annotated[str, typer.Option(help="Noise levels with commas.")] = LEVELS
-        num_steps: Annotated[
-            int, typer.Option(min=1, help="K of the prior, that is of the prediction at z = 0.")
-        ] = 1
+        num_steps: Annotated[int, typer.Option(min=1, help="K of the prediction at z = 0.")] = 1
         blocks: Annotated[
             int, typer.Option(min=1, help="Blocks of equal information whose edges are printed.")
         ] = 3

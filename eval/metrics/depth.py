@@ -164,7 +164,7 @@ def _summarise(
 
 
 class Depth(Measurement):
-    """Share of right answers to a generated task against K, with 95 % bootstrap intervals over examples."""
+    """Share of correct answers to a generated task against K, with 95 % bootstrap intervals over examples."""
 
     name = "depth"
     place = 50
@@ -182,7 +182,7 @@ class Depth(Measurement):
         lengths: Annotated[
             str,
             typer.Option(
-                help="Positions, hops or blanks with commas; more than in training is extrapolation."
+                help="Positions, hops or blanks with commas; beyond those of training it is extrapolation."
             ),
         ] = "16,24"
         num_steps: Annotated[
@@ -194,10 +194,10 @@ class Depth(Measurement):
         ] = None
         order: Annotated[
             Order | None,
-            typer.Option(help="Of masked checkpoints: which answers are unmasked first [random]."),
+            typer.Option(help="Masked models: which answers are unmasked first [random]."),
         ] = None
-        rows: Annotated[int, typer.Option(min=2, help="Held-out examples of each length.")] = 2048
-        batch_size: Annotated[int, typer.Option(min=1, help="Examples of one forward pass.")] = 256
+        num_examples: Annotated[int, typer.Option(min=2, help="Held-out examples of each length.")] = 2048
+        batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 256
         seed: Seed = 0
         device: Device = "auto"
         out: Out = None
@@ -216,21 +216,23 @@ class Depth(Measurement):
         results: list[Json] = []
         settling: Json = {}
         with tqdm(
-            total=options.rows * len(tasks), unit="example", desc=f"K = {', '.join(map(str, ks))}"
+            total=options.num_examples * len(tasks), unit="example", desc=f"K = {', '.join(map(str, ks))}"
         ) as bar:
             for each in tasks:
                 results += evaluate_depth(
                     loaded,
                     each,
                     ks,
-                    rows=options.rows,
+                    rows=options.num_examples,
                     seed=options.seed,
                     batch_size=options.batch_size,
                     order=order,
                     progress=bar.update,
                 )
                 if ks[-1] > 1 and iterates(loaded.config):
-                    shown = each.rows(np.arange(min(options.rows, options.batch_size)), options.seed, "test")
+                    shown = each.rows(
+                        np.arange(min(options.num_examples, options.batch_size)), options.seed, "test"
+                    )
                     settling[str(each.size)] = evaluate_convergence(
                         loaded, [shown], ks[-1], seed=options.seed
                     )
@@ -240,7 +242,7 @@ class Depth(Measurement):
             "unit": first.unit,
             "whole": first.whole,
             "split": "test",
-            "rows": options.rows,
+            "rows": options.num_examples,
             "seed": options.seed,
         }
         head = {**origin(self.name, options.checkpoint, loaded.config), "data": data, "order": order}

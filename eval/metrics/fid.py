@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from eval.cache import Bar, bars
-from eval.images.distance import evaluate_images
+from eval.images.distance import FEWEST, evaluate_images
 from eval.images.features import load_extractor
 from eval.images.samples import Setting, drawn, settings
 from eval.metric import Json, Measurement, Picture, Run, Section, Table, print_table
@@ -57,12 +57,16 @@ class Fid(Measurement):
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        reference: Annotated[Path, typer.Option(help=f"What images should look like: {SET}.")]
+        reference: Annotated[Path, typer.Option(help=f"Images to compare with: {SET}.")]
         images: Annotated[
-            Path | None, typer.Option(help="What is judged: the same kinds.", show_default=False)
+            Path | None, typer.Option(help="Images to measure, of the same kinds.", show_default=False)
         ] = None
         checkpoint: Annotated[
-            Path | None, typer.Option(help="Or: a checkpoint of family dit draws them.", show_default=False)
+            Path | None,
+            typer.Option(
+                help="Instead of --images: a checkpoint of family dit that generates them.",
+                show_default=False,
+            ),
         ] = None
         num_steps: Annotated[
             str | None,
@@ -86,12 +90,12 @@ class Fid(Measurement):
         num_images: Annotated[
             int | None,
             typer.Option(
-                min=1, help=f"Draw so many of each set; by default all, {NUM_DRAWN:,} of a checkpoint."
+                min=FEWEST, help=f"Use this many of each set; by default all, of a checkpoint {NUM_DRAWN:,}."
             ),
         ] = None
         seed: Seed = 0
         cache: Annotated[
-            Path, typer.Option(help="Where features and drawn images are kept; a run resumes from it.")
+            Path, typer.Option(help="Where features and generated images are kept; a run resumes from it.")
         ] = Path("runs/eval")
         device: Device = "auto"
         dtype: Dtype = "float32"

@@ -220,11 +220,12 @@ class Mauve(Measurement):
     @dataclass(frozen=True, kw_only=True)
     class Options(TextOptions):
         protocol: Annotated[
-            Literal["paper", "standard", "quick"], typer.Option(help="What is compared with what.")
+            Literal["paper", "standard", "quick"],
+            typer.Option(help="Numbers of prompts, continuations and tokens (docs/evaluation.md)."),
         ] = "quick"
-        featuriser: Annotated[str, typer.Option(help=f"Model whose features are compared: {SOURCES}.")] = (
-            "smollm2"
-        )
+        featuriser: Annotated[
+            str, typer.Option(help=f"Language model whose features are compared: {SOURCES}.")
+        ] = "smollm2"
         num_prompts: Annotated[int | None, typer.Option(min=20, help="Instead of the protocol's number.")] = (
             None
         )

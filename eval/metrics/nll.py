@@ -137,7 +137,7 @@ class Nll(Measurement):
             ),
         ] = None
         num_draws: Annotated[
-            int, typer.Option(min=1, help="Noise draws of a mixture estimate, levels drawn of a bound.")
+            int, typer.Option(min=1, help="Noise samples of a mixture estimate; levels sampled for a bound.")
         ] = 8
         per_window: Annotated[
             bool, typer.Option("--per-window", help="Add the nats of every window to the JSON.")

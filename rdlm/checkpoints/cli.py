@@ -47,21 +47,21 @@ def importing(
         list[str],
         typer.Argument(
             metavar="[FAMILY] SOURCE OUT",
-            help="SOURCE: folder in the published layout, GGUF file, or id on the hub. OUT: checkpoint folder to create. FAMILY: what "
-            "SOURCE is; left out, its files say so.",
+            help="SOURCE: folder in the published layout, GGUF file, or id on the hub. OUT: checkpoint folder to create. FAMILY: its "
+            "family; left out, it is found from the files.",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="Model name on the server [the source's].")] = None,
     zero_state: Annotated[
         bool,
         typer.Option(
-            "--zero-state", help="Start the recurrence from zero: greedy answers then depend on no seed."
+            "--zero-state",
+            help="Start the recurrence from zero, so that greedy answers do not depend on a seed.",
         ),
     ] = False,
     force: Force = False,
 ) -> None:
-    """Turn a published checkpoint into one of rdlm: weights keep their dtype, tokenizer and chat template
-    come along.
+    """Import a published checkpoint. Weights keep their dtype; tokenizer and chat template are copied.
 
     Families: Huginn, retrofitted recurrence, Ouro, Parcae, IFM LoopedLM P2, Nanbeige4.2, LoopUS, LoopFormer,
     HRM-Text, and plain decoders (Llama, SmolLM2, Mistral, Qwen2, Qwen3, OLMo-2). Needs little memory.
@@ -88,7 +88,7 @@ def converting(
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to create.")],
     prelude: Annotated[int, typer.Option(min=0, help="Layers before the loop.")],
     core: Annotated[int, typer.Option(min=1, help="Layers inside the loop, which run K times.")],
-    coda: Annotated[int, typer.Option(min=0, help="Layers behind the loop.")],
+    coda: Annotated[int, typer.Option(min=0, help="Layers after the loop.")],
     keep_layers: Annotated[
         str | None,
         typer.Option(
@@ -107,17 +107,15 @@ def converting(
         ),
     ] = "linear",
     num_steps: Annotated[int, typer.Option(min=1, help="Default K of the new checkpoint.")] = 1,
-    max_steps: Annotated[
+    max_num_steps: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Largest K that may be asked for [64, or the default K].", show_default=False
-        ),
+        typer.Option(min=1, help="Largest K of a request [64, or the default K].", show_default=False),
     ] = None,
     keep_tokens: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="DATA",
-            help="Cut the vocabulary to the tokens of this prepared data (made with the checkpoint's tokenizer), all bytes and special "
+            help="Reduce the vocabulary to the tokens of this prepared data (made with the checkpoint's tokenizer), all bytes and special "
             "tokens; may be given several times. Prepare the data again with the new tokenizer.",
             show_default=False,
         ),
@@ -125,7 +123,7 @@ def converting(
     name: Annotated[
         str | None,
         typer.Option(
-            help="Model name on the server [the source's, with -recurrent behind it].", show_default=False
+            help="Model name on the server [the source's, followed by -recurrent].", show_default=False
         ),
     ] = None,
     force: Force = False,
@@ -141,7 +139,7 @@ def converting(
     kept = None if keep_layers is None else parse_layers(keep_layers)
     convert(
         checkpoint, out, prelude=prelude, core=core, coda=coda, keep_layers=kept, injection=injection, num_steps=num_steps,
-        max_steps=max_steps, keep_tokens=keep_tokens or (), name=name, force=force,
+        max_steps=max_num_steps, keep_tokens=keep_tokens or (), name=name, force=force,
     )  # fmt: skip
     typer.echo(f"{out}: converted. Try: rdlm inspect {out}")
 
@@ -246,9 +244,11 @@ def logits(
             help="File to write: logits_K{K} [B, T, V] fp32, and gate_K{K} [B, T] where there is a gate."
         ),
     ],
-    num_steps: Annotated[str, typer.Option(help="Core steps K, by commas [the checkpoint's default].")] = "",
+    num_steps: Annotated[
+        str, typer.Option(help="K, one or several with commas [the checkpoint's default].")
+    ] = "",
     zero_state: Annotated[bool, typer.Option("--zero-state", help="Start the recurrence from zero.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of a drawn initial state.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of a random initial state.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Compute the logits of whole sequences at several K, in fp32 and without a tokenizer."""
@@ -262,7 +262,7 @@ def logits(
 
 @inspect_app.command(epilog="Example: rdlm inspect runs/demo/model")
 def inspect(checkpoint: Checkpoint) -> None:
-    """Say what a checkpoint is: topology, parameters, cache, FLOPs by K, what K means, and which commands
+    """Describe a checkpoint: topology, parameters, cache, FLOPs by K, what K means, and which commands
     apply."""
     from rdlm.inference import description
 

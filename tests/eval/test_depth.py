@@ -136,7 +136,10 @@ def folder(loaded: Loaded, tmp_path: Path) -> Path:
 
 def test_command_writes_results_with_their_provenance_and_a_figure(folder: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "r" / "depth.json", "--plot", tmp_path / "r" / "depth.png"]
-    assert _run("--checkpoint", folder, "--lengths", "4,6", "--num-steps", "4,1", "--rows", 30, *out) == 0
+    assert (
+        _run("--checkpoint", folder, "--lengths", "4,6", "--num-steps", "4,1", "--num-examples", 30, *out)
+        == 0
+    )
     report = json.loads((tmp_path / "r" / "depth.json").read_text())
     assert [(r["length"], r["K"]) for r in report["results"]] == [(4, 1), (4, 4), (6, 1), (6, 4)]
     assert (
@@ -163,7 +166,7 @@ def test_command_measures_every_task(
             3,
             "--num-steps",
             "1,4",
-            "--rows",
+            "--num-examples",
             40,
             "--out",
             out,
@@ -267,7 +270,18 @@ def test_command_measures_masked_checkpoints_in_both_orders(
     for i, order in enumerate([[], ["--order", "confidence"]]):
         out = ["--out", tmp_path / f"{i}.json", "--plot", tmp_path / "p.png"]
         assert (
-            _run("--checkpoint", folder, "--task", "latin5", "--lengths", "9,5", "--rows", 30, *order, *out)
+            _run(
+                "--checkpoint",
+                folder,
+                "--task",
+                "latin5",
+                "--lengths",
+                "9,5",
+                "--num-examples",
+                30,
+                *order,
+                *out,
+            )
             == 0
         )
         name = ["random", "confidence"][i]
@@ -290,7 +304,7 @@ def test_command_measures_masked_checkpoints_in_both_orders(
         (["--lengths", "33"], "--lengths=33: needs 66 positions, the model was built for 64 positions"),
         (["--task", "s5"], "has a vocabulary of 6"),
     ):
-        assert _run("--checkpoint", folder, "--rows", 8, *arguments) == 2
+        assert _run("--checkpoint", folder, "--num-examples", 8, *arguments) == 2
         assert message in capfd.readouterr().err
 
 
@@ -311,6 +325,6 @@ def test_command_measures_masked_checkpoints_in_both_orders(
 def test_bad_input_is_one_line_and_status_2(
     folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert _run("--checkpoint", folder, "--rows", 8, *arguments) == 2
+    assert _run("--checkpoint", folder, "--num-examples", 8, *arguments) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]

@@ -147,7 +147,7 @@ def test_tasks_are_trained_on_as_rows_that_hold_their_inputs_and_measured(
         "5",
         "--num-steps",
         "1,4",
-        "--rows",
+        "--num-examples",
         "20",
         "--out",
         str(tmp_path / "depth.json"),

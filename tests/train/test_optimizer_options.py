@@ -64,7 +64,7 @@ def test_averages_are_those_of_the_weights_after_each_update(
 def test_a_run_without_averages_has_none_to_export(trainer: Any, tmp_path: Path) -> None:
     run = trainer({**PLAIN, "schedule.steps": 1})
     run.fit()
-    with pytest.raises(UserError, match="--weights='ema'.*keeps no averages"):
+    with pytest.raises(UserError, match="--ema=True.*keeps no averages"):
         exported(run, tmp_path / "model", True)
 
 
