@@ -78,7 +78,8 @@ def open_windows(options: WindowOptions) -> HeldOut:
         raise UserError(
             "--seq-len", options.seq_len, f"the model was built for {limit} positions", f"use {limit} or less"
         )
-    return HeldOut(loaded, store, options, options.seq_len or limit)
+    length = options.seq_len or min(limit, options.max_tokens or limit)
+    return HeldOut(loaded, store, options, length)
 
 
 def check_tokenizer(folder: Path, loaded: Loaded, store: TokenStore) -> Tokenizer:

@@ -175,7 +175,7 @@ def check_equal(run: Run, first: Run, facts: Sequence[tuple[str, object, object]
     for name, here, there in facts:
         if here != there:
             problem = f"{name} is {here}, in {first.file} it is {there}, so one table cannot hold both"
-            remedy = "report them apart, or evaluate again in the same way"
+            remedy = "report them separately, or evaluate again in the same way"
             raise UserError("RUN", str(run.file), problem, remedy)
 
 

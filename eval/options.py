@@ -47,7 +47,10 @@ class WindowOptions:
         int | None, typer.Option(min=1, help="Evaluate this many tokens from the start [the whole split].")
     ] = None
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per window [the model's max_seq_len].")
+        int | None,
+        typer.Option(
+            min=1, help="Tokens per window [the model's max_seq_len, or --max-tokens where that is less]."
+        ),
     ] = None
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 16
     seed: Seed = 0

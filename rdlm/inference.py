@@ -302,7 +302,7 @@ def logits_file(
         ks = [int(part) for part in num_steps.split(",")] if num_steps else None
     except ValueError:
         raise UserError(
-            "--num-steps", num_steps, "is no list of numbers", "write for instance 1,2,4"
+            "--num-steps", num_steps, "is not a list of numbers", "write for instance 1,2,4"
         ) from None
     try:
         given = load_file(source)

@@ -31,7 +31,7 @@ def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
     Raises UserError where the family cannot be cut.
     """
     if layers is not None and len(layers) < config.num_layers and not config.can_be_cut:
-        problem = "a recurrent core is one denoiser of every level: there is nothing to cut"
+        problem = "a recurrent core denoises at every level, so it cannot be cut into blocks"
         raise UserError("blocks.num_blocks", "> 1", problem, "use num_blocks 1, or another family")
     match config:
         case VitConfig():
@@ -122,7 +122,7 @@ def _check_depth(config: CheckpointConfig) -> None:
 def _check_blocks(config: CheckpointConfig) -> None:
     count = 1 if config.blocks is None else config.blocks.num_blocks
     if config.blocks is not None and not config.objective.noise_conditioned:
-        problem = f"objective {config.objective.name!r} has no noise levels to share out"
+        problem = f"objective {config.objective.name!r} has no noise levels to divide among blocks"
         raise UserError(
             "blocks",
             f"num_blocks {count}",

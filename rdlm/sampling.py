@@ -111,10 +111,10 @@ def _check_drawable(largest: Tensor, histories: Sequence[History]) -> None:
     """``largest``: the largest logit of each row [M]; it is NaN where any of the row is."""
     for value, history in zip(largest.tolist(), histories, strict=True):
         if value == MINUS_INF and history.allowed is not None:
-            problem = "every token that may come next is banned, so none can be drawn"
+            problem = "every token that may come next is banned, so none can be sampled"
             raise UserError("response_format", "...", problem, "ban fewer ids, or leave min_tokens out")
         if value == MINUS_INF:
-            problem = "every token of the vocabulary is banned until min_tokens, so none can be drawn"
+            problem = "every token of the vocabulary is banned until min_tokens, so none can be sampled"
             raise UserError("stop_token_ids", "...", problem, "ban fewer ids, or leave min_tokens out")
         if not math.isfinite(value):
             raise ArithmeticError(f"the model's largest logit is {value}: no token can be drawn")

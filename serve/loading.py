@@ -32,7 +32,7 @@ SMALL_TOKENIZER = 0.9
 def load_served(folder: Path, settings: EngineSettings) -> Served:
     """Read a checkpoint and build the parts of an engine. Raises UserError."""
     if settings.resident_blocks is not None and settings.weights != "auto":
-        problem = "weights that come and go with --resident-blocks are neither packed nor quantised"
+        problem = "with --resident-blocks weights are neither packed nor quantised"
         raise UserError("weights", settings.weights, problem, "leave one of the two out")
     loaded, tokenizer, ends = load_text(folder, settings)
     served = build_served(loaded.denoiser, loaded.config, tokenizer, settings, ends)

@@ -211,7 +211,7 @@ def newest(
             return path
         warn(f"skipping checkpoint {path}: {damage}")
     if found:
-        problem = f"none of its {len(found)} checkpoints is whole"
+        problem = f"none of its {len(found)} checkpoints is complete"
         raise UserError(
             "output", str(folder), problem, "restore one from a copy, or remove the folder to start over"
         )

@@ -86,7 +86,7 @@ def check(config: TrainConfig, world: int) -> Corpus:
     if 4 * count > memory:
         problem = f"{count:,} parameters in fp32 do not fit into {memory / 2**30:.0f} GiB of host memory"
         raise UserError(
-            "model", config.model.family, problem, "make the model smaller, or train its blocks apart"
+            "model", config.model.family, problem, "make the model smaller, or train its blocks separately"
         )
     _check_optimizer(config)
     if config.log.wandb is not None:

@@ -555,7 +555,7 @@ def _model_of(source: str) -> dict[str, Any]:
             return {key: value for key, value in found["model"].items() if key != "noise_conditioning"}
         problem = f"its {file} is not that of a checkpoint of rdlm"
         raise UserError("init_from", source, problem, f"turn it into one: `rdlm import {source} OUT`")
-    raise UserError("init_from", source, "is no checkpoint folder", "give one, or write the section model")
+    raise UserError("init_from", source, "is not a checkpoint folder", "give one, or write the section model")
 
 
 def _parsed(text: str, field: str, value: str) -> Any:

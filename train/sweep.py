@@ -352,9 +352,7 @@ class Sweeper:
         )
         for arguments in steps:
             if self.commands.rdlm(["eval", *arguments], log):
-                raise UserError(
-                    "report", str(out), f"was not written; see {log}", "repair that and run again"
-                )
+                raise UserError("report", str(out), f"was not written; see {log}", "correct it and run again")
         return out / "report.html"
 
     def _train(self, run: Run) -> None:

@@ -328,7 +328,7 @@ class Trainer:
         )
         if self.rank == 0:
             for path in resume.foreign_entries(self.checkpoints):
-                self.say(f"ignoring {path}: it is no checkpoint of this run")
+                self.say(f"ignoring {path}: it is not a checkpoint of this run")
             for path in resume.set_aside_damaged(self.checkpoints, state.step):
                 self.say(f"renamed a damaged checkpoint to {path}")
         return state

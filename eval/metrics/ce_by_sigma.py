@@ -194,7 +194,7 @@ class NoiseCurve(Measurement):
         config.check_next_token("the cross-entropy by sigma")
         usual = config.objective.default_steps_in_evaluation
         if usual is not None and options.num_steps not in usual:
-            problem = "the prior of a sampling checkpoint is that of K = 1"
+            problem = "a sampling checkpoint predicts at z = 0 with K = 1 only"
             raise UserError("--num-steps", options.num_steps, problem, "leave the option out")
         check_steps([options.num_steps], config)
         with held_out.progress(f"{len(levels)} levels") as done:

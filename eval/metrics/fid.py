@@ -104,7 +104,7 @@ class Fid(Measurement):
 
     def measure(self, options: Options) -> Json:
         if (options.images is None) == (options.checkpoint is None):
-            problem = "one of --images and --checkpoint says what is judged"
+            problem = "exactly one of --images and --checkpoint is needed"
             raise UserError("--images", str(options.images), problem, "give exactly one")
         given = open_images(options.reference, "--reference")
         extractor = load_extractor(options.features, str(usable_device(options.device, "--device")))

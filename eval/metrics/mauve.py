@@ -202,7 +202,7 @@ def _features(featuriser: Judge, texts: Texts, cache: Path, bar: Bar, what: str)
     full = [text for text in flat if text.strip()]
     if not full:
         raise UserError(
-            "texts", what, "all of them are empty", "look at the samples: the model writes nothing"
+            "texts", what, "all of them are empty", "look at the samples: the model generates nothing"
         )
     key = ("features", *featuriser.identity)
     found = cached(cache, key, full, featuriser.features, bar(f"features, {what}", len(full)))

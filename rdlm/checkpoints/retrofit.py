@@ -109,7 +109,7 @@ def parse_layers(text: str) -> list[int]:
         first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
         if last < first:
             remedy = "write ranges by commas, for instance 0-3,10-17,18-21"
-            raise UserError("--keep-layers", text, "is no list of layers", remedy)
+            raise UserError("--keep-layers", text, "is not a list of layers", remedy)
         found += range(first, last + 1)
     return found
 
@@ -141,7 +141,7 @@ def _kept(count: int, prelude: int, core: int, coda: int, given: Sequence[int] |
     wanted, parts = prelude + core + coda, f"{prelude}-{core}-{coda}"
     if given is None:
         if wanted > count:
-            problem = f"{wanted} layers are wanted, the source has {count}"
+            problem = f"{wanted} layers are needed, the source has {count}"
             raise UserError(
                 "--prelude, --core, --coda", parts, problem, f"let them add up to {count} or less"
             )

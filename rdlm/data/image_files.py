@@ -53,7 +53,7 @@ def open_images(path: Path, option: str, label_column: str = "label") -> ImageSe
         raise UserError(option, str(path), "does not exist", f"give {KINDS}")
     read = _folder if path.is_dir() else READERS.get(path.suffix.lower())
     if read is None:
-        raise UserError(option, str(path), "is no set of images", f"give {KINDS}")
+        raise UserError(option, str(path), "is not a set of images", f"give {KINDS}")
     found = read(path, option, label_column)
     if found.count == 0:
         raise UserError(option, str(path), "holds no images", f"give {KINDS}")

@@ -46,7 +46,7 @@ def read_kind(folder: Path, kind: Kind, version: int) -> dict[str, Any]:
         remedy = f"give a folder of {COMMANDS[kind]}" + (
             f", or train with data.kind={found}" if found in COMMANDS else ""
         )
-        raise UserError("data", str(folder), f"holds {found}, and {kind} are wanted", remedy)
+        raise UserError("data", str(folder), f"holds {found}, but {kind} are needed", remedy)
     if document.get("schema_version") != version:
         raise UserError(
             "schema_version",

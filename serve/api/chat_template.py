@@ -73,7 +73,7 @@ class ChatTemplate:
             raise UserError(
                 "chat_template",
                 "...",
-                f"it is no Jinja template: {reason(error)}{where}",
+                f"it is not a Jinja template: {reason(error)}{where}",
                 "correct or remove it",
             ) from None
         self.knows_tools = "tools" in meta.find_undeclared_variables(tree)

@@ -233,6 +233,20 @@ def test_command_writes_results_with_their_provenance_and_a_figure(
     )
 
 
+def test_no_more_tokens_are_read_than_were_asked_for(folder: Path, data: Path, tmp_path: Path) -> None:
+    few = [
+        "--num-steps",
+        "1",
+        "--max-tokens",
+        40,
+        "--out",
+        tmp_path / "nll.json",
+    ]  # windows have 64 by default
+    assert _run("--checkpoint", folder, "--data", data, *few) == 0
+    report = json.loads((tmp_path / "nll.json").read_text())
+    assert report["tokens"] == report["data"]["seq_len"] == 40
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -184,7 +184,7 @@ def test_the_command_converts_and_other_commands_read_the_result(tmp_path: Path,
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"core": 5}, "7 layers are wanted, the source has 5"),
+        ({"core": 5}, "7 layers are needed, the source has 5"),
         ({"keep_layers": [0, 1]}, "names 2 layers"),
         ({"keep_layers": [0, 1, 2, 3, 5]}, "the source has 5 layers"),
         ({"keep_layers": [0, 1, 2, 3, 3]}, "named twice"),
@@ -235,7 +235,7 @@ def test_an_existing_folder_stays_without_force(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "1-", "3-1", "a", "1,,2", "-1"])
 def test_a_wrong_list_of_layers_is_one_line(text: str) -> None:
-    with pytest.raises(UserError, match="is no list of layers"):
+    with pytest.raises(UserError, match="is not a list of layers"):
         parse_layers(text)
 
 

@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_refused() -> None:
         )
     with pytest.raises(ValidationError, match="goodness\\n.*not permitted"):
         objective_config.validate_python({"name": "classify", "goodness": "threshold"})
-    with pytest.raises(UserError, match="no noise levels to share out"):
+    with pytest.raises(UserError, match="no noise levels to divide among blocks"):
         build(config(blocks={"num_blocks": 2}))
     with pytest.raises(UserError, match="cannot be trained with it"):
         model = {

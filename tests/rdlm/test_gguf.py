@@ -178,7 +178,7 @@ def test_what_has_no_such_form_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_files_that_are_not_read_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and nothing else")
-    with pytest.raises(UserError, match="is no GGUF file"):
+    with pytest.raises(UserError, match="is not a readable GGUF file"):
         import_checkpoint(str(tmp_path / "broken.gguf"), tmp_path / "out")
     for name, field, value in (("other", "general.architecture", "mamba"), ("more", "llama.expert_count", 8)):
         source = plain(tmp_path / "model", tokenizer=None)

@@ -93,7 +93,7 @@ def _save(name: str, array: np.ndarray) -> Callable[[Path], None]:
         (_manifest(classes=[]), "classes"),
         (_manifest(image_size=[4, 4]), r"holds uint8 \[7, 4, 6, 3\], the manifest says uint8 \[7, 4, 4, 3\]"),
         (_manifest(classes=["a", "b"]), "labels from 0 to 2, the manifest has 2 classes"),
-        (_manifest(kind="sounds"), "holds sounds, and images are wanted; give a folder of rdlm data images"),
+        (_manifest(kind="sounds"), "holds sounds, but images are needed; give a folder of rdlm data images"),
         (
             lambda folder: (folder / "train" / "labels.npy").unlink(),
             "labels.npy.*is missing; prepare the data again",
@@ -119,7 +119,7 @@ def test_a_split_that_is_not_there_and_folders_of_the_other_kind_name_the_remedy
         ImageStore(folder, "valid")
     with pytest.raises(
         UserError,
-        match="holds images, and tokens are wanted; give a folder of rdlm data prepare.*data.kind=images",
+        match="holds images, but tokens are needed; give a folder of rdlm data prepare.*data.kind=images",
     ):
         TokenStore(folder, "train")
     (folder / "manifest.json").write_text(
@@ -127,6 +127,6 @@ def test_a_split_that_is_not_there_and_folders_of_the_other_kind_name_the_remedy
     )  # as text was always written
     with pytest.raises(
         UserError,
-        match="holds tokens, and images are wanted; give a folder of rdlm data images.*data.kind=tokens",
+        match="holds tokens, but images are needed; give a folder of rdlm data images.*data.kind=tokens",
     ):
         read_image_manifest(folder)

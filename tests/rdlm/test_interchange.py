@@ -310,7 +310,7 @@ def test_commands_refuse_in_one_line_with_status_2(
         (["export", "huginn", str(theirs), str(tmp_path / "x")], ["published layout", "rdlm import"]),
         (["import", "huginn", str(theirs), str(theirs), "--force"], ["OUT", "replace the source"]),
         (["import", "huginn", str(theirs), str(tmp_path), "--force"], ["OUT", "replace the source"]),
-        (["import", "huginn", str(tmp_path / "nowhere"), str(tmp_path / "x")], ["SOURCE", "is no folder"]),
+        (["import", "huginn", str(tmp_path / "nowhere"), str(tmp_path / "x")], ["SOURCE", "is not a folder"]),
         (["import", "huginn", str(theirs), str(tmp_path / "x"), "--name", "a b"], ["name", "'a b'"]),
         (["import", "huginn", str(theirs), str(tmp_path / "x"), "--wrong"], ["--wrong"]),
     ]:

@@ -224,7 +224,7 @@ GOOD = json.dumps({"messages": turns(1)})
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"messages": []}', "field 'messages' is no list of messages"),
+        ('{"messages": []}', "field 'messages' is not a list of messages"),
         ('{"messages": [{"role": "user"}]}', "field 'messages[0].content' is no text"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]}',
         "messages[1].content"),

@@ -230,7 +230,7 @@ def test_a_source_without_a_model_is_one_line(file: Any, tmp_path: Path) -> None
     published = tmp_path / "published"
     published.mkdir()
     for path, text, words in (
-        (tmp_path / "no", None, "is no checkpoint folder"),
+        (tmp_path / "no", None, "is not a checkpoint folder"),
         (published, '{"model_type": "llama"}', "rdlm import"),
         (published, "{", "cannot be read"),
     ):

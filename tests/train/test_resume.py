@@ -240,7 +240,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(trainer) ->
     for path in resume.checkpoints_in(run.checkpoints):
         (path / "manifest.json").write_text("[]")
     with pytest.raises(
-        UserError, match="none of its 2 checkpoints is whole; .* remove the folder to start over"
+        UserError, match="none of its 2 checkpoints is complete; .* remove the folder to start over"
     ):
         trainer()
     assert [p.name for p in resume.checkpoints_in(run.checkpoints)] == ["step_000004", "step_000006"]

@@ -53,16 +53,16 @@ def _messages(row: Mapping[str, Any]) -> list[Message]:
     name = "messages" if "messages" in row else "conversations"
     turns = row[name]
     if not isinstance(turns, list | tuple) or not turns:
-        raise BadRow(name, "is no list of messages")
+        raise BadRow(name, "is not a list of messages")
     return [_message(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
 
 
 def _message(turn: Any, place: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise BadRow(place, "is no object with role and content")
+        raise BadRow(place, "is not an object with role and content")
     role, content = ("role", "content") if "role" in turn else ("from", "value")
     if not isinstance(turn.get(role), str):
-        raise BadRow(f"{place}.role", "is no text")
+        raise BadRow(f"{place}.role", "is not a text")
     rest = {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
     if turn.get(content) is None and "tool_calls" in rest:
         return {"role": ROLES.get(turn[role], turn[role]), **rest}
@@ -77,7 +77,7 @@ def _text(value: Any, place: str) -> str:
         if all(isinstance(part, str) for part in parts):
             return "".join(str(part) for part in parts)
     if not isinstance(value, str):
-        raise BadRow(place, "is no text")
+        raise BadRow(place, "is not a text")
     return value
 
 
@@ -127,7 +127,7 @@ def conversation(place: str, row: Mapping[str, Any], option: str) -> Conversatio
         if row.get("system"):
             messages = [{"role": "system", "content": _text(row["system"], "system")}, *messages]
         if tools is not None and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
-            raise BadRow("tools", "is no list of JSON schemas")
+            raise BadRow("tools", "is not a list of JSON schemas")
         if not any(message["role"] == "assistant" for message in messages):
             raise BadRow(
                 next(iter(row)) if "messages" not in row else "messages", "has no turn of an assistant"
@@ -163,7 +163,7 @@ class ChatEncoder:
         try:
             _compile_jinja_template(self._template)
         except TemplateError as error:
-            problem = f"its chat template is no Jinja template ({reason(error)})"
+            problem = f"its chat template is not a Jinja template ({reason(error)})"
             raise UserError("--tokenizer", given, problem, "correct it") from None
 
     def encode(self, chat: Conversation, option: str) -> Encoded:

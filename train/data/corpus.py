@@ -335,7 +335,7 @@ def row_numbers(
         raise UserError(
             "batch",
             (global_batch, world, micro_size, micro_index),
-            "the micro-batches do not tile the global batch",
+            "the micro-batches do not add up to the global batch",
             "make global_size a multiple of processes * micro_size",
         )
     first = step * global_batch + rank * share + micro_index * micro_size

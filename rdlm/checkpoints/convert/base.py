@@ -223,7 +223,7 @@ def with_zero_state(config: CheckpointConfig) -> CheckpointConfig:
         return config.model_copy(update={"model": model.model_copy(update={"state_init": "zero"})})
     loop = getattr(model, "loop", None)
     if loop is None or loop.state == "embedding" or loop.injection == "replace":
-        problem = "this model draws no state: it starts from the tokens"
+        problem = "this model has no random initial state: it starts from the tokens"
         raise UserError("--zero-state", config.name, problem, "leave it out")
     zero = loop.model_copy(update={"state": "zero", "state_std": None, "state_scale": 1.0})
     return config.model_copy(update={"model": model.model_copy(update={"loop": zero})})
@@ -237,7 +237,7 @@ def stored(folder: Path) -> dict[str, Entry]:
     try:
         state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle, zip and operating system each raise their own
-        problem = f"is no file of tensors alone ({reason(error)})"
+        problem = f"is not a file of tensors alone ({reason(error)})"
         raise UserError("weights", str(pickled), problem, "convert it to safetensors") from None
     return {name: tensors.entry_of(value) for name, value in state.items() if isinstance(value, Tensor)}
 
@@ -328,7 +328,7 @@ def imported(
     """Config of an imported next-token model whose K is the number of core steps; at least 64 of them may be
     asked for. default_steps: the published depth, which training covered."""
     if isinstance(default_steps, bool) or not isinstance(default_steps, int) or default_steps < 1:
-        problem, remedy = "is no positive whole number", "correct it there"
+        problem, remedy = "is not a positive whole number", "correct it there"
         raise UserError(f"{where}: default number of loops", default_steps, problem, remedy)
     document = {
         "name": name,
@@ -412,7 +412,7 @@ def local(source: str) -> Path:
         raise UserError(
             "SOURCE",
             source,
-            "is no folder",
+            "is not a folder",
             "give a folder in Hugging Face layout, a GGUF file, or a hub id OWNER/NAME",
         )
     from huggingface_hub import snapshot_download  # slow to import, and only an id of the hub needs it
@@ -425,7 +425,7 @@ def local(source: str) -> Path:
         raise UserError(
             "SOURCE",
             source,
-            f"is no folder here and cannot be downloaded ({reason(error)})",
+            f"is not a folder here and cannot be downloaded ({reason(error)})",
             "check name and network, or run `hf download` for it where there is one and give that folder",
         ) from error
 

@@ -112,7 +112,7 @@ class GgufFile:
             self._reader = gguf.GGUFReader(file)
             self.fields = {name: field.contents() for name, field in self._reader.fields.items()}
         except Exception as error:  # the library raises ValueError, IndexError and numpy's own exceptions
-            problem = f"is no GGUF file that can be read ({reason(error)})"
+            problem = f"is not a readable GGUF file ({reason(error)})"
             raise UserError("SOURCE", str(file), problem, "download it again") from None
         self.architecture = str(self.fields.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
@@ -491,7 +491,7 @@ def _pre_of(document: Mapping[str, Any]) -> str:
         same &= bool(model.get("ignore_merges")) == (name in IGNORES_MERGES)
         if same and (normalizer == {"type": "NFC"} if name in NORMALISED else normalizer is None):
             return name
-    problem = "GGUF has no name for the way it cuts text into words, or normalises it"
+    problem = "GGUF has no name for the way it splits text into words, or normalises it"
     raise UserError("tokenizer", "pre_tokenizer", problem, "use `rdlm export hf`")
 
 

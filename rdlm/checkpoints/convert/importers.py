@@ -72,7 +72,7 @@ def import_checkpoint(
             if importer.recognises(data, names):
                 return importer
         known = "; ".join(importer.title for importer in IMPORTERS.values())
-        problem = f"model_type {data.get('model_type')!r} is no family that can be imported"
+        problem = f"model_type {data.get('model_type')!r} is not a family that can be imported"
         raise UserError("SOURCE", where, problem, f"import one of these: {known}")
 
     gguf = gguf_file.find(source)

@@ -76,7 +76,7 @@ class LoopUS(Importer):
     def _count(self, fields: Fields, field: str, num_layers: int) -> int:
         indices = fields.need(field)
         if not isinstance(indices, list) or not all(isinstance(i, int) for i in indices):
-            raise fields.refused(field, "is no list of layers")
+            raise fields.refused(field, "is not a list of layers")
         if len(indices) == 1 and indices[0] < 0:  # [-n]: from n to the last one
             return num_layers + indices[0]
         return len(indices)

@@ -62,7 +62,7 @@ def unrolled(
         ("noise_conditioning", model.noise_conditioning, (False,)),
     ):
         if value not in allowed:
-            problem = f"at K = {num_steps} plain layers have no place for it"
+            problem = f"at K = {num_steps} plain layers cannot express it"
             raise UserError(f"model.loop.{setting}", value, problem, "use `rdlm export hf` without --unroll")
     if loop.boundary_norm == "weighted" and loop.num_coda_layers:
         problem = "plain layers have no norm before the coda"
