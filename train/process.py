@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -154,19 +155,27 @@ def environment() -> tuple[int, int]:
         and int(os.environ.get("SLURM_NTASKS", 1)) > 1
         and "SLURM_PROCID" in os.environ
     ):
-        local = os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+        local = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_NTASKS_PER_NODE", "1")
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1")
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
         names = {
             "RANK": os.environ["SLURM_PROCID"],
             "LOCAL_RANK": os.environ.get("SLURM_LOCALID", "0"),
             "WORLD_SIZE": os.environ["SLURM_NTASKS"],
             "LOCAL_SIZE": local.partition("(")[0].partition(",")[0],
-            "MASTER_ADDR": os.environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"),
-            "MASTER_PORT": "29500",
+            "MASTER_ADDR": _first_node(nodes),
+            "MASTER_PORT": str(15000 + job % 10000),  # its own, since two jobs may share a node
         }
         for name, value in names.items():
             os.environ.setdefault(name, value)
     local_size = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
     return int(os.environ.get("RANK", 0)), int(local_size)
+
+
+def _first_node(nodes: str) -> str:
+    """Slurm's list of nodes -> the first one, on which rank 0 runs: "gpu[03-05,09],cpu1" -> "gpu03"."""
+    prefix, bracket, rest = nodes.partition(",")[0].partition("[")
+    return prefix + re.split(r"[-,\]]", rest)[0] if bracket else prefix
 
 
 def fail(message: str, terminal: TextIO | None = None) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from rdlm.errors import UserError
 from train import launcher, pretrain
-from train.process import LAUNCHER, device_kind, environment
+from train.process import LAUNCHER, _first_node, device_kind, environment
 from train.settings import load, read_checked, written_checked
 
 REPO = Path(__file__).resolve().parents[2]
@@ -96,15 +96,27 @@ def test_srun_says_who_is_who(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     for name, value in {
         "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-        "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1",
+        "SLURM_STEP_NODELIST": "gpu[03-05,09]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1", "SLURM_JOB_ID": "4271234",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     assert environment() == (5, 4)
-    assert (os.environ["LOCAL_RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == (
-        "1",
-        "8",
-        "10.0.0.1",
-    )
+    found = [os.environ[name] for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    assert found == ["1", "8", "gpu03", "16234"], "rank 0 runs on the first node, not where srun was called"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("a1", "a1"),
+        ("a1,b2", "a1"),
+        ("a[1-3]", "a1"),
+        ("a[07,09]", "a07"),
+        ("a[7],b[1-2]", "a7"),
+        ("n-1-[2-3]", "n-1-2"),
+    ],
+)
+def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
+    assert _first_node(nodes) == first
 
 
 def test_a_process_whose_launcher_is_gone_ends_at_once() -> None:
