@@ -62,7 +62,7 @@ def _message(turn: Any, place: str) -> Message:
         raise BadRow(place, "is not an object with role and content")
     role, content = ("role", "content") if "role" in turn else ("from", "value")
     if not isinstance(turn.get(role), str):
-        raise BadRow(f"{place}.role", "is not a text")
+        raise BadRow(f"{place}.role", "is not text")
     rest = {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
     if turn.get(content) is None and "tool_calls" in rest:
         return {"role": ROLES.get(turn[role], turn[role]), **rest}
@@ -77,7 +77,7 @@ def _text(value: Any, place: str) -> str:
         if all(isinstance(part, str) for part in parts):
             return "".join(str(part) for part in parts)
     if not isinstance(value, str):
-        raise BadRow(place, "is not a text")
+        raise BadRow(place, "is not text")
     return value
 
 
