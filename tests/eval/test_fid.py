@@ -241,6 +241,7 @@ def test_command_writes_json_figure_and_a_section_of_the_report(
         (b"no array", [], "cannot be read as an array"),
         (_pixels(10), [], "too few"),
         (_pixels(40), ["--num-images", "41"], "holds only 40 images"),
+        (_pixels(40), ["--num-images", "19"], "greater than or equal to 20"),
         (_pixels(40, size=3), [], "a resize would decide"),
         (_pixels(0), [], "holds no images"),
     ],
