@@ -24,7 +24,7 @@ from rdlm.errors import UserError
 
 def main(
     source: Annotated[str, typer.Argument(help="Name on the hub, folder in a published layout, GGUF file.")],
-    num_steps: Annotated[str, typer.Option(help="K, by commas.")] = "1,2,4",
+    num_steps: Annotated[str, typer.Option(help="K, one or several with commas.")] = "1,2,4",
     question: Annotated[str, typer.Option(help="What to ask.")] = "What is the capital of France?",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 48,
     out: Annotated[Path, typer.Option(help="Folder of imported checkpoints.")] = Path("runs/zoo"),

@@ -104,7 +104,10 @@ class LmEval(Metric):
             if missing not in ("lm_eval", "datasets"):
                 raise
             raise UserError(
-                "rdlm eval lm-eval", missing, "is not installed", "run `pip install lm-eval==0.4.13 datasets`"
+                "rdlm eval lm-eval",
+                missing,
+                "is not installed",
+                "run `pip install 'lm-eval[api]==0.4.13' datasets`",
             ) from error
         with tempfile.TemporaryDirectory(prefix="rdlm-tasks-") as together:
             arguments = with_model(expand_blimp(arguments, Path(together)))

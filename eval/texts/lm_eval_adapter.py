@@ -445,7 +445,8 @@ def run(arguments: Sequence[str]) -> None:
     """lm_eval's own command line, which knows the model ``rdlm`` because this module has been imported. It
     reads sys.argv.
 
-    UserError for what lm_eval or datasets refuse: unknown tasks, data sets that cannot be reached.
+    UserError for what lm_eval or datasets refuse: unknown tasks, data sets that cannot be reached, packages
+    that a model of lm_eval needs.
     """
     own = sys.argv
     sys.argv = ["rdlm eval lm-eval", *arguments]
@@ -453,7 +454,7 @@ def run(arguments: Sequence[str]) -> None:
         cli_evaluate()
     except UserError:
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if _origin(error) not in ("lm_eval", "datasets", "huggingface_hub"):
             raise
         remedy = (

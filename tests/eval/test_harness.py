@@ -415,6 +415,16 @@ def test_what_lm_eval_refuses_is_one_line(
     assert "Tasks not found: no_such_task" in capfd.readouterr().err.splitlines()[-1]
 
 
+def test_a_package_that_a_model_of_lm_eval_needs_is_named(
+    monkeypatch: pytest.MonkeyPatch, blimp: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lm_eval.models.api_models.find_spec", lambda name: None)
+    over_http = ["--model", "local-completions", "--model_args", "model=x,base_url=http://127.0.0.1:9/v1"]
+    tasks = ["--blimp", str(blimp), "--tasks", "blimp_local"]
+    assert run(app, ["eval", "lm-eval", *over_http, *tasks], "rdlm") == 2
+    assert "pip install lm-eval[api]" in capfd.readouterr().err.splitlines()[-1]
+
+
 class Noise(RecurrentLM):
     """Knows nothing: a hash of the ids decides."""
 
