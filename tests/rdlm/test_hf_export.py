@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -287,14 +288,12 @@ def test_transformers_saves_it_again_and_it_can_be_imported(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("case", ["huginn, single_pass", "llama"])
 def test_the_folder_is_all_that_is_needed(tmp_path: Path, case: str) -> None:
-    """Another process without a network and without rdlm: tokenizer, chat template and the text that the
-    weights give."""
+    """Another process without a network and without rdlm runs the card's lines, which ask for nothing: tokenizer,
+    chat template and the text that the weights give."""
     ours, out = exported(tmp_path, *(LOOPED[case] if case in LOOPED else (llama(), "next_token")))
+    [card] = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     code = (
-        "import sys, torch\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({str(out)!r})\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)\n"
+        f"import sys\n{card}\n"
         "text = tokenizer.apply_chat_template([{'role': 'user', 'content': 'the cat'}], tokenize=False)\n"
         "ids = tokenizer(text, return_tensors='pt')\n"
         "assert 'rdlm' not in sys.modules and 'input_ids' in ids\n"
@@ -305,10 +304,11 @@ def test_the_folder_is_all_that_is_needed(tmp_path: Path, case: str) -> None:
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=out,
         env={**os.environ, **cache},
     )
     assert done.returncode == 0, done.stderr
+    assert "custom code" not in done.stdout, "a question that waits for an answer"
     model = rdlm.load(ours)
     assert model.tokenizer is not None
     ids = torch.tensor([model.tokenizer.encode("the cat")])

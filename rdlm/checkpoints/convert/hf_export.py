@@ -188,7 +188,7 @@ def _card(config: CheckpointConfig, kind: str | None, has_tokenizer: bool) -> st
     thinks = config.objective.k_meaning == "thinking" and config.max_steps > 1
     steps = f", num_steps={config.default_steps}" if thinks else ""
     tokens = [
-        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        f'tokenizer = AutoTokenizer.from_pretrained("."{trust})',
         'ids = tokenizer("Once upon a time", return_tensors="pt").input_ids',
     ]
     code = [
