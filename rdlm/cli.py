@@ -18,31 +18,25 @@ from rdlm.command_line import new_app
 from rdlm.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "data": (
-        "train.data_cli:app",
-        "Turn text into tokenised shards and labelled images into arrays, both memory-mapped.",
-    ),
-    "plan": (
-        "train.cli:plan_app",
-        "Predict the memory of a config and suggest how to train it on what there is.",
-    ),
-    "train": ("train.cli:train_app", "Train a model from a config, on one process or under DeepSpeed."),
+    "data": ("train.data_cli:app", "Prepare text as token shards and images as arrays."),
+    "plan": ("train.cli:plan_app", "Predict the memory of a config and suggest how to train it."),
+    "train": ("train.cli:train_app", "Train a model from a config, under DeepSpeed."),
     "sweep": ("train.cli:sweep_app", "Train and measure many runs with equal budgets; one report."),
-    "merge": ("train.cli:merge_app", "Put blocks that were trained alone together into one checkpoint."),
+    "merge": ("train.cli:merge_app", "Merge blocks that were trained alone into one checkpoint."),
     "generate": ("serve.generate_cli:app", "Continue prompts with a checkpoint, without a server."),
     "images": ("serve.images_cli:app", "Generate images with a checkpoint of family dit."),
     "serve": ("serve.cli:app", "Serve a checkpoint over an OpenAI-compatible HTTP interface."),
-    "eval": ("eval.cli:app", "Measure a checkpoint, for instance its held-out NLL against the core steps K."),
+    "eval": ("eval.cli:app", "Measure a checkpoint: likelihood by K, texts, tasks, images."),
     "import": ("rdlm.checkpoints.cli:import_app", "Import a published checkpoint."),
     "convert": ("rdlm.checkpoints.cli:convert_app", "Make a plain transformer recurrent."),
     "logits": ("rdlm.checkpoints.cli:logits_app", "Compute the logits of given token ids at several K."),
     "inspect": (
         "rdlm.checkpoints.cli:inspect_app",
-        "Describe a checkpoint and list the commands that apply to it.",
+        "Describe a checkpoint and the commands that apply to it.",
     ),
     "export": (
         "train.cli:export_app",
-        "Export a training checkpoint as a model, or a model in a published layout.",
+        "Export a training checkpoint, or a model for other software.",
     ),
 }
 """Command name -> (``module:typer app``, one line of help)."""
@@ -105,7 +99,7 @@ class LazyGroup(TyperGroup):
         return (name, stub, rest) if name is None else (name, load_command(name), new_names(name, rest))
 
 
-app = new_app(cls=LazyGroup, epilog=EXAMPLE)
+app = new_app(cls=LazyGroup, epilog=EXAMPLE, context_settings={"max_content_width": 110})
 
 
 def _print_version(wanted: bool) -> None:

@@ -46,7 +46,7 @@ def test_help_lists_every_command_without_importing_any() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in cli.COMMANDS)
-    assert "Example: rdlm" in done.stdout
+    assert "Example: rdlm" in done.stdout and "..." not in done.stdout.partition("Commands:")[2]
 
 
 def test_version_and_module_entry() -> None:
@@ -120,6 +120,9 @@ def test_help_shows_every_text_as_it_is_written(name: str) -> None:
             *(p.help for p in command.params if p.name != "help" and not getattr(p, "hidden", False)),
         ):
             assert text and "".join(text.split()) in shown, path
+        for name in getattr(command, "commands", ()):
+            brief = command.commands[name].get_short_help_str(60)
+            assert brief and not brief.endswith("..."), f"{path} {name} is cut off in the list of commands"
         assert "--install-completion" not in shown, "a part of a program has no completion of its own"
 
 

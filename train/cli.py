@@ -165,7 +165,7 @@ def merge(
     ],
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
 ) -> None:
-    """Put blocks that were trained alone together into one checkpoint."""
+    """Merge blocks that were trained alone into one checkpoint."""
     from train.export import merge as merge_blocks
 
     typer.echo(f"wrote {merge_blocks(runs, out)}")
@@ -216,8 +216,8 @@ def export_run(
     force: Annotated[bool, typer.Option("--force", help="Replace what OUT holds.")] = False,
     weights: Annotated[Literal["last", "ema"] | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Turn a checkpoint of a run, finished or not, into a model to serve, evaluate and generate with. Needs
-    little memory."""
+    """Export a checkpoint of a run, finished or not. The model can be served, evaluated and used to generate.
+    Needs little memory."""
     if weights is not None:
         typer.echo("rdlm export: --weights is called --ema or --no-ema now; the old name will go", err=True)
         ema = weights == "ema"

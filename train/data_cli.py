@@ -22,7 +22,7 @@ from train.data.prepare import Preparation, prepare
 from train.data.sources import FORMATS, PRESETS
 
 app = new_app(
-    help="Turn text into tokenised shards and labelled images into arrays, both memory-mapped.",
+    help="Prepare text as token shards and images as arrays, both memory-mapped.",
     epilog="Example: rdlm data prepare embedded --out data/demo",
     no_args_is_help=True,
 )
@@ -92,8 +92,8 @@ def prepare_command(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
 ) -> None:
-    """Tokenise text into shards with a manifest: streamed, split by document, the same bytes for the same
-    inputs."""
+    """Tokenise text into shards with a manifest. The text is streamed and split by document; equal inputs give
+    equal bytes."""
     options = Preparation(
         source=source,
         out=out,
@@ -160,8 +160,7 @@ def images_command(
     label_column: Annotated[str, typer.Option(help="Integer column that holds the class.")] = "label",
     force: Annotated[bool, typer.Option("--force", help="Replace what --out holds.")] = False,
 ) -> None:
-    """Write labelled images as arrays with a manifest: one size, one list of classes, the same bytes for
-    the same inputs."""
+    """Write labelled images as arrays with a manifest. All have one size; equal inputs give equal bytes."""
     options = ImagePreparation(
         source, out, valid, test, valid_fraction, test_fraction, seed, size, label_column
     )

@@ -1,4 +1,4 @@
-"""Cross-entropy against the noise level, compared with the best possible.
+"""Cross-entropy by noise level, and the best possible one.
 
 The next token is predicted given its own noised copy z: how well a denoiser reads z, and at which
 levels a token is decided. NOT a likelihood: z = y + sigma * eps is made from the target token.

@@ -1,4 +1,4 @@
-"""Accuracy on generated tasks that need serial computation, against K.
+"""Accuracy on tasks that need serial computation, against K.
 
 The tasks are those of rdlm/data/synthetic.py.
 """

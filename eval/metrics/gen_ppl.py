@@ -1,4 +1,4 @@
-"""Perplexity of generated texts under judge models, with their diversity.
+"""Perplexity of generated texts under judge models; diversity.
 
 A loop of words is predictable, so perplexity is never given without diversity. Model and author continue
 the same prompts; intervals and comparisons resample prompts, paired.

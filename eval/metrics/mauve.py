@@ -1,4 +1,4 @@
-"""Distance of the distribution of generated texts from human ones.
+"""Distance between the distributions of model and human texts.
 
 MAUVE (Pillutla et al. 2021), in the features of a language model.
 

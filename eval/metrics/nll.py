@@ -1,4 +1,4 @@
-"""Held-out NLL per token, perplexity and bits per byte against K.
+"""Held-out NLL, perplexity and bits per byte against K.
 
 All K come from one pass to the largest.
 """

@@ -1,4 +1,4 @@
-"""Runs of a sweep side by side: held-out curves and quality against K."""
+"""Runs of a sweep: held-out curves and quality against K."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def report(
     ),
     title: Annotated[str, typer.Option(help="Heading of the report.")] = "Evaluation",
 ) -> None:
-    """Put results side by side: tables, curves, samples and provenance. Refuses what was not measured in
-    the same way."""
+    """Compare results: tables, curves, samples and provenance. Results that were not measured in the same way
+    are refused."""
     found = read_runs(runs)
     for file in write_report(out, title, sections(found), found):
         typer.echo(file)

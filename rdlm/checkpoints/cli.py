@@ -158,7 +158,7 @@ def huginn_out(
     shard_gb: ShardGB = 5.0,
     force: Force = False,
 ) -> None:
-    """Write a Hugging Face folder that the published modelling code loads. Needs little memory."""
+    """Write the published layout of Huginn. Needs little memory."""
     from rdlm.checkpoints.convert.huginn import export_huginn
 
     export_huginn(checkpoint, out, shard_bytes=int(shard_gb * 1e9), force=force)
@@ -175,8 +175,9 @@ def hf_out(
     unroll: Unroll = None,
     force: Force = False,
 ) -> None:
-    """Write a folder that transformers loads without a network: AutoModelForCausalLM.from_pretrained(OUT,
-    trust_remote_code=True).
+    """Write a folder that transformers loads without rdlm.
+
+    AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True) loads it without a network.
 
     Plain transformers become transformers' own classes and need no trust_remote_code. Needs little memory.
     """
@@ -190,7 +191,7 @@ def hf_out(
 
 @export_app.command("ouro", epilog="Example: rdlm export ouro runs/ouro exported/ouro")
 def ouro_out(checkpoint: Checkpoint, out: OutFolder, shard_gb: ShardGB = 5.0, force: Force = False) -> None:
-    """Write the published layout of Ouro, of a model with its layers, loop and gate. Needs little memory."""
+    """Write the published layout of Ouro. The model must have its layers, loop and gate. Needs little memory."""
     from rdlm.checkpoints.convert.published import export_published
 
     export_published("ouro", checkpoint, out, shard_bytes=int(shard_gb * 1e9), force=force)
@@ -201,8 +202,8 @@ def ouro_out(checkpoint: Checkpoint, out: OutFolder, shard_gb: ShardGB = 5.0, fo
 def retrofit_out(
     checkpoint: Checkpoint, out: OutFolder, shard_gb: ShardGB = 5.0, force: Force = False
 ) -> None:
-    """Write the published layout of retrofitted recurrence, for instance of what `rdlm convert` makes of a
-    Llama. Needs little memory."""
+    """Write the published layout of retrofitted recurrence. It fits what `rdlm convert` makes of a Llama, for
+    instance. Needs little memory."""
     from rdlm.checkpoints.convert.published import export_published
 
     export_published("retrofit", checkpoint, out, shard_bytes=int(shard_gb * 1e9), force=force)
@@ -216,10 +217,10 @@ def gguf_out(
     unroll: Unroll = None,
     force: Force = False,
 ) -> None:
-    """Write a GGUF file, for llama.cpp and its relatives, of a plain transformer, or of a loop at a fixed K
-    (--unroll).
+    """Write a GGUF file for llama.cpp and its relatives.
 
-    Weights keep their dtype; quantise them there. Needs little memory.
+    The model is a plain transformer, or a loop at a fixed K (--unroll). Weights keep their dtype; quantise them
+    with the tools of llama.cpp. Needs little memory.
     """
     from rdlm.checkpoints.convert.gguf_file import export_gguf
 
