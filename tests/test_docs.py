@@ -1,0 +1,70 @@
+"""The documentation names what exists: links, headings, files, and the options of every command in it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rdlm import cli
+
+REPO = Path(__file__).parents[1]
+PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
+FENCE = re.compile(r"```.*?```", re.DOTALL)
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_links_and_files_exist(page: Path) -> None:
+    text = FENCE.sub("", page.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith(("http:", "https:")):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in _anchors(target), link
+    folders = "rdlm|serve|train|eval|tests|benchmarks|demo|configs|docs"
+    for file in re.findall(rf"`((?:{folders})/[\w/.]+\.\w+)`", text):
+        assert (REPO / file).exists(), file
+
+
+def _commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every ``rdlm`` command in a fenced block, without comments and line ends."""
+    found = []
+    for page in PAGES:
+        for block in FENCE.findall(page.read_text()):
+            for line in block.replace("\\\n", " ").splitlines()[1:]:
+                for part in re.split(r"&&|\|", line):
+                    words = shlex.split(part.partition(" #")[0]) if re.match(r"\s*rdlm \w", part) else []
+                    if words and words[1] != "train.pretrain":
+                        found.append((str(page.relative_to(REPO)), words[1:]))
+    return found
+
+
+def _resolve(words: list[str]) -> Any:
+    command: Any = cli.load_command(words[0])
+    rest = words[1:]
+    while hasattr(command, "commands"):
+        _, command, rest = command.resolve_command(
+            command.make_context("rdlm", [], resilient_parsing=True), rest
+        )
+    return command
+
+
+def test_the_commands_of_the_documentation_have_the_options_that_it_gives() -> None:
+    commands = _commands()
+    assert len(commands) > 60
+    for page, words in commands:
+        if words[:2] == ["eval", "lm-eval"]:  # whose options are lm_eval's
+            continue
+        known = {spelling for p in _resolve(words).params for spelling in (*p.opts, *p.secondary_opts)}
+        for word in words:
+            if word.startswith("--"):
+                assert word.partition("=")[0] in known, f"{page}: rdlm {' '.join(words)}"
