@@ -1,6 +1,6 @@
 """Does K think? Accuracy against K on running products in S3, every objective at equal CPU time.
 
-    python benchmarks/depth.py --seconds 90 --jobs 2 --out docs/results/raw/depth.json
+    python -m benchmarks.depth --seconds 90 --jobs 2 --out docs/results/raw/depth.json
 
 Position i must answer g_1 * ... * g_i: serial work that one pass over three layers cannot do for long
 products. Each arm's learning rate is swept with seed 0 and the best one (accuracy at the largest K) is run

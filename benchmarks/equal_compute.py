@@ -1,6 +1,6 @@
 """Held-out NLL of every objective at equal CPU time, against K.
 
-    python benchmarks/equal_compute.py --data data/books-4096 --minutes 15 --jobs 2 --out docs/results/raw/language.json
+    python -m benchmarks.equal_compute --data data/books-4096 --minutes 15 --jobs 2 --out docs/results/raw/language.json
 
 Equal time means: seconds per update of all arms are measured interleaved in one process
 (benchmarks/train_step.py), and every arm gets as many updates as fit into ``--minutes`` of one core at that

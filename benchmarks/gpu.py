@@ -1,8 +1,8 @@
 """Ten minutes on a GPU: what only a GPU can say, in parts that can be repeated one by one.
 
-    python benchmarks/gpu.py --out gpu.json                  # parts that are in the file already are not run again
-    python benchmarks/gpu.py --out gpu.json --only step      # again, and alone
-    python benchmarks/gpu.py --out try.json --tiny           # every part at a tiny size, on a CPU too: is the script right?
+    python -m benchmarks.gpu --out gpu.json                  # parts that are in the file already are not run again
+    python -m benchmarks.gpu --out gpu.json --only step      # again, and alone
+    python -m benchmarks.gpu --out try.json --tiny           # every part at a tiny size, on a CPU too: is the script right?
 
 | part | what it says |
 |---|---|

@@ -1,6 +1,6 @@
 """Cost of one update under every objective, same model and batch, against truncated BPTT.
 
-    OMP_NUM_THREADS=2 python benchmarks/train_step.py --out docs/results/raw/train_step.json
+    OMP_NUM_THREADS=2 python -m benchmarks.train_step --out docs/results/raw/train_step.json
 
 Arms are interleaved in one process (a slow minute of the machine hits all alike), each timed over several
 rounds after a warm-up; the median counts. Random recurrence is replaced by its mean, so that a handful of

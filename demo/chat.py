@@ -17,6 +17,7 @@ import openai
 import typer
 
 from demo.ask import wait_until_ready
+from demo.processes import StepFailed
 from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.checkpoints.folder import load_config
 from rdlm.errors import UserError
@@ -40,7 +41,12 @@ def main(
         with log.open("w") as stream:
             server = subprocess.Popen([*command, "--port-file", str(port)], stdout=stream, stderr=stream)
         try:
-            base = wait_until_ready(server, port, log, seconds=1800)
+            try:
+                base = wait_until_ready(server, port, log, seconds=1800)
+            except StepFailed as error:
+                said = log.read_text().strip().splitlines() or [str(error)]
+                remedy = f"see `rdlm serve --checkpoint {checkpoint}`"
+                raise UserError("SOURCE", source, f"cannot be served ({said[-1]})", remedy) from None
             client = openai.OpenAI(base_url=f"{base}/v1", api_key="none")
             card = client.models.list().data[0].model_dump()
             print(f"{config.name}: K is {card['recurrence']['meaning']}")

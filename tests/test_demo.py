@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from demo import chat
 from demo import processes as module
 from demo.processes import Processes, StepFailed
+from rdlm.checkpoints.folder import save
+from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.errors import UserError
+from rdlm.objectives import Objective
 
 STUBBORN_FAMILY = """
 import pathlib, signal, subprocess, sys, time
@@ -83,3 +89,12 @@ def test_a_process_may_save_its_work_before_it_ends(repo: Path, tmp_path: Path) 
         while "ready" not in log.read_text():
             time.sleep(0.05)
     assert saved.read_text() == "yes"
+
+
+def test_a_model_that_cannot_be_served_is_one_line_that_says_why(
+    tmp_path: Path, tiny: Callable[..., Objective], tiny_config: Callable[..., CheckpointConfig]
+) -> None:
+    network, config = tiny("huginn", "onestep"), tiny_config("huginn", "onestep")
+    save(tmp_path / "tiny", network, config, tokenizer=None)
+    with pytest.raises(UserError, match="SOURCE='somewhere/tiny': cannot be served .*no tokenizer"):
+        chat.main("somewhere/tiny", out=tmp_path)
