@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from rdlm import cli
+from rdlm.sampling_params import Order, text_samplers
+from serve.engine.exits import CRITERIA
 
 REPO = Path(__file__).parents[1]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
@@ -33,6 +35,17 @@ def test_links_and_files_exist(page: Path) -> None:
     folders = "rdlm|serve|train|eval|tests|benchmarks|demo|configs|docs"
     for file in re.findall(rf"`((?:{folders})/[\w/.]+\.\w+)`", text):
         assert (REPO / file).exists(), file
+
+
+def test_the_tables_of_serving_name_every_sampler_and_criterion_once() -> None:
+    text = (REPO / "docs" / "serving.md").read_text()
+    for title, names in (
+        ("sampler", text_samplers()),
+        ("criterion", list(CRITERIA)),
+        ("order", get_args(Order)),
+    ):
+        [table] = re.findall(rf"^\| `?{title}`? \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+        assert sorted(re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE)) == sorted(names)
 
 
 def _commands() -> list[tuple[str, list[str]]]:
