@@ -134,7 +134,7 @@ def tool_list(value: Any, is_flat: bool = False) -> tuple[Tool, ...]:
     tools = [_tool(given, f"tools.{i}", is_flat) for i, given in enumerate(value)]
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
-        raise _wrong("tools", f"{max(names, key=names.count)} is there twice")
+        raise _wrong("tools", f"{max(names, key=names.count)} appears twice")
     if sum(len(json.dumps(tool.given)) for tool in tools) > MAX_SOURCE:
         raise _wrong("tools", f"they have more than {MAX_SOURCE} characters")
     return tuple(tools)

@@ -111,7 +111,7 @@ class JsonRequest(HttpRequest[Any, Any, Any]):
 def _decoded(body: bytes) -> Any:
     """JSON, without the garbage collector, which would visit every list of a large body again and again.
 
-    Raises ApiError for a key that is there twice: libraries differ in which of the two they read.
+    Raises ApiError for a key that appears twice: libraries differ in which of the two they read.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -128,7 +128,7 @@ def _check_keys(pairs: list[tuple[str, Any]]) -> None:
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):
         twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise invalid(f"the key {shorten(twice)!r} is there twice in one object", shorten(twice))
+        raise invalid(f"the key {shorten(twice)!r} appears twice in one object", shorten(twice))
 
 
 async def in_thread_if_large(size: int, parse: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
