@@ -35,7 +35,7 @@ def test_a_halving_state_has_the_distances_of_a_halving_state(
         first.append(True)
         return e if len(first) == 1 else state / 2
 
-    monkeypatch.setattr(loaded.denoiser, "step", halve)
+    monkeypatch.setattr(loaded.denoiser.model, "core", halve)
     monkeypatch.setattr(loaded.denoiser.model, "decode", lambda state, ctx: state)
     results = evaluate_convergence(loaded, _batches(), 4)["results"]
     assert [r["K"] for r in results] == [2, 3, 4]
@@ -50,7 +50,7 @@ def test_a_state_that_flips_changes_every_top_token(loaded: Loaded, monkeypatch:
         first.append(True)
         return e if len(first) == 1 else -state
 
-    monkeypatch.setattr(loaded.denoiser, "step", flip)
+    monkeypatch.setattr(loaded.denoiser.model, "core", flip)
     monkeypatch.setattr(loaded.denoiser.model, "decode", lambda state, ctx: state)
     found = evaluate_convergence(loaded, _batches(), 3)
     assert [r["distance"] for r in found["results"]] == pytest.approx([2, 2], abs=1e-4)

@@ -97,7 +97,7 @@ def world(request: pytest.FixtureRequest, make_served: Callable[..., Served]) ->
             patch.setattr(masked_runner, name, wrap(stage, getattr(masked_runner, name)))
     else:
         patch.setattr(denoiser.model, "encode", wrap("encode", denoiser.model.encode))
-        patch.setattr(denoiser, "step", wrap("core", denoiser.step))
+        patch.setattr(denoiser.model, "core", wrap("core", denoiser.model.core))
         patch.setattr(denoiser.model, "decode", wrap("decode", denoiser.model.decode))
         patch.setattr(denoiser, "predict", wrap("predict", denoiser.predict))
         patch.setattr(runner, "sample", wrap("sample", runner.sample))
@@ -228,7 +228,7 @@ def test_a_failure_in_one_call_costs_nobody_an_answer(make_engine: Callable[...,
     requests = [bystander(number, False, True) for number in range(4)]
     alone = [outcome(engine.generate([one])[0]) for one in requests]
     model: Any = engine.served.runner
-    real, calls = model.denoiser.step, itertools.count()
+    real, calls = model.denoiser.model.core, itertools.count()
 
     def step(*args: Any) -> Any:
         after = real(*args)
@@ -236,7 +236,7 @@ def test_a_failure_in_one_call_costs_nobody_an_answer(make_engine: Callable[...,
             raise RuntimeError("injected after the keys were written")
         return after
 
-    model.denoiser.step = step
+    model.denoiser.model.core = step
     together = engine.generate(requests)
     assert [outcome(events)[0::2] for events in together] == [o[0::2] for o in alone]
 
