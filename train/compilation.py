@@ -1,4 +1,4 @@
-"""Compiled transformer layers: ``compile: blocks``.
+"""Compiled transformer layers: ``compile: layers``.
 
 Layers are compiled and not the network, because r, how often the core runs, changes from update to update. All
 layers of one kind share their graphs: one with gradient and one without, whatever r is.

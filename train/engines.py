@@ -68,7 +68,7 @@ def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
             zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = spec.live_elements
         if spec.offload_param == "cpu":
             zero["offload_param"] = {"device": "cpu"}
-        if config.compile == "blocks":
+        if config.compile != "off":
             # One gather for a layer instead of one for each of its matrices, whose hooks no compiler could trace.
             layer = TransformerLayer
             zero["leaf_module"] = {"classes": [f"{layer.__module__}.{layer.__qualname__}"]}

@@ -418,9 +418,9 @@ class TrainConfig(Strict):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass."""
-    compile: Literal["off", "blocks"] = "off"
-    """blocks: run transformer layers through torch.compile. It needs a C++ compiler on a CPU, and Triton on a
-    GPU; results differ by rounding."""
+    compile: Literal["off", "layers", "blocks"] = "off"
+    """layers: run transformer layers through torch.compile. It needs a C++ compiler on a CPU, and Triton on a
+    GPU; results differ by rounding. blocks is its former name."""
     noise_source: Literal["generator", "counter"] = "generator"
     """What makes the noise of targets and random states. generator: torch's generator on one CPU thread, as in all
     runs without this field. counter: a hash, computed on the device, with a fixed number of noised positions in a

@@ -169,7 +169,7 @@ class Trainer:
                 self.say(line)
         add_adapters(denoiser, self.config.lora, self.config.seed)
         self._networks.append(denoiser)
-        if self.config.compile == "blocks":
+        if self.config.compile != "off":
             compile_layers(denoiser)
         if self.config.activation_checkpointing:
             recompute_layers(denoiser)

@@ -147,7 +147,7 @@ def test_a_run_with_compiled_layers_follows_the_eager_one(trainer, monkeypatch, 
         "train.trainer.compile_layers", lambda network: compile_layers(network, backend="aot_eager")
     )
     losses = {}
-    for mode in ("off", "blocks"):
+    for mode in ("off", "layers"):
         run = trainer({"compile": mode, "deepspeed.zero_stage": stage, "precision": "fp32"})
         losses[mode] = []
         for step in range(3):
@@ -155,4 +155,4 @@ def test_a_run_with_compiled_layers_follows_the_eager_one(trainer, monkeypatch, 
             tally = run.train_step(batches, float(sum(batch.mask.sum() for batch in batches)))
             run.step += 1
             losses[mode].append(float(tally.total))
-    assert losses["blocks"] == pytest.approx(losses["off"], rel=1e-4)
+    assert losses["layers"] == pytest.approx(losses["off"], rel=1e-4)
