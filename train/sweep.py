@@ -179,8 +179,9 @@ def resolved(run: Run, updates: int) -> dict[str, Any]:
     return document
 
 
-def checked(run: Run, updates: int) -> TrainConfig:
-    """Write the run's config and read it as `rdlm train` does. UserError names the arm."""
+def checked(run: Run, updates: int, final: bool = True) -> TrainConfig:
+    """Write the run's config and read it as `rdlm train` does. UserError names the arm. final: whether the
+    number of updates is the run's, and not one that is only tried."""
     from ruamel.yaml import YAML
 
     from train.pretrain import check
@@ -194,6 +195,9 @@ def checked(run: Run, updates: int) -> TrainConfig:
         check(config, 1)
     except UserError as error:
         raise UserError(f"{run.arm}: {error.field}", error.value, error.problem, error.remedy) from None
+    if not final:
+        temporary.unlink()
+        return config
     if (
         run.output.is_dir()
         and run.config_file.is_file()
@@ -211,7 +215,7 @@ def updates_of(sweep: SweepConfig, run: Run, seconds_per_update: Callable[[Run],
     budget, amount = sweep.budget, sweep.budget.amount
     if budget.unit == "updates":
         return int(amount)
-    config = checked(run, 1000)
+    config = checked(run, 1000, final=False)
     if budget.unit == "tokens":
         return max(1, int(amount / (config.batch.global_size * config.seq_len)))
     if budget.unit == "seconds":
@@ -220,7 +224,7 @@ def updates_of(sweep: SweepConfig, run: Run, seconds_per_update: Callable[[Run],
 
     found, last = 1000, 0
     for _ in range(6):  # a curriculum that is a share of the run makes its cost depend on its length
-        last, found = found, max(1, updates_within(checked(run, found), amount))
+        last, found = found, max(1, updates_within(checked(run, found, final=False), amount))
         if found == last:
             break
     return found

@@ -118,12 +118,17 @@ def test_the_cost_of_an_update_is_that_of_its_own_code(objective: Any) -> None:
     assert updates_within(config, cost(0) + cost(1) + 1) == 2
 
 
-def test_a_run_with_other_settings_is_not_overwritten(sweep: Callable[..., Path]) -> None:
-    [(run, _)] = planned(sweep())
+@pytest.mark.parametrize("budget", [{"updates": 40}, {"tokens": 4 * 12 * 30}, {"flops": 3e8}], ids=str)
+def test_a_run_that_began_is_planned_again_and_never_overwritten(
+    sweep: Callable[..., Path], budget: dict[str, float]
+) -> None:
+    [(run, _)] = planned(sweep(budget=budget))
     run.output.mkdir()
-    planned(sweep())
+    began = run.config_file.read_bytes()
+    planned(sweep(budget=budget))
     with pytest.raises(UserError, match="other settings"):
-        planned(sweep(arms={"base": {"optimizer.lr": 0.5}}))
+        planned(sweep(budget=budget, arms={"base": {"optimizer.lr": 0.5}}))
+    assert run.config_file.read_bytes() == began
 
 
 @pytest.mark.parametrize(
