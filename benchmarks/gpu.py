@@ -47,7 +47,7 @@ from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Request, StepBudget
 from train.compilation import compile_layers
-from train.flop_trace import UpdateFlops, peak_flops
+from train.cost import UpdateFlops, peak_flops
 
 Result = dict[str, Any]
 
@@ -222,7 +222,7 @@ def _one_step(
     if mode == "blocks":
         compile_layers(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
-    batch, flops = batch_of(config, size), UpdateFlops(config, size.micro, size.length)
+    batch, flops = batch_of(config, size), UpdateFlops(config, size.length)
     done = 0.0
 
     def update(number: int) -> None:
@@ -231,7 +231,7 @@ def _one_step(
         (terms.total / (size.micro * size.length)).backward()
         optimizer.step()
         optimizer.zero_grad()
-        done += flops.of(int(terms.metrics["core_steps"]))
+        done += size.micro * flops.of(int(terms.metrics["core_steps"]))
 
     began = time.perf_counter()
     for number in range(3):

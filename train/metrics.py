@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 from tqdm import tqdm
 
+from train.cost import UpdateFlops, peak_flops
 from train.engines import ResidentEngines
-from train.flop_trace import UpdateFlops, peak_flops
 from train.optim import learning_rate
 from train.wandb_sink import Wandb
 
@@ -228,10 +228,9 @@ class Report:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, config = trainer, trainer.config
         self.progress = Progress(config.schedule.steps, trainer.step, trainer.terminal, trainer.corpus.unit)
-        parts, size = range(len(trainer.engines)), (trainer.micro_size, trainer.corpus.seq_len)
-        whole = len(trainer.engines) == 1
+        parts, whole = range(len(trainer.engines)), len(trainer.engines) == 1
         configs = [config if whole else config.model_copy(update={"block": block}) for block in parts]
-        self._flops = [UpdateFlops(each.checkpoint_config, *size) for each in configs]
+        self._flops = [UpdateFlops(each.checkpoint_config, trainer.corpus.seq_len) for each in configs]
         self.first_loss: float | None = None
         self.last_losses: list[float] = []
         self.spikes = 0
@@ -326,7 +325,8 @@ class Report:
         """Operations per second of one process since the last record, and their share of what its device could do
         where that is known."""
         depths, self.trainer.depths = self.trainer.depths, []
-        done = self.trainer.accumulation * sum(self._flops[block].of(steps) for block, steps in depths)
+        sequences = self.trainer.accumulation * self.trainer.micro_size
+        done = sequences * sum(self._flops[block].of(steps) for block, steps in depths)
         peak, rate = peak_flops(self.trainer.device), done / seconds
         return {"tflops": rate / 1e12, **({} if peak is None else {"mfu": rate / peak})}
 

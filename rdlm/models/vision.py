@@ -153,6 +153,10 @@ class Dit(nn.Module):
         """See Backbone."""
         return self.patches.empty_images(count)
 
+    def target_shape(self, inputs: Tensor) -> tuple[int, int]:
+        """See Backbone; an image has one target, its class."""
+        return inputs.shape[0], 1
+
     def forward(self, images: Tensor, c_noise: Tensor, classes: Tensor) -> Tensor:
         """images [B, C, H, W], c_noise [B] fp32, classes [B] int64 (``no_class``: unconditional) -> fp32 [B,
         C, H, W]."""

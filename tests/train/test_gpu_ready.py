@@ -29,8 +29,8 @@ from rdlm.errors import UserError
 from rdlm.flops import costs_of
 from rdlm.registry import build
 from train import pretrain
+from train.cost import UpdateFlops, peak_flops
 from train.engines import ds_config
-from train.flop_trace import UpdateFlops, peak_flops
 from train.memory_plan import predict
 from train.metrics import read
 from train.settings import TrainConfig
@@ -196,17 +196,14 @@ def test_operations_of_an_update_follow_r_and_agree_with_the_count_by_position(t
         num_prelude_layers=2,
         num_core_layers=3,
     )
-    size, length = 3, 16
-    found = UpdateFlops(config, size, length)
+    length = 16
+    found = UpdateFlops(config, length)
     costs = costs_of(build(config, seed=0))
-    once = {name: getattr(costs, name).of(0, length) for name in ("encode", "core", "decode")}
-    scores = (
-        costs.core.scores * length * (length + 1) // 2
-    )  # their backward pass is 2.5 times the forward one
-    assert found.of(5) - found.of(4) == pytest.approx(size * once["core"], rel=0.01)
-    assert found.of(2) - found.of(1) == pytest.approx(size * (3 * once["core"] + 0.5 * scores), rel=0.02)
-    whole = size * (3 * (once["encode"] + once["core"] + once["decode"]) + 3 * length * costs.head)
-    assert found.of(1) == pytest.approx(whole, rel=0.06)
+    encode, core, decode = (getattr(costs, name).of_all(length) for name in ("encode", "core", "decode"))
+    assert found.of(5) - found.of(4) == found.of(4) - found.of(3) == pytest.approx(core)
+    assert found.of(2) - found.of(1) == pytest.approx(3 * core)
+    assert found.of(1) == pytest.approx(3 * (encode + core + decode + length * costs.head), rel=0.06)
+    assert found.of(2.5) == pytest.approx((found.of(2) + found.of(3)) / 2)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +274,7 @@ def test_memory_and_operations_of_a_random_state_can_be_planned(document) -> Non
     """huginn_3b5 starts from one; drawing it by rejection depends on values, which a plan has none of."""
     config = parse(TrainConfig, document({"model.state_init": "normal"}), "test")
     assert predict(config, 1).total > 0
-    assert UpdateFlops(config.checkpoint_config, 2, 8).of(3) > 0
+    assert UpdateFlops(config.checkpoint_config, 8).of(3) > 0
 
 
 @pytest.mark.gpu
