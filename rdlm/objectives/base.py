@@ -24,7 +24,6 @@ from rdlm.data.batch import Batch
 from rdlm.diffusion.corruption import Noised
 from rdlm.diffusion.partition import Block
 from rdlm.diffusion.samplers import StepPlan
-from rdlm.errors import UserError
 from rdlm.models.base import Backbone
 from rdlm.nn.cross_entropy import linear_cross_entropy
 from rdlm.nn.layers import Condition
@@ -199,6 +198,13 @@ class Objective(nn.Module, ABC):
         ]
         return torch.stack(totals).mean()
 
+    def evaluate_classes(self, batch: Batch, held_out: HeldOut) -> dict[str, Tensor]:
+        """``evaluate`` of image classifiers: nats at K = 1, and how many classes are right at each K."""
+        answers = self.answer(batch.inputs, held_out.num_steps, Draws(held_out.index))
+        nats = -self.score(batch.inputs, batch.targets, (1,))[1].logprobs.sum()
+        right = {f"accuracy at K={k}": (answers[k] == batch.targets).sum() for k in held_out.num_steps}
+        return {"K=1": nats, **right}
+
     def is_trained(self, name: str) -> bool:
         """Whether training may move a parameter; the optimizer freezes the others."""
         return True
@@ -224,7 +230,8 @@ class Objective(nn.Module, ABC):
 
         Raises UserError where the objective has no log-probability of a single token.
         """
-        raise self._cannot("a score of each target", "use a measurement that fits the objective")
+        self.config.check_next_token("a score of each token")
+        raise NotImplementedError
 
     def token_logprobs(
         self,
@@ -252,7 +259,8 @@ class Objective(nn.Module, ABC):
 
         Random draws depend on (seed, draw, number of the row, step).
         """
-        raise self._cannot("an answer to every target", "use a measurement that fits the objective")
+        self.config.check_text("an answer to every target")
+        raise NotImplementedError
 
     # Single steps: what the engine and the loops call -------------------------------------------------------
 
@@ -284,10 +292,6 @@ class Objective(nn.Module, ABC):
         """What each core step of one token does at K = num_steps: K iterations, then one read-out."""
         k = num_steps
         return StepPlan((None,) * k, (False,) * (k - 1) + (True,), (True,) * k, (0,) * k)
-
-    def _cannot(self, what: str, remedy: str) -> UserError:
-        problem = f"objective {self.settings.name!r} has no {what.removeprefix('a ').removeprefix('an ')}"
-        return UserError("checkpoint", self.config.name, problem, remedy)
 
 
 def named_parts(objective: Objective) -> Iterator[tuple[str, Objective]]:

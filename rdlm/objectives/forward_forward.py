@@ -60,10 +60,7 @@ class ForwardForward(Objective):
         return self._loss(Batch(inputs, classes, torch.ones_like(classes)), torch.Generator()).total
 
     def evaluate(self, batch: Batch, held_out: HeldOut) -> dict[str, Tensor]:
-        answers = self.answer(batch.inputs, held_out.num_steps)
-        nats = -self.score(batch.inputs, batch.targets, (1,))[1].logprobs.sum()
-        right = {f"accuracy at K={k}": (answers[k] == batch.targets).sum() for k in held_out.num_steps}
-        return {"K=1": nats, **right}
+        return self.evaluate_classes(batch, held_out)
 
     def goodness(self, images: Tensor, classes: Tensor) -> Tensor:
         """[L, B] fp32. A layer's gradient reaches its own weights; the first one's the patches and the rows

@@ -22,7 +22,7 @@ from rdlm.diffusion.unmasking import unmask
 from rdlm.models.recurrent import Recurrent
 from rdlm.nn.attention import PaddedContext
 from rdlm.nn.layers import Condition
-from rdlm.objectives.base import DEFAULT_DRAWS, Draws, Keys, LossTerms, Objective, ReadOut, TokenScores
+from rdlm.objectives.base import DEFAULT_DRAWS, Draws, Keys, LossTerms, Objective, ReadOut
 from rdlm.random_streams import host_generator
 from rdlm.sampling_params import SamplingParams
 
@@ -84,21 +84,6 @@ class MaskedDiffusion(Objective):
         return self.model.decode(self.model.core(self.model.initial_state(e), e, cond, ctx), ctx)
 
     # Evaluation ---------------------------------------------------------------------------------------------
-
-    def score(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        num_steps: Sequence[int],
-        *,
-        seed: int = 0,
-        num_draws: int = 8,
-        documents: Tensor | None = None,
-    ) -> dict[int, TokenScores]:
-        """Raises UserError: a masked model scores whole rows
-        (``rdlm.diffusion.masked_likelihood.left_to_right``)."""
-        self.config.check_next_token("a score of each token")
-        raise AssertionError
 
     def token_logprobs(
         self,

@@ -141,6 +141,9 @@ class NextToken(Objective):
         z_j of a past position reveals only token j + 1, which position i > j reads in clean form anyway:
         nothing leaks.
         """
+        if self.two_streams:
+            z, sigma = (None, None) if noised is None else (noised.dense, noised.sigma)
+            return self.two_stream_hidden(inputs, z, sigma, documents=documents)
         state, ctx = self.run_core(inputs, noised, depths, rng, documents)
         return self.model.decode(state, ctx)
 
@@ -270,10 +273,7 @@ class NextToken(Objective):
     def evaluate(self, batch: Batch, held_out: HeldOut) -> dict[str, Tensor]:
         if held_out.denoising or self.model.is_causal:
             return super().evaluate(batch, held_out)
-        answers = self.answer(batch.inputs, held_out.num_steps, Draws(held_out.index))
-        nats = -self.score(batch.inputs, batch.targets, (1,))[1].logprobs.sum()
-        right = {f"accuracy at K={k}": (answers[k] == batch.targets).sum() for k in held_out.num_steps}
-        return {"K=1": nats, **right}
+        return self.evaluate_classes(batch, held_out)
 
     # Single steps: what the engine and the loops call -------------------------------------------------------
 
@@ -621,19 +621,6 @@ class Paper(Evidence):
     @property
     def two_streams(self) -> bool:
         return self.model.is_causal
-
-    def hidden(
-        self,
-        inputs: Tensor,
-        noised: Noised | None,
-        depths: list[int],
-        rng: Stream,
-        documents: Tensor | None = None,
-    ) -> Tensor:
-        if not self.two_streams:
-            return super().hidden(inputs, noised, depths, rng, documents)
-        z, sigma = (None, None) if noised is None else (noised.dense, noised.sigma)
-        return self.two_stream_hidden(inputs, z, sigma, documents=documents)
 
     def predict(self, hidden: Tensor, z: Tensor | None = None, sigma: Tensor | None = None) -> Prediction:
         return Prediction(self.model.logits(self.denoised(hidden, z, sigma)))
