@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import tempfile
-import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import TextIO, cast
@@ -46,7 +45,8 @@ BYTES = {"bf16": 14, "fp32": 16}
 
 
 def main() -> int:
-    """Exit status: 0 trained or stopped by a signal after a checkpoint, 1 a defect, 2 the user's mistake."""
+    """Exit status: 0 trained or stopped by a signal after a checkpoint, 2 the user's mistake. Any other exception is a
+    defect of ours and keeps its traceback (``capture_output``); its status is 1."""
     parser = argparse.ArgumentParser(prog="train.pretrain")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", help="YAML file, to be checked here")
@@ -73,9 +73,6 @@ def main() -> int:
         if rank == 0 or isinstance(error, ProcessError):  # other mistakes are found by every rank
             fail(str(error), terminal)
         return 2
-    except Exception:
-        print(f"rdlm train: process {rank} failed:\n{traceback.format_exc()}", file=terminal, flush=True)
-        return 1
 
 
 def check(config: TrainConfig, world: int) -> Corpus:

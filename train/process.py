@@ -12,8 +12,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import psutil
 
@@ -47,7 +48,7 @@ def device_kind() -> Literal["cuda", "cpu"]:
 
 def capture_output(config: TrainConfig, rank: int) -> TextIO:
     """Send stdout and stderr, libraries' messages included, to ``logs/rank<n>.log``; returns the terminal for
-    messages of our own."""
+    messages of our own, to which the traceback of an exception goes that nobody catches."""
     folder = Path(config.output) / "logs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +61,13 @@ def capture_output(config: TrainConfig, rank: int) -> TextIO:
     os.dup2(log, 2)
     os.close(log)
     faulthandler.enable(terminal)
+
+    def defect(*error: Any) -> None:
+        print(f"rdlm train: process {rank} failed:", file=terminal)
+        traceback.print_exception(*error, file=terminal)
+        os._exit(1)  # as at the end of train/pretrain.py
+
+    sys.excepthook = defect
     logging.captureWarnings(True)
     return terminal
 

@@ -202,6 +202,18 @@ def test_deepspeed_by_hand_equals_rdlm_train(run) -> None:
     assert_equal(by_hand, ours)
 
 
+def test_a_defect_of_a_worker_shows_its_traceback_on_the_terminal(tmp_path: Path) -> None:
+    code = (
+        "import sys, types; from train.process import capture_output\n"
+        "capture_output(types.SimpleNamespace(output=sys.argv[1]), 3)\nprint('a library'); 1 / 0"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.startswith("rdlm train: process 3 failed:\nTraceback")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n") and "a library" not in done.stderr
+
+
 def test_a_mistake_found_by_the_workers_is_one_line_and_status_2(run) -> None:
     """Only the workers can see that the checkpoints in the output folder are another run's."""
     training = run("run").finish()
