@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import matplotlib
-import torch
 import typer
 
 from benchmarks.common import in_parallel, provenance, read_json, run_rdlm, train, write_json
 from benchmarks.equal_compute import BATCH_SIZE, SEQ_LEN, base_config, held_out
 from benchmarks.train_step import Arm as Timed
-from benchmarks.train_step import interleaved_medians
+from benchmarks.train_step import kept_seconds_per_update
 from rdlm.cli import run
 from rdlm.errors import UserError
 
@@ -96,17 +94,12 @@ ABLATION = {
 ARMS = MAIN | DEPTH | ABLATION
 
 
-def seconds_per_update(file: Path, rounds: int = 9) -> dict[str, float]:
-    """Median CPU seconds of one update by ``Arm.cost``, of block 0 where there are blocks; kept in ``file``
-    for all later calls."""
-    if not file.exists():
-        torch.set_num_threads(1)
-        timed = {
-            arm.cost: Timed({"name": arm.objective}, SHAPE, BATCH_SIZE, SEQ_LEN, "cpu", blocks=arm.cut())
-            for arm in MAIN.values()
-        }
-        write_json(file, interleaved_medians(timed, rounds, time.process_time))
-    return read_json(file)
+def timed_arms() -> dict[str, Timed]:
+    """By ``Arm.cost``; block 0 where there are blocks."""
+    return {
+        arm.cost: Timed({"name": arm.objective}, SHAPE, BATCH_SIZE, SEQ_LEN, "cpu", blocks=arm.cut())
+        for arm in MAIN.values()
+    }
 
 
 def updates_of(arm: Arm, minutes: float, cost: dict[str, float]) -> int:
@@ -285,7 +278,7 @@ def main(
                 f"choose among main, depth, ablation, {', '.join(ARMS)}",
             )
     root.mkdir(parents=True, exist_ok=True)
-    cost = seconds_per_update(root / "seconds_per_update.json")
+    cost = kept_seconds_per_update(root / "seconds_per_update.json", timed_arms)
     wanted = [
         (name, int(seed), float(lr)) for seed in seeds.split(",") for lr in lrs.split(",") for name in names
     ]

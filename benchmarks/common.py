@@ -17,7 +17,16 @@ import yaml
 from eval.provenance import provenance, write_json
 from rdlm.checkpoints.folder import CONFIG, load_config
 
-__all__ = ["at_sigma_max", "in_parallel", "provenance", "read_json", "run_rdlm", "train", "write_json"]
+__all__ = [
+    "at_sigma_max",
+    "in_parallel",
+    "provenance",
+    "read_json",
+    "run_rdlm",
+    "train",
+    "with_earlier_runs",
+    "write_json",
+]
 
 T = TypeVar("T")
 
@@ -71,6 +80,14 @@ def at_sigma_max(model: Path) -> Path | None:
 def last_metrics(folder: Path) -> dict[str, Any]:
     """The final record of a finished run."""
     return json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def with_earlier_runs(out: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``rows``, after the runs in ``out`` that none of them replaces: those of another arm, seed or learning
+    rate."""
+    earlier = read_json(out)["runs"] if out.exists() else []
+    new = {(row["arm"], row["seed"], row["lr"]) for row in rows}
+    return [run for run in earlier if (run["arm"], run["seed"], run["lr"]) not in new] + list(rows)
 
 
 def in_parallel(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:

@@ -11,7 +11,6 @@ benchmarks/equal_compute.py.
 from __future__ import annotations
 
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ import torch
 import typer
 
 from benchmarks.common import in_parallel, last_metrics, provenance, read_json, train, write_json
-from benchmarks.train_step import Arm, interleaved_medians
+from benchmarks.train_step import Arm, kept_seconds_per_update
 from eval.metrics.depth import evaluate_depth
 from rdlm.checkpoints.folder import load
 from rdlm.data.synthetic import GroupProduct
@@ -154,15 +153,15 @@ def main(
 ) -> None:
     """Train and test every arm."""
     root.mkdir(parents=True, exist_ok=True)
-    timing = root / "seconds_per_update.json"
-    if not timing.exists():
-        torch.set_num_threads(1)
-        timed = {
+
+    def timed_arms() -> dict[str, Arm]:
+        return {
             name: Arm(cost, SHAPE, BATCH_SIZE, LENGTH, "cpu", torch.float32)
             for name, (_, cost) in ARMS.items()
         }
-        write_json(timing, interleaved_medians(timed, 9, time.process_time))
-    cost, names, first, *others = read_json(timing), arms.split(","), *(int(s) for s in seeds.split(","))
+
+    cost = kept_seconds_per_update(root / "seconds_per_update.json", timed_arms)
+    names, first, *others = arms.split(","), *(int(s) for s in seeds.split(","))
 
     def call(name: str, seed: int, lr: float) -> partial[dict[str, Any]]:
         return partial(run_arm, name, seed, int(seconds / cost[name]), lr, root)

@@ -10,13 +10,11 @@ seconds a run really took stand in the result. Interrupted runs go on when start
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib
-import torch
 import typer
 
 from benchmarks.common import (
@@ -27,10 +25,11 @@ from benchmarks.common import (
     read_json,
     run_rdlm,
     train,
+    with_earlier_runs,
     write_json,
 )
 from benchmarks.train_step import ARMS as ARM_COSTS
-from benchmarks.train_step import Arm, interleaved_medians
+from benchmarks.train_step import Arm, kept_seconds_per_update
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -52,15 +51,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 """Arm -> (cost model in train_step.py, objective as a user writes it)."""
 
 
-def seconds_per_update(file: Path, rounds: int = 9) -> dict[str, float]:
-    """Median CPU seconds of one update of every arm, kept in ``file`` so that all runs share one measurement."""
-    if not file.exists():
-        torch.set_num_threads(1)
-        arms = {
-            name: Arm(ARM_COSTS[cost], SHAPE, BATCH_SIZE, SEQ_LEN, "cpu") for name, (cost, _) in ARMS.items()
-        }
-        write_json(file, interleaved_medians(arms, rounds, time.process_time))
-    return read_json(file)
+def timed_arms() -> dict[str, Arm]:
+    return {name: Arm(ARM_COSTS[cost], SHAPE, BATCH_SIZE, SEQ_LEN, "cpu") for name, (cost, _) in ARMS.items()}
 
 
 def config_of(name: str, seed: int, steps: int, lr: float, data: Path) -> dict[str, Any]:
@@ -150,7 +142,7 @@ def main(
 ) -> None:
     """Train and score every arm; writes what is finished so far after each call."""
     root.mkdir(parents=True, exist_ok=True)
-    cost = seconds_per_update(root / "seconds_per_update.json")
+    cost = kept_seconds_per_update(root / "seconds_per_update.json", timed_arms)
     wanted = [(name, int(seed)) for seed in seeds.split(",") for name in arms.split(",")]
     rows = in_parallel(
         jobs,
@@ -159,9 +151,7 @@ def main(
             for name, seed in wanted
         ],
     )
-    earlier = read_json(out)["runs"] if out.exists() else []
-    kept = [r for r in earlier if (r["arm"], r["seed"], r["lr"]) not in {(n, s, lr) for n, s in wanted}]
-    rows = kept + rows
+    rows = with_earlier_runs(out, rows)
     write_json(out, {"provenance": provenance(), "minutes": minutes, "shape": SHAPE, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN,
                      "seconds_per_update": cost, "runs": rows})  # fmt: skip
     plot(rows, out.with_suffix(".png"), minutes)

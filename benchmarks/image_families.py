@@ -12,7 +12,6 @@ Interrupted runs go on when started again.
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,9 +27,10 @@ from benchmarks.common import (
     read_json,
     run_rdlm,
     train,
+    with_earlier_runs,
     write_json,
 )
-from benchmarks.train_step import Arm, interleaved_medians
+from benchmarks.train_step import Arm, kept_seconds_per_update
 from eval.metrics.fid import plot_images
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import CheckpointConfig
@@ -91,20 +91,14 @@ def document(
     }  # fmt: skip
 
 
-def seconds_per_update(
-    file: Path, family: str, data: Path, batch_size: int, precision: str, rounds: int
-) -> dict[str, float]:
-    """Median CPU seconds of an update of every arm; kept in ``file`` for all later calls."""
-    if not file.exists():
-        torch.set_num_threads(1)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        batch = ImageStore(data, "train").rows(torch.arange(batch_size).numpy())
-        timed = {}
-        for arm in ARMS[family]:
-            written = {**document(family, arm, 100, 1e-3, data, 0, batch_size, precision), "output": "none"}
-            timed[arm] = ImageArm(parse(TrainConfig, written, arm).checkpoint_config, batch, dtype)
-        write_json(file, interleaved_medians(timed, rounds, time.process_time))
-    return read_json(file)
+def timed_arms(family: str, data: Path, batch_size: int, precision: str) -> dict[str, Arm]:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    batch = ImageStore(data, "train").rows(torch.arange(batch_size).numpy())
+    timed: dict[str, Arm] = {}
+    for arm in ARMS[family]:
+        written = {**document(family, arm, 100, 1e-3, data, 0, batch_size, precision), "output": "none"}
+        timed[arm] = ImageArm(parse(TrainConfig, written, arm).checkpoint_config, batch, dtype)
+    return timed
 
 
 def run_arm(
@@ -190,9 +184,8 @@ def main(
 ) -> None:
     """Train and judge every arm; what earlier calls wrote of other arms stays."""
     root.mkdir(parents=True, exist_ok=True)
-    cost = seconds_per_update(
-        root / f"{family}_seconds_per_update.json", family, data, batch_size, precision, rounds
-    )
+    timed = partial(timed_arms, family, data, batch_size, precision)
+    cost = kept_seconds_per_update(root / f"{family}_seconds_per_update.json", timed, rounds)
     wanted = list(ARMS[family]) if arms is None else arms.split(",")
     calls = [
         partial(
@@ -210,22 +203,16 @@ def main(
         )
         for arm in wanted
     ]
-    rows = in_parallel(jobs, calls)
-    earlier = read_json(out)["runs"] if out.exists() else []
-    kept = [
-        r
-        for r in earlier
-        if (r["arm"], r["seed"], r["lr"]) not in {(r["arm"], r["seed"], r["lr"]) for r in rows}
-    ]
+    rows = with_earlier_runs(out, in_parallel(jobs, calls))
     head = {
         "minutes": minutes,
         "shape": VIT if family == "vit" else DIT,
         "batch_size": batch_size,
         "seconds_per_update": cost,
     }
-    write_json(out, {"provenance": provenance(), **head, "runs": [*kept, *rows]})
+    write_json(out, {"provenance": provenance(), **head, "runs": rows})
     if family == "dit":
-        plot_images({r["arm"]: r["report"] for r in (*kept, *rows)}, out.with_suffix(".png"))
+        plot_images({r["arm"]: r["report"] for r in rows}, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

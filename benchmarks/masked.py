@@ -12,17 +12,15 @@ Interrupted runs go on when started again.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from benchmarks.blockwise import SHAPE
-from benchmarks.common import provenance, read_json, train, write_json
+from benchmarks.common import provenance, train, write_json
 from benchmarks.equal_compute import BATCH_SIZE, SEQ_LEN, base_config, held_out
-from benchmarks.train_step import Arm, interleaved_medians
+from benchmarks.train_step import Arm, kept_seconds_per_update
 from rdlm.cli import run
 from rdlm.data.token_shards import read_manifest
 from rdlm.sampling_params import SamplingParams
@@ -45,24 +43,14 @@ def shape_of(objective: str, vocab_size: int) -> dict[str, Any]:
     return {**SHAPE, "vocab_size": vocab_size, "family": "masked" if objective == "masked" else "llama"}
 
 
-def seconds_per_update(file: Path, rounds: int, vocab_size: int) -> dict[str, float]:
-    """Median CPU seconds of an update, of block 0 where there are blocks; kept in ``file`` for all later
-    calls."""
-    if not file.exists():
-        torch.set_num_threads(1)
-        timed = {
-            name: Arm(
-                {"name": objective},
-                shape_of(objective, vocab_size),
-                BATCH_SIZE,
-                SEQ_LEN,
-                "cpu",
-                blocks=blocks,
-            )
-            for name, (objective, blocks) in ARMS.items()
-        }
-        write_json(file, interleaved_medians(timed, rounds, time.process_time))
-    return read_json(file)
+def timed_arms(vocab_size: int) -> dict[str, Arm]:
+    """Block 0 where there are blocks."""
+    return {
+        name: Arm(
+            {"name": objective}, shape_of(objective, vocab_size), BATCH_SIZE, SEQ_LEN, "cpu", blocks=blocks
+        )
+        for name, (objective, blocks) in ARMS.items()
+    }
 
 
 def run_arm(name: str, updates: int, lr: float, data: Path, root: Path, max_tokens: int) -> dict[str, Any]:
@@ -117,7 +105,8 @@ def main(
     """Train and score every arm; the file is written anew as each ends."""
     root.mkdir(parents=True, exist_ok=True)
     vocab_size = read_manifest(data).vocab_size
-    cost, runs = seconds_per_update(root / "seconds_per_update.json", rounds, vocab_size), []
+    timing, runs = root / "seconds_per_update.json", []
+    cost = kept_seconds_per_update(timing, lambda: timed_arms(vocab_size), rounds)
     shape = {**SHAPE, "vocab_size": vocab_size}
     head = {"minutes": minutes, "shape": shape, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN,
     "seconds_per_update": cost,

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import provenance, write_json
+from benchmarks.common import provenance, read_json, write_json
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.objective import ObjectiveConfig
@@ -108,6 +108,17 @@ def interleaved_medians(
         for name, arm in arms.items():
             timed[name].append(arm.update(clock))
     return {name: statistics.median(values) for name, values in timed.items()}
+
+
+def kept_seconds_per_update(
+    file: Path, arms: Callable[[], dict[str, Arm]], rounds: int = 9
+) -> dict[str, float]:
+    """Median CPU seconds of one update of every arm on one thread, kept in ``file`` so that all later calls share
+    one measurement. arms: makes them, only where there is none yet."""
+    if not file.exists():
+        torch.set_num_threads(1)
+        write_json(file, interleaved_medians(arms(), rounds, time.process_time))
+    return read_json(file)
 
 
 def matmul_peak(device: str, seconds: float = 1.0) -> float:

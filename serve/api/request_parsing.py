@@ -290,8 +290,8 @@ def parse_completion(body: CompletionRequest, limits: Limits) -> Parsed:
         max_tokens = min(DEFAULT_MAX_TOKENS, max(room, 1)) if body.max_tokens is None else body.max_tokens
         may_be_empty = not (limits.left_to_right or body.echo or reports_prompt)
         first = _request(body, ids, budget, max_tokens, limits, may_be_empty)
-        first = replace(first, grammar=_grammar(body.constraint, limits))
-        requests += _choices(replace(first, logprobs=body.logprobs, prompt_logprobs=scored), n)
+        grammar = _grammar(body.constraint, limits)
+        requests += _choices(first, n, grammar=grammar, logprobs=body.logprobs, prompt_logprobs=scored)
     echoed = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts] if body.echo else None
     name, reports_ids, warnings = (
         body.model or limits.name,
@@ -337,7 +337,7 @@ def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None)
         max_tokens = max(1, served.max_len - len(ids))
     first = _request(body, ids, budget, max_tokens, limits, may_be_empty=False, max_field=field)
     if offered is None:
-        first = replace(first, grammar=_grammar(body.constraint, limits))
+        grammar = _grammar(body.constraint, limits)
     else:
         special = served.tokenizer.special_tokens
         parallel = body.parallel_tool_calls is not False
@@ -346,9 +346,9 @@ def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None)
         fields = {line: tools[i].field for line, i in lines.items()}
         fields |= {line: cast(Constraint, body.constraint).param for line in (3,) if rule}
         grammar = _grammar(Constraint("tools", source), limits, fields)
-        first = replace(first, grammar=grammar, spelt=offered.form.spelt(special))
+        first = replace(first, spelt=offered.form.spelt(special))
     top = (body.top_logprobs or 0) if body.logprobs else None
-    requests = _choices(replace(first, logprobs=top, prompt_logprobs=body.prompt_logprobs), n)
+    requests = _choices(first, n, grammar=grammar, logprobs=top, prompt_logprobs=body.prompt_logprobs)
     name, reports_ids = body.model or limits.name, bool(body.return_token_ids)
     warnings = limits.warnings(budget)
     return Parsed(
@@ -595,8 +595,8 @@ def _check_scoring(body: SamplingBody, budget: StepBudget, scored: bool, param: 
         raise invalid(f"prompt_logprobs: {problem}", "prompt_logprobs")
 
 
-def _choices(first: Request, n: int) -> list[Request]:
-    return [replace(first, choice=i) for i in range(n)]
+def _choices(first: Request, n: int, **fields: Any) -> list[Request]:
+    return [replace(first, choice=i, **fields) for i in range(n)]
 
 
 def _request(
