@@ -45,7 +45,7 @@ from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
-from serve.engine.sequence import Request, StepBudget
+from serve.engine.sequence import Request, StepBudget, StepResult
 from train.compilation import compile_layers
 from train.cost import UpdateFlops, peak_flops
 
@@ -308,7 +308,7 @@ def _decoded(
         results = runner.run(running)
         for sequence in running:
             result = results.get(sequence.id)
-            sequence.advance(result.exited if result else False)
+            sequence.advance(result or StepResult())
             tokens_drawn = list(result.tokens) if result else []
             sequence.output.extend(tokens_drawn)
             drawn += len(tokens_drawn)

@@ -65,16 +65,16 @@ def test_a_sweep_equals_scoring_at_each_k_among_strangers(client: TestClient, se
 
 def test_a_sweep_runs_the_core_as_often_as_its_largest_k(client: TestClient, served: Served) -> None:
     """Counted where it happens: forwards of the core, whatever the account says."""
-    model, calls = served.runner.denoiser, []  # type: ignore[attr-defined]
-    step = model.step
-    model.step = lambda *args: (calls.append(args[0].shape[1]), step(*args))[1]
+    model, calls = served.runner.denoiser.model, []  # type: ignore[attr-defined]
+    core = model.core
+    model.core = lambda *args: (calls.append(args[0].shape[1]), core(*args))[1]
     try:
         for ks, times in ((KS, 8), ([8], 8), ([1, 2], 2)):
             calls.clear()
             assert client.post("/v1/score", json={"prompt": [ids(40)], "num_steps": ks}).status_code == 200
             assert calls == [40] * times
     finally:
-        del model.step
+        del model.core
 
 
 def test_text_is_scored_as_completions_score_it(client: TestClient) -> None:
