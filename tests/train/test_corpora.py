@@ -131,9 +131,9 @@ def test_held_out_windows_repeat_and_share_nothing_with_training(corpus: Corpus)
     assert sum(r in trained for r in held_out) == 0
 
 
-def test_impossible_tiling_is_refused(corpus: Corpus) -> None:
+def test_micro_batches_that_do_not_add_up_are_refused(corpus: Corpus) -> None:
     for world, micro_size, micro_index in ((3, 1, 0), (2, 3, 0), (2, 2, 2)):
-        with pytest.raises(UserError, match="tile"):
+        with pytest.raises(UserError, match="do not add up"):
             corpus.batch(
                 0, seed=0, global_batch=8, rank=0, world=world, micro_index=micro_index, micro_size=micro_size
             )
