@@ -26,7 +26,7 @@ from serve.cli import (
     WeightOption,
 )
 from serve.engine.engine import Engine, Served
-from serve.engine.sequence import Event, Request, Speculation, StepBudget
+from serve.engine.sequence import MAX_WAVEFRONT, Event, Request, Speculation, StepBudget, Wavefront
 from serve.settings import EngineSettings
 
 app = new_app()
@@ -87,6 +87,33 @@ def generate(
         ),
     ] = None,
     draft_tokens: Annotated[int, typer.Option(min=1, max=64, help="Most tokens of a draft.")] = 4,
+    wavefront: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_WAVEFRONT,
+            help="Diffusion forcing: decode so many positions at a time, later ones with the tokens that are "
+            "predicted so far; 1 is plain decoding.",
+            show_default=False,
+        ),
+    ] = None,
+    inner_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --wavefront: core steps between two read-outs of all positions [4].",
+            show_default=False,
+        ),
+    ] = None,
+    wavefront_threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="With --wavefront: a position leaves before its K steps once its state changes relatively by "
+            "less between two read-outs; 0 never [0.03].",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -124,6 +151,10 @@ def generate(
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, sampler=sampler)
     ks = _parse_steps(num_steps)
     speculation = None if draft_steps is None else Speculation(draft_steps, draft_tokens)
+    if wavefront is None and (inner_steps, wavefront_threshold) != (None, None):
+        problem = "its settings are given, and it is not"
+        raise UserError("--wavefront", None, problem, "give --wavefront N, or leave them out")
+    waves = None if wavefront is None else Wavefront.of(wavefront, inner_steps, wavefront_threshold)
 
     from serve.loading import load_served
 
@@ -136,7 +167,7 @@ def generate(
             requests = [
                 Request(
                     one,
-                    StepBudget(k, speculation=speculation),
+                    StepBudget(k, speculation=speculation, wavefront=waves),
                     max_tokens,
                     sampling,
                     seed,

@@ -171,9 +171,12 @@ class Metrics(Collector):
             "rdlm_core_steps": ("forwards of the core, each over all rows in flight", counters.steps),
             "rdlm_prompt_tokens": ("prompt tokens of finished sequences", counters.prompt_tokens),
             "rdlm_tokens": ("tokens drawn", counters.tokens),
-            "rdlm_draft_tokens": ("tokens drafted, of finished sequences", counters.drafted),
+            "rdlm_draft_tokens": (
+                "tokens drafted, or guessed in a wavefront, of finished sequences",
+                counters.drafted,
+            ),
             "rdlm_accepted_draft_tokens": (
-                "drafted tokens that were verified to be right",
+                "of these, the tokens that became part of an answer",
                 counters.accepted,
             ),
             "rdlm_exits": (

@@ -247,7 +247,9 @@ def usage_of(parsed: Parsed, usages: Iterable[Usage]) -> dict[str, Any]:
     if budget.varies:
         recurrence["mean_steps"] = sum(u.token_steps for u in done) / completion if completion else None
     if budget.exit is not None:
-        recurrence |= {"exit": asdict(budget.exit), "exits": sum(u.exits for u in done)}
+        recurrence["exit"] = asdict(budget.exit)
+    if budget.exit is not None or budget.wavefront is not None:
+        recurrence["exits"] = sum(u.exits for u in done)
         recurrence["saved_core_steps"] = sum(u.saved_core_steps for u in done)
     if budget.schedule:
         recurrence["schedule"] = budget.schedule
@@ -264,9 +266,11 @@ def usage_of(parsed: Parsed, usages: Iterable[Usage]) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "recurrence": recurrence,
     }
-    if budget.speculation is not None:
+    for name, guesses in (("speculation", budget.speculation), ("wavefront", budget.wavefront)):
+        if guesses is None:
+            continue
         drafted, accepted = sum(u.drafted for u in done), sum(u.accepted for u in done)
-        recurrence["speculation"] = asdict(budget.speculation)
+        recurrence[name] = asdict(guesses)
         usage["completion_tokens_details"] = {
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": drafted - accepted,

@@ -37,7 +37,7 @@ from serve.api.tools import Tool, ToolChoice, ToolFormat, tool_grammar
 from serve.engine.engine import Served
 from serve.engine.exits import CRITERIA, ExitRule, check_exit_gate, default_thresholds
 from serve.engine.grammar import Grammar, Grammars
-from serve.engine.sequence import Request, Speculation, StepBudget, StepPredictions
+from serve.engine.sequence import Request, Speculation, StepBudget, StepPredictions, Wavefront
 from serve.errors import ApiError, invalid
 
 P = ParamSpec("P")
@@ -465,7 +465,9 @@ def step_budget(body: SamplingBody, limits: Limits) -> tuple[StepBudget, bool]:
         speculation = Speculation(
             wanted.draft_steps or max(1, most // 4), wanted.draft_tokens or DRAFT_TOKENS
         )
-    budget = StepBudget(most, rule, schedule, least, max_ms, body.max_ms is not None, speculation)
+    wave = body.wavefront
+    wavefront = None if wave is None else Wavefront.of(wave.positions, wave.inner_steps, wave.threshold)
+    budget = StepBudget(most, rule, schedule, least, max_ms, body.max_ms is not None, speculation, wavefront)
     return budget, browned_out
 
 
@@ -475,7 +477,7 @@ def _check_left_to_right(body: SamplingBody, limits: Limits) -> None:
     """
     if limits.left_to_right:
         return
-    for param in ("exit", "num_steps", "schedule", "max_ms", "speculation"):
+    for param in ("exit", "num_steps", "schedule", "max_ms", "speculation", "wavefront"):
         value = getattr(body, param)
         if value == "auto" or (value is not None and param != "num_steps"):
             code = "exits_unsupported" if param in ("exit", "num_steps") else None

@@ -29,6 +29,7 @@ from serve.api import constraints
 from serve.api.constraints import Constraint
 from serve.api.tools import ToolChoice
 from serve.engine.exits import CRITERIA
+from serve.engine.sequence import MAX_WAVEFRONT
 from serve.errors import invalid
 
 INT32 = 2**31 - 1
@@ -303,6 +304,20 @@ class SpeculationBody(Body):
     """Most tokens of a draft; default 4."""
 
 
+class WavefrontBody(Body):
+    """Diffusion forcing: later positions begin before the first one has taken K core steps, with the tokens that
+    are predicted so far."""
+
+    path: ClassVar[str] = "wavefront."
+    positions: Annotated[StrictInt, Field(ge=1, le=MAX_WAVEFRONT)] | None = None
+    """Most positions at a time; default 64, and 1 is plain decoding."""
+    inner_steps: Positive | None = None
+    """Core steps between two read-outs of all positions; default 4."""
+    threshold: Annotated[Finite, Field(ge=0, le=1e12)] | None = None
+    """A position leaves before its K steps once its state changes relatively by less between two read-outs;
+    default 0.03, and 0 (never) for a single position."""
+
+
 class Schedule(Body):
     """K of the prompt (and of the first token, which is drawn from its end), and of the tokens after it."""
 
@@ -353,6 +368,8 @@ class SamplingBody(NumbersBody):
     speculation: SpeculationBody | None = None
     """Draft tokens at fewer core steps and verify several at once. It needs a server with the full cache and a
     fixed K."""
+    wavefront: WavefrontBody | None = None
+    """Decode several positions at a time. It needs a thinking model at a fixed K."""
     max_tokens: Count | None = None
     logit_bias: Annotated[dict[str, float] | None, PlainValidator(_logit_bias)] = None
     """Token id -> added logit, -100 to 100."""

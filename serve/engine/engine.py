@@ -408,14 +408,15 @@ class Engine:
         """Move a sequence past the step it has just taken, and emit what came out."""
         if result.error is not None:
             raise result.error
-        steps = sequence.step + 1
+        steps = [sequence.steps_of(row) for row in range(max(1, len(result.tokens)))]
         sequence.advance(result)
         if result.prompt_logprobs is not None:
-            sequence.add_prompt_logprobs(result.prompt_logprobs, steps)
+            sequence.add_prompt_logprobs(result.prompt_logprobs, steps[0])
         if result.step_prediction is not None:
             self._emit(sequence, Event(sequence.index, step_prediction=result.step_prediction))
-        for token, logprobs in zip(result.tokens, result.logprobs, strict=True):
-            if self._append(sequence, token, logprobs, steps, result.exited):
+        for token, logprobs, taken in zip(result.tokens, result.logprobs, steps, strict=False):
+            exited = result.exited or (sequence.is_wavefront and taken < sequence.counts.drawn)
+            if self._append(sequence, token, logprobs, taken, exited):
                 return
         if sequence.is_done:
             self._finish(sequence, "length")  # nothing was to be drawn

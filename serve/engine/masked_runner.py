@@ -100,7 +100,11 @@ class MaskedRunner:
         return StepCounts(num_steps, num_steps, num_steps, num_steps)
 
     def sequence(self, number: int, request: Request, chunk: int) -> MaskedSequence:
-        """chunk has no effect: every token is in every step."""
+        """chunk has no effect: every token is in every step. Raises UserError."""
+        for name in ("speculation", "wavefront"):
+            if getattr(request.budget, name) is not None:
+                problem = "this model fills in all of an answer in K steps"
+                raise UserError(name, "...", problem, "leave it out")
         return MaskedSequence(number, request, self.step_counts(request.budget.num_steps), chunk)
 
     def release(self, sequence: Sequence) -> int:

@@ -76,8 +76,9 @@ class Rows:
 
     e, state [L, D]. Of the position that is drawn: z [D], its noised target; prior [V], its normalised
     next-token logits; flow, its place on the ODE. previous [D]: the last row's state before the step, where a
-    stream reports it. memory: of the exit criterion. mixed [D]: its weighted read-outs so far. drafted: e and
-    state of earlier rows, which wait for the end of a draft to go on.
+    stream reports it. memory: of the exit criterion; of a wavefront, the states [L, D] at its last read-out.
+    mixed [D]: its weighted read-outs so far. drafted: e and state of earlier rows, which wait for the end of a
+    draft to go on. ids: of a wavefront, the tokens that e was computed from.
     """
 
     e: Tensor
@@ -89,6 +90,7 @@ class Rows:
     memory: Tensor | None = None
     mixed: Tensor | None = None
     drafted: tuple[tuple[Tensor, Tensor], ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 def rows_of(sequence: Sequence) -> Rows:
@@ -196,35 +198,37 @@ class Runner:
         if starts_from_noise(request) and not (request.logprobs is None and request.prompt_logprobs is None):
             problem = "log-probabilities are read at z = 0, and this sampler starts from noise"
             raise UserError("logprobs", request.logprobs, problem, "leave logprobs out, or sampler")
-        self._check_speculation(request)
+        self._check_guesses(request)
         blocks, first = self._blocks_of(request.budget), request.budget.steps_at(0)
         for k in {request.budget.num_steps, *request.budget.schedule, *request.sweep}:
             self.step_counts(k)  # refused here, not by the step that comes to it
         chunk = len(request.prompt) if request.sweep else chunk
         return Sequence(number, request, self.step_counts(first, blocks), chunk, blocks)
 
-    def _check_speculation(self, request: Request) -> None:
-        """Raises UserError where a draft could not be verified exactly."""
+    def _check_guesses(self, request: Request) -> None:
+        """Raises UserError where tokens could not be guessed early, or a draft not be verified exactly."""
         budget = request.budget
-        if budget.speculation is None:
+        speculation, field = budget.speculation, "speculation" if budget.speculation else "wavefront"
+        if speculation is None and budget.wavefront is None:
             return
         if not self.config.objective.supports_exits:
-            problem = "every step of this model has a noise level of its own, so there is no draft to read"
-            raise UserError("speculation", "...", problem, "leave it out")
-        if not self.cache.keeps_steps:
+            problem = "every step of this model has a noise level of its own, so no token can be read early"
+            raise UserError(field, "...", problem, "leave it out")
+        if speculation is not None and not self.cache.keeps_steps:
             problem = "a draft is verified exactly only where the keys of every step are kept"
-            raise UserError("speculation", "...", problem, "serve with --kv-cache full, or leave it out")
-        if not 0 < budget.speculation.draft_steps < budget.num_steps:
+            raise UserError(field, "...", problem, "serve with --kv-cache full, or leave it out")
+        if speculation is not None and not 0 < speculation.draft_steps < budget.num_steps:
             problem = f"a draft takes fewer core steps than K = {budget.num_steps}"
             remedy = f"send 1 to {budget.num_steps - 1}" if budget.num_steps > 1 else "raise num_steps"
-            raise UserError("speculation.draft_steps", budget.speculation.draft_steps, problem, remedy)
+            raise UserError("speculation.draft_steps", speculation.draft_steps, problem, remedy)
         for name, value in (
             ("exit", budget.exit), ("schedule", budget.schedule), ("max_ms", budget.lowers),
             ("include_steps", request.step_predictions), ("response_format", request.grammar),
+            ("wavefront", speculation and budget.wavefront),
         ):  # fmt: skip
             if value:
-                problem = "a draft is verified at one K, without a form that the answer must have"
-                raise UserError("speculation", "...", problem, f"leave it out, or {name}")
+                problem = "tokens are guessed early at one K, without a form that the answer must have"
+                raise UserError(field, "...", problem, f"leave it out, or {name}")
 
     def _blocks_of(self, budget: StepBudget) -> frozenset[int]:
         """Blocks that every position must fill where K varies: one that a position skipped would be a hole in
@@ -272,7 +276,10 @@ class Runner:
         return results
 
     def _run(self, block: Block, batch: list[Sequence]) -> dict[int, StepResult]:
-        self._enter(block, [s for s in batch if s.step == 0])
+        self._enter(block, [s for s in batch if s.step == 0 and not s.is_wavefront])
+        self._enter_wavefronts(
+            block, [s for s in batch if s.is_wavefront and rows_of(s).ids != tuple(s.token_ids())]
+        )
         changing = [s for s in batch if s.step and self._block_index(s, -1) != block.index]
         for sequence, e in zip(changing, self._encode(block, changing), strict=True):
             sequence.rows = replace(
@@ -337,7 +344,9 @@ class Runner:
             state = model.initial_state(torch.cat(list(e))[None] if len(e) > 1 else e[0][None])[0]
             states = state.split([len(rows) for rows in e])
         else:
-            states = [self._initial_state(model, s, rows) for s, rows in zip(entering, e, strict=True)]
+            states = [
+                self._initial_state(model, s, rows, s.start) for s, rows in zip(entering, e, strict=True)
+            ]
         for sequence, rows, state in zip(entering, e, states, strict=True):
             drafted: tuple[tuple[Tensor, Tensor], ...] = ()
             if sequence.draft:
@@ -345,8 +354,22 @@ class Runner:
                 drafted = (*before.drafted, (before.e, before.state))
             sequence.rows = Rows(rows, state, drafted=drafted)
 
-    def _initial_state(self, model: Backbone, sequence: Sequence, e: Tensor) -> Tensor:
-        draw = generator(sequence.request.seed, sequence.request.choice, sequence.start, STATE)
+    def _enter_wavefronts(self, block: Block, moved: list[Sequence]) -> None:
+        """Prelude of wavefronts whose tokens have changed. Their states stay; a position that is new, always the
+        last, gets its first one."""
+        model = block.denoiser.model
+        for sequence, e in zip(moved, self._encode(block, moved), strict=True):
+            rows = rows_of(sequence)
+            known, state = len(rows.ids), rows.state[: len(rows.ids)]
+            if known and model.draws_state:  # of the inputs, a state may carry value embeddings
+                state = model.initial_state(e[None, :known], latent=model.latent(state)[None])[0]
+            if known < len(e):
+                first = self._initial_state(model, sequence, e[known:], sequence.start + known)
+                state = torch.cat([state, first])
+            sequence.rows = Rows(e, state, memory=state, ids=tuple(sequence.token_ids()))
+
+    def _initial_state(self, model: Backbone, sequence: Sequence, e: Tensor, start: int) -> Tensor:
+        draw = generator(sequence.request.seed, sequence.request.choice, start, STATE)
         return model.initial_state(e[None], draw, num_steps=self._plan(sequence).num_core_steps)[0]
 
     def _core(self, block: Block, batch: list[Sequence]) -> set[int]:
@@ -414,6 +437,9 @@ class Runner:
         """The sequence's rows as the cache sees them. once: a prelude or coda pass, whose keys do not depend
         on the step."""
         plan, start, length = self._plan(sequence), sequence.start, sequence.length
+        if sequence.is_wavefront and self.cache.keeps_steps and not once:
+            steps = [sequence.steps_of(i) - 1 for i in range(length)]
+            return [Segment(sequence.slot, start + i, 1, step) for i, step in enumerate(steps)]
         commit = plan.commit[sequence.step]
         step = 0 if once or not self.cache.keeps_steps else sequence.step
         spans = [(start, length)] if commit else [(start + i, 1) for i in range(length)]
@@ -444,10 +470,14 @@ class Runner:
         for sequence, h in read:
             if sequence.verifies:
                 self._verify(block, sequence, h, results[sequence.id])
+            elif sequence.is_wavefront:
+                self._read_wavefront(block, sequence, h, results[sequence.id])
         drawing = [
             (s, h[-1])
             for s, h in read
-            if s.draws and not s.verifies and (s.id in exiting or s.drafts or predicts(self._plan(s), s.step))
+            if s.draws
+            and not (s.verifies or s.is_wavefront)
+            and (s.id in exiting or s.drafts or predicts(self._plan(s), s.step))
         ]
         if drawing:
             self._draw(block, [s for s, _ in drawing], torch.stack([h for _, h in drawing]), results)
@@ -470,10 +500,11 @@ class Runner:
         return torch.cat([hidden[:-1], (mixed + left * last).to(hidden)[None]])
 
     def _reads(self, sequence: Sequence) -> bool:
-        """Whether the step is read out in any case: by plan, for a draft, or for a sweep."""
+        """Whether the step is read out in any case: by plan, for guesses, or for a sweep."""
         return (
             self._plan(sequence).readout[sequence.step]
             or sequence.drafts
+            or sequence.reads_wavefront
             or sequence.step + 1 in sequence.request.sweep
         )
 
@@ -588,15 +619,46 @@ class Runner:
             )
 
     def _uniform(self, sequence: Sequence, position: int) -> float:
-        """The random number that the token at a position is drawn with; a draft's is that of the last step."""
+        """The random number that the token at a position is drawn with; a guess's is that of the last step."""
         request, step = sequence.request, sequence.step
         if request.sampling.greedy:
             return 0.0
-        step = sequence.counts.drawn - 1 if sequence.drafts else step
+        step = sequence.counts.drawn - 1 if sequence.drafts or sequence.is_wavefront else step
         return uniform(request.seed, request.choice, position, step)
 
     def _verify(self, block: Block, sequence: Sequence, hidden: Tensor, result: StepResult) -> None:
         """The tokens of plain decoding in a draft's place, up to the first that differs. hidden [L, D]."""
+        prior, ids, right = self._draw_rows(block, sequence, hidden)
+        count = right.index(False) + 1 if False in right else len(ids)
+        self._answer(sequence, prior[:count], ids[:count], result)
+
+    def _read_wavefront(self, block: Block, sequence: Sequence, hidden: Tensor, result: StepResult) -> None:
+        """Draw all tokens of a wavefront again, and let leading positions go. hidden [L, D].
+
+        One whose token has changed keeps its state, as published, where there is one key a position and the
+        state does not begin with the token; otherwise it and those after it begin again.
+        """
+        prior, ids, right = self._draw_rows(block, sequence, hidden)
+        rows, wavefront, model = rows_of(sequence), sequence.request.budget.wavefront, block.denoiser.model
+        assert rows.memory is not None and wavefront is not None
+        changes = LatentDiff.measure(model.latent(rows.memory), model.latent(rows.state)).tolist()
+        leaves = [
+            given and (change < wavefront.threshold or sequence.steps_of(i) == sequence.counts.drawn)
+            for i, (given, change) in enumerate(zip([True, *right], changes, strict=True))
+        ]
+        gone = [*leaves, False].index(False)
+        begins_again = self.cache.keeps_steps or not model.draws_state
+        end = right.index(False) + 1 if begins_again and False in right else len(ids)
+        self._answer(sequence, prior[:gone], ids[:gone], result)
+        result.guesses = ids[gone:end].tolist()
+        state = rows.state[gone:end]
+        sequence.rows = Rows(rows.e[gone:end], state, memory=state, ids=rows.ids[gone:end])
+
+    def _draw_rows(
+        self, block: Block, sequence: Sequence, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, list[bool]]:
+        """hidden [L, D] -> log-probabilities [L, V], the tokens drawn after the rows [L], and whether those
+        that have been drafted are the same."""
         request, count = sequence.request, len(hidden)
         prior = self._predict(block, [sequence] * count, hidden).prior
         ids = sample(
@@ -605,14 +667,19 @@ class Runner:
             [sequence.history_after(i) for i in range(count)],
             [self._uniform(sequence, sequence.start + i + 1) for i in range(count)],
         )
-        right = [token == drafted for token, drafted in zip(ids.tolist(), sequence.draft, strict=True)]
-        count = min(count, right.index(False) + 1) if False in right else count
-        result.tokens = ids[:count].tolist()
-        result.logprobs = (
-            [None] * count
-            if request.logprobs is None
-            else logprobs_of(prior[:count], ids[:count], request.logprobs, self._num_tokens)
+        return (
+            prior,
+            ids,
+            [token == guess for token, guess in zip(ids.tolist(), sequence.draft, strict=False)],
         )
+
+    def _answer(self, sequence: Sequence, prior: Tensor, ids: Tensor, result: StepResult) -> None:
+        """Give out tokens [M], there may be none, with their log-probabilities, from prior [M, V]."""
+        count, result.tokens = sequence.request.logprobs, ids.tolist()
+        if count is None or not result.tokens:
+            result.logprobs = [None] * len(ids)
+        else:
+            result.logprobs = logprobs_of(prior, ids, count, self._num_tokens)
 
     def _predict(self, block: Block, rows: list[Sequence], hidden: Tensor) -> Prediction:
         sigmas = [self._level(s) for s in rows]

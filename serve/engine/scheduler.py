@@ -1,8 +1,8 @@
 """Which rows step now, and K of the next token where it may vary. Pure bookkeeping over Sequence objects: no
 torch, no clock, no threads. All times are seconds of the engine's clock.
 
-One engine step is one core step of every open segment. Single rows always run (there are at most
-``num_slots`` of them); longer prompt chunks share ``prefill_rows`` further rows, strictly first come first
+One engine step is one core step of every open segment. Positions after the prompt always run (at most
+``num_slots`` times a wavefront's); longer prompt chunks share ``prefill_rows`` further rows, strictly first come first
 served, so nothing starves. A sequence owns a slot of the cache from admission to its end: admission is what
 keeps memory bounded.
 """
@@ -42,7 +42,9 @@ class Scheduler:
             sequence = self.waiting.popleft()
             sequence.slot = self._free.pop()
             self.running[sequence.id] = sequence
-        budget = self.prefill_rows - sum(s.length for s in self.running.values() if s.length > 1)
+        budget = self.prefill_rows - sum(
+            s.length for s in self.running.values() if s.length > 1 and not s.is_wavefront
+        )
         blocked = False
         for sequence in self.running.values():
             if sequence.is_open:

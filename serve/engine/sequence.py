@@ -1,7 +1,8 @@
 """A request, its sequence (the one object that the engine keeps for it) and its events. No torch here.
 
-A *segment* is the contiguous run of positions of one sequence that steps together: a chunk of the prompt, or
-the one position that is being decoded. A token is drawn only from a segment that ends the context.
+A *segment* is the contiguous run of positions of one sequence that steps together: a chunk of the prompt, the
+one position that is being decoded, or a wavefront of several. A token is drawn only from a segment that ends
+the context.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from rdlm.errors import UserError
 from rdlm.sampling_params import History, Order, SamplingParams
 from serve.engine.detokenizer import Detokenizer
-from serve.engine.exits import ExitRule
+from serve.engine.exits import ExitRule, LatentDiff
 
 if TYPE_CHECKING:
     from serve.engine.grammar import Grammar, Guide
 
 NO_SLOT = -1
+MAX_WAVEFRONT = 64
+"""Most positions of a wavefront."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,32 @@ class Speculation:
 
 
 @dataclass(frozen=True, slots=True)
+class Wavefront:
+    """Diffusion forcing (Geiping, Yang and Su 2025, arXiv 2510.14961): later positions begin before the first one
+    has taken its K core steps, with the tokens that are predicted so far.
+
+    All positions step together. Once the first one has taken a multiple of ``inner_steps`` core steps, or K,
+    all are read out: tokens that changed are replaced, leading positions that have taken K steps or have
+    converged leave with their tokens, and one position is added. Without the published noise on states and
+    average over inputs.
+    """
+
+    positions: int
+    """Most positions at a time; 1 with threshold 0 is plain decoding."""
+    inner_steps: int
+    """Core steps between two read-outs."""
+    threshold: float
+    """A position has converged once its state changed relatively by less since the last read-out; 0: never."""
+
+    @classmethod
+    def of(cls, positions: int | None, inner_steps: int | None, threshold: float | None) -> Wavefront:
+        """Published defaults for what is None; a single position is plain decoding."""
+        if threshold is None:
+            threshold = 0.0 if positions == 1 else LatentDiff.default_threshold
+        return cls(positions or MAX_WAVEFRONT, inner_steps or 4, threshold)
+
+
+@dataclass(frozen=True, slots=True)
 class StepBudget:
     """How many core steps (noise levels, unmasking steps) the positions of one request may take: the only
     carrier of K."""
@@ -75,11 +104,14 @@ class StepBudget:
     """
     speculation: Speculation | None = None
     """For thinking models at a fixed K, with the full cache."""
+    wavefront: Wavefront | None = None
+    """For thinking models; K is the most steps of a position."""
 
     @property
     def varies(self) -> bool:
         """Whether tokens of one answer may differ in their steps."""
-        return self.exit is not None or bool(self.schedule) or self.lowers
+        converges = self.wavefront is not None and self.wavefront.threshold > 0
+        return self.exit is not None or bool(self.schedule) or self.lowers or converges
 
     def steps_at(self, token: int) -> int:
         """K of the position that token number ``token`` is drawn from; 0 is the prompt's."""
@@ -154,6 +186,8 @@ class StepResult:
     """One entry a token, None where none were requested."""
     draft: int | None = None
     """The token that was drafted."""
+    guesses: Seq[int] = ()
+    """Of a wavefront: the tokens drawn from the positions that stay in it."""
     exited: bool = False
     """Whether the segment exits with this step, before its last."""
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -182,7 +216,8 @@ class Usage:
     token_steps: int
     """Core steps of the positions that tokens were drawn from, summed."""
     drafted: int
-    """Tokens that were drafted (``StepBudget.speculation``)."""
+    """Tokens that were drafted (``StepBudget.speculation``), or that a position of a wavefront began or went
+    on with."""
     accepted: int
     """Drafted tokens that became part of the answer."""
     exits: int
@@ -254,6 +289,8 @@ class Sequence:
     """Rows of the open segment; 0 while none is open."""
     step: int = 0
     """The core step that the open segment is about to take, from 0."""
+    lags: list[int] = field(default_factory=list)
+    """Of a wavefront: how many core steps each position is behind the first one."""
     next_start: int = 0
     output: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
@@ -320,6 +357,19 @@ class Sequence:
         return self.is_open and self.wants_token and self.start + self.length == end
 
     @property
+    def is_wavefront(self) -> bool:
+        """Whether the open segment is one: of positions after the prompt's."""
+        return self.request.budget.wavefront is not None and self.start >= len(self.request.prompt)
+
+    @property
+    def reads_wavefront(self) -> bool:
+        """Whether the step now taken is one after which a wavefront is read out."""
+        wavefront, taken = self.request.budget.wavefront, self.step + 1
+        if wavefront is None or not self.is_wavefront:
+            return False
+        return taken == self.counts.drawn or taken % wavefront.inner_steps == 0
+
+    @property
     def speculates(self) -> bool:
         """Whether the open segment is of positions whose tokens are drafted first: all after the prompt's."""
         return self.request.budget.speculation is not None and self.start >= len(self.request.prompt)
@@ -367,6 +417,10 @@ class Sequence:
             return output[self.start - boundary : end - boundary]
         return list(self.request.prompt[self.start : end])
 
+    def steps_of(self, row: int) -> int:
+        """Core steps of a row of the open segment, with the one now taken."""
+        return self.step + 1 - (self.lags[row] if self.is_wavefront else 0)
+
     def next_length(self) -> int:
         """Positions of the segment to open next."""
         remaining = len(self.request.prompt) - self.next_start
@@ -377,6 +431,7 @@ class Sequence:
         assert not self.is_open
         self.start, self.length, self.step = self.next_start, self.next_length(), 0
         self.next_start += self.length
+        self.lags = [0]
 
     def advance(self, result: StepResult) -> None:
         """Record one core step; close the segment where it was the last one of its last position, or where it
@@ -387,6 +442,10 @@ class Sequence:
         self.prompt_row_steps += prompt_rows
         self.decode_row_steps += self.length - prompt_rows
         self.step += 1
+        if self.is_wavefront:
+            if result.tokens or result.guesses:
+                self._move_wavefront(result.tokens, result.guesses)
+            return
         if result.draft is not None:
             self._extend_draft(result.draft)
             return
@@ -419,6 +478,24 @@ class Sequence:
         self.accepted += sum(token == drafted for token, drafted in zip(tokens, self.draft, strict=False))
         self.next_start = self.start + len(tokens)
         self.draft.clear()
+
+    def _move_wavefront(self, tokens: Seq[int], guesses: Seq[int]) -> None:
+        """The positions of ``tokens`` leave, those of ``guesses`` stay, and one is added where there is room. Where
+        none stays, the next segment is a new wavefront."""
+        wavefront, gone = self.request.budget.wavefront, len(tokens)
+        assert wavefront is not None
+        before, lags = self.draft[gone:], self.lags[gone : gone + len(guesses)]
+        self.accepted += sum(token == guess for token, guess in zip(tokens, self.draft, strict=False))
+        self.saved_row_steps += sum(self.counts.drawn - self.step + lag for lag in self.lags[:gone])
+        self.start += gone
+        self.next_start = self.start
+        self.step -= lags[0] if lags else self.step
+        self.lags = [lag - lags[0] for lag in lags]
+        if lags and len(lags) < min(wavefront.positions, self.request.max_tokens - len(self.output) - gone):
+            self.lags.append(self.step)
+        self.length = len(self.lags)
+        self.draft = list(guesses[: max(0, self.length - 1)])
+        self.drafted += sum(before[i : i + 1] != [guess] for i, guess in enumerate(self.draft))
 
     def append(self, token: int, steps: int, exited: bool) -> tuple[str, str | None]:
         """Append a drawn token -> the text that is now certain, and why the answer ends with it (None: it

@@ -15,7 +15,7 @@ from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.data.tokenizer import train_tokenizer
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
-from serve.engine.sequence import Request, Speculation, StepBudget
+from serve.engine.sequence import Request, Speculation, StepBudget, Wavefront
 from serve.loading import load_served
 from serve.settings import EngineSettings
 
@@ -24,6 +24,11 @@ FAMILIES = (
     "loopformer", "hrm_text",
 )  # fmt: skip
 STARTS_FROM_TOKENS = ("ouro", "nanbeige", "loopus", "loopformer", "hrm_text")
+
+
+def waving(k: int) -> StepBudget:
+    """K in a wavefront in which no position leaves early."""
+    return StepBudget(k, wavefront=Wavefront(4, 1, 0.0))
 
 
 def drafted(k: int) -> StepBudget:
@@ -54,7 +59,7 @@ def test_greedy_answers_are_the_reference(shared_data: Path, tmp_path: Path, fam
     assert wanted
     requests = [
         Request(tuple(ids), budget, values.shape[1], SamplingParams(temperature=0))
-        for budget_of in (StepBudget, drafted)
+        for budget_of in (StepBudget, drafted, waving)
         for k, values in wanted.items()
         for budget in [budget_of(k)]
         for ids in expected["input_ids"].tolist()
@@ -63,4 +68,4 @@ def test_greedy_answers_are_the_reference(shared_data: Path, tmp_path: Path, fam
     with Engine(lambda: load_served(folder, settings)) as engine:
         answers = engine.generate(requests)
     got = [[event.token for event in events if event.token is not None] for events in answers]
-    assert got == [row for values in wanted.values() for row in values.tolist()] * 2
+    assert got == [row for values in wanted.values() for row in values.tolist()] * 3
