@@ -38,6 +38,18 @@ def test_several_prompts_are_continued_as_each_alone(
     assert printed.count("[15 tokens") == 2
 
 
+def test_a_wavefront_of_one_position_is_plain_decoding(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+    for more in ({}, {"wavefront": 1}, {"wavefront": 8, "inner_steps": 6}, {"wavefront": 8}):
+        generate(checkpoint, ["in the"], num_steps="6", max_tokens=5, seed=1, **more)
+        printed.append(capsys.readouterr().out.rsplit("\n[", 1)[0])
+    assert printed[0] == printed[1] == printed[2] and len(printed[3]) > len("K = 6\nin the")
+    with pytest.raises(UserError, match="^--wavefront="):
+        generate(checkpoint, ["in the"], inner_steps=2)
+
+
 def test_prompts_of_json_lines_may_have_several_lines(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('"a\\nb"\n\n"c"\n')
