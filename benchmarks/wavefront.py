@@ -74,16 +74,16 @@ def main(
     ]
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        engines = {}
-        for cache in CACHES:
+        engines: dict[str, Engine] = {}
+        for kind in CACHES:
             settings = EngineSettings(
-                kv_cache=cache,
+                kv_cache=kind,
                 max_slots=max(sizes),
                 max_len=prompt_tokens + num_tokens,
                 max_steps=num_steps,
                 default_steps=num_steps,
             )
-            engines[cache] = stack.enter_context(Engine(lambda s=settings: load_served(checkpoint, s)))  # type: ignore[misc]
+            engines[kind] = stack.enter_context(Engine(lambda s=settings: load_served(checkpoint, s)))  # type: ignore[misc]
         for size, temperature in product(sizes, (float(part) for part in temperatures.split(","))):
             sampling = SamplingParams(temperature=temperature)
             seconds: dict[Any, list[float]] = {side: [] for side in sides}
