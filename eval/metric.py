@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from eval.provenance import write_json
+from rdlm.atomic import check_out_file
 from rdlm.command_line import new_app
 from rdlm.errors import UserError
 
@@ -140,6 +141,9 @@ class Measurement(Metric):
 
     def run(self, options: Any) -> None:
         """Measure, print, and write the files that the options name."""
+        for name in ("out", "plot"):
+            if (file := getattr(options, name)) is not None:
+                check_out_file(file, f"--{name}")
         report = self.measure(options)
         self.show(report, Console())
         if options.out is not None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rdlm.atomic import check_out_file
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints.convert.base import HUB_ID, local
 from rdlm.checkpoints.convert.importers import import_checkpoint
@@ -304,6 +305,7 @@ def logits_file(
         raise UserError(
             "--num-steps", num_steps, "is not a list of numbers", "write for instance 1,2,4"
         ) from None
+    check_out_file(out, "--out")
     try:
         given = load_file(source)
     except (OSError, SafetensorError) as error:

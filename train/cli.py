@@ -166,8 +166,11 @@ def merge(
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
 ) -> None:
     """Merge blocks that were trained alone into one checkpoint."""
+    from rdlm.atomic import check_out
+    from rdlm.checkpoints.folder import FILES
     from train.export import merge as merge_blocks
 
+    check_out(out, "--out", FILES, force=True)
     typer.echo(f"wrote {merge_blocks(runs, out)}")
 
 
@@ -223,9 +226,11 @@ def export_run(
         ema = weights == "ema"
     if which not in ("last", "best") and not which.isdecimal():
         raise UserError("--which", which, "is neither last, best nor a number", "write for instance 2000")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
-        raise UserError("OUT", str(out), "holds something already", "choose another folder, or add --force")
+    from rdlm.atomic import check_out
+    from rdlm.checkpoints.folder import FILES
     from train.export import export, find_checkpoint
+
+    check_out(out, "OUT", FILES, force)
 
     checkpoint = find_checkpoint(source, which, lambda text: typer.echo(f"warning: {text}", err=True))
     typer.echo(

@@ -23,7 +23,7 @@ from typing import IO
 import psutil
 
 from rdlm.errors import UserError
-from train.process import LAUNCHER, device_kind, die_with_launcher, fail, launcher_name
+from train.process import LAUNCHER, device_kind, die_with_launcher, fail, launcher_name, stop_signals, tell
 from train.settings import TrainConfig, block_folder, load, written_checked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ def launch(path: str, overrides: list[str], num_procs: int | None, devices: list
     UserError before anything is started. devices: the GPUs to use as this process numbers them, None for the
     first ``num_procs``.
 
-    A SIGTERM or SIGINT is passed on: training finishes its update, writes a checkpoint, and the status is 128
+    A SIGTERM, SIGINT or SIGHUP is passed on: training finishes its update, writes a checkpoint, and the status is 128
     + signal.
     """
     die_with_launcher()  # this may be one of the launches of --parallel
@@ -61,11 +61,7 @@ def launch(path: str, overrides: list[str], num_procs: int | None, devices: list
             "--log_level", "critical", "--module", "train.pretrain", "--checked", str(checked),
         ]  # fmt: skip
         where = "GPUs" if on_gpu else "CPU processes"
-        print(
-            f"rdlm train: starting {world} {where}; logs are in {config.output}/logs",
-            file=sys.stderr,
-            flush=True,
-        )
+        tell(f"rdlm train: starting {world} {where}; logs are in {config.output}/logs")
         status, received = _run(command, _environment(on_gpu))
     return _conclude(config, status, received)
 
@@ -120,10 +116,15 @@ def _environment(on_gpu: bool) -> dict[str, str]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The SIGTERMs and SIGINTs that arrive meanwhile, in their order."""
+    """The signals to stop that arrive meanwhile, in their order. A terminal that closes is told of several times:
+    that is one request."""
     received: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {n: signal.signal(n, lambda number, _: received.append(number)) for n in numbers}
+
+    def note(number: int, frame: object) -> None:
+        if number != signal.SIGHUP or not received:
+            received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in stop_signals()}
     try:
         yield received
     finally:
@@ -173,7 +174,7 @@ def _conclude(config: TrainConfig, status: int, received: int | None) -> int:
     output, killed = Path(config.output), _signal_of(status)
     if received is not None and status == 0:
         line = f"stopped; the same command goes on from the last checkpoint in {output / 'checkpoints'}"
-        print(line, file=sys.stderr)
+        tell(line)
     elif killed:
         remedy = "the same command goes on from the last checkpoint"
         fail(f"a training process {_death(killed)}; {remedy}, logs are in {output / 'logs'}")
@@ -246,7 +247,7 @@ def _merge(config: TrainConfig, count: int) -> None:
     from train.export import merge
 
     merged = merge([block_folder(config, b) for b in range(count)], Path(config.output) / "model")
-    print(f"merged {count} blocks into {merged}", file=sys.stderr)
+    tell(f"merged {count} blocks into {merged}")
 
 
 @dataclass
@@ -300,7 +301,7 @@ class _Launches:
                 continue
             self.failures[block] = self.failures.get(block, 0) + 1
             if code != 2 and self.failures[block] <= self.retries:
-                print(f"block {block}: ended with status {code}; restarting it", file=sys.stderr, flush=True)
+                tell(f"block {block}: ended with status {code}; restarting it")
                 waiting.insert(0, block)
                 continue
             status = code if code == 2 else 1
@@ -318,4 +319,4 @@ class _Launches:
 def _relay(stream: IO[str], block: int) -> None:
     with stream:
         for line in stream:
-            print(f"block {block}: {line}", end="", file=sys.stderr, flush=True)
+            tell(f"block {block}: {line.rstrip()}")

@@ -8,10 +8,12 @@ wrong is looked for here, by ``check``, before a weight is allocated.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shutil
 import sys
 import tempfile
+import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import TextIO, cast
@@ -31,6 +33,8 @@ from train.process import (
     die_with_launcher,
     environment,
     fail,
+    out_of_memory,
+    tell,
     tune_cpu,
 )
 from train.settings import TrainConfig, load, read_checked
@@ -39,6 +43,7 @@ from train.wandb_sink import wandb_module
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Of a collective operation: exporting or reading a large checkpoint takes longer than DeepSpeed's 10
 minutes."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.ESTALE)
 MOST_LAYERS = 10_000
 BYTES = {"bf16": 14, "fp32": 16}
 """Of a parameter in a checkpoint: weights, fp32 masters and two moments."""
@@ -65,7 +70,7 @@ def main() -> int:
         )
         stop = StopSignal()
         if rank == 0 and arguments.checked is None:
-            print(f"rdlm train: starting {config.name}", file=terminal, flush=True)
+            tell(f"rdlm train: starting {config.name}", terminal)
         terminal = capture_output(config, rank)
         train(config, stop, terminal)
         return 0
@@ -73,6 +78,27 @@ def main() -> int:
         if rank == 0 or isinstance(error, ProcessError):  # other mistakes are found by every rank
             fail(str(error), terminal)
         return 2
+    except (OSError, MemoryError, RuntimeError) as error:
+        found = _of_the_machine(error, config)
+        if found is None:
+            raise
+        traceback.print_exc()  # into the log
+        fail(str(found), terminal)
+        return 2
+
+
+def _of_the_machine(error: Exception, config: TrainConfig) -> UserError | None:
+    """What a user can do about a disk or a memory that is full; None for any other error."""
+    if out_of_memory(error):
+        remedy = "lower it, or ask `rdlm plan CONFIG --memory ...` what fits"
+        size = config.batch.micro_size or config.batch.global_size
+        return UserError("batch.micro_size", size, f"memory ran out ({reason(error)})", remedy)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        problem = f"cannot be written or read any more ({reason(error)})"
+        return UserError(
+            "output", config.output, problem, "make room or restore it; the same command goes on"
+        )
+    return None
 
 
 def check(config: TrainConfig, world: int) -> Corpus:
@@ -91,10 +117,8 @@ def check(config: TrainConfig, world: int) -> Corpus:
     from train.samples import check_samples
 
     corpus = build_corpus(config.data, config.fills_in)
-    if config.init_from is not None:
-        from train.export import check_init_from
-
-        check_init_from(config, config.init_from, corpus.tokenizer)
+    if config.init_from is not None or config.branch_from is not None:
+        _check_origin(config, corpus)
     if config.resident is not None and config.resident.rest == "host" and device_kind() == "cpu":
         problem = "without GPUs blocks train in host memory"
         raise UserError("resident.rest", "host", problem, "set resident.rest=disk")
@@ -108,6 +132,20 @@ def check(config: TrainConfig, world: int) -> Corpus:
     if config.evaluation.interval_steps:
         next(iter(corpus.windows(1, 1)))  # the held-out split is there and long enough
     return corpus
+
+
+def _check_origin(config: TrainConfig, corpus: Corpus) -> None:
+    """UserError where the weights that the run starts from are not there or do not fit. A run that resumes does
+    not read them again."""
+    from train.checkpoints import checkpoints_in
+    from train.export import check_init_from, find_checkpoint
+
+    if checkpoints_in(Path(config.output) / "checkpoints"):
+        return
+    if config.init_from is not None:
+        check_init_from(config, config.init_from, corpus.tokenizer)
+    if config.branch_from is not None:
+        find_checkpoint(Path(config.branch_from), "last", lambda text: None, "branch_from")
 
 
 def count_parameters(config: TrainConfig) -> int:
@@ -170,7 +208,7 @@ def check_output(config: TrainConfig) -> None:
     there = sum(p.stat().st_size for p in Path(config.output, "checkpoints").rglob("*") if p.is_file())
     if free + there < kept:
         line = f"{free / 1e9:.1f} GB are free in {config.output}; checkpoint.keep={config.checkpoint.keep} takes {kept / 1e9:.1f} GB"
-        print(f"rdlm train: warning: {line}", file=sys.stderr, flush=True)
+        tell(f"rdlm train: warning: {line}")
 
 
 def check_precision(config: TrainConfig, bf16_supported: bool) -> None:

@@ -3,8 +3,10 @@ with its launcher."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
+import io
 import logging
 import os
 import re
@@ -14,7 +16,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 import psutil
 
@@ -46,6 +48,33 @@ def device_kind() -> Literal["cuda", "cpu"]:
     return "cuda" if named != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+class Terminal(io.TextIOBase):
+    """Where a training process writes its messages; the log, once nobody reads them there any more (``| head``, a
+    window that was closed): that ends no run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._stream = sys.stderr
+            self._stream.write(text)
+        return len(text)
+
+
 def capture_output(config: TrainConfig, rank: int) -> TextIO:
     """Send stdout and stderr, libraries' messages included, to ``logs/rank<n>.log``; returns the terminal for
     messages of our own, to which the traceback of an exception goes that nobody catches."""
@@ -56,7 +85,7 @@ def capture_output(config: TrainConfig, rank: int) -> TextIO:
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise UserError("output", config.output, problem, "set another output folder") from None
-    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    terminal = cast(TextIO, Terminal(os.fdopen(os.dup(2), "w", buffering=1)))
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
@@ -96,12 +125,19 @@ def return_freed_memory() -> None:
         trim(0)
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a run to save and stop; that of a closed terminal unless it is ignored, as by nohup."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return numbers if ignored else (*numbers, signal.SIGHUP)
+
+
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT came; the training loop looks between two updates."""
+    """Remembers that one of ``stop_signals`` came; the training loop looks between two updates."""
 
     def __init__(self) -> None:
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: object) -> None:
@@ -110,8 +146,16 @@ class StopSignal:
 
 def launcher_name() -> str:
     """Names this process for LAUNCHER: its id, and when it began, since ids are used again."""
-    me = psutil.Process()
-    return f"{me.pid}:{me.create_time()}"
+    return f"{os.getpid()}:{_began(os.getpid())}"
+
+
+def _began(pid: int) -> str:
+    """When a process began, on a clock that nobody sets (psutil's moves with the time of day). Raises
+    psutil.NoSuchProcess."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (FileNotFoundError, ProcessLookupError):  # gone, or no Linux
+        return str(psutil.Process(pid).create_time())
 
 
 def die_with_launcher() -> None:
@@ -125,9 +169,10 @@ def die_with_launcher() -> None:
         pid, _, began = os.environ[LAUNCHER].partition(":")
         try:
             chief = psutil.Process(int(pid))
+            same = _began(chief.pid) == began
         except psutil.NoSuchProcess:
             os._exit(1)
-        if str(chief.create_time()) != began or not _alive(chief):
+        if not same or not _alive(chief):
             os._exit(1)
         watched.append(chief)
 
@@ -188,4 +233,17 @@ def _first_node(nodes: str) -> str:
 
 def fail(message: str, terminal: TextIO | None = None) -> None:
     """Print an error as one line, by default on stderr as it is when called."""
-    print(f"rdlm train: error: {' '.join(message.split())}", file=terminal or sys.stderr, flush=True)
+    tell(f"rdlm train: error: {' '.join(message.split())}", terminal)
+
+
+def tell(line: str, terminal: TextIO | None = None) -> None:
+    """Print a line, by default on stderr, whether or not somebody still reads there."""
+    with contextlib.suppress(OSError):
+        print(line, file=terminal or sys.stderr, flush=True)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch, numpy or the system had no memory left."""
+    text = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in text for word in words)

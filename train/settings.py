@@ -29,6 +29,10 @@ def _expanded(path: Any) -> Any:
     unset = re.search(r"\$\w+|\$\{[^}]*\}", found)
     if unset is not None:
         raise ValueError(f"the environment variable {unset[0]} is not set")
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", found) is not None:
+        raise ValueError("a path holds no control characters")
+    if any(len(part.encode()) > 255 for part in found.split("/")):
+        raise ValueError("a name in a path has at most 255 bytes")
     return found
 
 
@@ -141,7 +145,7 @@ DataConfig = Annotated[
 class BatchConfig(Strict):
     """Sequences per update, over all processes, and per forward pass of one process."""
 
-    global_size: int = Field(ge=1)
+    global_size: int = Field(ge=1, le=2**24)
     micro_size: int | None = Field(None, ge=1)
     """None: global_size / processes, no gradient accumulation."""
 
@@ -173,13 +177,13 @@ class OptimizerConfig(Strict):
 
     name: str = "adamw"
     """See OPTIMIZERS in train/optim.py."""
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, le=1e30)
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW; with muon, of what it does not move."""
     momentum: float = Field(0.95, ge=0, lt=1)
     """Of muon."""
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, le=1e6)
     grad_clip: float = Field(1.0, ge=0)
     """Bound of the global gradient norm; 0 = no clipping."""
     freeze: tuple[str, ...] = ()
@@ -189,7 +193,7 @@ class OptimizerConfig(Strict):
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Factor of the learning rate from a layer to the one before it: the last layer and what follows it have the
     full rate, the embedding the smallest (Clark et al. 2020, ELECTRA). Times ``lr_factors``."""
-    lr_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    lr_factors: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = {}
     """Pattern -> factor of the learning rate: ``{"model.adapter": 10}``. Of several that match a parameter
     the last one counts."""
 
@@ -263,7 +267,7 @@ class DeepSpeedConfig(Strict):
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_param: Literal["none", "cpu"] = "none"
-    bucket_elements: int = Field(50_000_000, ge=1)
+    bucket_elements: int = Field(50_000_000, ge=2, le=2**40, multiple_of=2)
     """Elements reduced or gathered in one message."""
     overlap_comm: bool | None = None
     """Send gradients while the backward pass computes, on a stream of their own. None: at stage 3 alone, where

@@ -29,6 +29,7 @@ from pydantic import Field, model_validator
 from rdlm.atomic import write_file
 from rdlm.config.base import Strict, parse
 from rdlm.errors import UserError
+from train.process import stop_signals
 from train.settings import FolderPath, TrainConfig, changed, load, read_yaml
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
@@ -262,7 +263,7 @@ class Commands:
 
     @contextmanager
     def until_signal(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self.stop) for number in stop_signals()}
         try:
             yield
         finally:

@@ -33,6 +33,11 @@ from rdlm.registry import build
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer", "README.md"
 GENERATION = "generation_config.json"
 """Optional; imported checkpoints have one. Its ``eos_token_id`` lists every id that ends a text."""
+FILES = (
+    CONFIG, GENERATION, CARD, "*.safetensors", "*.safetensors.index.json", "modeling_rdlm.py", TOKENIZER,
+    "tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
+"""Patterns of what lies in a folder with a model, ours or of a published layout: what --force may replace."""
 FIELD = "checkpoint"
 PUBLISHED = {"model_type", "architectures", "_class_name"}
 """Keys that only the ``config.json`` of other formats has."""

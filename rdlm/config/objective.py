@@ -30,7 +30,7 @@ class NoiseConfig(Strict):
     """Mean of log sigma under the published log-normal training distribution."""
     p_std: float = Field(1.2, gt=0)
     """Standard deviation of log sigma."""
-    sigma_data: float = Field(0.5, gt=0)
+    sigma_data: float = Field(0.5, gt=0, le=1e6)
     """Per-coordinate scale of the clean target in the EDM coefficients; 0.5 is what the paper uses for every
     family."""
 

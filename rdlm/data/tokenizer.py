@@ -27,6 +27,8 @@ EOS = "<|endoftext|>"
 """End of document in the tokenizers trained here; it is their beginning of text too."""
 CONFIG_FILE = "tokenizer_config.json"
 ENDS = ("bos_token", "eos_token")
+MOST_TOKENS = 1 << 24
+"""Of a vocabulary that is trained here."""
 Kind = Literal["bpe", "sentencepiece"]
 
 
@@ -327,6 +329,8 @@ def train_tokenizer(kind: Kind, texts: Iterator[str], vocab_size: int) -> Tokeni
             "256 bytes and the special tokens do not fit",
             f"ask for {least} or more",
         )
+    if vocab_size > MOST_TOKENS:
+        raise UserError("vocab_size", vocab_size, f"is more than {MOST_TOKENS:,} tokens", "ask for fewer")
     ends = {"bos_token": EOS, "eos_token": EOS}
     if kind == "sentencepiece":
         return SentencePieceTokenizer(_train_sentencepiece(texts, vocab_size), ends)
@@ -436,16 +440,21 @@ def _make_special(document: dict[str, Any], names: set[str]) -> None:
     document["added_tokens"] = sorted(added.values(), key=lambda token: token["id"])
 
 
-def _check_unicode(text: str) -> str:
+HALF_PAIR = "it holds half of a surrogate pair, which is not valid Unicode"
+
+
+def is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, which has no UTF-8."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            "text",
-            text[error.start - 10 if error.start > 10 else 0 : error.end + 10],
-            "it holds half of a surrogate pair, which is not valid Unicode",
-            "remove or replace it",
-        ) from None
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_unicode(text: str) -> str:
+    if not is_unicode(text):
+        raise UserError("text", text[:100], HALF_PAIR, "remove or replace it")
     return text
 
 

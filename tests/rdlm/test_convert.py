@@ -227,7 +227,7 @@ def test_an_existing_folder_stays_without_force(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="would replace the source"):
         convert(plain, plain, prelude=1, core=3, coda=1, force=True)
     made = convert(plain, tmp_path / "made", prelude=1, core=3, coda=1)
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="holds something already"):
         convert(plain, made, prelude=0, core=5, coda=0)
     convert(plain, made, prelude=0, core=5, coda=0, force=True)
     assert "0 prelude, 5 core" in folder.load_config(made).model.layout().topology()  # type: ignore[union-attr]

@@ -306,7 +306,7 @@ def test_commands_refuse_in_one_line_with_status_2(
     assert run(app, ["export", "huginn", str(ours), str(theirs)], "rdlm") == 0
     capsys.readouterr()
     for args, words in [
-        (["export", "huginn", str(ours), str(theirs)], ["OUT", "exists already", "--force"]),
+        (["export", "huginn", str(ours), str(theirs)], ["OUT", "holds something already", "--force"]),
         (["export", "huginn", str(theirs), str(tmp_path / "x")], ["published layout", "rdlm import"]),
         (["import", "huginn", str(theirs), str(theirs), "--force"], ["OUT", "replace the source"]),
         (["import", "huginn", str(theirs), str(tmp_path), "--force"], ["OUT", "replace the source"]),

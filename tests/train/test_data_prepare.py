@@ -102,6 +102,7 @@ def test_finished_work_is_reused_and_other_work_is_never_overwritten_unasked(
     with pytest.raises(UserError, match="other inputs"):
         prepare(_options(jsonl, out, seed=9), progress=False)
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not a finished preparation"):
         prepare(_options(jsonl, tmp_path / "mine"), progress=False)
 
@@ -137,10 +138,10 @@ def test_killed_in_the_middle_then_run_again(jsonl: Path, tmp_path: Path, repo: 
         [sys.executable, "-c", KILLED_WHILE_WRITING, *given], cwd=repo, capture_output=True
     )
     assert killed.returncode == -signal.SIGKILL and not out.exists()
-    assert list(tmp_path.glob(".out.building/*/*.bin"))
+    assert list(tmp_path.glob(".tmp-out/*/*.bin"))
     prepare(_options(jsonl, out), progress=False)
     prepare(_options(jsonl, tmp_path / "undisturbed"), progress=False)
-    assert _files(out) == _files(tmp_path / "undisturbed") and not (tmp_path / ".out.building").exists()
+    assert _files(out) == _files(tmp_path / "undisturbed") and not (tmp_path / ".tmp-out").exists()
 
 
 def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
@@ -199,9 +200,10 @@ def test_a_loaded_tokenizer_is_kept_as_it_is(jsonl: Path, tmp_path: Path) -> Non
     first, _ = prepare(
         _options(jsonl, tmp_path / "one", kind="sentencepiece", vocab_size=600), progress=False
     )
-    second, _ = prepare(
-        _options(jsonl, tmp_path / "two", tokenizer=str(tmp_path / "one" / "tokenizer")), progress=False
+    loaded = Preparation(
+        str(jsonl), tmp_path / "two", tokenizer=str(tmp_path / "one" / "tokenizer"), text_column="body"
     )
+    second, _ = prepare(loaded, progress=False)
     assert second.tokenizer_fingerprint == first.tokenizer_fingerprint and second.splits == first.splits
 
 
@@ -297,4 +299,4 @@ def test_bad_input_is_one_line_and_status_2(
     assert run(app, ["prepare", *arguments], "rdlm data") == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1 and message in lines[0]
-    assert not Path("o").exists() and not Path(".o.building").exists()
+    assert not Path("o").exists() and not Path(".tmp-o").exists()

@@ -261,7 +261,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda file: file.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n'),
         "its 'messages' are conversations",
     ),
-    "half.jsonl": (lambda file: file.write_text('{"text": "half \\ud800"}\n'), "SOURCE='half"),
+    "half.jsonl": (
+        lambda file: file.write_text('{"text": "half \\ud800"}\n'),
+        "half.jsonl:1': it holds half",
+    ),
     "empty.txt": (lambda file: file.write_bytes(b""), "there is no text in it (empty.txt: empty)"),
     "blank.jsonl": (lambda file: file.write_text("\n\n"), "there is no text in it"),
     "null.jsonl": (lambda file: file.write_text('{"text": null}\n'), "there is no text in it"),
@@ -300,7 +303,7 @@ def test_an_error_names_the_option_that_named_the_file(tmp_path: Path) -> None:
         (["--separator", "x", "--text-files", "files"], "--separator='x': says what a document is"),
         (["--text-files", "files"], "--text-files pieces"),
         (["--out", "{tmp}/a.txt/below"], "--out="),
-        (["--tokenizer", "nowhere"], "--tokenizer='nowhere'"),
+        (["--tokenizer", "nowhere", "--vocab-size", "4096"], "--tokenizer='nowhere'"),
     ],
 )
 def test_options_that_cannot_be_met_are_one_line(

@@ -163,6 +163,7 @@ def test_finished_work_is_reused_and_other_work_is_never_overwritten_unasked(tmp
     with pytest.raises(UserError, match="other inputs"):
         _prepare(source, out)
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not a finished preparation"):
         _prepare(source, tmp_path / "mine")
     options, kept = ImagePreparation(str(source), out), _files(out)
@@ -335,7 +336,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert run(app, ["images", *arguments, "--out", "o"], "rdlm data") == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1 and message in lines[0]
-    assert not Path("o").exists() and not Path(".o.building").exists()
+    assert not Path("o").exists() and not Path(".tmp-o").exists()
 
 
 def test_commands_show_the_counts_and_info_finds_a_changed_byte(

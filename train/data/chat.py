@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 
 from rdlm.data.token_shards import COUNTS, STARTS
-from rdlm.data.tokenizer import Tokenizer
+from rdlm.data.tokenizer import HALF_PAIR, Tokenizer, is_unicode
 from rdlm.errors import UserError, reason
 from train.data.writer import Encoded
 
@@ -81,6 +81,11 @@ def _text(value: Any, place: str) -> str:
     return value
 
 
+def _optional(row: Mapping[str, Any], name: str) -> str:
+    """A text that may be null or left out."""
+    return "" if row.get(name) is None else _text(row[name], name)
+
+
 def _pair(question: str, answer: str) -> Callable[[Mapping[str, Any]], list[Message]]:
     """Two fields: texts, or (as in TRL) lists of messages."""
 
@@ -98,7 +103,7 @@ def _pair(question: str, answer: str) -> Callable[[Mapping[str, Any]], list[Mess
 
 def _instruction(row: Mapping[str, Any]) -> list[Message]:
     """Alpaca: the input, where there is one, follows the instruction after a blank line."""
-    asked, given = _text(row["instruction"], "instruction"), _text(row.get("input") or "", "input")
+    asked, given = _text(row["instruction"], "instruction"), _optional(row, "input")
     question = f"{asked}\n\n{given}" if given else asked
     answer = {"role": "assistant", "content": _text(row["output"], "output")}
     return [{"role": "user", "content": question}, answer]
@@ -124,8 +129,8 @@ def conversation(place: str, row: Mapping[str, Any], option: str) -> Conversatio
         raise UserError(option, place, problem, f"give rows with {known}")
     try:
         messages, tools = read(row), row.get("tools")
-        if row.get("system"):
-            messages = [{"role": "system", "content": _text(row["system"], "system")}, *messages]
+        if system := _optional(row, "system"):
+            messages = [{"role": "system", "content": system}, *messages]
         if tools is not None and not (isinstance(tools, list) and all(isinstance(t, Mapping) for t in tools)):
             raise BadRow("tools", "is not a list of JSON schemas")
         if not any(message["role"] == "assistant" for message in messages):
@@ -175,6 +180,8 @@ class ChatEncoder:
             raise UserError(
                 option, chat.place, f"the chat template refuses it: {reason(error)}", remedy
             ) from None
+        if not is_unicode(text):
+            raise UserError(option, chat.place, HALF_PAIR, "remove or replace it")
         ids, spans = self._tokenizer.encode_spans(text)
         marks = bytearray(len(ids))
         for first, last in [(0, len(text))] if self._loss_on == "all" else answers:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from rdlm.atomic import check_out, contents, replacing
 from rdlm.data.image_files import ImageSet, pillow
 from rdlm.data.images import SCHEMA_VERSION, ImageManifest, ImageSplit, open_split, read_image_manifest
 from rdlm.data.manifest import SPLITS, file_sha256
@@ -20,7 +21,7 @@ from rdlm.errors import UserError
 from train.data.corpus import permute
 from train.data.image_sources import ImageSource, open_source
 from train.data.prepare import held_out_fractions
-from train.data.writer import building, check_same_request, write_manifest
+from train.data.writer import PREPARED, check_same_request, write_manifest
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ def prepare_images(
         "size": options.size,
     }
     out = options.out
-    if out.exists() and not force:
+    if contents(out, "--out") and not force:
         return _existing(out, request), False
+    check_out(out, "--out", PREPARED, force)
     sets = {split: source.open() for split, source in sources.items()}
     parts = _parts(options, sets, fractions)
     fit = _fit(options.size, sets["train"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with building(out) as folder:
+    with replacing(out, "--out") as folder:
         splits: dict[Any, ImageSplit] = {}
         for split, part in parts.items():
             with tqdm(

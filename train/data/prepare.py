@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from rdlm.atomic import check_out, contents, replacing
 from rdlm.data.manifest import SPLITS
 from rdlm.data.token_shards import SCHEMA_VERSION, Manifest, Split, check_sizes, read_manifest
 from rdlm.data.tokenizer import Kind, Tokenizer, load_tokenizer, train_tokenizer
 from rdlm.errors import UserError
 from train.data.chat import ChatEncoder, LossOn, conversations
 from train.data.sources import Reading, Rows, Source, TextFiles, open_source
-from train.data.writer import Encoded, SplitWriter, building, check_same_request, write_manifest
+from train.data.writer import PREPARED, Encoded, SplitWriter, check_same_request, write_manifest
 
 D = TypeVar("D")
 SHARD_TOKENS = 1 << 27
@@ -73,9 +74,10 @@ def prepare(
     chat = _chat_encoder(options, loaded)
     request = _request(options, sources, fractions, loaded)
     out = options.out
-    if out.exists() and not force:
+    if contents(out, "--out") and not force:
         return _existing(out, request), False
-    with building(out) as folder:
+    check_out(out, "--out", PREPARED, force)
+    with replacing(out, "--out") as folder:
         tokenizer = loaded or _train(options, sources["train"], fractions, progress)
         if tokenizer.eos_id is None:
             raise UserError(
@@ -148,9 +150,29 @@ def _sources(options: Preparation) -> tuple[dict[str, Source], dict[str, float]]
     for split, given in (("valid", options.valid), ("test", options.test)):
         if given is not None:
             sources[split] = open_source(given, replace(reading, option=f"--{split}"))["train"]
+    _check_used(options, sources)
     default = 0.05 if set(sources) == {"train"} else 0.0
     given_fractions = {"valid": options.valid_fraction, "test": options.test_fraction}
     return sources, held_out_fractions(sources, given_fractions, {"valid": default, "test": default})
+
+
+def _check_used(options: Preparation, sources: dict[str, Source]) -> None:
+    """UserError for an option that would change nothing."""
+    plain, fields = Preparation(options.source, options.out), any(s.has_fields for s in sources.values())
+    texts = any(source.has_plain_text for source in sources.values())
+    trained = options.tokenizer == plain.tokenizer
+    chat = options.rows == "chat"
+    for name, used, why in (
+        ("separator", texts, "there are no plain text files"),
+        ("text_files", texts, "there are no plain text files"),
+        ("text_column", fields and not chat, "conversations have names of their own" if chat else "there are no fields"),
+        ("kind", trained, "--tokenizer names one"),
+        ("vocab_size", trained, "--tokenizer names one"),
+        ("tokenizer_sample_mb", trained, "--tokenizer names one"),
+    ):  # fmt: skip
+        given = getattr(options, name)
+        if not used and given != getattr(plain, name):
+            raise UserError(f"--{name.replace('_', '-')}", given, f"it changes nothing: {why}", "drop it")
 
 
 def held_out_fractions(
@@ -232,7 +254,7 @@ def _train(options: Preparation, source: Source, fractions: dict[str, float], pr
     limit = options.tokenizer_sample_mb * 1_000_000
     total = min(limit, source.total_bytes) if source.total_bytes else limit
 
-    def sample() -> Iterator[str]:
+    def sample() -> Generator[str, None, None]:
         read = 0
         with tqdm(
             total=total, unit="B", unit_scale=True, desc="train tokenizer", disable=not progress
@@ -248,7 +270,8 @@ def _train(options: Preparation, source: Source, fractions: dict[str, float], pr
     if next(sample(), None) is None:
         raise UserError("SOURCE", options.source, "there is no text in it", "give a file with text")
     with naming({"vocab_size": "--vocab-size", "text": "SOURCE"}):
-        return train_tokenizer(options.kind, sample(), options.vocab_size)
+        with closing(sample()) as texts:  # its bar ends before an error is shown
+            return train_tokenizer(options.kind, texts, options.vocab_size)
 
 
 def _write_splits(

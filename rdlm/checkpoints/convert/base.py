@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rdlm import atomic
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints import safetensors_io as tensors
 from rdlm.checkpoints.safetensors_io import DTYPES, Entry
@@ -431,11 +432,16 @@ def local(source: str) -> Path:
 
 
 def check_out(out: Path, source: Path, force: bool) -> None:
+    """UserError unless ``out`` may become a folder with a model, and is not where the source lies."""
+    check_source(out, source)
+    atomic.check_out(out, "OUT", checkpoint.FILES, force)
+
+
+def check_source(out: Path, source: Path) -> None:
+    """UserError where ``out`` is the source, or a folder that holds it."""
     target, origin = out.resolve(), source.resolve()
     if target == origin or target in origin.parents:
         raise UserError("OUT", str(out), "it would replace the source", "name another folder")
-    if out.exists() and not force:
-        raise UserError("OUT", str(out), "exists already", "name another folder, or replace it with --force")
 
 
 def read_json(file: Path, required: bool) -> dict[str, Any]:

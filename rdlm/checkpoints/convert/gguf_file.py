@@ -23,10 +23,10 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from rdlm.atomic import sync
+from rdlm.atomic import check_out_file, sync
 from rdlm.checkpoints import safetensors_io as tensors
 from rdlm.checkpoints.convert import decoder
-from rdlm.checkpoints.convert.base import adjacent_pairs, check_out, progress_bar, split_halves
+from rdlm.checkpoints.convert.base import adjacent_pairs, check_source, progress_bar, split_halves
 from rdlm.checkpoints.convert.unroll import read_checkpoint
 from rdlm.checkpoints.safetensors_io import Entry
 from rdlm.config.model import Llama3Scaling, RecurrentConfig
@@ -352,7 +352,8 @@ def export_gguf(folder: Path, out: Path, *, unroll: int | None = None, force: bo
 
     if out.suffix != SUFFIX:
         raise UserError("OUT", str(out), f"does not end in {SUFFIX}", f"name it for instance {out}{SUFFIX}")
-    check_out(out, folder, force)
+    check_source(out, folder)
+    check_out_file(out, "OUT", force)
     config, found, tokenizer = read_checkpoint(folder, unroll, "`rdlm export gguf`")
     kind = decoder.kind_of(config)
     if kind is None:
