@@ -28,7 +28,7 @@ def wait_until_ready(server: Popen[bytes], port_file: Path, log: Path, seconds: 
     while time.monotonic() < deadline:
         if server.poll() is not None:
             raise StepFailed("rdlm serve", f"ended with status {server.returncode} before it was ready", log)
-        if port_file.is_file() and (port := port_file.read_text().strip()):
+        if port_file.is_file() and (port := port_file.read_text(encoding="utf-8").strip()):
             base = f"http://127.0.0.1:{port}"
             if _answers(f"{base}/ready"):
                 return base

@@ -38,13 +38,13 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         port, log = Path(scratch) / "port", Path(scratch) / "log"
         command = [sys.executable, "-m", "rdlm", "serve", "--checkpoint", str(checkpoint), "--port", "0"]
-        with log.open("w") as stream:
+        with log.open("w", encoding="utf-8") as stream:
             server = subprocess.Popen([*command, "--port-file", str(port)], stdout=stream, stderr=stream)
         try:
             try:
                 base = wait_until_ready(server, port, log, seconds=1800)
             except StepFailed as error:
-                said = log.read_text().strip().splitlines() or [str(error)]
+                said = log.read_text(encoding="utf-8").strip().splitlines() or [str(error)]
                 remedy = f"see `rdlm serve --checkpoint {checkpoint}`"
                 raise UserError("SOURCE", source, f"cannot be served ({said[-1]})", remedy) from None
             client = openai.OpenAI(base_url=f"{base}/v1", api_key="none")

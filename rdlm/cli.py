@@ -3,10 +3,14 @@ run."""
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from pydantic import ValidationError
@@ -54,6 +58,11 @@ RENAMED: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """Command -> former name of an option -> its name. The former ones still work."""
 
+UNUSABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
+    errno.ELOOP, errno.EIO, errno.ESTALE,
+)  # fmt: skip
+"""What an operating system says of paths and disks that a user can change."""
 EXAMPLE = "Example: rdlm train configs/demo.yaml && rdlm serve --checkpoint runs/demo/model"
 
 
@@ -71,7 +80,26 @@ def load_command(name: str) -> Any:
         ) from error
     command = typer.main.get_command(app)
     command.name = name
+    _refuse_empty_paths(command)
     return command
+
+
+def _refuse_empty_paths(command: Any) -> None:
+    """A path that is the empty string, as of a shell variable that is not set, would be the current folder."""
+    for each in getattr(command, "commands", {}).values():
+        _refuse_empty_paths(each)
+    for parameter in command.params:
+        annotation = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+        if Path in (annotation, *get_args(annotation)):
+            parameter.process_value = partial(_not_empty, parameter.process_value, parameter.opts[-1])
+
+
+def _not_empty(process: Callable[[Any, Any], Any], name: str, ctx: Any, value: Any) -> Any:
+    if value == "" or (isinstance(value, list | tuple) and "" in value):
+        raise UserError(
+            name if name.startswith("-") else name.upper(), "", "is empty", "name a file or a folder"
+        )
+    return process(ctx, value)
 
 
 def new_names(command: str, args: Sequence[str]) -> list[str]:
@@ -138,6 +166,12 @@ def run(program: typer.Typer, args: Sequence[str], prog_name: str) -> int:
         return _fail(prog_name, "aborted", 1)
     except KeyboardInterrupt:
         return 130
+    except OSError as error:  # a path that cannot be used, a disk that is full
+        if error.errno not in UNUSABLE:
+            raise
+        where = f"{error.filename!r}: " if error.filename is not None else ""
+        problem = f"{where}{os.strerror(error.errno)}; name another path, or make room"
+        return _fail(prog_name, problem, 2)
     return result if isinstance(result, int) else 0
 
 

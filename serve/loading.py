@@ -84,7 +84,7 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
         if not path.is_file():
             continue
         try:
-            found = json.loads(path.read_text()).get("eos_token_id") or []
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
         except (OSError, ValueError, AttributeError):
             raise UserError("checkpoint", str(path), "is not a JSON object", "correct or remove it") from None
         listed = found if isinstance(found, list) else [found]

@@ -165,7 +165,7 @@ def _bind(host: str, port: int) -> socket.socket:
 def _write_port(path: Path, port: int) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(f"{port}\n")
+        partial.write_text(f"{port}\n", encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
         raise UserError(

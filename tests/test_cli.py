@@ -143,3 +143,23 @@ def test_every_command_helps_with_an_example(name: str) -> None:
     done = rdlm(name, "--help")
     assert done.returncode == 0, done.stderr
     assert "xample" in done.stdout and f"rdlm {name}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", ""], "CHECKPOINT=''"),
+        (["merge", "a", "", "--out", "o"], "RUNS=''"),
+        (["export", "run", "a", ""], "OUT=''"),
+        (["data", "info", ""], "FOLDER=''"),
+        (["data", "prepare", "embedded", "--out", ""], "--out=''"),
+        (["inspect", "x" * 300], "cannot be read (File name too long)"),
+        (["data", "prepare", "embedded", "--out", "x" * 300], "File name too long"),
+    ],
+)
+def test_a_path_that_is_none_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(cli.app, arguments, "rdlm") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "error:" in error

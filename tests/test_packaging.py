@@ -267,3 +267,16 @@ def test_no_place_outside_the_registries_asks_for_the_kind_of_an_objective_or_fa
         if KIND.search(line)
     ]
     assert questions == []
+
+
+def test_text_is_read_and_written_as_utf_8() -> None:
+    """Whatever the locale says: files travel between machines."""
+    calls = [
+        (f"{path.relative_to(REPO)}:{node.lineno}", node)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if node.func.attr in ("read_text", "write_text")
+    ]
+    assert calls
+    assert not [place for place, node in calls if "encoding" not in {word.arg for word in node.keywords}]

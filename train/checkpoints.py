@@ -45,6 +45,7 @@ MANIFEST = "manifest.json"
 BEST = "best.json"
 TOKENIZER = "tokenizer"
 DAMAGED = "damaged-"
+STEP = re.compile(r"step_\d{1,18}")
 _NONE = torch.empty(0)
 WEIGHT = "weight"
 """Key of the fp32 weights in ``SavedState``, which also has the names of the optimizer's moments."""
@@ -160,9 +161,9 @@ def mark_best(folder: Path, step: int, metric: str, value: float) -> None:
 def best_record(folder: Path) -> dict[str, Any] | None:
     """What ``mark_best`` wrote last, None without one."""
     try:
-        record = json.loads((folder / BEST).read_text())
+        record = json.loads((folder / BEST).read_text(encoding="utf-8"))
         return {"step": int(record["step"]), "metric": str(record["metric"]), "value": float(record["value"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -175,7 +176,7 @@ def best(folder: Path) -> Path | None:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Folders named ``step_<number>``, oldest first."""
-    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{1,18}", p.name) and p.is_dir()]
+    found = [p for p in folder.glob("step_*") if STEP.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -209,6 +210,8 @@ def newest(
             damage = next((one for one in seen if one is not None), None)
         if damage is None:
             return path
+        if gather is None and not path.exists():  # a run that goes on has removed it, and has written others
+            return newest(folder, warn)
         warn(f"skipping checkpoint {path}: {damage}")
     if found:
         problem = f"none of its {len(found)} checkpoints is complete"
@@ -239,7 +242,7 @@ def clean(folder: Path) -> None:
 
 def manifest_of(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint that passed its check."""
-    return json.loads((path / MANIFEST).read_text())
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
 
 
 def damage_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
@@ -247,21 +250,21 @@ def damage_of(path: Path, rank: int = 0, world: int = 1) -> str | None:
     hashes a share of the files."""
     try:
         manifest = manifest_of(path)
+        missing = {"format", "step", "config", "data", "world", "files"} - manifest.keys()
+        if missing:
+            return f"{MANIFEST} lacks {min(missing)}, so it is not that of a training checkpoint"
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}"
-        if manifest["step"] != step_of(path):
+        if STEP.fullmatch(path.name) and manifest["step"] != step_of(path):  # a copy may have any name
             return f"{MANIFEST} is that of step {manifest['step']}"
-        missing = {"config", "data", "world", "files"} - manifest.keys()
-        if missing:
-            return f"{MANIFEST} lacks {min(missing)}"
         for name, digest in list(manifest["files"].items())[rank::world]:
             if _digest(path / name) != digest:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(path)} is missing"
+        return f"{os.path.relpath(error.filename, path)} is missing"
     except OSError as error:
         return reason(error)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
     return None
 
@@ -607,7 +610,7 @@ def _seal(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     sync(path)
 
 

@@ -232,10 +232,18 @@ def export_run(
 
     check_out(out, "OUT", FILES, force)
 
-    checkpoint = find_checkpoint(source, which, lambda text: typer.echo(f"warning: {text}", err=True))
-    typer.echo(
-        f"{export(checkpoint, out, averaged=ema)}: exported from {checkpoint}. Try: rdlm serve --checkpoint {out}"
-    )
+    def warn(text: str) -> None:
+        typer.echo(f"warning: {text}", err=True)
+
+    while True:
+        checkpoint = find_checkpoint(source, which, warn)
+        try:
+            export(checkpoint, out, averaged=ema)
+            break
+        except FileNotFoundError:
+            if checkpoint.exists():
+                raise  # else a run that goes on has removed it, and has written others
+    typer.echo(f"{out}: exported from {checkpoint}. Try: rdlm serve --checkpoint {out}")
 
 
 export_app.registered_commands += published_layouts.registered_commands

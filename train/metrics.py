@@ -44,17 +44,17 @@ class MetricsLog:
         """Lines that were no records; they are dropped."""
         kept = []
         if path.exists():
-            lines = path.read_text(errors="replace").splitlines(keepends=True)
+            lines = path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True)
             records = [_record(line) for line in lines]
             self.damaged = sum(record is None for record in records[:-1])  # a kill may cut the last one short
             kept = [record for record in records if record is not None and record["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(temporary, self.path)
         self.last: dict[str, Any] = kept[-1] if kept else {}
         self.losses: list[float] = [r["loss"] for r in kept[-SPIKE_WINDOW:] if r.get("loss") is not None]
         """Of the last records that there were."""
-        self._file = self.path.open("a", buffering=1)
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -93,7 +93,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     if there is no file."""
     if not path.exists():
         return []
-    found = [_record(line) for line in path.read_text(errors="replace").splitlines(keepends=True)]
+    found = [
+        _record(line) for line in path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True)
+    ]
     return [record for record in found if record is not None]
 
 
@@ -101,7 +103,7 @@ def _record(line: str) -> dict[str, Any] | None:
     """The record of a whole line of numbers, None for anything else."""
     try:
         record = json.loads(line) if line.endswith("\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return None

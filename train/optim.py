@@ -251,7 +251,7 @@ def building(name: str) -> Iterator[None]:
     torch's file if no process holds that open.
     """
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-    with (folder.parent / f".{name}.rdlm-lock").open("w") as mine:
+    with (folder.parent / f".{name}.rdlm-lock").open("w", encoding="utf-8") as mine:
         fcntl.flock(mine, fcntl.LOCK_EX)
         lock = folder / "lock"
         if lock.exists() and not _held(lock):

@@ -528,7 +528,7 @@ def native_precision() -> str:
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     try:
-        flags = Path("/proc/cpuinfo").read_text().split()
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:
         return "fp32"
     return "bf16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "fp32"
@@ -548,10 +548,10 @@ def _model_of(source: str) -> dict[str, Any]:
     objective."""
     for file in ("model/config.json", "config.json", "train_config.json", "manifest.json"):
         try:
-            found = json.loads((Path(source) / file).read_text())
+            found = json.loads((Path(source) / file).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problem = f"its {file} cannot be read ({reason(error)})"
             raise UserError("init_from", source, problem, "give a complete checkpoint folder") from None
         found = found.get("config", found) if isinstance(found, dict) else {}
@@ -582,7 +582,7 @@ def _parsed(text: str, field: str, value: str) -> Any:
 def written_checked(config: TrainConfig) -> Iterator[Path]:
     """A JSON file in the output folder that holds a checked config for the processes of its run."""
     path = Path(config.output) / f".config-{os.getpid()}.json"
-    path.write_text(config.model_dump_json())
+    path.write_text(config.model_dump_json(), encoding="utf-8")
     try:
         yield path
     finally:
@@ -591,7 +591,7 @@ def written_checked(config: TrainConfig) -> Iterator[Path]:
 
 def read_checked(path: Path) -> TrainConfig:
     """The config of ``written_checked``: nothing is checked again."""
-    return TrainConfig.model_validate_json(path.read_text())
+    return TrainConfig.model_validate_json(path.read_text(encoding="utf-8"))
 
 
 def block_folder(config: TrainConfig, block: int) -> Path:

@@ -298,7 +298,7 @@ class Sweeper:
     def seconds_per_update(self, run: Run) -> float:
         """Measured by a short run of the arm; kept in calibration.json for all later calls."""
         file = self.output / "calibration.json"
-        known: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+        known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if run.arm not in known:
             folder = self.output / "calibration" / _slug(run.arm)
             document = with_changes(run.document, {**CALIBRATION, "output": str(folder / "run")})
@@ -349,7 +349,7 @@ class Sweeper:
         files = sorted(
             str(file)
             for file in self.output.glob("runs/*/eval-*.json")
-            if "evaluation" in file.read_text()[:4096]
+            if "evaluation" in file.read_text(encoding="utf-8")[:4096]
         )
         out = self.output / "report"
         steps.append(
@@ -372,7 +372,7 @@ class Sweeper:
         for name, command in self.sweep.evaluate.items():
             done = folder / f"eval-{_slug(name)}.done"
             filled = command.format(model=model, data=data, out=folder / f"eval-{_slug(name)}")
-            if done.is_file() and done.read_text() == filled:
+            if done.is_file() and done.read_text(encoding="utf-8") == filled:
                 continue
             if status := self.commands.rdlm(["eval", *shlex.split(filled)], folder / "log.txt"):
                 raise _Failed(f"evaluation {name} ended with status {status}; see {folder / 'log.txt'}")

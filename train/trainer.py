@@ -485,7 +485,7 @@ def lock_output(output: Path, warn: Callable[[str], None]) -> TextIO:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w")
+        lock = (output / ".lock").open("w", encoding="utf-8")
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
         raise UserError("output", str(output), problem, "set another output folder") from None

@@ -215,13 +215,13 @@ def _nll(folder: Path, evaluations: dict[str, str]) -> dict[str, list[Json]]:
 
 
 def _json(file: Path) -> Any:
-    return json.loads(file.read_text()) if file.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _lines(file: Path) -> list[Json]:
     """Records of a JSONL file; a line that was cut short is passed over."""
     found = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             found.append(json.loads(line))
         except ValueError:

@@ -211,7 +211,7 @@ class Sampler:
         done, those found included."""
         file = self.file(setting)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as stream:
+        with file.open("a", encoding="utf-8") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)  # another run at the same texts waits here, then finds them
             rows = _read(file, self._header(setting))[: len(self.passages)]
             if [row["window"] for row in rows] != [passage.window for passage in self.passages[: len(rows)]]:
@@ -351,7 +351,7 @@ def _read(file: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if not whole:
-        file.write_text(json.dumps(header, sort_keys=True) + "\n")
+        file.write_text(json.dumps(header, sort_keys=True) + "\n", encoding="utf-8")
         return []
     if len(whole) < len(content):
         with file.open("r+b") as stream:

@@ -86,8 +86,8 @@ def write(
         fill(temporary)
         if tokenizer is not None:
             tokenizer.save(temporary / TOKENIZER)
-        (temporary / CARD).write_text(_card(config, weights, card))
-        (temporary / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
+        (temporary / CARD).write_text(_card(config, weights, card), encoding="utf-8")
+        (temporary / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
 
@@ -134,12 +134,14 @@ def load_config(folder: str | Path) -> CheckpointConfig:
     code."""
     path = Path(folder) / CONFIG
     try:
-        data = json.loads(path.read_text())
-    except OSError:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+        problem = f"has no {CONFIG}" if gone else f"its {CONFIG} cannot be read ({error.strerror})"
         raise UserError(
-            FIELD, str(folder), f"has no {CONFIG}", "give a folder that `rdlm train` exported (OUTPUT/model)"
+            FIELD, str(folder), problem, "give a folder that `rdlm train` exported (OUTPUT/model)"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(FIELD, str(path), "is not JSON", "copy or export the checkpoint again") from None
     if isinstance(data, dict) and "schema_version" not in data and PUBLISHED & data.keys():
         problem = f"is a model in a published layout (model_type {data.get('model_type')!r})"

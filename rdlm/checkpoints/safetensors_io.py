@@ -90,8 +90,10 @@ def stored_in(folder: Path) -> dict[str, Entry]:
             )
         return stored(folder / SINGLE)
     try:
-        weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError):
+        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError("a shard is named by its file")
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             "weights", str(index), "is not an index of shards", "copy or download it again"
         ) from None
@@ -159,7 +161,8 @@ def write_sharded(folder: Path, entries: Mapping[str, Entry], shard_bytes: int, 
     weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
     total = sum(entry.size for entry in entries.values())
     (folder / INDEX).write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n",
+        encoding="utf-8",
     )
 
 

@@ -392,7 +392,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if "added_tokens_decoder" not in config:
         config |= _read_object(folder / "special_tokens_map.json")
     template = folder / "chat_template.jinja"
-    return {**config, "chat_template": template.read_text()} if template.is_file() else config
+    return {**config, "chat_template": template.read_text(encoding="utf-8")} if template.is_file() else config
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -401,7 +401,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError("tokenizer", str(file), f"is not JSON ({reason(error)})", "copy it again") from None
     if not isinstance(found, dict):
         raise UserError("tokenizer", str(file), "is not a JSON object", "copy it again")

@@ -207,7 +207,7 @@ def import_from(
             tensors.write(temporary / checkpoint.WEIGHTS, weights, bar.update)
         if published.generation:
             text = json.dumps(published.generation, indent=2) + "\n"
-            (temporary / checkpoint.GENERATION).write_text(text)
+            (temporary / checkpoint.GENERATION).write_text(text, encoding="utf-8")
 
     described = {
         key: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
@@ -380,16 +380,18 @@ def write_published(
     with checkpoint.replacing(out) as temporary:
         with progress_bar(weights, "export") as bar:
             tensors.write_sharded(temporary, weights, shard_bytes, bar.update)
-        (temporary / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(published, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(temporary)
         if (source / checkpoint.GENERATION).is_file():
             shutil.copyfile(source / checkpoint.GENERATION, temporary / checkpoint.GENERATION)
         elif tokenizer is not None:
             ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-            (temporary / checkpoint.GENERATION).write_text(json.dumps(ends, indent=2) + "\n")
+            (temporary / checkpoint.GENERATION).write_text(
+                json.dumps(ends, indent=2) + "\n", encoding="utf-8"
+            )
         for name, text in (files or {}).items():
-            (temporary / name).write_text(text)
+            (temporary / name).write_text(text, encoding="utf-8")
 
 
 def widest_dtype(weights: Mapping[str, Entry]) -> str:
@@ -448,12 +450,12 @@ def read_json(file: Path, required: bool) -> dict[str, Any]:
     if not required and not file.is_file():
         return {}
     try:
-        data = json.loads(file.read_text())
-    except OSError:
-        raise UserError(
-            "SOURCE", str(file.parent), f"has no {file.name}", "give a folder in Hugging Face layout"
-        ) from None
-    except ValueError:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+        problem = f"has no {file.name}" if gone else f"its {file.name} cannot be read ({error.strerror})"
+        raise UserError("SOURCE", str(file.parent), problem, "give a folder in Hugging Face layout") from None
+    except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise UserError("SOURCE", str(file), "is not a JSON object", "copy or download it again")

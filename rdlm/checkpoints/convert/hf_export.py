@@ -93,7 +93,7 @@ def export_hf(
         weights = decoder.published_weights(found, cast(RecurrentConfig, config.model.layout()))  # type: ignore[union-attr]
     else:
         architecture, weights = ARCHITECTURE, dict(found)
-        code = {MODELING: (Path(__file__).parent / "hf_modeling" / MODELING).read_text()}
+        code = {MODELING: (Path(__file__).parent / "hf_modeling" / MODELING).read_text(encoding="utf-8")}
         module = MODELING.removesuffix(".py")
         auto_map = {"AutoConfig": f"{module}.RdlmConfig", "AutoModelForCausalLM": f"{module}.{ARCHITECTURE}"}
         published = {**to_published(config), "architectures": [architecture], "auto_map": auto_map, **about}

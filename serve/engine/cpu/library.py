@@ -95,9 +95,9 @@ def cache_folder() -> Path:
 def _compiled(compiler: str) -> Path:
     """The shared library, compiled unless the cache has it for this source, compiler and processor."""
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, version, _processor()]).encode()).hexdigest()[
-        :16
-    ]
+    key = hashlib.sha256(
+        "\0".join([SOURCE.read_text(encoding="utf-8"), *FLAGS, version, _processor()]).encode()
+    ).hexdigest()[:16]
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def _compiled(compiler: str) -> Path:
 def _processor() -> str:
     """What -march=native depends on."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
