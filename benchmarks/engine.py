@@ -342,7 +342,13 @@ def main(
             served = copy.deepcopy(denoiser)
             found["packed_layers"][name] = pack_weights(served)
         with Engine(
-            partial(build_served, served, config, tokenizer, EngineSettings(max_slots=concurrent))
+            partial(
+                build_served,
+                served,
+                config,
+                tokenizer,
+                EngineSettings(max_slots=concurrent, prefix_cache="off"),
+            )
         ) as engine:
             against_naive(denoiser, engine, there, 1, 2, 1)  # warm up
             for k in (4, 16):

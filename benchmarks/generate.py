@@ -218,7 +218,7 @@ def sides(
     absent: dict[str, str] = {}
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         folder, config = save_model(Path(scratch) / "model", shape, dtype, max_len)
-        settings = EngineSettings(max_slots=most, dtype=dtype, kv_cache="shared")
+        settings = EngineSettings(max_slots=most, dtype=dtype, prefix_cache="off")
         kinds = {
             "engine": settings,
             "engine, kernels torch": settings.model_copy(update={"kernels": "torch"}),

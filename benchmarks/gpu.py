@@ -303,6 +303,7 @@ def _decoded(
             (1, 2, 3, 4), StepBudget(num_steps), tokens, SamplingParams(temperature=0.7), seed=number
         )
         scheduler.add(runner.sequence(number, request, 16))
+    scheduler.admit()
     drawn, steps, began = 0, 0, 0.0
     while running := scheduler.schedule():
         results = runner.run(running)

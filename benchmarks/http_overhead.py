@@ -65,9 +65,9 @@ def main(
         checkpoint = Path(folder) / "model"
         denoiser, config, tokenizer = build_model(width, 4096, prompt_tokens + num_tokens)
         save(checkpoint, denoiser, config, tokenizer)
-        settings = EngineSettings(max_slots=clients)
+        settings = EngineSettings(max_slots=clients, prefix_cache="off")
         with (
-            running_server(checkpoint, f"--max-slots {clients}") as live,
+            running_server(checkpoint, f"--max-slots {clients} --prefix-cache off") as live,
             Engine(lambda: load_served(checkpoint, settings)) as engine,
         ):
             for turn in range(rounds + 1):  # the first one warms up

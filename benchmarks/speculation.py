@@ -60,6 +60,7 @@ def main(
     )
     settings = EngineSettings(
         kv_cache="full",
+        prefix_cache="off",
         max_slots=max(sizes),
         max_len=prompt_tokens + num_tokens,
         max_steps=num_steps,

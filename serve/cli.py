@@ -59,6 +59,13 @@ def serve(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     kv_cache: CacheOption = "shared",
+    prefix_cache: Annotated[
+        str,
+        typer.Option(
+            help="exact: prompts reuse keys of earlier ones where these are what they would compute. any-steps: "
+            "keys of any K. off: none."
+        ),
+    ] = "exact",
     kernels: KernelOption = "auto",
     weights: WeightOption = "auto",
     max_slots: Annotated[int, typer.Option(help="Sequences that run at once; more wait.")] = 16,
@@ -147,6 +154,7 @@ def serve(
         "device": device,
         "dtype": dtype,
         "kv_cache": kv_cache,
+        "prefix_cache": prefix_cache,
         "kernels": kernels,
         "weights": weights,
         "max_slots": max_slots,

@@ -168,15 +168,21 @@ def _parts(
 ) -> tuple[Runner | MaskedRunner, int]:
     """What runs the model, and how many positions of longer segments may share a step. Raises UserError."""
     if config.objective.left_to_right:
-        sizes = {
-            "num_slots": settings.max_slots,
-            "max_len": max_len,
-            "max_steps": max_steps,
-            "num_tokens": num_tokens,
-        }
-        return Runner(
-            cast(NextToken, denoiser), config, kv_cache=settings.kv_cache, **sizes
-        ), settings.prefill_rows
+        if settings.prefix_cache == "any-steps" and settings.kv_cache == "full":
+            problem = "keys of every step are kept, which are those of one K"
+            raise UserError("prefix_cache", settings.prefix_cache, problem, "use exact, or the shared cache")
+        runner = Runner(
+            cast(NextToken, denoiser),
+            config,
+            num_slots=settings.max_slots,
+            max_len=max_len,
+            max_steps=max_steps,
+            num_tokens=num_tokens,
+            kv_cache=settings.kv_cache,
+            prefix_cache=settings.prefix_cache,
+            chunk=settings.chunk,
+        )
+        return runner, settings.prefill_rows
     if settings.kv_cache != "shared":
         raise UserError("kv_cache", settings.kv_cache, "a masked model keeps no keys", "leave it out")
     # Texts that have a slot step together: one that waited for a longer one would wait for all its steps.

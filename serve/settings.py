@@ -21,6 +21,9 @@ class EngineSettings(Strict):
     kv_cache: Literal["shared", "full"] = "shared"
     """shared: a position keeps the keys of its last core step, whatever K is. full: those of every step
     (exact, larger)."""
+    prefix_cache: Literal["exact", "any-steps", "off"] = "exact"
+    """exact: prompts that begin like earlier ones reuse those of their keys that they would compute themselves.
+    any-steps: also those of another K or random initial state (shared cache only). off: none."""
     kernels: Literal["auto", "torch"] = "auto"
     """auto: on a CPU, those of serve/engine/cpu, compiled for the machine. torch: PyTorch's own."""
     weights: Literal["auto", "int8"] = "auto"

@@ -12,6 +12,7 @@ docs/results/main-job.md has what the shared policy loses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -28,6 +29,10 @@ PAGE = 64
 """Positions of a page: the cache is allocated in these units."""
 LANES = 32
 """Values of a head are filled up to a multiple of this width, which any CPU reads in whole vectors."""
+
+
+PageTable = dict[tuple[int, int], int]
+"""The page of each (step, position // PAGE)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +86,13 @@ class Pages:
         self.k = torch.zeros(*shape, head_dim, PAGE, dtype=dtype, device=device)
         self.v = torch.zeros(*shape, PAGE, width, dtype=dtype, device=device)
         self._free = list(range(count - 1, 0, -1))
-        self._owned: list[dict[tuple[int, int], int]] = [{} for _ in range(num_slots)]
-        """By slot: the page of each (step, position // PAGE)."""
+        self._room = count - 1
+        """How many further pages of a first step may be taken before some are evicted."""
+        self._owned: list[PageTable] = [{} for _ in range(num_slots)]
+        """By slot."""
+        self.evict: Callable[[], bool] = lambda: False
+        """Called when as many positions are kept as the slots have: frees some that were detached, or returns
+        False."""
 
     @property
     def page_bytes(self) -> int:
@@ -117,7 +127,7 @@ class Pages:
         for index in range(segment.start // PAGE, (segment.end - 1) // PAGE + 1):
             page = owned.get((step, index))
             if page is None:
-                page = owned[step, index] = self._take()
+                page = owned[step, index] = self._take(step)
             first, last = max(segment.start, index * PAGE), min(segment.end, (index + 1) * PAGE)
             shift = (page - index) * PAGE
             if last - first == 1:
@@ -125,23 +135,46 @@ class Pages:
             else:
                 rows[:, first:last] = np.arange(first + shift, last + shift, dtype=np.int32)
 
-    def _take(self) -> int:
+    def attach(self, slot: int, pages: PageTable) -> None:
+        """Let a slot read pages that it does not own."""
+        for (step, index), page in sorted(pages.items()):
+            first = page * PAGE
+            self.places[slot, step:, index * PAGE : (index + 1) * PAGE] = np.arange(first, first + PAGE)
+
+    def detach(self, slot: int, start: int, end: int) -> PageTable:
+        """Take the pages of positions start to end, bounds of pages, from the slot, which goes on reading them
+        and writes there no more -> these pages."""
+        owned, indices = self._owned[slot], range(start // PAGE, end // PAGE)
+        return {key: owned.pop(key) for key in list(owned) if key[1] in indices}
+
+    def clear(self, pages: PageTable) -> None:
+        """Free pages that nobody reads. They are cleared: a masked NaN would still be a NaN to their next
+        owner."""
+        for (step, _), page in pages.items():
+            self.k[:, page], self.v[:, page] = 0, 0
+            self._room += step == 0
+        self._free += pages.values()
+
+    def _take(self, step: int) -> int:
+        if step == 0:
+            while self._room <= 0 and self.evict():
+                pass
+            self._room -= 1
         if not self._free:
-            count = self.k.shape[1]
-            with torch.inference_mode(False):  # or nothing could be written outside of it
-                self.k, self.v = (torch.cat([old, torch.zeros_like(old)], dim=1) for old in (self.k, self.v))
-            self._free = list(range(2 * count - 1, count - 1, -1))
+            self._grow()
         return self._free.pop()
 
+    def _grow(self) -> None:
+        count = self.k.shape[1]
+        with torch.inference_mode(False):  # or nothing could be written outside of it
+            self.k, self.v = (torch.cat([old, torch.zeros_like(old)], dim=1) for old in (self.k, self.v))
+        self._free = list(range(2 * count - 1, count - 1, -1))
+
     def free(self, slot: int) -> int:
-        """Give the pages of a slot back -> their bytes. They are cleared: a masked NaN would still be a NaN
-        to their next owner."""
-        pages = list(self._owned[slot].values())
-        for page in pages:
-            self.k[:, page], self.v[:, page] = 0, 0
-        self._owned[slot] = {}
+        """Free the pages of a slot -> their bytes."""
+        pages, self._owned[slot] = self._owned[slot], {}
+        self.clear(pages)
         self.places[slot] = 0
-        self._free += pages
         return len(pages) * self.page_bytes
 
 

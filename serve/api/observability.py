@@ -170,6 +170,14 @@ class Metrics(Collector):
         totals = {
             "rdlm_core_steps": ("forwards of the core, each over all rows in flight", counters.steps),
             "rdlm_prompt_tokens": ("prompt tokens of finished sequences", counters.prompt_tokens),
+            "rdlm_cached_prompt_tokens": (
+                "prompt tokens of finished sequences whose keys were in the prefix cache",
+                counters.cached_tokens,
+            ),
+            "rdlm_cached_row_steps": (
+                "core steps of positions that the prefix cache spared, finished sequences",
+                counters.cached_steps,
+            ),
             "rdlm_tokens": ("tokens drawn", counters.tokens),
             "rdlm_draft_tokens": (
                 "tokens drafted, or guessed in a wavefront, of finished sequences",

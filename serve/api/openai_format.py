@@ -264,6 +264,7 @@ def usage_of(parsed: Parsed, usages: Iterable[Usage]) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in done) // parsed.n},
         "recurrence": recurrence,
     }
     for name, guesses in (("speculation", budget.speculation), ("wavefront", budget.wavefront)):

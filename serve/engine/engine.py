@@ -61,6 +61,7 @@ class Runner(Protocol):
 
     def sequence(self, number: int, request: Request, chunk: int) -> Sequence: ...
     def step_counts(self, num_steps: int, blocks: frozenset[int] = ...) -> StepCounts: ...
+    def attach(self, sequence: Sequence) -> int: ...
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]: ...
     def release(self, sequence: Sequence) -> int: ...
 
@@ -116,6 +117,8 @@ class Counters:
     steps: int = 0
     """Core steps of the engine, each one forward over all rows."""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    cached_steps: int = 0
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -155,6 +158,8 @@ class Counters:
         self.flops += usage.flops
         if reason in ("stop", "length"):
             self.prompt_tokens += usage.prompt_tokens
+            self.cached_tokens += usage.cached_tokens
+            self.cached_steps += usage.cached_core_steps
             self.drafted += usage.drafted
             self.accepted += usage.accepted
             self.exits += usage.exits
@@ -362,6 +367,8 @@ class Engine:
         began = time.monotonic()
         for late in self._deadlines.expired(began):
             self._finish(late, late.expire(), Event(late.index, text=late.detokenizer.finish()))
+        for admitted in served.scheduler.admit():
+            admitted.skip(served.runner.attach(admitted))
         self._deadlines.update(began, len(served.scheduler.running), served.runner.step_counts)
         batch = self._guided(served.scheduler.schedule())
         if not batch:

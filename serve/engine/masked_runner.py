@@ -107,6 +107,10 @@ class MaskedRunner:
                 raise UserError(name, "...", problem, "leave it out")
         return MaskedSequence(number, request, self.step_counts(request.budget.num_steps), chunk)
 
+    def attach(self, sequence: Sequence) -> int:
+        """No keys of prompts are kept: every step changes the whole text."""
+        return 0
+
     def release(self, sequence: Sequence) -> int:
         """Free what is kept for a sequence that leaves -> bytes of its keys and values: none are kept."""
         sequence.rows = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import partial
+from math import lcm
 from typing import Literal, cast
 
 import torch
@@ -24,7 +25,7 @@ from rdlm.diffusion.samplers import SAMPLERS, Flow, StepPlan, expected_target
 from rdlm.errors import UserError
 from rdlm.flops import Cost, Costs, costs_of
 from rdlm.models.base import Backbone
-from rdlm.nn.kv_cache import KVCache, PackedContext, Segment
+from rdlm.nn.kv_cache import PAGE, KVCache, PackedContext, Segment
 from rdlm.nn.layers import Condition
 from rdlm.objectives.base import Prediction
 from rdlm.objectives.next_token import NextToken, renoise
@@ -39,6 +40,7 @@ from serve.engine.exits import (
     is_measured,
     mixes_steps,
 )
+from serve.engine.prefix_cache import PrefixCache, Source
 from serve.engine.sequence import (
     NO_SLOT,
     Request,
@@ -145,9 +147,14 @@ class Runner:
         max_steps: int,
         num_tokens: int,
         kv_cache: Literal["shared", "full"] = "shared",
+        prefix_cache: Literal["exact", "any-steps", "off"] = "off",
+        chunk: int = 1,
     ) -> None:
         """kv_cache: shared keeps the keys of each position's last step; full those of every step, allocated
         as they are written.
+
+        prefix_cache: whether prompts may begin with keys that other requests have computed; exact: with those
+        that they would compute themselves; any-steps: at any K. chunk: prompt positions of a segment.
 
         num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor
         reported.
@@ -170,6 +177,16 @@ class Runner:
             core_layers=model.core_cache_layers,
         )
         self._num_tokens = num_tokens
+        self._any_steps = prefix_cache == "any-steps"
+        # Rows of a chunk see each other's keys of the step that they are at. A shared cache shows later ones
+        # those of the last step: there a prefix is what whole chunks have computed.
+        chunks_matter = (
+            not (keeps_steps or self._any_steps) and max_steps > 1 and config.objective.supports_exits
+        )
+        unit = lcm(PAGE, chunk) if chunks_matter or model.state_is_random else PAGE
+        # The keys of a coda are those of the last step.
+        fewer = keeps_steps and model.core_cache_layers.stop == model.num_cache_layers
+        self._prefixes = None if prefix_cache == "off" else PrefixCache(self.cache, unit, fewer)
         self._base_conditions: dict[int, Condition | None] = {}
         """By block: its conditioning where no row has a noised target."""
         self._packs: list[tuple[list[Segment], PackedContext]] = []
@@ -255,11 +272,63 @@ class Runner:
             num_draws_skipped=count + plan.num_draws_skipped,
         )
 
+    def attach(self, sequence: Sequence) -> int:
+        """Begin a sequence that has got its slot with the longest prefix that is known -> its positions."""
+        source = self._source(sequence)
+        if self._prefixes is None or source is None or sequence.request.prompt_logprobs is not None:
+            return 0
+        return self._prefixes.attach(sequence.slot, sequence.request.prompt, source)
+
+    def _source(self, sequence: Sequence) -> Source | None:
+        """What the keys of the sequence's prompt are computed from; None where other prompts cannot be served
+        with them."""
+        plan, request, model = self._plan(sequence), sequence.request, self.denoiser.model
+        count, rule = sequence.counts.context, request.budget.exit
+        if self._any_steps:
+            return Source(others=(frozenset(plan.blocks[:count]),))
+        others: tuple[object, ...] = ()
+        if rule is not None and rule.prefill:
+            if self.cache.keeps_steps:  # positions of one page may have exited at different steps
+                return None
+            others += (rule,)
+        if model.depends_on_num_steps:
+            others += (plan.num_core_steps,)
+        if model.state_is_random:
+            others += (request.seed, request.choice)
+        return Source(tuple(zip(plan.sigmas[:count], plan.commit, plan.blocks, strict=False)), others)
+
+    def _hold(self, sequence: Sequence) -> None:
+        """Make what the sequence has written for good findable."""
+        if self._prefixes is None or (sequence.request.budget.lowers and not self._any_steps):
+            return
+        end = sequence.start if sequence.is_open else sequence.next_start
+        prompt, output = sequence.request.prompt, sequence.output
+        if end <= len(prompt):
+            self._prefixes.hold(sequence.slot, prompt[:end])
+        elif self._decodes_like_prefill(sequence):
+            self._prefixes.hold(sequence.slot, (*prompt, *output)[: min(end, len(prompt) + len(output) - 1)])
+        else:
+            self._prefixes.hold(sequence.slot, prompt)
+
+    def _decodes_like_prefill(self, sequence: Sequence) -> bool:
+        """Whether the keys of an answer are those that a prompt with the same tokens would get."""
+        budget = sequence.request.budget
+        if self._any_steps:
+            return True
+        if budget.exit is not None or budget.schedule or self.denoiser.model.state_is_random:
+            return False
+        return self.cache.keeps_steps or sequence.counts.context == 1
+
     def release(self, sequence: Sequence) -> int:
         """Free what is kept for a sequence that leaves, while it still has its slot -> bytes of its keys and
         values."""
         sequence.rows, self._packs = None, []
-        return 0 if sequence.slot == NO_SLOT else self.cache.free(sequence.slot)
+        if sequence.slot == NO_SLOT:
+            return 0
+        if self._prefixes is None:
+            return self.cache.free(sequence.slot)
+        self._hold(sequence)
+        return self._prefixes.release(sequence.slot) + self.cache.free(sequence.slot)
 
     @torch.inference_mode()
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
@@ -339,6 +408,9 @@ class Runner:
         """Prelude and initial state of segments that have just opened."""
         if not entering:
             return
+        for sequence in entering:
+            if 0 < sequence.start <= len(sequence.request.prompt):
+                self._hold(sequence)
         model, e = block.denoiser.model, self._encode(block, entering)
         if not model.state_is_random and not model.depends_on_num_steps:
             state = model.initial_state(torch.cat(list(e))[None] if len(e) > 1 else e[0][None])[0]

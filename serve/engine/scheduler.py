@@ -36,12 +36,18 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def schedule(self) -> list[Sequence]:
-        """Admit, open segments, and return the sequences whose segment steps now, oldest first."""
+    def admit(self) -> list[Sequence]:
+        """Give free slots to the sequences that have waited longest, and return these."""
+        admitted = []
         while self.waiting and self._free:
             sequence = self.waiting.popleft()
             sequence.slot = self._free.pop()
             self.running[sequence.id] = sequence
+            admitted.append(sequence)
+        return admitted
+
+    def schedule(self) -> list[Sequence]:
+        """Open segments, and return the sequences whose segment steps now, oldest first."""
         budget = self.prefill_rows - sum(
             s.length for s in self.running.values() if s.length > 1 and not s.is_wavefront
         )

@@ -203,6 +203,10 @@ class Usage:
     took part in."""
 
     prompt_tokens: int
+    cached_tokens: int
+    """Those of the prompt whose keys were in the prefix cache."""
+    cached_core_steps: int
+    """Core steps that the prefix cache saved."""
     completion_tokens: int
     num_steps: int
     prefill_core_steps: int
@@ -299,6 +303,9 @@ class Sequence:
     rows: Any = None
     """The runner's tensors of the open segment, an immutable object."""
     flops: int = 0
+    cached: int = 0
+    """Positions of the prompt whose keys were in the prefix cache."""
+    cached_row_steps: int = 0
     prompt_row_steps: int = 0
     decode_row_steps: int = 0
     saved_row_steps: int = 0
@@ -426,6 +433,11 @@ class Sequence:
         remaining = len(self.request.prompt) - self.next_start
         return min(remaining, self.chunk) if remaining > 0 else 1
 
+    def skip(self, positions: int) -> None:
+        """Begin after the first positions of the prompt, whose keys are known."""
+        self.cached = self.next_start = positions
+        self.cached_row_steps = positions * self.prompt_steps
+
     def open(self) -> None:
         """Put the next segment in flight."""
         assert not self.is_open
@@ -544,6 +556,8 @@ class Sequence:
         started = self.started or now
         return Usage(
             prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.cached,
+            cached_core_steps=self.cached_row_steps,
             completion_tokens=len(self.output),
             num_steps=self.request.budget.num_steps,
             prefill_core_steps=self.prompt_row_steps,

@@ -123,6 +123,7 @@ def test_the_serving_step_mixes_no_devices(
         for number in range(3):
             request = Request((1, 2, 3, 4), StepBudget(1 + number % most), 2, warm, seed=number, logprobs=2)
             scheduler.add(runner.sequence(number, request, 16))
+        scheduler.admit()
         finished = 0
         for _ in range(60):
             running = scheduler.schedule()

@@ -66,6 +66,7 @@ class World:
 
     def step(self) -> None:
         scheduler = self.scheduler
+        scheduler.admit()
         batch = scheduler.schedule()
         self.admitted += [s.id for s in scheduler.running.values() if s.id not in self.admitted]
         slots = [s.slot for s in scheduler.running.values()]
@@ -164,6 +165,7 @@ def test_cut_of_a_prompt_does_not_depend_on_the_traffic() -> None:
         world.scheduler.add(watched)
         found: set[tuple[int, int]] = set()
         while len(world.scheduler):
+            world.scheduler.admit()
             batch = world.scheduler.schedule()
             found |= {(s.start, s.length) for s in batch if s.id == 0 and not s.step}
             world.step()

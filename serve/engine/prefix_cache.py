@@ -1,0 +1,154 @@
+"""Keys and values of prompts that were computed before, for later prompts that begin with the same tokens.
+
+A radix tree over the pages of the KV cache: a node stands for ``unit`` tokens after those of its parent and owns
+the pages of their positions. Sequences in flight read these pages in place; what nobody reads is evicted, least
+recently used first, when the KV cache has no free page. So the tree never makes the KV cache grow.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from rdlm.nn.kv_cache import KVCache, PageTable
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the keys of a position are computed from, beside the tokens up to it.
+
+    steps: what each core step does. others: anything else.
+    """
+
+    steps: tuple[object, ...] = ()
+    others: tuple[object, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """Positions whose keys are kept: those of ``tokens`` after the parent's."""
+
+    parent: Node | None
+    tokens: tuple[int, ...]
+    source: Source
+    pages: list[PageTable]
+    """Of each store of the KV cache."""
+    num_bytes: int
+    """Of the pages of this node and of all above it."""
+    children: dict[tuple[int, ...], list[Node]] = field(default_factory=dict)
+    """By their tokens; several where their sources differ."""
+    users: int = 0
+    """Sequences in flight whose path ends here."""
+
+
+@dataclass(slots=True)
+class Path:
+    """The nodes that hold the first ``length`` tokens of a sequence in flight."""
+
+    node: Node
+    length: int
+    source: Source
+
+
+class PrefixCache:
+    """Finds, keeps and evicts prefixes. Called by the engine thread only."""
+
+    def __init__(self, cache: KVCache, unit: int, serves_fewer_steps: bool = False) -> None:
+        """unit: positions that are found or missed together, a multiple of the page size. serves_fewer_steps:
+        whether keys of some core steps are those of a prompt that takes fewer."""
+        self.cache, self.unit, self.serves_fewer_steps = cache, unit, serves_fewer_steps
+        self._root = Node(None, (), Source(), [], 0)
+        self._paths: dict[int, Path] = {}
+        """By slot."""
+        self._unused: OrderedDict[Node, None] = OrderedDict()
+        """Nodes without users and children, the least recently used first."""
+        for store in cache.stores:
+            store.evict = self.evict
+
+    def attach(self, slot: int, prompt: Seq[int], source: Source) -> int:
+        """Let a free slot read the longest known prefix of ``prompt`` -> its positions. The last position is
+        never among them: something has to be computed from."""
+        path = self._paths[slot] = Path(self._root, 0, source)
+        while path.length + self.unit < len(prompt):
+            node = self._find(path, prompt)
+            if node is None:
+                break
+            for store, pages in zip(self.cache.stores, node.pages, strict=True):
+                store.attach(slot, pages)
+            path.node, path.length = node, path.length + self.unit
+        self._enter(path.node)
+        return path.length
+
+    def hold(self, slot: int, tokens: Seq[int]) -> None:
+        """Make the positions of ``tokens``, which the slot has written for good, findable. Where another
+        sequence came first, the slot reads its pages from now on."""
+        path = self._paths.get(slot)
+        while path is not None and path.length + self.unit <= len(tokens):
+            pages = [store.detach(slot, path.length, path.length + self.unit) for store in self.cache.stores]
+            node = self._find(path, tokens)
+            if node is None:
+                node = self._add(path, tokens, pages)
+            else:
+                for store, own, known in zip(self.cache.stores, pages, node.pages, strict=True):
+                    store.clear(own)
+                    store.attach(slot, known)
+            self._enter(node)
+            self._leave(path.node)
+            path.node, path.length = node, path.length + self.unit
+
+    def release(self, slot: int) -> int:
+        """Forget a sequence -> bytes of its prefix."""
+        path = self._paths.pop(slot, None)
+        if path is None:
+            return 0
+        self._leave(path.node)
+        return path.node.num_bytes
+
+    def evict(self) -> bool:
+        """Free the pages of the node that was used least recently -> whether there was one."""
+        if not self._unused:
+            return False
+        node, _ = self._unused.popitem(last=False)
+        for store, pages in zip(self.cache.stores, node.pages, strict=True):
+            store.clear(pages)
+        parent = node.parent
+        assert parent is not None
+        parent.children[node.tokens].remove(node)
+        if not parent.children[node.tokens]:
+            del parent.children[node.tokens]
+        if self._is_unused(parent):
+            self._unused[parent] = None
+            self._unused.move_to_end(parent, last=False)  # it was last used with its child, or before
+        return True
+
+    def _find(self, path: Path, tokens: Seq[int]) -> Node | None:
+        """The child that holds the ``unit`` tokens after a path."""
+        known = path.node.children.get(tuple(tokens[path.length : path.length + self.unit]), ())
+        return next((node for node in known if self._serves(node.source, path.source)), None)
+
+    def _serves(self, known: Source, wanted: Source) -> bool:
+        steps = known.steps[: len(wanted.steps)] if self.serves_fewer_steps else known.steps
+        return steps == wanted.steps and known.others == wanted.others
+
+    def _add(self, path: Path, tokens: Seq[int], pages: list[PageTable]) -> Node:
+        own = sum(len(p) * store.page_bytes for store, p in zip(self.cache.stores, pages, strict=True))
+        key = tuple(tokens[path.length : path.length + self.unit])
+        node = Node(path.node, key, path.source, pages, path.node.num_bytes + own)
+        path.node.children.setdefault(key, []).append(node)
+        return node
+
+    def _enter(self, node: Node) -> None:
+        node.users += 1
+        self._unused.pop(node, None)
+        if node.parent is not None:
+            self._unused.pop(node.parent, None)  # it has a child now
+
+    def _leave(self, node: Node) -> None:
+        node.users -= 1
+        if self._is_unused(node):
+            self._unused[node] = None
+
+    @staticmethod
+    def _is_unused(node: Node) -> bool:
+        return not node.users and not node.children and node.parent is not None
