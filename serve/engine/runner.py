@@ -315,7 +315,8 @@ class Runner:
         budget = sequence.request.budget
         if self._any_steps:
             return True
-        if budget.exit is not None or budget.schedule or self.denoiser.model.state_is_random:
+        varies = budget.exit is not None or budget.wavefront is not None or bool(budget.schedule)
+        if varies or self.denoiser.model.state_is_random:
             return False
         return self.cache.keeps_steps or sequence.counts.context == 1
 
