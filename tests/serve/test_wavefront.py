@@ -227,6 +227,7 @@ def test_a_prompt_does_not_wait_for_a_wavefront_to_end(make_served: Callable[...
     runner, scheduler = make_served("bptt", settings=SHARED).runner, Scheduler(2, prefill_rows=8, chunk=8)
     wave = runner.sequence(0, waving(request((17,)), 4, 1), 8)
     scheduler.add(wave)
+    scheduler.admit()
     scheduler.schedule()
     for _ in range(K):
         wave.advance(StepResult())
@@ -235,6 +236,7 @@ def test_a_prompt_does_not_wait_for_a_wavefront_to_end(make_served: Callable[...
     wave.advance(StepResult(guesses=[7]))
     prompt = runner.sequence(1, request(tuple(range(20, 28))), 8)
     scheduler.add(prompt)
+    scheduler.admit()
     assert scheduler.schedule() == [wave, prompt] and (wave.length, prompt.length) == (2, 8)
 
 
