@@ -69,7 +69,7 @@ def test_completion_has_openai_shape_and_accounts_for_its_work(
         "decode_core_steps": 16,
     }
     usage = {"prompt_tokens": length, "completion_tokens": 5, "total_tokens": length + 5, "recurrence": steps}
-    assert answer["usage"] == usage
+    assert answer["usage"] == usage | {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_alias_chooses_k_and_default_applies(client: TestClient) -> None:
