@@ -20,7 +20,7 @@ from rich.table import Table as RichTable
 
 from eval.provenance import write_json
 from rdlm.atomic import check_out_file
-from rdlm.command_line import new_app
+from rdlm.command_line import new_app, new_console
 from rdlm.errors import UserError
 
 Json = dict[str, Any]
@@ -145,7 +145,7 @@ class Measurement(Metric):
             if (file := getattr(options, name)) is not None:
                 check_out_file(file, f"--{name}")
         report = self.measure(options)
-        self.show(report, Console())
+        self.show(report, new_console())
         if options.out is not None:
             write_json(options.out, self.written(report, options))
         if options.plot is not None:

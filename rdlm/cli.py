@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from rdlm import __version__
-from rdlm.command_line import new_app
+from rdlm.command_line import calm_bars, new_app
 from rdlm.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -196,4 +196,5 @@ def _fail(prog_name: str, message: str, status: int) -> int:
 
 def main() -> NoReturn:
     """Entry point of the console script; without arguments it shows the help."""
+    calm_bars()
     sys.exit(run(app, sys.argv[1:] or ["--help"], "rdlm"))

@@ -69,6 +69,7 @@ class GracefulServer(uvicorn.Server):
         close the port.
         """
         deadline = time.monotonic() + self.drain_seconds
+        print(f"rdlm: draining for at most {self.drain_seconds:g} s", flush=True)
         if not self.engine.drain(self.drain_seconds):
             self.engine.stop()
         self.config.timeout_graceful_shutdown = round(max(GRACE_SECONDS, deadline - time.monotonic()))
@@ -103,6 +104,7 @@ def run_server(
     server = GracefulServer(config, engine, settings.drain_seconds)
     if port_file is not None:
         _write_port(port_file, port)
+    print(f"rdlm: loading {checkpoint}", flush=True)
     engine.start()
     threading.Thread(target=_announce, args=(engine, server, f"http://{host}:{port}"), daemon=True).start()
     try:
@@ -141,7 +143,7 @@ def _announce(engine: Engine, server: GracefulServer, url: str) -> None:
     slots = served.scheduler.num_slots
     print(
         f"rdlm: serving {served.config.name} at {url}/v1 (K 1 to {served.max_steps}, default {served.default_steps}; "
-        f"{slots} at once, {served.max_len} tokens each; documentation at {url}/schema)",
+        f"{slots} at once, {served.max_len} tokens each); a page to try it at {url}/, documentation at {url}/schema",
         flush=True,
     )
 

@@ -12,6 +12,7 @@ import pytest
 import typer
 
 from rdlm import __version__, cli
+from rdlm.command_line import new_console
 from rdlm.errors import UserError
 
 
@@ -163,3 +164,26 @@ def test_a_path_that_is_none_is_one_line(
     assert cli.run(cli.app, arguments, "rdlm") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "error:" in error
+
+
+def test_tables_in_a_pipe_keep_their_rows_whole(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from rich.table import Table
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table = Table("figure", *["an interval"] * 7)
+    table.add_row("nll", *["3.224 [3.201, 3.246]"] * 7)
+    new_console().print(table)
+    assert capsys.readouterr().out.count("[3.201, 3.246]") == 7
+
+
+def test_bars_in_a_file_move_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_MININTERVAL", raising=False)
+    code = (
+        "import sys; from rdlm.command_line import calm_bars; calm_bars()\n"
+        "from tqdm import tqdm\n"
+        "for _ in tqdm(range(3), desc='bar'): __import__('time').sleep(0.2)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr.count("bar:") == 2  # its first state and its last

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
 from rdlm.checkpoints.cli import export_app as published_layouts
-from rdlm.command_line import new_app
+from rdlm.command_line import new_app, new_console
 from rdlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -321,7 +320,7 @@ def _show(rows: list[Arm], chosen: Arm | None, budget: int) -> None:
     for arm in rows:
         verdict = "suggested" if arm == chosen else ("fits" if arm.memory.total <= budget else "")
         table.add_row(*plan_row(arm, verdict))
-    console = Console()
+    console = new_console()
     console.print(table)
     console.print(
         "B: blocks. recom.: activations recomputed in the backward pass. micro: sequences of a forward pass.\n"

@@ -8,11 +8,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from rdlm.command_line import new_app
+from rdlm.command_line import new_app, new_console
 from rdlm.data.images import open_split, read_image_manifest
 from rdlm.data.manifest import check_hashes, kind_of, read_document
 from rdlm.data.token_shards import Manifest, check_sizes, hashes_of, read_manifest
@@ -186,7 +185,7 @@ def _show(folder: Path, manifest: Manifest, state: str) -> None:
             ratio,
             str(len(found.shards)),
         )
-    Console().print(table)
+    new_console().print(table)
     if manifest.skipped:
         counts = ", ".join(f"{count:,} {what}" for what, count in manifest.skipped.items())
         typer.echo(f"left out: {counts}")
@@ -216,4 +215,4 @@ def _show_images(folder: Path, state: str) -> None:
         table.add_row(
             split, f"{len(images):,}", f"{counts.min():,}", f"{counts.max():,}", f"{images.nbytes:,}"
         )
-    Console().print(table)
+    new_console().print(table)

@@ -143,6 +143,7 @@ class Progress:
     def update(self, step: int, record: dict[str, Any]) -> None:
         """After update ``step`` (1-based), with its record."""
         shown = f"loss {record['loss']:.3f}, {record[f'{self.unit}s_per_s']:,.0f} {self.unit}s/s, lr {record['lr']:.2e}"
+        shown += f", grad norm {record['grad_norm']:.2f}"
         if "epoch" in record:
             shown += f", epoch {record['epoch']:.2f}"
         if "mfu" in record:
@@ -243,6 +244,10 @@ class Report:
             self.progress.say(line)
         if trainer.step:
             self.progress.say(f"resumed {config.name} at step {trainer.step}")
+        if trainer.step >= config.schedule.steps:
+            self.progress.say(
+                "all updates are made: a larger schedule.steps goes on, another output starts anew"
+            )
 
     def _open(self) -> None:
         trainer, tensorboard = self.trainer, self.trainer.config.log.tensorboard

@@ -265,7 +265,8 @@ def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:
         trainer = Trainer(config, corpus, device, terminal)
         finished = trainer.fit(lambda: stop.received)
         if rank == 0 and trainer.step:
-            export_run(trainer.output)
+            model = export_run(trainer.output)
+            trainer.say(f"wrote {model}; `rdlm inspect {model}` says what can be done with it")
         trainer.close()
         return finished
     finally:

@@ -42,6 +42,8 @@ CALIBRATION = {
 """A calibrating run, for budgets in seconds."""
 UNMEASURED = 4
 """Its first updates, which warm up."""
+PROGRESS_SECONDS = 30.0
+"""Between two lines about a run that trains."""
 
 
 class BudgetConfig(Strict):
@@ -239,8 +241,8 @@ class Commands:
         self._alive: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
-    def rdlm(self, arguments: Sequence[str], log: Path) -> int:
-        """`rdlm ARGUMENTS` with its output in ``log`` -> exit status."""
+    def rdlm(self, arguments: Sequence[str], log: Path, meanwhile: Callable[[], None] = lambda: None) -> int:
+        """`rdlm ARGUMENTS` with its output in ``log`` -> exit status. meanwhile: called now and then."""
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
         with log.open("ab") as stream:
@@ -251,7 +253,12 @@ class Commands:
                     [sys.executable, "-m", "rdlm", *arguments], stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
                 )  # fmt: skip
                 self._alive.add(child)
-            status = child.wait()
+            while True:
+                try:
+                    status = child.wait(PROGRESS_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    meanwhile()
             with self._lock:
                 self._alive.discard(child)
         return status
@@ -306,7 +313,7 @@ class Sweeper:
             steps = int(CALIBRATION["schedule.steps"])
             checked(short, steps)
             self.say(f"{run.arm}: measuring {steps} updates")
-            self._train(short)
+            self._train(short, steps)
             records = _records(short)
             clock = "cpu_seconds" if _on_cpu() else "seconds"
             first, last = records[UNMEASURED - 1], records[-1]
@@ -318,14 +325,16 @@ class Sweeper:
         """Train and evaluate what is not finished -> what failed."""
         self._write_plan(planned)
         failed: list[str] = []
+        done: list[str] = []
 
         def one(run: Run, config: TrainConfig) -> None:
             try:
                 if not is_finished(run, config):
                     self.say(f"{run.label}: training")
-                    self._train(run)
+                    self._train(run, config.schedule.steps)
                 self._evaluate(run.folder, run.output / "model", _data_of(config))
-                self.say(f"{run.label}: done")
+                done.append(run.label)
+                self.say(f"{run.label}: done ({len(done)} of {len(planned)})")
             except _Failed as error:
                 failed.append(f"{run.label}: {error}")
 
@@ -360,9 +369,16 @@ class Sweeper:
                 raise UserError("report", str(out), f"was not written; see {log}", "correct it and run again")
         return out / "report.html"
 
-    def _train(self, run: Run) -> None:
+    def _train(self, run: Run, updates: int) -> None:
+        def progress() -> None:
+            if records := _records(run):
+                step, loss = records[-1]["step"], records[-1].get("loss")
+                self.say(f"{run.label}: step {step:,}/{updates:,}" + (f", loss {loss:.3f}" if loss else ""))
+
         status = self.commands.rdlm(
-            ["train", str(run.config_file), "--num-procs", str(self.sweep.num_procs)], run.folder / "log.txt"
+            ["train", str(run.config_file), "--num-procs", str(self.sweep.num_procs)],
+            run.folder / "log.txt",
+            progress,
         )
         if status:
             raise _Failed(f"training ended with status {status}; see {run.folder / 'log.txt'}")

@@ -47,15 +47,18 @@ def parse(schema: type[C] | Any, data: Any, where: str) -> C:
             remedy = f"use one of {expected}"
             raise UserError(path, context.get("tag"), "there is no such choice", remedy) from None
         path = ".".join(_written(first["loc"], first["type"] == "missing", data)) or where
-        remedy = f"correct it in {where}"
+        problem, remedy = first["msg"].removeprefix("Value error, "), f"correct it in {where}"
         if first["type"] == "extra_forbidden":
-            remedy = _nearest(str(first["loc"][-1]), _names(schema, first["loc"][:-1]))
+            problem = "there is no such field"
+            remedy = _nearest(str(first["loc"][-1]), _names(schema, first["loc"][:-1]), _inside(schema))
         value = first["input"] if not isinstance(first["input"], dict) else "{...}"
-        raise UserError(path, value, first["msg"].removeprefix("Value error, "), remedy) from None
+        raise UserError(path, value, problem, remedy) from None
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    """What to do about an unknown name."""
+def _nearest(name: str, known: list[str], inside: list[str]) -> str:
+    """What to do about an unknown name. inside: fields of sections, as section.field."""
+    if found := [path for path in inside if path.partition(".")[2] == name]:
+        return f"did you mean {' or '.join(found)}?"
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]}?"
@@ -89,6 +92,12 @@ def _models_at(schema: Any, loc: tuple[str | int, ...]) -> list[type[BaseModel]]
 def _names(schema: Any, loc: tuple[str | int, ...]) -> list[str]:
     """Fields that may stand at a place."""
     return sorted({name for model in _models_at(schema, loc) for name in model.model_fields})
+
+
+def _inside(schema: Any) -> list[str]:
+    """Fields of the sections, as section.field."""
+    sections = [(name, f.annotation) for model in _models(schema) for name, f in model.model_fields.items()]
+    return sorted({f"{name}.{field}" for name, kind in sections for field in _names(kind, ())})
 
 
 def _choices(schema: Any, loc: tuple[str | int, ...], field: str) -> list[str]:

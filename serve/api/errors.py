@@ -32,6 +32,8 @@ def _http_error(request: Request[Any, Any, Any], error: HTTPException) -> Respon
     if error.detail == CLIENT_LEFT:
         return _answer(request, ApiError(499, error.detail, "client_error"))
     message = error.detail
+    if error.status_code == 404:
+        message = f"there is no route {request.scope['path']!r} here; /schema lists them"
     if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
         key = error.extra[0].get("key", "the request")
         is_empty = key == "data"  # the routes' name for the body

@@ -206,7 +206,7 @@ class Limits:
         match = re.fullmatch(re.escape(self.name) + r":k([0-9]{1,6})", model)
         if match is None:
             hint = (
-                f"this server has {self.name!r} and {self.name!r}:kN with N from 1 to {self.served.max_steps}"
+                f"this server has {self.name!r} and '{self.name}:kN' with N from 1 to {self.served.max_steps}"
             )
             message = f"the model {shorten(model)!r} does not exist; {hint}"
             raise ApiError(404, message, "invalid_request_error", "model", "model_not_found")

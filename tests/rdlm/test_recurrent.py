@@ -132,7 +132,7 @@ def test_only_the_latent_of_a_state_counts_as_moved() -> None:
         (general({}, {"final_norm": False}), "one weighted norm"),
         (general({}, {}, value_embeddings=[7]), "value_embeddings"),
         (general({}, {"injection": "replace"}, noise_conditioning=True), "replace"),
-        (general({"norm": "pre"}, {}), "Extra inputs"),
+        (general({"norm": "pre"}, {}), "there is no such field"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(model: dict[str, Any], words: str) -> None:

@@ -288,7 +288,8 @@ def test_malformed_bodies_and_wrong_routes(client: TestClient) -> None:
         assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error", (
             content
         )
-    assert client.get("/v1/nothing").status_code == 404
+    nothing = client.get("/v1/nothing")
+    assert nothing.status_code == 404 and "'/v1/nothing' here; /schema" in nothing.json()["error"]["message"]
     assert client.get("/v1/completions").json()["error"]["type"] == "invalid_request_error"
     assert client.post("/v1/chat/completions", json={"messages": []}).status_code == 400
 

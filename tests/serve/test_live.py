@@ -260,7 +260,9 @@ def test_sigterm_loses_no_accepted_request(checkpoint: Path, tmp_path: Path) -> 
         assert [count.result(120) for count in counts] == [80] * 6
     assert server.process.wait(60) == 0
     said = (server.process.stdout.read() if server.process.stdout else "").splitlines()
-    assert any("serving tiny at http://127.0.0.1:" in line for line in said)
+    own = [line for line in said if line.startswith("rdlm: ")]
+    assert [line.split()[1] for line in own] == ["loading", "serving", "draining"]
+    assert "serving tiny at http://127.0.0.1:" in own[1] and "a page to try it at" in own[1]
     logged = [json.loads(line) for line in said if line.startswith("{")]
     answered = [line for line in logged if line.get("path") == "/v1/completions" and line["status"] == 200]
     assert len(answered) >= 6 and len({line["request_id"] for line in answered}) == len(answered)

@@ -132,6 +132,8 @@ def test_sigterm_saves_and_resuming_equals_an_uninterrupted_run(run) -> None:
     assert newest == f"step_{stopped.steps()[-1]:06d}", "the update under way was finished and saved"
     assert stopped.steps()[-1] < 60
     assert_equal(stopped.finish(), whole)
+    _, err = stopped.start().communicate(timeout=300)
+    assert "all updates are made" in err and f"wrote {stopped.output / 'model'}" in err
 
 
 def test_kill_9_of_everything_then_resuming_equals_an_uninterrupted_run(run) -> None:

@@ -143,6 +143,8 @@ def test_what_yaml_readers_accept_in_silence_is_refused(tmp_path: Path, text: st
         ("optimizer.beta=[0.9, 0.95]", "did you mean betas?"),
         ("model.num_head=2", "did you mean num_heads?"),
         ("data.grup=s3", "did you mean group?"),
+        ("lr=1", "did you mean optimizer.lr?"),
+        ("optimizer.warmup_steps=1", "did you mean schedule.warmup_steps?"),
         ("schedule.x=1", "use one of cooldown_steps, kind, min_lr_ratio, steps, warmup_steps"),
         ("model={d_model: 8}", "use one of 'dit', "),
         ("model.family=lama", "'llama'"),

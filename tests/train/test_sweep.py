@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
+import train.sweep
 from eval.metrics.sweep import Sweep, k_curves
 from rdlm.config.base import parse
 from rdlm.data.batch import Batch
@@ -160,7 +161,7 @@ class Commands:
         self.broken: str | None = None
         self.jobs, self.signal = 1, 0
 
-    def rdlm(self, arguments: Sequence[str], log: Path) -> int:
+    def rdlm(self, arguments: Sequence[str], log: Path, meanwhile: Callable[[], None] = lambda: None) -> int:
         self.seen.append(
             f"{arguments[0]} {Path(arguments[1]).parent.name if arguments[0] == 'train' else arguments[1]}"
         )
@@ -174,6 +175,7 @@ class Commands:
             (output / "metrics.jsonl").write_text(json.dumps(record) + "\n")
             held_out = [{"step": step, "K=1": 3.0, "K=4": 2.0 + config.seed} for step in (20, 40)]
             (output / "held_out.jsonl").write_text("".join(json.dumps(r) + "\n" for r in held_out))
+            meanwhile()
         elif arguments[1] == "nll":
             options = dict(zip(arguments[2::2], arguments[3::2], strict=True))
             seed = int(options["--out"].split("seed")[1][0])
@@ -190,6 +192,13 @@ class Commands:
         return nullcontext()
 
 
+def test_a_long_command_is_asked_about_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.sweep, "PROGRESS_SECONDS", 0.01)
+    asked: list[int] = []
+    status = train.sweep.Commands(1).rdlm(["--version"], tmp_path / "log.txt", lambda: asked.append(1))
+    assert status == 0 and asked and (tmp_path / "log.txt").read_text().startswith("rdlm ")
+
+
 def test_finished_runs_are_not_run_again_and_a_failed_one_holds_up_no_other(
     sweep: Callable[..., Path],
 ) -> None:
@@ -197,13 +206,17 @@ def test_finished_runs_are_not_run_again_and_a_failed_one_holds_up_no_other(
         arms={"a": {}, "b": {"optimizer.lr": 0.02}}, seeds=[0, 1],
         evaluate={"held out": "nll --checkpoint {model} --num-steps 1,4 --out {out}.json"},
     )  # fmt: skip
-    sweeper = Sweeper(*read_sweep(file), lambda line: None)
+    said: list[str] = []
+    sweeper = Sweeper(*read_sweep(file), said.append)
     with pytest.raises(UserError, match="--report.*without --report first"):
         sweeper.report()
     sweeper.commands = commands = Commands()  # type: ignore[assignment]
     commands.broken = "a-seed1"
     [failed] = sweeper.run(sweeper.plan())
     assert "a, seed 1" in failed and commands.seen.count("eval nll") == 3
+    steps = load(sweeper.output / "runs" / "a-seed0" / "config.yaml").schedule.steps
+    assert f"a, seed 0: step {steps}/{steps}, loss 1.000" in said
+    assert [line for line in said if "done" in line][-1] == "b, seed 1: done (3 of 4)"
     commands.seen, commands.broken = [], None
     assert sweeper.run(sweeper.plan()) == []
     assert commands.seen == ["train a-seed1", "eval nll"]
