@@ -57,11 +57,10 @@ def parse(schema: type[C] | Any, data: Any, where: str) -> C:
 
 def _nearest(name: str, known: list[str], inside: list[str]) -> str:
     """What to do about an unknown name. inside: fields of sections, as section.field."""
-    if found := [path for path in inside if path.partition(".")[2] == name]:
+    elsewhere = [path for path in inside if path.partition(".")[2] == name]
+    typed = get_close_matches(name, known, n=1, cutoff=0.8)
+    if found := typed or elsewhere or get_close_matches(name, known, n=1, cutoff=0.6):
         return f"did you mean {' or '.join(found)}?"
-    close = get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]}?"
     return f"remove it, or use one of {', '.join(known)}" if known else "remove it"
 
 
