@@ -90,6 +90,13 @@ def serve(
             "--forbid-beyond-trained", help="Refuse a K above those that the model was trained with."
         ),
     ] = False,
+    generation_config: Annotated[
+        str,
+        typer.Option(
+            help="auto: the checkpoint's generation_config.json has the temperature, top_p, ... of requests that name "
+            "none. none: 1, the model as it is."
+        ),
+    ] = "auto",
     max_queue: Annotated[
         int, typer.Option(help="Sequences that may wait; beyond, the server answers 429.")
     ] = 1024,
@@ -162,6 +169,7 @@ def serve(
         "default_steps": num_steps,
         "max_steps": max_num_steps,
         "forbid_beyond_trained": forbid_beyond_trained,
+        "generation_config": generation_config,
         "max_queue": max_queue,
     }
     engine_settings: EngineSettings = parse(EngineSettings, engine_options, "the options of rdlm serve")

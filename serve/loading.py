@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.config.checkpoint import CheckpointConfig
@@ -16,6 +18,7 @@ from rdlm.errors import UserError
 from rdlm.objectives import Objective
 from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.objectives.next_token import NextToken
+from rdlm.sampling_params import NUMBERS
 from serve.engine.cpu.modules import use_kernels
 from serve.engine.engine import Served
 from serve.engine.masked_runner import MaskedRunner
@@ -36,6 +39,8 @@ def load_served(folder: Path, settings: EngineSettings) -> Served:
         raise UserError("weights", settings.weights, problem, "leave one of the two out")
     loaded, tokenizer, ends = load_text(folder, settings)
     served = build_served(loaded.denoiser, loaded.config, tokenizer, settings, ends)
+    if settings.generation_config == "auto":
+        served = replace(served, sampling_defaults=sampling_defaults(folder))
     if settings.resident_blocks is None:  # otherwise weights come and go by name
         optimise(loaded.denoiser, settings)
     return served
@@ -80,19 +85,43 @@ def end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     Chat models end texts with several ids (Huginn-0125: 65505 and 65508), of which a tokenizer can name one.
     """
     ends = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
-    for path in (folder / checkpoint.GENERATION, folder / checkpoint.TOKENIZER / checkpoint.GENERATION):
-        if not path.is_file():
-            continue
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
-        except (OSError, ValueError, AttributeError):
-            raise UserError("checkpoint", str(path), "is not a JSON object", "correct or remove it") from None
+    for path, config in _generation_configs(folder):
+        found = config.get("eos_token_id") or []
         listed = found if isinstance(found, list) else [found]
         if not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in listed):
             problem = f"must be ids below {tokenizer.vocab_size}"
             raise UserError(f"{path}: eos_token_id", found, problem, "give one id or a list of them")
         ends.update(listed)
     return frozenset(ends)
+
+
+def sampling_defaults(folder: Path) -> dict[str, float]:
+    """The numbers of ``SamplingParams`` that ``generation_config.json`` names, as vLLM takes them (it ignores
+    ``do_sample`` too). Raises UserError for one that is out of range.
+    """
+    defaults: dict[str, float] = {}
+    for path, config in _generation_configs(folder):
+        for name, (kind, valid) in NUMBERS.items():
+            if (value := config.get(name)) is None:
+                continue
+            if type(value) not in (int, kind) or not valid.holds(value):
+                raise UserError(f"{path}: {name}", value, f"must lie in {valid}", "correct or remove it")
+            defaults[name] = value
+    return defaults
+
+
+def _generation_configs(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each ``generation_config.json`` of a checkpoint. Raises UserError."""
+    for path in (folder / checkpoint.GENERATION, folder / checkpoint.TOKENIZER / checkpoint.GENERATION):
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise UserError("checkpoint", str(path), "is not a JSON object", "correct or remove it")
+        yield path, found
 
 
 def build_served(

@@ -140,6 +140,9 @@ def _announce(engine: Engine, server: GracefulServer, url: str) -> None:
         return
     gc.collect()
     gc.freeze()  # what has been loaded stays: the collector need not visit it between tokens
+    if served.sampling_defaults:
+        named = ", ".join(f"{name} {value:g}" for name, value in served.sampling_defaults.items())
+        print(f"rdlm: requests that name none take {named} (generation_config.json)", flush=True)
     slots = served.scheduler.num_slots
     print(
         f"rdlm: serving {served.config.name} at {url}/v1 (K 1 to {served.max_steps}, default {served.default_steps}; "

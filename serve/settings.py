@@ -43,6 +43,9 @@ class EngineSettings(Strict):
     """K where a request names none; None is the checkpoint's."""
     max_steps: int | None = Field(None, ge=1)
     """Largest K a request may ask for; None is the checkpoint's."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto: requests that name no temperature, top_p, ... take those of the checkpoint's generation_config.json,
+    as in vLLM. none: they sample from the model as it is."""
     forbid_beyond_trained: bool = False
     """Whether the largest K is that of training, where the checkpoint's is larger."""
 

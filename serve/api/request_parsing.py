@@ -668,7 +668,7 @@ def _step_predictions(body: SamplingBody, limits: Limits) -> StepPredictions | N
 def _sampling(body: SamplingBody, limits: Limits) -> SamplingParams:
     served = limits.served
     vocab = served.tokenizer.vocab_size
-    given = body.numbers
+    given = {**served.sampling_defaults, **body.numbers}
     if 0 < given.get("temperature", 1) < MIN_TEMPERATURE:
         raise invalid(f"temperature: it must be 0 (greedy) or at least {MIN_TEMPERATURE}", "temperature")
     bias = cast(dict[int, float], body.logit_bias or {})

@@ -56,14 +56,15 @@ async def metrics(state: State) -> Response[bytes]:
 
 @get("/v1/models", summary="Names this server answers to", tags=["models"])
 async def models(state: State) -> dict[str, Any]:
-    """The model and its aliases ``name:kN`` for powers of two, the default and the largest K; any N in the
-    stated range works.
+    """The model, and its aliases ``name:kN`` for powers of two, the default and the largest K; any N in the
+    stated range works. An alias says its K alone: the rest is the model's.
     """
     server: ServerState = state.server
     most, default = server.served.max_steps, server.served.default_steps
     listed = sorted({1 << i for i in range(most.bit_length())} | {default, most})
-    names = [server.name, *(f"{server.name}:k{k}" for k in listed)]
-    return {"object": "list", "data": [_card(server.limits(), name) for name in names]}
+    card = _card(server.limits(), server.name)
+    aliases = [{**card, "id": f"{server.name}:k{k}", "recurrence": {"num_steps": k}} for k in listed]
+    return {"object": "list", "data": [card, *aliases]}
 
 
 @get("/v1/models/{name:str}", summary="One model or alias", tags=["models"])
@@ -104,6 +105,7 @@ def _card(limits: Limits, name: str) -> dict[str, Any]:
         "root": limits.name,
         "max_model_len": served.max_len,
         "chat": served.tokenizer.chat_template is not None,
+        "sampling_defaults": dict(served.sampling_defaults),
         "recurrence": recurrence,
     }
 

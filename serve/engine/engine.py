@@ -15,7 +15,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -80,6 +80,8 @@ class Served:
     default_steps: int
     end_ids: frozenset[int] = frozenset()
     """Ids that end a text unless a request ignores them."""
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of SamplingParams where a request names none: those of the model's generation_config.json."""
 
 
 class State(Enum):

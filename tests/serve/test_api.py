@@ -227,6 +227,37 @@ def test_several_ids_end_a_text(
             load_served(folder, SMALL)
 
 
+def test_a_model_brings_its_sampling_defaults(
+    make_served: Callable[..., Served], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """As in vLLM: what a request names counts, then generation_config.json, then the model as it is."""
+    served, folder = make_served(), tmp_path / "tiny"
+    save(folder, served.runner.denoiser, served.config, tokenizer)  # type: ignore[attr-defined]
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True, "temperature": 0.0, "top_k": 7, "top_p": None}))
+    sampled, texts = {"prompt": [[5, 6, 7]], "max_tokens": 12, "ignore_eos": True, "seed": 3}, {}
+    for source in ("auto", "none"):
+        settings = SMALL.model_copy(update={"generation_config": source})
+        with (
+            Engine(lambda settings=settings: load_served(folder, settings)) as engine,
+            TestClient(create_app(engine, HttpSettings())) as client,
+        ):
+            card = client.get("/v1/models").json()["data"][0]
+            assert card["sampling_defaults"] == ({"temperature": 0, "top_k": 7} if source == "auto" else {})
+            for name, more in (
+                ("default", {"temperature": None}),
+                ("greedy", {"temperature": 0}),
+                ("one", {"temperature": 1, "top_k": 0}),
+            ):
+                texts[source, name] = complete(client, **sampled, **more)["choices"][0]["text"]
+    assert texts["auto", "default"] == texts["auto", "greedy"] == texts["none", "greedy"]
+    assert texts["none", "default"] == texts["none", "one"] == texts["auto", "one"] != texts["none", "greedy"]
+    for wrong in ({"temperature": -1}, {"top_p": "0.9"}, {"top_k": 1.5}, {"min_p": True}):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            load_served(folder, SMALL)
+
+
 def test_origins_are_allowed_one_by_one(make_served: Callable[..., Served]) -> None:
     preflight = {
         "access-control-request-method": "POST",

@@ -304,6 +304,7 @@ def test_models_state_what_k_is(client: TestClient) -> None:
         2,
         2,
     )
+    assert [card["recurrence"] for card in listed[1:]] == [{"num_steps": k} for k in (1, 2, 4, 8)]
     assert "iterations" in entry["meaning"] and entry["estimator"] == "logits after K iterations"
     assert client.get("/v1/models/tiny:k3").json()["recurrence"]["num_steps"] == 3
     assert client.get("/v1/models/tiny:k9").status_code == 400
