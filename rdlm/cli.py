@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("train.cli:sweep_app", "Train and measure many runs with equal budgets; one report."),
     "merge": ("train.cli:merge_app", "Merge blocks that were trained alone into one checkpoint."),
     "generate": ("serve.generate_cli:app", "Continue prompts with a checkpoint, without a server."),
+    "chat": ("serve.chat_cli:app", "Chat with a checkpoint on the terminal, without a server."),
     "images": ("serve.images_cli:app", "Generate images with a checkpoint of family dit."),
     "serve": ("serve.cli:app", "Serve a checkpoint over an OpenAI-compatible HTTP interface."),
     "eval": ("eval.cli:app", "Measure a checkpoint: likelihood by K, texts, tasks, images."),
@@ -63,6 +64,18 @@ UNUSABLE = (
     errno.ELOOP, errno.EIO, errno.ESTALE,
 )  # fmt: skip
 """What an operating system says of paths and disks that a user can change."""
+
+SYNONYMS: dict[str, dict[str, str]] = {
+    "serve": {
+        "--model": "--checkpoint", "--served-model-name": "--model-name", "--max-model-len": "--max-len",
+        "--max-num-seqs": "--max-slots",
+    },
+    "generate": {"--model": "--checkpoint"},
+    "chat": {"--model": "--checkpoint"},
+}  # fmt: skip
+"""Command -> name of an option in vLLM -> its name here. Of these commands --checkpoint may also be the first word
+alone, as in vLLM."""
+
 EXAMPLE = "Example: rdlm train configs/demo.yaml && rdlm serve --checkpoint runs/demo/model"
 
 
@@ -104,9 +117,12 @@ def _not_empty(process: Callable[[Any, Any], Any], name: str, ctx: Any, value: A
 
 def new_names(command: str, args: Sequence[str]) -> list[str]:
     """The arguments with today's names of options, and a line on stderr for every former one."""
-    renamed, found = RENAMED.get(command, {}), []
+    renamed, synonyms, found = RENAMED.get(command, {}), SYNONYMS.get(command, {}), []
+    if command in SYNONYMS and args and not args[0].startswith("-"):
+        args = ["--checkpoint", *args]
     for arg in args:
         name, equals, value = arg.partition("=")
+        name = synonyms.get(name, name)
         if name in renamed:
             print(
                 f"rdlm {command}: {name} is called {renamed[name]} now; the old name will go", file=sys.stderr

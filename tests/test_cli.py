@@ -135,8 +135,25 @@ def test_former_names_of_options_have_a_successor_and_no_second_meaning(
     options = {spelling for _, command, _ in below for p in command.params for spelling in p.opts}
     for old, new in cli.RENAMED[name].items():
         assert new in options and old not in options
-        assert cli.new_names(name, ["a", f"{old}=1", old, "2"]) == ["a", f"{new}=1", new, "2"]
+        assert cli.new_names(name, ["-a", f"{old}=1", old, "2"]) == ["-a", f"{new}=1", new, "2"]
         assert f"{old} is called {new} now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.SYNONYMS)
+def test_names_that_vllm_has_for_options_are_taken(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = cli.load_command(name)
+    options = {spelling for p in command.params if p.param_type_name == "option" for spelling in p.opts}
+    assert len(options) == sum(len(p.opts) for p in command.params), "a first word alone has another meaning"
+    for other, ours in cli.SYNONYMS[name].items():
+        assert ours in options and other not in options
+        assert cli.new_names(name, ["x", f"{other}=1", other, "2"]) == [
+            "--checkpoint",
+            "x",
+            f"{ours}=1",
+            ours,
+            "2",
+        ]
+    assert cli.new_names(name, []) == [] and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
