@@ -14,7 +14,7 @@ from tqdm import tqdm
 from rdlm.command_line import new_app, new_console
 from rdlm.data.images import open_split, read_image_manifest
 from rdlm.data.manifest import check_hashes, kind_of, read_document
-from rdlm.data.token_shards import Manifest, check_sizes, hashes_of, read_manifest
+from rdlm.data.token_shards import Manifest, check_sizes, hashes_of, num_targets, read_manifest
 from train.data.image_prepare import ImagePreparation, prepare_images
 from train.data.image_sources import PRESETS as IMAGE_PRESETS
 from train.data.prepare import Preparation, prepare
@@ -173,7 +173,8 @@ def _show(folder: Path, manifest: Manifest, state: str) -> None:
         caption=f"source {manifest.source}; vocabulary {manifest.vocab_size}; "
         f"{manifest.dtype}; tokenizer {manifest.tokenizer_fingerprint[:12]}",
     )
-    for name in ("split", "documents", "tokens", "bytes", "bytes/token", "shards"):
+    marked = any(shard.marks_sha256 for split in manifest.splits.values() for shard in split.shards)
+    for name in ("split", "documents", "tokens", *["targets"] * marked, "bytes", "bytes/token", "shards"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, found in manifest.splits.items():
         ratio = f"{found.bytes / max(1, found.tokens):.3f}"
@@ -181,6 +182,7 @@ def _show(folder: Path, manifest: Manifest, state: str) -> None:
             split,
             f"{found.documents:,}",
             f"{found.tokens:,}",
+            *[f"{num_targets(folder, found):,}"] * marked,
             f"{found.bytes:,}",
             ratio,
             str(len(found.shards)),

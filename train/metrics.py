@@ -378,10 +378,12 @@ def rows_of(corpus: Any) -> int | None:
 def first_lines(trainer: Trainer) -> list[str]:
     """What a run is: its size, where it runs, how much of its data it will see."""
     config, corpus = trainer.config, trainer.corpus
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.network.parameters())
+    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in trainer.network.parameters()}
+    count, trained = sum(sizes.values()), sum(size for p, size in sizes.items() if p.requires_grad)
+    size = f"{count:,} parameters" + (f" ({trained:,} of them train)" if trained < count else "")
     per_update = config.batch.global_size
     lines = [
-        f"{config.name}: {count:,} parameters, family {config.model.family}, objective {config.objective.name}, {config.precision}, "
+        f"{config.name}: {size}, family {config.model.family}, objective {config.objective.name}, {config.precision}, "
         f"ZeRO {config.deepspeed.zero_stage}, {trainer.world} x {trainer.device.type}",
         f"{config.schedule.steps:,} updates of {per_update:,} x {corpus.seq_len:,} {corpus.unit}s: "
         f"{config.schedule.steps * per_update * corpus.seq_len:,} {corpus.unit}s",

@@ -112,6 +112,18 @@ def _check_size(file: Path, size: int) -> None:
         raise UserError("data", str(file), problem, AGAIN)
 
 
+def num_targets(folder: Path, split: Split) -> int:
+    """Tokens of a split that count as targets."""
+    counted = 0
+    for shard in split.shards:
+        if shard.marks_sha256 is None:
+            counted += shard.tokens
+        elif shard.tokens:  # an empty file cannot be mapped
+            marks = np.memmap(folder / shard.marks, dtype=np.uint8, mode="r")
+            counted += int(np.count_nonzero(marks & COUNTS))
+    return counted
+
+
 def hashes_of(manifest: Manifest) -> dict[str, str]:
     """Every file of the splits, relative to the manifest -> its sha256."""
     found = {}

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rdlm.cli import run
-from rdlm.data.token_shards import COUNTS, STARTS, TokenStore, check_sizes, read_manifest
+from rdlm.data.token_shards import COUNTS, STARTS, TokenStore, check_sizes, num_targets, read_manifest
 from rdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from rdlm.errors import UserError
 from train.data.prepare import Preparation, prepare
@@ -124,6 +124,9 @@ def test_ids_and_targets_are_those_of_transformers(checkpoint: Path, tmp_path: P
         expected.add((tuple(found["input_ids"]), tuple(map(bool, found["assistant_masks"]))))
     got = [*documents(tmp_path / "data", "train"), *documents(tmp_path / "data", "valid")]
     assert len(got) == len(expected) == 60 and set(got) == expected
+    split = read_manifest(tmp_path / "data").splits["train"]
+    marked = sum(sum(marks) for _, marks in documents(tmp_path / "data", "train"))
+    assert 0 < num_targets(tmp_path / "data", split) == marked < split.tokens
 
 
 def test_targets_of_windows_are_the_marked_tokens(checkpoint: Path, tmp_path: Path) -> None:

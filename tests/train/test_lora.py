@@ -17,6 +17,7 @@ from rdlm.objectives.base import Keys
 from rdlm.registry import build
 from train.export import export_run
 from train.lora import add_adapters, is_adapter, plain_name
+from train.metrics import first_lines
 from train.pretrain import check
 from train.settings import LoraConfig, TrainConfig
 from train.settings import _check as check_sections
@@ -62,6 +63,7 @@ def test_adapters_move_nothing_else_does_and_only_they_have_moments(
     trained = {name for name in before if is_adapter(name) or name == "model.adapter.weight"}
     assert moved == trained
     counted = sum(before[name].numel() for name in trained)
+    assert f"parameters ({counted:,} of them train), family" in first_lines(run)[0]
     assert 2 * counted <= states(run) <= 2 * counted + 64  # two moments, padded by ZeRO
 
 
