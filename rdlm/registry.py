@@ -12,7 +12,7 @@ from rdlm.config.model import DitConfig, HrmConfig, LoopFormerConfig, ModelConfi
 from rdlm.config.objective import VARIANTS
 from rdlm.diffusion.partition import Block, partition_of
 from rdlm.diffusion.targets import frozen_rows
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 from rdlm.models.base import Backbone
 from rdlm.models.hrm import Hrm
 from rdlm.models.loopformer import LoopFormer
@@ -23,6 +23,7 @@ from rdlm.objectives.blockwise import blockwise
 from rdlm.random_streams import generator
 
 _INIT_KEY = 5
+MOST_LAYERS = 10_000
 
 
 def build_model(config: ModelConfig, layers: range | None = None) -> Backbone:
@@ -54,8 +55,10 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
 
     A Blockwise where it has several blocks, one of them where ``config.block`` names one: the others are
     never allocated, and its weights are the same as when all are built. Raises UserError where objective,
-    model and blocks contradict each other.
+    model and blocks contradict each other, or sizes are beyond what can be built.
     """
+    if config.model.num_layers > MOST_LAYERS:
+        raise UserError("model", config.model.num_layers, f"more than {MOST_LAYERS} layers", "use fewer")
     _check_objective(config)
     _check_blocks(config)
     _check_depth(config)
@@ -64,9 +67,15 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
         places: list[Block | None] = [None]
     else:
         places = [Block(cut, b) for b in (range(cut.num_blocks) if config.block is None else [config.block])]
-    with torch.device(device):
-        parts = [_build_part(config, place) for place in places]
-        objective = parts[0] if len(parts) == 1 else blockwise(parts)
+    try:
+        with torch.device(device):
+            parts = [_build_part(config, place) for place in places]
+            objective = parts[0] if len(parts) == 1 else blockwise(parts)
+    except UserError:
+        raise
+    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
+        problem = f"cannot be built: {reason(error)}"
+        raise UserError("model", config.model.family, problem, "use smaller sizes") from error
     if seed is not None:
         for part in objective.parts:
             rng = (

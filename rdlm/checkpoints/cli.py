@@ -36,7 +36,7 @@ Unroll = Annotated[
 ]
 OutFolder = Annotated[Path, typer.Argument(help="Folder to create.")]
 ShardGB = Annotated[
-    float, typer.Option(min=1e-6, help="Largest weights file in GB, unless one tensor is larger.")
+    float, typer.Option(min=1e-6, max=1e9, help="Largest weights file in GB, unless one tensor is larger.")
 ]
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint folder.")]
 

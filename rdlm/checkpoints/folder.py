@@ -25,7 +25,7 @@ from rdlm.config.base import parse
 from rdlm.config.checkpoint import SCHEMA_VERSION, CheckpointConfig
 from rdlm.config.objective import DepthConfig
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 from rdlm.objectives import Objective
 from rdlm.objectives.blockwise import Blockwise
 from rdlm.registry import build
@@ -179,6 +179,9 @@ def _read_weights(
             return {name: file.get_tensor(name).to(dtype) for name in names}
     except FileNotFoundError:
         raise UserError(FIELD, str(path), "is missing", "copy or export the checkpoint again") from None
+    except OSError as error:
+        remedy = "copy or export the checkpoint again"
+        raise UserError(FIELD, str(path), f"cannot be read ({reason(error)})", remedy) from None
     except SafetensorError as error:
         raise UserError(
             FIELD, str(path), f"is damaged ({error})", "copy or export the checkpoint again"

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rdlm.errors import UserError
+from rdlm.errors import UserError, reason
 
 PIECE = 1 << 24
 """Bytes held at a time."""
@@ -62,6 +62,9 @@ def stored(file: Path) -> dict[str, Entry]:
             pass
     except FileNotFoundError:
         raise UserError("weights", str(file), "is missing", "copy or download it again") from None
+    except OSError as error:
+        problem = f"cannot be read ({reason(error)})"
+        raise UserError("weights", str(file), problem, "copy or download it again") from None
     except SafetensorError as error:
         raise UserError("weights", str(file), f"is damaged ({error})", "copy or download it again") from None
     with file.open("rb") as stream:

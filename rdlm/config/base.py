@@ -21,6 +21,8 @@ class Strict(BaseModel):
         """YAML and JSON know ``true``; Python would take it for 1."""
         for name, value in data.items() if isinstance(data, dict) else ():
             values = value if isinstance(value, list | tuple) else [value]
+            if isinstance(value, dict):
+                values = list(value.values())
             if name in cls.model_fields and any(isinstance(one, bool) for one in values):
                 types = _types(cls.model_fields[name].annotation)
                 if bool not in types and types & {int, float}:

@@ -66,8 +66,8 @@ class RecurrenceConfig(Strict):
     """What K means for a checkpoint and which K a user may ask for; server, CLI and reports read it from
     here."""
 
-    default_steps: int = Field(8, ge=1)
-    max_steps: int = Field(64, ge=1)
+    default_steps: int = Field(8, ge=1, le=2**20)
+    max_steps: int = Field(64, ge=1, le=2**20)
     trained_steps: int | None = Field(None, ge=1)
     """Core steps that training covered: those of 99 of 100 updates of a run here (its export fills it in), the
     published depth of an imported model (its mean where depth was drawn). None: not known."""

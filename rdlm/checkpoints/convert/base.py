@@ -191,7 +191,14 @@ def import_from(
     entries = {importer.tensor_name(key): entry for key, entry in entries.items()}
     shapes = {key: entry.shape for key, entry in entries.items()}
     fields = Fields(published.data, published.config_file)
-    config, lost = importer.config(fields, name or re.sub(r"[^A-Za-z0-9._-]", "-", called), shapes)
+    try:
+        config, lost = importer.config(fields, name or re.sub(r"[^A-Za-z0-9._-]", "-", called), shapes)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        problem = f"a field has a value of another kind than those of this family ({reason(error)})"
+        remedy = "give the config.json that was published with the weights"
+        raise UserError("SOURCE", published.config_file, problem, remedy) from error
     if name is not None:
         config = checkpoint.parse_config({**config.model_dump(), "name": name}, "--name")
     if zero_state:
