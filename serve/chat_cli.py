@@ -72,9 +72,8 @@ def chat(
     settings: EngineSettings = parse(
         EngineSettings, {**given, "max_slots": 1, "max_queue": 1}, "the options of rdlm chat"
     )
-    named = {
-        name: value for name, value in (("temperature", temperature), ("top_p", top_p)) if value is not None
-    }
+    given_numbers = {"temperature": temperature, "top_p": top_p}
+    named: dict[str, Any] = {name: value for name, value in given_numbers.items() if value is not None}
     SamplingParams(**named)
 
     from serve.loading import load_served
