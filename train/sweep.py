@@ -72,6 +72,15 @@ class BudgetConfig(Strict):
         return float(next(iter(self.model_dump(exclude_none=True).values())))
 
 
+DECIDED = {
+    "seed": "seeds",
+    "name": "name of the sweep",
+    "output": "output of the sweep",
+    "schedule.steps": "budget",
+}
+"""Field of a run -> what says it in a sweep."""
+
+
 class SweepConfig(Strict):
     """The YAML file of a sweep."""
 
@@ -98,6 +107,34 @@ class SweepConfig(Strict):
     def _something(self) -> SweepConfig:
         if not self.arms or not self.seeds:
             raise ValueError("a sweep needs at least one of arms and of seeds")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)} name one twice; give each once")
+        if empty := [field for field, values in self.grid.items() if not values]:
+            raise ValueError(f"grid.{empty[0]} has no values; give some, or drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _own_fields(self) -> SweepConfig:
+        """What a sweep decides for every run, arms and grid cannot."""
+        for where, changes in [
+            *((f"arms.{arm}", given) for arm, given in self.arms.items()),
+            ("grid", self.grid),
+        ]:
+            steps = isinstance(section := changes.get("schedule"), dict) and "steps" in section
+            decided = next((name for name in DECIDED if name in changes), "schedule.steps" if steps else None)
+            if decided is not None:
+                raise ValueError(f"{where}: {decided} is decided by the sweep; use {DECIDED[decided]}")
+        return self
+
+    @model_validator(mode="after")
+    def _placeholders(self) -> SweepConfig:
+        for name, command in self.evaluate.items():
+            try:
+                command.format(model="", data="", out="")
+            except (KeyError, IndexError, ValueError, AttributeError):
+                raise ValueError(
+                    f"evaluate.{name}: only {{model}}, {{data}} and {{out}} may stand in braces"
+                ) from None
         return self
 
 
@@ -145,6 +182,11 @@ def runs_of(sweep: SweepConfig, base: Mapping[str, Any]) -> list[Run]:
                 folder = Path(sweep.output) / "runs" / f"{_slug(name)}-seed{seed}"
                 document["output"] = str(folder / "run")
                 found.append(Run(name, seed, document, folder))
+    folders: dict[Path, Run] = {}
+    for run in found:
+        if (other := folders.setdefault(run.folder, run)) is not run:
+            problem = f"would share the folder {run.folder.name} with {other.label!r}"
+            raise UserError("arms", run.label, problem, "give each a name of its own in letters and digits")
     return found
 
 
