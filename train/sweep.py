@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import product
@@ -283,11 +283,14 @@ class Commands:
         self._alive: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
-    def rdlm(self, arguments: Sequence[str], log: Path, meanwhile: Callable[[], None] = lambda: None) -> int:
-        """`rdlm ARGUMENTS` with its output in ``log`` -> exit status. meanwhile: called now and then."""
+    def rdlm(
+        self, arguments: Sequence[str], log: Path | None, meanwhile: Callable[[], None] = lambda: None
+    ) -> int:
+        """`rdlm ARGUMENTS` with its output in ``log``, or on the terminal -> exit status. meanwhile: called now
+        and then."""
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
-        with log.open("ab") as stream:
+        with nullcontext() if log is None else log.open("ab") as stream:
             with self._lock:
                 if self.signal:
                     return 128 + self.signal
@@ -406,9 +409,10 @@ class Sweeper:
         steps.append(
             ["report", str(results), *files, "--out", str(out), "--title", f"Sweep {self.sweep.name}"]
         )
-        for arguments in steps:
-            if self.commands.rdlm(["eval", *arguments], log):
-                raise UserError("report", str(out), f"was not written; see {log}", "correct it and run again")
+        for arguments, output in zip(steps, (None, log), strict=True):  # the tables of the first are shown
+            if self.commands.rdlm(["eval", *arguments], output):
+                where = "" if output is None else f"; see {output}"
+                raise UserError("report", str(out), f"was not written{where}", "correct it and run again")
         return out / "report.html"
 
     def _train(self, run: Run, updates: int) -> None:

@@ -161,7 +161,9 @@ class Commands:
         self.broken: str | None = None
         self.jobs, self.signal = 1, 0
 
-    def rdlm(self, arguments: Sequence[str], log: Path, meanwhile: Callable[[], None] = lambda: None) -> int:
+    def rdlm(
+        self, arguments: Sequence[str], log: Path | None, meanwhile: Callable[[], None] = lambda: None
+    ) -> int:
         self.seen.append(
             f"{arguments[0]} {Path(arguments[1]).parent.name if arguments[0] == 'train' else arguments[1]}"
         )
@@ -192,10 +194,14 @@ class Commands:
         return nullcontext()
 
 
-def test_a_long_command_is_asked_about_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_command_is_asked_about_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(train.sweep, "PROGRESS_SECONDS", 0.01)
     asked: list[int] = []
     status = train.sweep.Commands(1).rdlm(["--version"], tmp_path / "log.txt", lambda: asked.append(1))
+    assert train.sweep.Commands(1).rdlm(["--version"], None) == 0
+    assert capfd.readouterr().out.startswith("rdlm ")
     assert status == 0 and asked and (tmp_path / "log.txt").read_text().startswith("rdlm ")
 
 
