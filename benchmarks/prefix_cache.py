@@ -74,14 +74,14 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON to write.")],
     num_steps: Annotated[str, typer.Option(help="K, with commas.")] = "1,4,16",
     prefix: Annotated[int, typer.Option(help="Known positions, a multiple of 64.")] = 128,
-    length: Annotated[int, typer.Option(help="Positions of a text.")] = 256,
+    length: Annotated[int, typer.Option(help="Positions of a text.")] = 240,
     texts: Annotated[int, typer.Option(help="Texts of the loss.")] = 64,
     rounds: int = 9,
 ) -> None:
     ks = [int(part) for part in num_steps.split(",")]
     windows = [
         tuple(w)
-        for w in next(iter(TokenStore(data, "valid").windows(length, length * texts, texts))).ids.tolist()
+        for w in next(iter(TokenStore(data, "valid").windows(length, length * texts, texts))).inputs.tolist()
     ]
     settings = EngineSettings(
         max_slots=4, max_len=length + 1, max_steps=max(ks), chunk=64, prefix_cache="exact"
