@@ -48,7 +48,7 @@ def continuation_nats(served: Served, text: tuple[int, ...], prefix: int, num_st
     scheduler.add(sequence)
     scheduler.admit()
     sequence.skip(runner.attach(sequence))
-    if sequence.cached < prefix:
+    if (sequence.cached or 0) < prefix:
         raise RuntimeError(f"{sequence.cached} of {prefix} positions are known")
     sequence.request = replace(plain, prompt_logprobs=0)
     nats: list[float] = []

@@ -260,11 +260,13 @@ def usage_of(parsed: Parsed, usages: Iterable[Usage]) -> dict[str, Any]:
         recurrence["deadline_hit"] = any(u.overdue for u in done)
     if parsed.browned_out:
         recurrence["brownout"] = True
+    # Further answers to a prompt find what the first one has computed; that is not counted.
+    cached = sorted(u.cached_tokens for u in done)[: len(done) // parsed.n]
     usage: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in done) // parsed.n},
+        "prompt_tokens_details": {"cached_tokens": sum(cached)},
         "recurrence": recurrence,
     }
     for name, guesses in (("speculation", budget.speculation), ("wavefront", budget.wavefront)):

@@ -61,7 +61,7 @@ class Runner(Protocol):
 
     def sequence(self, number: int, request: Request, chunk: int) -> Sequence: ...
     def step_counts(self, num_steps: int, blocks: frozenset[int] = ...) -> StepCounts: ...
-    def attach(self, sequence: Sequence) -> int: ...
+    def attach(self, sequence: Sequence) -> int | None: ...
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]: ...
     def release(self, sequence: Sequence) -> int: ...
 
@@ -369,8 +369,10 @@ class Engine:
         began = time.monotonic()
         for late in self._deadlines.expired(began):
             self._finish(late, late.expire(), Event(late.index, text=late.detokenizer.finish()))
-        for admitted in served.scheduler.admit():
-            admitted.skip(served.runner.attach(admitted))
+        served.scheduler.admit()
+        for sequence in served.scheduler.running.values():
+            if sequence.cached is None:
+                sequence.skip(served.runner.attach(sequence))
         self._deadlines.update(began, len(served.scheduler.running), served.runner.step_counts)
         batch = self._guided(served.scheduler.schedule())
         if not batch:

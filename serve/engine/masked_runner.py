@@ -107,7 +107,7 @@ class MaskedRunner:
                 raise UserError(name, "...", problem, "leave it out")
         return MaskedSequence(number, request, self.step_counts(request.budget.num_steps), chunk)
 
-    def attach(self, sequence: Sequence) -> int:
+    def attach(self, sequence: Sequence) -> int | None:
         """No keys of prompts are kept: every step changes the whole text."""
         return 0
 

@@ -42,6 +42,10 @@ class Node:
     """Sequences in flight whose path ends here."""
 
 
+Unit = tuple[Node, tuple[int, ...], Source]
+"""A node to be: parent, tokens, source."""
+
+
 @dataclass(slots=True)
 class Path:
     """The nodes that hold the first ``length`` tokens of a sequence in flight."""
@@ -49,6 +53,8 @@ class Path:
     node: Node
     length: int
     source: Source
+    computes: Unit | None = None
+    """What the sequence computes now, for others to wait for."""
 
 
 class PrefixCache:
@@ -61,26 +67,34 @@ class PrefixCache:
         self._root = Node(None, (), Source(), [], 0)
         self._paths: dict[int, Path] = {}
         """By slot."""
+        self._computed: set[Unit] = set()
+        """What the sequences in flight compute now."""
         self._unused: OrderedDict[Node, None] = OrderedDict()
         """Nodes without users and children, the least recently used first."""
         for store in cache.stores:
             store.evict = self.evict
 
-    def attach(self, slot: int, prompt: Seq[int], source: Source) -> int:
-        """Let a free slot read the longest known prefix of ``prompt`` -> its positions. The last position is
-        never among them: something has to be computed from."""
-        path = self._paths[slot] = Path(self._root, 0, source)
+    def attach(self, slot: int, prompt: Seq[int], source: Source, keeps: bool) -> int | None:
+        """Let a slot read the longest known prefix of ``prompt`` -> its positions; None while another sequence
+        computes what comes next: ask again. The last position is never among them: something has to be computed
+        from. keeps: whether others may wait for what this sequence computes, which it holds."""
+        path = self._paths.get(slot)
+        if path is None:
+            path = self._paths[slot] = Path(self._root, 0, source)
+            self._enter(path.node)
         while path.length + self.unit < len(prompt):
             node = self._find(path, prompt)
             if node is None:
+                if self._unit(path, prompt) in self._computed:
+                    return None
                 break
-            for store, pages in zip(self.cache.stores, node.pages, strict=True):
-                store.attach(slot, pages)
-            path.node, path.length = node, path.length + self.unit
-        self._enter(path.node)
+            self._read(slot, node)
+            self._move(path, node)
+        if keeps:
+            self._compute(path, prompt)
         return path.length
 
-    def hold(self, slot: int, tokens: Seq[int]) -> None:
+    def hold(self, slot: int, prompt: Seq[int], tokens: Seq[int]) -> None:
         """Make the positions of ``tokens``, which the slot has written for good, findable. Where another
         sequence came first, the slot reads its pages from now on."""
         path = self._paths.get(slot)
@@ -90,18 +104,18 @@ class PrefixCache:
             if node is None:
                 node = self._add(path, tokens, pages)
             else:
-                for store, own, known in zip(self.cache.stores, pages, node.pages, strict=True):
+                for store, own in zip(self.cache.stores, pages, strict=True):
                     store.clear(own)
-                    store.attach(slot, known)
-            self._enter(node)
-            self._leave(path.node)
-            path.node, path.length = node, path.length + self.unit
+                self._read(slot, node)
+            self._move(path, node)
+            self._compute(path, prompt)
 
     def release(self, slot: int) -> int:
         """Forget a sequence -> bytes of its prefix."""
         path = self._paths.pop(slot, None)
         if path is None:
             return 0
+        self._computed.discard(path.computes)  # type: ignore[arg-type]
         self._leave(path.node)
         return path.node.num_bytes
 
@@ -122,9 +136,31 @@ class PrefixCache:
             self._unused.move_to_end(parent, last=False)  # it was last used with its child, or before
         return True
 
+    def _unit(self, path: Path, tokens: Seq[int]) -> Unit:
+        """What comes after a path."""
+        return path.node, tuple(tokens[path.length : path.length + self.unit]), path.source
+
+    def _compute(self, path: Path, prompt: Seq[int]) -> None:
+        """Note what the sequence of a path computes from now on: the rest of its prompt, unit by unit."""
+        if path.computes is not None:
+            self._computed.discard(path.computes)
+        path.computes = self._unit(path, prompt) if path.length + self.unit <= len(prompt) else None
+        if path.computes is not None:
+            self._computed.add(path.computes)
+
+    def _read(self, slot: int, node: Node) -> None:
+        for store, pages in zip(self.cache.stores, node.pages, strict=True):
+            store.attach(slot, pages)
+
+    def _move(self, path: Path, node: Node) -> None:
+        """Go on from a child of a path's last node."""
+        self._enter(node)
+        self._leave(path.node)
+        path.node, path.length = node, path.length + self.unit
+
     def _find(self, path: Path, tokens: Seq[int]) -> Node | None:
         """The child that holds the ``unit`` tokens after a path."""
-        known = path.node.children.get(tuple(tokens[path.length : path.length + self.unit]), ())
+        known = path.node.children.get(self._unit(path, tokens)[1], ())
         return next((node for node in known if self._serves(node.source, path.source)), None)
 
     def _serves(self, known: Source, wanted: Source) -> bool:

@@ -272,12 +272,13 @@ class Runner:
             num_draws_skipped=count + plan.num_draws_skipped,
         )
 
-    def attach(self, sequence: Sequence) -> int:
-        """Begin a sequence that has got its slot with the longest prefix that is known -> its positions."""
-        source = self._source(sequence)
-        if self._prefixes is None or source is None or sequence.request.prompt_logprobs is not None:
+    def attach(self, sequence: Sequence) -> int | None:
+        """Begin a sequence that has got its slot with the longest prefix that is known -> its positions; None
+        while another sequence computes more of it."""
+        request, source = sequence.request, self._source(sequence)
+        if self._prefixes is None or source is None or request.prompt_logprobs is not None:
             return 0
-        return self._prefixes.attach(sequence.slot, sequence.request.prompt, source)
+        return self._prefixes.attach(sequence.slot, request.prompt, source, self._holds(request))
 
     def _source(self, sequence: Sequence) -> Source | None:
         """What the keys of the sequence's prompt are computed from; None where other prompts cannot be served
@@ -297,18 +298,20 @@ class Runner:
             others += (request.seed, request.choice)
         return Source(tuple(zip(plan.sigmas[:count], plan.commit, plan.blocks, strict=False)), others)
 
+    def _holds(self, request: Request) -> bool:
+        """Whether the keys of a request are what its K says."""
+        return self._any_steps or not request.budget.lowers
+
     def _hold(self, sequence: Sequence) -> None:
         """Make what the sequence has written for good findable."""
-        if self._prefixes is None or (sequence.request.budget.lowers and not self._any_steps):
+        if self._prefixes is None or not self._holds(sequence.request):
             return
         end = sequence.start if sequence.is_open else sequence.next_start
         prompt, output = sequence.request.prompt, sequence.output
-        if end <= len(prompt):
-            self._prefixes.hold(sequence.slot, prompt[:end])
-        elif self._decodes_like_prefill(sequence):
-            self._prefixes.hold(sequence.slot, (*prompt, *output)[: min(end, len(prompt) + len(output) - 1)])
-        else:
-            self._prefixes.hold(sequence.slot, prompt)
+        tokens = prompt[:end]
+        if end > len(prompt) and self._decodes_like_prefill(sequence):
+            tokens = (*prompt, *output)[: min(end, len(prompt) + len(output) - 1)]
+        self._prefixes.hold(sequence.slot, prompt, tokens)
 
     def _decodes_like_prefill(self, sequence: Sequence) -> bool:
         """Whether the keys of an answer are those that a prompt with the same tokens would get."""

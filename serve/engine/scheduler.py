@@ -36,15 +36,12 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def admit(self) -> list[Sequence]:
-        """Give free slots to the sequences that have waited longest, and return these."""
-        admitted = []
+    def admit(self) -> None:
+        """Give free slots to the sequences that have waited longest."""
         while self.waiting and self._free:
             sequence = self.waiting.popleft()
             sequence.slot = self._free.pop()
             self.running[sequence.id] = sequence
-            admitted.append(sequence)
-        return admitted
 
     def schedule(self) -> list[Sequence]:
         """Open segments, and return the sequences whose segment steps now, oldest first."""
@@ -53,7 +50,7 @@ class Scheduler:
         )
         blocked = False
         for sequence in self.running.values():
-            if sequence.is_open:
+            if sequence.is_open or sequence.waits_for_prefix:
                 continue
             length = sequence.next_length()
             if length == 1:

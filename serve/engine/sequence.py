@@ -303,8 +303,10 @@ class Sequence:
     rows: Any = None
     """The runner's tensors of the open segment, an immutable object."""
     flops: int = 0
-    cached: int = 0
-    """Positions of the prompt whose keys were in the prefix cache."""
+    cached: int | None = None
+    """Positions of the prompt whose keys were in the prefix cache; None before it was asked."""
+    waits_for_prefix: bool = False
+    """Whether another sequence computes what this one begins with."""
     cached_row_steps: int = 0
     prompt_row_steps: int = 0
     decode_row_steps: int = 0
@@ -433,10 +435,12 @@ class Sequence:
         remaining = len(self.request.prompt) - self.next_start
         return min(remaining, self.chunk) if remaining > 0 else 1
 
-    def skip(self, positions: int) -> None:
-        """Begin after the first positions of the prompt, whose keys are known."""
-        self.cached = self.next_start = positions
-        self.cached_row_steps = positions * self.prompt_steps
+    def skip(self, positions: int | None) -> None:
+        """Begin after the first positions of the prompt, whose keys are known; None: not yet."""
+        self.waits_for_prefix = positions is None
+        if positions is not None:
+            self.cached = self.next_start = positions
+            self.cached_row_steps = positions * self.prompt_steps
 
     def open(self) -> None:
         """Put the next segment in flight."""
@@ -556,7 +560,7 @@ class Sequence:
         started = self.started or now
         return Usage(
             prompt_tokens=len(self.request.prompt),
-            cached_tokens=self.cached,
+            cached_tokens=self.cached or 0,
             cached_core_steps=self.cached_row_steps,
             completion_tokens=len(self.output),
             num_steps=self.request.budget.num_steps,

@@ -261,6 +261,40 @@ def test_aborts_and_failures_leave_the_pages_in_order(
     check_pages(served)
 
 
+def test_prompts_that_begin_alike_are_computed_once(make_served: MakeServed) -> None:
+    """All at once: the choices of one prompt, prompts with a common beginning; also where the first is aborted."""
+    begin, model = tokens(150), {"max_seq_len": 256, "state_init": "zero"}
+    for settings in (SHARED, FULL):
+        sent = [replace(request(begin, 3), choice=i) for i in range(4)]
+        sent += [request(begin[:130] + tokens(30, i), 3, seed=i) for i in range(4)] + [
+            request(tokens(100, 9), 3)
+        ]
+        off = settings.model_copy(update={"prefix_cache": "off"})
+        with Engine(lambda off=off: make_served("bptt", "huginn", off, **model)) as engine:
+            expected = [drawn(events) for events in engine.generate(sent)]
+        served = make_served("bptt", "huginn", settings, **model)
+        with Engine(lambda served=served: served) as engine:
+            found = engine.generate(sent)
+            assert [drawn(events) for events in found] == expected
+            assert sorted(cached(events) for events in found) == [0, 0, *[128] * 7]
+            other = [replace(wanted, prompt=(5, *wanted.prompt)) for wanted in sent[:4]]
+            ids = engine.submit(other[:2], lambda event: None)
+            engine.abort(ids[:1])
+            again = engine.generate(other)
+            assert all(events[-1].finish == "length" for events in again)
+        assert not served.runner._prefixes._computed  # type: ignore[attr-defined]
+        check_pages(served)
+
+
+def test_nobody_waits_for_keys_that_are_not_kept(make_served: MakeServed) -> None:
+    """A deadline may lower K, so its prompt is not findable."""
+    lowering = Request(tokens(150), StepBudget(3, max_ms=1_000_000, lowers=True), 3, GREEDY)
+    with Engine(partial_make(make_served, "bptt", "huginn", SHARED)) as engine:
+        found = engine.generate([lowering, request(tokens(150), 3)])
+        assert [cached(events) for events in found] == [0, 0]
+        assert cached(run(engine, lowering)[0]) == 128
+
+
 def test_over_http(make_served: MakeServed) -> None:
     served = make_served("next_token", "llama", SHARED, max_seq_len=256)
     with Engine(lambda: served) as engine, TestClient(create_app(engine, HttpSettings())) as client:
@@ -271,7 +305,7 @@ def test_over_http(make_served: MakeServed) -> None:
         assert response["usage"]["input_tokens_details"]["cached_tokens"] == 0
         metrics = client.get("/metrics").text
     assert (
-        "rdlm_cached_prompt_tokens_total 256.0" in metrics and "rdlm_cached_row_steps_total 256.0" in metrics
+        "rdlm_cached_prompt_tokens_total 384.0" in metrics and "rdlm_cached_row_steps_total 384.0" in metrics
     )
 
 
