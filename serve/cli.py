@@ -66,6 +66,7 @@ def serve(
             "keys of any K. off: none."
         ),
     ] = "exact",
+    prefix_cache_gb: Annotated[float, typer.Option(help="Most memory of kept prefixes, in GB.")] = 2.0,
     kernels: KernelOption = "auto",
     weights: WeightOption = "auto",
     max_slots: Annotated[int, typer.Option(help="Sequences that run at once; more wait.")] = 16,
@@ -162,6 +163,7 @@ def serve(
         "dtype": dtype,
         "kv_cache": kv_cache,
         "prefix_cache": prefix_cache,
+        "prefix_cache_gb": prefix_cache_gb,
         "kernels": kernels,
         "weights": weights,
         "max_slots": max_slots,

@@ -209,6 +209,7 @@ def _parts(
             num_tokens=num_tokens,
             kv_cache=settings.kv_cache,
             prefix_cache=settings.prefix_cache,
+            prefix_cache_bytes=settings.prefix_cache_gb * 1e9,
             chunk=settings.chunk,
         )
         return runner, settings.prefill_rows

@@ -24,6 +24,8 @@ class EngineSettings(Strict):
     prefix_cache: Literal["exact", "any-steps", "off"] = "exact"
     """exact: prompts that begin like earlier ones reuse those of their keys that they would compute themselves.
     any-steps: also those of another K or random initial state (shared cache only). off: none."""
+    prefix_cache_gb: float = Field(2.0, gt=0)
+    """Most memory of kept prefixes, in GB."""
     kernels: Literal["auto", "torch"] = "auto"
     """auto: on a CPU, those of serve/engine/cpu, compiled for the machine. torch: PyTorch's own."""
     weights: Literal["auto", "int8"] = "auto"

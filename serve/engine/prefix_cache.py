@@ -60,10 +60,14 @@ class Path:
 class PrefixCache:
     """Finds, keeps and evicts prefixes. Called by the engine thread only."""
 
-    def __init__(self, cache: KVCache, unit: int, serves_fewer_steps: bool = False) -> None:
-        """unit: positions that are found or missed together, a multiple of the page size. serves_fewer_steps:
-        whether keys of some core steps are those of a prompt that takes fewer."""
+    def __init__(
+        self, cache: KVCache, unit: int, most_bytes: float = float("inf"), serves_fewer_steps: bool = False
+    ) -> None:
+        """unit: positions that are found or missed together, a multiple of the page size. most_bytes: of pages
+        that no sequence in flight reads. serves_fewer_steps: whether keys of some core steps are those of a prompt
+        that takes fewer."""
         self.cache, self.unit, self.serves_fewer_steps = cache, unit, serves_fewer_steps
+        self.most_bytes, self.num_bytes = most_bytes, 0
         self._root = Node(None, (), Source(), [], 0)
         self._paths: dict[int, Path] = {}
         """By slot."""
@@ -117,13 +121,17 @@ class PrefixCache:
             return 0
         self._computed.discard(path.computes)  # type: ignore[arg-type]
         self._leave(path.node)
-        return path.node.num_bytes
+        found = path.node.num_bytes
+        while self.num_bytes > self.most_bytes and self.evict():
+            pass
+        return found
 
     def evict(self) -> bool:
         """Free the pages of the node that was used least recently -> whether there was one."""
         if not self._unused:
             return False
         node, _ = self._unused.popitem(last=False)
+        self.num_bytes -= self._bytes_of(node.pages)
         for store, pages in zip(self.cache.stores, node.pages, strict=True):
             store.clear(pages)
         parent = node.parent
@@ -168,9 +176,10 @@ class PrefixCache:
         return steps == wanted.steps and known.others == wanted.others
 
     def _add(self, path: Path, tokens: Seq[int], pages: list[PageTable]) -> Node:
-        own = sum(len(p) * store.page_bytes for store, p in zip(self.cache.stores, pages, strict=True))
+        own = self._bytes_of(pages)
         key = tuple(tokens[path.length : path.length + self.unit])
         node = Node(path.node, key, path.source, pages, path.node.num_bytes + own)
+        self.num_bytes += own
         path.node.children.setdefault(key, []).append(node)
         return node
 
@@ -184,6 +193,9 @@ class PrefixCache:
         node.users -= 1
         if self._is_unused(node):
             self._unused[node] = None
+
+    def _bytes_of(self, pages: list[PageTable]) -> int:
+        return sum(len(p) * store.page_bytes for store, p in zip(self.cache.stores, pages, strict=True))
 
     @staticmethod
     def _is_unused(node: Node) -> bool:

@@ -148,13 +148,14 @@ class Runner:
         num_tokens: int,
         kv_cache: Literal["shared", "full"] = "shared",
         prefix_cache: Literal["exact", "any-steps", "off"] = "off",
+        prefix_cache_bytes: float = float("inf"),
         chunk: int = 1,
     ) -> None:
         """kv_cache: shared keeps the keys of each position's last step; full those of every step, allocated
         as they are written.
 
         prefix_cache: whether prompts may begin with keys that other requests have computed; exact: with those
-        that they would compute themselves; any-steps: at any K. chunk: prompt positions of a segment.
+        that they would compute themselves; any-steps: at any K; prefix_cache_bytes: most that are kept. chunk: prompt positions of a segment.
 
         num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor
         reported.
@@ -186,7 +187,9 @@ class Runner:
         unit = lcm(PAGE, chunk) if chunks_matter or model.state_is_random else PAGE
         # The keys of a coda are those of the last step.
         fewer = keeps_steps and model.core_cache_layers.stop == model.num_cache_layers
-        self._prefixes = None if prefix_cache == "off" else PrefixCache(self.cache, unit, fewer)
+        self._prefixes = (
+            None if prefix_cache == "off" else PrefixCache(self.cache, unit, prefix_cache_bytes, fewer)
+        )
         self._base_conditions: dict[int, Condition | None] = {}
         """By block: its conditioning where no row has a noised target."""
         self._packs: list[tuple[list[Segment], PackedContext]] = []

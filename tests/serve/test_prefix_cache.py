@@ -309,6 +309,22 @@ def test_over_http(make_served: MakeServed) -> None:
     )
 
 
+def test_kept_prefixes_take_so_much_memory_and_no_more(make_served: MakeServed) -> None:
+    served = make_served("next_token", "llama", SHARED, max_seq_len=256)
+    prefixes = served.runner._prefixes  # type: ignore[attr-defined]
+    page = sum(store.page_bytes for store in prefixes.cache.stores)
+    prefixes.most_bytes = 5 * page
+    with Engine(lambda: served) as engine:
+        run(engine, *(request(tokens(150, i), 1) for i in range(4)))
+        assert (
+            prefixes.num_bytes == 5 * page == sum(prefixes._bytes_of(node.pages) for node in nodes(prefixes))
+        )
+        assert [
+            cached(events) for events in run(engine, request(tokens(150, 3), 1), request(tokens(150), 1))
+        ] == [128, 0]
+    check_pages(served)
+
+
 def test_any_steps_needs_the_shared_cache(make_served: MakeServed) -> None:
     settings = FULL.model_copy(update={"prefix_cache": "any-steps"})
     with pytest.raises(UserError, match="prefix_cache"):
