@@ -119,7 +119,7 @@ class PrefixCache:
         path = self._paths.pop(slot, None)
         if path is None:
             return 0
-        self._computed.discard(path.computes)  # type: ignore[arg-type]
+        self._computed.discard(path.computes)
         self._leave(path.node)
         found = path.node.num_bytes
         while self.num_bytes > self.most_bytes and self.evict():
