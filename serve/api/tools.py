@@ -7,7 +7,6 @@ needs no guesses.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import string
@@ -40,11 +39,11 @@ class ToolChoice:
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How an answer spells its calls: ``open``, then ``{"name": ..., arguments: {...}}`` joined by ``between``, then
-    ``close``."""
+    """How an answer spells its calls: ``open``, then the calls joined by ``between``, then ``close``. A call is its
+    name and its arguments, a JSON object, with ``call`` before, between and behind them."""
 
     open: str
-    arguments: str
+    call: tuple[str, str, str]
     between: str | None
     """None: one call at most."""
     close: str
@@ -64,22 +63,35 @@ class ToolFormat:
 
     def spelt(self, special: Mapping[str, int]) -> frozenset[int]:
         """Special tokens that calls consist of."""
-        return frozenset(i for name, i in special.items() if name and name in self.open + self.close)
+        return frozenset(
+            i
+            for name, i in special.items()
+            if name and name in "\0".join((self.open, *self.call, self.close))
+        )
+
+
+def in_json(arguments: str) -> tuple[str, str, str]:
+    """``call`` of a JSON object with the fields name and ``arguments``."""
+    return '{"name": "', f'", "{arguments}": ', "}"
 
 
 def tool_format(template: str) -> ToolFormat | None:
     """How the template's model calls tools; None where it is none of the forms that are known here."""
     if "[TOOL_CALLS]" in template and "[ARGS]" not in template:  # Mistral
         space = " " if "[TOOL_CALLS] [" in template else ""
-        return ToolFormat(f"[TOOL_CALLS]{space}[", "arguments", ", ", "]", short_ids=True)
+        return ToolFormat(f"[TOOL_CALLS]{space}[", in_json("arguments"), ", ", "]", short_ids=True)
+    if "[TOOL_CALLS]" in template and "[CALL_ID]" not in template:  # Mistral since 2025
+        return ToolFormat("[TOOL_CALLS]", ("", "[ARGS]", ""), "[TOOL_CALLS]", "", short_ids=True)
     if (
         "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template
     ):  # Hermes, Qwen
-        return ToolFormat("<tool_call>\n", "arguments", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>")
+        return ToolFormat(
+            "<tool_call>\n", in_json("arguments"), "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"
+        )
     if re.search(r"""\\?"parameters\\?": """, template) and re.search(
         r"""\\?"name\\?": """, template
     ):  # Llama 3
-        return ToolFormat("", "parameters", None, "")
+        return ToolFormat("", in_json("parameters"), None, "")
     return None
 
 
@@ -116,14 +128,11 @@ def tool_grammar(
     lines.append("call: " + " | ".join(f"call{i}" for i in offered))
     where = {}
     for i in offered:
-        head = json.dumps(_head(tools[i].name, form.arguments))
-        lines.append(f'call{i}: {head} {json_rule(tools[i].parameters)} "}}"')
+        before, between, behind = form.call
+        head = special_rule(f"{before}{tools[i].name}{between}", special)
+        lines.append(f"call{i}: {head} {json_rule(tools[i].parameters)} {special_rule(behind, special)}")
         where[len(lines)] = i
     return "\n".join(lines) + "\n", where
-
-
-def _head(name: str, arguments: str) -> str:
-    return f'{{"name": "{name}", "{arguments}": '
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,8 @@ class CallReader:
         if self._state == "text":
             return self._text()
         if self._state == "head":
-            head = re.search(rf'\{{"name": "([^"]*)", "{self._form.arguments}": ', self._buffer)
+            before, between, _ = self._form.call
+            head = re.search(re.escape(before) + r'([^"\[\]]*)' + re.escape(between), self._buffer)
             if head is None:
                 return None
             self._buffer, self._state, self._scan = self._buffer[head.end() :], "arguments", JsonEnd()

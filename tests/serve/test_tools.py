@@ -40,7 +40,12 @@ MISTRAL = (
     "{% if m.tool_calls %}{% for c in m.tool_calls %}{% if c.id | length != 9 %}{{ raise_exception('ids') }}{% endif %}"
     "{% endfor %}[TOOL_CALLS] [{{ m.tool_calls[0].function | tojson }}]{% endif %}{% endfor %}"
 )
-TEMPLATES = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL}
+ARGS = (
+    "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.content }}"
+    "{% for c in m.tool_calls %}[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}"
+    "{% endfor %}{% endfor %}"
+)
+TEMPLATES = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "args": ARGS}
 ASKED: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "x"}],
@@ -70,12 +75,13 @@ OTHER = {"type": "function", "function": {"name": "rest"}}
 
 @pytest.fixture(scope="module")
 def marked(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """The tokenizer with a special token [TOOL_CALLS]."""
+    """The tokenizer with the special tokens [TOOL_CALLS] and [ARGS]."""
     folder = tmp_path_factory.mktemp("marked")
     tokenizer.save(folder)
     source = json.loads((folder / "tokenizer.json").read_text())
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    source["added_tokens"].append({"id": 300, "content": "[TOOL_CALLS]", "special": True, **flags})
+    for number, name in ((300, "[TOOL_CALLS]"), (301, "[ARGS]")):
+        source["added_tokens"].append({"id": number, "content": name, "special": True, **flags})
     (folder / "tokenizer.json").write_text(json.dumps(source))
     return load_tokenizer(folder)
 
@@ -88,7 +94,7 @@ def world(
     marked: Tokenizer,
 ) -> Iterator[tuple[str, TestClient, openai.OpenAI]]:
     with serving(
-        make_served, marked if request.param == "mistral" else tokenizer, TEMPLATES[request.param]
+        make_served, marked if request.param in ("mistral", "args") else tokenizer, TEMPLATES[request.param]
     ) as client:
         yield request.param, client, sdk_of(client)
 
@@ -458,12 +464,13 @@ def test_forms_are_told_from_templates(tokenizer: Tokenizer) -> None:
         changed = copy.copy(tokenizer)
         changed.chat_template = source
         template = ChatTemplate(changed)
-        return template.tool_format and (template.tool_format.open, template.tool_format.arguments)
+        return template.tool_format and (template.tool_format.open, template.tool_format.call[1])
 
-    assert form(HERMES) == ("<tool_call>\n", "arguments") and form(LLAMA) == ("", "parameters")
-    assert form(MISTRAL) == ("[TOOL_CALLS] [", "arguments") and form(MISTRAL.replace("] [", "][")) == (
-        "[TOOL_CALLS][",
-        "arguments",
+    assert form(HERMES) == ("<tool_call>\n", '", "arguments": ') and form(LLAMA) == ("", '", "parameters": ')
+    assert form(MISTRAL) == ("[TOOL_CALLS] [", '", "arguments": ')
+    assert form(MISTRAL.replace("] [", "][")) == ("[TOOL_CALLS][", '", "arguments": ')
+    assert (
+        form(ARGS) == ("[TOOL_CALLS]", "[ARGS]") and form(ARGS.replace("[ARGS]", "[CALL_ID][ARGS]")) is None
     )
     assert form("{{ messages }}<tool_call>") is None, "no tools are shown"
     assert form("{{ tools }}<tool_call><function=x>") is None and form("{{ tools }}") is None
