@@ -274,16 +274,8 @@ def test_data_of_another_tokenizer_are_refused(file: Any, tmp_path: Path) -> Non
     source = plain(tmp_path / "large", vocab_size=300)
     ours = train_tokenizer("bpe", iter(["quite another text"]), 257)
     ours.save(source / "tokenizer")
-    for name, tokenizer in (("same", str(source / "tokenizer")), ("other", "train")):
-        prepare(
-            Preparation(
-                str(text),
-                tmp_path / name,
-                tokenizer=tokenizer,
-                vocab_size=260,
-                valid_fraction=0.1,
-            )
-        )
+    for name, how in (("same", {"tokenizer": str(source / "tokenizer")}), ("other", {"vocab_size": 260})):
+        prepare(Preparation(str(text), tmp_path / name, valid_fraction=0.1, **how))  # type: ignore[arg-type]
     data = {"kind": "tokens", "path": str(tmp_path / "same"), "seq_len": 16}
     check(load(file(source, {"data": data, "objective": "next_token"})), 1)
     other = load(file(source, {"data": {**data, "path": str(tmp_path / "other")}, "objective": "next_token"}))

@@ -27,10 +27,9 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, letters, size in (("a", "abc", 257), ("b", "xyz", 257), ("other", "abc", 258)):
         lines = [json.dumps({"text": letters[n % 3] * 30 + str(n)}) for n in range(60)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
-        tokenizer = str(made[0] / "tokenizer") if name == "b" else "train"
-        options = Preparation(
-            str(folder / f"{name}.jsonl"), folder / name, vocab_size=size, tokenizer=tokenizer
-        )
+        options = Preparation(str(folder / f"{name}.jsonl"), folder / name, vocab_size=size)
+        if name == "b":
+            options = Preparation(options.source, options.out, tokenizer=str(made[0] / "tokenizer"))
         prepare(options, progress=False)
         made.append(folder / name)
     return made
