@@ -280,3 +280,12 @@ def test_text_is_read_and_written_as_utf_8() -> None:
     ]
     assert calls
     assert not [place for place, node in calls if "encoding" not in {word.arg for word in node.keywords}]
+
+
+def test_nothing_that_is_ignored_is_tracked() -> None:
+    """A merge silently replaces ignored files by tracked ones: an environment, by a link to it."""
+    command = ["git", "-C", str(REPO), "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip(f"not a checkout that git reads: {listed.stderr.strip()}")
+    assert listed.stdout == ""
