@@ -1,8 +1,9 @@
 """Keys and values of prompts that were computed before, for later prompts that begin with the same tokens.
 
 A radix tree over the pages of the KV cache: a node stands for ``unit`` tokens after those of its parent and owns
-the pages of their positions. Sequences in flight read these pages in place; what nobody reads is evicted, least
-recently used first, when the KV cache has no free page. So the tree never makes the KV cache grow.
+the pages of their positions. Sequences in flight read these pages in place. What nobody reads is evicted, least
+recently used first, once tree and sequences together keep as many positions as the slots have room for, or the
+tree takes more than its share of memory.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ class PrefixCache:
     def __init__(
         self, cache: KVCache, unit: int, most_bytes: float = float("inf"), serves_fewer_steps: bool = False
     ) -> None:
-        """unit: positions that are found or missed together, a multiple of the page size. most_bytes: of pages
-        that no sequence in flight reads. serves_fewer_steps: whether keys of some core steps are those of a prompt
-        that takes fewer."""
+        """unit: positions that are found or missed together, a multiple of the page size. most_bytes: of all
+        pages in the tree, as far as nobody reads them. serves_fewer_steps: whether keys of some core steps are
+        those of a prompt that takes fewer."""
         self.cache, self.unit, self.serves_fewer_steps = cache, unit, serves_fewer_steps
         self.most_bytes, self.num_bytes = most_bytes, 0
         self._root = Node(None, (), Source(), [], 0)

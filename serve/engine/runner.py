@@ -155,7 +155,8 @@ class Runner:
         as they are written.
 
         prefix_cache: whether prompts may begin with keys that other requests have computed; exact: with those
-        that they would compute themselves; any-steps: at any K; prefix_cache_bytes: most that are kept. chunk: prompt positions of a segment.
+        that they would compute themselves; any-steps: with those of any K. prefix_cache_bytes: most memory of
+        kept keys. chunk: prompt positions of a segment.
 
         num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor
         reported.
