@@ -16,6 +16,7 @@ import yaml
 
 from eval.provenance import provenance, write_json
 from rdlm.checkpoints.folder import CONFIG, load_config
+from rdlm.data.token_shards import TokenStore
 
 __all__ = [
     "at_sigma_max",
@@ -33,6 +34,12 @@ T = TypeVar("T")
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def held_out_prompts(data: Path, count: int, length: int) -> list[tuple[int, ...]]:
+    """The first ``count`` windows of the valid split of a folder of `rdlm data prepare`, ``length`` tokens each."""
+    batch = next(iter(TokenStore(data, "valid").windows(length, length * count, count)))
+    return [tuple(ids) for ids in batch.inputs.tolist()]
 
 
 def run_rdlm(arguments: Sequence[str], log: Path) -> None:

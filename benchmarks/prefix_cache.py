@@ -19,8 +19,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.common import provenance, write_json
-from rdlm.data.token_shards import TokenStore
+from benchmarks.common import held_out_prompts, provenance, write_json
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine, Served
 from serve.engine.sequence import Request, StepBudget, StepResult
@@ -33,9 +32,8 @@ FRESH = 16
 
 def first_token_ms(engine: Engine, prompt: tuple[int, ...], num_steps: int) -> tuple[float, int]:
     """Until the first token of an answer, and how many positions were known."""
-    usage = engine.generate([Request(prompt, StepBudget(num_steps), 1, SamplingParams(temperature=0))])[0][
-        -1
-    ].usage
+    request = Request(prompt, StepBudget(num_steps), 1, SamplingParams(temperature=0))
+    usage = engine.generate([request])[0][-1].usage
     assert usage is not None
     return 1000 * usage.first_token_s, usage.cached_tokens
 
@@ -78,11 +76,9 @@ def main(
     texts: Annotated[int, typer.Option(help="Texts of the loss.")] = 64,
     rounds: int = 9,
 ) -> None:
+    """Time to the first token, and the loss of other K, at each K."""
     ks = [int(part) for part in num_steps.split(",")]
-    windows = [
-        tuple(w)
-        for w in next(iter(TokenStore(data, "valid").windows(length, length * texts, texts))).inputs.tolist()
-    ]
+    windows = held_out_prompts(data, texts, length)
     settings = EngineSettings(
         max_slots=4, max_len=length + 1, max_steps=max(ks), chunk=64, prefix_cache="exact"
     )

@@ -19,8 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.common import provenance, write_json
-from rdlm.data.token_shards import TokenStore
+from benchmarks.common import held_out_prompts, provenance, write_json
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, Speculation, StepBudget
@@ -55,9 +54,7 @@ def main(
     """Acceptance and speed of every draft at each temperature and batch."""
     sizes = [int(part) for part in batches.split(",")]
     drafts = list(product(*([int(part) for part in text.split(",")] for text in (draft_steps, draft_tokens))))
-    batch = next(
-        iter(TokenStore(data, "valid").windows(prompt_tokens, prompt_tokens * max(sizes), max(sizes)))
-    )
+    prompts = held_out_prompts(data, max(sizes), prompt_tokens)
     settings = EngineSettings(
         kv_cache="full",
         prefix_cache="off",
@@ -71,13 +68,13 @@ def main(
         for size, temperature in product(sizes, (float(part) for part in temperatures.split(","))):
             plain = [
                 Request(
-                    tuple(ids),
+                    ids,
                     StepBudget(num_steps),
                     num_tokens,
                     SamplingParams(temperature=temperature),
                     seed=i,
                 )
-                for i, ids in enumerate(batch.inputs[:size].tolist())
+                for i, ids in enumerate(prompts[:size])
             ]
             sides = {(0, 0): plain} | {
                 draft: [replace(r, budget=replace(r.budget, speculation=Speculation(*draft))) for r in plain]

@@ -21,8 +21,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from benchmarks.common import provenance, write_json
-from rdlm.data.token_shards import TokenStore
+from benchmarks.common import held_out_prompts, provenance, write_json
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.sequence import Event, Request, Speculation, StepBudget, Wavefront
@@ -58,8 +57,7 @@ def main(
 ) -> None:
     """Speed, equal tokens and core steps of every side at each temperature and batch."""
     sizes = [int(part) for part in batches.split(",")]
-    store = TokenStore(data, "valid")
-    batch = next(iter(store.windows(prompt_tokens, prompt_tokens * max(sizes), max(sizes))))
+    prompts = held_out_prompts(data, max(sizes), prompt_tokens)
     plain = StepBudget(num_steps)
     waves = [
         replace(plain, wavefront=Wavefront.of(None, int(inner), float(threshold)))
@@ -78,6 +76,7 @@ def main(
         for kind in CACHES:
             settings = EngineSettings(
                 kv_cache=kind,
+                prefix_cache="off",
                 max_slots=max(sizes),
                 max_len=prompt_tokens + num_tokens,
                 max_steps=num_steps,
@@ -91,8 +90,8 @@ def main(
             for turn in range(rounds + 1):  # the first one warms up
                 for cache, budget in sides:
                     requests = [
-                        Request(tuple(ids), budget, num_tokens, sampling, seed=i)
-                        for i, ids in enumerate(batch.inputs[:size].tolist())
+                        Request(ids, budget, num_tokens, sampling, seed=i)
+                        for i, ids in enumerate(prompts[:size])
                     ]
                     began = time.perf_counter()
                     answers[cache, budget] = engines[cache].generate(requests)
