@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from http import HTTPStatus
 
 from h11 import IDLE, SEND_RESPONSE
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serve.errors import ApiError
 
 HEAD_SECONDS = 30.0
 """From the first byte of a request, or the connection, to the end of its headers; uvicorn would wait for ever."""
@@ -32,11 +36,19 @@ class BoundedConnection(H11Protocol):
         super().data_received(data)
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's fails where an answer has begun already, as in the middle of a chunked body."""
+        """Refuses what is no HTTP in the form of all errors. uvicorn's is a plain text, and fails where an answer
+        has begun already, as in the middle of a chunked body."""
+        problem = "what arrived is no HTTP/1.1 request, or has a header that is not allowed; correct it"
+        self._end(400, problem)
+
+    def _end(self, status: int, message: str) -> None:
+        """Close the connection, with an error where no answer has begun."""
         if self.conn.our_state in (IDLE, SEND_RESPONSE):
-            super().send_400_response(msg)
-        else:
-            self.transport.close()
+            body = json.dumps(ApiError(status, message, "invalid_request_error").body()).encode()
+            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nconnection: close\r\n"
+            head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            self.transport.write(head.encode() + body)
+        self.transport.close()
 
     def _check(self) -> None:
         now, cycle = self.loop.time(), self.cycle
@@ -50,7 +62,4 @@ class BoundedConnection(H11Protocol):
         elif self._head_since is None:
             self._head_since = now
         elif now - self._head_since > HEAD_SECONDS:
-            self.transport.write(
-                b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-            )
-            self.transport.close()
+            self._end(408, f"the headers did not arrive within {HEAD_SECONDS:g} s; send them at once")

@@ -57,6 +57,11 @@ class EngineClosed(ApiError):
         )
 
 
+def shorten(text: str, length: int = 80) -> str:
+    """``text`` as an error may quote it."""
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """400."""
     return ApiError(400, message, "invalid_request_error", param, code)

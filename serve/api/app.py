@@ -7,10 +7,11 @@ import hmac
 import re
 from typing import Any
 
-from litestar import Litestar
+from litestar import Litestar, Request, Router
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.datastructures import State
+from litestar.exceptions import NotFoundException
 from litestar.handlers.base import BaseRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.plugins.pydantic import PydanticPlugin
@@ -68,7 +69,12 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
         cors_config=_cors(settings),
         plugins=[PydanticPlugin()],  # for the OpenAPI document
         openapi_config=OpenAPIConfig(
-            title="rdlm", version=__version__, path="/schema", description=description
+            title="rdlm",
+            version=__version__,
+            description=description,
+            openapi_router=Router(
+                "/schema", route_handlers=[], include_in_schema=False, before_request=_check_schema_path
+            ),
         ),
         logging_config=None,
     )
@@ -76,6 +82,12 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
     if settings.tracing:
         app.asgi_handler = traced(app.asgi_handler)
     return app
+
+
+async def _check_schema_path(request: Request[Any, Any, Any]) -> None:
+    """Raises NotFoundException where only Litestar's own page of an error would answer."""
+    if request.path_params:
+        raise NotFoundException
 
 
 def _check_host(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:

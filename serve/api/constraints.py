@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from serve.api.json_text import decode
 from serve.api.tools import Tool, ToolChoice
 from serve.engine.grammar import MAX_SOURCE, choice_grammar, json_grammar, json_rule, regex_grammar
 from serve.errors import ApiError, invalid
@@ -108,10 +109,7 @@ def structured_outputs(value: Any) -> Constraint | None:
     if kind == "json_object":
         return _json({"type": "object"}, param) if given else None
     if kind == "json" and isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError:
-            raise _wrong(param, "the text is not JSON") from None
+        given = decode(given, param)
     if kind == "json":
         return _json(given, param)
     if kind == "choice":
@@ -199,7 +197,7 @@ def _named(values: list[Any], param: str, tools: tuple[Tool, ...], is_flat: bool
         else:
             outer = _object(value, param, {"type", "function"}, {"type", "function"})
             name = _object(outer["function"], f"{param}.function", {"name"}, {"name"})["name"]
-        if name not in {tool.name for tool in tools}:
+        if name not in [tool.name for tool in tools]:  # a list: what is sent may have no hash
             raise _wrong(param, f"{str(name)[:80]!r} is not among the tools")
         names.add(name)
     return frozenset(names)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
 from rdlm.errors import UserError
-from serve.api.schemas import shorten
-from serve.errors import ApiError, from_user_error
+from serve.errors import ApiError, from_user_error, shorten
 
 logger = logging.getLogger("rdlm.serve")
 CLIENT_LEFT = "client disconnected prematurely"
 """Litestar's detail, in an error of the server's, where a client hangs up in the middle of its body."""
 
 
-def _answer(request: Request[Any, Any, Any], error: ApiError) -> Response[dict[str, Any]]:
+def _answer(
+    request: Request[Any, Any, Any], error: ApiError, more_headers: Mapping[str, str] | None = None
+) -> Response[dict[str, Any]]:
     request.app.state.server.metrics.refusals[error.status] += 1
-    headers = {**error.headers, **({"WWW-Authenticate": "Bearer"} if error.status == 401 else {})}
+    headers = {
+        **error.headers,
+        **(more_headers or {}),
+        **({"WWW-Authenticate": "Bearer"} if error.status == 401 else {}),
+    }
     return Response(error.body(), status_code=error.status, media_type=MediaType.JSON, headers=headers)
 
 
@@ -32,8 +38,14 @@ def _http_error(request: Request[Any, Any, Any], error: HTTPException) -> Respon
     if error.detail == CLIENT_LEFT:
         return _answer(request, ApiError(499, error.detail, "client_error"))
     message = error.detail
+    method, path = request.scope["method"], request.scope["path"]
     if error.status_code == 404:
-        message = f"there is no route {request.scope['path']!r} here; /schema lists them"
+        message = f"there is no route {path!r} here; /schema lists them"
+    if error.status_code == 405:
+        message = f"{path} does not take {shorten(method)}; use {(error.headers or {}).get('allow')}"
+    if error.status_code == 413:
+        most = request.app.state.server.settings.max_body_bytes
+        message = f"the body has more than {most} bytes; send less, or start the server with --max-body-bytes"
     if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
         key = error.extra[0].get("key", "the request")
         is_empty = key == "data"  # the routes' name for the body
@@ -41,7 +53,7 @@ def _http_error(request: Request[Any, Any, Any], error: HTTPException) -> Respon
             "the body is empty; send a JSON object" if is_empty else f"{key}: {error.extra[0]['message']}"
         )
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-    return _answer(request, ApiError(error.status_code, shorten(message, 400), kind))
+    return _answer(request, ApiError(error.status_code, shorten(message, 400), kind), error.headers)
 
 
 def _defect(request: Request[Any, Any, Any], error: Exception) -> Response[dict[str, Any]]:

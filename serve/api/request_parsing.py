@@ -7,21 +7,19 @@ resolved here into one ``StepBudget``, which every engine request carries.
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
 import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar, cast
 
-import msgspec
 from litestar import Request as HttpRequest
 
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams, check_masked, check_sampler, text_sampler
 from serve.api.chat_template import ChatTemplate
 from serve.api.constraints import Constraint, tool_choice
+from serve.api.json_text import decode
 from serve.api.schemas import (
     INT32,
     MAX_CHOICES,
@@ -31,14 +29,13 @@ from serve.api.schemas import (
     Effort,
     SamplingBody,
     ScoreRequest,
-    shorten,
 )
 from serve.api.tools import Tool, ToolChoice, ToolFormat, tool_grammar
 from serve.engine.engine import Served
 from serve.engine.exits import CRITERIA, ExitRule, check_exit_gate, default_thresholds
 from serve.engine.grammar import Grammar, Grammars
 from serve.engine.sequence import Request, Speculation, StepBudget, StepPredictions, Wavefront
-from serve.errors import ApiError, invalid
+from serve.errors import ApiError, invalid, shorten
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -99,36 +96,9 @@ class JsonRequest(HttpRequest[Any, Any, Any]):
         if body.count(b",") > MAX_VALUES:
             raise invalid(f"the body's values exceed the {MAX_VALUES} of a request")
         try:
-            return await in_thread_if_large(len(body) // 16, lambda: schema.parse(_decoded(body)))
-        except UnicodeDecodeError as error:
-            raise invalid(f"the body is not UTF-8 ({error.reason})") from None
+            return await in_thread_if_large(len(body) // 16, lambda: schema.parse(decode(body)))
         except RecursionError:
             raise invalid("the body is nested too deeply") from None
-        except msgspec.MsgspecError as error:
-            raise invalid(f"the body is not JSON ({error})") from None
-
-
-def _decoded(body: bytes) -> Any:
-    """JSON, without the garbage collector, which would visit every list of a large body again and again.
-
-    Raises ApiError for a key that appears twice: libraries differ in which of the two they read.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        value = msgspec.json.decode(body)
-        json.loads(body, object_pairs_hook=_check_keys, parse_int=bool, parse_float=bool)
-        return value
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _check_keys(pairs: list[tuple[str, Any]]) -> None:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-        raise invalid(f"the key {shorten(twice)!r} appears twice in one object", shorten(twice))
 
 
 async def in_thread_if_large(size: int, parse: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -25,11 +25,10 @@ from serve.api.schemas import (
     Neutral,
     SamplingBody,
     StreamOptions,
-    shorten,
 )
 from serve.api.streaming import PING_SECONDS, EngineEvents
 from serve.api.tools import Delta, Tool
-from serve.errors import ApiError, invalid
+from serve.errors import ApiError, invalid, renamed, shorten
 
 TEXT_PARTS = ("input_text", "output_text", "text")
 CHAT_NAMES = {
@@ -74,7 +73,8 @@ def _input(value: Any) -> list[Message]:
         else:
             problem = "this model takes messages, calls and their outputs"
             raise ValueError(f"an item of type {shorten(str(kind))!r} cannot be read; {problem}")
-    return [Message.parse(message) for message in messages]
+    with renamed(CHAT_NAMES):
+        return [Message.parse(message) for message in messages]
 
 
 def _check_keys(item: dict[str, Any], known: set[str]) -> None:

@@ -27,10 +27,11 @@ from pydantic import (
 from rdlm.sampling_params import NUMBERS, Order, Range
 from serve.api import constraints
 from serve.api.constraints import Constraint
+from serve.api.json_text import decode
 from serve.api.tools import ToolChoice
 from serve.engine.exits import CRITERIA
 from serve.engine.sequence import MAX_WAVEFRONT
-from serve.errors import invalid
+from serve.errors import invalid, shorten
 
 INT32 = 2**31 - 1
 MAX_CHOICES = 1024
@@ -195,23 +196,23 @@ def _tool_calls(value: Any) -> list[dict[str, Any]] | None:
 def _tool_call(call: Any) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
+    param = "messages.tool_calls"
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise invalid(f"messages.tool_calls: a call has the form {form}", "messages.tool_calls")
+        raise invalid(f"{param}: a call has the form {form}", param)
+    given = {name for part in (call, function) for name, value in part.items() if value is not None}
+    unknown = given - {"id", "type", "index", "function", "name", "arguments", "parsed_arguments"}
+    if unknown or call.get("type", "function") != "function":
+        problem = (
+            f"of type {call.get('type')!r}" if not unknown else f"with a field {shorten(min(unknown))!r}"
+        )
+        raise invalid(f"{param}: a call {shorten(problem)} cannot be read; it has the form {form}", param)
     arguments = function.get("arguments")
-    try:
-        arguments = json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
-    except ValueError:
-        arguments = None
+    if isinstance(arguments, str | None):
+        arguments = decode(arguments or "{}", f"{param}.function.arguments")
     if not isinstance(arguments, dict):
-        problem = "arguments must be the JSON text of an object"
-        raise invalid(f"messages.tool_calls: {problem}", "messages.tool_calls")
+        raise invalid(f"{param}.function.arguments: it must be the JSON text of an object", param)
     known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def shorten(text: str, length: int = 80) -> str:
-    """``text`` as an error may quote it."""
-    return text if len(text) <= length else f"{text[:length]}..."
 
 
 class Body(BaseModel):

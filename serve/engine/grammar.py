@@ -8,6 +8,7 @@ between noise levels do not. No torch.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -74,7 +75,8 @@ def regex_grammar(expression: str) -> str:
 
 
 def choice_grammar(choices: Collection[str]) -> str:
-    return "%llguidance {}\nstart: " + " | ".join(map(json.dumps, choices)) + "\n"
+    """One lexeme: the parser takes at most 2,000 alternatives of a rule."""
+    return "%llguidance {}\nstart: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices)) + "\n"
 
 
 class Grammars:
@@ -106,7 +108,7 @@ class Grammars:
             at = _WHERE.match(known)
             named = (lines or {}).get(int(at[2])) if at else None
             raise UserError(named or field, "...", explain(known), "send a simpler one, or one without it")
-        return known
+        return known.named(field)
 
     def _compiled(self, source: str) -> Grammar | str:
         """The grammar, or what is wrong with it."""
@@ -164,7 +166,15 @@ class Grammar:
     def __init__(self, matcher: LLMatcher, ends: list[int], num_tokens: int) -> None:
         """num_tokens: ids that can be drawn. Raises UserError where no answer fits it."""
         self._matcher, self._ends, self._num_tokens = matcher, ends, num_tokens
+        self.field = "grammar"
+        """Where the client sent it."""
         self._first = Guide(self).begin()
+
+    def named(self, field: str) -> Grammar:
+        """The same grammar, as another field has it."""
+        made = copy.copy(self)
+        made.field = field
+        return made
 
     def start(self, threads: Executor) -> Guide:
         """A guide of a new answer. threads: where its masks are computed. Copying a large grammar takes
@@ -204,13 +214,16 @@ class Guide:
                     raise error if isinstance(error, Exception) else RuntimeError(repr(error))
                 self.allowed, self.pending = self.pending.result(), None
             elif time.monotonic() - self._since > MASK_SECONDS:
-                raise _too_complex("the next token takes too long")
+                raise self._too_complex("the next token takes too long")
         return self.allowed is not None
 
     def accept(self, token: int) -> bool:
         """Record a token of the answer -> whether the answer is complete, and nothing can follow."""
         if not self._matcher.consume_token(token):
-            raise RuntimeError(f"the grammar does not allow token {token}: {self._matcher.get_error()}")
+            problem = explain(self._matcher.get_error())
+            if self.allowed is None or not self.allowed[token]:
+                raise RuntimeError(f"the grammar does not allow token {token}: {problem}")
+            raise self._too_complex(problem)  # a limit of the library
         if self._matcher.is_stopped():
             return True
         self.allowed, self._since = None, time.monotonic()
@@ -222,18 +235,17 @@ class Guide:
         """The mask of the next token. Raises UserError where the grammar is too complex or has no such token."""
         bias = bytearray(self._matcher.compute_logit_bias()[: self._num_tokens])
         if self._matcher.is_error():
-            raise _too_complex(explain(self._matcher.get_error()))
+            raise self._too_complex(explain(self._matcher.get_error()))
         if self._matcher.is_stopped():  # found out late: only the end is left
             for end in self._ends:
                 bias[end] = 1
         if not any(bias):
             problem = "no token of this model's vocabulary continues the constrained answer"
-            raise UserError("response_format", "...", problem, "allow other texts")
+            raise UserError(self._grammar.field, "...", problem, "allow other texts")
         return bias
 
-
-def _too_complex(problem: str) -> UserError:
-    return UserError("response_format", "...", f"it is too complex: {problem}", "send a simpler one")
+    def _too_complex(self, problem: str) -> UserError:
+        return UserError(self._grammar.field, "...", f"it is too complex: {problem}", "send a simpler one")
 
 
 def explain(message: str) -> str:
@@ -241,6 +253,8 @@ def explain(message: str) -> str:
     lines = [line.strip() for line in message.replace("<non-verbose/>", "").splitlines()]
     text = " ".join(line for line in lines if line.strip("^") and not _QUOTED.match(line))
     text = _WHERE.sub("", text).removeprefix("failed to compile JSON schema: ")
+    if text in ("NoExtension", "NoExtensionBias"):
+        return "no text fits it"
     if text.startswith("Unimplemented keys: "):
         keys = ", ".join(json.loads(text.removeprefix("Unimplemented keys: ")))
         return f"this server cannot enforce the keyword {keys}"

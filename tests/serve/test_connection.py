@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 import threading
@@ -92,6 +93,9 @@ def test_broken_requests_are_refused_or_dropped(port: int, caplog: pytest.LogCap
         answer = talk(port, *parts)
         statuses = [int(line.split()[1]) for line in answer.split(b"\n") if line.startswith(b"HTTP/1.1 ")]
         assert all(status == 200 or 400 <= status < 500 for status in statuses), (name, answer[:500])
+        assert b"HTTP/1.1 4" not in answer or set(json.loads(answer[answer.rindex(b'{"error"') :])["error"]) == {
+            "message", "type", "param", "code"
+        }, name  # fmt: skip
     good = talk(port, HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(BODY) + BODY)
     assert good.startswith(b"HTTP/1.1 200"), "the server still answers"
     wrong = [record for record in caplog.records if record.levelno >= logging.ERROR or record.exc_info]

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rdlm.data.tokenizer import Tokenizer, train_tokenizer
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
+from serve.api.constraints import MAX_ENUM
 from serve.engine.engine import Engine
 from serve.engine.exits import ExitRule
 from serve.engine.grammar import Grammars, choice_grammar, explain, json_grammar, regex_grammar, special_rule
@@ -225,7 +226,8 @@ def test_grammars_are_compiled_once_and_refused_within_their_time(
 
     first = grammars.compile(regex_grammar("q{3}"), "regex")
     monkeypatch.setattr(module.subprocess, "run", lambda *args, **kwargs: pytest.fail("compiled again"))
-    assert grammars.compile(regex_grammar("q{3}"), "other") is first
+    again = grammars.compile(regex_grammar("q{3}"), "other")
+    assert again._matcher is first._matcher and (again.field, first.field) == ("other", "regex")
     monkeypatch.undo()
     hours = json_grammar(
         {"allOf": [{"type": "string", "pattern": f".*{c}.*{c}"} for c in "abcdefghijklmnopqrstuvw"]}
@@ -253,6 +255,36 @@ def test_guides_of_one_grammar_are_independent(grammars: Grammars) -> None:
         assert one.accept(c)
         with pytest.raises(RuntimeError, match="does not allow"):
             two.accept(b)
+
+
+def test_as_many_choices_as_a_request_may_have_can_be_followed(grammars: Grammars) -> None:
+    grammar = grammars.compile(choice_grammar([f"in the {i}" for i in range(MAX_ENUM)]), "choice")
+    with ThreadPoolExecutor(1) as pool:
+        guide = grammar.start(pool)
+        for token in grammars._tokenizer.encode("in the 77"):
+            while not guide.ready:
+                time.sleep(0.01)
+            assert guide.allowed is not None and guide.allowed[token] and not guide.accept(token)
+
+
+def test_a_limit_of_the_library_names_the_field_that_was_sent(grammars: Grammars) -> None:
+    alternatives = " | ".join(f'"in" " the {i}"' for i in range(3000))
+    grammar = grammars.compile(f"start: {alternatives}", "structured_outputs.grammar")
+    again = grammars.compile(f"start: {alternatives}", "tools")
+    for one, field in ((grammar, "structured_outputs.grammar"), (again, "tools")):
+        with ThreadPoolExecutor(1) as pool, pytest.raises(UserError, match=rf"{field}=.*complex") as refused:
+            guide = one.start(pool)
+            for token in grammars._tokenizer.encode("in the 77"):
+                while not guide.ready:
+                    time.sleep(0.01)
+                guide.accept(token)
+        assert refused.value.field == field
+
+
+def test_a_grammar_that_no_text_fits_says_so(grammars: Grammars) -> None:
+    for empty in ("start: start", "start: a\na: b\nb: a"):
+        with pytest.raises(UserError, match="no text fits"):
+            grammars.compile(empty, "grammar")
 
 
 def test_errors_of_the_library_become_one_line() -> None:

@@ -176,10 +176,10 @@ def test_large_bodies_are_read_off_the_event_loop(
 ) -> None:
     import threading
 
-    threads, decode = [], request_parsing._decoded
+    threads, decode = [], request_parsing.decode
     monkeypatch.setattr(
         request_parsing,
-        "_decoded",
+        "decode",
         lambda body: (threads.append(threading.current_thread().name), decode(body))[1],
     )
     client.post("/v1/completions", json={"prompt": [5] * 100_000})
@@ -364,6 +364,22 @@ def test_no_combination_of_fields_is_a_server_error(path: str, client: TestClien
         check(client.post(path, content=json.dumps(sent).encode(errors="surrogatepass"), headers=JSON))
 
     send()
+
+
+def test_what_no_route_takes_is_refused_in_the_form_of_all_errors(client: TestClient) -> None:
+    for method in ("GET", "PUT", "DELETE"):
+        answer = client.request(method, "/v1/completions")
+        check(answer, refused=True)
+        assert answer.status_code == 405 and "POST" in answer.headers["allow"] and "POST" in answer.text
+    for path in ("/nope", "/schema/nope", "/v1/models/nope", "/v1/models/%ff"):
+        answer = client.get(path)
+        check(answer, refused=True)
+        assert answer.status_code == 404
+    assert client.get("/schema/openapi.json").json()["info"]["title"] == "rdlm"
+    assert client.get("/schema").status_code == 200
+    large = client.post("/v1/completions", content=b" " * (1 << 25), headers=JSON)
+    check(large, refused=True)
+    assert large.status_code == 413 and "--max-body-bytes" in large.text and str(1 << 24) in large.text
 
 
 def test_the_server_still_answers(client: TestClient) -> None:

@@ -380,6 +380,18 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"grammar": "start: foo"}}, "structured_outputs.grammar", "foo"), ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice", "texts"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not JSON"), ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex", "text"),
 ]  # fmt: skip
+ODD_JSON = {
+    '{"a": NaN}': "JSON", '{"a": 1e999}': "JSON", '{"a": "\\ud800"}': "JSON", '{"a": 1, "a": 2}': "twice",
+    '{"a": ' + "[" * 9999 + "]" * 9999 + "}": "nested", "[]": "object",
+}  # fmt: skip
+
+
+def sent(arguments: str = "{}", **more: Any) -> dict[str, Any]:
+    """A body with an earlier call."""
+    call = {"function": {"name": "a", "arguments": arguments}, **more}
+    return {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+
+
 BAD_TOOLS: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "web_search"}]}, "tools.0", "function"), ({"tools": [{"type": "function"}]}, "tools.0.function", "missing"),
     ({"tools": [TOOL, TOOL]}, "tools", "twice"), ({"tools": [TOOL] * 200}, "tools", "128"), ({"tools": 3}, "tools", "list"),
@@ -388,7 +400,10 @@ BAD_TOOLS: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [OTHER, {"type": "function", "function": {"name": "a", "parameters": {"properties": {"x": {"not": {}}}}}}]}, "tools.1.function.parameters", "not"),
     ({"tool_choice": "required"}, "tool_choice", "needs tools"), ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", "auto"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice", "nope"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "messages.tool_calls", "JSON"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "messages.tool_calls.function.arguments", "JSON"),
+    *((sent(arguments=text), "messages.tool_calls.function.arguments", says) for text, says in ODD_JSON.items()),
+    (sent(type="custom"), "messages.tool_calls", "custom"), (sent(zap=1), "messages.tool_calls", "zap"),
+    *(({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": name}}}, "tool_choice", "among") for name in (["find"], {"a": 1}, 5)),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages.tool_calls", "form"),
 ]  # fmt: skip
 
