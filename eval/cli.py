@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from eval.registry import METRICS, load_metric
 from eval.report.report import EXAMPLE, report
-from rdlm.command_line import new_app
+from rdlm.command_line import checkpoint_first, new_app
 
 
 class Metrics(TyperGroup):
@@ -25,13 +25,13 @@ class Metrics(TyperGroup):
         if name in METRICS:
             command = typer.main.get_command(load_metric(name).command())
             command.name = name
-        return name, command, rest
+        return name, command, rest if command is None else checkpoint_first(command, rest)
 
 
 app = new_app(
     cls=Metrics,
     no_args_is_help=True,
-    epilog="Example: rdlm eval nll --checkpoint runs/demo/model --data data/demo --num-steps 1,4,16",
+    epilog="Example: rdlm eval nll runs/demo/model --data data/demo --num-steps 1,4,16",
 )
 app.command("report", epilog=EXAMPLE)(report)
 

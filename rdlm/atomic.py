@@ -46,10 +46,11 @@ def check_out(folder: Path, option: str, ours: Sequence[str], force: bool) -> No
 
 
 @contextmanager
-def replacing(folder: str | Path, option: str = "OUT") -> Iterator[Path]:
+def replacing(folder: str | Path, option: str = "OUT", keep: bool = False) -> Iterator[Path]:
     """A new folder to fill. It takes the place of ``folder`` (where a link points, if it is one) once it is
     complete and on disk, and vanishes if filling it fails. What a killed process left is replaced by the next.
 
+    keep: what ``folder`` holds and the new one does not, as a file that somebody put there, stays.
     Raises UserError, which names ``option``, where it cannot be written or another process is writing it.
     """
     folder = Path(folder).resolve()
@@ -69,8 +70,12 @@ def replacing(folder: str | Path, option: str = "OUT") -> Iterator[Path]:
             raise _unwritable(option, folder, error, "name another folder") from None
         try:
             yield temporary
+            for entry in folder.iterdir() if keep and folder.is_dir() else ():
+                if not (temporary / entry.name).exists():
+                    _copy(entry, temporary / entry.name)
             for path in [*temporary.rglob("*"), temporary]:
-                sync(path)
+                if not path.is_symlink():
+                    sync(path)
             shutil.rmtree(outdated, ignore_errors=True)
             if folder.exists():
                 os.rename(folder, outdated)
@@ -110,6 +115,13 @@ def _lock(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF):
             raise
+
+
+def _copy(entry: Path, to: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.copytree(entry, to, symlinks=True)
+    else:
+        shutil.copy2(entry, to, follow_symlinks=False)
 
 
 def _unwritable(option: str, folder: Path, error: Exception, remedy: str) -> UserError:

@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from rdlm import __version__
-from rdlm.command_line import calm_bars, new_app
+from rdlm.command_line import calm_bars, checkpoint_first, new_app
 from rdlm.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -73,8 +73,7 @@ SYNONYMS: dict[str, dict[str, str]] = {
     "generate": {"--model": "--checkpoint"},
     "chat": {"--model": "--checkpoint"},
 }  # fmt: skip
-"""Command -> name of an option in vLLM -> its name here. Of these commands --checkpoint may also be the first word
-alone, as in vLLM."""
+"""Command -> name of an option in vLLM -> its name here."""
 
 EXAMPLE = "Example: rdlm train configs/demo.yaml && rdlm serve --checkpoint runs/demo/model"
 
@@ -118,8 +117,6 @@ def _not_empty(process: Callable[[Any, Any], Any], name: str, ctx: Any, value: A
 def new_names(command: str, args: Sequence[str]) -> list[str]:
     """The arguments with today's names of options, and a line on stderr for every former one."""
     renamed, synonyms, found = RENAMED.get(command, {}), SYNONYMS.get(command, {}), []
-    if command in SYNONYMS and args and not args[0].startswith("-"):
-        args = ["--checkpoint", *args]
     for arg in args:
         name, equals, value = arg.partition("=")
         name = synonyms.get(name, name)
@@ -140,7 +137,10 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, stub, rest = super().resolve_command(ctx, args)
-        return (name, stub, rest) if name is None else (name, load_command(name), new_names(name, rest))
+        if name is None:
+            return name, stub, rest
+        command = load_command(name)
+        return name, command, checkpoint_first(command, new_names(name, rest))
 
 
 app = new_app(cls=LazyGroup, epilog=EXAMPLE, context_settings={"max_content_width": 110})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -21,6 +22,15 @@ def new_app(**settings: Any) -> typer.Typer:
     """A typer app. Its help shows texts as they are written: typer's default takes [brackets] for markup and
     drops them."""
     return typer.Typer(add_completion=False, rich_markup_mode=None, **settings)
+
+
+def checkpoint_first(command: Any, args: Sequence[str]) -> list[str]:
+    """The arguments of a command; where it has an option --checkpoint and no arguments of its own, a first word
+    alone is the checkpoint."""
+    options = {name for parameter in command.params for name in parameter.opts}
+    takes_words = any(parameter.param_type_name == "argument" for parameter in command.params)
+    first = "--checkpoint" in options and not takes_words and bool(args) and not args[0].startswith("-")
+    return ["--checkpoint", *args] if first else list(args)
 
 
 def new_console() -> Console:

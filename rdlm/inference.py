@@ -4,7 +4,7 @@ and ``rdlm inspect``."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -41,9 +41,15 @@ class Generation:
     """stop: an end of text or a stop string; length: ``max_tokens``."""
 
 
+Message = Mapping[str, Any]
+"""Of a conversation, as in OpenAI's API: ``{"role": "user", "content": "..."}``."""
+
+
 class Engine(Protocol):
-    """What ``Model.generate`` asks of the engine that the server runs (serve/in_process.py). rdlm imports no
-    other package: the one that is used is handed over by rdlm/__init__.py."""
+    """What ``Model.generate`` and ``Model.chat`` ask of the engine that the server runs (serve/in_process.py).
+    rdlm imports no other package: the one that is used is handed over by rdlm/__init__.py."""
+
+    def chat_ids(self, messages: Sequence[Message]) -> list[int]: ...
 
     def generate(
         self,
@@ -92,12 +98,10 @@ class Model:
         threshold by default the checkpoint's. kv_cache: full keeps the keys of every step, shared those of the
         last. UserError where the model cannot do what is asked.
         """
-        if self._engine is None:
-            raise UserError("engine", None, "this model was loaded without one", "use rdlm.load")
         given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         ids: list[Sequence[int]] = [self._begun(p) if isinstance(p, str) else p for p in given]
         sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
-        return self._engine(self).generate(
+        return self._running.generate(
             ids,
             self.config.default_steps if num_steps is None else num_steps,
             max_tokens=max_tokens,
@@ -108,6 +112,26 @@ class Model:
             exit_threshold=exit_threshold,
             kv_cache=kv_cache,
         )
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        num_steps: int | None = None,
+        *,
+        max_tokens: int = 512,
+        **options: Any,
+    ) -> Generation:
+        """The answer to a conversation, written out by the chat template of the model's tokenizer; options:
+        those of ``generate``. UserError where the model has no template, or it refuses the messages."""
+        ids = self._running.chat_ids(messages)
+        room = self.config.model.max_seq_len - len(ids)
+        return self.generate([ids], num_steps, max_tokens=max(1, min(max_tokens, room)), **options)[0]
+
+    @property
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise UserError("engine", None, "this model was loaded without one", "use rdlm.load")
+        return self._engine(self)
 
     @torch.no_grad()
     def score(

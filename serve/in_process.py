@@ -1,16 +1,20 @@
-"""The server's engine around a model that is in memory: behind ``rdlm.load(...).generate``."""
+"""The server's engine around a model that is in memory: behind ``generate`` and ``chat`` of ``rdlm.load(...)``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Literal
 
+from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from rdlm.inference import Generation, Model
+from rdlm.inference import Generation, Message, Model
 from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
+from serve.api.chat_template import ChatTemplate
 from serve.engine.engine import Engine
 from serve.engine.exits import CRITERIA, ExitRule, default_thresholds
 from serve.engine.sequence import Request, StepBudget
+from serve.errors import ApiError
 from serve.loading import build_served, end_ids
 from serve.settings import EngineSettings
 
@@ -39,10 +43,7 @@ class InProcess:
     ) -> list[Generation]:
         if not prompts:
             return []
-        model, tokenizer = self.model, self.model.tokenizer
-        if tokenizer is None:
-            problem = "it has no tokenizer, so answers cannot be read as text"
-            raise UserError("checkpoint", model.config.name, problem, "use logits")
+        model, tokenizer = self.model, self._tokenizer
         check_sampler(sampling.sampler, model.config)
         check_masked(sampling, None, model.config)
         ends = end_ids(model.folder, tokenizer)
@@ -71,6 +72,29 @@ class InProcess:
             tokens, steps = [token for token, _ in drawn], [count for _, count in drawn]
             found.append(Generation("".join(e.text for e in events), tokens, steps, last.finish))
         return found
+
+    def chat_ids(self, messages: Seq[Message]) -> list[int]:
+        """The prompt of a conversation. UserError where there is no template for it, or it refuses."""
+        template = ChatTemplate.of(self._tokenizer)
+        if template is None:
+            problem = "its tokenizer has no chat template"
+            raise UserError("checkpoint", self.model.config.name, problem, "continue texts with generate")
+        given = list(messages)
+        if not given or not all(isinstance(message, Mapping) for message in given):
+            remedy = 'give a list of {"role": ..., "content": ...}'
+            raise UserError("messages", messages, "is no conversation", remedy)
+        try:
+            return self._tokenizer.encode(template.render([dict(message) for message in given], {}))
+        except ApiError as error:
+            _, _, problem = error.message.partition(": ")
+            raise UserError("messages", len(given), problem or error.message, "change them") from None
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self.model.tokenizer is None:
+            problem = "it has no tokenizer, so answers cannot be read as text"
+            raise UserError("checkpoint", self.model.config.name, problem, "use logits")
+        return self.model.tokenizer
 
     def _rule(self, criterion: str | None, threshold: float | None) -> ExitRule | None:
         """UserError for a criterion that the model does not have."""

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from rdlm import __version__, cli
-from rdlm.command_line import new_console
+from rdlm.command_line import checkpoint_first, new_console
 from rdlm.errors import UserError
 
 
@@ -143,17 +143,37 @@ def test_former_names_of_options_have_a_successor_and_no_second_meaning(
 def test_names_that_vllm_has_for_options_are_taken(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = cli.load_command(name)
     options = {spelling for p in command.params if p.param_type_name == "option" for spelling in p.opts}
-    assert len(options) == sum(len(p.opts) for p in command.params), "a first word alone has another meaning"
     for other, ours in cli.SYNONYMS[name].items():
         assert ours in options and other not in options
-        assert cli.new_names(name, ["x", f"{other}=1", other, "2"]) == [
-            "--checkpoint",
-            "x",
-            f"{ours}=1",
-            ours,
-            "2",
-        ]
+        assert cli.new_names(name, [f"{other}=1", other, "2"]) == [f"{ours}=1", ours, "2"]
     assert cli.new_names(name, []) == [] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_a_first_word_is_the_checkpoint_wherever_there_is_one(name: str) -> None:
+    """And the option goes on to work; where words have another meaning there is no such option."""
+    for path, command, _ in _commands(cli.load_command(name), f"rdlm {name}"):
+        options = {spelling for p in command.params for spelling in p.opts}
+        words = [p.name for p in command.params if p.param_type_name == "argument"]
+        if "--checkpoint" in options and not words:
+            assert checkpoint_first(command, ["x", "--seed", "1"]) == ["--checkpoint", "x", "--seed", "1"], (
+                path
+            )
+        given = [] if words else ["--checkpoint", "x"]
+        assert checkpoint_first(command, given) == given, path
+
+
+def test_eval_takes_the_checkpoint_as_its_metrics_first_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(cli.app, ["eval", "nll", "runs/none", "--data", "data/none"], "rdlm") == 2
+    assert "runs/none" in capsys.readouterr().err
+    from eval.metrics.lm_eval import with_checkpoint
+
+    alone = ["--model_args", "checkpoint=runs/none", "--tasks", "arc"]
+    assert with_checkpoint(["runs/none", "--tasks", "arc"]) == alone
+    assert with_checkpoint(["runs/none", "--model_args", "num_steps=2"]) == [
+        "--model_args", "checkpoint=runs/none,num_steps=2",
+    ]  # fmt: skip
+    assert with_checkpoint(["ls", "tasks"]) == ["ls", "tasks"] and with_checkpoint(alone) == alone
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

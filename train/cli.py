@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +15,7 @@ from typer.core import TyperGroup
 from rdlm.checkpoints.cli import export_app as published_layouts
 from rdlm.command_line import new_app, new_console
 from rdlm.errors import UserError
+from train.process import tell
 
 if TYPE_CHECKING:
     from train.memory_plan import Arm
@@ -93,6 +95,8 @@ def train(
     (memory), schedule.steps (updates). `rdlm plan CONFIG --memory 24GiB` says what fits. Ctrl-C saves and
     stops; `rdlm export OUTPUT OUT` turns any checkpoint into a model.
     """
+    if sys.stderr.isatty():  # torch is imported next, which takes seconds; elsewhere a mistake stays one line
+        tell(f"rdlm train: checking {config}")
     given = list(overrides or [])
     if allow_changes:
         given.append("allow_changes=true")
@@ -141,7 +145,7 @@ def sweep(
 
     sweeper = Sweeper(*read_sweep(config, overrides or []), lambda line: typer.echo(line))
     if not report:
-        planned = sweeper.plan()
+        planned = sweeper.plan(dry=dry_run)
         if dry_run:
             return 0
         failed = sweeper.run(planned)

@@ -90,14 +90,18 @@ def find_checkpoint(source: Path, which: str, warn: Callable[[str], None], field
 
 
 def export(
-    checkpoint: Path, out: Path, tokenizer: Tokenizer | None = None, averaged: bool | None = None
+    checkpoint: Path,
+    out: Path,
+    tokenizer: Tokenizer | None = None,
+    averaged: bool | None = None,
+    keep: bool = False,
 ) -> Path:
     """Write the fp32 model of a training checkpoint to ``out``, replacing what is there once it is complete.
     Returns ``out``.
 
     tokenizer: by default the one that the checkpoint holds, or that of its data. averaged: the moving averages
     of the weights; None: as the run's ``ema.export`` says. UserError if a weight is not finite, or there are no
-    averages.
+    averages. keep: other files in ``out`` stay (rdlm.atomic.replacing).
     """
     manifest = manifest_of(checkpoint)
     config: TrainConfig = parse(TrainConfig, manifest["config"], str(checkpoint / "manifest.json"))
@@ -135,12 +139,12 @@ def export(
 
     if tokenizer is None:
         tokenizer = _tokenizer_of(checkpoint, config)
-    return write(out, model_config, tokenizer, weights, fill, _card(checkpoint, manifest, config))
+    return write(out, model_config, tokenizer, weights, fill, _card(checkpoint, manifest, config), keep)
 
 
 def export_run(output: Path) -> Path:
-    """Write ``model/`` of a run from its newest checkpoint."""
-    return export(checkpoints_in(output / "checkpoints")[-1], output / "model")
+    """Write ``model/`` of a run from its newest checkpoint; files that somebody has put there stay."""
+    return export(checkpoints_in(output / "checkpoints")[-1], output / "model", keep=True)
 
 
 def saved_parts(checkpoint: Path, config: TrainConfig) -> Iterator[tuple[str, SavedState | Merged]]:
@@ -310,8 +314,8 @@ def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> st
 
 
 def merge(folders: Sequence[Path], out: Path) -> Path:
-    """Write the merged checkpoint to ``out`` and return it. folders: runs (with ``model/``) or model folders,
-    in any order.
+    """Write the merged checkpoint to ``out``, where other files stay, and return it. folders: runs (with
+    ``model/``) or model folders, in any order.
 
     Raises UserError where they are not the blocks of one network, each exactly once.
     """
@@ -325,7 +329,7 @@ def merge(folders: Sequence[Path], out: Path) -> Path:
         f"blocks.{b}.{n}": w for b, part in enumerate(ordered) for n, w in part.denoiser.state_dict().items()
     }
     whole.load_state_dict(weights, strict=True, assign=True)
-    return save(out, whole, config, ordered[0].tokenizer, _merged_card(config, ordered))
+    return save(out, whole, config, ordered[0].tokenizer, _merged_card(config, ordered), keep=True)
 
 
 def _in_order(parts: dict[Path, Loaded]) -> list[Loaded]:

@@ -61,7 +61,10 @@ def launch(path: str, overrides: list[str], num_procs: int | None, devices: list
             "--log_level", "critical", "--module", "train.pretrain", "--checked", str(checked),
         ]  # fmt: skip
         where = "GPUs" if on_gpu else "CPU processes"
-        tell(f"rdlm train: starting {world} {where}; logs are in {config.output}/logs")
+        tell(
+            f"rdlm train: starting {world} {where}, which import torch and DeepSpeed first; "
+            f"logs are in {config.output}/logs"
+        )
         status, received = _run(command, _environment(on_gpu))
     return _conclude(config, status, received)
 

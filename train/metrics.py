@@ -131,7 +131,7 @@ class Progress:
     """A bar on a terminal; elsewhere a plain line now and then."""
 
     def __init__(self, total: int, done: int, terminal: TextIO, unit: str) -> None:
-        """unit: what a target is, see train.data.Corpus."""
+        """unit: what a position of a row is, see train.data.Corpus."""
         self.total, self.terminal, self.unit = total, terminal, unit
         self._bar = (
             tqdm(total=total, initial=done, file=terminal, unit="step", dynamic_ncols=True)
@@ -295,7 +295,8 @@ class Report:
             "loss": sum(float(t.total) for t in tallies) / max(1.0, positions),
             "lr": learning_rate(config.schedule, config.optimizer.lr, trainer.step - 1),
             "grad_norm": grad_norm,
-            f"{trainer.corpus.unit}s_per_s": positions * steps / seconds,
+            f"{trainer.corpus.unit}s_per_s": config.batch.global_size * config.seq_len * steps / seconds,
+            "targets_per_s": positions * steps / seconds,
             f"{trainer.corpus.unit}s_seen": (trainer.step + trainer.state.skipped)
             * config.batch.global_size
             * config.seq_len,

@@ -68,8 +68,8 @@ def main() -> int:
             else read_checked(Path(arguments.checked))
         )
         stop = StopSignal()
-        if rank == 0 and arguments.checked is None:
-            tell(f"rdlm train: starting {config.name}", terminal)
+        if rank == 0:
+            tell(f"rdlm train: building {config.name}", terminal)
         terminal = capture_output(config, rank)
         train(config, stop, terminal)
         return 0

@@ -336,10 +336,17 @@ class Sweeper:
         self.commands = Commands(self.sweep.jobs)
         self.output = Path(self.sweep.output)
 
-    def plan(self) -> list[tuple[Run, TrainConfig]]:
-        """Every run with its number of updates, checked, and plan.json. UserError before anything trains."""
+    def plan(self, dry: bool = False) -> list[tuple[Run, TrainConfig]]:
+        """Every run with its number of updates, checked. UserError before anything trains. dry: measure nothing,
+        and leave out runs whose updates a measurement would have to say."""
         planned, updates = [], {}
         for run in runs_of(self.sweep, self.base):
+            if dry and self.sweep.budget.unit == "seconds" and run.arm not in self._calibrated():
+                checked(run, 1000, final=False)
+                self.say(
+                    f"{run.label}: {self.sweep.budget.amount:,.0f} s; updates are measured before it trains"
+                )
+                continue
             if run.arm not in updates:  # seeds of an arm get equal numbers
                 updates[run.arm] = updates_of(self.sweep, run, self.seconds_per_update)
             config = checked(run, updates[run.arm])
@@ -349,8 +356,7 @@ class Sweeper:
 
     def seconds_per_update(self, run: Run) -> float:
         """Measured by a short run of the arm; kept in calibration.json for all later calls."""
-        file = self.output / "calibration.json"
-        known: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        known = self._calibrated()
         if run.arm not in known:
             folder = self.output / "calibration" / _slug(run.arm)
             document = with_changes(run.document, {**CALIBRATION, "output": str(folder / "run")})
@@ -363,8 +369,21 @@ class Sweeper:
             clock = "cpu_seconds" if _on_cpu() else "seconds"
             first, last = records[UNMEASURED - 1], records[-1]
             known[run.arm] = (last[clock] - first[clock]) / (last["step"] - first["step"])
-            write_file(file, json.dumps(known, indent=1) + "\n")
+            write_file(self._calibration, json.dumps(known, indent=1) + "\n")
         return known[run.arm]
+
+    @property
+    def _calibration(self) -> Path:
+        return self.output / "calibration.json"
+
+    def _calibrated(self) -> dict[str, float]:
+        """Seconds of an update of the arms that were measured."""
+        known: dict[str, float] = {}
+        return (
+            json.loads(self._calibration.read_text(encoding="utf-8"))
+            if self._calibration.is_file()
+            else known
+        )
 
     def run(self, planned: Sequence[tuple[Run, TrainConfig]]) -> list[str]:
         """Train and evaluate what is not finished -> what failed."""

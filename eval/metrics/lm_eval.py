@@ -21,6 +21,8 @@ from rdlm.command_line import new_app
 from rdlm.errors import UserError
 
 TASKS = Path(__file__).parents[1] / "texts" / "tasks"
+COMMANDS = ("run", "ls", "validate")
+"""Of lm_eval itself."""
 
 
 def with_model(arguments: list[str]) -> list[str]:
@@ -31,6 +33,17 @@ def with_model(arguments: list[str]) -> list[str]:
     )
     runs = bool(arguments) and (arguments[0] == "run" or arguments[0].startswith("-"))
     return [*arguments, "--model", "rdlm"] if runs and not named else arguments
+
+
+def with_checkpoint(arguments: list[str]) -> list[str]:
+    """A first word that is no command of lm_eval is the checkpoint, as in the other commands."""
+    if not arguments or arguments[0].startswith("-") or arguments[0] in COMMANDS:
+        return arguments
+    given, rest = f"checkpoint={arguments[0]}", arguments[1:]
+    if "--model_args" not in rest:
+        return ["--model_args", given, *rest]
+    place = rest.index("--model_args") + 1
+    return [*rest[:place], ",".join([given, *rest[place : place + 1]]), *rest[place + 1 :]]
 
 
 def taken_out(arguments: list[str], name: str) -> tuple[list[str], str | None]:
@@ -80,7 +93,7 @@ class LmEval(Metric):
 
     name = "lm-eval"
     place = 40
-    example = "rdlm eval lm-eval --model_args checkpoint=runs/demo/model,num_steps=8 --blimp FOLDER --tasks blimp_local"
+    example = "rdlm eval lm-eval runs/demo/model --num-steps 8 --blimp FOLDER --tasks blimp_local"
 
     def command(self) -> typer.Typer:
         """Hands every argument over, --help included."""
@@ -95,7 +108,7 @@ class LmEval(Metric):
 
     def run(self, given: list[str]) -> None:
         """Run lm_eval, which prints and writes its results itself."""
-        arguments, steps = taken_out(given, "--num-steps")
+        arguments, steps = taken_out(with_checkpoint(given), "--num-steps")
         ks = None if steps is None else numbers("--num-steps", steps, int)
         try:
             from eval.texts.lm_eval_adapter import run, run_sweep

@@ -58,18 +58,19 @@ def save(
     config: CheckpointConfig,
     tokenizer: Tokenizer | None,
     card: str = "",
+    keep: bool = False,
 ) -> Path:
     """Write the folder, replacing an earlier one only when the new one is complete. Returns its path.
 
-    card: Markdown about data and training, put below what the config itself says. Weights keep the dtype they
-    have.
+    keep: other files of an earlier one stay, see ``rdlm.atomic.replacing``. card: Markdown about data and
+    training, put below what the config itself says. Weights keep the dtype they have.
     """
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in denoiser.named_parameters()}
 
     def fill(temporary: Path) -> None:
         save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
 
-    return write(folder, config, tokenizer, weights, fill, card)
+    return write(folder, config, tokenizer, weights, fill, card, keep)
 
 
 def write(
@@ -79,10 +80,11 @@ def write(
     weights: Mapping[str, Tensor],
     fill: Callable[[Path], None],
     card: str,
+    keep: bool = False,
 ) -> Path:
     """``save`` for weights that are not in memory: ``fill(folder)`` writes ``model.safetensors``, ``weights``
     may be meta tensors."""
-    with replacing(folder) as temporary:
+    with replacing(folder, keep=keep) as temporary:
         fill(temporary)
         if tokenizer is not None:
             tokenizer.save(temporary / TOKENIZER)

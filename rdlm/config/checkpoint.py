@@ -6,10 +6,11 @@ Unknown keys are errors everywhere. This file holds no tensors and no training o
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rdlm.config.base import Strict
 from rdlm.config.model import ModelConfig
@@ -73,6 +74,15 @@ class RecurrenceConfig(Strict):
     published depth of an imported model (its mean where depth was drawn). None: not known."""
     exit_thresholds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Default thresholds of exit criteria by name, where the checkpoint's source has its own."""
+
+    @field_validator("exit_thresholds")
+    @classmethod
+    def _of_criteria(cls, thresholds: dict[str, float]) -> dict[str, float]:
+        if thresholds:  # the engine has the criteria, and this package does not know the engine
+            known = importlib.import_module("rdlm").exit_criteria()
+            for name in sorted(thresholds.keys() - set(known)):
+                raise ValueError(f"there is no exit criterion {name!r}; use {', '.join(known)}")
+        return thresholds
 
     @model_validator(mode="after")
     def _ordered(self) -> RecurrenceConfig:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, field_validator, model_validator
 
 from rdlm.config.base import Strict
 
@@ -206,6 +206,11 @@ class BaseObjectiveConfig(Strict):
         return "logits after K iterations"
 
 
+ZLoss = Annotated[float, Field(ge=0)]
+"""Factor of the squared log of the softmax's denominator that is added to the loss of a position (PaLM,
+Chowdhery et al. 2022: 1e-4). ``ce`` in the metrics is without it."""
+
+
 class NextTokenConfig(BaseObjectiveConfig):
     """Plain next-token prediction; the core runs once unless ``depth`` says otherwise."""
 
@@ -213,9 +218,7 @@ class NextTokenConfig(BaseObjectiveConfig):
     implementation = "rdlm.objectives.next_token:NextToken"
     tasks = ("causal",)
     depth: DepthConfig = DepthConfig()
-    z_loss: float = Field(0.0, ge=0)
-    """Factor of the squared log of the softmax's denominator that is added to the loss of a position (PaLM,
-    Chowdhery et al. 2022: 1e-4). ``ce`` in the metrics is without it."""
+    z_loss: ZLoss = 0.0
 
 
 class OneStepConfig(NextTokenConfig):
@@ -300,6 +303,15 @@ class GateOnlyConfig(NextTokenConfig):
     """The target of going on is sigmoid(slope (improvement - margin)), the improvement in nats."""
     margin: float = Field(0.005, ge=0)
 
+    @field_validator("z_loss")
+    @classmethod
+    def _no_softmax(cls, z_loss: float) -> float:
+        if z_loss:
+            raise ValueError(
+                "objective 'gate_only' trains the gate alone, and z_loss is of the softmax; drop it"
+            )
+        return z_loss
+
 
 class _SamplingConfig(BaseObjectiveConfig):
     """One network call at each of K noise levels, and a token drawn at each."""
@@ -311,6 +323,7 @@ class _SamplingConfig(BaseObjectiveConfig):
     k_description = "K is the number of noise levels that a token (of images: the class) is drawn through: a setting of the sampler"
     default_steps_in_evaluation = (1,)
     corruption: CorruptionConfig
+    z_loss: ZLoss = 0.0
     loss_weighting: Literal["none", "edm"] = "none"
     readout_quantile: float = Field(1.0, gt=0, le=1)
     """The level at which z = 0 is read, as a quantile of the training distribution of levels. 1 is sigma_max,

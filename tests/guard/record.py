@@ -336,7 +336,7 @@ def plans(guard: Any) -> Document:
 
 # Training runs ----------------------------------------------------------------------------------------------
 
-CLOCKS = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "peak_memory_bytes")
+CLOCKS = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "targets_per_s", "peak_memory_bytes")
 
 
 def runs(guard: Any) -> Document:

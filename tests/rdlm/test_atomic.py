@@ -85,3 +85,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         (folder / "file").write_text("")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_somebody_put_into_a_folder_stays_where_it_is_rewritten(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "mine").mkdir(parents=True)
+    (out / "mine" / "notes.md").write_text("by hand")
+    (out / "link").symlink_to("nowhere")
+    (out / "written").write_text("before")
+    with replacing(out, keep=True) as folder:
+        (folder / "written").write_text("now")
+    assert (out / "mine" / "notes.md").read_text() == "by hand" and (out / "link").is_symlink()
+    assert (out / "written").read_text() == "now"
+    with replacing(out) as folder:
+        (folder / "written").write_text("again")
+    assert [path.name for path in out.iterdir()] == ["written"]

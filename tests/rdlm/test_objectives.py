@@ -149,6 +149,14 @@ def test_edm_weighting_scales_each_position_by_its_own_level(tiny) -> None:
     assert w.min() <= ratio <= w.max() and ratio > 1.5
 
 
+@pytest.mark.parametrize("name", ["next_token", "single_pass", "per_step", "evidence", "paper"])
+def test_z_loss_is_added_to_the_loss_and_to_no_reported_cross_entropy(tiny, name: str) -> None:
+    plain, added = (tiny("huginn", {"name": name, "z_loss": z}) for z in (0.0, 0.1))
+    batch = batch_of(torch.randint(0, V, (B, T + 1)))
+    without, with_it = (each.loss(batch, Keys(seed=0, step=0)) for each in (plain, added))
+    assert with_it.total > without.total and torch.equal(with_it.metrics["ce"], without.metrics["ce"])
+
+
 def test_mask_removes_positions(tiny) -> None:
     denoiser, ids = tiny("huginn", "next_token"), torch.randint(0, V, (B, T + 1))
     batch = batch_of(ids)
@@ -194,6 +202,8 @@ def test_every_objective_learns(tiny, family: str, name: str) -> None:
         ({"name": "paper", "depth": {"mean": 3}}, "depth"),
         ({"name": "bptt", "depth": {"means": 3}}, "depth.means"),
         ({"name": "nonsense"}, "name"),
+        ({"name": "gate_only", "z_loss": 0.1}, "z_loss"),
+        ({"name": "masked", "z_loss": 0.1}, "z_loss"),
     ],
 )
 def test_contradictions_are_refused(settings: dict, field: str) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from litestar.testing import TestClient
 
+from rdlm.config.base import parse
+from rdlm.config.checkpoint import RecurrenceConfig
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
@@ -296,3 +298,11 @@ def test_models_that_need_every_step_refuse_exits(make_served: Callable[..., Ser
             error = client.post("/v1/completions", json={"prompt": "x", **body}).json()["error"]
             assert error["param"] == param and "noise levels" in error["message"]
         assert client.get("/v1/models/tiny").json()["recurrence"]["exits"] == []
+
+
+def test_a_threshold_of_a_criterion_that_there_is_not_is_refused() -> None:
+    assert parse(RecurrenceConfig, {"exit_thresholds": {"halt": 0.9, "kl": 0.1}}, "recurrence")
+    with pytest.raises(
+        UserError, match="exit_thresholds.*no exit criterion 'latent_diff'; use latent-diff, "
+    ):
+        parse(RecurrenceConfig, {"exit_thresholds": {"halt": 0.9, "latent_diff": 0.1}}, "recurrence")

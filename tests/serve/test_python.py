@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -24,9 +25,10 @@ from serve.settings import EngineSettings
 REPO = Path(__file__).resolve().parents[2]
 
 
-def checkpoint(out: Path, tokenizer: Tokenizer | None, vocab_size: int = 300) -> Path:
+def checkpoint(out: Path, tokenizer: Tokenizer | None, vocab_size: int = 300, max_seq_len: int = 64) -> Path:
     model = {
-        "family": "huginn", "vocab_size": vocab_size, "d_model": 32, "num_heads": 2, "mlp_width": 32, "max_seq_len": 64,
+        "family": "huginn", "vocab_size": vocab_size, "d_model": 32, "num_heads": 2, "mlp_width": 32,
+        "max_seq_len": max_seq_len,
     }  # fmt: skip
     document = {"name": "demo", "model": model, "objective": "onestep", "recurrence": {"default_steps": 2}}
     config = CheckpointConfig.model_validate(document)
@@ -46,12 +48,13 @@ def test_every_snippet_of_the_documentation_runs(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint(tmp_path / "runs" / "demo" / "model", tokenizer)
+    checkpoint(tmp_path / "runs" / "smollm2-looped", tokenizer, max_seq_len=512)
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"^```python\n(.*?)^```", (REPO / "docs/python.md").read_text(), re.M | re.S)
     names: dict[str, object] = {}
     for snippet in snippets:
         exec(compile(snippet, "docs/python.md", "exec"), names)
-    assert len(snippets) == 4 and names["scores"].keys() == {1, 4}  # type: ignore[attr-defined]
+    assert len(snippets) == 5 and names["scores"].keys() == {1, 4}  # type: ignore[attr-defined]
 
 
 def test_greedy_texts_are_the_most_probable_tokens_of_the_logits(model: Model) -> None:
@@ -78,6 +81,14 @@ def test_texts_are_those_of_the_servers_engine(model: Model) -> None:
     assert [answer.text for answer in got] == expected
 
 
+def test_a_conversation_is_answered_as_its_templates_text(model: Model) -> None:
+    messages = [{"role": "system", "content": "it came"}, {"role": "user", "content": "in the"}]
+    assert model.tokenizer is not None
+    written = "<system>it came\n<user>in the\n<assistant>"
+    expected = model.generate([model.tokenizer.encode(written)], 3, max_tokens=8, seed=2)[0]
+    assert model.chat(messages, 3, max_tokens=8, seed=2) == expected
+
+
 def test_scores_are_those_of_the_logits(model: Model) -> None:
     begun = torch.tensor([model._begun("in the word")])
     scores, logits = model.score(["in the word"], [1, 4]), model.logits(begun, [1, 4])
@@ -102,12 +113,20 @@ def test_a_name_of_the_hub_is_imported_once(
     assert rdlm.load("owner/tiny").folder.stat().st_mtime_ns == written
 
 
-def test_what_cannot_be_done_is_a_line(model: Model, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_a_line(model: Model, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    silent = copy.copy(tokenizer)
+    silent.chat_template = None
     for asked, word in (
         (lambda: model.generate("in the", 65, max_tokens=4), "num_steps=65"),
         (lambda: model.generate("in the", max_tokens=4, exit_criterion="gate"), "exit_criterion='gate'"),
         (lambda: model.generate("in the", max_tokens=640), "max_len"),
         (lambda: model.score("", 1), "no token to score"),
+        (lambda: model.chat([]), "no conversation"),
+        (lambda: model.chat("in the"), "no conversation"),  # type: ignore[arg-type]
+        (
+            lambda: rdlm.load(checkpoint(tmp_path / "silent", silent)).chat([{"content": "in"}]),
+            "no chat template",
+        ),
         (lambda: rdlm.load(checkpoint(tmp_path / "ids", None)).score("in", 1), "no tokenizer"),
     ):
         with pytest.raises(UserError, match=word):

@@ -36,6 +36,17 @@ def test_an_unfinished_run_exports_the_weights_it_has(
     assert all(torch.equal(stored[name], weights[name]) for name in stored)
 
 
+def test_a_file_that_somebody_put_into_the_model_stays_when_the_run_goes_on(trainer, tmp_path: Path) -> None:
+    training = trainer()
+    calls = iter(range(9))
+    training.fit(lambda: next(calls) >= 3)
+    model = export_run(training.output)
+    (model / "notes.md").write_text("by hand")
+    trainer().fit()
+    assert load(export_run(training.output)).config.step == 6
+    assert (model / "notes.md").read_text() == "by hand"
+
+
 def test_the_model_says_at_which_k_it_was_trained(trainer, tmp_path: Path) -> None:
     training = trainer({"objective.depth": {"distribution": "fixed", "mean": 3}})
     training.fit()

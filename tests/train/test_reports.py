@@ -57,6 +57,16 @@ def test_a_run_reports_the_same_noise_scale_at_every_stage(trainer: Any, tmp_pat
     assert found[0] > 0 and found == pytest.approx([found[0]] * 3, rel=1e-3)
 
 
+def test_rates_count_what_is_processed_and_what_is_learned_apart(trainer: Any, tmp_path: Path) -> None:
+    """Of 9 positions of this task the 3 hops are targets."""
+    data = {"kind": "pointer_chasing", "nodes": 6, "hops": 3}
+    run = trainer({**PLAIN, "schedule.steps": 2, "data": data, "output": str(tmp_path / "hops")})
+    run.fit()
+    for record in lines(run.output / "metrics.jsonl"):
+        assert record["tokens_per_s"] == pytest.approx(3 * record["targets_per_s"])
+        assert record["tokens_per_s"] * record["step_s"] == pytest.approx(4 * 9)
+
+
 def test_a_spike_is_measured_against_the_losses_before() -> None:
     draw = random.Random(0)
     before = [draw.gauss(2.0, 0.1) for _ in range(64)]

@@ -18,7 +18,15 @@ from train.optim import OPTIMIZERS
 
 def records(run) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measures."""
-    clocks = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "peak_memory_bytes", "tflops")
+    clocks = (
+        "seconds",
+        "cpu_seconds",
+        "step_s",
+        "tokens_per_s",
+        "targets_per_s",
+        "peak_memory_bytes",
+        "tflops",
+    )
     lines = (Path(run.config.output) / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
 

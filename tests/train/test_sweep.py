@@ -92,6 +92,21 @@ def test_budgets_in_tokens_and_flops_are_what_the_runs_get(sweep: Callable[..., 
         assert spent <= 3e9 < spent + cost(config.schedule.steps), run.arm
 
 
+def test_a_dry_run_measures_nothing(sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget in seconds: arms whose speed is known have their updates, the others have none yet."""
+    arms = {"known": {}, "new": {"objective": "next_token"}}
+    monkeypatch.setattr(Sweeper, "_train", lambda *_: pytest.fail("a dry run trained"))
+    said: list[str] = []
+    sweeper = Sweeper(*read_sweep(sweep(arms=arms, budget={"seconds": 30})), said.append)
+    sweeper.output.mkdir(parents=True)
+    (sweeper.output / "calibration.json").write_text('{"known": 0.5}')
+    assert [config.schedule.steps for _, config in sweeper.plan(dry=True)] == [60]
+    assert said == ["known, seed 0: 60 updates", "new, seed 0: 30 s; updates are measured before it trains"]
+    wrong = sweep(arms={"new": {"optimizer.lr": -1}}, budget={"seconds": 30})
+    with pytest.raises(UserError, match="new: .*lr"):
+        Sweeper(*read_sweep(wrong), said.append).plan(dry=True)
+
+
 @pytest.mark.parametrize(
     "objective",
     ["next_token", {"name": "bptt", "depth": {"mean": 5, "grad_steps": 3}}, {"name": "onestep", "depth": {"per": "sequence", "mean": 4}},
