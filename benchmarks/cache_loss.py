@@ -5,8 +5,8 @@ position by position.
         --out docs/results/raw/cache_loss.json
 
 ``exact`` is ``Objective.score`` (every step reads the past at the same step); ``full`` must reproduce it;
-``shared`` reads the past's last step. ``bfloat16`` and ``int8`` are full with rounded weights. Prompts are scored with a chunk of one position, which is what decoding
-does.
+``shared`` reads the past's last step. ``bfloat16`` and ``int8`` are full with rounded weights. Prompts are scored
+with a chunk of one position, which is what decoding does.
 """
 
 from __future__ import annotations

@@ -67,8 +67,10 @@ def base_config(name: str, seed: int, steps: int, lr: float, data: Path) -> dict
     return {
         "name": name.replace(" ", "-").replace("/", "-").replace("=", ""), "seed": seed,
         "data": {"kind": "tokens", "path": str(data), "seq_len": SEQ_LEN}, "batch": {"global_size": BATCH_SIZE},
-        "optimizer": {"lr": lr, "weight_decay": 0.1}, "schedule": {"kind": "cosine", "steps": steps, "warmup_steps": min(100, steps // 5)},
-        "precision": "bf16", "deepspeed": {"zero_stage": 0}, "checkpoint": {"interval_steps": max(50, steps // 5), "keep": 1},
+        "optimizer": {"lr": lr, "weight_decay": 0.1}, "schedule": {"kind": "cosine", "steps": steps,
+            "warmup_steps": min(100, steps // 5)},
+        "precision": "bf16", "deepspeed": {"zero_stage": 0}, "checkpoint": {"interval_steps": max(50, steps // 5),
+            "keep": 1},
         "evaluation": {"interval_steps": 0},
     }  # fmt: skip
 
@@ -99,7 +101,8 @@ def held_out(folder: Path, updates: int, data: Path, max_tokens: int, options: l
     )
     return {
         **({} if second is None else {"at_sigma_max": second["results"]}),
-        "train_tokens": updates * BATCH_SIZE * SEQ_LEN, "cpu_seconds": metrics["cpu_seconds"], "tokens": report["tokens"],
+        "train_tokens": updates * BATCH_SIZE * SEQ_LEN, "cpu_seconds": metrics["cpu_seconds"],
+        "tokens": report["tokens"],
         "results": report["results"], "data": report["data"], "window_nll": report["window_nll"],
         "git_commit": provenance()["git_commit"],
     }  # fmt: skip
@@ -152,7 +155,8 @@ def main(
         ],
     )
     rows = with_earlier_runs(out, rows)
-    write_json(out, {"provenance": provenance(), "minutes": minutes, "shape": SHAPE, "batch_size": BATCH_SIZE, "seq_len": SEQ_LEN,
+    write_json(out, {"provenance": provenance(), "minutes": minutes, "shape": SHAPE, "batch_size": BATCH_SIZE,
+            "seq_len": SEQ_LEN,
                      "seconds_per_update": cost, "runs": rows})  # fmt: skip
     plot(rows, out.with_suffix(".png"), minutes)
     for row in rows:

@@ -369,7 +369,10 @@ def describe(row: dict[str, Any]) -> str:
     own = rates["engine"]["median"]
     parts = [f"{n} {r['median']:.1f} [{r['least']:.1f}, {r['most']:.1f}]" for n, r in rates.items()]
     ratios = [f"{own / r['median']:.2f}x {n}" for n, r in rates.items() if not n.startswith("engine")]
-    return f"{row['dtype']}, batch {row['batch']}, K {row['num_steps']}: {'; '.join(parts)}. Engine: {', '.join(ratios)}"
+    return (
+        f"{row['dtype']}, batch {row['batch']}, K {row['num_steps']}: {'; '.join(parts)}. Engine: "
+        f"{', '.join(ratios)}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu --out gpu.json                  # parts that are in the file already are not run again
     python -m benchmarks.gpu --out gpu.json --only step      # again, and alone
-    python -m benchmarks.gpu --out try.json --tiny           # every part at a tiny size, on a CPU too: is the script right?
+    python -m benchmarks.gpu --out try.json --tiny  # every part at a tiny size, on a CPU too: is it right?
 
 | part | what it says |
 |---|---|
-| losses | every kind of model: loss of one batch in bf16 against fp32 on the CPU; whether the host waits in a training forward |
+| losses | every kind of model: loss of a batch in bf16 against fp32 on the CPU; whether the host waits in a forward |
 | attention | which kernel each kind of attention runs, and how long it takes |
 | step | an update of a 1B Huginn: ms, tokens/s, MFU, memory; objectives x compile off and blocks; a trace |
 | deterministic | two times 20 updates with deterministic kernels and without: equal bits? what does it cost? |
@@ -72,9 +72,12 @@ FULL = Size(2688, 21, 9216, 65536, 4096, 4, 8, (1, 16, 64), (1, 8, 32), 32)
 """The 1B Huginn of 2-4-2 layers."""
 TINY = Size(32, 2, 48, 64, 16, 2, 2, (1, 3), (1, 2), 3)
 KINDS = {
-    "huginn single_pass": ("huginn", "single_pass"), "huginn onestep": ("huginn", "onestep"), "huginn bptt": ("huginn", "bptt"),
-    "huginn evidence": ("huginn", "evidence"), "huginn paper": ("huginn", "paper"), "llama next_token": ("llama", "next_token"),
-    "masked": ("masked", "masked"), "vit classify": ("vit", "classify"), "vit evidence": ("vit", "evidence"), "dit edm": ("dit", "edm"),
+    "huginn single_pass": ("huginn", "single_pass"), "huginn onestep": ("huginn", "onestep"),
+    "huginn bptt": ("huginn", "bptt"),
+    "huginn evidence": ("huginn", "evidence"), "huginn paper": ("huginn", "paper"),
+    "llama next_token": ("llama", "next_token"),
+    "masked": ("masked", "masked"), "vit classify": ("vit", "classify"), "vit evidence": ("vit", "evidence"),
+    "dit edm": ("dit", "edm"),
 }  # fmt: skip
 
 
@@ -341,7 +344,8 @@ def noise(device: torch.device, size: Size, out: Path) -> Result:
 
 
 PARTS: dict[str, Callable[[torch.device, Size, Path], Result]] = {
-    "losses": losses, "attention": attention, "noise": noise, "step": step, "deterministic": deterministic, "decode": decode,
+    "losses": losses, "attention": attention, "noise": noise, "step": step, "deterministic": deterministic,
+    "decode": decode,
 }  # fmt: skip
 
 

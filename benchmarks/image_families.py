@@ -2,8 +2,10 @@
 against K.
 
     rdlm data images cifar10 --out data/cifar10          # or the folder with train.parquet and test.parquet
-    python -m benchmarks.image_families vit --data data/cifar10 --minutes 2.5 --jobs 2 --out docs/results/raw/images_vit.json
-    python -m benchmarks.image_families dit --data data/cifar10 --minutes 15 --jobs 2 --out docs/results/raw/images_dit.json
+    python -m benchmarks.image_families vit --data data/cifar10 --minutes 2.5 --jobs 2 \\
+        --out docs/results/raw/images_vit.json
+    python -m benchmarks.image_families dit --data data/cifar10 --minutes 15 --jobs 2 \\
+        --out docs/results/raw/images_dit.json
 
 Every arm gets as many updates as fit into ``--minutes`` of one core at what an update costs, measured
 interleaved in one process (benchmarks/train_step.py). Blocks train jointly; an update is one of one block.
@@ -80,8 +82,10 @@ def document(
     warmup = min(100 * (1 if blocks is None else blocks["num_blocks"]), updates // 5)
     most = 1 if objective in ONCE else 64 if family == "vit" else 1000
     return {
-        "name": f"{family}-{arm.replace(' ', '-').replace('=', '')}", "seed": seed, "model": VIT if family == "vit" else DIT,
-        "objective": {"name": objective}, "blocks": blocks, "recurrence": {"default_steps": min(4, most), "max_steps": most},
+        "name": f"{family}-{arm.replace(' ', '-').replace('=', '')}", "seed": seed,
+        "model": VIT if family == "vit" else DIT,
+        "objective": {"name": objective}, "blocks": blocks, "recurrence": {"default_steps": min(4, most),
+            "max_steps": most},
         "data": {"kind": "images", "path": str(data), "augment": "flip_crop" if family == "vit" else "flip"},
         "batch": {"global_size": batch_size}, "optimizer": {"lr": lr, "weight_decay": 0.05 if family == "vit" else 0.0},
         "schedule": {"kind": "cosine", "steps": updates, "warmup_steps": warmup}, "precision": precision,
@@ -149,8 +153,10 @@ def run_arm(
         )
     metrics = last_metrics(folder)
     return {
-        "arm": arm, "seed": seed, "lr": lr, "updates": updates, "cpu_seconds": metrics["cpu_seconds"], "report": read_json(found),
-        **({} if second is None else {"report_at_sigma_max": read_json(second)}), "git_commit": provenance()["git_commit"],
+        "arm": arm, "seed": seed, "lr": lr, "updates": updates, "cpu_seconds": metrics["cpu_seconds"],
+        "report": read_json(found),
+        **({} if second is None else {"report_at_sigma_max": read_json(second)}),
+        "git_commit": provenance()["git_commit"],
     }  # fmt: skip
 
 

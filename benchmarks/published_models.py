@@ -17,13 +17,15 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
 OURO = {
-    "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "intermediate_size": 5632,
+    "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128,
+    "intermediate_size": 5632,
     "vocab_size": 49152, "max_position_embeddings": 65536,
 }  # fmt: skip
 HUGINN = {
     "n_embd": 5280, "n_heads": 55, "num_key_value_heads": 55, "head_dim": 96, "intermediate_size": 17920, "n_layers": 8,
     "n_layers_in_prelude": 2, "n_layers_in_recurrent_block": 4, "n_layers_in_coda": 2, "vocab_size": 65536,
-    "padded_vocab_size": 65536, "block_size": 4096, "mean_recurrence": 32, "mean_backprop_depth": 8, "init_values": None,
+    "padded_vocab_size": 65536, "block_size": 4096, "mean_recurrence": 32, "mean_backprop_depth": 8,
+    "init_values": None,
     "rope_base": 50000.0,
 }  # fmt: skip
 TINYLLAMA = {
@@ -34,7 +36,8 @@ TINYLLAMA = {
 LLAMA32 = {
     "n_embd": 2048, "n_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "intermediate_size": 8192,
     "n_layers_in_prelude": 4, "n_layers_in_recurrent_block": 6, "n_layers_in_coda": 4, "vocab_size": 128256,
-    "padded_vocab_size": 128256, "block_size": 131072, "rope_theta": 500000.0, "rope_scaling": LLAMA3, "mean_recurrence": 4,
+    "padded_vocab_size": 128256, "block_size": 131072, "rope_theta": 500000.0, "rope_scaling": LLAMA3,
+    "mean_recurrence": 4,
 }  # fmt: skip
 OLMO2 = {
     "n_embd": 2048, "n_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "intermediate_size": 8192,
@@ -67,7 +70,8 @@ NANBEIGE = {
     "intermediate_size": 10752, "vocab_size": 166144, "num_hidden_layers": 22, "max_position_embeddings": 262144,
 }  # fmt: skip
 HRM = {
-    "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 128, "intermediate_size": 4096,
+    "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 128,
+    "intermediate_size": 4096,
     "vocab_size": 151808, "num_hidden_layers": 16, "max_position_embeddings": 4096, "embedding_scale": None,
     "initializer_range": 0.02,
 }  # fmt: skip

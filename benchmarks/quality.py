@@ -118,7 +118,8 @@ class Parts:
         run_rdlm(["eval", *arguments], self.root / f"{arguments[0]}-{arm.name}.log")
 
     def nll(self, arm: Arm, files: list[Path]) -> None:
-        self._rdlm(arm, "nll", "--checkpoint", str(arm.model), "--data", str(self.data), "--num-steps", _listed(arm.scored),
+        self._rdlm(arm, "nll", "--checkpoint", str(arm.model), "--data", str(self.data), "--num-steps",
+            _listed(arm.scored),
                    "--max-tokens", str(self.sizes.nll_tokens), "--per-window", "--out", str(files[0]))  # fmt: skip
 
     def _texts(self, arm: Arm, ks: list[int]) -> list[str]:
@@ -133,7 +134,8 @@ class Parts:
 
     def mauve(self, arm: Arm, files: list[Path]) -> None:
         self._rdlm(arm, "mauve", *self._texts(arm, arm.written), "--temperature", "1.0", "--protocol", "standard",
-                   "--num-prompts", str(self.sizes.mauve_prompts), "--featuriser", self.judge, "--out", str(files[0]))  # fmt: skip
+                   "--num-prompts", str(self.sizes.mauve_prompts), "--featuriser", self.judge, "--out",
+                   str(files[0]))  # fmt: skip
 
     def published_gen_ppl(self, arm: Arm, files: list[Path]) -> None:
         """The published protocol: four steps, greedy."""
@@ -141,13 +143,16 @@ class Parts:
                    "--num-prompts", str(self.sizes.prompts), "--judge", self.judge, "--out", str(files[0]))  # fmt: skip
 
     def published_mauve(self, arm: Arm, files: list[Path]) -> None:
-        self._rdlm(arm, "mauve", *self._texts(arm, [4]), "--sampler", "published", "--temperature", "0", "--protocol", "standard",
-                   "--num-prompts", str(self.sizes.mauve_prompts), "--featuriser", self.judge, "--out", str(files[0]))  # fmt: skip
+        self._rdlm(arm, "mauve", *self._texts(arm, [4]), "--sampler", "published", "--temperature", "0", "--protocol",
+            "standard",
+                   "--num-prompts", str(self.sizes.mauve_prompts), "--featuriser", self.judge, "--out",
+                   str(files[0]))  # fmt: skip
 
     def blimp_scores(self, arm: Arm, files: list[Path]) -> None:
         folder = self.root / "lm-eval" / arm.name
         shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
-        self._rdlm(arm, "lm-eval", "--model", "rdlm", "--model_args", f"checkpoint={arm.model}", "--num-steps", _listed(arm.scored),
+        self._rdlm(arm, "lm-eval", "--model", "rdlm", "--model_args", f"checkpoint={arm.model}", "--num-steps",
+            _listed(arm.scored),
                    "--batch_size", "64", "--blimp", str(self.blimp), "--tasks", "blimp_local",
                    "--limit", str(self.sizes.blimp_pairs), "--output_path", str(folder))  # fmt: skip
         for found in folder.rglob("results_*.json"):

@@ -71,7 +71,8 @@ def figures(
         "tokens_per_s": tokens / seconds,
         "ttft_s": quantiles([s.ttft for s in done]), "itl_s": quantiles([gap for s in done for gap in s.gaps]),
         "itl_s_by_steps": {
-            str(k): quantiles([gap for s in done if s.num_steps == k for gap in s.gaps]) for k in sorted({s.num_steps for s in done})
+            str(k): quantiles([gap for s in done if s.num_steps == k for gap in s.gaps])
+            for k in sorted({s.num_steps for s in done})
         },
     }  # fmt: skip
 

@@ -313,7 +313,8 @@ def report(
         "every status is promised and every awaited answer complete": not complaints,
         "memory is flat": resident["growth_mib"] <= growth_bound,
         "p99 TTFT within its bound": ttft is not None and ttft["p99"] <= ttft_bound,
-        "no slot stays taken and the server answers": not seen["after"]["slots_left_taken"] and seen["after"]["answers_again"],
+        "no slot stays taken and the server answers": not seen["after"]["slots_left_taken"]
+        and seen["after"]["answers_again"],
         "the log has no defect": "Traceback" not in log,
         "SIGTERM ends it with status 0": exit_status == 0,
     }  # fmt: skip

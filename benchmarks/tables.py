@@ -76,7 +76,8 @@ def depth(raw: dict[str, Any]) -> str:
 
 def cost(raw: dict[str, Any]) -> str:
     rows = [
-        [name, f"{r['step_s'] * 1e3:.0f}", f"{r['tokens_per_s']:.0f}", f"{r['bptt_over_this']:.2f}", f"{r['flops_bptt_over_this']:.2f}",
+        [name, f"{r['step_s'] * 1e3:.0f}", f"{r['tokens_per_s']:.0f}", f"{r['bptt_over_this']:.2f}",
+            f"{r['flops_bptt_over_this']:.2f}",
          f"{100 * r['share_of_matmul_peak']:.0f} %", f"{r['peak_memory_bytes'] / 2**20:.0f}"]
         for name, r in raw["arms"].items()
     ]  # fmt: skip
@@ -157,8 +158,10 @@ def blockwise(raw: dict[str, Any]) -> str:
         texts = run.get("texts", [{}])[0]
         perplexity = next(iter(texts.get("perplexity", {}).values()), None)
         rows.append([
-            run["arm"], str(run["seed"]), f"{run['lr']:g}", f"{run['updates']:,}", f"{run['updates'] / run['num_blocks']:,.0f}",
-            f"{run['cpu_seconds']:.0f}", f"{run['cpu_seconds'] / budget:.2f}", with_interval(found["nll"], found["nll_interval"]),
+            run["arm"], str(run["seed"]), f"{run['lr']:g}", f"{run['updates']:,}",
+            f"{run['updates'] / run['num_blocks']:,.0f}",
+            f"{run['cpu_seconds']:.0f}", f"{run['cpu_seconds'] / budget:.2f}",
+            with_interval(found["nll"], found["nll_interval"]),
             "" if second is None else f"{second['nll']:.3f}",
             *(f"{levels[sigma]:.2f}" if sigma in levels else "" for sigma in (0.3, 0.5, 1.0)),
             "" if perplexity is None else f"{perplexity['value']:.0f}",
@@ -166,8 +169,10 @@ def blockwise(raw: dict[str, Any]) -> str:
         ])  # fmt: skip
     levels_head = [f"CE at sigma {sigma:g}" for sigma in (0.3, 0.5, 1.0)]
     return table(
-        ["arm", "seed", "learning rate", "updates", "of a block", "CPU s", "of end to end", "held-out NLL [95 %]", "at sigma_max",
-         *levels_head, "generative perplexity", "distinct-2", "perplexity, published sampler", "distinct-2, published sampler"], rows,
+        ["arm", "seed", "learning rate", "updates", "of a block", "CPU s", "of end to end", "held-out NLL [95 %]",
+            "at sigma_max",
+         *levels_head, "generative perplexity", "distinct-2", "perplexity, published sampler",
+         "distinct-2, published sampler"], rows,
     )  # fmt: skip
 
 
@@ -205,12 +210,14 @@ def memory(raw: dict[str, Any]) -> str:
         num_blocks, again, own = row["num_blocks"], row["checkpointing"], row["objective"] == "evidence"
         share = layers(row) / layers(whole[again])
         rows.append([
-            ("end to end" if num_blocks == 1 else f"one of {num_blocks} blocks") + ("" if own else f", {row['objective']}"),
+            ("end to end" if num_blocks == 1 else f"one of {num_blocks} blocks")
+            + ("" if own else f", {row['objective']}"),
             "yes" if again else "no", *mib(row, *parts), f"{row['peak'] / whole[again]['peak']:.2f}",
-            *([f"{share:.3f}", f"{1 / num_blocks:.3f}", f"{share * num_blocks - 1:+.0%}"] if own else ["", "", ""]), predicted(row),
+            *([f"{share:.3f}", f"{1 / num_blocks:.3f}", f"{share * num_blocks - 1:+.0%}"] if own else ["", "", ""]),
+            predicted(row),
         ])  # fmt: skip
-    head = ["", "recomputed", "kept", "activations", "gradients", "peak", "peak / end to end", "layers / end to end", "1/B",
-            "above 1/B", "predicted"]  # fmt: skip
+    head = ["", "recomputed", "kept", "activations", "gradients", "peak", "peak / end to end", "layers / end to end",
+            "1/B", "above 1/B", "predicted"]  # fmt: skip
     stages = [
         [row["precision"], str(row["zero_stage"]), *mib(row, *parts), predicted(row)]
         for row in raw["arms"]
@@ -223,7 +230,8 @@ def memory(raw: dict[str, Any]) -> str:
             found["seconds_per_update"] / standard["seconds_per_update"],
             1 if name in ("standard", "checkpointing") else 4,
         )
-        costs.append([name, f"{found['seconds_per_update']:.2f}", f"{ratio:.2f}", f"{ratio * updates:.2f}", *mib(found, "peak"),
+        costs.append([name, f"{found['seconds_per_update']:.2f}", f"{ratio:.2f}", f"{ratio * updates:.2f}",
+                *mib(found, "peak"),
                       f"{found['peak'] / standard['peak']:.2f}"])  # fmt: skip
     tables = [
         table(head, rows),

@@ -129,7 +129,8 @@ class _Conversation:
             problem = f"the conversation's {len(ids)} tokens fill the context of {served.max_len}"
             raise UserError("message", message[:40], problem, "begin anew with /new")
         request = Request(
-            ids, StepBudget(self.num_steps), min(self.max_tokens, room), self.sampling, self.seed, stop_ids=served.end_ids
+            ids, StepBudget(self.num_steps), min(self.max_tokens, room), self.sampling, self.seed,
+            stop_ids=served.end_ids
         )  # fmt: skip
         said: list[str] = []
 

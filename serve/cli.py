@@ -27,7 +27,8 @@ DtypeOption = Annotated[
 CacheOption = Annotated[
     str,
     typer.Option(
-        help="shared: keep the keys of the last core step of a position. full: keep those of every step (exact, larger)."
+        help="shared: keep the keys of the last core step of a position. full: keep those of every step (exact, "
+        "larger)."
     ),
 ]
 KernelOption = Annotated[
@@ -118,7 +119,8 @@ def serve(
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Answer requests with this Host header; may be repeated; * means all. By default a server without keys "
+            help="Answer requests with this Host header; may be repeated; * means all. By default a server without "
+            "keys "
             "on a loopback address answers loopback names only, any other server all names.",
             show_default=False,
         ),

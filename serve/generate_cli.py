@@ -74,7 +74,8 @@ def generate(
     sampler: Annotated[
         str,
         typer.Option(
-            help="Models with noise levels: sample a token at each level (renoise), or follow the ODE (euler, dpmpp_2m)."
+            help="Models with noise levels: sample a token at each level (renoise), or follow the ODE (euler, "
+            "dpmpp_2m)."
         ),
     ] = "renoise",
     draft_steps: Annotated[

@@ -48,6 +48,18 @@ def test_the_tables_of_serving_name_every_sampler_and_criterion_once() -> None:
         assert sorted(re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE)) == sorted(names)
 
 
+def test_lines_of_pages_and_configs_are_short() -> None:
+    """A row of a table cannot be broken; ruff bounds the lines of code."""
+    files = [*PAGES, *sorted((REPO / "configs").rglob("*.yaml"))]
+    long = [
+        f"{file.relative_to(REPO)}:{number}"
+        for file in files
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if len(line) > 120 and not line.startswith("|")
+    ]
+    assert len(files) > 20 and long == []
+
+
 def _commands() -> list[tuple[str, list[str]]]:
     """(page, words) of every ``rdlm`` command in a fenced block, without comments and line ends."""
     found = []

@@ -50,7 +50,8 @@ _NONE = torch.empty(0)
 WEIGHT = "weight"
 """Key of the fp32 weights in ``SavedState``, which also has the names of the optimizer's moments."""
 FREE_FIELDS = (
-    "output", "checkpoint", "evaluation", "log", "samples", "nonfinite", "deterministic", "resident.rest", "data.path", "init_from",
+    "output", "checkpoint", "evaluation", "log", "samples", "nonfinite", "deterministic", "resident.rest",
+    "data.path", "init_from",
     "branch_from", "ema.export", "data.parts",
     "allow_changes", "profile",
 )  # fmt: skip
@@ -118,7 +119,8 @@ def save(
         if rank == 0:
             found = {name: digest for part in hashes for name, digest in (part or {}).items()}
             manifest = {
-                "format": FORMAT, "step": step, "world": world, "data": data, "skipped": state.skipped, "history": state.history,
+                "format": FORMAT, "step": step, "world": world, "data": data, "skipped": state.skipped,
+                "history": state.history,
                 "config": config.model_dump(mode="json"), "files": dict(sorted(found.items())),
             }  # fmt: skip
             _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
@@ -132,7 +134,10 @@ def save(
         free = _free_bytes(folder)
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
-        problem = f"the checkpoint of update {step} could not be written ({reason(error)}); {free / 1e9:.1f} GB are free"
+        problem = (
+            f"the checkpoint of update {step} could not be written ({reason(error)}); {free / 1e9:.1f} GB are "
+            f"free"
+        )
         raise ProcessError(
             "output", str(folder.parent), problem, "make room; the same command goes on"
         ) from error

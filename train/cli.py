@@ -139,7 +139,8 @@ def sweep(
 
     Every run is `rdlm train` in processes of its own, every measurement a command of `rdlm eval`. Run again, the
     command continues where it was stopped: finished runs are kept, an interrupted one resumes. OUTPUT then holds
-    plan.json, runs/, results.json and report/report.html. The exit status is 1 if a run failed; the others are reported.
+    plan.json, runs/, results.json and report/report.html. The exit status is 1 if a run failed; the others are
+    reported.
     """
     from train.sweep import Sweeper, read_sweep
 

@@ -225,7 +225,10 @@ def check_init_from(config: TrainConfig, source: str, tokenizer: Tokenizer | Non
         return
     if load_tokenizer(folder / TOKENIZER).fingerprint != tokenizer.fingerprint:
         problem = f"its ids are not those of the tokenizer of init_from ({source})"
-        remedy = f"prepare it with `rdlm data prepare ... --tokenizer {folder / TOKENIZER}`, or allow it with --allow-changes"
+        remedy = (
+            f"prepare it with `rdlm data prepare ... --tokenizer {folder / TOKENIZER}`, or allow it with "
+            f"--allow-changes"
+        )
         raise UserError("data.path", getattr(config.data, "path", None), problem, remedy)
 
 
@@ -296,11 +299,14 @@ def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> st
         "",
         f"- Data: {data} (identity {manifest['data'][:16]}).",
         f"- {step:,} updates of {config.batch.global_size} {examples}: {seen:,} {unit}s.",
-        f"- {optimizer.name}, lr {optimizer.lr}, betas {optimizer.betas}, weight decay {optimizer.weight_decay} (matrices of linear "
-        f"layers), gradient norm clipped at {optimizer.grad_clip}; schedule {schedule.kind}, {schedule.warmup_steps} warm-up steps.",
+        f"- {optimizer.name}, lr {optimizer.lr}, betas {optimizer.betas}, weight decay {optimizer.weight_decay} "
+        f"(matrices of linear "
+        f"layers), gradient norm clipped at {optimizer.grad_clip}; schedule {schedule.kind}, {schedule.warmup_steps} "
+        f"warm-up steps.",
         *start,
         *(f"- {what[0].upper()}{what[1:]}: {given}." for what, given in patterns.items() if given),
-        f"- {config.precision}, ZeRO stage {config.deepspeed.zero_stage}, {manifest['world']} processes, seed {config.seed}{took}.",
+        f"- {config.precision}, ZeRO stage {config.deepspeed.zero_stage}, {manifest['world']} processes, seed "
+        f"{config.seed}{took}.",
     ]
     for change in manifest.get("history", []):
         what = ", ".join(f"{key}: {value}" for key, value in change.items() if key != "step")

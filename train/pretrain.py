@@ -192,12 +192,18 @@ def check_output(config: TrainConfig) -> None:
     count = count_parameters(config)
     one, model = BYTES[config.precision] * count, 4 * count
     if free < one + model:
-        problem = f"{free / 1e9:.1f} GB are free; a checkpoint takes {one / 1e9:.1f} GB and the model {model / 1e9:.1f} GB"
+        problem = (
+            f"{free / 1e9:.1f} GB are free; a checkpoint takes {one / 1e9:.1f} GB and the model "
+            f"{model / 1e9:.1f} GB"
+        )
         raise UserError("output", config.output, problem, "make room, or set another output folder")
     kept = (config.checkpoint.keep + 1) * one + model
     there = sum(p.stat().st_size for p in Path(config.output, "checkpoints").rglob("*") if p.is_file())
     if free + there < kept:
-        line = f"{free / 1e9:.1f} GB are free in {config.output}; checkpoint.keep={config.checkpoint.keep} takes {kept / 1e9:.1f} GB"
+        line = (
+            f"{free / 1e9:.1f} GB are free in {config.output}; checkpoint.keep={config.checkpoint.keep} takes "
+            f"{kept / 1e9:.1f} GB"
+        )
         tell(f"rdlm train: warning: {line}")
 
 

@@ -522,7 +522,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def native_precision() -> str:
-    """bf16 where the GPU, or without one the CPU, computes in it; else fp32. CPUs without it emulate bf16, many times slower."""
+    """bf16 where the GPU, or without one the CPU, computes in it; else fp32. CPUs without it emulate bf16, many
+    times slower."""
     import torch
 
     if torch.cuda.is_available():
@@ -603,7 +604,10 @@ def _check(config: TrainConfig) -> None:
     """What no section can see alone."""
     conditioned, objective = config.model.noise_conditioning, config.objective
     if conditioned != objective.noise_conditioned:
-        problem = f"objective {objective.name!r} {'noises' if objective.noise_conditioned else 'does not noise'} its targets"
+        problem = (
+            f"objective {objective.name!r} {'noises' if objective.noise_conditioned else 'does not noise'} its "
+            f"targets"
+        )
         raise UserError(
             "model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective"
         )

@@ -295,7 +295,8 @@ class Commands:
                 if self.signal:
                     return 128 + self.signal
                 child = subprocess.Popen(
-                    [sys.executable, "-m", "rdlm", *arguments], stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
+                    [sys.executable, "-m", "rdlm", *arguments], stdin=subprocess.DEVNULL, stdout=stream,
+                    stderr=stream, env=environment
                 )  # fmt: skip
                 self._alive.add(child)
             while True:
@@ -483,7 +484,8 @@ class Sweeper:
         rows = [
             {
                 "arm": run.arm, "seed": run.seed, "folder": str(run.folder.relative_to(self.output)),
-                "updates": config.schedule.steps, "tokens": config.schedule.steps * config.batch.global_size * config.seq_len,
+                "updates": config.schedule.steps,
+                "tokens": config.schedule.steps * config.batch.global_size * config.seq_len,
                 "flops": flops[run.arm],
             }
             for run, config in planned
@@ -493,7 +495,8 @@ class Sweeper:
             for number, (source, _) in enumerate(self._starts(planned))
         ]
         document = {
-            "name": self.sweep.name, "budget": self.sweep.budget.model_dump(exclude_none=True), "data": _data_of(planned[0][1]),
+            "name": self.sweep.name, "budget": self.sweep.budget.model_dump(exclude_none=True),
+            "data": _data_of(planned[0][1]),
             "evaluations": {_slug(name): name for name in self.sweep.evaluate}, "runs": rows, "starts": starts,
         }  # fmt: skip
         write_file(self.output / "plan.json", json.dumps(document, indent=1) + "\n")

@@ -56,8 +56,8 @@ def recompute_layers(denoiser: Objective) -> None:
     """Keep only the inputs of each transformer layer and run it again in the backward pass.
 
     Of a noise level its embedding is kept, C wide; the scales, shifts and gates of AdaLN, 6 D wide at each
-    position, are recomputed with the layer. Not re-entrant: that gives the shared core one gradient per iteration, and ZeRO
-    3 accepts one per parameter and backward pass.
+    position, are recomputed with the layer. Not re-entrant: that gives the shared core one gradient per
+    iteration, and ZeRO 3 accepts one per parameter and backward pass.
     """
     denoiser.drops_modulation_activations()
     draws = any(isinstance(m, torch.nn.Dropout) for m in denoiser.modules())  # of adapters
@@ -357,7 +357,8 @@ class Trainer:
         model does not know."""
         batches = [
             self.corpus.batch(
-                index, seed=self.config.seed, global_batch=self.config.batch.global_size, rank=self.rank, world=self.world,
+                index, seed=self.config.seed, global_batch=self.config.batch.global_size, rank=self.rank,
+                world=self.world,
                 micro_index=micro, micro_size=self.micro_size,
             )
             for micro in range(self.accumulation)

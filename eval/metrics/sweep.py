@@ -54,7 +54,8 @@ class Sweep(Measurement):
                 "held_out": _lines(folder / "run" / "held_out.jsonl"), "nll": _nll(folder, plan["evaluations"]),
             })  # fmt: skip
         starts = [
-            {"arm": f"{BEFORE}, {Path(start['source']).name}", "nll": _nll(options.folder / start["folder"], plan["evaluations"])}
+            {"arm": f"{BEFORE}, {Path(start['source']).name}", "nll": _nll(options.folder / start["folder"],
+                    plan["evaluations"])}
             for start in plan["starts"]
         ]  # fmt: skip
         manifest = Path(plan["data"]) / MANIFEST
@@ -98,7 +99,8 @@ def _tables(report: Json) -> list[Table]:
         seconds = ", ".join("-" if run["seconds"] is None else f"{run['seconds']:.0f}" for run in runs)
         loss = ", ".join("-" if run["loss"] is None else f"{run['loss']:.4f}" for run in runs)
         first = runs[0]
-        rows.append([arm, ", ".join(str(run["seed"]) for run in runs), f"{len(done)} of {len(runs)}", f"{first['updates']:,}",
+        rows.append([arm, ", ".join(str(run["seed"]) for run in runs), f"{len(done)} of {len(runs)}",
+                f"{first['updates']:,}",
                      f"{first['tokens']:,}", f"{first['flops']:.3g}", seconds, loss])  # fmt: skip
     found = [Table(headers, rows, "runs")]
     for name in _evaluations(report):

@@ -30,7 +30,8 @@ Unroll = Annotated[
     typer.Option(
         metavar="K",
         min=1,
-        help="Write a loop as plain layers, its core K times: for models whose steps run their layers and nothing else.",
+        help="Write a loop as plain layers, its core K times: for models whose steps run their layers and nothing "
+        "else.",
         show_default=False,
     ),
 ]
@@ -47,7 +48,8 @@ def importing(
         list[str],
         typer.Argument(
             metavar="[FAMILY] SOURCE OUT",
-            help="SOURCE: folder in the published layout, GGUF file, or id on the hub. OUT: checkpoint folder to create. FAMILY: its "
+            help="SOURCE: folder in the published layout, GGUF file, or id on the hub. OUT: checkpoint folder to "
+            "create. FAMILY: its "
             "family; left out, it is found from the files.",
         ),
     ],
@@ -93,7 +95,8 @@ def converting(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="The source's layers for prelude, core and coda, in this order, counted from 0, for instance 0-3,10-17,18-21. Left out: "
+            help="The source's layers for prelude, core and coda, in this order, counted from 0, for instance "
+            "0-3,10-17,18-21. Left out: "
             "the first ones for the prelude, the last ones for core and coda.",
             show_default=False,
         ),
@@ -101,8 +104,10 @@ def converting(
     injection: Annotated[
         Literal["linear", "diagonal", "none"],
         typer.Option(
-            help="How a step combines the state with the prelude's output e. linear: a matrix on [state, e], which starts at [0, I], so "
-            "that K changes nothing until it is trained. diagonal: a decayed state plus a matrix on e. none: the state starts as e and "
+            help="How a step combines the state with the prelude's output e. linear: a matrix on [state, e], which "
+            "starts at [0, I], so "
+            "that K changes nothing until it is trained. diagonal: a decayed state plus a matrix on e. none: the "
+            "state starts as e and "
             "is looped, with no new weights.",
         ),
     ] = "linear",
@@ -115,7 +120,8 @@ def converting(
         list[Path] | None,
         typer.Option(
             metavar="DATA",
-            help="Reduce the vocabulary to the tokens of this prepared data (made with the checkpoint's tokenizer), all bytes and special "
+            help="Reduce the vocabulary to the tokens of this prepared data (made with the checkpoint's tokenizer), "
+            "all bytes and special "
             "tokens; may be given several times. Prepare the data again with the new tokenizer.",
             show_default=False,
         ),
@@ -138,7 +144,8 @@ def converting(
 
     kept = None if keep_layers is None else parse_layers(keep_layers)
     convert(
-        checkpoint, out, prelude=prelude, core=core, coda=coda, keep_layers=kept, injection=injection, num_steps=num_steps,
+        checkpoint, out, prelude=prelude, core=core, coda=coda, keep_layers=kept, injection=injection,
+        num_steps=num_steps,
         max_steps=max_num_steps, keep_tokens=keep_tokens or (), name=name, force=force,
     )  # fmt: skip
     typer.echo(f"{out}: converted. Try: rdlm inspect {out}")
@@ -235,7 +242,8 @@ def logits(
         Path,
         typer.Argument(
             metavar="IN",
-            help="Safetensors file: input_ids [B, T] int64; optionally input_states [B, T, D], the state before the first step, and "
+            help="Safetensors file: input_ids [B, T] int64; optionally input_states [B, T, D], the state before the "
+            "first step, and "
             "token_type_ids [B, T], where 1 marks a prefix that sees itself in both directions.",
         ),
     ],

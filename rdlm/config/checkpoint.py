@@ -137,7 +137,10 @@ class CheckpointConfig(Strict):
         trained = self.trained_steps
         if trained is None or num_steps <= trained:
             return None
-        return f"K = {num_steps} exceeds the {trained} core steps that {self.name} was trained with: answers may be worse"
+        return (
+            f"K = {num_steps} exceeds the {trained} core steps that {self.name} was trained with: answers may be "
+            f"worse"
+        )
 
     @property
     def default_steps(self) -> int:

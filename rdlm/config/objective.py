@@ -320,7 +320,10 @@ class _SamplingConfig(BaseObjectiveConfig):
     k_meaning = "sampling"
     supports_exits = False
     estimators = ("normalised", "mixture")
-    k_description = "K is the number of noise levels that a token (of images: the class) is drawn through: a setting of the sampler"
+    k_description = (
+        "K is the number of noise levels that a token (of images: the class) is drawn through: a setting "
+        "of the sampler"
+    )
     default_steps_in_evaluation = (1,)
     corruption: CorruptionConfig
     z_loss: ZLoss = 0.0

@@ -162,16 +162,16 @@ def init_weights(
 ) -> None:
     """Drawn in fp32 from ``generator`` in parameter order.
 
-    | weight                                  | initial value                                                            |
-    |-----------------------------------------|--------------------------------------------------------------------------|
-    | attn.proj, mlp.proj                     | normal, ``residual_std``                                                 |
-    | norms 1, AdaLN, biases and decays 0     | constants                                                                |
-    | adapter                                 | [0, I]; 0 where it takes the state alone; ``std`` if not identity        |
-    | noise_embedding                         | normal, 0.02                                                             |
-    | patches.linear                          | normal, 1 / sqrt(values of a patch): rows of size 1 (Dosovitskiy et al.) |
-    | patches.places, classes (of DiT)        | normal, 0.5: at 0.02 rows of size 1 drown them for hundreds of updates   |
-    | pixels (DiT's read-out)                 | 0 (Peebles and Xie 2023)                                                 |
-    | all others                              | normal, ``std``                                                          |
+    | weight                              | initial value                                                            |
+    |-------------------------------------|--------------------------------------------------------------------------|
+    | attn.proj, mlp.proj                 | normal, ``residual_std``                                                 |
+    | norms 1, AdaLN, biases and decays 0 | constants                                                                |
+    | adapter                             | [0, I]; 0 where it takes the state alone; ``std`` if not identity        |
+    | noise_embedding                     | normal, 0.02                                                             |
+    | patches.linear                      | normal, 1 / sqrt(values of a patch): rows of size 1 (Dosovitskiy et al.) |
+    | patches.places, classes (of DiT)    | normal, 0.5: at 0.02 rows of size 1 drown them for hundreds of updates   |
+    | pixels (DiT's read-out)             | 0 (Peebles and Xie 2023)                                                 |
+    | all others                          | normal, ``std``                                                          |
     """
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "A_log")) or "modulation" in name or name == "pixels.weight":

@@ -30,7 +30,8 @@ u and table carry no gradient. Rows without a noised target cost nothing extra."
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, item_weight: Tensor, marked: Tensor | None, others: Tensor | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, item_weight: Tensor, marked: Tensor | None,
+        others: Tensor | None,
         u: Tensor | None, table: Tensor | None, scale: Tensor | None, needs_grad: bool, z_loss: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         budget = CHUNK_ELEMENTS_GPU if hidden.is_cuda else CHUNK_ELEMENTS
@@ -89,7 +90,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         upstream = grads[0]
         weight_dtype, scale_dtype = ctx.dtypes
         return (
-            d_hidden * upstream.to(d_hidden.dtype), None if d_weight is None else (d_weight * upstream).to(weight_dtype),
+            d_hidden * upstream.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * upstream).to(weight_dtype),
             None, None, None, None, None, None,
             None if scale_dtype is None else (d_scale * upstream).to(scale_dtype), None, None,
         )  # fmt: skip

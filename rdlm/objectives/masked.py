@@ -110,8 +110,8 @@ class MaskedDiffusion(Objective):
     def answer(
         self, inputs: Tensor, num_steps: Sequence[int], draws: Draws = DEFAULT_DRAWS
     ) -> dict[int, Tensor]:
-        """K unmasking steps in the order of ``draws``; inputs are rows of ``FilledIn`` with the mask's id at every answer
-        that counts."""
+        """K unmasking steps in the order of ``draws``; inputs are rows of ``FilledIn`` with the mask's id at every
+        answer that counts."""
         return {k: self._unmasked(inputs, k, draws) for k in num_steps}
 
     def _unmasked(self, inputs: Tensor, num_steps: int, draws: Draws) -> Tensor:

@@ -485,7 +485,8 @@ class Evidence(NextToken):
         committing = len(fills) + (not self.sees_own_clean)
         count = len(fills) + k
         return StepPlan(
-            (None,) * len(fills) + tuple(levels), (True,) * count, (True,) * committing + (False,) * (count - committing),
+            (None,) * len(fills) + tuple(levels), (True,) * count, (True,) * committing + (False,
+                ) * (count - committing),
             (*fills, *owners), append_own=self.sees_own_clean, num_draws_skipped=len(fills),
         )  # fmt: skip
 

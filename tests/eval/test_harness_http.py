@@ -340,7 +340,8 @@ def test_the_commands_agree(request: pytest.FixtureRequest, model: str, options:
     }
     for name, task in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **task}))
-    given = f"model=tiny:k4,base_url={url}/v1/completions,tokenizer={folder / 'tokenizer'},tokenizer_backend=huggingface"
+    tokenizer = f"tokenizer={folder / 'tokenizer'},tokenizer_backend=huggingface"
+    given = f"model=tiny:k4,base_url={url}/v1/completions,{tokenizer}"
     far = [
         "lm_eval",
         "--model",

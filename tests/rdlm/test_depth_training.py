@@ -40,7 +40,8 @@ def batch() -> Batch:
 
 @pytest.fixture
 def network(tiny: Callable[..., Objective]) -> Callable[[Any], Objective]:
-    """``network(objective)``: in fp64 outside of its fp32 islands, and with an injection and a gate that look at the state."""
+    """``network(objective)``: in fp64 outside of its fp32 islands, and with an injection and a gate that look at
+    the state."""
 
     def make(objective: Any) -> Objective:
         made = tiny("huginn", objective).double()

@@ -18,7 +18,8 @@ from rdlm.registry import build
 
 MODEL = {
     "name": "m", "objective": {"name": "next_token"},
-    "model": {"family": "llama", "vocab_size": 8, "d_model": 8, "num_heads": 2, "mlp_width": 8, "num_layers": 1, "max_seq_len": 8},
+    "model": {"family": "llama", "vocab_size": 8, "d_model": 8, "num_heads": 2, "mlp_width": 8, "num_layers": 1,
+        "max_seq_len": 8},
 }  # fmt: skip
 
 

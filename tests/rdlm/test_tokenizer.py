@@ -82,7 +82,8 @@ def test_special_text_is_one_id_for_a_prompt_and_plain_text_in_a_corpus(kind: st
     ]
     literal = tokenizer.encode_documents([f"fox{EOS}dog"])[0]
     assert tokenizer.eos_id not in literal and tokenizer.decode(literal) == f"fox{EOS}dog"
-    assert tokenizer.decode([tokenizer.eos_id]) == "" and tokenizer.bos_id == tokenizer.eos_id  # type: ignore[list-item]
+    assert tokenizer.decode([tokenizer.eos_id]) == ""  # type: ignore[list-item]
+    assert tokenizer.bos_id == tokenizer.eos_id
 
 
 @pytest.mark.parametrize("kind", KINDS)

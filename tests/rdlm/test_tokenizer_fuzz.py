@@ -31,7 +31,8 @@ TEXT = st.lists(
     st.one_of(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
         st.sampled_from(
-            ["<|im_start|>", " <|pad|> ", "<tool>", "Zebra", "xZebra", "É", "E\u0301", "don't", " 2026", "\u2581", "  ", "\r\n",
+            ["<|im_start|>", " <|pad|> ", "<tool>", "Zebra", "xZebra", "É", "E\u0301", "don't", " 2026", "\u2581",
+                "  ", "\r\n",
              "\u00a0", "🦙", "\ufeff", "<0x41>", "\x00", "ﬁ"]
         ),
     ),

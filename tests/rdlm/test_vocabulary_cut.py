@@ -45,7 +45,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer("bpe", iter(WIDE), 315)
     document = {
         "name": "plain", "objective": "next_token",
-        "model": {"family": "llama", "vocab_size": tokenizer.vocab_size + 6, "d_model": 32, "num_heads": 2, "mlp_width": 48,
+        "model": {"family": "llama", "vocab_size": tokenizer.vocab_size + 6, "d_model": 32, "num_heads": 2,
+            "mlp_width": 48,
                   "num_layers": 3, "max_seq_len": 64},
     }  # fmt: skip
     config, out = checkpoint.parse_config(document, "test"), tmp_path_factory.mktemp("source") / "plain"

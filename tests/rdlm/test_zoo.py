@@ -23,7 +23,8 @@ from rdlm.nn.kv_cache import KVCache, PackedContext, Segment
 from serve.engine.cpu.modules import use_kernels
 
 FAMILIES = (
-    "huginn", "ouro", "retro_llama", "retro_olmo", "parcae", "ifm_p2", "ifm_p2_orthoinj", "ifm_p2_linear", "nanbeige", "loopus",
+    "huginn", "ouro", "retro_llama", "retro_olmo", "parcae", "ifm_p2", "ifm_p2_orthoinj", "ifm_p2_linear", "nanbeige",
+    "loopus",
     "loopformer",
 )  # fmt: skip
 TOLERANCE = 5e-5

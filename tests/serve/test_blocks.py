@@ -73,7 +73,8 @@ def request(length: int, k: int, seed: int = 0, **kwargs: object) -> Request:
 def written_out(served: Served, one: Request) -> list[int]:
     """The answer by whole-sequence forwards without a cache: each level by the block that owns it, the hard
     bridge."""
-    denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
+    denoiser, config = served.runner.denoiser, served.config  # type: ignore[attr-defined]
+    ids, out = list(one.prompt), []
     paper = config.objective.name == "paper"
     ks = {one.budget.steps_at(i) for i in range(one.max_tokens)}
     used = {denoiser.partition.block_of(s) for k in ks for s in denoiser.sampling_levels(k)}
@@ -147,7 +148,8 @@ def test_a_schedule_leaves_no_holes_in_the_caches_of_blocks(
 def solved(served: Served, one: Request) -> list[int]:
     """The answer by ``solve`` over whole-sequence forwards: from noise at sigma_max, which the network reads
     as z = 0 unless the sampler starts from noise."""
-    denoiser, config, ids, out = served.runner.denoiser, served.config, list(one.prompt), []  # type: ignore[attr-defined]
+    denoiser, config = served.runner.denoiser, served.config  # type: ignore[attr-defined]
+    ids, out = list(one.prompt), []
     paper, top = config.objective.name == "paper", config.noise.sigma_max
     first, *rest = denoiser.sampling_levels(one.budget.num_steps)
     levels, sees_noise = [top, *rest], SAMPLERS[one.sampling.sampler].starts_from_noise

@@ -42,11 +42,14 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     )
 ]  # fmt: skip
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    (COMPLETIONS, {"suffix": "end"}, "suffix"), (COMPLETIONS, {"best_of": 3}, "best_of"), (CHAT, {"store": True}, "store"),
+    (COMPLETIONS, {"suffix": "end"}, "suffix"), (COMPLETIONS, {"best_of": 3}, "best_of"),
+    (CHAT, {"store": True}, "store"),
     (CHAT, {"response_format": {"type": "grammar"}}, "response_format.type"), (CHAT, {"verbosity": "low"}, "verbosity"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools.0.function"), (CHAT, {"tool_choice": "required"}, "tool_choice"),
-    (CHAT, {"modalities": ["text", "audio"]}, "modalities"), (CHAT, {"skip_special_tokens": False}, "skip_special_tokens"),
-    (CHAT, {"guided_json": {"type": "object"}}, "guided_json"), (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (CHAT, {"modalities": ["text", "audio"]}, "modalities"), (CHAT, {"skip_special_tokens": False},
+        "skip_special_tokens"),
+    (CHAT, {"guided_json": {"type": "object"}}, "guided_json"), (CHAT, {"chat_template_kwargs": {"messages": []}},
+        "chat_template_kwargs"),
     (CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.tool_calls"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
@@ -88,7 +91,8 @@ def test_what_would_change_the_answer_is_refused_by_name(
 
 def test_replies_can_be_sent_back(client: TestClient) -> None:
     """openai's ``messages.append(reply.model_dump())``, with the fields its models have, and caches' hints."""
-    dumped = {"content": "god", "refusal": None, "role": "assistant", "annotations": [], "audio": None, "function_call": None,
+    dumped = {"content": "god", "refusal": None, "role": "assistant", "annotations": [], "audio": None,
+        "function_call": None,
               "tool_calls": None}  # fmt: skip
     hint = {"type": "ephemeral"}
     parts = [{"type": "text", "text": "the word", "cache_control": hint}]
@@ -220,7 +224,8 @@ def test_openais_responses_are_chat_in_another_form(client: TestClient) -> None:
     chat = ask(
         client, CHAT, messages=[{"role": "system", "content": "be brief"}, *MESSAGES], num_steps=3
     ).json()
-    asked: dict[str, Any] = {"model": "tiny", "instructions": "be brief", "temperature": 0, "max_output_tokens": 3, "store": False,
+    asked: dict[str, Any] = {"model": "tiny", "instructions": "be brief", "temperature": 0, "max_output_tokens": 3,
+        "store": False,
                              "extra_body": {"num_steps": 3}}  # fmt: skip
     whole = sdk.responses.create(input="the word", **asked)
     assert whole.output_text == chat["choices"][0]["message"]["content"]
@@ -251,11 +256,13 @@ def test_openais_responses_are_chat_in_another_form(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("field", "param"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"), ({"tools": [{}]}, "tools.0"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"),
+        ({"tools": [{}]}, "tools.0"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"), ({"max_tokens": 3}, "max_tokens"), ({"n": 2}, "n"),
         ({"input": []}, "input"), ({"input": [{"type": "function_call_output"}]}, "input"), ({"input": [3]}, "input"),
         ({"reasoning": {"effort": "much"}}, "reasoning.effort"), ({"background": True}, "background"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content"), ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 4000}, "max_output_tokens"), ({"input": [{"type": "reasoning"}]}, "input"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],

@@ -1,4 +1,5 @@
-"""Raw sockets: what is no request, or never becomes one, ends with a 4xx or the connection's end, without a traceback."""
+"""Raw sockets: what is no request, or never becomes one, ends with a 4xx or the connection's end, without a
+traceback."""
 
 from __future__ import annotations
 

@@ -162,7 +162,8 @@ def test_bodies_that_are_not_the_json_they_claim_are_refused(path: str, client: 
     "body",
     [
         '{"prompt": "x", "prompt": "y"}', '{"prompt": "x", "max_tokens": 1, "logit_bias": {"5": 1, "5": 2}}',
-        '{"prompt": "x", "metadata": {"a": "1", "\\u0061": "2"}}', '{"prompt": "x", "exit": {"min_steps": 1, "min_steps": 1}}',
+        '{"prompt": "x", "metadata": {"a": "1", "\\u0061": "2"}}',
+        '{"prompt": "x", "exit": {"min_steps": 1, "min_steps": 1}}',
     ],
 )  # fmt: skip
 def test_a_key_that_is_there_twice_is_refused(body: str, client: TestClient) -> None:
@@ -190,8 +191,10 @@ def test_large_bodies_are_read_off_the_event_loop(
 def test_a_content_type_other_than_json_is_refused(client: TestClient) -> None:
     """A page of another site may send a form or plain text here without the browser asking this server first."""
     body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "multipart/form-data; boundary=a", "",
-                 "application/json; charset=utf-16", "application/jsonp", "text/json", "application/json, text/plain", "\xff", "a" * 5000):  # fmt: skip
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data",
+        "multipart/form-data; boundary=a", "",
+                 "application/json; charset=utf-16", "application/jsonp", "text/json", "application/json, text/plain",
+                 "\xff", "a" * 5000):  # fmt: skip
         answer = client.post(
             "/v1/completions", content=body, headers={"content-type": kind.encode("latin-1")}
         )
@@ -340,7 +343,8 @@ def test_no_id_left_to_draw_is_refused(client: TestClient) -> None:
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=8)  # fmt: skip
+TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner,
+        max_size=4), max_leaves=8)  # fmt: skip
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/score"])

@@ -383,8 +383,10 @@ def test_phone_in_both_schemes(visit: Callable[..., Any], scheme: str) -> None:
 CONTRAST = """() => {
   const numbers = css => css.match(/[0-9.]+/g).map(Number);
   const light = rgb => { const [r, g, b] = rgb.map(v => v / 255)
-      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const between = (one, other) => { const [a, b] = [one, other].map(light).sort((x, y) => y - x); return (a + 0.05) / (b + 0.05); };
+      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const between = (one, other) => { const [a, b] = [one, other].map(light).sort((x, y) => y - x);
+    return (a + 0.05) / (b + 0.05); };
   const colour = element => numbers(getComputedStyle(element).color).slice(0, 3);
   const behind = element => numbers(getComputedStyle(element).backgroundColor).slice(0, 3);
   const [article, soft, go] = ["article", "article .soft", "#go"].map(name => document.querySelector(name));
@@ -397,7 +399,8 @@ CONTRAST = """() => {
   });
   token.remove();
   return { text: between(colour(document.body), behind(document.body)), card: between(colour(article), behind(article)),
-    soft: between(colour(soft), behind(article)), button: between(colour(go), behind(go)), shades: Math.min(...shades) };
+    soft: between(colour(soft), behind(article)), button: between(colour(go), behind(go)),
+    shades: Math.min(...shades) };
 }"""
 """WCAG contrast of the page's texts with what is behind them, the shades of steps per token included."""
 

@@ -84,7 +84,8 @@ def test_texts_are_those_of_the_servers_engine(model: Model) -> None:
 def test_a_conversation_is_answered_as_its_templates_text(model: Model) -> None:
     messages = [{"role": "system", "content": "it came"}, {"role": "user", "content": "in the"}]
     assert model.tokenizer is not None
-    written = "<system>it came\n<user>in the\n<assistant>"
+    begin = {i: text for text, i in model.tokenizer.special_tokens.items()}[model.tokenizer.bos_id]
+    written = f"{begin}<system>it came\n<user>in the\n<assistant>"
     expected = model.generate([model.tokenizer.encode(written)], 3, max_tokens=8, seed=2)[0]
     assert model.chat(messages, 3, max_tokens=8, seed=2) == expected
 

@@ -147,7 +147,8 @@ def test_a_required_call_is_one_of_the_tools_with_arguments_that_fit(world: Any)
     allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
     for forced in (named, allowed):
         choices = sdk.chat.completions.create(
-            **ASKED, tools=[OTHER, TOOL], tool_choice=forced, parallel_tool_calls=False, seed=4, n=3, extra_body={"num_steps": 5}
+            **ASKED, tools=[OTHER, TOOL], tool_choice=forced, parallel_tool_calls=False, seed=4, n=3,
+            extra_body={"num_steps": 5}
         ).choices  # fmt: skip
         assert len(choices) == 3 and all(c.message.tool_calls[0].function.name == "find" for c in choices)
         assert all(valid(c.message.tool_calls[0].function.arguments) for c in choices)
@@ -359,26 +360,39 @@ def test_structured_outputs_in_vllms_form(value: dict[str, Any], expected: str, 
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
-    ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"), ({"response_format": 3}, "response_format", "json"),
+    ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
+    ({"response_format": 3}, "response_format", "json"),
     ({"response_format": {"type": "json_object", "a": 1}}, "response_format.a", "no such field"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format.json_schema.schema", "missing"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "", "schema": {}}}}, "response_format.json_schema.name", "letters"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format.json_schema.schema",
+        "missing"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "", "schema": {}}}},
+        "response_format.json_schema.name", "letters"),
     *(
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}, "response_format.json_schema.schema", says)
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}},
+            "response_format.json_schema.schema", says)
         for schema, says in (
-            ({"not": {}}, "keyword not"), ({"type": "array", "uniqueItems": True}, "keyword uniqueItems"), ({"type": "foo"}, "foo"),
-            ({"$ref": "#/$defs/x"}, "/$defs/x"), ({"$ref": "http://127.0.0.1/x"}, "127.0.0.1"), ({"type": "string", "format": "nope"}, "nope"),
-            ({"type": "string", "pattern": "(?=a)b"}, "look-around"), ({"minimum": 3, "maximum": 2, "type": "integer"}, "minimum"),
-            ({"allOf": [{"type": "string", "pattern": f".*{c}.*{c}"} for c in "abcdefghijklmnopqrstuvwxyz"]}, "too complex"),
-            ({"enum": ["x" * 1000] * 200}, "131072"), (3, "object"), ({"x-guidance": {"lenient": True}, "not": {}}, "keyword not"),
+            ({"not": {}}, "keyword not"), ({"type": "array", "uniqueItems": True}, "keyword uniqueItems"),
+            ({"type": "foo"}, "foo"),
+            ({"$ref": "#/$defs/x"}, "/$defs/x"), ({"$ref": "http://127.0.0.1/x"}, "127.0.0.1"),
+            ({"type": "string", "format": "nope"}, "nope"),
+            ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+            ({"minimum": 3, "maximum": 2, "type": "integer"}, "minimum"),
+            ({"allOf": [{"type": "string", "pattern": f".*{c}.*{c}"} for c in "abcdefghijklmnopqrstuvwxyz"]},
+                "too complex"),
+            ({"enum": ["x" * 1000] * 200}, "131072"), (3, "object"), ({"x-guidance": {"lenient": True}, "not": {}},
+                "keyword not"),
         )
     ),
-    ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs", "contradicts"),
-    ({"structured_outputs": {}}, "structured_outputs", "exactly one"), ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex", "unclosed"),
+    ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs",
+        "contradicts"),
+    ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
+    ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex", "unclosed"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one"),
-    ({"structured_outputs": {"grammar": "start: foo"}}, "structured_outputs.grammar", "foo"), ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice", "texts"),
-    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not JSON"), ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex", "text"),
+    ({"structured_outputs": {"grammar": "start: foo"}}, "structured_outputs.grammar", "foo"),
+    ({"structured_outputs": {"choice": [""]}}, "structured_outputs.choice", "texts"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "not JSON"),
+    ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex", "text"),
 ]  # fmt: skip
 ODD_JSON = {
     '{"a": NaN}': "JSON", '{"a": 1e999}': "JSON", '{"a": "\\ud800"}': "JSON", '{"a": 1, "a": 2}': "twice",
@@ -393,17 +407,24 @@ def sent(arguments: str = "{}", **more: Any) -> dict[str, Any]:
 
 
 BAD_TOOLS: list[tuple[dict[str, Any], str, str]] = [
-    ({"tools": [{"type": "web_search"}]}, "tools.0", "function"), ({"tools": [{"type": "function"}]}, "tools.0.function", "missing"),
-    ({"tools": [TOOL, TOOL]}, "tools", "twice"), ({"tools": [TOOL] * 200}, "tools", "128"), ({"tools": 3}, "tools", "list"),
+    ({"tools": [{"type": "web_search"}]}, "tools.0", "function"), ({"tools": [{"type": "function"}]},
+        "tools.0.function", "missing"),
+    ({"tools": [TOOL, TOOL]}, "tools", "twice"), ({"tools": [TOOL] * 200}, "tools", "128"),
+    ({"tools": 3}, "tools", "list"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "letters"),
-    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]}, "tools.0.function.parameters.type", "object"),
-    ({"tools": [OTHER, {"type": "function", "function": {"name": "a", "parameters": {"properties": {"x": {"not": {}}}}}}]}, "tools.1.function.parameters", "not"),
-    ({"tool_choice": "required"}, "tool_choice", "needs tools"), ({"tools": [TOOL], "tool_choice": "any"}, "tool_choice", "auto"),
+    ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "string"}}}]},
+        "tools.0.function.parameters.type", "object"),
+    ({"tools": [OTHER, {"type": "function", "function": {"name": "a",
+                        "parameters": {"properties": {"x": {"not": {}}}}}}]}, "tools.1.function.parameters", "not"),
+    ({"tool_choice": "required"}, "tool_choice", "needs tools"), ({"tools": [TOOL], "tool_choice": "any"},
+        "tool_choice", "auto"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice", "nope"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]}, "messages.tool_calls.function.arguments", "JSON"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]},
+        "messages.tool_calls.function.arguments", "JSON"),
     *((sent(arguments=text), "messages.tool_calls.function.arguments", says) for text, says in ODD_JSON.items()),
     (sent(type="custom"), "messages.tool_calls", "custom"), (sent(zap=1), "messages.tool_calls", "zap"),
-    *(({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": name}}}, "tool_choice", "among") for name in (["find"], {"a": 1}, 5)),
+    *(({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": name}}}, "tool_choice",
+            "among") for name in (["find"], {"a": 1}, 5)),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages.tool_calls", "form"),
 ]  # fmt: skip
 
@@ -466,7 +487,8 @@ def test_masked_models_cannot_be_constrained(
         chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
         for path, body, param in (
             ("/v1/chat/completions", {**chat, "response_format": {"type": "json_object"}}, "response_format"),
-            ("/v1/chat/completions", {**chat, "tools": [TOOL]}, "tools"), ("/v1/completions", {"prompt": "x", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+            ("/v1/chat/completions", {**chat, "tools": [TOOL]}, "tools"),
+            ("/v1/completions", {"prompt": "x", "structured_outputs": {"regex": "a"}}, "structured_outputs"),
             ("/v1/responses", {"input": "x", "text": {"format": {"type": "json_object"}}}, "text"),
         ):  # fmt: skip
             refused = client.post(path, json=body)

@@ -20,7 +20,8 @@ from train.export import export_run
 STAGE_1 = {
     "model.exit_gate": "linear", "model.vocab_size": 257,
     "objective": {"name": "exit_gate", "beta": 0.0, "depth": {"mean": 4, "grad_steps": "all"}},
-    "schedule": {"kind": "constant", "steps": 60}, "precision": "fp32", "checkpoint.interval_steps": 60, "log.interval_steps": 20,
+    "schedule": {"kind": "constant", "steps": 60}, "precision": "fp32", "checkpoint.interval_steps": 60,
+    "log.interval_steps": 20,
 }  # fmt: skip
 STAGE_2 = {
     **STAGE_1,

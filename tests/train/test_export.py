@@ -130,7 +130,8 @@ def test_a_run_starts_from_the_weights_of_another(trainer, tmp_path: Path) -> No
 
 
 def test_a_run_may_have_weights_that_its_source_lacks(trainer, tmp_path: Path) -> None:
-    plain = trainer({"objective": {"name": "onestep"}, "output": str(tmp_path / "plain"), "schedule.steps": 2, "schedule.warmup_steps": 0})  # fmt: skip
+    plain = trainer({"objective": {"name": "onestep"}, "output": str(tmp_path / "plain"), "schedule.steps": 2,
+            "schedule.warmup_steps": 0})  # fmt: skip
     plain.fit()
     noisy = trainer({"init_from": str(plain.output)})
     assert "initialized anew: " in noisy.terminal.getvalue()

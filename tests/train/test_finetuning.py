@@ -173,7 +173,8 @@ def test_a_run_with_frozen_weights_and_factors_resumes_bit_for_bit(
     trainer: Any, tmp_path: Path, stage: int
 ) -> None:
     changes = {
-        "deepspeed.zero_stage": stage, "optimizer.freeze": ["model.prelude"], "optimizer.lr_factors": {"model.adapter": 10},
+        "deepspeed.zero_stage": stage, "optimizer.freeze": ["model.prelude"],
+        "optimizer.lr_factors": {"model.adapter": 10},
         "schedule.kind": "constant", "schedule.steps": 4, "schedule.warmup_steps": 0, **ONESTEP,
     }  # fmt: skip
     whole = trainer({**changes, "output": str(tmp_path / "whole")})

@@ -74,7 +74,8 @@ def test_the_name_of_a_process_does_not_follow_the_clock(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "batch.micro_size=2: memory ran out"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            "batch.micro_size=2: memory ran out"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
         (MemoryError("Unable to allocate 7 GiB"), "memory ran out"),
         (OSError(errno.ENOSPC, "No space left on device"), "output='out'.*No space left"),

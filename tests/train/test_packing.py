@@ -226,7 +226,8 @@ def test_what_cannot_keep_documents_apart_is_refused_by_name(document: Any, data
 def test_a_run_on_packed_documents_trains_and_evaluates(trainer: Any, data: Path) -> None:
     section = TokensConfig(path=str(data), seq_len=32, packing="documents").model_dump()
     changes = {
-        "model.vocab_size": 257, "data": section, "evaluation": {"interval_steps": 3, "steps": [1, 2], "max_tokens": 64},
+        "model.vocab_size": 257, "data": section, "evaluation": {"interval_steps": 3, "steps": [1, 2],
+            "max_tokens": 64},
     }  # fmt: skip
     run = trainer(changes)
     assert run.fit()

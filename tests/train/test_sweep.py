@@ -109,7 +109,8 @@ def test_a_dry_run_measures_nothing(sweep: Callable[..., Path], monkeypatch: pyt
 
 @pytest.mark.parametrize(
     "objective",
-    ["next_token", {"name": "bptt", "depth": {"mean": 5, "grad_steps": 3}}, {"name": "onestep", "depth": {"per": "sequence", "mean": 4}},
+    ["next_token", {"name": "bptt", "depth": {"mean": 5, "grad_steps": 3}},
+        {"name": "onestep", "depth": {"per": "sequence", "mean": 4}},
      {"name": "per_step", "depth": {"mean": 5, "grad_steps": 2}}, "single_pass"],
 )  # fmt: skip
 def test_the_cost_of_an_update_is_that_of_its_own_code(objective: Any) -> None:

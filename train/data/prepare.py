@@ -165,7 +165,8 @@ def _check_used(options: Preparation, sources: dict[str, Source]) -> None:
     for name, used, why in (
         ("separator", texts, "there are no plain text files"),
         ("text_files", texts, "there are no plain text files"),
-        ("text_column", fields and not chat, "conversations have names of their own" if chat else "there are no fields"),
+        ("text_column", fields and not chat,
+            "conversations have names of their own" if chat else "there are no fields"),
         ("kind", trained, "--tokenizer names one"),
         ("vocab_size", trained, "--tokenizer names one"),
         ("tokenizer_sample_mb", trained, "--tokenizer names one"),

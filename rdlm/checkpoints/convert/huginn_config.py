@@ -49,7 +49,8 @@ SHAPE = {
 SCHEMES = {"lognormal_poisson": "poisson-lognormal-filling", "fixed": "fixed"}
 STATES = {"normal": "like-init", "zero": "zero"}
 READ = {
-    *ONLY, *SHAPE.values(), "n_layers", "vocab_size", "num_key_value_heads", "head_dim", "effective_expected_depth", "state_init",
+    *ONLY, *SHAPE.values(), "n_layers", "vocab_size", "num_key_value_heads", "head_dim", "effective_expected_depth",
+    "state_init",
     "init_values", "sampling_scheme", "mean_recurrence", "mean_backprop_depth", "rdlm",
 }  # fmt: skip
 """Fields the import reads or that follow from these; the others are listed in the card."""
@@ -83,9 +84,11 @@ def to_published(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
         raise UserError(
             "objective.name",
             objective.name,
-            "a noise-conditioned core shifts, scales and gates its layers at z = 0 too, and the published architecture has no place "
+            "a noise-conditioned core shifts, scales and gates its layers at z = 0 too, and the published "
+            "architecture has no place "
             "for these weights",
-            "use `rdlm export hf`, which brings its own modelling code, or export a model of onestep, bptt or next_token",
+            "use `rdlm export hf`, which brings its own modelling code, or export a model of onestep, bptt or "
+            "next_token",
         )
     if model.has_exit_gate:
         problem = "the published architecture has no exit gate"

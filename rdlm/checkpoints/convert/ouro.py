@@ -30,7 +30,8 @@ OURO_NORMS = {
 }
 NOT_BUILT = (
     "enable_double_loop_split", "loop_middle_layers", "loop_share_kv", "enable_hyper_connection", "enable_mhc",
-    "enable_depth_attention", "qk_layernorm", "emb_neighbor_num", "emb_split_num", "insert_ngram_layer_idx", "rope_scaling",
+    "enable_depth_attention", "qk_layernorm", "emb_neighbor_num", "emb_split_num", "insert_ngram_layer_idx",
+    "rope_scaling",
 )  # fmt: skip
 """Variants that Nanbeige's code has and no release uses."""
 
@@ -53,7 +54,8 @@ class Ouro(Importer):
         lost = []
         if (threshold is not None and threshold < 1) or step is not None:
             lost.append(
-                f"Its config stops early by itself (early_exit_threshold {threshold}, early_exit_step {step}); here all K loops run "
+                f"Its config stops early by itself (early_exit_threshold {threshold}, early_exit_step {step}); here "
+                f"all K loops run "
                 "unless a request asks for an exit criterion."
             )
         model = size_of(

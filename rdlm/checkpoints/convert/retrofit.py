@@ -57,7 +57,8 @@ class Retrofit(Importer):
         if any(".norm_3." in key for key in shapes):
             raise fields.refused("model_type", "layers with four norms are Huginn's", "import it as huginn")
         fields.ignore(  # leftovers of Huginn's config, and what follows from the rest
-            "rope_base", "effective_expected_depth", "init_strategy", "n_layers", "block_class_name", "tie_word_embeddings", "tie_embeddings",
+            "rope_base", "effective_expected_depth", "init_strategy", "n_layers", "block_class_name",
+            "tie_word_embeddings", "tie_embeddings",
             "vocab_size", "padding_multiple", "architecture_class_name", "max_position_embeddings",
         )  # fmt: skip
         is_olmo = any(key.endswith("attn.q_norm.weight") for key in shapes)
