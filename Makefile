@@ -39,7 +39,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: install ## prepare a corpus, train, evaluate, serve and ask, all in 10 minutes on 2 cores
+demo: install ## prepare a corpus, train, evaluate, serve and ask, all in 5 minutes on 2 cores
 	@$(PY) -m demo.run
 
 lint: install ## ruff (rules and format) and mypy

@@ -63,7 +63,7 @@ def demo(console: Console, processes: Processes) -> None:
     with step("training"):
         shorter = [] if native_precision() == "bf16" else [f"schedule.steps={UPDATES_WITHOUT_BF16}"]
         if shorter:
-            note = f"no bf16 instructions here: fp32 and {UPDATES_WITHOUT_BF16} updates, to stay near ten minutes"
+            note = f"no bf16 instructions here: fp32 and {UPDATES_WITHOUT_BF16} updates, to stay near five minutes"
             console.print(note, style="dim")
         processes.run("train", ["train", CONFIG, *shorter])
     with step("held-out NLL against K"):

@@ -85,7 +85,7 @@ def train(
     """Train a model, or resume an interrupted run: the same command continues from the last checkpoint.
 
     A config has the sections model, objective, data, batch, optimizer and schedule, and some optional ones.
-    Start from a file in configs/: debug.yaml (a minute), demo.yaml (text, ten minutes on a CPU), ar_lm1b.yaml
+    Start from a file in configs/: debug.yaml (a minute), demo.yaml (text, four minutes on a CPU), ar_lm1b.yaml
     (the published autoregressive setting).
 
     OUTPUT then holds metrics.jsonl and loss.png (what happened), checkpoints/ (to resume from), model/ (to
