@@ -11,7 +11,8 @@ from jinja2 import TemplateError, meta
 
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError, reason
-from serve.api.tools import Tool, tool_format
+from serve.api.tool_formats import tool_format
+from serve.api.tools import Tool
 from serve.errors import invalid
 
 MAX_SECONDS, MAX_PROMPT = 5.0, 1 << 24

@@ -152,7 +152,11 @@ class ChatFormat:
 def readers(parsed: Parsed) -> list[CallReader]:
     """One for each answer where tools were offered, else none."""
     tools = parsed.tools
-    return [] if tools is None else [CallReader(tools.form, tools.only_first) for _ in parsed.requests]
+    return (
+        []
+        if tools is None
+        else [CallReader(tools.form, tools.tools, tools.only_first) for _ in parsed.requests]
+    )
 
 
 def read_calls(reader: CallReader, event: Event) -> list[Delta]:

@@ -30,7 +30,8 @@ from serve.api.schemas import (
     SamplingBody,
     ScoreRequest,
 )
-from serve.api.tools import Tool, ToolChoice, ToolFormat, tool_grammar
+from serve.api.tool_formats import ToolFormat
+from serve.api.tools import Tool, ToolChoice, tool_grammar
 from serve.engine.engine import Served
 from serve.engine.exits import CRITERIA, ExitRule, check_exit_gate, default_thresholds
 from serve.engine.grammar import Grammar, Grammars
@@ -219,6 +220,7 @@ class Parsed:
 @dataclass(frozen=True)
 class OfferedTools:
     form: ToolFormat
+    tools: tuple[Tool, ...]
     only_first: bool
     """Whether only the begin of an answer tells calls from text."""
 
@@ -370,10 +372,12 @@ def _offered_tools(
         problem = "this model's chat template knows no tools"
     elif form is None:
         problem = "this model calls tools in a form that this server does not know"
-    elif constraint is not None and choice.mode == "auto" and (constraint.rule is None or not form.open):
+    elif constraint is not None and choice.mode == "auto" and (constraint.rule is None or form.first):
         problem = f"this model's calls cannot be told from answers that {constraint.param} describes"
     else:
-        return OfferedTools(form, choice.mode == "required" or constraint is not None)
+        if form.tag not in limits.served.tokenizer.special_tokens:
+            form = replace(form, tag="")
+        return OfferedTools(form, tools, choice.mode == "required" or constraint is not None)
     raise invalid(
         f"tools: {problem}; leave tools out, or send tool_choice none", "tools", "tools_unsupported"
     )

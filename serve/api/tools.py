@@ -1,6 +1,6 @@
-"""Tool calls: how a chat template writes them, the grammar of answers that may contain them, and reading them.
+"""Tool calls: the grammar of answers that may contain them, and reading them. How a model spells them: tool_formats.py.
 
-The form is told from the template itself. While tools are offered the answer is constrained (serve/engine/grammar.py):
+While tools are offered the answer is constrained (serve/engine/grammar.py):
 what begins as a call becomes one, of a function that was offered and with arguments that fit its schema, so reading
 needs no guesses.
 """
@@ -8,13 +8,14 @@ needs no guesses.
 from __future__ import annotations
 
 import re
-import secrets
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from serve.engine.grammar import json_rule, special_rule
+from serve.engine.grammar import special_rule
+
+if TYPE_CHECKING:
+    from serve.api.tool_formats import ArgumentReader, ToolFormat
 
 
 @dataclass(frozen=True)
@@ -37,64 +38,6 @@ class ToolChoice:
     """Functions that may be called; None: all."""
 
 
-@dataclass(frozen=True)
-class ToolFormat:
-    """How an answer spells its calls: ``open``, then the calls joined by ``between``, then ``close``. A call is its
-    name and its arguments, a JSON object, with ``call`` before, between and behind them."""
-
-    open: str
-    call: tuple[str, str, str]
-    between: str | None
-    """None: one call at most."""
-    close: str
-    short_ids: bool = False
-    """Whether the template takes ids of nine letters and digits only."""
-
-    @property
-    def mark(self) -> str:
-        """What tells a call from text; "" where a call is a text that begins with a brace."""
-        return self.open.split("\n")[0].split(" ")[0].removesuffix("[") if self.open else ""
-
-    def new_id(self) -> str:
-        letters = string.ascii_letters + string.digits
-        if self.short_ids:
-            return "".join(secrets.choice(letters) for _ in range(9))
-        return f"call_{secrets.token_hex(12)}"
-
-    def spelt(self, special: Mapping[str, int]) -> frozenset[int]:
-        """Special tokens that calls consist of."""
-        return frozenset(
-            i
-            for name, i in special.items()
-            if name and name in "\0".join((self.open, *self.call, self.close))
-        )
-
-
-def in_json(arguments: str) -> tuple[str, str, str]:
-    """``call`` of a JSON object with the fields name and ``arguments``."""
-    return '{"name": "', f'", "{arguments}": ', "}"
-
-
-def tool_format(template: str) -> ToolFormat | None:
-    """How the template's model calls tools; None where it is none of the forms that are known here."""
-    if "[TOOL_CALLS]" in template and "[ARGS]" not in template:  # Mistral
-        space = " " if "[TOOL_CALLS] [" in template else ""
-        return ToolFormat(f"[TOOL_CALLS]{space}[", in_json("arguments"), ", ", "]", short_ids=True)
-    if "[TOOL_CALLS]" in template and "[CALL_ID]" not in template:  # Mistral since 2025
-        return ToolFormat("[TOOL_CALLS]", ("", "[ARGS]", ""), "[TOOL_CALLS]", "", short_ids=True)
-    if (
-        "<tool_call>" in template and "<function=" not in template and "<arg_key>" not in template
-    ):  # Hermes, Qwen
-        return ToolFormat(
-            "<tool_call>\n", in_json("arguments"), "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"
-        )
-    if re.search(r"""\\?"parameters\\?": """, template) and re.search(
-        r"""\\?"name\\?": """, template
-    ):  # Llama 3
-        return ToolFormat("", in_json("parameters"), None, "")
-    return None
-
-
 def tool_grammar(
     form: ToolFormat,
     tools: Sequence[Tool],
@@ -103,7 +46,7 @@ def tool_grammar(
     special: Mapping[str, int],
     content: str | None = None,
 ) -> tuple[str, dict[int, int]]:
-    """Lark of an answer with calls, and which line of it has the schema of which of ``tools``.
+    """Lark of an answer with calls, and which line of it belongs to which of ``tools``. Raises ApiError.
 
     content: what an answer without a call must be, as a part of a rule; None is any text.
     """
@@ -112,13 +55,15 @@ def tool_grammar(
     more = f"({special_rule(form.between or '', special)} call)*" if several else ""
     calls = " ".join(part for part in ("call", more, special_rule(form.close, special)) if part)
     opened = special_rule(form.open, special)
+    if form.tag in special:
+        opened = f"{special_rule(form.tag, special)}? {opened}"
     lines = ["%llguidance {}", f"calls: {calls}"]  # the start follows, on line 3
     if choice.mode == "required":
         lines.append(f"start: {opened} calls")
     elif content is not None:
         lines.append(f"start: {content} | {opened} calls")
-    elif not form.open:
-        lines += ["start: TEXT | calls", r"TEXT: /([^{](.|\n)*)?/"]
+    elif form.first:
+        lines += [f"start: TEXT | {opened} calls", rf"TEXT: /([^\{form.first}](.|\n)*)?/"]
     elif form.mark in special:
         lines += [f"start: TEXT | TEXT {opened} calls"]
         lines += [f"TEXT: /(?s:.*)/ & ~/(?s:.*){re.escape(form.mark)}(?s:.*)/"]  # spelt out it is no mark
@@ -128,11 +73,16 @@ def tool_grammar(
     lines.append("call: " + " | ".join(f"call{i}" for i in offered))
     where = {}
     for i in offered:
-        before, between, behind = form.call
-        head = special_rule(f"{before}{tools[i].name}{between}", special)
-        lines.append(f"call{i}: {head} {json_rule(tools[i].parameters)} {special_rule(behind, special)}")
-        where[len(lines)] = i
+        rules = form.rules(f"call{i}", tools[i], special)
+        where |= dict.fromkeys(range(len(lines) + 1, len(lines) + len(rules) + 1), i)
+        lines += rules
     return "\n".join(lines) + "\n", where
+
+
+def begun(text: str, mark: str) -> int:
+    """Characters at the end of ``text`` that ``mark`` may begin with."""
+    most = min(len(mark) - 1, len(text))
+    return next((n for n in range(most, 0, -1) if text.endswith(mark[:n])), 0)
 
 
 @dataclass(frozen=True)
@@ -149,14 +99,15 @@ class Delta:
 class CallReader:
     """Splits a constrained answer into text and calls, as it arrives."""
 
-    def __init__(self, form: ToolFormat, only_first: bool = False) -> None:
+    def __init__(self, form: ToolFormat, tools: Sequence[Tool], only_first: bool = False) -> None:
         """only_first: a mark begins calls only where the answer begins with it: the text may contain it."""
-        self._form, self._only_first = form, only_first or not form.open
+        self._form, self._only_first = form, only_first or bool(form.first)
+        self._tools = {tool.name: tool for tool in tools}
         self._is_decided = False
         """Whether the rest is text, come what may."""
         self._state: Literal["text", "head", "arguments"] = "text"
         self._buffer = ""
-        self._scan = JsonEnd()
+        self._arguments: ArgumentReader | None = None
         self.calls = 0
         """Calls that have begun."""
 
@@ -185,24 +136,27 @@ class CallReader:
         if self._state == "text":
             return self._text()
         if self._state == "head":
-            before, between, _ = self._form.call
-            head = re.search(re.escape(before) + r'([^"\[\]]*)' + re.escape(between), self._buffer)
-            if head is None:
+            head = self._form.head.search(self._buffer)
+            if head is None or head[1] not in self._tools:
                 return None
-            self._buffer, self._state, self._scan = self._buffer[head.end() :], "arguments", JsonEnd()
+            self._buffer, self._state = self._buffer[head.end() :], "arguments"
+            self._arguments = self._form.arguments(self._tools[head[1]])
             self.calls += 1
-            return Delta(call=self.calls - 1, id=self._form.new_id(), name=head[1])
-        end = self._scan.feed(self._buffer)
-        text, self._buffer = self._buffer[:end], self._buffer[end:]
-        if self._scan.is_closed:
+            return Delta(call=self.calls - 1, id=head[2] or self._form.new_id(), name=head[1])
+        assert self._arguments is not None
+        used, text = self._arguments.feed(self._buffer)
+        self._buffer = self._buffer[used:]
+        if self._arguments.is_closed:
             self._state = "head"
-        return Delta(text, call=self.calls - 1)
+        return Delta(text, call=self.calls - 1) if used else None
 
     def _text(self) -> Delta | None:
-        mark = self._form.mark or "{"
+        mark = self._form.mark
         if self._is_decided:
             text, self._buffer = self._buffer, ""
             return Delta(text)
+        if self._form.tag and self._buffer.startswith(self._form.tag):
+            self._buffer = self._buffer.removeprefix(self._form.tag)
         at = self._buffer.find(mark)
         if at == 0 or (at > 0 and not self._only_first):
             text, self._buffer, self._state = self._buffer[:at], self._buffer[at:], "head"
@@ -210,37 +164,6 @@ class CallReader:
         if self._only_first:
             self._is_decided = not mark.startswith(self._buffer)
             return Delta() if self._is_decided else None
-        most = min(len(mark) - 1, len(self._buffer))
-        held = next((n for n in range(most, 0, -1) if self._buffer.endswith(mark[:n])), 0)
-        certain = len(self._buffer) - held
+        certain = len(self._buffer) - begun(self._buffer, mark)
         text, self._buffer = self._buffer[:certain], self._buffer[certain:]
         return Delta(text) if text else None
-
-
-class JsonEnd:
-    """Finds the end of a JSON object that arrives in parts."""
-
-    def __init__(self) -> None:
-        self._depth, self._in_string, self._escaped = 0, False, False
-        self.is_closed = False
-
-    def feed(self, text: str) -> int:
-        """Characters of ``text`` that belong to the object."""
-        for at, char in enumerate(text):
-            if self._in_string:
-                if self._escaped:
-                    self._escaped = False
-                elif char == "\\":
-                    self._escaped = True
-                elif char == '"':
-                    self._in_string = False
-            elif char == '"':
-                self._in_string = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    self.is_closed = True
-                    return at + 1
-        return len(text)

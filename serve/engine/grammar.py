@@ -76,7 +76,11 @@ def regex_grammar(expression: str) -> str:
 
 def choice_grammar(choices: Collection[str]) -> str:
     """One lexeme: the parser takes at most 2,000 alternatives of a rule."""
-    return "%llguidance {}\nstart: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices)) + "\n"
+    return "%llguidance {}\nstart: CHOICE\nCHOICE: " + choice_rule(choices) + "\n"
+
+
+def choice_rule(choices: Collection[str]) -> str:
+    return " | ".join(map(json.dumps, choices))
 
 
 class Grammars:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import openai
@@ -13,10 +15,14 @@ from litestar.testing import TestClient
 from pydantic import BaseModel, ConfigDict, Field
 
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
+from serve.api import constraints, tool_formats
 from serve.api.app import create_app
 from serve.api.chat_template import ChatTemplate
-from serve.api.tools import CallReader, tool_format
+from serve.api.tool_formats import ToolFormat, tool_format
+from serve.api.tools import CallReader, ToolChoice, tool_grammar
 from serve.engine.engine import Engine, Served
+from serve.engine.grammar import Grammars
+from serve.errors import ApiError
 from serve.loading import build_served
 from serve.settings import EngineSettings, HttpSettings
 
@@ -45,7 +51,24 @@ ARGS = (
     "{% for c in m.tool_calls %}[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}"
     "{% endfor %}{% endfor %}"
 )
-TEMPLATES = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "args": ARGS}
+IDS = ARGS.replace("[ARGS]", "[CALL_ID]{{ c.id }}[ARGS]")
+CODER = (
+    "{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls %}<tool_call>\n<function={{ c.function.name }}>\n"
+    "{% for name, value in c.function.arguments | items %}<parameter={{ name }}>\n{{ value }}\n</parameter>\n"
+    "{% endfor %}</function>\n</tool_call>{% endfor %}{% endfor %}"
+)
+PYTHON = (
+    "{% if tools %}Use the format [func_name1(params_name1=params_value1, ...), func_name2(params)]. "
+    "{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for c in m.tool_calls %}[{{ c.function.name }}({% for name, value in c.function.arguments | items %}{{ name }}={{ value | tojson }}{% endfor %})]"
+    "{% endfor %}{% endfor %}"
+)
+TEMPLATES = {
+    "hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "args": ARGS, "ids": IDS, "coder": CODER, "python": PYTHON,
+}  # fmt: skip
+MARKS = {"hermes": "<", "coder": "<", "llama": "{", "python": "["}
+"""First character of a call where no special token begins it."""
 ASKED: dict[str, Any] = {
     "model": "tiny",
     "messages": [{"role": "user", "content": "x"}],
@@ -80,7 +103,7 @@ def marked(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> To
     tokenizer.save(folder)
     source = json.loads((folder / "tokenizer.json").read_text())
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    for number, name in ((300, "[TOOL_CALLS]"), (301, "[ARGS]")):
+    for number, name in ((300, "[TOOL_CALLS]"), (301, "[ARGS]"), (302, "[CALL_ID]"), (303, "<|python_tag|>")):
         source["added_tokens"].append({"id": number, "content": name, "special": True, **flags})
     (folder / "tokenizer.json").write_text(json.dumps(source))
     return load_tokenizer(folder)
@@ -94,7 +117,7 @@ def world(
     marked: Tokenizer,
 ) -> Iterator[tuple[str, TestClient, openai.OpenAI]]:
     with serving(
-        make_served, marked if request.param in ("mistral", "args") else tokenizer, TEMPLATES[request.param]
+        make_served, tokenizer if request.param in MARKS else marked, TEMPLATES[request.param]
     ) as client:
         yield request.param, client, sdk_of(client)
 
@@ -210,7 +233,7 @@ def test_a_streamed_call_is_the_whole_one_in_parts(seed: int, world: Any) -> Non
 
 def test_with_auto_an_answer_is_text_or_calls(world: Any, tokenizer: Tokenizer) -> None:
     kind, client, sdk = world
-    mark = {"hermes": "<", "llama": "{"}.get(kind)
+    mark = MARKS.get(kind)
     first = str(
         300 if mark is None else next(i for i, b in enumerate(tokenizer.token_bytes()) if b == mark.encode())
     )
@@ -220,8 +243,8 @@ def test_with_auto_an_answer_is_text_or_calls(world: Any, tokenizer: Tokenizer) 
     assert (
         text.message.tool_calls is None and text.message.content and text.finish_reason in ("length", "stop")
     )
-    if kind == "hermes":  # of several characters: text that only begins like it is text
-        reader = CallReader(tool_format(HERMES))  # type: ignore[arg-type]
+    if mark == "<":  # of several characters: text that only begins like it is text
+        reader = CallReader(tool_format(HERMES), ())  # type: ignore[arg-type]
         assert "".join(d.text for d in reader.feed("a <tool") + reader.finish()) == "a <tool"
         return
     forced = {**ASKED, "logit_bias": {**SPACES, first: 100}, "temperature": 0}
@@ -500,14 +523,121 @@ def test_forms_are_told_from_templates(tokenizer: Tokenizer) -> None:
     def form(source: str) -> Any:
         changed = copy.copy(tokenizer)
         changed.chat_template = source
-        template = ChatTemplate(changed)
-        return template.tool_format and (template.tool_format.open, template.tool_format.call[1])
+        return ChatTemplate(changed).tool_format
 
-    assert form(HERMES) == ("<tool_call>\n", '", "arguments": ') and form(LLAMA) == ("", '", "parameters": ')
-    assert form(MISTRAL) == ("[TOOL_CALLS] [", '", "arguments": ')
-    assert form(MISTRAL.replace("] [", "][")) == ("[TOOL_CALLS][", '", "arguments": ')
+    known = {HERMES: tool_formats.HERMES, LLAMA: tool_formats.LLAMA, ARGS: tool_formats.MISTRAL}
+    known |= {IDS: tool_formats.MISTRAL_IDS, CODER: tool_formats.QWEN_CODER, PYTHON: tool_formats.PYTHON}
+    for template, expected in known.items():
+        assert form(template) is expected
     assert (
-        form(ARGS) == ("[TOOL_CALLS]", "[ARGS]") and form(ARGS.replace("[ARGS]", "[CALL_ID][ARGS]")) is None
+        form(MISTRAL).open == "[TOOL_CALLS] [" and form(MISTRAL.replace("] [", "][")).open == "[TOOL_CALLS]["
     )
     assert form("{{ messages }}<tool_call>") is None, "no tools are shown"
     assert form("{{ tools }}<tool_call><function=x>") is None and form("{{ tools }}") is None
+
+
+MANY = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "string"}, "b": {"type": "boolean"}, "c": {"$ref": "#/$defs/n"}, "d": {"enum": ["x", "y z"]},
+        "e": {"type": "object", "properties": {"k": {"type": "boolean"}}}, "f": {"type": "string", "maxLength": 3},
+    },
+    "required": ["a", "c"],
+    "$defs": {"n": {"type": "integer", "minimum": 3}},
+}  # fmt: skip
+TEXT = 'a "b\\"\n</parameter> é, c=1)'
+CODED = "<parameter=a>\n{}\n</parameter>\n{}<parameter=c>\n3\n</parameter>\n{}</function>\n</tool_call>"
+FULL = CODED.format(
+    "",
+    "<parameter=b>\nfalse\n</parameter>\n",
+    "<parameter=d>\ny z\n</parameter>\n"
+    '<parameter=e>\n{"k": true}\n</parameter>\n<parameter=f>\n"abc"\n</parameter>\n',
+)
+QUOTED = json.dumps(TEXT, ensure_ascii=False)
+SPELT: dict[str, tuple[ToolFormat, list[tuple[str, dict[str, Any]]]]] = {
+    "hm <tool_call>\n<function=many>\n" + CODED.format(TEXT, "", ""): (
+        tool_formats.QWEN_CODER,
+        [("many", {"a": TEXT, "c": 3})],
+    ),
+    f"<tool_call>\n<function=many>\n{FULL}\n<tool_call>\n<function=none>\n</function>\n</tool_call>": (
+        tool_formats.QWEN_CODER,
+        [("many", {"a": "", "b": False, "c": 3, "d": "y z", "e": {"k": True}, "f": "abc"}), ("none", {})],
+    ),
+    f"[many(a={QUOTED}, b=True, c=12, e={{}}), none()]": (
+        tool_formats.PYTHON,
+        [("many", {"a": TEXT, "b": True, "c": 12, "e": {}}), ("none", {})],
+    ),
+    "[none(), maybe(x=False)]": (tool_formats.PYTHON, [("none", {}), ("maybe", {"x": False})]),
+    "[maybe()]": (tool_formats.PYTHON, [("maybe", {})]),
+    "[maybe(y=None)]": (tool_formats.PYTHON, [("maybe", {"y": None})]),
+    '[TOOL_CALLS]maybe[CALL_ID]a1B2c3D4e[ARGS]{"x": true}': (
+        tool_formats.MISTRAL_IDS,
+        [("maybe", {"x": True})],
+    ),
+    '<|python_tag|>{"name": "maybe", "parameters": {"x": true}}': (
+        tool_formats.LLAMA,
+        [("maybe", {"x": True})],
+    ),
+    '{"name": "none", "parameters": {}}': (tool_formats.LLAMA, [("none", {})]),
+}
+TOOLS = constraints.tool_list(
+    [
+        {"type": "function", "function": {"name": name, "parameters": parameters}}
+        for name, parameters in {
+            "many": MANY, "none": {"type": "object"},
+            "maybe": {"type": "object", "properties": {"x": {"type": "boolean"}, "y": {"type": "null"}}},
+        }.items()
+    ]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SPELT)
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_what_the_grammar_allows_is_read_as_it_arrives(
+    mode: Literal["auto", "required"], text: str, marked: Tokenizer
+) -> None:
+    form, calls = SPELT[text]
+    text = text if mode == "auto" else text.removeprefix("hm ")
+    special = marked.special_tokens
+    source, lines = tool_grammar(form, TOOLS, ToolChoice(mode), True, special)
+    assert set(lines.values()) == {0, 1, 2}
+    grammar, ids = Grammars(marked, [marked.eos_id or 0]).compile(source, "tools"), marked.encode(text)
+    with ThreadPoolExecutor(1) as pool:
+        guide = grammar.start(pool)
+        for i, token in enumerate(ids):
+            while not guide.ready:
+                time.sleep(0.001)
+            assert guide.allowed is not None and guide.allowed[token], (text, marked.decode(ids[:i]))
+            if guide.accept(token):
+                assert i == len(ids) - 1, marked.decode(ids[i:])
+    for size in (1, 3, 1000):
+        reader = CallReader(form, TOOLS)
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        if text.startswith(form.tag) and form.tag:
+            pieces = [form.tag, *text.removeprefix(form.tag)]
+        deltas = [delta for piece in pieces for delta in reader.feed(piece)] + reader.finish()
+        names = [delta.name for delta in deltas if delta.id]
+        arguments = ["".join(d.text for d in deltas if d.call == i) for i in range(len(names))]
+        assert [(name, json.loads(given)) for name, given in zip(names, arguments, strict=True)] == calls
+        assert reader.is_whole and "".join(
+            d.text for d in deltas if d.call is None
+        ) == "hm " * text.startswith("hm ")
+        if form.short_ids:
+            assert [d.id for d in deltas if d.id] == ["a1B2c3D4e"]
+
+
+@pytest.mark.parametrize("form", [tool_formats.QWEN_CODER, tool_formats.PYTHON])
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"anyOf": []}, "anyOf"), ({"properties": []}, "properties"), ({"required": "a"}, "required"),
+        ({"properties": {"a\n>b": {}}}, "name a parameter"), ({"properties": {"a": 5}}, "schema of a property"),
+    ],
+)  # fmt: skip
+def test_what_single_parameters_cannot_be_held_to_is_refused(
+    parameters: dict[str, Any], says: str, form: ToolFormat
+) -> None:
+    tools = constraints.tool_list([{"type": "function", "function": {"name": "a", "parameters": parameters}}])
+    with pytest.raises(ApiError, match=says) as refused:
+        tool_grammar(form, tools, ToolChoice("auto"), True, {})
+    assert refused.value.status == 400 and refused.value.param == "tools.0.function.parameters"
