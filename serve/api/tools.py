@@ -71,7 +71,7 @@ def tool_grammar(
         lines += [f"start: TEXT | marked {special_rule(form.open.removeprefix(form.mark), special)} calls"]
         lines += [rf"marked[lazy]: /(.|\n)*{re.escape(form.mark)}/", r"TEXT: /(.|\n)*/"]
     lines.append("call: " + " | ".join(f"call{i}" for i in offered))
-    where = {}
+    where: dict[int, int] = {}
     for i in offered:
         rules = form.rules(f"call{i}", tools[i], special)
         where |= dict.fromkeys(range(len(lines) + 1, len(lines) + len(rules) + 1), i)

@@ -61,7 +61,8 @@ CODER = (
 PYTHON = (
     "{% if tools %}Use the format [func_name1(params_name1=params_value1, ...), func_name2(params)]. "
     "{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% for c in m.tool_calls %}[{{ c.function.name }}({% for name, value in c.function.arguments | items %}{{ name }}={{ value | tojson }}{% endfor %})]"
+    "{% for c in m.tool_calls %}[{{ c.function.name }}("
+    "{% for name, value in c.function.arguments | items %}{{ name }}={{ value | tojson }}{% endfor %})]"
     "{% endfor %}{% endfor %}"
 )
 TEMPLATES = {
@@ -525,7 +526,11 @@ def test_forms_are_told_from_templates(tokenizer: Tokenizer) -> None:
         changed.chat_template = source
         return ChatTemplate(changed).tool_format
 
-    known = {HERMES: tool_formats.HERMES, LLAMA: tool_formats.LLAMA, ARGS: tool_formats.MISTRAL}
+    known: dict[str, ToolFormat] = {
+        HERMES: tool_formats.HERMES,
+        LLAMA: tool_formats.LLAMA,
+        ARGS: tool_formats.MISTRAL,
+    }
     known |= {IDS: tool_formats.MISTRAL_IDS, CODER: tool_formats.QWEN_CODER, PYTHON: tool_formats.PYTHON}
     for template, expected in known.items():
         assert form(template) is expected
