@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from eval.options import WindowOptions
 from eval.provenance import origin
 from rdlm.checkpoints.folder import Loaded, load
 from rdlm.data.batch import Batch
+from rdlm.data.packing import Packed
 from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.device import usable_device
@@ -30,14 +31,19 @@ class HeldOut:
     options: WindowOptions
     length: int
     """Tokens of a window."""
+    packed: Packed | None = None
+    """Rows of whole documents, which do not see each other, in the place of windows."""
 
     @property
     def count(self) -> int:
         """Windows there are."""
-        total, wanted = self.store.num_windows(self.length), self.options.max_tokens
+        total = self.store.num_windows(self.length) if self.packed is None else len(self.packed)
+        wanted = self.options.max_tokens
         return total if wanted is None else min(total, max(1, wanted // self.length))
 
     def batches(self) -> Iterator[Batch]:
+        if self.packed is not None:
+            return self.packed.windows(self.options.max_tokens, self.options.batch_size)
         return self.store.windows(self.length, self.options.max_tokens, self.options.batch_size)
 
     @contextmanager
@@ -57,15 +63,18 @@ class HeldOut:
                 "manifest_sha256": self.store.manifest_sha256,
                 "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
                 "seq_len": self.length,
-                "windows": "in order, without overlap: a token sees what precedes it in its window",
+                "packing": "windows" if self.packed is None else "documents",
+                "windows": "in order, without overlap: a token sees what precedes it in its window"
+                if self.packed is None
+                else "whole documents, several in a row: a token sees what precedes it in its document",
             },
             "seed": self.options.seed,
             "dtype": self.options.dtype,
         }
 
 
-def open_windows(options: WindowOptions) -> HeldOut:
-    """UserError where checkpoint, data and window length do not fit each other."""
+def open_windows(options: WindowOptions, packing: Literal["windows", "documents"] = "windows") -> HeldOut:
+    """UserError where checkpoint, data, packing and window length do not fit each other."""
     store = TokenStore(options.data, options.split)
     loaded = load(
         options.checkpoint,
@@ -79,7 +88,12 @@ def open_windows(options: WindowOptions) -> HeldOut:
             "--seq-len", options.seq_len, f"the model was built for {limit} positions", f"use {limit} or less"
         )
     length = options.seq_len or min(limit, options.max_tokens or limit)
-    return HeldOut(loaded, store, options, length)
+    if packing == "windows":
+        return HeldOut(loaded, store, options, length)
+    if not loaded.config.objective.separates_documents:
+        problem = f"objective {loaded.config.objective.name!r} cannot keep the documents of a row apart"
+        raise UserError("--packing", packing, problem, "use windows")
+    return HeldOut(loaded, store, options, length, Packed(store, length))
 
 
 def check_tokenizer(folder: Path, loaded: Loaded, store: TokenStore) -> Tokenizer:
@@ -101,4 +115,6 @@ def check_tokenizer(folder: Path, loaded: Loaded, store: TokenStore) -> Tokenize
 
 def window_protocol(report: dict[str, Any]) -> dict[str, Any]:
     """What must agree between results on windows."""
-    return {"data.seq_len": report["data"]["seq_len"], "tokens": report["tokens"]}
+    data = report["data"]
+    packing = data.get("packing", "windows")  # results of earlier versions name none
+    return {"data.seq_len": data["seq_len"], "data.packing": packing, "tokens": report["tokens"]}

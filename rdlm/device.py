@@ -1,4 +1,4 @@
-"""Which device and precision a model runs with."""
+"""Which device and precision a model runs with, and how tensors get there."""
 
 from __future__ import annotations
 

@@ -108,3 +108,12 @@ def normals(stream: Stream, rows: Tensor, num_rows: int, width: int, device: tor
         return stream.normals(staged(rows, device), width)
     every = torch.randn(num_rows, width, generator=stream)
     return staged(every if len(rows) == num_rows else every[rows], device)
+
+
+def mix64(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele et al. 2014): a bijection of uint64 that scatters neighbouring
+    values."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

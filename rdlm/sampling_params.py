@@ -11,6 +11,8 @@ from typing import Annotated, Literal, get_args, get_type_hints
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.errors import UserError
 
+DEFAULT_SAMPLER = "renoise"
+"""The one that every model with noise levels has, and the only one that this file knows without torch."""
 Order = Literal["random", "left_to_right", "confidence"]
 """Which tokens a masked model unmasks first (rdlm/diffusion/unmasking_plan.py).
 
@@ -70,7 +72,7 @@ class SamplingParams:
     presence_penalty: Annotated[float, Range(-2, 2, "0 switches it off")] = 0.0
     frequency_penalty: Annotated[float, Range(-2, 2, "0 switches it off")] = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    sampler: str = "renoise"
+    sampler: str = DEFAULT_SAMPLER
 
     def __post_init__(self) -> None:
         for name, (_, valid) in NUMBERS.items():
@@ -115,7 +117,7 @@ def text_samplers() -> list[str]:
 
 def text_sampler(name: str, field: str = "sampler") -> str:
     """Today's name of a sampler that text can be sampled with. Raises UserError for any other name."""
-    if name == "renoise":
+    if name == DEFAULT_SAMPLER:
         return name
     from rdlm.diffusion.samplers import OLD_NAMES
 
@@ -144,7 +146,7 @@ def check_sampler(sampler: str, config: CheckpointConfig) -> None:
     """Raises UserError where the checkpoint has no noise levels, or where its blocks share no space for an
     ODE to run in."""
     name = text_sampler(sampler)
-    if name == "renoise":
+    if name == DEFAULT_SAMPLER:
         return
     from rdlm.diffusion.samplers import SAMPLERS
 

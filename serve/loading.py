@@ -52,9 +52,7 @@ def optimise(denoiser: Objective, settings: EngineSettings) -> None:
     causal = denoiser.config.objective.left_to_right  # a masked model's texts are padded, not packed
     if settings.kernels == "auto" and causal and use_kernels(denoiser, settings.weights):
         for part in denoiser.parts:
-            if part.noises_rows and part.targets is None and part.settings.readout == "evidence":
-                rows = cast(NextToken, part).unit_table()
-                part.targets = lambda _, rows=rows: rows  # weights are fixed now: normalised once
+            part.fix_tables()
         return
     if settings.weights != "auto":
         problem = "quantised weights need the CPU kernels: a next-token model, a CPU, a C++ compiler"

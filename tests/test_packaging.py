@@ -185,10 +185,12 @@ LAYERS = ("errors", "config", "data", "nn", "models", "diffusion", "objectives",
 """Packages of rdlm, lowest first: a package imports those before it and never one behind it."""
 KIND = re.compile(
     r"isinstance\([^()]*(\([^()]*\))?[^()]*(Objective|NextToken|MaskedDiffusion|Edm|Evidence|Paper|ForwardForward|"
-    r"ImageConfig|VitConfig|DitConfig|HuginnConfig|LlamaConfig|MaskedConfig|RecurrentConfig)\b"
+    r"ImageConfig|VitConfig|DitConfig|HuginnConfig|LlamaConfig|MaskedConfig|RecurrentConfig|Blockwise|Corpus|"
+    r"TokensConfig|MixtureConfig|ImagesConfig|GeneratedConfig|TaskConfig|Sampler|Schedule|Muon)\b"
     r"|k_meaning [!=]=|\.task [!=]=|\.task in|objective\.name (==|!=|in)|family (==|!=|in)\b"
 )
-"""A question about the kind of an objective or of a model family."""
+"""A question about the kind of an objective, a model family, a data source, a sampler, a schedule or an
+optimizer."""
 REGISTRIES = (
     "rdlm/registry.py",
     "rdlm/config/",
@@ -256,9 +258,9 @@ def test_packages_of_rdlm_import_only_lower_ones() -> None:
     assert upward == []
 
 
-def test_no_place_outside_the_registries_asks_for_the_kind_of_an_objective_or_family() -> None:
-    """Whoever adds an objective or a family writes a class; places that branch on kinds would have to be
-    found and changed. They ask its config or call its method instead."""
+def test_no_place_outside_the_registries_asks_for_the_kind_of_a_thing_of_the_domain() -> None:
+    """Whoever adds an objective, a family or a data source writes a class; places that branch on kinds would
+    have to be found and changed. They ask its config or call its method instead."""
     questions = [
         f"{path.relative_to(REPO)}:{number}: {line.strip()}"
         for path in SOURCES

@@ -35,7 +35,7 @@ from rdlm.atomic import sync, write_file
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError, reason
 from train.ema import KEY as AVERAGE
-from train.optim import Muon, parameter_groups
+from train.optim import parameter_groups
 from train.process import ProcessError
 from train.settings import OptimizerConfig, TrainConfig
 
@@ -567,9 +567,8 @@ def _fill(
             state[key].copy_(cut(key))
         else:
             state[key] = cut(key).to(target.device)
-    counts_in_tensors = isinstance(base, Muon) or (
-        isinstance(base, torch.optim.Optimizer) and type(base).__module__.startswith("torch.")
-    )
+    of_torch = isinstance(base, torch.optim.Optimizer) and type(base).__module__.startswith("torch.")
+    counts_in_tensors = getattr(base, "counts_in_tensors", of_torch)
     for key, value in saved.counts.items():
         state[key] = torch.tensor(value) if counts_in_tensors else int(value)
 

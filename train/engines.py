@@ -165,11 +165,8 @@ def _unpartitioned_masters(engine: DeepSpeedEngine) -> dict[int, Tensor]:
     return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
 
-def unreported_grad_norm(engine: DeepSpeedEngine) -> Tensor | None:
-    """Gradient norm before ``engine.step()`` where DeepSpeed reports none afterwards: stage 0 in fp32. None
-    elsewhere."""
-    if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
-        return None
+def grad_norm(engine: DeepSpeedEngine) -> Tensor:
+    """Gradient norm before ``engine.step()``, of an engine at stage 0 in fp32."""
     return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 

@@ -55,7 +55,7 @@ from train.ema import KEY as AVERAGE
 from train.lora import Merged, add_adapters
 from train.metrics import read
 from train.optim import parameter_groups
-from train.settings import ImagesConfig, TrainConfig
+from train.settings import TrainConfig
 
 MOST_DRAWS = 10_000
 """Updates whose core steps are looked at for ``trained_steps``."""
@@ -229,7 +229,7 @@ def check_init_from(config: TrainConfig, source: str, tokenizer: Tokenizer | Non
             f"prepare it with `rdlm data prepare ... --tokenizer {folder / TOKENIZER}`, or allow it with "
             f"--allow-changes"
         )
-        raise UserError("data.path", getattr(config.data, "path", None), problem, remedy)
+        raise UserError("data.path", config.data.folder, problem, remedy)
 
 
 def _matching(
@@ -276,7 +276,7 @@ def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> st
     held_out = [record for record in read(run / "held_out.jsonl") if record["step"] <= step]
     data = ", ".join(f"{key} {value}" for key, value in config.data.model_dump().items())
     optimizer, schedule = config.optimizer, config.schedule
-    unit = "image" if isinstance(config.data, ImagesConfig) else "token"
+    unit = config.data.unit
     examples = "images" if unit == "image" else f"sequences of {config.seq_len} {unit}s"
     seen = step * config.batch.global_size * config.seq_len
     took = (

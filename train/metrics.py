@@ -312,7 +312,7 @@ class Report:
             record["loss_spike"] = deviation
             self.spikes += deviation > SPIKE
         self.losses = [*self.losses, record["loss"]][-SPIKE_WINDOW:]
-        rows = rows_of(trainer.corpus)
+        rows = trainer.corpus.num_rows
         if rows is not None:
             record["epoch"] = (trainer.step + trainer.state.skipped) * config.batch.global_size / rows
         if len(trainer.engines) > 1:
@@ -371,11 +371,6 @@ class Report:
             )
 
 
-def rows_of(corpus: Any) -> int | None:
-    """Rows of an epoch, None for a task that is generated without end."""
-    return getattr(corpus, "num_windows", None)
-
-
 def first_lines(trainer: Trainer) -> list[str]:
     """What a run is: its size, where it runs, how much of its data it will see."""
     config, corpus = trainer.config, trainer.corpus
@@ -389,7 +384,7 @@ def first_lines(trainer: Trainer) -> list[str]:
         f"{config.schedule.steps:,} updates of {per_update:,} x {corpus.seq_len:,} {corpus.unit}s: "
         f"{config.schedule.steps * per_update * corpus.seq_len:,} {corpus.unit}s",
     ]
-    rows = rows_of(corpus)
+    rows = corpus.num_rows
     if rows is not None:
         share = config.schedule.steps * per_update / rows
         seen = f"{share:.1f} epochs" if share >= 1 else f"{share:.1%} of the data"

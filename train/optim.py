@@ -52,6 +52,9 @@ class Muon(Optimizer):
     The library's two optimizers work on the groups and the state of this one.
     """
 
+    counts_in_tensors = True
+    """As torch's own optimizers keep ``step``."""
+
     def __init__(self, groups: Groups, spec: OptimizerConfig) -> None:
         super().__init__(groups, {"lr": spec.lr})
         matrices = [dict(group) for group in groups if group["matrices"]]

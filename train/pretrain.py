@@ -16,15 +16,13 @@ import tempfile
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TextIO
 
 import psutil
 
-from rdlm.config.model import ImageConfig
 from rdlm.errors import UserError, reason
 from rdlm.registry import build
 from train.data import Corpus, build_corpus
-from train.data.corpus import ImageCorpus
 from train.process import (
     ProcessError,
     StopSignal,
@@ -121,12 +119,7 @@ def check(config: TrainConfig, world: int) -> Corpus:
     if config.resident is not None and config.resident.rest == "host" and device_kind() == "cpu":
         problem = "without GPUs blocks train in host memory"
         raise UserError("resident.rest", "host", problem, "set resident.rest=disk")
-    if isinstance(corpus, ImageCorpus):
-        _check_images(cast(ImageConfig, config.model), corpus)
-    elif corpus.vocab_size > config.model.vocab_size:
-        problem = f"smaller than the data's vocabulary ({corpus.vocab_size})"
-        remedy = f"set model.vocab_size={corpus.vocab_size}"
-        raise UserError("model.vocab_size", config.model.vocab_size, problem, remedy)
+    corpus.check_model(config.model)
     check_samples(config, corpus.tokenizer)
     if config.evaluation.interval_steps:
         next(iter(corpus.windows(1, 1)))  # the held-out split is there and long enough
@@ -211,25 +204,6 @@ def check_precision(config: TrainConfig, bf16_supported: bool) -> None:
     """UserError for bf16 on a device without it."""
     if config.precision == "bf16" and not bf16_supported:
         raise UserError("precision", "bf16", "this device does not compute in bf16", "set precision=fp32")
-
-
-def _check_images(model: ImageConfig, corpus: ImageCorpus) -> None:
-    height, width = corpus.image_size
-    found = {
-        "image_size": (model.image_size,) * 2,
-        "num_channels": model.num_channels,
-        "num_classes": model.num_classes,
-    }
-    wanted = {"image_size": corpus.image_size, "num_channels": 3, "num_classes": corpus.vocab_size}
-    for field, given in found.items():
-        if given != wanted[field]:
-            problem = f"the data's images are {width}x{height} in 3 channels and {corpus.vocab_size} classes"
-            remedy = (
-                f"set model.{field}={wanted[field]}"
-                if field != "image_size"
-                else "prepare the data with --size, or change it"
-            )
-            raise UserError(f"model.{field}", getattr(model, field), problem, remedy)
 
 
 def train(config: TrainConfig, stop: StopSignal, terminal: TextIO) -> bool:

@@ -14,15 +14,15 @@ WARM_UP = 2
 
 class Profiler:
     """Records updates ``start`` .. ``start + steps - 1`` (0-based) into ``profile/rank0.json.gz``, which
-    chrome://tracing and Perfetto read. Without a section it does nothing."""
+    chrome://tracing and Perfetto read."""
 
-    def __init__(self, config: ProfileConfig | None, output: Path, rank: int) -> None:
+    def __init__(self, config: ProfileConfig, output: Path, rank: int) -> None:
         self.config, self.file = config, output / "profile" / f"rank{rank}.json.gz"
         self._running: torch.profiler.profile | None = None
 
     def before(self, step: int) -> None:
         """Called before update ``step``."""
-        if self.config is None or self._running is not None or step != max(0, self.config.start - WARM_UP):
+        if self._running is not None or step != max(0, self.config.start - WARM_UP):
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
@@ -37,7 +37,7 @@ class Profiler:
 
     def after(self, step: int) -> list[str]:
         """Called after update ``step`` -> lines for the terminal."""
-        if self._running is None or self.config is None:
+        if self._running is None:
             return []
         if step + 1 < self.config.start + self.config.steps:
             self._running.step()

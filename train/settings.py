@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -45,13 +45,43 @@ documents: whole documents, as many as fit into a row, that do not see each othe
 start of each."""
 
 
-class TokensConfig(Strict):
+class BaseDataConfig(Strict):
+    """What every kind of training data says of itself."""
+
+    unit: ClassVar[str] = "token"
+    """What a position of a row is."""
+    of_images: ClassVar[bool] = False
+
+    @property
+    def folder(self) -> str:
+        """The one prepared folder that rows come from, "" where there is none."""
+        return ""
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether rows hold documents that do not see each other."""
+        return False
+
+    def row_length(self, fills_in: bool) -> int:
+        """Positions of a row. fills_in: whether the model fills in masked tokens of whole rows."""
+        return self.seq_len  # type: ignore[attr-defined, no-any-return]
+
+
+class TokensConfig(BaseDataConfig):
     """Prepared shards of ``rdlm data prepare``."""
 
     kind: Literal["tokens"] = "tokens"
     path: FolderPath
     seq_len: int = Field(ge=2)
     packing: Packing = "windows"
+
+    @property
+    def folder(self) -> str:
+        return self.path
+
+    @property
+    def separates_documents(self) -> bool:
+        return self.packing == "documents"
 
 
 class MixturePart(Strict):
@@ -61,7 +91,7 @@ class MixturePart(Strict):
     weight: float = Field(1.0, gt=0)
 
 
-class MixtureConfig(Strict):
+class MixtureConfig(BaseDataConfig):
     """Several folders of prepared shards with one tokenizer: rows come from each in proportion to its weight."""
 
     kind: Literal["mixture"] = "mixture"
@@ -69,8 +99,20 @@ class MixtureConfig(Strict):
     seq_len: int = Field(ge=2)
     packing: Packing = "windows"
 
+    @property
+    def separates_documents(self) -> bool:
+        return self.packing == "documents"
 
-class GroupProductConfig(Strict):
+
+class TaskConfig(BaseDataConfig):
+    """A generated task. ``seq_len`` is the length of a row of the task itself, ``filled_in_len`` that of a row of
+    ``rdlm.data.synthetic.FilledIn``."""
+
+    def row_length(self, fills_in: bool) -> int:
+        return self.filled_in_len if fills_in else super().row_length(fills_in)  # type: ignore[attr-defined, no-any-return]
+
+
+class GroupProductConfig(TaskConfig):
     """Running product in a finite group: a task that needs serial steps."""
 
     kind: Literal["group_product"] = "group_product"
@@ -87,7 +129,7 @@ class GroupProductConfig(Strict):
         return 2 * self.length
 
 
-class PointerChasingConfig(Strict):
+class PointerChasingConfig(TaskConfig):
     """Following a table of pointers, one hop further at every position."""
 
     kind: Literal["pointer_chasing"] = "pointer_chasing"
@@ -103,7 +145,7 @@ class PointerChasingConfig(Strict):
         return self.nodes + 2 * self.hops
 
 
-class LatinSquareConfig(Strict):
+class LatinSquareConfig(TaskConfig):
     """Completing Latin squares, whose answers depend on each other."""
 
     kind: Literal["latin_square"] = "latin_square"
@@ -120,9 +162,11 @@ class LatinSquareConfig(Strict):
         return self.side**2
 
 
-class ImagesConfig(Strict):
+class ImagesConfig(BaseDataConfig):
     """Prepared images of ``rdlm data images``."""
 
+    unit = "image"
+    of_images = True
     kind: Literal["images"] = "images"
     path: FolderPath
     augment: Literal["none", "flip", "flip_crop"] = "flip"
@@ -133,10 +177,12 @@ class ImagesConfig(Strict):
         """Targets of a row: its class."""
         return 1
 
+    @property
+    def folder(self) -> str:
+        return self.path
+
 
 GeneratedConfig = GroupProductConfig | PointerChasingConfig | LatinSquareConfig
-"""Of a task: ``filled_in_len`` is the length of a row of ``rdlm.data.synthetic.FilledIn``, ``seq_len`` that
-of the task itself."""
 DataConfig = Annotated[
     TokensConfig | MixtureConfig | ImagesConfig | GeneratedConfig, Field(discriminator="kind")
 ]
@@ -250,14 +296,11 @@ class ScheduleConfig(Strict):
     def _fits(self) -> ScheduleConfig:
         if self.warmup_steps + self.cooldown_steps > self.steps:
             raise ValueError(f"warmup_steps + cooldown_steps exceed steps ({self.steps})")
-        if self.cooldown_steps and self.kind != "trapezoid":
-            raise ValueError(
-                f"cooldown_steps has no meaning with kind {self.kind!r}; use trapezoid or drop it"
-            )
-        if self.kind == "trapezoid" and not self.cooldown_steps:
-            raise ValueError(
-                "kind 'trapezoid' needs cooldown_steps; use kind 'constant' for a rate that stays"
-            )
+        if bool(self.cooldown_steps) != (self.kind == "trapezoid"):
+            told = "needs cooldown_steps; use constant for a rate that stays"
+            if self.cooldown_steps:
+                told = "has no cooldown_steps; use trapezoid or drop them"
+            raise ValueError(f"kind {self.kind!r} {told}")
         return self
 
 
@@ -463,11 +506,7 @@ class TrainConfig(Strict):
     @property
     def seq_len(self) -> int:
         """Positions of a row."""
-        return (
-            self.data.filled_in_len
-            if self.fills_in and isinstance(self.data, GeneratedConfig)
-            else self.data.seq_len
-        )
+        return self.data.row_length(self.fills_in)
 
     @property
     def checkpoint_config(self) -> CheckpointConfig:
@@ -611,11 +650,11 @@ def _check(config: TrainConfig) -> None:
         raise UserError(
             "model.noise_conditioning", conditioned, problem, "drop the field: it follows the objective"
         )
-    if getattr(config.data, "packing", "windows") == "documents" and not objective.separates_documents:
+    if config.data.separates_documents and not objective.separates_documents:
         problem = f"objective {objective.name!r} cannot keep the documents of a row apart"
         raise UserError("data.packing", "documents", problem, "set data.packing=windows")
     of_images = config.model.is_image
-    if of_images != isinstance(config.data, ImagesConfig):
+    if of_images != config.data.of_images:
         problem = f"family {config.model.family!r} learns from {'images' if of_images else 'rows of ids'}"
         raise UserError(
             "data.kind",

@@ -519,7 +519,7 @@ def _records(run: Run) -> list[dict[str, Any]]:
 
 
 def _data_of(config: TrainConfig) -> str:
-    return str(getattr(config.data, "path", ""))
+    return config.data.folder
 
 
 def _on_cpu() -> bool:

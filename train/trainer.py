@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rdlm.atomic import write_file
-from rdlm.data.batch import Batch
+from rdlm.data.batch import Batch, on_device
 from rdlm.errors import UserError
 from rdlm.nn.layers import TransformerLayer
 from rdlm.objectives import Objective
@@ -30,13 +30,13 @@ from rdlm.registry import build
 from train import checkpoints as resume
 from train.checkpoints import RunState
 from train.compilation import compile_layers, uncompiled
-from train.data import Corpus
+from train.data import Corpus, Reader
 from train.engines import (
     ResidentEngines,
     full_precision_weights,
+    grad_norm,
     start_engine,
     step_without_gradients,
-    unreported_grad_norm,
 )
 from train.evaluate import held_out
 from train.export import find_checkpoint, initialize_from
@@ -49,7 +49,6 @@ from train.process import ProcessError
 from train.profiling import Profiler
 from train.samples import record, written_texts
 from train.settings import TrainConfig
-from train.staging import Reader, on_device
 
 
 def recompute_layers(denoiser: Objective) -> None:
@@ -121,6 +120,8 @@ class Trainer:
         self.block = 0
         """The block of the last update."""
         self._own_norm: Tensor | None = None
+        self._measures_norm = config.deepspeed.zero_stage == 0 and config.precision == "fp32"
+        """There DeepSpeed reports no norm after an update."""
         self._last_good: tuple[Batch, Keys] | None = None
         """The first micro-batch of the last update that was finite, and what its noise is drawn from."""
         self._nonfinite_in_a_row = self._rollbacks = 0
@@ -184,18 +185,19 @@ class Trainer:
         config = self.config
         report = Report(self) if self.rank == 0 else None
         seconds, cpu = time.perf_counter(), time.process_time()
-        profiler = Profiler(config.profile, self.output, self.rank)
+        profiler = None if config.profile is None else Profiler(config.profile, self.output, self.rank)
         while self.step < config.schedule.steps:
             index = self.step + self.state.skipped
             batches = self._reader.take(index, index + 1 if self.step + 1 < config.schedule.steps else None)
-            profiler.before(self.step)
+            if profiler is not None:
+                profiler.before(self.step)
             positions, stopping = self._agree(
                 sum(float(batch.mask.sum()) for batch in batches), should_stop()
             )
             if stopping:
                 break
             tally = self.train_step(on_device(batches, self.device), positions)
-            for line in profiler.after(self.step):
+            for line in [] if profiler is None else profiler.after(self.step):
                 self.say(line)
             self.step += 1
             if not tally.finite:
@@ -238,8 +240,8 @@ class Trainer:
             total, count, metrics = engine(batch, self._keys(index, micro))
             engine.backward(total * scale)
             tally.add(total, count, metrics)
-            if micro == len(batches) - 1:
-                self._own_norm = unreported_grad_norm(engine)
+            if self._measures_norm and micro == len(batches) - 1:
+                self._own_norm = grad_norm(engine)
             if self._own_norm is not None and not bool(self._own_norm.isfinite()):
                 step_without_gradients(engine)
             else:
@@ -368,7 +370,7 @@ class Trainer:
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < known:
                 problem = f"batch {index} holds ids from {int(ids.min())} to {int(ids.max())}; the model knows {known}"
                 remedy = "prepare the data again, or raise model.vocab_size"
-                raise ProcessError("data", str(getattr(self.config.data, "path", "")), problem, remedy)
+                raise ProcessError("data", self.config.data.folder, problem, remedy)
         return batches
 
     def _agree(self, positions: float, stop: bool) -> tuple[float, bool]:

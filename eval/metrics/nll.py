@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -55,8 +55,11 @@ def evaluate_nll(
     tokens, bytes_, characters = [], 0, 0
     device = next(loaded.denoiser.parameters()).device
     for batch in corpus_windows:
-        inputs, targets, mask = (t.to(device) for t in (batch.inputs, batch.targets, batch.mask))
-        scores = loaded.denoiser.token_logprobs(inputs, targets, steps, seed=seed, num_draws=num_draws)
+        batch = batch.to(device)
+        inputs, targets, mask = batch.inputs, batch.targets, batch.mask
+        scores = loaded.denoiser.token_logprobs(
+            inputs, targets, steps, seed=seed, num_draws=num_draws, documents=batch.documents
+        )
         widths = num_bytes.to(device)[targets] * mask
         for k in steps:
             nll = -scores[k].double() * mask
@@ -139,13 +142,20 @@ class Nll(Measurement):
         num_draws: Annotated[
             int, typer.Option(min=1, help="Noise samples of a mixture estimate; levels sampled for a bound.")
         ] = 8
+        packing: Annotated[
+            Literal["windows", "documents"],
+            typer.Option(
+                help="windows: rows go across the ends of documents. documents: as in training with "
+                "data.packing=documents, where documents of a row do not see each other."
+            ),
+        ] = "windows"
         per_window: Annotated[
             bool, typer.Option("--per-window", help="Add the nats of every window to the JSON.")
         ] = False
 
     def measure(self, options: Options) -> Json:
         wanted = None if options.num_steps is None else numbers("--num-steps", options.num_steps, int)
-        held_out = open_windows(options)
+        held_out = open_windows(options, options.packing)
         ks = check_steps(wanted, held_out.loaded.config)
         with held_out.progress(f"K = {', '.join(map(str, ks))}") as done:
             measured = evaluate_nll(

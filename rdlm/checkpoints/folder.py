@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -120,8 +120,8 @@ def load(
             name: absent(weight, torch.device(device), dtype) for name, weight in denoiser.named_parameters()
         }
         denoiser.load_state_dict(_with_ties(denoiser, {**empty, **read(outside)}), strict=True, assign=True)
-        assert isinstance(denoiser, Blockwise)
-        denoiser.resident = ResidentBlocks(denoiser, resident_blocks, read)
+        whole = cast(Blockwise, denoiser)
+        whole.resident = ResidentBlocks(whole, resident_blocks, read)
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         problem = f"has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}"
@@ -162,12 +162,12 @@ def parse_config(data: Any, where: str) -> CheckpointConfig:
 
 
 def _check_resident(count: int, denoiser: Objective) -> None:
-    if not isinstance(denoiser, Blockwise):
+    if len(denoiser.parts) == 1:
         problem = "the checkpoint is not a network of several blocks, which could be in memory one by one"
         raise UserError("resident_blocks", count, problem, "leave it out")
-    if not 1 <= count <= len(denoiser.blocks):
-        problem = f"the network has {len(denoiser.blocks)} blocks"
-        raise UserError("resident_blocks", count, problem, f"choose 1 to {len(denoiser.blocks)}")
+    if not 1 <= count <= len(denoiser.parts):
+        problem = f"the network has {len(denoiser.parts)} blocks"
+        raise UserError("resident_blocks", count, problem, f"choose 1 to {len(denoiser.parts)}")
 
 
 def _read_weights(

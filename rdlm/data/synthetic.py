@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
+from rdlm.random_streams import mix64
 
 Split = Literal["train", "valid", "test"]
 GROUPS = {"s3": 3, "s5": 5}
@@ -260,12 +261,3 @@ def _draws(indices: np.ndarray, count: int, seed: int, split: Split) -> np.ndarr
     )[0]
     counters = indices.astype(np.uint64)[:, None] * np.uint64(count) + np.arange(count, dtype=np.uint64)
     return mix64(mix64(counters) ^ key)
-
-
-def mix64(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele et al. 2014): a bijection of uint64 that scatters neighbouring
-    values."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -4,7 +4,7 @@ sampling alike."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -178,15 +178,18 @@ def _edges(
 ) -> tuple[float, ...]:
     low, high = schedule.ends
     fractions = [b / num_blocks for b in range(num_blocks + 1)]  # 0 = noisiest edge
-    if kind == "uniform":
-        return tuple(high + f * (low - high) for f in fractions)
-    if kind == "log_uniform":
-        return tuple(math.exp(math.log(high) + f * math.log(low / high)) for f in fractions)
-    if kind == "explicit":
-        return _falling("edges", (high, *inner, low), num_blocks)
-    if kind == "equal_information":
-        return _falling("curve", (high, *equal_drops(curve, num_blocks, low, high), low), num_blocks)
-    return tuple(schedule.icdf(torch.tensor([1.0 - f for f in fractions], dtype=torch.float64)).tolist())
+    cuts: dict[PartitionKind, Callable[[], tuple[float, ...]]] = {
+        "uniform": lambda: tuple(high + f * (low - high) for f in fractions),
+        "log_uniform": lambda: tuple(math.exp(math.log(high) + f * math.log(low / high)) for f in fractions),
+        "explicit": lambda: _falling("edges", (high, *inner, low), num_blocks),
+        "equal_information": lambda: _falling(
+            "curve", (high, *equal_drops(curve, num_blocks, low, high), low), num_blocks
+        ),
+        "equi_probability": lambda: tuple(
+            schedule.icdf(torch.tensor([1.0 - f for f in fractions], dtype=torch.float64)).tolist()
+        ),
+    }
+    return cuts[kind]()
 
 
 def _falling(field: str, edges: tuple[float, ...], num_blocks: int) -> tuple[float, ...]:

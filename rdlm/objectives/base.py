@@ -213,6 +213,9 @@ class Objective(nn.Module, ABC):
         """Let layers compute their modulation themselves, so that recomputing a layer recomputes it too."""
         self.model.modulates_in_layers = True
 
+    def fix_tables(self) -> None:
+        """Keep what is computed from weights alone: they do not change any more."""
+
     # Evaluation ---------------------------------------------------------------------------------------------
 
     def score(

@@ -292,6 +292,11 @@ class NextToken(Objective):
             return self.targets(self.model.ln_f.weight.device)
         return self.model.wte(use=lambda weight: F.normalize(weight.detach().float(), dim=-1))
 
+    def fix_tables(self) -> None:
+        if self.targets is None and self.evidence_scale is not None:
+            rows = self.unit_table()
+            self.targets = lambda device: rows
+
     def inject(self, z: Tensor, sigma: Tensor) -> Tensor:
         """c_in(sigma) z: the noised target in the place of the recurrent state, in the model's dtype."""
         c_in = denoise_scalings(sigma, self.noise.sigma_data).c_in

@@ -10,7 +10,7 @@ import torch
 
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.objective import objective_config
-from rdlm.data.batch import Batch
+from rdlm.data.batch import Batch, on_device
 from rdlm.diffusion.targets import frozen_rows
 from rdlm.nn.attention import rotary_table
 from rdlm.objectives import Objective
@@ -23,7 +23,6 @@ from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Request, StepBudget, StepResult
 from tests.gpu.fake_cuda import Watch, load_guard
 from tests.guard.guard_cases import CUT, MODELS, PAIRS, batch, is_image
-from train.staging import on_device
 from train.trainer import Tally
 
 SERVED = [name for name in (*PAIRS, *CUT) if name.startswith(("huginn", "llama"))]
@@ -77,7 +76,7 @@ def test_a_training_forward_neither_mixes_devices_nor_waits(watch: Watch, name: 
     rotary = {line: count for line, count in watch.waits.items() if "attention.py" in line}
     assert sum(rotary.values()) <= 1, "the rotary table is sent once, by the first layer"
     assert {line: count for line, count in watch.waits.items() if line not in rotary} == {}
-    assert sum("staging.py" in line or "device.py" in line for line in watch.copies) >= 1
+    assert sum("batch.py" in line or "device.py" in line for line in watch.copies) >= 1
 
 
 @pytest.mark.parametrize("name", [*PAIRS, *CUT])

@@ -24,17 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.data.batch import Batch
+from rdlm.data.batch import Batch, on_device
 from rdlm.errors import UserError
 from rdlm.flops import costs_of
 from rdlm.registry import build
 from train import pretrain
 from train.cost import UpdateFlops, peak_flops
+from train.data import Reader
 from train.engines import ds_config
 from train.memory_plan import predict
 from train.metrics import read
 from train.settings import TrainConfig
-from train.staging import Reader, on_device
 from train.trainer import Tally, lock_output
 
 REPO = Path(__file__).resolve().parents[2]
@@ -152,7 +152,7 @@ def test_gradients_are_sent_in_fp32_where_asked(trainer) -> None:
 def test_batches_arrive_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through one buffer, whatever their types: the meta device stands for a GPU, its copy for the GPU's."""
     sent: list[torch.Tensor] = []
-    monkeypatch.setattr("train.staging.staged", lambda buffer, device: sent.append(buffer) or buffer)
+    monkeypatch.setattr("rdlm.data.batch.staged", lambda buffer, device: sent.append(buffer) or buffer)
     batches = [
         Batch(torch.randint(0, 99, (2, 5)), torch.randint(0, 99, (2, 5)), torch.rand(2, 5) > 0.5),
         Batch(torch.randn(3, 3, 4, 4), torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1, dtype=torch.bool),

@@ -15,13 +15,13 @@ from torch import Tensor
 from rdlm.config.base import parse
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.batch import Batch
+from rdlm.data.packing import Packed, best_fit
 from rdlm.data.token_shards import TokenStore
 from rdlm.errors import UserError
 from rdlm.nn.attention import DocumentContext, TwoStreamContext
 from rdlm.objectives.base import HeldOut, Keys
 from rdlm.registry import build
 from train.data.corpus import TokenCorpus
-from train.data.packing import Packed, best_fit
 from train.data.prepare import Preparation, prepare
 from train.settings import TokensConfig, TrainConfig
 from train.settings import _check as check_sections
@@ -234,3 +234,31 @@ def test_a_run_on_packed_documents_trains_and_evaluates(trainer: Any, data: Path
     records = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["loss"] < records[0]["loss"]
     assert (run.output / "held_out.jsonl").read_text().count("K=2") == 2
+
+
+def test_evaluation_reads_packed_documents_as_training_does(
+    trainer: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of held-out rows are short: without their masks the figures would be others."""
+    from eval.metrics.nll import Nll
+    from train.export import export_run
+
+    section = TokensConfig(path=str(data), seq_len=32, packing="documents").model_dump()
+    run = trainer({
+        "model.vocab_size": 257, "data": section, "precision": "fp32", "objective": "onestep",
+        "evaluation": {"interval_steps": 6, "steps": [1, 2], "max_tokens": 64},
+    })  # fmt: skip
+    assert run.fit()
+    trained = json.loads((run.output / "held_out.jsonl").read_text().splitlines()[-1])
+    given: dict[str, Any] = {
+        "checkpoint": export_run(run.output), "data": data, "num_steps": "1,2", "seq_len": 32, "max_tokens": 64,
+        "device": "cpu",
+    }  # fmt: skip
+
+    def measured(packing: Any) -> list[float]:
+        report = Nll().measure(Nll.Options(**given, packing=packing))
+        return [row["nll"] for row in report["results"]]
+
+    expected = [trained["K=1"], trained["K=2"]]
+    assert measured("documents") == pytest.approx(expected, rel=1e-5)
+    assert measured("windows") != pytest.approx(expected, rel=1e-3)

@@ -1,5 +1,5 @@
 """From sources to shards and from shards to batches: sources, prepare, order, corpus."""
 
-from train.data.corpus import Corpus, build_corpus
+from train.data.corpus import Corpus, Reader, build_corpus
 
-__all__ = ["Corpus", "build_corpus"]
+__all__ = ["Corpus", "Reader", "build_corpus"]

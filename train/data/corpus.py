@@ -10,21 +10,25 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rdlm.config.checkpoint import ModelConfig
+from rdlm.config.model import ImageConfig
 from rdlm.data.batch import Batch
 from rdlm.data.images import ImageStore, as_batch
-from rdlm.data.synthetic import FilledIn, Generated, GroupProduct, LatinSquare, PointerChasing, Task, mix64
+from rdlm.data.packing import Packed
+from rdlm.data.synthetic import FilledIn, Generated, GroupProduct, LatinSquare, PointerChasing, Task
 from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from train.data.packing import Packed
+from rdlm.random_streams import mix64
 from train.settings import (
     DataConfig,
     GeneratedConfig,
@@ -68,6 +72,13 @@ class Corpus(Protocol):
     def tokenizer(self) -> Tokenizer | None:
         """None where ids stand for something other than text."""
 
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of an epoch; None where it is not known, or rows are generated without end."""
+
+    def check_model(self, model: ModelConfig) -> None:
+        """UserError for a model that cannot learn from it."""
+
     def batch(
         self,
         step: int,
@@ -91,8 +102,47 @@ class Corpus(Protocol):
         sequence."""
 
 
+class Reader:
+    """What ``read(index)`` gives, begun while the update before is computed. Batches are pure functions of their
+    index, so reading ahead changes nothing and is no part of a run's state."""
+
+    def __init__(self, read: Callable[[int], list[Batch]]) -> None:
+        self._read = read
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def take(self, index: int, following: int | None) -> list[Batch]:
+        """Batches of ``index``; those of ``following`` are begun. Whatever reading them raised is raised here."""
+        if self._ahead is not None and self._ahead[0] == index:
+            batches = self._ahead[1].result()
+        else:
+            batches = self._read(index)
+        self._ahead = None
+        if following is not None:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
+            self._ahead = (following, self._thread.submit(self._read, following))
+        return batches
+
+    def close(self) -> None:
+        """End the thread; ``take`` starts another where it is called again."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread = self._ahead = None
+
+
 class RowCorpus(ABC):
     """A Corpus whose rows have numbers: an update's are drawn from one endless list."""
+
+    vocab_size: int
+    num_rows: int | None = None
+
+    def check_model(self, model: ModelConfig) -> None:
+        """See ``train.data.Corpus.check_model``."""
+        if self.vocab_size > model.vocab_size:
+            problem = f"smaller than the data's vocabulary ({self.vocab_size})"
+            remedy = f"set model.vocab_size={self.vocab_size}"
+            raise UserError("model.vocab_size", model.vocab_size, problem, remedy)
 
     @abstractmethod
     def rows(self, numbers: np.ndarray, seed: int) -> Batch:
@@ -137,14 +187,13 @@ class TokenCorpus(RowCorpus):
         self._held_out, self._packing = held_out, packing
         self.seq_len, self.vocab_size = seq_len, self._store.manifest.vocab_size
         self._packed = Packed(self._store, seq_len) if packing == "documents" else None
-        self.num_windows = self._store.num_windows(seq_len) if self._packed is None else len(self._packed)
-        """Rows of an epoch."""
+        self.num_rows: int = self._store.num_windows(seq_len) if self._packed is None else len(self._packed)
         self.identity = self._store.manifest_sha256
         self.tokenizer = self._store.tokenizer()
 
     def rows(self, numbers: np.ndarray, seed: int) -> Batch:
         """Rows of the endless list by their numbers, int64 [n]."""
-        chosen = shuffled(numbers, self.num_windows, seed)
+        chosen = shuffled(numbers, self.num_rows, seed)
         return self._store.rows(chosen, self.seq_len) if self._packed is None else self._packed.rows(chosen)
 
     def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
@@ -224,6 +273,27 @@ class ImageCorpus(RowCorpus):
         if augment == "flip_crop" and min(self.image_size) <= PAD:
             problem = f"reflects {PAD} pixels at each side, and images are {width}x{height}"
             raise UserError("data.augment", augment, problem, "use flip or none")
+
+    def check_model(self, model: ModelConfig) -> None:
+        model = cast(ImageConfig, model)  # train/settings.py has refused other models of images
+        height, width = self.image_size
+        found = {
+            "image_size": (model.image_size,) * 2,
+            "num_channels": model.num_channels,
+            "num_classes": model.num_classes,
+        }
+        wanted = {"image_size": self.image_size, "num_channels": 3, "num_classes": self.vocab_size}
+        for field, given in found.items():
+            if given != wanted[field]:
+                problem = (
+                    f"the data's images are {width}x{height} in 3 channels and {self.vocab_size} classes"
+                )
+                remedy = (
+                    f"set model.{field}={wanted[field]}"
+                    if field != "image_size"
+                    else "prepare the data with --size, or change it"
+                )
+                raise UserError(f"model.{field}", getattr(model, field), problem, remedy)
 
     def rows(self, numbers: np.ndarray, seed: int) -> Batch:
         """Images of the endless list by their numbers, int64 [n]: inputs fp32 [n, 3, H, W], targets [n, 1]."""
