@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("eval.cli:app", "Measure a checkpoint: likelihood by K, texts, tasks, images."),
     "import": ("rdlm.checkpoints.cli:import_app", "Import a published checkpoint."),
     "convert": ("rdlm.checkpoints.cli:convert_app", "Make a plain transformer recurrent."),
+    "quantize": ("rdlm.checkpoints.cli:quantize_app", "Store a checkpoint's weights as int8 or int4."),
     "logits": ("rdlm.checkpoints.cli:logits_app", "Compute the logits of given token ids at several K."),
     "inspect": (
         "rdlm.checkpoints.cli:inspect_app",

@@ -383,6 +383,7 @@ def description(folder: Path) -> dict[str, str]:
         "name": config.name,
         "family": f"{model.family}, imported from {origin}" if origin else model.family,
         "parameters": f"{count:,}",
+        **checkpoint.stored_as(config),
         "objective": config.objective.name,
         "K": f"{config.k_description}. Default {config.default_steps}, at most {config.max_steps}",
         "likelihood": config.objective.estimator,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +15,12 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.device import usable_device, usable_dtype
 from rdlm.errors import UserError
+from rdlm.nn.quantization import Quantized, formats, quantized
 from rdlm.objectives import Objective
 from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.objectives.next_token import NextToken
 from rdlm.sampling_params import NUMBERS
+from serve.engine.cpu.library import library
 from serve.engine.cpu.modules import use_kernels
 from serve.engine.engine import Served
 from serve.engine.masked_runner import MaskedRunner
@@ -42,22 +44,42 @@ def load_served(folder: Path, settings: EngineSettings) -> Served:
     if settings.generation_config == "auto":
         served = replace(served, sampling_defaults=sampling_defaults(folder))
     if settings.resident_blocks is None:  # otherwise weights come and go by name
-        optimise(loaded.denoiser, settings)
+        optimise(loaded.denoiser, settings, loaded.quantized)
     return served
 
 
-def optimise(denoiser: Objective, settings: EngineSettings) -> None:
+def optimise(
+    denoiser: Objective, settings: EngineSettings, stored: Mapping[str, Quantized] | None = None
+) -> None:
     """Prepare a network for inference on this machine, in place: the kernels of serve/engine/cpu where they
-    can be compiled, else weights packed for PyTorch's own. On a GPU it stays as it is. Raises UserError."""
-    causal = denoiser.config.objective.left_to_right  # a masked model's texts are padded, not packed
-    if settings.kernels == "auto" and causal and use_kernels(denoiser, settings.weights):
+    can be compiled, else weights packed for PyTorch's own. On a GPU it stays as it is. Raises UserError.
+
+    stored: weights by name that the checkpoint holds quantised and that were kept so.
+    """
+    weights = None if settings.weights == "auto" else settings.weights
+    wanted = settings.kernels == "auto" and denoiser.config.objective.left_to_right
+    if wanted and use_kernels(denoiser, stored or weights):
         for part in denoiser.parts:
             part.fix_tables()
         return
-    if settings.weights != "auto":
-        problem = "quantised weights need the CPU kernels: a next-token model, a CPU, a C++ compiler"
-        raise UserError("weights", settings.weights, problem, "leave it out")
+    if weights is not None and denoiser.config.quantization is None:
+        if not wanted or next(denoiser.parameters()).device.type != "cpu":
+            problem = "they are quantised for the CPU kernels, which run next-token models on a CPU"
+            raise UserError("weights", settings.weights, problem, "leave it out")
+        logger.warning("without the CPU kernels %s weights are neither smaller nor faster", weights)
+        chosen = formats(denoiser, weights)
+        for name, parameter in denoiser.named_parameters():
+            if name in chosen:
+                parameter.data = quantized(parameter, chosen[name]).dequantized(parameter.dtype)
     pack_weights(denoiser)
+
+
+def _check_quantised_once(config: CheckpointConfig, settings: EngineSettings) -> None:
+    """UserError where weights that are stored quantised are to be quantised otherwise."""
+    if config.quantization is not None and settings.weights not in ("auto", config.quantization.weights):
+        problem = f"the checkpoint's weights are {config.quantization.weights} already"
+        remedy = "leave it out, or give the checkpoint that it was made from"
+        raise UserError("weights", settings.weights, problem, remedy)
 
 
 def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded, Tokenizer, frozenset[int]]:
@@ -65,7 +87,11 @@ def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded
     device = usable_device(settings.device)
     dtype = usable_dtype(settings.dtype, device)
     logger.info("%s runs on %s in %s", folder.name, device, str(dtype).removeprefix("torch."))
-    loaded = checkpoint.load(folder, device, dtype, settings.resident_blocks)
+    config = checkpoint.load_config(folder)
+    _check_quantised_once(config, settings)
+    kernels = settings.kernels == "auto" and config.objective.left_to_right and device.type == "cpu"
+    keep = kernels and settings.resident_blocks is None and library() is not None
+    loaded = checkpoint.load(folder, device, dtype, settings.resident_blocks, keep_quantized=keep)
     if loaded.tokenizer is None:
         raise UserError(
             "checkpoint",

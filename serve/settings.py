@@ -28,8 +28,8 @@ class EngineSettings(Strict):
     """Most memory of kept prefixes, in GB."""
     kernels: Literal["auto", "torch"] = "auto"
     """auto: on a CPU, those of serve/engine/cpu, compiled for the machine. torch: PyTorch's own."""
-    weights: Literal["auto", "int8"] = "auto"
-    """int8: matrices are quantised when they are loaded (CPU kernels only)."""
+    weights: Literal["auto", "int8", "int4"] = "auto"
+    """auto: as they are stored. int8, int4: matrices are quantised when they are loaded (CPU kernels only)."""
     max_slots: int = Field(16, ge=1, le=1024)
     """Sequences in flight at once; each owns max_len positions of the cache."""
     max_len: int | None = Field(None, ge=2)

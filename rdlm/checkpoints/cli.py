@@ -1,4 +1,4 @@
-"""``rdlm import``, ``rdlm convert``, ``rdlm export``, ``rdlm logits`` and ``rdlm inspect``: checkpoints of
+"""``rdlm import``, ``rdlm convert``, ``rdlm quantize``, ``rdlm export``, ``rdlm logits`` and ``rdlm inspect``: checkpoints of
 other formats, and what is in one of ours."""
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import_app = new_app(no_args_is_help=True)
 convert_app = new_app(no_args_is_help=True)
 export_app = new_app(no_args_is_help=True, epilog=_EXPORT_EXAMPLE)
 logits_app = new_app(no_args_is_help=True)
+quantize_app = new_app(no_args_is_help=True)
 inspect_app = new_app(no_args_is_help=True)
 Force = Annotated[bool, typer.Option("--force", help="Replace what OUT holds.")]
 Unroll = Annotated[
@@ -149,6 +150,39 @@ def converting(
         max_steps=max_num_steps, keep_tokens=keep_tokens or (), name=name, force=force,
     )  # fmt: skip
     typer.echo(f"{out}: converted. Try: rdlm inspect {out}")
+
+
+@quantize_app.command(epilog="Example: rdlm quantize runs/demo/model runs/demo/int4 --weights int4")
+def quantizing(
+    checkpoint: Checkpoint,
+    out: OutFolder,
+    weights: Annotated[
+        Literal["int8", "int4"],
+        typer.Option(
+            help="Of attention and feed-forward layers. Token tables and other matrices become int8; norms and biases stay."
+        ),
+    ],
+    group_size: Annotated[
+        int, typer.Option(help="Inputs that share a scale: 32, 64 or 128. Larger is smaller and less exact.")
+    ] = 32,
+    force: Force = False,
+) -> None:
+    """Write a checkpoint with quantised weights, which every command reads. Needs no data and little memory.
+
+    On a CPU the server's kernels read them as they are; elsewhere they are dequantised when they are loaded.
+    Training, convert and export need the exact weights and refuse them.
+    """
+    from rdlm.checkpoints.quantize import quantize
+    from rdlm.config.base import parse
+    from rdlm.config.checkpoint import QuantizationConfig
+
+    given = {"weights": weights, "group_size": group_size}
+    before, after = quantize(
+        checkpoint, out, parse(QuantizationConfig, given, "the options of rdlm quantize"), force
+    )
+    typer.echo(
+        f"{out}: {weights}, {after / 1e6:.3g} MB of {before / 1e6:.3g} MB. Try: rdlm serve --checkpoint {out}"
+    )
 
 
 @export_app.callback()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -22,10 +22,11 @@ from torch import Tensor
 from rdlm.atomic import replacing
 from rdlm.checkpoints.resident import ResidentBlocks, absent
 from rdlm.config.base import parse
-from rdlm.config.checkpoint import SCHEMA_VERSION, CheckpointConfig
+from rdlm.config.checkpoint import SCHEMA_VERSION, CheckpointConfig, WeightFormat
 from rdlm.config.objective import DepthConfig
 from rdlm.data.tokenizer import Tokenizer, load_tokenizer
 from rdlm.errors import UserError, reason
+from rdlm.nn.quantization import DTYPES_OF, Quantized, formats, stored_shapes
 from rdlm.objectives import Objective
 from rdlm.objectives.blockwise import Blockwise
 from rdlm.registry import build
@@ -38,6 +39,8 @@ FILES = (
     "tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
 )  # fmt: skip
 """Patterns of what lies in a folder with a model, ours or of a published layout: what --force may replace."""
+SCALES = "_scale"
+"""Behind the name of a quantised weight: its scales."""
 FIELD = "checkpoint"
 PUBLISHED = {"model_type", "architectures", "_class_name"}
 """Keys that only the ``config.json`` of other formats has."""
@@ -50,6 +53,8 @@ class Loaded:
     denoiser: Objective
     config: CheckpointConfig
     tokenizer: Tokenizer | None
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)
+    """With ``keep_quantized``: the weights by name in whose place the denoiser holds NaN."""
 
 
 def save(
@@ -98,19 +103,25 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     resident_blocks: int | None = None,
+    keep_quantized: bool = False,
 ) -> Loaded:
     """Read a checkpoint folder. Raises UserError where a file, a weight or a shape is not what the config
     says, or where a newer version wrote it.
 
     resident_blocks: most blocks whose weights are in memory; the others are read again when they are used
     (rdlm/checkpoints/resident.py). On a CPU, in the dtype of the file, they are mapped and not copied.
-    UserError where the network is not cut into so many blocks.
+    UserError where the network is not cut into so many blocks. keep_quantized: leave weights that are stored
+    quantised as they are, for kernels that read them so; else they become ``dtype``, one at a time.
     """
     folder = Path(folder)
     config = load_config(folder)
     denoiser = build(config, device="meta")
     shapes = {name: parameter.shape for name, parameter in denoiser.named_parameters()}
-    read = partial(_read_weights, folder / WEIGHTS, shapes, torch.device(device), dtype)
+    kept: dict[str, Quantized] = {}
+    read = partial(
+        _read_weights, folder / WEIGHTS, shapes, quantized_matrices(denoiser, config), torch.device(device), dtype,
+        kept if keep_quantized else None,
+    )  # fmt: skip
     if resident_blocks is None:
         denoiser.load_state_dict(_with_ties(denoiser, read(list(shapes))), strict=True, assign=True)
     else:
@@ -128,7 +139,7 @@ def load(
         raise UserError(
             FIELD, str(folder / TOKENIZER), problem, "put the tokenizer the model was trained with there"
         )
-    return Loaded(denoiser.eval(), config, tokenizer)
+    return Loaded(denoiser.eval(), config, tokenizer, kept)
 
 
 def load_config(folder: str | Path) -> CheckpointConfig:
@@ -170,15 +181,67 @@ def _check_resident(count: int, denoiser: Objective) -> None:
         raise UserError("resident_blocks", count, problem, f"choose 1 to {len(denoiser.parts)}")
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A weight [out, in] as the file of a quantised checkpoint holds it: values under its name, scales beside."""
+
+    weights: WeightFormat
+    group_size: int
+    shape: tuple[int, ...]
+
+    def stored(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of both tensors."""
+        shapes = stored_shapes(self.shape, self.weights, self.group_size)
+        return dict(zip((name, name + SCALES), shapes, strict=True))
+
+
+def quantized_matrices(denoiser: Objective, config: CheckpointConfig) -> dict[str, Matrix]:
+    """The weights by name that a checkpoint stores quantised."""
+    if (about := config.quantization) is None:
+        return {}
+    shapes = {name: tuple(parameter.shape) for name, parameter in denoiser.named_parameters()}
+    return {
+        name: Matrix(weights, about.group_size, shapes[name])
+        for name, weights in formats(denoiser, about.weights).items()
+    }
+
+
 def _read_weights(
-    path: Path, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype, names: Sequence[str]
+    path: Path,
+    shapes: dict[str, torch.Size],
+    matrices: Mapping[str, Matrix],
+    device: torch.device,
+    dtype: torch.dtype,
+    kept: dict[str, Quantized] | None,
+    names: Sequence[str],
 ) -> dict[str, Tensor]:
-    """The weights ``names``; the file must hold exactly those of ``shapes``."""
+    """The weights ``names``; the file must hold exactly those of ``shapes``. kept: see ``load``."""
+    expected: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in shapes.items()}
+    for name, matrix in matrices.items():
+        expected |= matrix.stored(name)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            compare(str(path), found, shapes, f"use the {CONFIG} and {WEIGHTS} of one export")
-            return {name: file.get_tensor(name).to(dtype) for name in names}
+            compare(str(path), found, expected, f"use the {CONFIG} and {WEIGHTS} of one export")
+            weights: dict[str, Tensor] = {}
+            for name in names:
+                weight = file.get_tensor(name)
+                if name not in matrices:
+                    weights[name] = weight.to(dtype)
+                    continue
+                matrix = matrices[name]
+                if weight.dtype != DTYPES_OF[matrix.weights]:
+                    problem, remedy = f"config.json says {matrix.weights}", "copy the checkpoint again"
+                    raise UserError(f"{path}: dtype of {name}", weight.dtype, problem, remedy)
+                whole = Quantized(weight, file.get_tensor(name + SCALES), matrix.shape[1], matrix.group_size)
+                if kept is None:
+                    weights[name] = whole.dequantized(dtype)
+                else:
+                    kept[name], weights[name] = (
+                        whole,
+                        absent(torch.empty(matrix.shape, device="meta"), device, dtype),
+                    )
+            return weights
     except FileNotFoundError:
         raise UserError(FIELD, str(path), "is missing", "copy or export the checkpoint again") from None
     except OSError as error:
@@ -220,6 +283,16 @@ def _depth(depth: DepthConfig) -> str:
     return f"{drawn}; {window} with gradient"
 
 
+def stored_as(config: CheckpointConfig) -> dict[str, str]:
+    """How a quantised checkpoint stores its matrices, for the card and `rdlm inspect`; else empty."""
+    if (about := config.quantization) is None:
+        return {}
+    others = "" if about.weights == "int8" else "; token tables, injection and conditioning int8"
+    return {
+        "weights": f"{about.weights} in groups of {about.group_size}{others}; norms and biases as they were"
+    }
+
+
 def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -> str:
     model, objective, depth = config.model, config.objective, config.objective.depth_in_training
     count = sum(weight.numel() for weight in weights.values())
@@ -234,6 +307,7 @@ def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -
     rows = {
         "family": f"{origin or model.family}, d_model {model.d_model}, {model.shape_description}",
         "parameters": f"{count:,} ({dtypes})",
+        **stored_as(config),
         **(trained if origin is None or config.step else {}),
         "K": f"{config.k_description}. Default {config.default_steps}, at most {config.max_steps}",
         **({} if config.trained_steps is None else {"trained at K": f"up to {config.trained_steps}"}),

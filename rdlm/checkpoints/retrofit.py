@@ -55,6 +55,7 @@ def convert(
     text, or the numbers do not fit it.
     """
     source_config = checkpoint.load_config(source)
+    source_config.check_exact("`rdlm convert`")
     plain = _plain(source, source_config)
     check_out(out, source, force)
     kept = _kept(plain.num_layers, prelude, core, coda, keep_layers)

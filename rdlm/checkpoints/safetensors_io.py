@@ -23,6 +23,8 @@ PIECE = 1 << 24
 """Bytes held at a time."""
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes weights may have, by their safetensors names."""
+STORED = {**DTYPES, "I8": torch.int8, "U8": torch.uint8}
+"""Those of quantised weights too."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Progress = Callable[[int], object]
 
@@ -39,7 +41,7 @@ class Entry:
 
 def entry_of(tensor: Tensor) -> Entry:
     """A tensor in memory, or mapped into it; its bytes are copied when they are read."""
-    name = {dtype: name for name, dtype in DTYPES.items()}.get(tensor.dtype, str(tensor.dtype))
+    name = {dtype: name for name, dtype in STORED.items()}.get(tensor.dtype, str(tensor.dtype))
     size = tensor.numel() * tensor.element_size()
     return Entry(name, tuple(tensor.shape), size, lambda: iter([to_bytes(tensor)]))
 
@@ -123,7 +125,7 @@ def same(a: Entry, b: Entry) -> bool:
 def write(file: Path, entries: Mapping[str, Entry], progress: Progress) -> None:
     """Write a safetensors file; ``progress`` is told the bytes of each piece. Wide dtypes first, as the
     library orders them."""
-    names = sorted(entries, key=lambda name: (-DTYPES[entries[name].dtype].itemsize, name))
+    names = sorted(entries, key=lambda name: (-STORED[entries[name].dtype].itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:

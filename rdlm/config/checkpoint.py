@@ -91,6 +91,18 @@ class RecurrenceConfig(Strict):
         return self
 
 
+WeightFormat = Literal["int8", "int4"]
+
+
+class QuantizationConfig(Strict):
+    """How the matrices of a checkpoint are stored (rdlm/nn/quantization.py)."""
+
+    weights: WeightFormat
+    """Of attention and feed-forward layers; the other matrices are int8."""
+    group_size: Literal[32, 64, 128] = 32
+    """Inputs of an output that share a scale."""
+
+
 class CheckpointConfig(Strict):
     """The ``config.json`` of a checkpoint folder."""
 
@@ -107,6 +119,8 @@ class CheckpointConfig(Strict):
     """The one block the folder holds; None = all of them."""
     step: int = Field(0, ge=0)
     """Optimizer steps taken."""
+    quantization: QuantizationConfig | None = None
+    """None: every weight is stored as a float."""
 
     @property
     def max_steps(self) -> int:
@@ -171,6 +185,14 @@ class CheckpointConfig(Strict):
         if self.model.family != family:
             problem = f"family {self.model.family!r} is not {family!r}, which {what} is about"
             raise UserError("checkpoint", self.name, problem, f"give a checkpoint of family {family!r}")
+
+    def check_exact(self, what: str) -> None:
+        """Raises UserError for a checkpoint of `rdlm quantize`: its weights are not those that were trained."""
+        if self.quantization is not None:
+            problem = (
+                f"its weights are quantised to {self.quantization.weights}, and {what} needs the exact ones"
+            )
+            raise UserError("checkpoint", self.name, problem, "give the checkpoint that it was made from")
 
     def check_whole(self) -> None:
         """Raises UserError for a checkpoint that holds one block of a network."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rdlm.config.checkpoint import WeightFormat
 from rdlm.config.model import LayerConfig, RopeConfig
 from rdlm.nn.kv_cache import KVCache, PackedContext, Segment
 from rdlm.nn.layers import TokenTable, TransformerLayer
+from rdlm.nn.quantization import Quantized, quantized
 from serve.engine.cpu import library
 from serve.engine.cpu.modules import Packed, PackedLayer, PackedTable, use_kernels
 
@@ -43,6 +46,10 @@ def layer_of(name: str, **more: Any) -> TransformerLayer:
     for parameter in layer.parameters():
         nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
     return layer
+
+
+def of(weights: str) -> Callable[[Tensor], Quantized]:
+    return lambda weight: quantized(weight, cast(WeightFormat, weights))
 
 
 def cache_of(layer: TransformerLayer, dtype: torch.dtype = torch.float32, num_steps: int = 1) -> KVCache:
@@ -93,12 +100,13 @@ def test_value_embeddings() -> None:
     torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["llama", "huginn"])
 def test_a_row_does_not_depend_on_its_batch_nor_on_chunks_to_the_bit(name: str, weights: str) -> None:
     layer = layer_of(name)
     dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-    packed = PackedLayer(layer.to(dtype), torch.int8 if weights == "int8" else None)
+    layer = layer.to(dtype)
+    packed = PackedLayer(layer, of(weights)) if weights in ("int8", "int4") else PackedLayer(layer)
     x, caches = torch.randn(70, WIDTH), [cache_of(layer, dtype) for _ in range(3)]
     whole = run(packed, caches[0], [Segment(1, 0, 70)], x)
     for first, count in ((0, 33), (33, 1), (34, 36)):
@@ -138,16 +146,49 @@ def test_products(inputs: int, outputs: int, rows: int) -> None:
     rounded = Packed(weight.bfloat16(), bias).product(x)
     reference = x.double() @ weight.bfloat16().double().T + bias.double()
     torch.testing.assert_close(rounded.double(), reference, atol=2e-4, rtol=1e-4)
-    quantised = Packed(weight, bias, torch.int8).product(x).double()
-    assert (quantised - expected).norm() <= 0.008 * (expected - bias.double()).norm()
 
 
-def test_int8_weights_are_within_half_a_step_of_the_exact_ones() -> None:
+def rounded(x: Tensor) -> Tensor:
+    """Rows as the kernels round them before a product with quantised weights: int8, a scale for each 32 inputs."""
+    units = nn.functional.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    most = units.abs().amax(2, keepdim=True)
+    whole = units * torch.where(most > 0, 127 / most, 0)
+    return ((whole + 0.5 * whole.sign()).trunc() * (most / 127)).flatten(1)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (1, 3), (33, 17), (777, 101)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 13])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_products_with_quantised_weights(
+    weights: WeightFormat, group_size: int, rows: int, inputs: int, outputs: int
+) -> None:
+    """Against dequantised weights and the same rounded rows, and against exact rows."""
     torch.manual_seed(0)
-    weight = torch.randn(40, 96)
-    seen = Packed(weight, None, torch.int8).product(torch.eye(96)).T
-    step = weight.unflatten(1, (3, 32)).abs().amax(-1, keepdim=True) / 127
-    assert ((seen - weight).unflatten(1, (3, 32)).abs() <= step * 0.5001).all()
+    matrix, bias, x = (
+        quantized(torch.randn(outputs, inputs), weights, group_size),
+        torch.randn(outputs),
+        torch.randn(rows, inputs),
+    )
+    found = Packed(matrix, bias).product(x).double() - bias.double()
+    exact = matrix.dequantized(torch.float64).T
+    torch.testing.assert_close(found, rounded(x).double() @ exact, atol=1e-4, rtol=1e-4)
+    assert (found - x.double() @ exact).norm() <= 0.015 * (x.double() @ exact).norm()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_sums_of_the_largest_integers_do_not_overflow(weights: WeightFormat) -> None:
+    ends = {"int8": (-127, 127), "int4": (-8, 7)}[weights]
+    scale = torch.ones(2, 2, dtype=torch.bfloat16)
+    for sign in (-1.0, 1.0):
+        whole = torch.tensor(ends, dtype=torch.int8)[:, None].repeat(1, 64)
+        values = (
+            whole
+            if weights == "int8"
+            else ((whole[:, ::2] + 8) | (whole[:, 1::2] + 8) << 4).view(torch.uint8)
+        )
+        found = Packed(Quantized(values, scale, 64, 32)).product(torch.full((1, 64), sign))
+        torch.testing.assert_close(found, sign * 64.0 * torch.tensor([ends]).float())
 
 
 def test_a_table_looks_up_exact_rows_and_multiplies() -> None:
@@ -159,9 +200,13 @@ def test_a_table_looks_up_exact_rows_and_multiplies() -> None:
     assert torch.equal(packed(use=lambda weight: weight * 2), table.weight * 2)
 
 
-def test_nan_stays_with_its_row() -> None:
+@pytest.mark.parametrize("weights", ["fp32", "int8", "int4"])
+def test_nan_stays_with_its_row(weights: str) -> None:
     layer = layer_of("huginn")
-    packed, x = PackedLayer(layer), torch.randn(9, WIDTH)
+    packed, x = (
+        PackedLayer(layer) if weights == "fp32" else PackedLayer(layer, of(weights)),
+        torch.randn(9, WIDTH),
+    )
     clean = run(packed, cache_of(layer), PACK, x)
     x[0] = float("nan")
     out = run(packed, cache_of(layer), PACK, x)

@@ -78,6 +78,7 @@ def export_huginn(folder: Path, out: Path, *, shard_bytes: int, force: bool = Fa
     UserError where the published architecture cannot compute what the model computes.
     """
     config = checkpoint.load_config(folder)
+    config.check_exact("`rdlm export huginn`")
     check_out(out, folder, force)
     to_published(config, "")  # refuses what has no place there, before anything is read
     found = tensors.stored(folder / checkpoint.WEIGHTS)

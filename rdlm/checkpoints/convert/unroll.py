@@ -26,6 +26,7 @@ def read_checkpoint(
     config = checkpoint.load_config(folder)
     config.check_next_token(command)
     config.check_whole()
+    config.check_exact(command)
     found = tensors.stored(folder / checkpoint.WEIGHTS)
     check(str(folder / checkpoint.WEIGHTS), found, config, "use the config and weights of one export")
     tokenizer = tokenizer_of(folder / checkpoint.TOKENIZER, config)

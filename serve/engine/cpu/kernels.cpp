@@ -1,9 +1,11 @@
 // CPU kernels of inference: products with packed weights, attention over a paged cache, and a whole
 // transformer layer made of them.
 //
-// Activations are fp32 whatever the weights are (fp32, bf16, int8). Every output element is summed in one
-// order that depends neither on how many rows there are nor on how many threads: a row computed in a batch
-// equals the row computed alone to the bit, and a prompt read in chunks equals one read token by token.
+// Activations are fp32 whatever the weights are (fp32, bf16, int8, int4). Before a product with quantised weights
+// a row is rounded to int8, with a scale for each 32 inputs, and 32 products are summed as integers (as in Q8_0 of
+// llama.cpp). Every output element is summed in one order that depends neither on how many rows there are nor on
+// how many threads: a row computed in a batch equals the row computed alone to the bit, and a prompt read in chunks
+// equals one read token by token.
 //
 // Plain C interface, called through ctypes; see modules.py for what calls it.
 
@@ -34,7 +36,7 @@ constexpr int VW = 8;
 constexpr int VW = 4;
 #endif
 constexpr int BW = 2 * VW;   // outputs of one weight block: two vectors
-constexpr int GROUP = 32;    // inputs that share a scale in int8 weights
+constexpr int UNIT_INPUTS = 32;  // inputs that share a scale in a rounded row; weights have groups of one or more of them
 constexpr int PAGE = 64;     // positions of a cache page
 constexpr int UNIT = 4;      // weight blocks a thread takes at a time
 constexpr int ROWS_TOGETHER = 24;  // rows of a prompt that attend as one item: their scores stay in the cache
@@ -44,7 +46,7 @@ typedef float vf __attribute__((vector_size(VW * 4)));
 typedef int32_t vi __attribute__((vector_size(VW * 4)));
 typedef uint32_t vu __attribute__((vector_size(VW * 4)));
 
-enum Kind { F32 = 0, BF16 = 1, INT8 = 2, PLAIN_BF16 = 3 };  // the last: of the cache
+enum Kind { F32 = 0, BF16 = 1, INT8 = 2, PLAIN_BF16 = 3, INT4 = 4 };  // PLAIN_BF16: of the cache
 
 template <class T> static inline T load(const void* p) {
   T v;
@@ -53,16 +55,6 @@ template <class T> static inline T load(const void* p) {
 }
 static inline void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 static inline vf splat(float x) { return x - vf{}; }
-static inline vf load_int8(const void* p) {  // compilers find these instructions for neither of the widths
-#if defined(__AVX512F__)
-  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
-#elif defined(__AVX2__)
-  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
-#else
-  typedef int8_t vb __attribute__((vector_size(VW)));
-  return __builtin_convertvector(load<vb>(p), vf);
-#endif
-}
 static inline vf load_bf16(const void* p) {
 #if defined(__AVX512F__)
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16);
@@ -118,18 +110,22 @@ struct Matrix {
   const void* data;   // packed, see pack below
   const float* bias;  // [out] or null
   int32_t in, out, kind, blocks;
+  int32_t group;  // inputs that share a scale in quantised weights: a multiple of UNIT_INPUTS
 };
 
+static inline int units_of(int in) { return (in + UNIT_INPUTS - 1) / UNIT_INPUTS; }
+static inline int unit_bytes(int kind) { return UNIT_INPUTS * BW / (kind == INT4 ? 2 : 1); }
+
 // Bytes of one block of BW outputs.
-static inline int64_t block_bytes(int in, int kind) {
+static inline int64_t block_bytes(int in, int kind, int group) {
   if (kind == F32) return int64_t(in) * BW * 4;
   if (kind == BF16) return int64_t(in) * BW * 2;
-  int groups = (in + GROUP - 1) / GROUP;
-  return int64_t(in) * BW + int64_t(groups) * BW * 4;
+  const int64_t units = units_of(in), each = group / UNIT_INPUTS;
+  return units * unit_bytes(kind) + (units + each - 1) / each * BW * 2;
 }
 
 // out [N, B * BW] = B blocks of W times N rows of x. bf16: the 32-bit lane l of a line holds output l in its low
-// and output l + VW in its high half. int8: GROUP lines of BW bytes follow their BW scales.
+// and output l + VW in its high half.
 // line: bytes from an input's weights to the next one's. ahead, stride: memory that is fetched meanwhile, line by line (where blocks stream, the machine does it itself).
 template <int N, int B, int KIND>
 static void micro(int in, const char* data, int64_t size, int64_t line, const float* x, int64_t ldx, float* out, const char* ahead, int64_t stride) {
@@ -159,28 +155,9 @@ static void micro(int in, const char* data, int64_t size, int64_t line, const fl
         multiply(acc, j, k, (vf)(both << 16), (vf)(both & 0xffff0000u));
       }
     }
-  } else if (KIND == PLAIN_BF16) {
+  } else {
     for (int k = 0; k < in; k++)
       for (int j = 0; j < B; j++) multiply(acc, j, k, load_bf16(w[j] + k * line), load_bf16(w[j] + k * line + VW * 2));
-  } else {
-    for (int first = 0; first < in; first += GROUP) {
-      const int end = std::min(in, first + GROUP);
-      const int64_t scales = int64_t(first) * BW + int64_t(first / GROUP) * BW * 4, lines = scales + BW * 4;
-      vf part[N][B][2] = {};
-      for (int k = first; k < end; k++)
-        for (int j = 0; j < B; j++) {
-          const char* at = w[j] + lines + int64_t(k - first) * BW;
-          __builtin_prefetch(at + AHEAD);
-          multiply(part, j, k, load_int8(at), load_int8(at + VW));
-        }
-      for (int j = 0; j < B; j++) {
-        const vf sa = load<vf>(w[j] + scales), sb = load<vf>(w[j] + scales + VW * 4);
-        for (int n = 0; n < N; n++) {
-          acc[n][j][0] += sa * part[n][j][0];
-          acc[n][j][1] += sb * part[n][j][1];
-        }
-      }
-    }
   }
   for (int n = 0; n < N; n++)
     for (int j = 0; j < B; j++) {
@@ -189,13 +166,150 @@ static void micro(int in, const char* data, int64_t size, int64_t line, const fl
     }
 }
 
+// A row of activations for products with quantised weights, one after the other.
+struct Unit {
+  float scale;
+  int32_t sum;                // of the values, times 8: what int4 weights, stored from 0 to 15, count too much
+  int8_t values[UNIT_INPUTS];  // -127 to 127
+  uint8_t sizes[UNIT_INPUTS];  // their absolute values
+};
+static inline int64_t row_floats(int in) { return units_of(in) * int64_t(sizeof(Unit) / sizeof(float)); }
+static inline bool quantised(int kind) { return kind == INT8 || kind == INT4; }
+
+static void round_row(const float* x, int in, Unit* to) {
+  typedef int8_t vb __attribute__((vector_size(VW)));
+  for (int first = 0; first < in; first += UNIT_INPUTS, to++) {
+    alignas(64) float v[UNIT_INPUTS] = {};
+    memcpy(v, x + first, std::min(UNIT_INPUTS, in - first) * 4);
+    vf most = {}, wrong = {};
+    for (int i = 0; i < UNIT_INPUTS; i += VW) {
+      const vf a = load<vf>(v + i), size = a < vf{} ? -a : a;
+      wrong += a - a;  // NaN where a is infinite or none
+      most = size > most ? size : most;
+    }
+    float top = 0;
+    for (int i = 0; i < VW; i++) top = std::max(top, most[i]);
+    const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+    to->scale = (top > 1e-30f ? top / 127.0f : 0.0f) + sum(wrong);
+    for (int i = 0; i < UNIT_INPUTS; i += VW) {
+      const vf a = load<vf>(v + i) * splat(inverse);
+      const vb b = __builtin_convertvector(__builtin_convertvector(a + (a < vf{} ? splat(-0.5f) : splat(0.5f)), vi), vb);
+      memcpy(to->values + i, &b, VW);
+    }
+    int total = 0;
+    for (int i = 0; i < UNIT_INPUTS; i++) {
+      total += to->values[i];
+      to->sizes[i] = uint8_t(std::abs(to->values[i]));
+    }
+    to->sum = 8 * total;
+  }
+}
+
+// Eight outputs at a time, whatever the width of the machine's vectors.
+typedef float floats8 __attribute__((vector_size(32)));
+typedef int32_t ints8 __attribute__((vector_size(32)));
+#if defined(__AVX2__)
+static inline floats8 scales_at(const char* p) {
+  return (floats8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+}
+#else
+static inline floats8 scales_at(const char* p) {
+  typedef uint16_t h8 __attribute__((vector_size(16)));
+  typedef uint32_t u8 __attribute__((vector_size(32)));
+  return (floats8)(__builtin_convertvector(load<h8>(p), u8) << 16);
+}
+#endif
+// sum + of each of 8 outputs 4 int8 weights times 4 values.
+static inline ints8 add_int8(ints8 sum, const char* w, const Unit& x, int k) {
+#if defined(__AVX2__)
+  const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+  const __m256i sizes = _mm256_set1_epi32(load<int32_t>(x.sizes + k)), values = _mm256_set1_epi32(load<int32_t>(x.values + k));
+  const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(weights, values));  // at most 2 * 127 * 127
+  return sum + (ints8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  for (int lane = 0; lane < 8; lane++)
+    for (int i = 0; i < 4; i++) sum[lane] += int8_t(w[lane * 4 + i]) * x.values[k + i];
+  return sum;
+#endif
+}
+// sum + of each of 8 outputs 8 int4 weights, stored from 0 to 15, times 8 values. AVX2: two sums of 16 bits, which the
+// 32 products of a unit cannot exceed (16 * 15 * 127).
+static inline ints8 add_int4(ints8 sum, const char* w, const Unit& x, int k) {
+#if defined(__AVX2__)
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)), low = _mm256_set1_epi8(15);
+  const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+  const __m256i a = _mm256_maddubs_epi16(first, _mm256_set1_epi32(load<int32_t>(x.values + k)));
+  const __m256i b = _mm256_maddubs_epi16(second, _mm256_set1_epi32(load<int32_t>(x.values + k + 4)));
+  return (ints8)_mm256_add_epi16((__m256i)sum, _mm256_add_epi16(a, b));
+#else
+  for (int lane = 0; lane < 8; lane++)
+    for (int i = 0; i < 4; i++)
+      sum[lane] += (w[lane * 4 + i] & 15) * x.values[k + i] + (uint8_t(w[lane * 4 + i]) >> 4) * x.values[k + 4 + i];
+  return sum;
+#endif
+}
+static inline ints8 whole_int4(ints8 sum, const Unit& x) {
+#if defined(__AVX2__)
+  sum = (ints8)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
+#endif
+  return sum - x.sum;
+}
+
+// As micro, of quantised weights: x is rows of Units. A group is BW scales in bf16 and then its units: lines of 4
+// inputs (int4: 8, the first four in the low halves of the bytes) of each of BW outputs, one output after the other.
+template <int N, int B, int KIND>
+static void micro_quantised(int in, const char* data, int64_t size, int64_t group, const float* x, int64_t ldx, float* out, const char*, int64_t) {
+  constexpr int Q = BW / 8, STEP = KIND == INT4 ? 8 : 4, TOGETHER = B * Q >= 4 ? 1 : N < 4 / (B * Q) ? N : 4 / (B * Q);
+  floats8 acc[N][B][Q] = {}, scales[B][Q] = {};
+  const char* at = data;
+  const int units = units_of(in);
+  for (int unit = 0, left = 0; unit < units; unit++, left -= UNIT_INPUTS) {
+    if (left == 0) {
+      left = int(group);
+      for (int j = 0; j < B; j++)
+        for (int q = 0; q < Q; q++) scales[j][q] = scales_at(at + j * size + q * 16);
+      at += BW * 2;
+    }
+    auto rows = [&](int from, auto count) __attribute__((always_inline)) {  // whose sums fit the registers
+      constexpr int R = decltype(count)::value;
+      const Unit* xs[R];
+      for (int r = 0; r < R; r++) xs[r] = reinterpret_cast<const Unit*>(x + (from + r) * ldx) + unit;
+      ints8 sums[R][B][Q] = {};
+      for (int k = 0; k < UNIT_INPUTS; k += STEP)
+        for (int j = 0; j < B; j++) {
+          const char* line = at + j * size + k / STEP * (BW * 4);
+          if (from == 0) __builtin_prefetch(line + AHEAD);
+          for (int q = 0; q < Q; q++)
+            for (int r = 0; r < R; r++)
+              sums[r][j][q] = KIND == INT4 ? add_int4(sums[r][j][q], line + q * 32, *xs[r], k) : add_int8(sums[r][j][q], line + q * 32, *xs[r], k);
+        }
+      for (int r = 0; r < R; r++)
+        for (int j = 0; j < B; j++)
+          for (int q = 0; q < Q; q++) {
+            const ints8 whole = KIND == INT4 ? whole_int4(sums[r][j][q], *xs[r]) : sums[r][j][q];
+            acc[from + r][j][q] += __builtin_convertvector(whole, floats8) * (scales[j][q] * xs[r]->scale);
+          }
+    };
+    int from = 0;
+    for (; from + TOGETHER <= N; from += TOGETHER) rows(from, std::integral_constant<int, TOGETHER>());
+    if constexpr (N % TOGETHER) rows(from, std::integral_constant<int, N % TOGETHER>());
+    at += unit_bytes(KIND);
+  }
+  for (int n = 0; n < N; n++)
+    for (int j = 0; j < B; j++)
+      for (int q = 0; q < Q; q++) memcpy(out + (n * B + j) * BW + q * 8, &acc[n][j][q], 32);
+}
+
 typedef void (*Micro)(int, const char*, int64_t, int64_t, const float*, int64_t, float*, const char*, int64_t);
 
 // As many blocks at once as keep the multipliers busy.
 constexpr int blocks_at_once(int rows) { return rows * 4 <= MAX_ROWS ? 4 : rows * 2 <= MAX_ROWS ? 2 : 1; }
 
 template <int N, int KIND> static Micro micro_of(bool several) {
-  return several ? micro<N, blocks_at_once(N), KIND> : micro<N, 1, KIND>;
+  if constexpr (KIND == INT8 || KIND == INT4)
+    return several ? micro_quantised<N, blocks_at_once(N), KIND> : micro_quantised<N, 1, KIND>;
+  else
+    return several ? micro<N, blocks_at_once(N), KIND> : micro<N, 1, KIND>;
 }
 template <int KIND> static Micro micro_of(int rows, bool several) {
   switch (rows) {
@@ -221,6 +335,7 @@ static Micro micro_of(int kind, int rows, bool several) {
     case F32: return micro_of<F32>(rows, several);
     case BF16: return micro_of<BF16>(rows, several);
     case INT8: return micro_of<INT8>(rows, several);
+    case INT4: return micro_of<INT4>(rows, several);
     default: return micro_of<PLAIN_BF16>(rows, several);
   }
 }
@@ -228,14 +343,14 @@ static Micro micro_of(int kind, int rows, bool several) {
 // emit(row, block, values [BW]) for rows of x against ``count`` blocks from ``block`` on.
 template <class Emit>
 static inline void tiles(const Matrix& m, int block, int count, const float* x, int64_t ldx, int row, int rows, Emit& emit) {
-  const int64_t size = block_bytes(m.in, m.kind);
+  const int64_t size = block_bytes(m.in, m.kind, m.group), line = quantised(m.kind) ? m.group : m.kind == F32 ? BW * 4 : BW * 2;
   const char* data = static_cast<const char*>(m.data) + block * size;
   alignas(64) float out[MAX_ROWS * 4 * BW];
   auto at_once = [&](int left) {  // 4 + 3 rows rather than 6 + 1
     return left > MAX_ROWS && left < 2 * MAX_ROWS ? (left + 1) / 2 : std::min(left, MAX_ROWS);
   };
   auto multiply = [&](int n, int first, int j, int b, const char* ahead, int64_t stride) {
-    micro_of(m.kind, n, b > 1)(m.in, data + j * size, size, m.kind == F32 ? BW * 4 : BW * 2, x + first * ldx, ldx, out, ahead, stride);
+    micro_of(m.kind, n, b > 1)(m.in, data + j * size, size, line, x + first * ldx, ldx, out, ahead, stride);
     for (int r = 0; r < n; r++)
       for (int i = 0; i < b; i++) emit(first + r, block + j + i, out + (r * b + i) * BW);
   };
@@ -275,7 +390,7 @@ struct alignas(64) Phase {
   std::atomic<int> next{0};
   alignas(64) std::atomic<int> done{0};
 };
-constexpr int PHASES = 12;
+constexpr int PHASES = 16;
 struct Worker {
   Phase* phases;
   template <class F> void each(int count, F&& f) {
@@ -357,9 +472,14 @@ static Pool& pool() {
   return *the;
 }
 
-// y = W x for all rows, by emit(row, block, values [BW]).
+// y = W x for all rows, by emit(row, block, values [BW]). rounded: room for the rows, where W is quantised.
 template <class Emit>
-static inline void product(Worker& worker, const Matrix& m, const float* x, int64_t ldx, int rows, Emit&& emit) {
+static inline void product(Worker& worker, const Matrix& m, const float* x, int64_t ldx, int rows, float* rounded, Emit&& emit) {
+  if (quantised(m.kind)) {
+    const int64_t stride = row_floats(m.in);
+    worker.each(rows, [&](int r) { round_row(x + r * ldx, m.in, reinterpret_cast<Unit*>(rounded + r * stride)); });
+    x = rounded, ldx = stride;
+  }
   const int at_once = std::max(MAX_ROWS, (64 << 10) / std::max(1, m.in) / MAX_ROWS * MAX_ROWS);  // rows whose x stays in L2
   const int unit = rows > MAX_ROWS && m.blocks >= 8 * UNIT ? 2 * UNIT : UNIT;
   const int chunks = (rows + at_once - 1) / at_once, units = (m.blocks + unit - 1) / unit;
@@ -630,8 +750,10 @@ static float* scratch(int64_t floats) {
 static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x, const Modulation* mod, const float* values, int64_t value_stride) {
   const int n = rows.count, D = l.width, attended = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
   const int all = attended + 2 * kv + (l.output_gate ? attended : 0);
-  float* h = scratch(int64_t(n) * (2 * D + all + attended + l.mlp_width));
+  const int64_t widest = row_floats(std::max({D, attended, l.mlp_width}));
+  float* h = scratch(n * (2 * D + all + attended + l.mlp_width + widest));
   float *branch = h + int64_t(n) * D, *qkv = branch + int64_t(n) * D, *mixed = qkv + int64_t(n) * all, *wide = mixed + int64_t(n) * attended;
+  float* rounded = wide + int64_t(n) * l.mlp_width;
   const bool sandwich = l.norms >= SANDWICH_SUM;
   const float *before_a = l.norm[0], *after_a = l.norms == POST ? l.norm[0] : l.norm[1];
   const float *before_m = sandwich ? l.norm[2] : l.norm[1], *after_m = sandwich ? l.norm[3] : l.norm[1];
@@ -645,7 +767,7 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
   starts.push_back(n);
   pool().run([&, starts = starts.data()](Worker worker) {
     worker.each(n, [&](int r) { enter(l, h + int64_t(r) * D, x + int64_t(r) * D, before_a, mod, 0, r); });
-    product(worker, l.qkv, h, D, n, Store{l.qkv, qkv, all});
+    product(worker, l.qkv, h, D, n, rounded, Store{l.qkv, qkv, all});
     worker.each(n, [&](int r) {
       finish_qkv(l, rows, cache, r, qkv + int64_t(r) * all, h + int64_t(r) * D, values ? values + r * value_stride : nullptr);
     });
@@ -659,19 +781,19 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
         const float* gate = qkv + int64_t(r) * all + attended + 2 * kv;
         for (int d = 0; d < attended; d++) mixed[int64_t(r) * attended + d] *= 1.0f / (1.0f + exp1(-gate[d]));
       });
-    product(worker, l.proj, mixed, attended, n, Store{l.proj, branch, D});
+    product(worker, l.proj, mixed, attended, n, rounded, Store{l.proj, branch, D});
     worker.each(n, [&](int r) {
       leave(l, x + int64_t(r) * D, branch + int64_t(r) * D, after_a, mod, 0, r);
       enter(l, h + int64_t(r) * D, x + int64_t(r) * D, before_m, mod, 3, r);
     });
     if (l.mlp == SWIGLU) {  // a block is VW gates and their VW partners
-      product(worker, l.fc, h, D, n, [&](int row, int block, const float* values) {
+      product(worker, l.fc, h, D, n, rounded, [&](int row, int block, const float* values) {
         const vf gate = load<vf>(values), y = gate / (1.0f + exp_(-gate)) * load<vf>(values + VW) * l.mlp_scale;
         const int first = block * VW, count = std::min(VW, l.mlp_width - first);
         memcpy(wide + int64_t(row) * l.mlp_width + first, &y, count * 4);
       });
     } else {
-      product(worker, l.fc, h, D, n, [&](int row, int block, const float* values) {
+      product(worker, l.fc, h, D, n, rounded, [&](int row, int block, const float* values) {
         float* to = wide + int64_t(row) * l.mlp_width + block * BW;
         for (int i = 0; i < std::min(BW, l.mlp_width - block * BW); i++) {
           const float y = values[i];
@@ -679,7 +801,7 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
         }
       });
     }
-    product(worker, l.down, wide, l.mlp_width, n, Store{l.down, branch, D});
+    product(worker, l.down, wide, l.mlp_width, n, rounded, Store{l.down, branch, D});
     worker.each(n, [&](int r) { leave(l, x + int64_t(r) * D, branch + int64_t(r) * D, after_m, mod, 3, r); });
   });
 }
@@ -689,42 +811,52 @@ extern "C" {
 int rdlm_vector_width() { return VW; }
 void rdlm_set_threads(int threads) { pool().resize(threads); }
 
-int64_t rdlm_packed_bytes(int in, int out, int kind) { return int64_t((out + BW - 1) / BW) * block_bytes(in, kind); }
+int64_t rdlm_packed_bytes(int in, int out, int kind, int group) { return int64_t((out + BW - 1) / BW) * block_bytes(in, kind, group); }
 
-// weight [out, in] fp32 -> packed. Rows that fill the last block are zeros.
+// weight [out, in] fp32 -> packed as fp32 or bf16. Rows that fill the last block are zeros.
 void rdlm_pack(const float* weight, int in, int out, int kind, char* to) {
   const int blocks = (out + BW - 1) / BW;
   pool().run([&](Worker worker) { worker.each(blocks, [&](int block) {
-    char* data = to + block * block_bytes(in, kind);
+    char* data = to + block * block_bytes(in, kind, 0);
     auto at = [&](int lane, int k) { return block * BW + lane < out ? weight[int64_t(block * BW + lane) * in + k] : 0.0f; };
     if (kind == F32) {
       for (int k = 0; k < in; k++)
         for (int lane = 0; lane < BW; lane++) reinterpret_cast<float*>(data)[int64_t(k) * BW + lane] = at(lane, k);
-    } else if (kind == BF16) {
+    } else {
       uint16_t* halves = reinterpret_cast<uint16_t*>(data);
       for (int k = 0; k < in; k++)
         for (int lane = 0; lane < BW; lane++)  // low half: lane, high half: lane + VW
           halves[int64_t(k) * BW + lane % VW * 2 + lane / VW] = float_to_bf16(at(lane, k));
-    } else {
-      for (int first = 0; first < in; first += GROUP) {
-        const int end = std::min(in, first + GROUP);
+    }
+  }); });
+}
+
+// values [out, in] and scales [out, groups] in bf16 -> packed as int8 or int4. What fills up is zeros.
+void rdlm_pack_quantised(const int8_t* values, const uint16_t* scales, int in, int out, int kind, int group, char* to) {
+  const int blocks = (out + BW - 1) / BW, groups = (in + group - 1) / group;
+  pool().run([&](Worker worker) { worker.each(blocks, [&](int block) {
+    char* data = to + block * block_bytes(in, kind, group);
+    auto at = [&](int lane, int k) { return block * BW + lane < out && k < in ? values[int64_t(block * BW + lane) * in + k] : int8_t(0); };
+    for (int first = 0; first < in; first += UNIT_INPUTS) {
+      if (first % group == 0) {
         for (int lane = 0; lane < BW; lane++) {
-          float most = 0;
-          for (int k = first; k < end; k++) most = std::max(most, std::fabs(at(lane, k)));
-          const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
-          memcpy(data + lane * 4, &scale, 4);
-          for (int k = first; k < end; k++)
-            data[BW * 4 + int64_t(k - first) * BW + lane] = int8_t(std::lrintf(at(lane, k) * inverse));
+          const uint16_t scale = block * BW + lane < out ? scales[int64_t(block * BW + lane) * groups + first / group] : 0;
+          memcpy(data + lane * 2, &scale, 2);
         }
-        data += BW * 4 + int64_t(end - first) * BW;
+        data += BW * 2;
       }
+      for (int k = first; k < first + UNIT_INPUTS; k += kind == INT4 ? 8 : 4)
+        for (int lane = 0; lane < BW; lane++)
+          for (int i = 0; i < 4; i++)
+            *data++ = kind == INT4 ? char((at(lane, k + i) + 8) | (at(lane, k + 4 + i) + 8) << 4) : at(lane, k + i);
     }
   }); });
 }
 
 // y [rows, out] = x [rows, in] W^T + bias.
 void rdlm_linear(const Matrix* m, const float* x, int64_t ldx, int rows, float* y) {
-  pool().run([&](Worker worker) { product(worker, *m, x, ldx, rows, Store{*m, y, m->out}); });
+  float* rounded = quantised(m->kind) ? scratch(rows * row_floats(m->in)) : nullptr;
+  pool().run([&](Worker worker) { product(worker, *m, x, ldx, rows, rounded, Store{*m, y, m->out}); });
 }
 
 void rdlm_rms_norm(const float* x, const float* weight, int rows, int width, float eps, float* y) {

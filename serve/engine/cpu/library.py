@@ -30,7 +30,7 @@ class Matrix(Structure):
 
     _fields_ = (
         ("data", c_void_p), ("bias", c_void_p), ("inputs", c_int32), ("outputs", c_int32), ("kind", c_int32),
-        ("blocks", c_int32),
+        ("blocks", c_int32), ("group", c_int32),
     )  # fmt: skip
 
 
@@ -128,13 +128,14 @@ def _processor() -> str:
 def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.rdlm_set_threads(torch.get_num_threads())
     lib.rdlm_packed_bytes.restype = c_int64
-    lib.rdlm_packed_bytes.argtypes = (c_int, c_int, c_int)
+    lib.rdlm_packed_bytes.argtypes = (c_int, c_int, c_int, c_int)
     lib.rdlm_pack.argtypes = (c_void_p, c_int, c_int, c_int, c_void_p)
+    lib.rdlm_pack_quantised.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_void_p)
     lib.rdlm_linear.argtypes = (POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p)
     lib.rdlm_rms_norm.argtypes = (c_void_p, c_void_p, c_int, c_int, c_float, c_void_p)
     lib.rdlm_layer.argtypes = (
         POINTER(Layer), POINTER(Rows), POINTER(Cache), c_void_p, c_void_p, c_void_p, c_int64,
     )  # fmt: skip
-    for name in ("rdlm_pack", "rdlm_linear", "rdlm_rms_norm", "rdlm_layer"):
+    for name in ("rdlm_pack", "rdlm_pack_quantised", "rdlm_linear", "rdlm_rms_norm", "rdlm_layer"):
         getattr(lib, name).restype = None
     return lib

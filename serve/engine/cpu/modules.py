@@ -9,26 +9,32 @@ neither trained nor saved.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ctypes import byref, c_void_p
-from typing import Literal, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rdlm.config.checkpoint import WeightFormat
 from rdlm.nn.attention import AttentionContext, LaterLayers, rotary_table
 from rdlm.nn.kv_cache import PackedContext, Pages
 from rdlm.nn.layers import LayerCondition, RMSNorm, TokenTable, TransformerLayer
+from rdlm.nn.quantization import Quantized, formats, quantized
 from serve.engine.cpu.library import Cache, Layer, Matrix, Modulation, Rows, library
 
-WeightFormat = Literal["auto", "int8"]
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+QUANTIZED_KINDS = {"int8": 2, "int4": 4}
 CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 3}
 NORMS = {"pre": 0, "post": 1, "sandwich_sum": 2, "sandwich_branch": 3}
 MLPS = {"swiglu": 0, "relu2": 1, "gelu": 2}
 QK_NORMS = {"none": 0, "full": 1, "head": 2, "head_unweighted": 3}
 R = TypeVar("R")
+Weight = Tensor | Quantized
+Of = Callable[[Tensor], Weight]
+"""A weight of the model -> what takes its place."""
 
 
 def _lib() -> ctypes.CDLL:
@@ -38,19 +44,29 @@ def _lib() -> ctypes.CDLL:
 
 
 class Packed:
-    """A matrix [out, in] as the kernels read it: fp32, bf16, or int8 with a scale for each 32 inputs of an
-    output."""
+    """A matrix [out, in] as the kernels read it: fp32, bf16, or int8 or int4 with scales."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
-        """dtype: torch.int8 quantises; None keeps the weight's."""
-        lib, (outputs, inputs) = _lib(), weight.shape
-        kind = KINDS.get(dtype or weight.dtype, 0)
-        self.data = torch.empty(lib.rdlm_packed_bytes(inputs, outputs, kind), dtype=torch.uint8)
-        wide = weight.detach().float().contiguous()
-        lib.rdlm_pack(wide.data_ptr(), inputs, outputs, kind, self.data.data_ptr())
+    def __init__(self, weight: Weight, bias: Tensor | None = None) -> None:
+        lib = _lib()
+        if isinstance(weight, Quantized):
+            inputs, outputs, group = weight.inputs, len(weight.values), weight.group_size
+            kind, integers, scales = (
+                QUANTIZED_KINDS[weight.weights],
+                weight.integers(),
+                weight.scales.contiguous(),
+            )
+            self.data = torch.empty(lib.rdlm_packed_bytes(inputs, outputs, kind, group), dtype=torch.uint8)
+            pointers = integers.contiguous().data_ptr(), scales.data_ptr()
+            lib.rdlm_pack_quantised(*pointers, inputs, outputs, kind, group, self.data.data_ptr())
+        else:
+            (outputs, inputs), group = weight.shape, 0
+            kind = KINDS[weight.dtype]
+            self.data = torch.empty(lib.rdlm_packed_bytes(inputs, outputs, kind, group), dtype=torch.uint8)
+            wide = weight.detach().float().contiguous()
+            lib.rdlm_pack(wide.data_ptr(), inputs, outputs, kind, self.data.data_ptr())
         self.bias = None if bias is None else bias.detach().float().contiguous()
         self.inputs, self.outputs = inputs, outputs
-        self.struct = Matrix(self.data.data_ptr(), _pointer(self.bias), inputs, outputs, kind, 0)
+        self.struct = Matrix(self.data.data_ptr(), _pointer(self.bias), inputs, outputs, kind, 0, group)
         self.struct.blocks = -(-outputs // (2 * lib.rdlm_vector_width()))
 
     def product(self, x: Tensor) -> Tensor:
@@ -66,10 +82,10 @@ class Packed:
 class PackedLinear(nn.Module):
     """A linear layer whose weight is packed."""
 
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, linear: nn.Linear, of: Of = Tensor.detach) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = Packed(linear.weight, linear.bias, dtype)
+        self.packed = Packed(of(linear.weight), linear.bias)
         # Embeddings of levels cast what they compute to the dtype of their weights: here, of activations.
         self.register_buffer("weight", torch.empty(0), persistent=False)
 
@@ -80,12 +96,10 @@ class PackedLinear(nn.Module):
 class PackedTable(nn.Module):
     """A token table with a packed copy for products with hidden states; rows are looked up in the table itself."""
 
-    def __init__(self, table: TokenTable, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, table: TokenTable, of: Of = Tensor.detach) -> None:
         super().__init__()
-        self.weight: Tensor
-        self.register_buffer("weight", table.weight.detach(), persistent=False)
+        self.table = of(table.weight)
         self.packed: Packed | None = None
-        self.dtype = dtype
 
     def forward(
         self,
@@ -93,14 +107,19 @@ class PackedTable(nn.Module):
         use: Callable[[Tensor], R] | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor | R:
+        table = self.table
         if use is not None:
-            return use(self.weight)
+            return use(table.dequantized() if isinstance(table, Quantized) else table)
         if ids is not None:
-            return nn.functional.embedding(ids, self.weight).float()
+            return (
+                table[ids].dequantized()
+                if isinstance(table, Quantized)
+                else nn.functional.embedding(ids, table).float()
+            )
         assert hidden is not None
         if self.packed is None:  # of a model's tables only the read-out is multiplied
             with torch.inference_mode(False), torch.no_grad():
-                self.packed = Packed(self.weight, None, self.dtype)
+                self.packed = Packed(self.table)
         return self.packed.product(hidden)
 
 
@@ -126,23 +145,22 @@ class PackedNorm(nn.Module):
 class PackedLayer(nn.Module):
     """A transformer layer as one call of a kernel; its context must be a PackedContext."""
 
-    def __init__(self, layer: TransformerLayer, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, layer: TransformerLayer, of: Of = Tensor.detach) -> None:
         super().__init__()
         lib, attn, mlp, config = _lib(), layer.attn, layer.mlp, layer.attn.config
         self.layer, self.config, self.head_dim = attn.layer, config, attn.head_dim
         self.modulation = layer.modulation
-        qkv: Tensor = attn.Wqkv.weight.detach()
+        qkv = of(attn.Wqkv.weight)
         bias: Tensor | None = attn.Wqkv.bias
         if attn.output_gate is not None:
-            qkv = torch.cat([qkv, attn.output_gate.weight.detach()])
-            bias = None if bias is None else torch.cat([bias, bias.new_zeros(len(qkv) - len(bias))])
-        fc: Tensor = mlp.fc.weight.detach()
+            qkv = _rows(lambda *both: torch.cat(both), qkv, of(attn.output_gate.weight))
+            bias = None if bias is None else torch.cat([bias, bias.new_zeros(attn.output_gate.out_features)])
+        fc = of(mlp.fc.weight)
         width = mlp.proj.in_features
         if mlp.kind == "swiglu":
-            fc = _interleaved(fc, lib.rdlm_vector_width())
+            fc = _rows(lambda rows: _interleaved(rows, lib.rdlm_vector_width()), fc)
         self.matrices = [
-            Packed(qkv, bias, dtype), Packed(attn.proj.weight, None, dtype), Packed(fc, None, dtype),
-            Packed(mlp.proj.weight, None, dtype),
+            Packed(qkv, bias), Packed(of(attn.proj.weight)), Packed(fc), Packed(of(mlp.proj.weight)),
         ]  # fmt: skip
         norms = (layer.norm_1, layer.norm_2, layer.norm_3, layer.norm_4)
         self.norms = [_vector(getattr(norm, "weight", None)) for norm in norms]
@@ -251,42 +269,64 @@ class RowView:
         return found
 
 
-def use_kernels(model: nn.Module, weights: WeightFormat = "auto") -> bool:
+def use_kernels(model: nn.Module, weights: WeightFormat | Mapping[str, Quantized] | None = None) -> bool:
     """Replace layers, linear layers, norms and token tables of a network on the CPU, in place -> whether it
     was done: there must be a compiler, and weights in fp32 or bf16.
 
-    weights: int8 quantises the matrices of layers, adapters and the read-out.
+    weights: how matrices are quantised, or those that are quantised already, by name.
     """
     if library() is None or any(
         p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16) for p in model.parameters()
     ):
         return False
-    dtype = torch.int8 if weights == "int8" else None
+    known = weights if isinstance(weights, Mapping) else {}
+    chosen = formats(model, weights) if isinstance(weights, str) else {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def of(weight: Tensor) -> Weight:
+        name = names[id(weight)]
+        return (
+            known[name]
+            if name in known
+            else quantized(weight, chosen[name])
+            if name in chosen
+            else weight.detach()
+        )
+
     with torch.inference_mode(False), torch.no_grad():
-        _replace(model, dtype, {})
+        _replace(model, of, {})
     return True
 
 
-def _replace(parent: nn.Module, dtype: torch.dtype | None, done: dict[int, nn.Module]) -> None:
+def _replace(parent: nn.Module, of: Of, done: dict[int, nn.Module]) -> None:
     """done: by id of the original, so that a shared module is packed once."""
     for name, child in list(parent.named_children()):
         packed = done.get(id(child))
         if packed is None:
             match child:
                 case TransformerLayer():
-                    packed = PackedLayer(child, dtype)
-                    _replace(packed, dtype, done)
+                    packed = PackedLayer(child, of)
+                    _replace(packed, of, done)
                 case TokenTable():
-                    packed = PackedTable(child, dtype)
+                    packed = PackedTable(child, of)
                 case RMSNorm():
                     packed = PackedNorm(child)
                 case nn.Linear() if child.in_features and child.out_features > 1:
-                    packed = PackedLinear(child, dtype)
+                    packed = PackedLinear(child, of)
                 case _:
-                    _replace(child, dtype, done)
+                    _replace(child, of, done)
                     continue
             done[id(child)] = packed
         setattr(parent, name, packed)
+
+
+def _rows(make: Callable[..., Tensor], *parts: Weight) -> Weight:
+    """What ``make`` makes of the rows of matrices, of one kind."""
+    first = parts[0]
+    if not isinstance(first, Quantized):
+        return make(*parts)
+    of = [part for part in parts if isinstance(part, Quantized)]
+    return replace(first, values=make(*[q.values for q in of]), scales=make(*[q.scales for q in of]))
 
 
 def _interleaved(fc: Tensor, width: int) -> Tensor:
