@@ -224,7 +224,8 @@ def sides(
             "engine, kernels torch": settings.model_copy(update={"kernels": "torch"}),
         }
         if quantised:
-            kinds["engine, int8"] = settings.model_copy(update={"weights": "int8"})
+            for weights in ("int8", "int4"):
+                kinds[f"engine, {weights}"] = settings.model_copy(update={"weights": weights})
         if shape == "huginn":
             kinds["engine, full cache"] = settings.model_copy(update={"kv_cache": "full"})
         found: list[Side] = []

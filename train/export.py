@@ -257,15 +257,17 @@ def weights_of(source: Path, shapes_only: bool = False) -> dict[str, Tensor]:
     """
     folder = source / "model" if (source / "model" / CONFIG).is_file() else source
     if (folder / CONFIG).is_file():
-        model = build(load_config(folder), device="meta") if shapes_only else load(folder).denoiser
+        config = load_config(folder)
+        config.check_exact("training")
+        model = build(config, device="meta") if shapes_only else load(folder).denoiser
         return dict(model.named_parameters())
     checkpoint = find_checkpoint(source, "last", lambda text: None, "init_from")
-    config: TrainConfig = parse(TrainConfig, manifest_of(checkpoint)["config"], str(checkpoint))
+    trained: TrainConfig = parse(TrainConfig, manifest_of(checkpoint)["config"], str(checkpoint))
     return {
         prefix + name: torch.empty(shape, device="meta")
         if shapes_only
         else saved.tensor(WEIGHT, name).view(shape)
-        for prefix, saved in saved_parts(checkpoint, config)
+        for prefix, saved in saved_parts(checkpoint, trained)
         for name, shape in saved.shapes.items()
     }
 
@@ -326,6 +328,8 @@ def merge(folders: Sequence[Path], out: Path) -> Path:
     Raises UserError where they are not the blocks of one network, each exactly once.
     """
     parts = {folder: load(folder / "model" if (folder / "model").is_dir() else folder) for folder in folders}
+    for part in parts.values():
+        part.config.check_exact("`rdlm merge`")
     ordered = _in_order(parts)
     config = ordered[0].config.model_copy(
         update={"block": None, "step": sum(part.config.step for part in ordered)}

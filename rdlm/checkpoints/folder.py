@@ -8,6 +8,7 @@ loading.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +42,7 @@ FILES = (
 """Patterns of what lies in a folder with a model, ours or of a published layout: what --force may replace."""
 SCALES = "_scale"
 """Behind the name of a quantised weight: its scales."""
+CARD_NOTES = re.compile(r"\|\n\n(.*)\n\n## Run it\n", re.DOTALL)
 FIELD = "checkpoint"
 PUBLISHED = {"model_type", "architectures", "_class_name"}
 """Keys that only the ``config.json`` of other formats has."""
@@ -68,8 +70,10 @@ def save(
     """Write the folder, replacing an earlier one only when the new one is complete. Returns its path.
 
     keep: other files of an earlier one stay, see ``rdlm.atomic.replacing``. card: Markdown about data and
-    training, put below what the config itself says. Weights keep the dtype they have.
+    training, put below what the config itself says. Weights keep the dtype they have, also those of a network
+    that was loaded from a quantised checkpoint.
     """
+    config = config.model_copy(update={"quantization": None})
     weights = {name: parameter.detach().cpu().contiguous() for name, parameter in denoiser.named_parameters()}
 
     def fill(temporary: Path) -> None:
@@ -140,6 +144,13 @@ def load(
             FIELD, str(folder / TOKENIZER), problem, "put the tokenizer the model was trained with there"
         )
     return Loaded(denoiser.eval(), config, tokenizer, kept)
+
+
+def notes_of(folder: Path) -> str:
+    """What the card of a checkpoint says below its table; empty where there is no card, or another one."""
+    card = folder / CARD
+    found = CARD_NOTES.search(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    return found[1] if found else ""
 
 
 def load_config(folder: str | Path) -> CheckpointConfig:
