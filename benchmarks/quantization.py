@@ -48,8 +48,8 @@ def nll_of_windows(
     """{K: mean nats per token of each of windows [N, T + 1]}."""
     length = windows.shape[1]
     engine_settings = EngineSettings(
-        **{"dtype": "float32", **settings}, device="cpu", kv_cache="full", prefix_cache="off", max_slots=8, max_len=length,
-        max_steps=max(ks), default_steps=1,
+        **{"dtype": "float32", **settings}, device="cpu", kv_cache="full", prefix_cache="off", max_slots=8,
+        max_len=length, max_steps=max(ks), default_steps=1,
     )  # fmt: skip
     found: dict[int, Tensor] = {}
     with Engine(lambda: load_served(folder, engine_settings)) as engine:
@@ -72,7 +72,7 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of `rdlm data prepare`, with the model's tokenizer.")],
     out: Annotated[Path, typer.Option(help="JSON to write.")],
     steps: Annotated[str, typer.Option(help="K, by commas.")] = "1,2,4,8,16",
-    seq_len: int = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window, the first one unscored.")] = 128,
     num_windows: int = 64,
     only: Annotated[str, typer.Option(help="Variants to leave out all others, by semicolons.")] = "",
     threads: Annotated[int, typer.Option(min=1)] = 1,
@@ -80,7 +80,9 @@ def main(
     """Measure, print, write."""
     torch.set_num_threads(threads)
     ks = [int(k) for k in steps.split(",")]
-    batch = next(iter(TokenStore(data, "valid").windows(seq_len, num_windows * seq_len, num_windows)))
+    batch = next(
+        iter(TokenStore(data, "valid").windows(seq_len - 1, num_windows * (seq_len - 1), num_windows))
+    )
     windows = torch.cat([batch.inputs, batch.targets[:, -1:]], 1)
     rows: dict[str, Any] = {}
     exact: dict[int, Tensor] = {}

@@ -40,7 +40,7 @@ KernelOption = Annotated[
 WeightOption = Annotated[
     str,
     typer.Option(
-        help="auto: as stored. int8, int4: quantised when loaded, smaller and faster (CPU kernels only); see rdlm quantize."
+        help="auto: as stored. int8, int4: quantised when loaded, smaller and faster (CPU kernels only)."
     ),
 ]
 """These options are those of `rdlm generate` and `rdlm images` too."""

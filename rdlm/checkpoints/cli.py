@@ -1,5 +1,5 @@
-"""``rdlm import``, ``rdlm convert``, ``rdlm quantize``, ``rdlm export``, ``rdlm logits`` and ``rdlm inspect``: checkpoints of
-other formats, and what is in one of ours."""
+"""``rdlm import``, ``rdlm convert``, ``rdlm quantize``, ``rdlm export``, ``rdlm logits`` and ``rdlm inspect``:
+checkpoints of other formats, smaller ones, and what is in one of ours."""
 
 from __future__ import annotations
 
@@ -159,7 +159,8 @@ def quantizing(
     weights: Annotated[
         Literal["int8", "int4"],
         typer.Option(
-            help="Of attention and feed-forward layers. Token tables and other matrices become int8; norms and biases stay."
+            help="Of attention and feed-forward layers. Token tables and other matrices become int8; norms and "
+            "biases stay."
         ),
     ],
     group_size: Annotated[

@@ -80,6 +80,6 @@ def _entries(name: str, entry: Entry, matrix: Matrix) -> dict[str, Entry]:
 
 def _notes(source: Path, config: CheckpointConfig, before: int, after: int) -> str:
     return (
-        f"## Quantisation\n\nMade with `rdlm quantize` from a checkpoint of {config.name}, without data or training: its "
-        f"weights took {before:,} bytes and take {after:,}.\n\n{checkpoint.notes_of(source)}"
+        f"## Quantisation\n\nMade with `rdlm quantize` from a checkpoint of {config.name}, without data or training: "
+        f"its weights took {before:,} bytes and take {after:,}.\n\n{checkpoint.notes_of(source)}"
     )
