@@ -37,6 +37,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "olmo2": ("Olmo2", {}),
+    "llama of odd sizes": (
+        "Llama",
+        {
+            "vocab_size": 97,
+            "hidden_size": 45,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 14,
+        },
+    ),
+    "mistral, one key-value head": (
+        "Mistral",
+        {"sliding_window": None, "num_key_value_heads": 1, "head_dim": 18},
+    ),
+    "qwen2, scaled": ("Qwen2", {"rope_parameters": LLAMA3, "num_key_value_heads": 1, "num_hidden_layers": 1}),
+    "qwen3, tied": ("Qwen3", {"tie_word_embeddings": True, "vocab_size": 97, "head_dim": 10}),
+    "olmo2, scaled": ("Olmo2", {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-3}),
 }
 
 
@@ -62,6 +79,57 @@ def test_logits_are_those_of_transformers(tmp_path: Path, case: str) -> None:
         expected = theirs(ids).logits
     torch.testing.assert_close(model.logits(ids)[1], expected, atol=2e-5, rtol=0)
     assert model.config.max_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("Llama", {}),
+        (
+            "Mistral",
+            {"num_key_value_heads": 8, "num_attention_heads": 8, "hidden_size": 48, "sliding_window": 4096},
+        ),
+        ("Qwen2", {"num_key_value_heads": 32, "num_attention_heads": 32, "hidden_size": 64}),
+        ("Qwen3", {"num_key_value_heads": 32, "num_attention_heads": 32, "head_dim": 128, "hidden_size": 64}),
+        ("Olmo2", {"rms_norm_eps": 1e-5}),
+    ],
+)
+def test_a_field_that_is_left_out_is_that_of_transformers(
+    tmp_path: Path, kind: str, fields: dict[str, Any]
+) -> None:
+    """The class's own values, and then a config.json without them."""
+    theirs = published(tmp_path / "theirs", kind, fields)
+    file = tmp_path / "theirs" / "config.json"
+    left = (
+        "rms_norm_eps",
+        "sliding_window",
+        "tie_word_embeddings",
+        "head_dim",
+        "hidden_act",
+        "rope_parameters",
+        "layer_types",
+    )
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in left}
+    if kind not in ("Llama", "Olmo2"):  # whose default is the number of heads
+        del kept["num_key_value_heads"]
+    file.write_text(json.dumps(kept))
+    again = getattr(transformers, f"{kind}ForCausalLM").from_pretrained(tmp_path / "theirs").float()
+    ids = torch.randint(0, 96, (1, 40))
+    with torch.no_grad():
+        expected = again(ids).logits
+        torch.testing.assert_close(expected, theirs(ids).logits)
+    model = rdlm.load(import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours"))
+    torch.testing.assert_close(model.logits(ids)[1], expected, atol=1e-4, rtol=0)
+
+
+def test_a_mistral_that_names_no_window_has_the_librarys(tmp_path: Path) -> None:
+    published(tmp_path / "theirs", "Mistral", {"max_position_embeddings": 9000})
+    file = tmp_path / "theirs" / "config.json"
+    config = json.loads(file.read_text())
+    del config["sliding_window"]
+    file.write_text(json.dumps(config))
+    out = import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
+    assert rdlm.load(out).config.model.max_seq_len == 4096
 
 
 def test_weights_keep_their_dtype(tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ from rdlm.registry import build
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "pytorch_model.bin", "model.pt")
 Shapes = Mapping[str, tuple[int, ...]]
+WRAPPER = re.compile(r"^(module\.|_orig_mod\.)+")
+"""What parallel and compiled modules put before their names."""
+BUFFERS = re.compile(r"(^|\.)((original_)?inv_freq|freqs_cis|cos_cached|sin_cached)$")
+"""Tables of rotations, which follow from the config."""
 
 
 class Fields:
@@ -76,6 +80,11 @@ class Fields:
             if self.get(field, value) != value:
                 problem, remedy = f"only {value!r} is built here", "import a model of that variant"
                 raise self.refused(field, problem, remedy)
+
+    def defaults(self, values: Mapping[str, Any]) -> None:
+        """What the published code takes for a field that is absent; one that is null stays null."""
+        self.data = {**values, **self.data}
+        self._read.update(values)
 
     def ignore(self, *fields: str) -> None:
         """Fields that change nothing that is computed at inference."""
@@ -128,7 +137,7 @@ class Importer(ABC):
 
     def tensor_name(self, name: str) -> str:
         """The name of a tensor as the other methods know it, where files differ in prefixes."""
-        return name
+        return WRAPPER.sub("", name)
 
     @abstractmethod
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
@@ -188,7 +197,7 @@ def import_from(
     rdlm.checkpoints.convert.importers.import_checkpoint."""
     where, entries = str(published.path), published.entries
     importer = importer_of(published.data, entries, where)
-    entries = {importer.tensor_name(key): entry for key, entry in entries.items()}
+    entries = {importer.tensor_name(key): entry for key, entry in entries.items() if not BUFFERS.search(key)}
     shapes = {key: entry.shape for key, entry in entries.items()}
     fields = Fields(published.data, published.config_file)
     try:

@@ -29,7 +29,7 @@ PRE_NORMS = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
 POST_NORMS = {"norm_1": "post_attention_layernorm", "norm_2": "post_feedforward_layernorm"}
 
 
-def rope_of(fields: Fields, head_dim: int, default_base: float = 10_000.0) -> dict[str, Any]:
+def rope_of(fields: Fields, head_dim: int, default_base: float | None = 10_000.0) -> dict[str, Any]:
     """RopeConfig of ``rope_theta`` and ``rope_scaling``, or of ``rope_parameters`` as transformers 5 writes
     them."""
     given = fields.section("rope_parameters")
@@ -151,21 +151,43 @@ def head_tensors(
 
 @dataclass(frozen=True)
 class Kind:
-    """What a plain decoder of one ``model_type`` is. tied: default of tie_word_embeddings."""
+    """What a plain decoder of one ``model_type`` is. defaults: what transformers takes for fields that its
+    config.json leaves out, where these differ from the usual ones."""
 
     layer: Mapping[str, Any]
     norms: Mapping[str, str]
     architecture: str
-    tied: bool = False
+    defaults: Mapping[str, Any]
     has_window: bool = False
 
 
 KINDS = {
-    "llama": Kind({}, PRE_NORMS, "LlamaForCausalLM"),
-    "mistral": Kind({}, PRE_NORMS, "MistralForCausalLM", has_window=True),
-    "qwen2": Kind({"bias": "qkv"}, PRE_NORMS, "Qwen2ForCausalLM"),
-    "qwen3": Kind({"qk_norm": "head"}, PRE_NORMS, "Qwen3ForCausalLM"),
-    "olmo2": Kind({"norms": "post", "qk_norm": "full"}, POST_NORMS, "Olmo2ForCausalLM"),
+    "llama": Kind({}, PRE_NORMS, "LlamaForCausalLM", {"max_position_embeddings": 2048}),
+    "mistral": Kind(
+        {},
+        PRE_NORMS,
+        "MistralForCausalLM",
+        {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131_072},
+        has_window=True,
+    ),
+    "qwen2": Kind(
+        {"bias": "qkv"},
+        PRE_NORMS,
+        "Qwen2ForCausalLM",
+        {"num_key_value_heads": 32, "max_position_embeddings": 32_768},
+    ),
+    "qwen3": Kind(
+        {"qk_norm": "head"},
+        PRE_NORMS,
+        "Qwen3ForCausalLM",
+        {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+    ),
+    "olmo2": Kind(
+        {"norms": "post", "qk_norm": "full"},
+        POST_NORMS,
+        "Olmo2ForCausalLM",
+        {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+    ),
 }
 """``model_type`` -> its settings. SmolLM2 is a llama."""
 
@@ -186,13 +208,14 @@ class PlainDecoder(Importer):
         if "rdlm" in fields.data:
             return own_config(fields, lambda config: to_published(config, kind)), []
         about, lost = KINDS[kind], []
+        fields.defaults(about.defaults)
         if kind != "qwen2":
             fields.only({"attention_bias": False})
         fields.only({"pretraining_tp": 1})
         model = size_of(
             fields,
             origin=kind,
-            tie_embeddings=is_tied(fields, shapes, about.tied),
+            tie_embeddings=is_tied(fields, shapes, False),
             layer=layer_of(fields, **about.layer),
             loop={
                 "num_core_layers": fields.number("num_hidden_layers"),
@@ -218,7 +241,6 @@ class PlainDecoder(Importer):
             found |= layer_tensors(
                 source, f"model.layers.{i}", f"model.layers.{i}", model.layer, model.d_model, norms
             )
-            source.drop(f"model.layers.{i}.self_attn.rotary_emb.inv_freq")
         return {**found, "model.ln_f.weight": source.take("model.norm.weight")}
 
 

@@ -141,6 +141,7 @@ class GgufFile:
         for field in ("embedding_length", "block_count", "attention.head_count", "context_length"):
             if SIZES[field] not in data:
                 raise self._refused(f"{self.architecture}.{field}", None, "is missing")
+        data.setdefault("num_key_value_heads", data["num_attention_heads"])
         head_dim = data.setdefault("head_dim", data["hidden_size"] // data["num_attention_heads"])
         for field, expected in (("rope.dimension_count", head_dim), ("attention.value_length", head_dim)):
             if own.pop(field, expected) != expected:

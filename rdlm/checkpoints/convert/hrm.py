@@ -12,6 +12,11 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import HrmConfig
 
 STACKS = {"L_module": "low", "H_module": "high"}
+DEFAULTS = {
+    "H_cycles": 2, "L_cycles": 3, "head_dim": 128, "initializer_range": 0.02, "max_position_embeddings": 2048,
+    "prefix_lm": True,
+}  # fmt: skip
+"""What transformers takes for fields that a config.json leaves out."""
 
 
 class HrmText(Importer):
@@ -24,6 +29,7 @@ class HrmText(Importer):
         return data.get("model_type") == "hrm_text"
 
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
+        fields.defaults(DEFAULTS)
         heads, low, high = (fields.number(f) for f in ("num_attention_heads", "L_cycles", "H_cycles"))
         fields.only(
             {
@@ -36,7 +42,7 @@ class HrmText(Importer):
             }
         )
         count = self._layers(fields, shapes, low, high)
-        head_dim, rope = head_dim_of(fields), None
+        head_dim = head_dim_of(fields)
         rope = rope_of(fields, head_dim)
         if "scaling" in rope:
             raise fields.refused("rope_parameters", "only rope type default is built here")

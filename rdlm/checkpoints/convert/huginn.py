@@ -54,7 +54,6 @@ class Huginn(Importer):
 
     def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
         found = dict(source.entries)
-        found.pop(ROTATIONS, None)
         assert isinstance(config.model, HuginnConfig)
         if config.model.tie_embeddings and HEAD in found:
             head = found.pop(HEAD)

@@ -46,6 +46,12 @@ SHAPE = {
 }
 """Our field -> the published one."""
 
+DEFAULTS: dict[str, Any] = {
+    "rope_base": 50_000, "norm_eps": 1e-6, "qk_bias": True, "tie_embeddings": True, "block_size": 4096, "mean_recurrence": 32,
+    "mean_backprop_depth": 8, "sampling_scheme": "poisson-lognormal-filling",
+}  # fmt: skip
+"""What the published configuration class takes for fields that a file leaves out."""
+
 SCHEMES = {"lognormal_poisson": "poisson-lognormal-filling", "fixed": "fixed"}
 STATES = {"normal": "like-init", "zero": "zero"}
 READ = {
@@ -143,6 +149,7 @@ def from_published(data: dict[str, Any], name: str, where: str) -> CheckpointCon
             )
     if "rdlm" in data:
         return _own(data, where)
+    data = {**DEFAULTS, **data}
     missing = [
         f
         for f in (*SHAPE.values(), "mean_recurrence", "mean_backprop_depth", "sampling_scheme")

@@ -14,7 +14,9 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import LoopFormerConfig
 
 TABLE = "transformer.wte.weight"
-PREFIXES = re.compile(r"^(gpt\.|model\.|module\.)+")
+PREFIXES = re.compile(r"^(gpt\.|model\.|module\.|_orig_mod\.)+")
+MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
+"""The causal mask, which some files keep as a buffer; the model has no bias there."""
 
 
 class LoopFormer(Importer):
@@ -54,6 +56,7 @@ class LoopFormer(Importer):
         model = config.model
         assert isinstance(model, LoopFormerConfig)
         found = head_tensors(source, True, TABLE)
+        source.drop(*(name for name in source.entries if MASK.search(name)))
         for i in range(model.num_layers):
             theirs, ours = f"transformer.h.blocks.{i}", f"model.core_block.{i}"
             for a, b in (("c_attn", "Wqkv"), ("c_proj", "proj")):

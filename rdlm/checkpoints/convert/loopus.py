@@ -32,8 +32,8 @@ class LoopUS(Importer):
         return data.get("model_type") == "lds"
 
     def tensor_name(self, name: str) -> str:
-        """Old files say ``plateau`` for ``reasoning``, and keep the wrapper of a parallel module."""
-        return name.replace(".module.", ".").removeprefix("module.").replace("plateau.", "reasoning.", 1)
+        """Old files say ``plateau`` for ``reasoning``, and keep the wrapper of a parallel module inside."""
+        return super().tensor_name(name).replace(".module.", ".").replace("plateau.", "reasoning.", 1)
 
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
         fields.only({"model_type": "lds", "q_eval_interval": 1})
@@ -41,6 +41,7 @@ class LoopUS(Importer):
         kind = base.get("model_type")
         if kind not in KINDS:
             raise base.refused("model_type", f"only {', '.join(KINDS)} are built here as base models")
+        base.defaults(KINDS[kind].defaults)
         if kind != "qwen2":
             base.only({"attention_bias": False})
         refuse_windows(base)

@@ -134,7 +134,6 @@ class Parcae(Importer):
             source.drop(gate, table)
         if loop.input_norm:
             found["model.input_norm.weight"] = source.take("transformer.ln_prelude.weight")
-        source.drop("freqs_cis")
         return {
             **found,
             "model.adapter.A_log": source.take("transformer.adapter.A_log"),

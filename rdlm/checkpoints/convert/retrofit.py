@@ -45,7 +45,6 @@ class Retrofit(Importer):
             {
                 "model_type": "huginn_raven",
                 "qk_bias": False,
-                "bias": False,
                 "injection_type": "linear",
                 "initial_state_mode": "random",
                 "test_time_noise": 0,
@@ -58,7 +57,7 @@ class Retrofit(Importer):
             raise fields.refused("model_type", "layers with four norms are Huginn's", "import it as huginn")
         fields.ignore(  # leftovers of Huginn's config, and what follows from the rest
             "rope_base", "effective_expected_depth", "init_strategy", "n_layers", "block_class_name",
-            "tie_word_embeddings", "tie_embeddings",
+            "tie_word_embeddings", "tie_embeddings", "bias",
             "vocab_size", "padding_multiple", "architecture_class_name", "max_position_embeddings",
         )  # fmt: skip
         is_olmo = any(key.endswith("attn.q_norm.weight") for key in shapes)
@@ -79,11 +78,11 @@ class Retrofit(Importer):
             "layer": {
                 "norms": "post" if is_olmo else "pre",
                 "qk_norm": "full" if is_olmo else "none",
-                "norm_eps": fields.number("norm_eps"),
+                "norm_eps": fields.number("norm_eps", 1e-6),
                 "num_heads": heads,
                 "num_kv_heads": fields.get("num_key_value_heads", heads),
                 "head_dim": head_dim,
-                "rope": rope_of(fields, head_dim, fields.number("rope_theta")),
+                "rope": rope_of(fields, head_dim, None),
                 "mlp_width": fields.number("intermediate_size"),
             },
             "loop": {
@@ -194,5 +193,4 @@ class Retrofit(Importer):
                 found[f"model.{part}.attn.{name}.weight"] = adjacent_pairs(
                     weight, head_dim, layer.rope.num_dims
                 )
-        source.drop("freqs_cis")
         return {**found, "model.ln_f.weight": source.take("transformer.ln_f.weight")}

@@ -1,0 +1,206 @@
+"""Imports of random checkpoints of unusual shapes and storage, in every published layout, through `rdlm logits`,
+against the formulas of zoo_reference.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rdlm.checkpoints.convert.importers import import_checkpoint
+from rdlm.cli import app, run
+from tests.rdlm import zoo_reference as zoo
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 24,
+}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": 101, "hidden_size": 42, "intermediate_size": 50, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 77, "rms_norm_eps": 1e-5, "rope_theta": 5e4,
+}  # fmt: skip
+OURO = {**SIZES, "model_type": "ouro", "total_ut_steps": 3}
+NANBEIGE = {**SIZES, "model_type": "nanbeige", "num_loops": 2}
+RAVEN: dict[str, Any] = {
+    "model_type": "huginn_raven", "n_embd": 60, "n_heads": 3, "intermediate_size": 46, "n_layers_in_prelude": 1,
+    "n_layers_in_recurrent_block": 3, "n_layers_in_coda": 2, "norm_eps": 1e-5, "vocab_size": 99, "padded_vocab_size": 101,
+    "block_size": 50, "rope_theta": 3e4, "rope_base": 7e3, "mean_recurrence": 3, "mean_backprop_depth": 2,
+    "sampling_scheme": "poisson-lognormal-filling", "init_values": {"std": 0.3, "embed_scale": 1.0},
+}  # fmt: skip
+HUGINN = {
+    **RAVEN, "qk_bias": True, "tie_embeddings": True, "n_layers": 6,
+    "init_values": {"std": (2 / 300) ** 0.5, "embed_scale": 60**0.5},
+}  # fmt: skip
+PARCAE: dict[str, Any] = {
+    "_class_name": "ParcaeConfig", "n_embd": 66, "num_attention_heads": 3, "num_key_value_heads": 3,
+    "recurrent_embedding_dimension": 66, "recurrent_intermediation_embedding_dimension": 70, "intermediate_size": 50,
+    "n_layers_in_prelude": 1, "n_layers_in_recurrent_block": 3, "n_layers_in_coda": 2, "vocab_size": 99,
+    "padded_vocab_size": 101, "norm_eps": 1e-5, "qk_norm": True, "prelude_norm": True, "block_size": 50,
+    "mean_recurrence": 3, "mean_backprop_depth": 2, "tie_embeddings": True, "rope_settings": {"rope_base": 9000},
+}  # fmt: skip
+IFM: dict[str, Any] = {
+    "arch": "huginn", "model_dim": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 10, "ffn_hidden_dim": 50,
+    "vocab_size": 101, "rope_base": 3e4, "rmsnorm_eps": 1e-5, "loop_times": 3, "huginn_prelude_layers": 2,
+    "huginn_recurrent_layers": 1, "huginn_coda_layers": 2, "huginn_input_injection": "diagonal",
+}  # fmt: skip
+LOOPUS: dict[str, Any] = {
+    "model_type": "lds", "N": 3, "q_threshold": 0.9, "base_config_dict": {**SIZES, "num_hidden_layers": 4},
+    "encoder_layer_indices": [0], "reasoning_layer_indices": [1, 2], "decoder_layer_indices": [3],
+}  # fmt: skip
+LOOPFORMER: dict[str, Any] = {
+    "n_embd": 33, "n_head": 3, "n_layer": 2, "intermediate_dim": 50, "block_size": 40, "vocab_size": 101,
+}  # fmt: skip
+HRM: dict[str, Any] = {
+    "model_type": "hrm_text", "H_cycles": 2, "L_cycles": 2, "head_dim": 14, "hidden_size": 36, "intermediate_size": 50,
+    "num_attention_heads": 3, "num_hidden_layers": 1, "rms_norm_eps": 1e-5, "rope_theta": 3e4, "vocab_size": 101,
+    "max_position_embeddings": 60, "embedding_scale": 3.0,
+}  # fmt: skip
+
+
+def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def loopus(kind: str, **base: Any) -> dict[str, Any]:
+    return {**LOOPUS, "base_config_dict": {**LOOPUS["base_config_dict"], "model_type": kind, **base}}
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "ouro, grouped heads": ("ouro", OURO),
+    "ouro, tied, scaled": ("ouro", {**OURO, "tie_word_embeddings": True, "rope_scaling": LLAMA3}),
+    "ouro, no head_dim": ("ouro", {**without(OURO, "head_dim"), "num_attention_heads": 3, "num_key_value_heads": 1}),
+    "nanbeige": ("nanbeige", NANBEIGE),
+    "nanbeige, final norm once": ("nanbeige", {**NANBEIGE, "skip_loop_final_norm": True}),
+    "huginn": ("huginn", HUGINN),
+    "huginn, fields left out": (
+        "huginn", without(HUGINN, "qk_bias", "tie_embeddings", "norm_eps", "rope_base", "mean_recurrence", "sampling_scheme"),
+    ),
+    "huginn, own head, no bias": ("huginn", {**HUGINN, "tie_embeddings": False, "qk_bias": False}),
+    "retrofit": ("retro_llama", {**RAVEN, "num_key_value_heads": 1, "head_dim": 16, "rope_scaling": LLAMA3}),
+    "retrofit, tied": ("retro_llama", {**RAVEN, "tie_embeddings": True}),
+    "retrofit, bias, scale": (
+        "retro_llama", {**RAVEN, "bias": True, "init_values": {"std": 0.3, "embed_scale": 1.7}},
+    ),
+    "retrofit, no coda": ("retro_llama", {**RAVEN, "n_layers_in_coda": 0}),
+    "retrofit of OLMo": ("retro_olmo", {**RAVEN, "num_key_value_heads": 1, "head_dim": 16}),
+    "parcae": ("parcae", PARCAE),
+    "parcae, own head": (
+        "parcae", {**PARCAE, "tie_embeddings": False, "qk_norm": False, "prelude_norm": False, "mean_recurrence": 4},
+    ),
+    "parcae, no rope settings": ("parcae", without(PARCAE, "rope_settings")),
+    "looped_lm": ("ifm_p2", {"model": IFM}),
+    "looped_lm, part of a head": ("ifm_p2", {"model": {**IFM, "rope_head_dim": 6, "huginn_prelude_norm": "rms"}}),
+    "looped_lm, orthogonal": ("ifm_p2_orthoinj", {"model": {**IFM, "huginn_prelude_orthogonal": True}}),
+    "looped_lm, linear": (
+        "ifm_p2_linear",
+        {"model": {**IFM, "huginn_input_injection": "linear", "huginn_recurrent_exit_norm": "parameterless_rms"}},
+    ),
+    "loopus of llama": ("loopus", loopus("llama")),
+    "loopus of qwen2": ("loopus", loopus("qwen2")),
+    "loopus of qwen3": ("loopus", {**loopus("qwen3"), "decoder_layer_indices": [-3]}),
+    "loopus of olmo2": ("loopus", {**loopus("olmo2"), "encoder_layer_indices": []}),
+    "loopformer": ("loopformer", LOOPFORMER),
+    "hrm_text": ("hrm_text", HRM),
+    "hrm_text, no scale": (
+        "hrm_text", {**without(HRM, "embedding_scale"), "initializer_range": 0.1, "num_hidden_layers": 4},
+    ),
+    "hrm_text, fields left out": ("hrm_text", without(HRM, "H_cycles", "L_cycles", "head_dim", "rms_norm_eps", "rope_theta")),
+}  # fmt: skip
+
+
+DEFAULTS = {  # of the published code, where a config.json leaves a field out
+    "huginn": {"qk_bias": True, "tie_embeddings": True, "norm_eps": 1e-6, "rope_base": 50_000},
+    "hrm_text": {"L_cycles": 3, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
+}
+
+
+def tensors_of(family: str, c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    match family:
+        case "ouro":
+            return zoo.decoder_tensors(c, "ouro", gate=True)
+        case "nanbeige":
+            return zoo.decoder_tensors(c, "llama")
+        case "huginn" | "retro_llama" | "retro_olmo":
+            return zoo.raven_tensors(c, family)
+        case "parcae":
+            return zoo.parcae_tensors(c)
+        case "loopus":
+            return zoo.loopus_tensors(c)
+        case "loopformer":
+            return zoo.loopformer_tensors(c)
+        case "hrm_text":
+            return zoo.hrm_tensors(c, 2 if c["num_hidden_layers"] == 4 else c["num_hidden_layers"])
+    return zoo.looped_lm_tensors(c)
+
+
+def checked(tmp_path: Path, source: Path, family: str, config: dict[str, Any], weights: zoo.Weights) -> None:
+    """`rdlm import` and `rdlm logits` give the formula's logits from zero and given states, and of a prefix."""
+    out = tmp_path / "model"
+    import_checkpoint(str(source), out)
+    ids = torch.randint(0, 101, (2, 31), generator=torch.Generator().manual_seed(1))
+    width = next(v.shape[1] for n, v in weights.items() if v.shape[:1] == (101,) and "value" not in n)
+    draws = family in ("huginn", "retro_llama", "retro_olmo", "parcae") or family.startswith("ifm")
+    given = {"input_states": torch.randn(2, 31, width)} if draws else {}
+    prefix = {"token_type_ids": (torch.arange(31) < torch.tensor([[9], [20]])).long()}
+    runs: list[tuple[list[str], dict[str, torch.Tensor]]] = [(["--zero-state"], {}), ([], given)]
+    for flags, more in [*runs, ([], prefix)] if family == "hrm_text" else runs:
+        save_file({"input_ids": ids, **more}, tmp_path / "in.safetensors")
+        command = ["logits", str(out), str(tmp_path / "in.safetensors"), "--num-steps", "1,3"]
+        assert run(app, [*command, "--out", str(tmp_path / "out.safetensors"), *flags], "rdlm") == 0
+        found = load_file(tmp_path / "out.safetensors")
+        state = more.get("input_states", torch.zeros(2, 31, width))
+        for k in (1, 3):
+            expected = zoo.LOGITS[family](
+                weights, config, ids, k, state=state, types=more.get("token_type_ids")
+            )
+            torch.testing.assert_close(found[f"logits_K{k}"], expected, atol=1e-4, rtol=0)
+            assert expected.std() > 0.2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_other_shapes(tmp_path: Path, case: str) -> None:
+    family, written = CASES[case]
+    config = {**DEFAULTS.get(family, {}), **written}
+    weights = zoo.drawn(tensors_of(family, config), seed=3, offsets=family.startswith("ifm"))
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(written))
+    save_file(weights, source / "model.safetensors")
+    checked(tmp_path, source, family, config, weights)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("ouro, grouped heads", torch.bfloat16),
+        ("retrofit", torch.float16),
+        ("parcae, own head", torch.bfloat16),
+        ("looped_lm", torch.float16),
+        ("hrm_text", torch.bfloat16),
+        ("loopus of qwen3", torch.bfloat16),
+    ],
+)
+def test_shards_of_half_precision_wrapped_names_and_buffers(
+    tmp_path: Path, case: str, dtype: torch.dtype
+) -> None:
+    """Weights keep their dtype and are computed with in fp32; tables of rotations in a file are left out."""
+    family, config = CASES[case]
+    weights = zoo.drawn(tensors_of(family, config), seed=4, offsets=family.startswith("ifm"))
+    weights = {name: value.to(dtype) for name, value in weights.items()}
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    stored = {f"module._orig_mod.{name}": value for name, value in weights.items()}
+    stored |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5), "freqs_cis": torch.ones(1, 3)}
+    where = {name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(stored)}
+    for file in set(where.values()):
+        save_file({name: stored[name] for name in stored if where[name] == file}, source / file)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    checked(tmp_path, source, family, config, {name: value.float() for name, value in weights.items()})
+    made = load_file(tmp_path / "model" / "model.safetensors")
+    kept = {value.dtype for name, value in made.items() if value.dim() > 1}
+    assert kept == {dtype}
