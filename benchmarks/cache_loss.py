@@ -28,6 +28,7 @@ from serve.settings import EngineSettings
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {"kv_cache": "full", "dtype": "float32"},
     "shared": {"kv_cache": "shared", "dtype": "float32"},
+    "first": {"kv_cache": "first", "dtype": "float32"},
     "bfloat16": {"kv_cache": "full", "dtype": "bfloat16"},
     "int8": {"kv_cache": "full", "dtype": "float32", "weights": "int8"},
 }

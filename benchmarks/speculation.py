@@ -4,7 +4,8 @@
         --draft-steps 2,4 --draft-tokens 4,8 --out docs/results/raw/speculation.json
 
 Prompts are windows of held-out text; sides take turns, medians over rounds (least to most). Acceptance is the
-share of drafted tokens that became part of the answer. Both sides use the full cache, which speculation needs.
+share of drafted tokens that became part of the answer; greedy tokens must be equal, sampled ones have one law and
+are others. Both sides use the full cache, which speculation needs.
 """
 
 from __future__ import annotations

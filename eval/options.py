@@ -96,8 +96,10 @@ class TextOptions:
     device: Device = "auto"
     dtype: Dtype = "float32"
     kv_cache: Annotated[
-        Literal["shared", "full"],
-        typer.Option(help="Keys kept of a position: those of its last core step, or of every step."),
+        Literal["shared", "full", "first"],
+        typer.Option(
+            help="Keys kept of a position: those of its last core step, of every step, or of the first."
+        ),
     ] = "shared"
     window: Annotated[int, typer.Option(min=2, help="Context of a judge model, in tokens.")] = 512
     judge_dtype: Annotated[

@@ -62,7 +62,7 @@ class Engine(Protocol):
         stop: Sequence[str],
         exit_criterion: str | None,
         exit_threshold: float | None,
-        kv_cache: Literal["shared", "full"],
+        kv_cache: Literal["shared", "full", "first"],
     ) -> list[Generation]: ...
 
 
@@ -89,14 +89,14 @@ class Model:
         stop: Sequence[str] = (),
         exit_criterion: str | None = None,
         exit_threshold: float | None = None,
-        kv_cache: Literal["shared", "full"] = "shared",
+        kv_cache: Literal["shared", "full", "first"] = "shared",
     ) -> list[Generation]:
         """Continue texts, or ids as they are, with the engine that the server runs; in the order given, each as
         it would be alone.
 
         temperature: 0 is greedy. exit_criterion: of ``serve/engine/exits.py``, for instance latent-diff; its
         threshold by default the checkpoint's. kv_cache: full keeps the keys of every step, shared those of the
-        last. UserError where the model cannot do what is asked.
+        last, first those of the first. UserError where the model cannot do what is asked.
         """
         given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         ids: list[Sequence[int]] = [self._begun(p) if isinstance(p, str) else p for p in given]
@@ -419,7 +419,7 @@ def _text_description(config: CheckpointConfig, objective: Objective) -> dict[st
         core, entry = len(backbone.core_cache_layers), 2 * backbone.num_kv_heads * backbone.head_dim * 2
         once = backbone.num_cache_layers - core
         every = ", ".join(f"{entry * (once + k * core):,} at K = {k}" for k in ks)
-        rows["cache per token"] = f"shared {entry * (once + core):,} bytes in bf16; full {every}"
+        rows["cache per token"] = f"shared and first {entry * (once + core):,} bytes in bf16; full {every}"
     costs = costs_of(objective)
     fixed = costs.encode.weights + costs.decode.weights + costs.head
     rows["FLOPs per token"] = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from rdlm.errors import UserError
 from rdlm.sampling_params import History, SamplingParams
 
-__all__ = ["History", "SamplingParams", "process", "sample", "top_logprobs"]
+__all__ = ["History", "SamplingParams", "draw", "process", "sample", "top_logprobs", "verify"]
 
 MINUS_INF = float("-inf")
 
@@ -94,17 +94,57 @@ def sample(
     whatever the evidence. Raises UserError where a row's every id is banned, ArithmeticError where a row's
     logits are not numbers: neither has a token.
     """
-    logits = process(prior, params, histories)
+    return draw(process(prior, params, histories), params, histories, uniforms, evidence)
+
+
+def draw(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    histories: Sequence[History],
+    uniforms: Sequence[float],
+    evidence: Tensor | None = None,
+) -> Tensor:
+    """``sample`` of logits that ``process`` has gone over."""
     greedy = [p.greedy for p in params]
     best = logits.argmax(-1)
     total = logits if evidence is None else logits + evidence.float()
     _check_drawable(total.amax(-1), histories)
     if all(greedy):
         return best
-    cdf = total.double().softmax(-1).cumsum(-1)
+    drawn = _inverse_cdf(total.double().softmax(-1), uniforms)
+    return torch.where(torch.tensor(greedy, device=drawn.device), best, drawn)
+
+
+def _inverse_cdf(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """weights [M, V] fp64, of any sum -> ids [M]."""
+    cdf = weights.cumsum(-1)
     target = torch.tensor(uniforms, dtype=torch.float64, device=cdf.device)[:, None] * cdf[:, -1:]
-    drawn = torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
-    return torch.where(torch.tensor(greedy, device=cdf.device), best, drawn)
+    return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
+
+
+def verify(
+    logits: Tensor,
+    proposed: Tensor,
+    drafted: Sequence[int],
+    histories: Sequence[History],
+    uniforms: Sequence[tuple[float, float]],
+) -> tuple[Tensor, list[bool]]:
+    """Speculative sampling (Leviathan, Kalman and Matias 2023): token x, drawn from q, is accepted with
+    probability min(1, p(x) / q(x)); otherwise a token is drawn from max(0, p - q), normalised. Its law is p.
+
+    logits, proposed [M, V]: of p and q, after ``process``; drafted: M ids drawn from q; uniforms: for each row
+    one number to accept with and one to draw again -> ids [M], and whether each is the drafted one. Raises
+    what ``sample`` raises.
+    """
+    _check_drawable(logits.amax(-1), histories)
+    p, q = logits.double().softmax(-1), proposed.double().softmax(-1)
+    x = torch.tensor(drafted, device=p.device)
+    p_x, q_x = (law.gather(-1, x[:, None])[:, 0] for law in (p, q))
+    first = torch.tensor([u for u, _ in uniforms], dtype=torch.float64, device=p.device)
+    accepted = first * q_x < p_x
+    rest = (p - q).clamp(min=0)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p and q differ by rounding only
+    return torch.where(accepted, x, _inverse_cdf(rest, [u for _, u in uniforms])), accepted.tolist()
 
 
 def _check_drawable(largest: Tensor, histories: Sequence[History]) -> None:

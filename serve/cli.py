@@ -28,7 +28,7 @@ CacheOption = Annotated[
     str,
     typer.Option(
         help="shared: keep the keys of the last core step of a position. full: keep those of every step (exact, "
-        "larger)."
+        "larger). first: keep those of the first step."
     ),
 ]
 KernelOption = Annotated[

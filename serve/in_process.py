@@ -39,7 +39,7 @@ class InProcess:
         stop: Seq[str],
         exit_criterion: str | None,
         exit_threshold: float | None,
-        kv_cache: Literal["shared", "full"],
+        kv_cache: Literal["shared", "full", "first"],
     ) -> list[Generation]:
         if not prompts:
             return []

@@ -18,9 +18,9 @@ class EngineSettings(Strict):
     """auto: bfloat16 on a GPU, float32 on a CPU."""
     resident_blocks: int | None = Field(None, ge=1)
     """Most blocks of a network of blocks whose weights are in memory at once; None is all."""
-    kv_cache: Literal["shared", "full"] = "shared"
+    kv_cache: Literal["shared", "full", "first"] = "shared"
     """shared: a position keeps the keys of its last core step, whatever K is. full: those of every step
-    (exact, larger)."""
+    (exact, larger). first: those of its first step, which all later steps read."""
     prefix_cache: Literal["exact", "any-steps", "off"] = "exact"
     """exact: prompts that begin like earlier ones reuse those of their keys that they would compute themselves.
     any-steps: also those of another K or random initial state (shared cache only). off: none."""

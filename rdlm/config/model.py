@@ -298,6 +298,8 @@ class HrmConfig(Strict, TextShape):
     """Layers of each of the two stacks."""
     num_low_cycles: int = Field(ge=1)
     """Runs of the low stack in a step."""
+    prefix_lm: bool = False
+    """Whether it was trained on prompts whose tokens see each other in both directions."""
     layer: LayerConfig
     noise_conditioning: Literal[False] = False
 

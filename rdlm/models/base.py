@@ -38,6 +38,8 @@ class Backbone(nn.Module, ABC):
     embed_scale: float = 1.0
     is_causal: bool = True
     """Whether rows of whole sequences see only what precedes them."""
+    is_prefix_lm: bool = False
+    """Whether it was trained on prompts whose rows see each other in both directions."""
     has_exit_gate: bool = False
     """Whether ``gate`` was trained."""
     depends_on_num_steps: bool = False

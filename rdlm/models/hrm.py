@@ -28,6 +28,7 @@ class Hrm(Backbone):
         width, layer, count = config.d_model, config.layer, config.num_stack_layers
         self.config, self.vocab_size, self.embed_scale = config, config.vocab_size, config.embed_scale
         self.head_dim, self.num_kv_heads = layer.head_width(width), layer.num_kv_heads or layer.num_heads
+        self.is_prefix_lm = config.prefix_lm
         self.num_cache_layers = (config.num_low_cycles + 1) * count
         self.wte = TokenTable(config.vocab_size, width)
         first_high = config.num_low_cycles * count

@@ -3,10 +3,11 @@
 Shapes: S segments (one per sequence in the pack), N rows (the segments' rows one after another), H heads, Hkv
 key-value heads, Dh head width.
 
-Two policies. ``shared`` makes the cache independent of K: it keeps one key per (layer, position); while a
+Three policies. ``shared`` makes the cache independent of K: it keeps one key per (layer, position); while a
 position iterates its key is overwritten, so later positions see the keys of its last step (Huginn's shared
 ring, "compress-s4"). ``full`` keeps the keys of every step, and a row at step r reads the past at step r (or
-at the past's last step, where it took fewer): exactly what training and scoring compute.
+at the past's last step, where it took fewer): exactly what training and scoring compute. ``first`` keeps those
+of the first step: a row at a later one reads the past's and, of itself, what it has now, which it does not keep.
 docs/results/main-job.md has what the shared policy loses.
 """
 
@@ -42,7 +43,7 @@ class Segment:
 
     step: which core step the rows are at (0-based; 0 where the cache does not keep steps). commit: whether
     their keys are kept. append_own: an uncommitted row sees its own key in addition to the position's
-    committed one instead of in its place.
+    committed one instead of in its place. two_way: every row sees all of the segment, which is the whole past.
     """
 
     slot: int
@@ -51,6 +52,7 @@ class Segment:
     step: int = 0
     commit: bool = True
     append_own: bool = False
+    two_way: bool = False
 
     @property
     def end(self) -> int:
@@ -147,6 +149,13 @@ class Pages:
         owned, indices = self._owned[slot], range(start // PAGE, end // PAGE)
         return {key: owned.pop(key) for key in list(owned) if key[1] in indices}
 
+    def is_finite(self, slot: int, start: int, end: int) -> bool:
+        """Whether keys and values that the slot has written of positions start to end, bounds of pages, are
+        numbers."""
+        owned, indices = self._owned[slot], range(start // PAGE, end // PAGE)
+        pages = [page for (_, index), page in owned.items() if index in indices]
+        return all(bool(pool[:, pages].isfinite().all()) for pool in (self.k, self.v))
+
     def clear(self, pages: PageTable) -> None:
         """Free pages that nobody reads. They are cleared: a masked NaN would still be a NaN to their next
         owner."""
@@ -181,8 +190,8 @@ class Pages:
 class KVCache:
     """Keys and values of every position of ``num_slots`` sequences of ``max_len`` positions, in pages.
 
-    ``num_steps`` 1 is the shared policy; more is the full one, for positions that take up to so many core
-    steps. Memory is taken as positions are written, for the steps that they took in the layers that took
+    ``num_steps`` 1 is the shared policy, and the first one where only rows of the first step commit; more is the
+    full one, for positions that take up to so many core steps. Memory is taken as positions are written, for the steps that they took in the layers that took
     them, and freed with their sequence.
     """
 
@@ -243,6 +252,7 @@ class PackedContext:
 
     def __init__(self, cache: KVCache, segments: list[Segment]) -> None:
         assert all(s.commit or s.length == 1 for s in segments), "uncommitted segments have one row"
+        assert all(s.start == 0 for s in segments if s.two_way), "a two-way segment is all of the past"
         self.cache, self.segments, self.device = cache, segments, cache.device
         self.firsts = list(accumulate((s.length for s in segments[:-1]), initial=0))
         self.views: dict[int, Any] = {}
@@ -342,7 +352,8 @@ class _Reader:
                 past_k, past_v = (past[None] for past in self.store.read(layer, pages, offsets))
                 mask = torch.ones(segment.length, segment.end, dtype=torch.bool, device=q.device)
                 mask = mask.tril(segment.start)
-            out[span] = attention(own, past_k, past_v, mask=mask, is_causal=mask is None)[0]
+            is_causal = mask is None and not segment.two_way
+            out[span] = attention(own, past_k, past_v, mask=mask, is_causal=is_causal)[0]
         return out
 
     def _attend_singles(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

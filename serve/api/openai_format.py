@@ -277,7 +277,7 @@ def usage_of(parsed: Parsed, usages: Iterable[Usage]) -> dict[str, Any]:
         if guesses is None:
             continue
         drafted, accepted = sum(u.drafted for u in done), sum(u.accepted for u in done)
-        recurrence[name] = asdict(guesses)
+        recurrence[name] = {**asdict(guesses), "acceptance": accepted / drafted if drafted else None}
         usage["completion_tokens_details"] = {
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": drafted - accepted,

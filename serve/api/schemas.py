@@ -295,8 +295,8 @@ class ExitBody(Body):
 
 
 class SpeculationBody(Body):
-    """Self-speculative decoding: tokens are drafted at a small K and verified at the request's. The answer is
-    that of plain decoding."""
+    """Self-speculative decoding: tokens are drafted at a small K and verified at the request's. A greedy answer is
+    that of plain decoding, a sampled one has its law."""
 
     path: ClassVar[str] = "speculation."
     draft_steps: Positive | None = None

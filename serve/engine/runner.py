@@ -30,7 +30,7 @@ from rdlm.nn.layers import Condition
 from rdlm.objectives.base import Prediction
 from rdlm.objectives.next_token import NextToken, renoise
 from rdlm.random_streams import generator
-from rdlm.sampling import process, sample, top_logprobs
+from rdlm.sampling import draw, process, sample, top_logprobs, verify
 from rdlm.sampling_params import uniform
 from serve.engine.exits import (
     LatentDiff,
@@ -54,9 +54,10 @@ from serve.engine.sequence import (
 
 LOGITS_AT_ONCE = 1 << 24
 """Scored prompt rows are read out in chunks of at most this many logits (64 MiB of fp32)."""
-NOISE, STATE, ADDED_NOISE = 1, 2, 3
-"""Which stream of a request's randomness a generator is for: the noise that a chain of levels starts from, or
-that a drawn token gets; the initial state; the noise that a sampler adds on its way."""
+NOISE, STATE, ADDED_NOISE, ACCEPTANCE, SECOND_DRAW = 1, 2, 3, 4, 5
+"""Which stream of a request's randomness a draw is from: the noise that a chain of levels starts from, or
+that a drawn token gets; the initial state; the noise that a sampler adds on its way; whether a drafted token is
+accepted; the token in the place of one that is not."""
 PACKS = 4
 """Packs of rows that are kept: a step has one of the segments that open, one of the core and one of those
 that are read out."""
@@ -80,7 +81,8 @@ class Rows:
     next-token logits; flow, its place on the ODE. previous [D]: the last row's state before the step, where a
     stream reports it. memory: of the exit criterion; of a wavefront, the states [L, D] at its last read-out.
     mixed [D]: its weighted read-outs so far. drafted: e and state of earlier rows, which wait for the end of a
-    draft to go on. ids: of a wavefront, the tokens that e was computed from.
+    draft to go on. proposals [V]: what the tokens of a sampled draft were drawn from. ids: of a wavefront, the
+    tokens that e was computed from.
     """
 
     e: Tensor
@@ -92,6 +94,7 @@ class Rows:
     memory: Tensor | None = None
     mixed: Tensor | None = None
     drafted: tuple[tuple[Tensor, Tensor], ...] = ()
+    proposals: tuple[Tensor, ...] = ()
     ids: tuple[int, ...] = ()
 
 
@@ -146,13 +149,13 @@ class Runner:
         max_len: int,
         max_steps: int,
         num_tokens: int,
-        kv_cache: Literal["shared", "full"] = "shared",
+        kv_cache: Literal["shared", "full", "first"] = "shared",
         prefix_cache: Literal["exact", "any-steps", "off"] = "off",
         prefix_cache_bytes: float = float("inf"),
         chunk: int = 1,
     ) -> None:
         """kv_cache: shared keeps the keys of each position's last step; full those of every step, allocated
-        as they are written.
+        as they are written; first those of the first step. UserError where there is no such.
 
         prefix_cache: whether prompts may begin with keys that other requests have computed; exact: with those
         that they would compute themselves; any-steps: with those of any K. prefix_cache_bytes: most memory of
@@ -178,12 +181,17 @@ class Runner:
             num_steps=max_steps if keeps_steps else 1,
             core_layers=model.core_cache_layers,
         )
+        self._keeps_first = kv_cache == "first"
+        if self._keeps_first:
+            self._check_first(config)
         self._num_tokens = num_tokens
         self._any_steps = prefix_cache == "any-steps"
         # Rows of a chunk see each other's keys of the step that they are at. A shared cache shows later ones
         # those of the last step: there a prefix is what whole chunks have computed.
         chunks_matter = (
-            not (keeps_steps or self._any_steps) and max_steps > 1 and config.objective.supports_exits
+            not (keeps_steps or self._keeps_first or self._any_steps)
+            and max_steps > 1
+            and config.objective.supports_exits
         )
         unit = lcm(PAGE, chunk) if chunks_matter or model.state_is_random else PAGE
         # The keys of a coda are those of the last step.
@@ -195,6 +203,18 @@ class Runner:
         """By block: its conditioning where no row has a noised target."""
         self._packs: list[tuple[list[Segment], PackedContext]] = []
         """The last ``PACKS`` packs, the newest last."""
+
+    def _check_first(self, config: CheckpointConfig) -> None:
+        """Raises UserError where keys of the first step cannot stand for those of later ones."""
+        problem = None
+        if not config.objective.supports_exits:
+            problem = "steps of this model have noise levels of their own, and keep the keys of one already"
+        elif not config.model.layout().iterates:  # type: ignore[union-attr]
+            problem = "its layers run once, so that all caches are one"
+        elif self.denoiser.model.is_prefix_lm:
+            problem = "the tokens of a prompt see each other at every step"
+        if problem is not None:
+            raise UserError("kv_cache", "first", problem, "use shared or full")
 
     def step_counts(self, num_steps: int, blocks: frozenset[int] = frozenset()) -> StepCounts:
         """Core steps that each kind of position takes at K = num_steps where it fills the cache of
@@ -223,7 +243,8 @@ class Runner:
         blocks, first = self._blocks_of(request.budget), request.budget.steps_at(0)
         for k in {request.budget.num_steps, *request.budget.schedule, *request.sweep}:
             self.step_counts(k)  # refused here, not by the step that comes to it
-        chunk = len(request.prompt) if request.sweep else chunk
+        whole = bool(request.sweep) or self._is_prefix(request)
+        chunk = len(request.prompt) if whole else chunk
         return Sequence(number, request, self.step_counts(first, blocks), chunk, blocks)
 
     def _check_guesses(self, request: Request) -> None:
@@ -235,9 +256,9 @@ class Runner:
         if not self.config.objective.supports_exits:
             problem = "every step of this model has a noise level of its own, so no token can be read early"
             raise UserError(field, "...", problem, "leave it out")
-        if speculation is not None and not self.cache.keeps_steps:
-            problem = "a draft is verified exactly only where the keys of every step are kept"
-            raise UserError(field, "...", problem, "serve with --kv-cache full, or leave it out")
+        if speculation is not None and not (self.cache.keeps_steps or self._keeps_first):
+            problem = "a draft is verified exactly only where later steps do not change what others read"
+            raise UserError(field, "...", problem, "serve with --kv-cache full or first, or leave it out")
         if speculation is not None and not 0 < speculation.draft_steps < budget.num_steps:
             problem = f"a draft takes fewer core steps than K = {budget.num_steps}"
             remedy = f"send 1 to {budget.num_steps - 1}" if budget.num_steps > 1 else "raise num_steps"
@@ -276,6 +297,12 @@ class Runner:
             num_draws_skipped=count + plan.num_draws_skipped,
         )
 
+    def _is_prefix(self, request: Request) -> bool:
+        """Whether the tokens of a prompt see each other in both directions; not where each is to be predicted
+        from those before it."""
+        scored = request.prompt_logprobs is not None or bool(request.sweep)
+        return self.denoiser.model.is_prefix_lm and not scored
+
     def attach(self, sequence: Sequence) -> int | None:
         """Begin a sequence that has got its slot with the longest prefix that is known -> its positions; None
         while another sequence computes more of it."""
@@ -289,6 +316,8 @@ class Runner:
         with them."""
         plan, request, model = self._plan(sequence), sequence.request, self.denoiser.model
         count, rule = sequence.counts.context, request.budget.exit
+        if self._is_prefix(request):
+            return None
         if self._any_steps:
             return Source(others=(frozenset(plan.blocks[:count]),))
         others: tuple[object, ...] = ()
@@ -320,12 +349,14 @@ class Runner:
     def _decodes_like_prefill(self, sequence: Sequence) -> bool:
         """Whether the keys of an answer are those that a prompt with the same tokens would get."""
         budget = sequence.request.budget
+        if budget.wavefront is not None:  # a position may keep a state that began with another token
+            return False
         if self._any_steps:
             return True
-        varies = budget.exit is not None or budget.wavefront is not None or bool(budget.schedule)
+        varies = budget.exit is not None or bool(budget.schedule)
         if varies or self.denoiser.model.state_is_random:
             return False
-        return self.cache.keeps_steps or sequence.counts.context == 1
+        return self.cache.keeps_steps or self._keeps_first or sequence.counts.context == 1
 
     def release(self, sequence: Sequence) -> int:
         """Free what is kept for a sequence that leaves, while it still has its slot -> bytes of its keys and
@@ -368,7 +399,7 @@ class Runner:
                 e, state = (
                     torch.cat(parts) for parts in zip(*rows.drafted, (rows.e, rows.state), strict=True)
                 )
-                sequence.rows = Rows(e, state)
+                sequence.rows = Rows(e, state, proposals=rows.proposals)
         exiting = self._core(block, batch)
         readers = [
             s
@@ -428,11 +459,10 @@ class Runner:
                 self._initial_state(model, s, rows, s.start) for s, rows in zip(entering, e, strict=True)
             ]
         for sequence, rows, state in zip(entering, e, states, strict=True):
-            drafted: tuple[tuple[Tensor, Tensor], ...] = ()
+            before, sequence.rows = sequence.rows, Rows(rows, state)
             if sequence.draft:
-                before = rows_of(sequence)
                 drafted = (*before.drafted, (before.e, before.state))
-            sequence.rows = Rows(rows, state, drafted=drafted)
+                sequence.rows = Rows(rows, state, drafted=drafted, proposals=before.proposals)
 
     def _enter_wavefronts(self, block: Block, moved: list[Sequence]) -> None:
         """Prelude of wavefronts whose tokens have changed. Their states stay; a position that is new, always the
@@ -517,13 +547,22 @@ class Runner:
         """The sequence's rows as the cache sees them. once: a prelude or coda pass, whose keys do not depend
         on the step."""
         plan, start, length = self._plan(sequence), sequence.start, sequence.length
+        later = (
+            [sequence.steps_of(i) - 1 for i in range(length)] if sequence.is_wavefront else [sequence.step]
+        )
         if sequence.is_wavefront and self.cache.keeps_steps and not once:
-            steps = [sequence.steps_of(i) - 1 for i in range(length)]
-            return [Segment(sequence.slot, start + i, 1, step) for i, step in enumerate(steps)]
+            return [Segment(sequence.slot, start + i, 1, step) for i, step in enumerate(later)]
+        if self._keeps_first and any(later) and not once:
+            steps = later if sequence.is_wavefront else later * length
+            return [Segment(sequence.slot, start + i, 1, commit=step == 0) for i, step in enumerate(steps)]
         commit = plan.commit[sequence.step]
         step = 0 if once or not self.cache.keeps_steps else sequence.step
         spans = [(start, length)] if commit else [(start + i, 1) for i in range(length)]
-        return [Segment(sequence.slot, first, n, step, commit, plan.append_own) for first, n in spans]
+        is_prompt = start == 0 and length == len(sequence.request.prompt)
+        two_way = is_prompt and self._is_prefix(sequence.request)
+        return [
+            Segment(sequence.slot, first, n, step, commit, plan.append_own, two_way) for first, n in spans
+        ]
 
     def _read(self, block: Block, readers: list[Sequence], exiting: set[int]) -> dict[int, StepResult]:
         """Coda for every row that is read out; head, log-probabilities and a draw where they are needed.
@@ -666,12 +705,16 @@ class Runner:
         uniforms = [self._uniform(s, s.context_length) for s in drawn]
         known = slice(0, self._num_tokens)
         evidence = None if prediction.evidence is None else prediction.evidence[:, known]
-        ids = sample(prediction.prior[:, known], params, histories, uniforms, evidence)
+        logits = process(prediction.prior[:, known], params, histories)
+        ids = draw(logits, params, histories, uniforms, evidence)
         renoised: list[int] = []
         flowing: list[int] = []
         for i, (sequence, token) in enumerate(zip(drawn, ids.tolist(), strict=True)):
             if sequence.drafts:
                 results[sequence.id].draft = token
+                if not params[i].greedy:
+                    rows = rows_of(sequence)
+                    sequence.rows = replace(rows, proposals=(*rows.proposals, logits[i].clone()))
                 continue
             if sequence.step + 1 < sequence.counts.drawn and not results[sequence.id].exited:
                 (renoised if SAMPLERS[params[i].sampler].draws_tokens else flowing).append(i)
@@ -684,18 +727,13 @@ class Runner:
             )
             results[sequence.id].tokens, results[sequence.id].logprobs = (token,), (logprobs,)
         if renoised:
-            rows = [drawn[i] for i in renoised]
-            self._enter_level(block, rows, self._renoised(rows, ids[renoised]))
+            again = [drawn[i] for i in renoised]
+            self._enter_level(block, again, self._renoised(again, ids[renoised]))
         if flowing:
-            rows = [drawn[i] for i in flowing]
-            logits = process(
-                prediction.prior[flowing, known],
-                [params[i] for i in flowing],
-                [histories[i] for i in flowing],
-            )
-            total = logits if evidence is None else logits + evidence[flowing]
+            again = [drawn[i] for i in flowing]
+            total = logits[flowing] if evidence is None else logits[flowing] + evidence[flowing]
             self._enter_level(
-                block, rows, self._flowed(rows, expected_target(total, block.denoiser.unit_table()[known]))
+                block, again, self._flowed(again, expected_target(total, block.denoiser.unit_table()[known]))
             )
 
     def _uniform(self, sequence: Sequence, position: int) -> float:
@@ -707,8 +745,20 @@ class Runner:
         return uniform(request.seed, request.choice, position, step)
 
     def _verify(self, block: Block, sequence: Sequence, hidden: Tensor, result: StepResult) -> None:
-        """The tokens of plain decoding in a draft's place, up to the first that differs. hidden [L, D]."""
-        prior, ids, right = self._draw_rows(block, sequence, hidden)
+        """Tokens with the law of plain decoding in a draft's place, up to the first that differs. hidden
+        [L, D]."""
+        request, length = sequence.request, len(hidden)
+        if request.sampling.greedy:
+            prior, ids, right = self._draw_rows(block, sequence, hidden)
+        else:
+            prior = self._predict(block, [sequence] * length, hidden).prior
+            histories = [sequence.history_after(i) for i in range(length)]
+            logits = process(prior[:, : self._num_tokens], [request.sampling] * length, histories)
+            keys = [(request.seed, request.choice, sequence.start + i + 1, 0) for i in range(length)]
+            uniforms = [(uniform(*key, ACCEPTANCE), uniform(*key, SECOND_DRAW)) for key in keys]
+            ids, right = verify(
+                logits, torch.stack(rows_of(sequence).proposals), sequence.draft, histories, uniforms
+            )
         count = right.index(False) + 1 if False in right else len(ids)
         self._answer(sequence, prior[:count], ids[:count], result)
 
@@ -727,7 +777,7 @@ class Runner:
             for i, (given, change) in enumerate(zip([True, *right], changes, strict=True))
         ]
         gone = [*leaves, False].index(False)
-        begins_again = self.cache.keeps_steps or not model.draws_state
+        begins_again = self.cache.keeps_steps or self._keeps_first or not model.draws_state
         end = right.index(False) + 1 if begins_again and False in right else len(ids)
         self._answer(sequence, prior[:gone], ids[:gone], result)
         result.guesses = ids[gone:end].tolist()

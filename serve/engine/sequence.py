@@ -47,8 +47,8 @@ class Speculation:
     """Self-speculative decoding: the model drafts tokens at a small K and verifies them at the request's.
 
     The states of drafted positions go on from where the draft read them, so a token that is accepted costs no
-    core step more than without speculation. Tokens are those of plain decoding, drawn ones included: both
-    draws of a position use one random number.
+    core step more than without speculation. Greedy tokens are those of plain decoding; sampled ones have its law
+    (rdlm.sampling.verify) and depend on the request's seed and these two numbers alone.
     """
 
     draft_steps: int

@@ -1,17 +1,20 @@
-"""Self-speculative decoding: every answer is that of plain decoding, whatever is drafted."""
+"""Self-speculative decoding: greedy answers are those of plain decoding, sampled ones have its law."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from litestar.testing import TestClient
 
 from rdlm.errors import UserError
-from rdlm.sampling_params import SamplingParams
+from rdlm.sampling import verify
+from rdlm.sampling_params import History, SamplingParams
 from serve.api.app import create_app
 from serve.engine.engine import Engine
 from serve.engine.sequence import Event, Request, Speculation, StepBudget
@@ -42,21 +45,19 @@ def used(events: list[Event]) -> Any:
     return events[-1].usage
 
 
+def optimised(make_served: Callable[..., Any], initial: str = "zero") -> Any:
+    """With the CPU kernels, which compute a row alone as they do in a batch, to the bit."""
+    served = make_served("bptt", settings=FULL, state_init=initial)
+    optimise(served.runner.denoiser, FULL)
+    return served
+
+
 @pytest.mark.parametrize("initial", ["normal", "zero"])
-@pytest.mark.parametrize("greedy", [False, True], ids=["sampled", "greedy"])
-def test_drafts_change_no_answer_to_the_bit(
-    make_served: Callable[..., Any], greedy: bool, initial: str
-) -> None:
+def test_drafts_change_no_greedy_answer_to_the_bit(make_served: Callable[..., Any], initial: str) -> None:
     """Drafts of every length, beside plain requests; log-probabilities and texts, too."""
-
-    def load() -> Any:
-        served = make_served("bptt", settings=FULL, state_init=initial)
-        optimise(served.runner.denoiser, FULL)
-        return served
-
-    sampling = SamplingParams(temperature=0) if greedy else SAMPLED
-    plain = [request(prompt, sampling, stop_ids=frozenset({40, 60})) for prompt in PROMPTS]
-    with Engine(load) as engine:
+    greedy = SamplingParams(temperature=0)
+    plain = [request(prompt, greedy, stop_ids=frozenset({40, 60})) for prompt in PROMPTS]
+    with Engine(lambda: optimised(make_served, initial)) as engine:
         expected = engine.generate(plain)
         for draft_steps, draft_tokens in ((1, 3), (3, 1), (6, 5), (7, 64)):
             mixed = [*(speculating(r, draft_steps, draft_tokens) for r in plain), *plain]
@@ -65,6 +66,77 @@ def test_drafts_change_no_answer_to_the_bit(
             for events in found[:3]:
                 assert used(events).drafted >= used(events).accepted
     assert sum(used(events).drafted for events in found[:3]) > sum(used(e).accepted for e in found[:3]) > 0
+
+
+def test_a_sampled_answer_is_a_function_of_seed_and_draft(make_served: Callable[..., Any]) -> None:
+    """Alone and in a batch with others; plain requests beside it do not notice."""
+    plain = [request(prompt, stop_ids=frozenset({40, 60})) for prompt in PROMPTS]
+    with Engine(lambda: optimised(make_served)) as engine:
+        expected = [answer(events) for events in engine.generate(plain)]
+        for draft in ((6, 1), (1, 5)):
+            alone = [answer(engine.generate([speculating(r, *draft)])[0]) for r in plain]
+            mixed = [*(speculating(r, *draft) for r in plain), *plain]
+            assert [answer(events) for events in engine.generate(mixed)] == [*alone, *expected]
+            assert alone != expected
+
+
+EDGES = 41  # uniform numbers in the middle of as many equal parts
+
+
+def test_verification_keeps_the_law_and_accepts_as_often_as_possible() -> None:
+    """Over all tokens and a grid of both uniform numbers: the tokens that come out have law p, and the share of
+    accepted ones is the sum of min(p, q) (Leviathan et al. 2023, theorem 3.5 and appendix A.1)."""
+    rng, grid = torch.Generator().manual_seed(0), [(i + 0.5) / EDGES for i in range(EDGES)]
+    pairs = [(a, b) for a in grid for b in grid]
+    for spread in (0.3, 3.0):
+        p, q = spread * torch.randn(5, generator=rng), spread * torch.randn(5, generator=rng)
+        p[4], q[3] = -torch.inf, -torch.inf  # what is banned at one depth and not at the other
+        laws, found, accepted = (p.double().softmax(-1), q.double().softmax(-1)), torch.zeros(5), 0.0
+        for x in (0, 1, 2, 4):
+            rows = len(pairs)
+            ids, right = verify(
+                p.expand(rows, 5), q.expand(rows, 5), [x] * rows, [History((), [])] * rows, pairs
+            )
+            found += float(laws[1][x]) * torch.bincount(ids, minlength=5) / rows
+            accepted += float(laws[1][x]) * sum(right) / rows
+        torch.testing.assert_close(found, laws[0].float(), atol=1.5 / EDGES, rtol=0)
+        assert found[4] == 0
+        assert accepted == pytest.approx(float(torch.minimum(*laws).sum()), abs=1.0 / EDGES)
+
+
+SEEDS = 500
+
+
+def test_the_law_of_sampled_answers_is_that_of_plain_decoding(make_served: Callable[..., Any]) -> None:
+    """Two drafted tokens out of few, with all that shapes the distribution. The two samples of equal size are
+    compared cell by cell (chi-square); the first draft alone, which is what a wrong acceptance would give away, is
+    far from both."""
+    shaping = SamplingParams(
+        temperature=1.2, top_k=4, top_p=0.97, min_p=0.02, repetition_penalty=1.4, presence_penalty=0.3, logit_bias={7: 1.5}
+    )  # fmt: skip
+    plain = [Request((5, 9, 20), StepBudget(4), 3, shaping, seed=i) for i in range(SEEDS)]
+
+    def counts(engine: Engine, requests: list[Request]) -> Counter[tuple[Any, ...]]:
+        answers = engine.generate(requests)
+        return Counter(tuple(e.token for e in events if e.token is not None) for events in answers)
+
+    def distance(a: Counter[Any], b: Counter[Any]) -> float:
+        """Chi-square over its degrees of freedom; cells with few counts are one."""
+        cells = sorted({*a, *b}, key=lambda cell: -(a[cell] + b[cell]))
+        common = [(a[cell], b[cell]) for cell in cells if a[cell] + b[cell] >= 10]
+        common.append((SEEDS - sum(x for x, _ in common), SEEDS - sum(y for _, y in common)))
+        common = [(x, y) for x, y in common if x + y]
+        assert len(common) > 8
+        return sum((x - y) ** 2 / (x + y) for x, y in common) / (len(common) - 1)
+
+    with Engine(lambda: make_served("bptt", settings=FULL)) as engine:
+        expected = counts(engine, plain)
+        found = counts(engine, [speculating(r, 1, 2) for r in plain])
+        shallow = counts(engine, [replace(r, budget=StepBudget(1)) for r in plain])
+    assert (
+        distance(found, expected) < 1.6
+    )  # 0.999 quantile of chi-square / df for 30 cells or more is below 2
+    assert distance(shallow, expected) > 3
 
 
 def test_an_accepted_token_costs_what_it_costs_without_a_draft(make_served: Callable[..., Any]) -> None:
@@ -88,16 +160,18 @@ def test_min_tokens_and_the_last_token(make_served: Callable[..., Any]) -> None:
         for most in (1, 2, 5, 9)
     ]
     with Engine(lambda: make_served("bptt", settings=FULL)) as engine:
-        expected = [answer(events)[0] for events in engine.generate(plain)]
         found = [answer(events)[0] for events in engine.generate([speculating(r, 4, 3) for r in plain])]
-    assert found == expected
+    for r, tokens in zip(plain, found, strict=True):
+        ends = [i for i, token in enumerate(tokens) if token in stops]
+        assert all(i >= r.min_tokens for i in ends) and len(ends) <= 1
+        assert len(tokens) == r.max_tokens or ends == [len(tokens) - 1]
 
 
 def test_a_failed_step_of_a_neighbour_changes_nothing(
     make_served: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that failed is repeated from the states before it, drafted ones included."""
-    plain = [request(prompt) for prompt in PROMPTS]
+    plain = [speculating(request(prompt), 3, 4) for prompt in PROMPTS]
     served = make_served("bptt", settings=FULL)
     with Engine(lambda: served) as engine:
         expected = [answer(events) for events in engine.generate(plain)]
@@ -111,7 +185,7 @@ def test_a_failed_step_of_a_neighbour_changes_nothing(
             return results
 
         monkeypatch.setattr(served.runner, "run", failing)
-        found = [answer(events) for events in engine.generate([speculating(r, 3, 4) for r in plain])]
+        found = [answer(events) for events in engine.generate(plain)]
     assert calls[0] > 30 and [f[0] for f in found] == [e[0] for e in expected]
 
 
@@ -146,7 +220,7 @@ def client(make_served: Callable[..., Any]) -> Iterator[TestClient]:
         yield client
 
 
-BODY = {"model": "tiny", "prompt": "in the beginning", "max_tokens": 12, "num_steps": 6, "seed": 1}
+BODY = {"model": "tiny", "prompt": "in the beginning", "max_tokens": 12, "num_steps": 6, "temperature": 0}
 
 
 @pytest.mark.parametrize("wanted", [{}, {"draft_steps": 2}, {"draft_steps": 5, "draft_tokens": 2}])
@@ -154,9 +228,10 @@ def test_requests_choose_it_and_usage_reports_it(client: TestClient, wanted: dic
     plain = client.post("/v1/completions", json=BODY).json()
     found = client.post("/v1/completions", json={**BODY, "speculation": wanted}).json()
     assert found["choices"][0]["text"] == plain["choices"][0]["text"]
-    assert found["usage"]["recurrence"]["speculation"] == {"draft_steps": 1, "draft_tokens": 4, **wanted}
-    details = found["usage"]["completion_tokens_details"]
-    assert details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] > 0
+    details, about = found["usage"]["completion_tokens_details"], found["usage"]["recurrence"]["speculation"]
+    drafted = details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"]
+    assert drafted > 0 and about.pop("acceptance") == details["accepted_prediction_tokens"] / drafted
+    assert about == {"draft_steps": 1, "draft_tokens": 4, **wanted}
     assert "completion_tokens_details" not in plain["usage"]
 
 

@@ -284,10 +284,11 @@ def test_requests_choose_it_and_usage_reports_it(client: TestClient) -> None:
     plain = client.post("/v1/completions", json=BODY).json()
     found = client.post("/v1/completions", json={**BODY, "wavefront": {"positions": 1}}).json()
     assert found["choices"][0]["text"] == plain["choices"][0]["text"]
-    wanted = {"positions": 1, "inner_steps": 4, "threshold": 0.0}
+    wanted = {"positions": 1, "inner_steps": 4, "threshold": 0.0, "acceptance": None}
     assert found["usage"]["recurrence"]["wavefront"] == wanted
     found = client.post("/v1/completions", json={**BODY, "wavefront": {}, "logprobs": 1, "n": 2}).json()
     recurrence = found["usage"]["recurrence"]
+    assert 0 <= recurrence["wavefront"].pop("acceptance") <= 1
     assert recurrence["wavefront"] == {"positions": 64, "inner_steps": 4, "threshold": 0.03}
     assert recurrence["exits"] >= 0 and 0 < recurrence["mean_steps"] <= 6
     assert all(len(c["logprobs"]["tokens"]) == len(c["recurrence"]["steps"]) for c in found["choices"])

@@ -49,7 +49,7 @@ class HrmText(Importer):
         scale = fields.get("embedding_scale")
         if scale is None:
             scale = 1 / fields.number("initializer_range")
-        fields.ignore("initializer_range", "L_bp_steps", "L_bp_cycles", "attention_dropout", "prefix_lm")
+        fields.ignore("initializer_range", "L_bp_steps", "L_bp_cycles", "attention_dropout")
         model = {
             "family": "hrm",
             "origin": "hrm-text",
@@ -59,6 +59,7 @@ class HrmText(Importer):
             "embed_scale": scale,
             "num_stack_layers": count,
             "num_low_cycles": low,
+            "prefix_lm": bool(fields.get("prefix_lm")),
             "layer": {
                 "norm_eps": fields.number("rms_norm_eps", 1e-6),
                 "norm_weights": False,
@@ -70,11 +71,10 @@ class HrmText(Importer):
             },
         }
         lost = []
-        if fields.get("prefix_lm", False):
+        if model["prefix_lm"]:
             lost.append(
-                "It was trained on prompts whose tokens see each other in both directions. The server and "
-                "the evaluations read them from left "
-                "to right; `rdlm logits` with token_type_ids reads them as they were trained."
+                "It was trained on prompts whose tokens see each other in both directions: the server reads them "
+                "so. Likelihoods of texts are those of reading from left to right."
             )
         return imported(name, model, high, fields.where), lost
 

@@ -248,7 +248,7 @@ class RowView:
             if s.commit:
                 store.reserve(s)
                 own = store.row(s)[s.start : s.end].tolist()
-                lengths += range(s.start + 1, s.end + 1)
+                lengths += [s.end] * s.length if s.two_way else range(s.start + 1, s.end + 1)
             else:
                 own = [-1]
                 lengths.append(s.start + s.append_own)
