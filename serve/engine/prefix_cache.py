@@ -101,9 +101,14 @@ class PrefixCache:
 
     def hold(self, slot: int, prompt: Seq[int], tokens: Seq[int]) -> None:
         """Make the positions of ``tokens``, which the slot has written for good, findable. Where another
-        sequence came first, the slot reads its pages from now on."""
+        sequence came first, the slot reads its pages from now on. Keys that are not numbers are kept from others,
+        and so is what comes after them."""
         path = self._paths.get(slot)
         while path is not None and path.length + self.unit <= len(tokens):
+            start, end = path.length, path.length + self.unit
+            if not all(store.is_finite(slot, start, end) for store in self.cache.stores):
+                self._compute(path, ())
+                return
             pages = [store.detach(slot, path.length, path.length + self.unit) for store in self.cache.stores]
             node = self._find(path, tokens)
             if node is None:

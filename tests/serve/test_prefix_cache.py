@@ -195,7 +195,7 @@ def test_drafts_become_findable_only_when_they_are_verified(make_served: MakeSer
         (found,) = run(engine, request((*plain.prompt, *answer, 7), 4))
     off = FULL.model_copy(update={"prefix_cache": "off"})
     with Engine(partial_make(make_served, "bptt", "huginn", off)) as engine:
-        assert drawn(run(engine, plain)[0]) == answer
+        assert drawn(run(engine, drafting)[0]) == answer
         (expected,) = run(engine, request((*plain.prompt, *answer, 7), 4))
     assert cached(found) == 128 and drawn(found) == drawn(expected)
 
@@ -329,3 +329,28 @@ def test_any_steps_needs_the_shared_cache(make_served: MakeServed) -> None:
     settings = FULL.model_copy(update={"prefix_cache": "any-steps"})
     with pytest.raises(UserError, match="prefix_cache"):
         make_served("bptt", "huginn", settings, max_seq_len=256)
+
+
+@pytest.mark.parametrize("prefix_cache", ["exact", "any-steps"])
+def test_keys_that_are_not_numbers_serve_nobody(
+    make_served: MakeServed, monkeypatch: pytest.MonkeyPatch, prefix_cache: str
+) -> None:
+    """A state that diverges leaves such keys in pages that later requests would read; who waited for them computes
+    its own."""
+    settings = SHARED.model_copy(update={"prefix_cache": prefix_cache})
+    served = make_served("bptt", "huginn", settings, state_init="zero", max_seq_len=256)
+    model, wanted, diverges = served.runner.denoiser.model, request(tokens(150)), [False]  # type: ignore[attr-defined]
+    core = model.core
+    monkeypatch.setattr(model, "core", lambda *given: core(*given) * (float("nan") if diverges[0] else 1))
+    with Engine(lambda: served) as engine:
+        expected = drawn(run(engine, wanted, request(tokens(3)))[0])
+        while served.runner._prefixes.evict():  # type: ignore[attr-defined]
+            pass
+        diverges[0] = True
+        failed = engine.generate([wanted, wanted])
+        diverges[0] = False
+        again, known = run(engine, wanted, wanted)
+    assert [events[-1].finish for events in failed] == ["error", "error"]
+    assert (cached(again), cached(known)) == (0, 128)
+    assert drawn(again) == expected and (prefix_cache == "any-steps" or drawn(known) == expected)
+    check_pages(served)
