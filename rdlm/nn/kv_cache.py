@@ -190,9 +190,9 @@ class Pages:
 class KVCache:
     """Keys and values of every position of ``num_slots`` sequences of ``max_len`` positions, in pages.
 
-    ``num_steps`` 1 is the shared policy, and the first one where only rows of the first step commit; more is the
-    full one, for positions that take up to so many core steps. Memory is taken as positions are written, for the steps that they took in the layers that took
-    them, and freed with their sequence.
+    ``num_steps`` 1 is the shared policy, and the first one where only rows of the first step commit; more is
+    the full one, for positions that take up to so many core steps. Memory is taken as positions are
+    written, for the steps that they took in the layers that took them, and freed with their sequence.
     """
 
     def __init__(

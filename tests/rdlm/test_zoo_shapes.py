@@ -27,8 +27,9 @@ OURO = {**SIZES, "model_type": "ouro", "total_ut_steps": 3}
 NANBEIGE = {**SIZES, "model_type": "nanbeige", "num_loops": 2}
 RAVEN: dict[str, Any] = {
     "model_type": "huginn_raven", "n_embd": 60, "n_heads": 3, "intermediate_size": 46, "n_layers_in_prelude": 1,
-    "n_layers_in_recurrent_block": 3, "n_layers_in_coda": 2, "norm_eps": 1e-5, "vocab_size": 99, "padded_vocab_size": 101,
-    "block_size": 50, "rope_theta": 3e4, "rope_base": 7e3, "mean_recurrence": 3, "mean_backprop_depth": 2,
+    "n_layers_in_recurrent_block": 3, "n_layers_in_coda": 2, "norm_eps": 1e-5, "vocab_size": 99,
+    "padded_vocab_size": 101, "block_size": 50, "rope_theta": 3e4, "rope_base": 7e3,
+    "mean_recurrence": 3, "mean_backprop_depth": 2,
     "sampling_scheme": "poisson-lognormal-filling", "init_values": {"std": 0.3, "embed_scale": 1.0},
 }  # fmt: skip
 HUGINN = {
@@ -77,7 +78,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nanbeige, final norm once": ("nanbeige", {**NANBEIGE, "skip_loop_final_norm": True}),
     "huginn": ("huginn", HUGINN),
     "huginn, fields left out": (
-        "huginn", without(HUGINN, "qk_bias", "tie_embeddings", "norm_eps", "rope_base", "mean_recurrence", "sampling_scheme"),
+        "huginn",
+        without(HUGINN, "qk_bias", "tie_embeddings", "norm_eps", "rope_base", "mean_recurrence", "sampling_scheme"),
     ),
     "huginn, own head, no bias": ("huginn", {**HUGINN, "tie_embeddings": False, "qk_bias": False}),
     "retrofit": ("retro_llama", {**RAVEN, "num_key_value_heads": 1, "head_dim": 16, "rope_scaling": LLAMA3}),
@@ -108,7 +110,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hrm_text, no scale": (
         "hrm_text", {**without(HRM, "embedding_scale"), "initializer_range": 0.1, "num_hidden_layers": 4},
     ),
-    "hrm_text, fields left out": ("hrm_text", without(HRM, "H_cycles", "L_cycles", "head_dim", "rms_norm_eps", "rope_theta")),
+    "hrm_text, fields left out": (
+        "hrm_text", without(HRM, "H_cycles", "L_cycles", "head_dim", "rms_norm_eps", "rope_theta"),
+    ),
 }  # fmt: skip
 
 

@@ -365,7 +365,8 @@ def decoder_shapes(p: str, c: dict[str, Any], kind: str = "llama") -> dict[str, 
     inner = c["intermediate_size"]
     return {
         **shapes, f"{attn}.o_proj.weight": (d, heads * hd), f"{mlp}.gate_proj.weight": (inner, d),
-        f"{mlp}.up_proj.weight": (inner, d), f"{mlp}.down_proj.weight": (d, inner), **{f"{p}.{n}.weight": (d,) for n in norms},
+        f"{mlp}.up_proj.weight": (inner, d), f"{mlp}.down_proj.weight": (d, inner),
+        **{f"{p}.{n}.weight": (d,) for n in norms},
     }  # fmt: skip
 
 
@@ -493,7 +494,8 @@ def loopformer_tensors(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{name}.mlp.{n}.bias": (d,) for n in (0, 2)}
     for p in (f"{t}.h.blocks.{i}" for i in range(c["n_layer"])):
         shapes |= {
-            f"{p}.attn.c_attn.weight": (3 * d, d), f"{p}.attn.c_proj.weight": (d, d), f"{p}.mlp.c_fc.weight": (c["intermediate_dim"], d),
+            f"{p}.attn.c_attn.weight": (3 * d, d), f"{p}.attn.c_proj.weight": (d, d),
+            f"{p}.mlp.c_fc.weight": (c["intermediate_dim"], d),
             f"{p}.mlp.c_proj.weight": (d, c["intermediate_dim"]), f"{p}.adaLN_modulation.1.weight": (4 * d, d),
             f"{p}.adaLN_modulation.1.bias": (4 * d,),
         }  # fmt: skip

@@ -112,7 +112,8 @@ def test_the_law_of_sampled_answers_is_that_of_plain_decoding(make_served: Calla
     compared cell by cell (chi-square); the first draft alone, which is what a wrong acceptance would give away, is
     far from both."""
     shaping = SamplingParams(
-        temperature=1.2, top_k=4, top_p=0.97, min_p=0.02, repetition_penalty=1.4, presence_penalty=0.3, logit_bias={7: 1.5}
+        temperature=1.2, top_k=4, top_p=0.97, min_p=0.02, repetition_penalty=1.4, presence_penalty=0.3,
+        logit_bias={7: 1.5},
     )  # fmt: skip
     plain = [Request((5, 9, 20), StepBudget(4), 3, shaping, seed=i) for i in range(SEEDS)]
 

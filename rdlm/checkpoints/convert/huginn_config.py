@@ -47,8 +47,8 @@ SHAPE = {
 """Our field -> the published one."""
 
 DEFAULTS: dict[str, Any] = {
-    "rope_base": 50_000, "norm_eps": 1e-6, "qk_bias": True, "tie_embeddings": True, "block_size": 4096, "mean_recurrence": 32,
-    "mean_backprop_depth": 8, "sampling_scheme": "poisson-lognormal-filling",
+    "rope_base": 50_000, "norm_eps": 1e-6, "qk_bias": True, "tie_embeddings": True, "block_size": 4096,
+    "mean_recurrence": 32, "mean_backprop_depth": 8, "sampling_scheme": "poisson-lognormal-filling",
 }  # fmt: skip
 """What the published configuration class takes for fields that a file leaves out."""
 
