@@ -34,7 +34,7 @@ GRACE_SECONDS = 5
 
 
 class GracefulServer(uvicorn.Server):
-    """On SIGTERM or SIGINT: answer new requests with 503, let accepted ones finish, return. A second SIGINT
+    """On SIGTERM, SIGINT or SIGHUP: answer new requests with 503, let accepted ones finish, return. A second SIGINT
     does not wait.
 
     The port stays open while the engine drains, or clients would see refused connections in place of the 503.
@@ -48,7 +48,9 @@ class GracefulServer(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """uvicorn's own raises the signal again after shutdown; here a drained server has exit status 0."""
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup makes it
+            signals.append(signal.SIGHUP)
         previous = {number: signal.signal(number, self.handle_exit) for number in signals}
         try:
             yield
@@ -69,7 +71,7 @@ class GracefulServer(uvicorn.Server):
         close the port.
         """
         deadline = time.monotonic() + self.drain_seconds
-        print(f"rdlm: draining for at most {self.drain_seconds:g} s", flush=True)
+        tell(f"rdlm: draining for at most {self.drain_seconds:g} s")
         if not self.engine.drain(self.drain_seconds):
             self.engine.stop()
         self.config.timeout_graceful_shutdown = round(max(GRACE_SECONDS, deadline - time.monotonic()))
@@ -104,7 +106,7 @@ def run_server(
     server = GracefulServer(config, engine, settings.drain_seconds)
     if port_file is not None:
         _write_port(port_file, port)
-    print(f"rdlm: loading {checkpoint}", flush=True)
+    tell(f"rdlm: loading {checkpoint}")
     engine.start()
     threading.Thread(target=_announce, args=(engine, server, f"http://{host}:{port}"), daemon=True).start()
     try:
@@ -123,11 +125,8 @@ def _load(checkpoint: Path, settings: EngineSettings) -> Served:
     ChatTemplate.of(served.tokenizer)
     known, vocabulary = served.tokenizer.vocab_size, served.config.model.vocab_size
     if known < vocabulary:
-        print(
-            f"rdlm: the tokenizer has {known} ids and the model {vocabulary}: ids from {known} on are never drawn",
-            file=sys.stderr,
-            flush=True,
-        )
+        problem = f"the tokenizer has {known} ids and the model {vocabulary}"
+        tell(f"rdlm: {problem}: ids from {known} on are never drawn", is_warning=True)
     return served
 
 
@@ -142,13 +141,21 @@ def _announce(engine: Engine, server: GracefulServer, url: str) -> None:
     gc.freeze()  # what has been loaded stays: the collector need not visit it between tokens
     if served.sampling_defaults:
         named = ", ".join(f"{name} {value:g}" for name, value in served.sampling_defaults.items())
-        print(f"rdlm: requests that name none take {named} (generation_config.json)", flush=True)
+        tell(f"rdlm: requests that name none take {named} (generation_config.json)")
     slots = served.scheduler.num_slots
-    print(
+    tell(
         f"rdlm: serving {served.config.name} at {url}/v1 (K 1 to {served.max_steps}, default {served.default_steps}; "
         f"{slots} at once, {served.max_len} tokens each); a page to try it at {url}/, documentation at {url}/schema",
-        flush=True,
     )
+
+
+def tell(line: str, is_warning: bool = False) -> None:
+    """Print a line, whether or not somebody still reads there: a terminal or pipe may be gone, a disk full."""
+    try:
+        print(line, file=sys.stderr if is_warning else sys.stdout, flush=True)
+    except OSError:
+        if not is_warning:
+            sys.stdout = None  # type: ignore[assignment]  # what it holds would fail again at the end of the process
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -13,7 +13,7 @@ from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError, reason
 from serve.api.tool_formats import tool_format
 from serve.api.tools import Tool
-from serve.errors import invalid
+from serve.errors import ApiError, invalid
 
 MAX_SECONDS, MAX_PROMPT = 5.0, 1 << 24
 """Of rendering one conversation."""
@@ -33,11 +33,17 @@ RESERVED = (
 _deadline = threading.local()
 
 
+class TooSlow(ApiError):
+    """The time for a conversation was over."""
+
+
 def _check_bounds(size: int = 0) -> None:
     """Raises ApiError where the rendering of this thread takes too long or has become too large."""
-    if size > MAX_PROMPT or time.monotonic() > _deadline.at:
+    is_late = time.monotonic() > _deadline.at
+    if is_late or size > MAX_PROMPT:
         problem = f"more than {MAX_SECONDS} s or {MAX_PROMPT} characters"
-        raise invalid(f"messages: the chat template makes {problem} of them; send less", "messages")
+        message = f"messages: the chat template makes {problem} of them; send less"
+        raise (TooSlow if is_late else ApiError)(400, message, "invalid_request_error", "messages")
 
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,10 +94,14 @@ class ChatTemplate:
         return None if tokenizer.chat_template is None else cls(tokenizer)
 
     def render(
-        self, messages: list[dict[str, Any]], variables: dict[str, Any], tools: Sequence[Tool] = ()
+        self,
+        messages: list[dict[str, Any]],
+        variables: dict[str, Any],
+        tools: Sequence[Tool] = (),
+        seconds: float | None = None,
     ) -> str:
         """The prompt that asks for the next answer; variables: ``chat_template_kwargs``. Raises ApiError
-        where it refuses, or takes more than ``MAX_SECONDS`` or ``MAX_PROMPT`` characters.
+        where it refuses, or makes more than ``MAX_PROMPT`` characters, and TooSlow after ``seconds`` (``MAX_SECONDS``).
         """
         if taken := variables.keys() & self._taken:
             problem = f"{min(taken)} is not for a request to set"
@@ -100,7 +110,7 @@ class ChatTemplate:
         fixed = {"messages": messages, "tools": offered, "documents": None, "add_generation_prompt": True}
         pieces: list[str] = []
         size = 0
-        _deadline.at = time.monotonic() + MAX_SECONDS
+        _deadline.at = time.monotonic() + (MAX_SECONDS if seconds is None else seconds)
         try:
             for piece in self._template.generate(**self._special, **fixed, **variables):
                 pieces.append(piece)

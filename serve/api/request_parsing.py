@@ -275,8 +275,12 @@ def parse_completion(body: CompletionRequest, limits: Limits) -> Parsed:
     )
 
 
-def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None) -> Parsed:
-    """Raises ApiError, also where the model has no chat template."""
+def parse_chat(
+    body: ChatRequest, limits: Limits, template: ChatTemplate | None, seconds: float | None = None
+) -> Parsed:
+    """Raises ApiError, also where the model has no chat template, and TooSlow where that takes longer than
+    ``seconds``.
+    """
     served, n, reports_prompt = limits.served, body.n or 1, body.prompt_logprobs is not None
     budget, browned_out = step_budget(body, limits)
     _check_scoring(body, budget, reports_prompt, "prompt_logprobs")
@@ -302,7 +306,7 @@ def parse_chat(body: ChatRequest, limits: Limits, template: ChatTemplate | None)
     _check_size(sum(len(message["content"]) for message in messages), limits, "messages")
     offered = _offered_tools(messages, choice, tools, body.constraint, template, limits)
     shown = () if choice.mode == "none" else tools
-    text = template.render(messages, body.chat_template_kwargs or {}, shown)
+    text = template.render(messages, body.chat_template_kwargs or {}, shown, seconds)
     _check_size(len(text), limits, "messages")
     ids = tuple(served.tokenizer.encode(text))
     if max_tokens is None:

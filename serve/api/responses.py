@@ -73,8 +73,13 @@ def _input(value: Any) -> list[Message]:
         else:
             problem = "this model takes messages, calls and their outputs"
             raise ValueError(f"an item of type {shorten(str(kind))!r} cannot be read; {problem}")
-    with renamed(CHAT_NAMES):
-        return [Message.parse(message) for message in messages]
+    try:
+        with renamed(CHAT_NAMES):
+            return [Message.parse(message) for message in messages]
+    except ApiError as error:
+        if error.param is None or not error.param.startswith("input"):  # a field of a message
+            error.message, error.param = f"input: {error.message}", f"input.{error.param}"
+        raise
 
 
 def _check_keys(item: dict[str, Any], known: set[str]) -> None:

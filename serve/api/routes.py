@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sized
+from contextlib import suppress
 from typing import Any
 
 from litestar import Request, Response, post
@@ -11,9 +13,11 @@ from litestar.datastructures import State
 from litestar.handlers.base import BaseRouteHandler
 from litestar.params import JSONBody
 
+from serve.api.chat_template import TooSlow
 from serve.api.observability import FACTS
 from serve.api.openai_format import ChatFormat, CompletionFormat, score_answer
 from serve.api.request_parsing import (
+    SMALL,
     Limits,
     Parsed,
     in_thread_if_large,
@@ -29,6 +33,8 @@ from serve.errors import renamed
 
 MESSAGE_SIZE = 64
 """Characters that rendering one more message is worth."""
+QUICK_SECONDS = 0.05
+"""Of rendering a short conversation on the event loop; a template that takes longer goes to a thread."""
 
 
 def has_room(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
@@ -134,7 +140,10 @@ async def _parsed_chat(body: ChatRequest, server: ServerState, limits: Limits) -
     if body.constraint is not None or body.tools:
         return await server.in_compiler(parse_chat, body, limits, template)
     size = sum(MESSAGE_SIZE + len(message.content) for message in body.messages)
-    return await in_thread_if_large(size, parse_chat, body, limits, template)
+    if size <= SMALL:
+        with suppress(TooSlow):
+            return parse_chat(body, limits, template, QUICK_SECONDS)
+    return await asyncio.to_thread(parse_chat, body, limits, template)
 
 
 def _size(prompts: Any) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from serve.api.app import create_app
 from serve.api.chat_template import ChatTemplate
 from serve.engine.engine import Engine, Served
 from serve.errors import ApiError
+from serve.loading import build_served
 from serve.settings import EngineSettings, HttpSettings
 
 MESSAGES = [{"role": "user", "content": "the word"}]
@@ -335,6 +337,37 @@ def test_a_template_has_bounds_of_time_and_size(
         silent.render([], {"n": 90_000, "m": {"x": 1}})
 
 
+def test_a_template_that_takes_long_does_not_keep_the_event_loop(
+    make_served: Callable[..., Served], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from serve.api import chat_template, routes
+
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(routes, "QUICK_SECONDS", 0.01)
+    slow = "{% for a in range(90000) %}{% for b in range(90000) %}{% set c = messages.x %}{% endfor %}{% endfor %}"
+    source = "{{ messages[0].content }}{% if messages[0].content == 'slow' %}" + slow + "{% endif %}"
+    made, threads, render = make_served(), [], ChatTemplate.render
+    settings = EngineSettings(max_slots=4, chunk=16, prefill_rows=32)
+
+    def spy(*args: Any, **kwargs: Any) -> str:
+        threads.append(threading.current_thread().name)
+        return render(*args, **kwargs)
+
+    monkeypatch.setattr(ChatTemplate, "render", spy)
+
+    def load() -> Served:
+        changed = templated(tokenizer, source)
+        return build_served(made.runner.denoiser, made.config, changed, settings)  # type: ignore[attr-defined]
+
+    with Engine(load) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+        for text, status, most in (("quick", 200, 1), ("slow", 400, 2)):
+            threads.clear()
+            body = {"messages": [{"role": "user", "content": text}], "max_tokens": 1}
+            answer = client.post("/v1/chat/completions", json=body)
+            assert answer.status_code == status and len(threads) == most, (answer.text, threads)
+            assert threads[-1].startswith("asyncio_") == (text == "slow"), threads
+
+
 def test_templates_are_compiled_at_load_and_cannot_leave_their_sandbox(tokenizer: Tokenizer) -> None:
     assert ChatTemplate.of(templated(tokenizer, None)) is None
     with pytest.raises(UserError, match=r"chat_template.*line 2"):
@@ -347,6 +380,25 @@ def test_templates_are_compiled_at_load_and_cannot_leave_their_sandbox(tokenizer
     ):
         with pytest.raises(ApiError, match="the chat template refuses them"):
             ChatTemplate(templated(tokenizer, source)).render([], {})
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({"role": "user", "content": None}, "input.content"), ({"role": 5, "content": "x"}, "input.role"),
+        ({"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}, "input.function.arguments"),
+        ({"type": "function_call", "call_id": 5, "name": "f", "arguments": "{}"}, "input"),
+    ],
+)  # fmt: skip
+def test_a_wrong_item_of_a_response_is_named_as_it_was_sent(
+    item: dict[str, Any], param: str, client: TestClient
+) -> None:
+    refused = client.post("/v1/responses", json={"input": [item]})
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and error["param"] == param and "messages" not in error["message"], (
+        error
+    )
+    assert error["message"].startswith("input")
 
 
 def test_criteria_of_the_schema_are_those_of_the_engine(client: TestClient) -> None:

@@ -292,6 +292,24 @@ def test_what_outlives_the_drain_ends_with_503(checkpoint: Path, tmp_path: Path)
     assert "Traceback" not in said, said
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_that_is_gone_keeps_no_server_from_its_end(
+    number: signal.Signals, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Nobody reads what it says, on either stream; a closed terminal is the same wish as SIGTERM."""
+    server = launch(checkpoint, tmp_path, "--log-format", "json")
+    assert server.process.stdout is not None
+    server.process.stdout.close()
+    body = {"prompt": "x", "max_tokens": 100, "num_steps": 8, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=120)
+        while metric(server, "rdlm_running_sequences") < 1 and not answer.done():
+            time.sleep(0.01)
+        server.process.send_signal(number)
+        assert answer.result(120).status_code == 200
+    assert server.process.wait(60) == 0
+
+
 def test_odd_hosts_reach_no_defect(live: Live) -> None:
     """As bytes on a socket: clients' libraries do not send them."""
     address = httpx.URL(live.url)

@@ -350,6 +350,30 @@ def test_what_goes_wrong_is_said_and_what_came_stays(visit: Callable[..., Any]) 
     assert page.locator("article .bad").inner_text() == "the server cannot be reached"
 
 
+def test_texts_of_models_and_long_prompts_are_only_text(visit: Callable[..., Any]) -> None:
+    page = visit()
+    hostile = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script></p>"
+    logprobs = {
+        "tokens": [hostile],
+        "token_logprobs": [-1],
+        "top_logprobs": [{hostile: -1}],
+        "text_offset": [0],
+    }
+    choice = {"index": 0, "text": hostile, "finish_reason": "length", "logprobs": logprobs}
+    said = json.dumps({"choices": [choice], "warnings": [hostile]})
+    body = f"data: {said}\n\ndata: [DONE]\n\n"
+    page.route("**/v1/completions", partial(_fulfill, {"status": 200, "body": body}))
+    page.fill("#prompt", hostile + "long " * 10_000)
+    page.click("#go")
+    ended(page, "done")
+    tokens(page).first.click()
+    assert tokens(page).all_text_contents() == [hostile] and page.locator(".detail").inner_text().count(
+        "onerror"
+    )
+    assert page.locator("#answers img, #answers script").count() == 0 and "taken" not in page.title()
+    assert len(page.locator("article .prompt").inner_text()) < 2100, "its end says where the answer begins"
+
+
 def test_it_waits_for_a_server_that_loads(visit: Callable[..., Any]) -> None:
     loading = {"error": {"message": "the server is loading; try again later"}}
     page = visit()
