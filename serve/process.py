@@ -155,7 +155,7 @@ def tell(line: str, is_warning: bool = False) -> None:
         print(line, file=sys.stderr if is_warning else sys.stdout, flush=True)
     except OSError:
         if not is_warning:
-            sys.stdout = None  # type: ignore[assignment]  # what it holds would fail again at the end of the process
+            sys.stdout = None  # what it holds would fail again at the end of the process
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -197,8 +197,11 @@ def _tool_call(call: Any) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     form = '{"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
     param = "messages.tool_calls"
-    is_formed = isinstance(function, dict) and isinstance(call.get("id"), str | None)
-    if not is_formed or not isinstance(function.get("name"), str):
+    if (
+        not isinstance(function, dict)
+        or not isinstance(function.get("name"), str)
+        or not isinstance(call.get("id"), str | None)
+    ):
         raise invalid(f"{param}: a call has the form {form}", param)
     given = {name for part in (call, function) for name, value in part.items() if value is not None}
     unknown = given - {"id", "type", "index", "function", "name", "arguments", "parsed_arguments"}
