@@ -65,6 +65,7 @@ def main(
     steps: str = "1,2,4,8",
     seq_len: int = 96,
     num_windows: int = 64,
+    variants: Annotated[str, typer.Option(help="Which, with commas.")] = ",".join(VARIANTS),
 ) -> None:
     """NLL of every variant at each K."""
     loaded = load(checkpoint, device="cpu", dtype=torch.float32)
@@ -75,7 +76,7 @@ def main(
         exact = -loaded.denoiser.token_logprobs(batch.inputs, batch.targets, [k])[k].mean().item()
         rows[str(k)] = {
             "exact": exact,
-            **{variant: engine_nll(checkpoint, windows, k, variant) for variant in VARIANTS},
+            **{variant: engine_nll(checkpoint, windows, k, variant) for variant in variants.split(",")},
         }
         print(
             f"K={k}: " + ", ".join(f"{name} {value:.5f}" for name, value in rows[str(k)].items()), flush=True
