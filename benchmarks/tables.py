@@ -259,7 +259,13 @@ def zoo(raw: dict[str, Any]) -> str:
     ]  # fmt: skip
     first = table([*head, *(f"tokens/s, K = {k}" for k in speeds)], rows)
     ks = list(next(iter(raw["published"].values()))["flops"])
-    head = ["model", "parameters", "trained at K", "KV bytes, shared", *(f"full, K = {k}" for k in ks)]
+    head = [
+        "model",
+        "parameters",
+        "trained at K",
+        "KV bytes, shared or first",
+        *(f"full, K = {k}" for k in ks),
+    ]
     rows = [
         [name, f"{about['parameters'] / 1e9:.2f}e9", str(about["trained_steps"]),
          f"{about['cache_bytes'][ks[0]]['shared']:,}", *(f"{about['cache_bytes'][k]['full']:,}" for k in ks),

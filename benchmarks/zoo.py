@@ -4,7 +4,8 @@
     python -m benchmarks.zoo --golden ../shared/golden --out zoo.json --speed  # also tokens/s by K, idle machine
 
 Golden sets are small random checkpoints in the published layouts and what the reference implementations computed
-from them in fp32. Figures of memory and work are those of the published sizes, from their configs.
+from them in fp32. Figures of memory and work are those of the published sizes, from their configs. A run that was
+interrupted goes on behind the last golden set that it finished, as long as the commit is the same.
 """
 
 from __future__ import annotations
@@ -21,19 +22,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import rdlm
-from benchmarks.common import provenance, write_json
+from benchmarks.common import provenance, read_json, write_json
 from benchmarks.published_models import MODELS, published_config
 from rdlm.checkpoints import folder
 from rdlm.checkpoints.convert.hf_export import export_hf
 from rdlm.checkpoints.convert.huginn import export_huginn
 from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.checkpoints.convert.published import export_published
-from rdlm.data.tokenizer import train_tokenizer
+from rdlm.data.tokenizer import Tokenizer, train_tokenizer
 from rdlm.errors import UserError
 from rdlm.flops import costs_of
 from rdlm.inference import Model
 from rdlm.objectives import Objective
 from rdlm.registry import build
+from rdlm.sampling_params import SamplingParams
+from serve.engine.engine import Engine
+from serve.engine.sequence import Request, StepBudget
+from serve.loading import load_served
+from serve.settings import EngineSettings
 
 REFERENCES = {
     "huginn": "seal-rg/recurrent-pretraining 59e0b69, transformers 4.53.3",
@@ -120,7 +126,8 @@ def cache_bytes(objective: Objective, num_steps: int) -> dict[str, int]:
     model = objective.model
     entry, core = 2 * 2 * model.num_kv_heads * model.head_dim, len(model.core_cache_layers)
     once = model.num_cache_layers - core
-    return {"shared": entry * (once + core), "full": entry * (once + num_steps * core)}
+    last = entry * (once + core)
+    return {"shared": last, "first": last, "full": entry * (once + num_steps * core)}
 
 
 def work(objective: Objective, num_steps: int) -> int:
@@ -129,14 +136,44 @@ def work(objective: Objective, num_steps: int) -> int:
     return costs.encode.weights + costs.decode.weights + costs.head + num_steps * costs.core.weights
 
 
-def speed(model: Model, num_steps: int) -> float:
-    """Tokens/s of 8 prompts of 16 ids, 24 tokens each, after a warm-up."""
-    prompts = torch.randint(0, 300, (8, 16)).tolist()
-    began = 0.0
-    for max_tokens in (4, 24):
-        began = time.monotonic()
-        answers = model.generate(prompts, num_steps, max_tokens=max_tokens, temperature=0)
-    return sum(len(answer.tokens) for answer in answers) / (time.monotonic() - began)
+def speeds_of(checkpoint: Path, ks: list[int]) -> dict[int, float]:
+    """Tokens/s of the server's engine: 8 prompts of 16 ids, 24 tokens each, after a warm-up, by K."""
+    most = min(max(ks), folder.load_config(checkpoint).max_steps)
+    settings = EngineSettings(max_slots=8, max_len=48, max_steps=most, default_steps=most, prefix_cache="off")
+    prompts = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    found = {}
+    with Engine(lambda: load_served(checkpoint, settings)) as engine:
+        for k in [k for k in ks if k <= most]:
+            for max_tokens in (4, 24):
+                began = time.perf_counter()
+                engine.generate(
+                    [
+                        Request(tuple(p), StepBudget(k), max_tokens, SamplingParams(temperature=0))
+                        for p in prompts
+                    ]
+                )
+                found[k] = 8 * max_tokens / (time.perf_counter() - began)
+    return found
+
+
+def measure_family(
+    family: str, reference: str, golden: Path, tokenizer: Tokenizer, ks: list[int]
+) -> dict[str, Any]:
+    """ks: of tokens/s; empty leaves them out."""
+    with tempfile.TemporaryDirectory() as name:
+        scratch, source = Path(name), golden / f"{family}_tiny"
+        ours = import_checkpoint(str(source), scratch / "ours", name="zoo")
+        differences = parity(rdlm.load(ours), load_file(source / "outputs.safetensors"))
+        found = {
+            "reference": reference,
+            "differences": differences,
+            "largest": max(differences.values()),
+            "round_trips": round_trips(family, source, ours, scratch),
+        }
+        if ks:
+            tokenizer.save(ours / folder.TOKENIZER)
+            found["tokens_per_s"] = speeds_of(ours, ks)
+        return found
 
 
 def main(
@@ -154,21 +191,15 @@ def main(
     ks, families, published = [int(k) for k in steps.split(",")], {}, {}
     words = [" ".join(f"{a}{b}{c}" for a in "abcdefg" for b in "hijk" for c in "lmnop")]
     tokenizer = train_tokenizer("bpe", iter(words), 300)
+    about, partial = provenance(), out.with_name(f"{out.name}.partial")
+    before = read_json(partial) if partial.is_file() else {}
+    if before.get("run") == [about["git_commit"], ks, speeds]:
+        families = before["families"]
     for family, reference in REFERENCES.items():
-        with tempfile.TemporaryDirectory() as name:
-            scratch, source = Path(name), golden / f"{family}_tiny"
-            ours = import_checkpoint(str(source), scratch / "ours", name="zoo")
-            model = rdlm.load(ours)
-            differences = parity(model, load_file(source / "outputs.safetensors"))
-            families[family] = {
-                "reference": reference,
-                "differences": differences,
-                "largest": max(differences.values()),
-                "round_trips": round_trips(family, source, ours, scratch),
-            }
-            if speeds:
-                model.tokenizer = tokenizer
-                families[family]["tokens_per_s"] = {k: speed(model, k) for k in ks}
+        if family not in families:
+            families[family] = measure_family(family, reference, golden, tokenizer, ks if speeds else [])
+            write_json(partial, {"run": [about["git_commit"], ks, speeds], "families": families})
+            print(family, families[family].get("tokens_per_s", ""), flush=True)
     for name in MODELS:
         config = published_config(name, golden)
         objective = build(config, device="meta")
@@ -180,11 +211,10 @@ def main(
         }
     measured = {}
     for path in checkpoint or [] if speeds else []:
-        loaded = rdlm.load(path)
-        allowed = [k for k in ks if k <= loaded.config.max_steps]
-        measured[loaded.config.name] = {"tokens_per_s": {k: speed(loaded, k) for k in allowed}}
+        measured[folder.load_config(path).name] = {"tokens_per_s": speeds_of(path, ks)}
     found = {"families": families, "published": published, "checkpoints": measured}
-    write_json(out, {**found, "provenance": provenance()})
+    write_json(out, {**found, "provenance": about})
+    partial.unlink()
 
 
 if __name__ == "__main__":

@@ -39,6 +39,9 @@ class Generation:
     """Core steps of the position that each token was drawn from."""
     finish: str
     """stop: an end of text or a stop string; length: ``max_tokens``."""
+    drafted: int = 0
+    accepted: int = 0
+    """Tokens that were guessed early, by a draft or in a wavefront, and of these the ones that stayed."""
 
 
 Message = Mapping[str, Any]
@@ -63,6 +66,11 @@ class Engine(Protocol):
         exit_criterion: str | None,
         exit_threshold: float | None,
         kv_cache: Literal["shared", "full", "first"],
+        draft_steps: int | None,
+        draft_tokens: int,
+        wavefront: int | None,
+        inner_steps: int | None,
+        wavefront_threshold: float | None,
     ) -> list[Generation]: ...
 
 
@@ -90,13 +98,25 @@ class Model:
         exit_criterion: str | None = None,
         exit_threshold: float | None = None,
         kv_cache: Literal["shared", "full", "first"] = "shared",
+        draft_steps: int | None = None,
+        draft_tokens: int = 4,
+        wavefront: int | None = None,
+        inner_steps: int | None = None,
+        wavefront_threshold: float | None = None,
     ) -> list[Generation]:
         """Continue texts, or ids as they are, with the engine that the server runs; in the order given, each as
         it would be alone.
 
         temperature: 0 is greedy. exit_criterion: of ``serve/engine/exits.py``, for instance latent-diff; its
         threshold by default the checkpoint's. kv_cache: full keeps the keys of every step, shared those of the
-        last, first those of the first. UserError where the model cannot do what is asked.
+        last, first those of the first.
+
+        draft_steps: self-speculative decoding, with the full or first cache: up to ``draft_tokens`` tokens are drafted
+        at so many core steps and verified at K. wavefront: so many positions are decoded together, and read out
+        after every ``inner_steps`` core steps; one whose state changes relatively by less than
+        ``wavefront_threshold`` leaves early. None: docs/serving.md has the defaults.
+
+        UserError where the model cannot do what is asked.
         """
         given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         ids: list[Sequence[int]] = [self._begun(p) if isinstance(p, str) else p for p in given]
@@ -111,6 +131,11 @@ class Model:
             exit_criterion=exit_criterion,
             exit_threshold=exit_threshold,
             kv_cache=kv_cache,
+            draft_steps=draft_steps,
+            draft_tokens=draft_tokens,
+            wavefront=wavefront,
+            inner_steps=inner_steps,
+            wavefront_threshold=wavefront_threshold,
         )
 
     def chat(

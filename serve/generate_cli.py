@@ -82,8 +82,8 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="Self-speculative decoding: draft tokens at so many core steps, verify them at K. Same text, "
-            "fewer passes; needs --kv-cache full.",
+            help="Self-speculative decoding: draft tokens at so many core steps, verify them at K. Greedy "
+            "texts are the same, sampled ones have the same law; needs --kv-cache full or first.",
             show_default=False,
         ),
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Literal
@@ -13,13 +14,21 @@ from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
 from serve.api.chat_template import ChatTemplate
 from serve.engine.engine import Engine
 from serve.engine.exits import CRITERIA, ExitRule, default_thresholds
-from serve.engine.sequence import Request, StepBudget
+from serve.engine.sequence import (
+    MAX_WAVEFRONT,
+    Request,
+    Speculation,
+    StepBudget,
+    Wavefront,
+)
 from serve.errors import ApiError
 from serve.loading import build_served, end_ids
 from serve.settings import EngineSettings
 
 MOST_TOGETHER = 16
 """Prompts that step together."""
+MAX_DRAFT = 64
+"""Most tokens of a draft."""
 
 
 class InProcess:
@@ -40,6 +49,11 @@ class InProcess:
         exit_criterion: str | None,
         exit_threshold: float | None,
         kv_cache: Literal["shared", "full", "first"],
+        draft_steps: int | None,
+        draft_tokens: int,
+        wavefront: int | None,
+        inner_steps: int | None,
+        wavefront_threshold: float | None,
     ) -> list[Generation]:
         if not prompts:
             return []
@@ -54,7 +68,12 @@ class InProcess:
             max_queue=len(prompts),
         )
         served = build_served(model.denoiser, model.config, tokenizer, settings, ends)
-        budget = StepBudget(num_steps, self._rule(exit_criterion, exit_threshold))
+        budget = StepBudget(
+            num_steps,
+            self._rule(exit_criterion, exit_threshold),
+            speculation=speculation_of(draft_steps, draft_tokens),
+            wavefront=wavefront_of(wavefront, inner_steps, wavefront_threshold),
+        )
         requests = [
             Request(tuple(ids), budget, max_tokens, sampling, seed, stop=tuple(stop), stop_ids=ends)
             for ids in prompts
@@ -70,7 +89,9 @@ class InProcess:
                 raise RuntimeError(f"generation ended with {last.finish!r}")
             drawn = [(e.token, e.steps) for e in events if e.token is not None and e.steps is not None]
             tokens, steps = [token for token, _ in drawn], [count for _, count in drawn]
-            found.append(Generation("".join(e.text for e in events), tokens, steps, last.finish))
+            usage, text = last.usage, "".join(e.text for e in events)
+            guesses = (0, 0) if usage is None else (usage.drafted, usage.accepted)
+            found.append(Generation(text, tokens, steps, last.finish, *guesses))
         return found
 
     def chat_ids(self, messages: Seq[Message]) -> list[int]:
@@ -108,3 +129,26 @@ class InProcess:
             remedy = f"use one of {', '.join(known)}" if known else "leave it out"
             raise UserError("exit_criterion", criterion, problem, remedy)
         return ExitRule(criterion, known[criterion] if threshold is None else threshold)
+
+
+def speculation_of(draft_steps: int | None, draft_tokens: int) -> Speculation | None:
+    """None where nothing is drafted. UserError for a number that is out of range; K bounds ``draft_steps``."""
+    if not 1 <= draft_tokens <= MAX_DRAFT:
+        raise UserError("draft_tokens", draft_tokens, "is out of range", f"give 1 to {MAX_DRAFT}")
+    return None if draft_steps is None else Speculation(draft_steps, draft_tokens)
+
+
+def wavefront_of(positions: int | None, inner_steps: int | None, threshold: float | None) -> Wavefront | None:
+    """None where there is none. UserError for numbers that are out of range, or belong to none."""
+    if positions is None:
+        if (inner_steps, threshold) != (None, None):
+            problem = "is what a wavefront begins with, and there is none"
+            raise UserError("wavefront", None, problem, "give its positions, or leave its numbers out")
+        return None
+    if not 1 <= positions <= MAX_WAVEFRONT:
+        raise UserError("wavefront", positions, "is out of range", f"give 1 to {MAX_WAVEFRONT} positions")
+    if inner_steps is not None and inner_steps < 1:
+        raise UserError("inner_steps", inner_steps, "is out of range", "give at least 1")
+    if threshold is not None and not 0 <= threshold < math.inf:
+        raise UserError("wavefront_threshold", threshold, "is out of range", "give 0 or more")
+    return Wavefront.of(positions, inner_steps, threshold)

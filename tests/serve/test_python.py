@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,36 @@ def test_every_snippet_of_the_documentation_runs(
     for snippet in snippets:
         exec(compile(snippet, "docs/python.md", "exec"), names)
     assert len(snippets) == 5 and names["scores"].keys() == {1, 4}  # type: ignore[attr-defined]
+
+
+def test_tokens_that_are_guessed_early_change_no_greedy_text(model: Model) -> None:
+    prompts, options = [[5, 9, 20], [7] * 12], {"num_steps": 6, "max_tokens": 12, "temperature": 0.0}
+    plain = model.generate(prompts, kv_cache="full", **options)
+    drafted = model.generate(prompts, kv_cache="full", draft_steps=3, draft_tokens=5, **options)
+    waving = model.generate(
+        prompts, kv_cache="full", wavefront=4, inner_steps=1, wavefront_threshold=0.0, **options
+    )
+    assert [a.text for a in drafted] == [a.text for a in waving] == [a.text for a in plain]
+    assert all(a.drafted >= a.accepted for a in (*drafted, *waving)) and sum(a.accepted for a in drafted) > 0
+    assert [(a.drafted, a.accepted) for a in plain] == [(0, 0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"draft_steps": 2}, "speculation"),
+        ({"draft_steps": 6, "kv_cache": "full"}, "speculation.draft_steps"),
+        ({"draft_steps": 2, "draft_tokens": 0}, "draft_tokens"),
+        ({"wavefront": 0}, "wavefront"),
+        ({"wavefront": 2, "inner_steps": 0}, "inner_steps"),
+        ({"wavefront": 2, "wavefront_threshold": -1.0}, "wavefront_threshold"),
+        ({"inner_steps": 2}, "wavefront"),
+    ],
+)
+def test_guesses_that_cannot_be_made_are_refused(model: Model, options: dict[str, Any], field: str) -> None:
+    with pytest.raises(UserError) as error:
+        model.generate([[5, 9]], num_steps=6, max_tokens=4, **options)
+    assert error.value.field == field
 
 
 def test_greedy_texts_are_the_most_probable_tokens_of_the_logits(model: Model) -> None:
