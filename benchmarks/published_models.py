@@ -12,6 +12,18 @@ from rdlm.checkpoints.convert.base import Fields
 from rdlm.checkpoints.convert.importers import IMPORTERS
 from rdlm.config.checkpoint import CheckpointConfig
 
+
+def _merged(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Own values over those of the golden config, within sections too; None leaves a field out."""
+    merged = {**base}
+    for field, value in own.items():
+        inner = merged.get(field)
+        merged[field] = (
+            _merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+        )
+    return {field: value for field, value in merged.items() if value is not None}
+
+
 LLAMA3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -121,6 +133,15 @@ MODELS: dict[str, tuple[str, Mapping[str, Any], tuple[str, ...], float, int]] = 
     "IFM/LoopedLM-P2-huginn-s-fixed-r5": ("ifm_p2", looped_lm(1536, 24, 6, 4352), (), 0.3, 5),
     "IFM/LoopedLM-P2-huginn-m-fixed-r5": ("ifm_p2", looped_lm(3072, 48, 12, 8704), (), 0.8, 5),
     "IFM/LoopedLM-P2-huginn-l-fixed-r5": ("ifm_p2", looped_lm(6144, 96, 24, 17408), (), 2.5, 5),
+    "IFM/LoopedLM-P2-huginn-s-huginn-linear": ("ifm_p2_linear", looped_lm(1536, 24, 6, 4352), (), 0.3, 5),
+    "IFM/LoopedLM-P2-huginn-s-orthoinj": ("ifm_p2_orthoinj", looped_lm(1536, 24, 6, 4352), (), 0.3, 5),
+    "IFM/LoopedLM-P2-huginn-s-parcae": (
+        "ifm_p2",
+        _merged(looped_lm(1536, 24, 6, 4352), {"model": {"huginn_prelude_norm": "rms"}}),
+        (),
+        0.3,
+        5,
+    ),
     "Nanbeige/Nanbeige4.2-3B": ("nanbeige", NANBEIGE, ("lm_head.weight",), 4.2, 2),
     "sapientinc/HRM-Text-1B": ("hrm_text", HRM, ("lm_head.weight",), 1.35, 2),
     "armenjeddi/loopformer": ("loopformer", LOOPFORMER, (), 0.25, 8),
@@ -136,17 +157,6 @@ def published_config(name: str, golden: Path) -> CheckpointConfig:
     importer = next(i for i in IMPORTERS.values() if i.recognises(data, tensors))
     shapes = dict.fromkeys(tensors, (1,)) | _counted(family, data)
     return importer.config(Fields(data, "config.json"), name.rpartition("/")[2], shapes)[0]
-
-
-def _merged(base: dict[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Own values over those of the golden config, within sections too; None leaves a field out."""
-    merged = {**base}
-    for field, value in own.items():
-        inner = merged.get(field)
-        merged[field] = (
-            _merged(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
-        )
-    return {field: value for field, value in merged.items() if value is not None}
 
 
 def _counted(family: str, data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
