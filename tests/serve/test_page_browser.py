@@ -402,6 +402,13 @@ def test_phone_in_both_schemes(visit: Callable[..., Any], scheme: str) -> None:
         scheme == "dark"
     )
     assert all(value >= 4.5 for value in ratio.values()), ratio
+    page.tap("#score")
+    page.tap("#go")
+    ended(page)
+    height = page.locator("svg text").first.bounding_box()["height"]
+    assert height >= 11 and page.evaluate("document.documentElement.scrollWidth") <= 360, (
+        "its texts keep their size"
+    )
 
 
 CONTRAST = """() => {
