@@ -71,11 +71,13 @@ class GracefulServer(uvicorn.Server):
         close the port.
         """
         deadline = time.monotonic() + self.drain_seconds
-        tell(f"rdlm: draining for at most {self.drain_seconds:g} s")
-        if not self.engine.drain(self.drain_seconds):
-            self.engine.stop()
-        self.config.timeout_graceful_shutdown = round(max(GRACE_SECONDS, deadline - time.monotonic()))
-        self.should_exit = True
+        try:
+            tell(f"rdlm: draining for at most {self.drain_seconds:g} s")
+            if not self.engine.drain(self.drain_seconds):
+                self.engine.stop()
+            self.config.timeout_graceful_shutdown = round(max(GRACE_SECONDS, deadline - time.monotonic()))
+        finally:
+            self.should_exit = True
 
 
 def run_server(

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rdlm.config.base import Strict
+
+YEAR = 366 * 86_400.0
+"""Seconds; threads cannot wait for much longer ones."""
+
+
+def _named(value: str) -> str:
+    """A name that requests can have in their field ``model``, logs on one line, and no alias can be taken for."""
+    if not 0 < len(value) <= 200 or not value.isprintable() or re.search(r":k[0-9]+$", value):
+        raise ValueError("it has 1 to 200 printable characters and does not end like an alias (:kN)")
+    return value
 
 
 class EngineSettings(Strict):
@@ -58,7 +69,7 @@ class HttpSettings(Strict):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     """0 takes a free one."""
-    model_name: str | None = None
+    model_name: Annotated[str, AfterValidator(_named)] | None = None
     """Name in /v1/models; None is the checkpoint's."""
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Bearer tokens that are accepted; none means no check."""
@@ -72,7 +83,7 @@ class HttpSettings(Strict):
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the server; "*" for all. None: browsers allow the server's own page only.
     """
-    request_seconds: float | None = Field(None, gt=0)
+    request_seconds: float | None = Field(None, gt=0, le=YEAR)
     """Longest time a request may take, waiting included; then it ends with what there is. None: no limit."""
     brownout_queue: int | None = Field(None, ge=1)
     """With so many sequences waiting, requests that name no K get half the default; with twice as many a
@@ -80,5 +91,5 @@ class HttpSettings(Strict):
     tracing: bool = False
     """A span of OpenTelemetry for every request; needs the extra ``otel``, and its OTEL_* variables say where
     spans go."""
-    drain_seconds: float = Field(30.0, ge=0)
+    drain_seconds: float = Field(30.0, ge=0, le=YEAR)
     """How long accepted requests may take to finish after SIGTERM."""

@@ -364,6 +364,9 @@ def test_after_sigkill_the_same_command_serves_again(checkpoint: Path, tmp_path:
         (["--dtype", "int3"], "dtype='int3'"),
         (["--port", "70000"], "port=70000"),
         (["--max-len", "99999"], "max_len=99999"),
+        (["--drain-seconds", "1e300"], "drain_seconds=1e+300"),
+        (["--model-name", "a:k4"], "model_name='a:k4'"),
+        (["--model-name", ""], "model_name=''"),
     ],
 )
 def test_bad_options_exit_2_with_one_line(options: list[str], says: str, checkpoint: Path) -> None:
