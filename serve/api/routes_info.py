@@ -67,10 +67,10 @@ async def models(state: State) -> dict[str, Any]:
     return {"object": "list", "data": [card, *aliases]}
 
 
-@get("/v1/models/{name:str}", summary="One model or alias", tags=["models"])
+@get("/v1/models/{name:path}", summary="One model or alias", tags=["models"])
 async def model(name: FromPath[str], state: State) -> dict[str, Any]:
-    """Also for aliases that are not listed."""
-    return _card(state.server.limits(), name)
+    """Also for aliases that are not listed. A name may have slashes, as on the hub."""
+    return _card(state.server.limits(), name.removeprefix("/"))
 
 
 def _card(limits: Limits, name: str) -> dict[str, Any]:

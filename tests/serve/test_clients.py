@@ -401,6 +401,18 @@ def test_a_wrong_item_of_a_response_is_named_as_it_was_sent(
     assert error["message"].startswith("input")
 
 
+def test_a_model_may_be_named_as_on_the_hub(make_served: Callable[..., Served]) -> None:
+    with (
+        Engine(make_served) as engine,
+        TestClient(create_app(engine, HttpSettings(model_name="org/name"))) as client,
+    ):
+        for name in ("org/name", "org/name:k3"):
+            for path in (name, name.replace("/", "%2F")):
+                assert client.get(f"/v1/models/{path}").json()["id"] == name
+            assert ask(client, model=name).status_code == 200
+        assert client.get("/v1/models/org/other").json()["error"]["code"] == "model_not_found"
+
+
 def test_criteria_of_the_schema_are_those_of_the_engine(client: TestClient) -> None:
     from serve.engine.exits import CRITERIA
 
