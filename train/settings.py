@@ -64,7 +64,7 @@ class BaseDataConfig(Strict):
 
     def row_length(self, fills_in: bool) -> int:
         """Positions of a row. fills_in: whether the model fills in masked tokens of whole rows."""
-        return self.seq_len  # type: ignore[attr-defined, no-any-return]
+        return self.seq_len  # type: ignore[attr-defined]
 
 
 class TokensConfig(BaseDataConfig):
@@ -109,7 +109,7 @@ class TaskConfig(BaseDataConfig):
     ``rdlm.data.synthetic.FilledIn``."""
 
     def row_length(self, fills_in: bool) -> int:
-        return self.filled_in_len if fills_in else super().row_length(fills_in)  # type: ignore[attr-defined, no-any-return]
+        return self.filled_in_len if fills_in else super().row_length(fills_in)  # type: ignore[attr-defined]
 
 
 class GroupProductConfig(TaskConfig):

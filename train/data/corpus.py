@@ -275,12 +275,12 @@ class ImageCorpus(RowCorpus):
             raise UserError("data.augment", augment, problem, "use flip or none")
 
     def check_model(self, model: ModelConfig) -> None:
-        model = cast(ImageConfig, model)  # train/settings.py has refused other models of images
+        images = cast(ImageConfig, model)  # train/settings.py has refused other models of images
         height, width = self.image_size
         found = {
-            "image_size": (model.image_size,) * 2,
-            "num_channels": model.num_channels,
-            "num_classes": model.num_classes,
+            "image_size": (images.image_size,) * 2,
+            "num_channels": images.num_channels,
+            "num_classes": images.num_classes,
         }
         wanted = {"image_size": self.image_size, "num_channels": 3, "num_classes": self.vocab_size}
         for field, given in found.items():
@@ -293,7 +293,7 @@ class ImageCorpus(RowCorpus):
                     if field != "image_size"
                     else "prepare the data with --size, or change it"
                 )
-                raise UserError(f"model.{field}", getattr(model, field), problem, remedy)
+                raise UserError(f"model.{field}", getattr(images, field), problem, remedy)
 
     def rows(self, numbers: np.ndarray, seed: int) -> Batch:
         """Images of the endless list by their numbers, int64 [n]: inputs fp32 [n, 3, H, W], targets [n, 1]."""
