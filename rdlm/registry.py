@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import DitConfig, HrmConfig, LoopFormerConfig, ModelConfig, VitConfig
@@ -78,13 +80,41 @@ def build(config: CheckpointConfig, seed: int | None = None, device: torch.devic
         raise UserError("model", config.model.family, problem, "use smaller sizes") from error
     if seed is not None:
         for part in objective.parts:
-            rng = (
-                torch.Generator().manual_seed(seed)
-                if part.block is None
-                else generator(seed, _INIT_KEY, part.block.index)
-            )
-            part.model.init_weights(rng)
+            part.model.init_weights(_init_stream(part, seed))
     return objective
+
+
+def _init_stream(part: Objective, seed: int) -> torch.Generator:
+    if part.block is None:
+        return torch.Generator().manual_seed(seed)
+    return generator(seed, _INIT_KEY, part.block.index)
+
+
+def materialize(
+    objective: Objective, seed: int, dtype: torch.dtype, keep: Callable[[nn.Parameter], None]
+) -> None:
+    """Give a network that ``build`` made on meta the weights that it has with this ``seed``, in ``dtype``.
+
+    One weight at a time is in memory in fp32; ``keep`` is called with each parameter and may cut it.
+    """
+    for part in objective.parts:
+        names: dict[int, list[str]] = {}
+        for name, parameter in part.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        weights = dict(part.named_parameters())
+
+        def take(
+            name: str, value: Tensor, part: Objective = part, names: Any = names, weights: Any = weights
+        ) -> None:
+            made = nn.Parameter(value.to(dtype))
+            for place in names[id(weights[name])]:
+                module, _, own = place.rpartition(".")
+                setattr(part.get_submodule(module), own, made)
+            keep(made)
+
+        part.model.init_weights(_init_stream(part, seed), lambda name, value: take(f"model.{name}", value))
+        for name, value in part.own_weights.items():
+            take(name, value)
 
 
 def objectives_of(model: ModelConfig) -> list[str]:

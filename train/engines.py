@@ -45,6 +45,19 @@ def start_engine(module: nn.Module, optimizer: Optimizer, config: TrainConfig, w
     return engine
 
 
+def partitioner(config: TrainConfig, world: int) -> Callable[[nn.Parameter], None]:
+    """What cuts a new parameter for the processes at ZeRO 3, where no process ever holds the network; at other
+    stages nothing. Collective."""
+    if config.deepspeed.zero_stage < 3:
+        return lambda parameter: None
+    made = ds_config(config, world)
+
+    def cut(parameter: nn.Parameter) -> None:
+        deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=made)
+
+    return cut
+
+
 def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
     """The dictionary that ``deepspeed.initialize`` takes for ``world`` processes; every number comes from
     ``config``."""

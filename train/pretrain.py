@@ -102,9 +102,9 @@ def check(config: TrainConfig, world: int) -> Corpus:
     """Everything that can be found wrong before a process is started or a weight allocated; raises UserError."""
     config.batch.accumulation(world)
     count = count_parameters(config)
-    memory = psutil.virtual_memory().total
-    if 4 * count > memory:
-        problem = f"{count:,} parameters in fp32 do not fit into {memory / 2**30:.0f} GiB of host memory"
+    memory, size = psutil.virtual_memory().total, 2 if config.precision == "bf16" else 4
+    if size * count > memory:
+        problem = f"{count:,} parameters in {config.precision} do not fit into {memory / 2**30:.0f} GiB of host memory"
         raise UserError(
             "model", config.model.family, problem, "make the model smaller, or train its blocks separately"
         )

@@ -26,7 +26,7 @@ from rdlm.nn.layers import TransformerLayer
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Keys
 from rdlm.objectives.blockwise import blockwise, drawn_block
-from rdlm.registry import build
+from rdlm.registry import build, materialize
 from train import checkpoints as resume
 from train.checkpoints import RunState
 from train.compilation import compile_layers, uncompiled
@@ -35,6 +35,7 @@ from train.engines import (
     ResidentEngines,
     full_precision_weights,
     grad_norm,
+    partitioner,
     start_engine,
     step_without_gradients,
 )
@@ -164,7 +165,12 @@ class Trainer:
 
     def _start_engine(self, part: TrainConfig) -> DeepSpeedEngine:
         """Build the network, or the one block that ``part`` names, and its engine; nothing else is allocated."""
-        denoiser = build(part.checkpoint_config, seed=self.config.seed)
+        if self.config.init_from is None and self.config.lora is None:
+            dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+            denoiser = build(part.checkpoint_config, device="meta")
+            materialize(denoiser, self.config.seed, dtype, partitioner(self.config, self.world))
+        else:
+            denoiser = build(part.checkpoint_config, seed=self.config.seed)
         if self.config.init_from is not None and not resume.checkpoints_in(self.checkpoints):
             for line in initialize_from(denoiser, self.config.init_from, part.block):
                 self.say(line)

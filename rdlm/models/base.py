@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -14,6 +15,9 @@ from rdlm.errors import UserError
 from rdlm.nn.attention import AttentionContext, CausalContext, DocumentContext
 from rdlm.nn.layers import Condition, Modulation, NoiseEmbedding, RMSNorm, TokenTable
 from rdlm.random_streams import Stream
+
+Take = Callable[[str, Tensor], None]
+"""(name of a parameter, its initial value in fp32) -> None."""
 
 
 class Backbone(nn.Module, ABC):
@@ -66,8 +70,9 @@ class Backbone(nn.Module, ABC):
         """Coda and final norm. [B, T, S] -> hidden [B, T, D]"""
 
     @abstractmethod
-    def init_weights(self, generator: torch.Generator) -> None:
-        """Draw every weight from ``generator`` in fp32; each architecture tables what it draws."""
+    def init_weights(self, generator: torch.Generator, take: Take | None = None) -> None:
+        """Draw every weight from ``generator`` in fp32; each architecture tables what it draws. take: is given
+        the weights, one at a time, in the place of a network that has no memory for them (meta)."""
 
     def context(self, inputs: Tensor, documents: Tensor | None = None) -> AttentionContext:
         """How the rows of whole sequences see each other where nothing is cached. documents [B, T] int64: the
@@ -161,8 +166,9 @@ def init_weights(
     std: float,
     residual_std: float,
     identity_adapter: bool = True,
+    take: Take | None = None,
 ) -> None:
-    """Drawn in fp32 from ``generator`` in parameter order.
+    """Drawn in fp32 from ``generator`` in parameter order, in place or for ``take``.
 
     | weight                              | initial value                                                            |
     |-------------------------------------|--------------------------------------------------------------------------|
@@ -175,7 +181,8 @@ def init_weights(
     | pixels (DiT's read-out)             | 0 (Peebles and Xie 2023)                                                 |
     | all others                          | normal, ``std``                                                          |
     """
-    for name, parameter in model.named_parameters():
+    for name, own in list(model.named_parameters()):
+        parameter: Tensor = own if take is None else torch.empty(own.shape)
         if name.endswith(("bias", "A_log")) or "modulation" in name or name == "pixels.weight":
             parameter.zero_()
         elif "norm" in name or "ln_f" in name:
@@ -194,3 +201,5 @@ def init_weights(
         else:
             drawn = residual_std if name.endswith("proj.weight") else std
             nn.init.normal_(parameter, 0.0, drawn, generator=generator)
+        if take is not None:
+            take(name, parameter)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rdlm.config.model import HrmConfig, initial_std
-from rdlm.models.base import Backbone, init_weights, through
+from rdlm.models.base import Backbone, Take, init_weights, through
 from rdlm.nn.attention import AttentionContext, LaterLayers, PrefixContext
 from rdlm.nn.layers import Condition, TokenTable, TransformerLayer, normalized
 from rdlm.random_streams import Stream
@@ -77,10 +77,10 @@ class Hrm(Backbone):
     def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
         return self.latent(state)
 
-    def init_weights(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator, take: Take | None = None) -> None:
         """See rdlm.models.base.init_weights; the low state starts like a matrix."""
         std = initial_std(self.config.d_model)
-        init_weights(self, generator, std=std, residual_std=std / math.sqrt(4 * len(self.low)))
+        init_weights(self, generator, std=std, residual_std=std / math.sqrt(4 * len(self.low)), take=take)
 
 
 class LowState(nn.Module):

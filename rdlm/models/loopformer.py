@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdlm.config.model import LoopFormerConfig, initial_std
-from rdlm.models.base import Backbone, init_weights
+from rdlm.models.base import Backbone, Take, init_weights
 from rdlm.nn.attention import AttentionContext
 from rdlm.nn.layers import Condition, RMSNorm, TokenTable, TransformerLayer
 from rdlm.random_streams import Stream
@@ -75,11 +75,11 @@ class LoopFormer(Backbone):
     def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
         return self.ln_f(self.latent(state))
 
-    def init_weights(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator, take: Take | None = None) -> None:
         """See rdlm.models.base.init_weights."""
         std = initial_std(self.config.d_model)
         residual = std / math.sqrt(2 * self.config.num_layers)
-        init_weights(self, generator, std=std, residual_std=residual)
+        init_weights(self, generator, std=std, residual_std=residual, take=take)
 
 
 class StepEmbedding(nn.Module):

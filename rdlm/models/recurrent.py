@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rdlm.config.model import RecurrentConfig, initial_std
 from rdlm.device import staged
-from rdlm.models.base import Backbone, init_weights
+from rdlm.models.base import Backbone, Take, init_weights
 from rdlm.nn.attention import AttentionContext, BidirectionalContext
 from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, TransformerLayer, normalized
 from rdlm.random_streams import CounterStream, Stream
@@ -185,7 +185,7 @@ class Recurrent(Backbone):
             return super().gate(state)
         return torch.sigmoid(self.exit_gate(self._first(state)).float()).squeeze(-1)
 
-    def init_weights(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator, take: Take | None = None) -> None:
         """See rdlm.models.base.init_weights.
 
         Residual projections are smaller by sqrt(2 * depth). Huginn counts every core run of a training step;
@@ -197,7 +197,7 @@ class Recurrent(Backbone):
         depth = len(self.prelude) + runs * len(self.core_layers) + len(self.coda)
         scale = 1 / math.sqrt(2 * depth) if config.init.residual == "scaled" else 1.0
         identity = config.init.adapter == "identity"
-        init_weights(self, generator, std=std, residual_std=std * scale, identity_adapter=identity)
+        init_weights(self, generator, std=std, residual_std=std * scale, identity_adapter=identity, take=take)
 
     def _first(self, rows: Tensor) -> Tensor:
         """The first D channels of e or of a state: all of them, unless value embeddings are behind them."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rdlm.config.model import PLAIN_STD, DitConfig, ImageConfig, VitConfig
-from rdlm.models.base import Backbone, init_weights, through
+from rdlm.models.base import Backbone, Take, init_weights, through
 from rdlm.nn.attention import AttentionContext, BidirectionalContext
 from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, TransformerLayer, modulate
 from rdlm.random_streams import Stream
@@ -24,8 +24,9 @@ def _layers(config: ImageConfig, layers: range | None) -> nn.ModuleList:
     )
 
 
-def _init_weights(model: nn.Module, num_layers: int, generator: torch.Generator) -> None:
-    init_weights(model, generator, std=PLAIN_STD, residual_std=PLAIN_STD * (1 / math.sqrt(2 * num_layers)))
+def _init_weights(model: nn.Module, num_layers: int, generator: torch.Generator, take: Take | None) -> None:
+    residual_std = PLAIN_STD * (1 / math.sqrt(2 * num_layers))
+    init_weights(model, generator, std=PLAIN_STD, residual_std=residual_std, take=take)
 
 
 class PatchEmbedding(nn.Module):
@@ -122,8 +123,8 @@ class Vit(Backbone):
     def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
         return self.ln_f(state)
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        _init_weights(self, len(self.layers), generator)
+    def init_weights(self, generator: torch.Generator, take: Take | None = None) -> None:
+        _init_weights(self, len(self.layers), generator, take)
 
 
 class Dit(nn.Module):
@@ -168,6 +169,6 @@ class Dit(nn.Module):
         rows = self.pixels(modulate(self.ln_f(x), shift, 1 + scale))
         return assemble(rows.float(), self.config.patch_size, self.config.num_channels)
 
-    def init_weights(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator, take: Take | None = None) -> None:
         """The read-out starts at zero, so that the first estimate is c_skip z."""
-        _init_weights(self, len(self.layers), generator)
+        _init_weights(self, len(self.layers), generator, take)

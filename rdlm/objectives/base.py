@@ -205,6 +205,11 @@ class Objective(nn.Module, ABC):
         right = {f"accuracy at K={k}": (answers[k] == batch.targets).sum() for k in held_out.num_steps}
         return {"K=1": nats, **right}
 
+    @property
+    def own_weights(self) -> dict[str, Tensor]:
+        """Initial values of the parameters that the objective has beside its network's."""
+        return {}
+
     def is_trained(self, name: str) -> bool:
         """Whether training may move a parameter; the optimizer freezes the others."""
         return True

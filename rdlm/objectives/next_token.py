@@ -102,6 +102,10 @@ class NextToken(Objective):
     # Training -----------------------------------------------------------------------------------------------
 
     @property
+    def own_weights(self) -> dict[str, Tensor]:
+        return {} if self.evidence_scale is None else {"evidence_scale": torch.ones(1)}
+
+    @property
     def corruption(self) -> CorruptionConfig:
         return getattr(self.settings, "corruption", NO_NOISE)
 

@@ -20,7 +20,7 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.token_shards import TokenStore
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from rdlm.models.base import Backbone
+from rdlm.models.base import Backbone, Take
 from rdlm.nn.attention import AttentionContext
 from rdlm.nn.layers import Condition, TokenTable
 from rdlm.objectives import Objective
@@ -102,7 +102,7 @@ class Bigram(Backbone):
     def decode(self, state: torch.Tensor, ctx: AttentionContext) -> torch.Tensor:
         return state
 
-    def init_weights(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator, take: Take | None = None) -> None:
         raise NotImplementedError
 
 

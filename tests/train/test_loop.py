@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rdlm.objectives.base import Keys
+from rdlm.registry import build
 from train.optim import learning_rate
 
 PLAIN: dict[str, Any] = {
@@ -183,3 +184,17 @@ def test_learns_the_task(trainer) -> None:
     run = trainer({**changes, "precision": "fp32"})
     run.fit()
     assert sum(losses(run)[-10:]) / 10 < 0.9
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (3, "bf16"), (3, "fp32")])
+def test_a_run_starts_from_the_weights_of_its_seed(trainer, stage: int, precision: str) -> None:
+    """Whatever ZeRO does: weights are made one at a time, and at stage 3 never whole in a process."""
+    run = trainer({"deepspeed.zero_stage": stage, "precision": precision})
+    expected = build(run.config.checkpoint_config, seed=run.config.seed)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    found = run.weights()
+    assert found.keys() == dict(expected.named_parameters()).keys()
+    for name, weight in expected.named_parameters():
+        assert torch.equal(found[name], weight.detach().to(dtype).float()), name
+    if stage == 3:
+        assert all(parameter.numel() == 0 for parameter in run.network.parameters())
