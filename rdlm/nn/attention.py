@@ -74,6 +74,11 @@ class AttentionContext(Protocol):
         """q [B, T, H, Dh], k and v [B, T, Hkv, Dh] -> [B, T, H, Dh]."""
 
 
+def for_every_head(rows: Tensor, num_heads: int) -> Tensor:
+    """Keys or values [B, T, Hkv, Dh] of grouped heads -> [B, T, H, Dh], each as often as heads share it."""
+    return rows.repeat_interleave(num_heads // rows.shape[2], dim=2)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Scaled dot-product attention over the second-last-but-one axis; grouped heads where Hkv < H. [B, T, H,
     Dh] in and out."""
@@ -82,6 +87,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_ca
         # casts.
         return attention(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
     grouped = k.shape[2] != q.shape[2]
+    if grouped and mask is not None and q.device.type == "cuda":
+        # The memory-efficient kernel has no grouped heads, and the others no mask: what is left holds all scores.
+        k, v = (for_every_head(rows, q.shape[2]) for rows in (k, v))
+        grouped = False
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

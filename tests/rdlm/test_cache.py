@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rdlm.nn.attention import attention
+from rdlm.nn.attention import attention, for_every_head
 from rdlm.nn.kv_cache import LANES, PAGE, KVCache, PackedContext, Segment
 
 H, DH, STARTS = 2, 8, (5, 0, 3)
@@ -108,3 +108,13 @@ def test_a_single_query_in_bf16_is_the_fp32_answer_rounded() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, length, 4, 16).bfloat16() for length in (1, 9, 9))
     assert torch.equal(attention(q, k, v), attention(q.float(), k.float(), v.float()).bfloat16())
+
+
+def test_repeated_keys_are_what_grouped_heads_read() -> None:
+    """What a GPU is given where there is a mask."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 5, 6, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
+    mask = torch.rand(5, 9) > 0.3
+    mask[:, 0] = True
+    repeated = attention(q, for_every_head(k, 6), for_every_head(v, 6), mask)
+    torch.testing.assert_close(repeated, attention(q, k, v, mask))
