@@ -100,7 +100,7 @@ def world(request: pytest.FixtureRequest, make_served: Callable[..., Served]) ->
         patch.setattr(denoiser.model, "core", wrap("core", denoiser.model.core))
         patch.setattr(denoiser.model, "decode", wrap("decode", denoiser.model.decode))
         patch.setattr(denoiser, "predict", wrap("predict", denoiser.predict))
-        patch.setattr(runner, "sample", wrap("sample", runner.sample))
+        patch.setattr(runner, "draw", wrap("sample", runner.draw))
         patch.setattr(runner, "exits_on_rows", wrap("exit", runner.exits_on_rows))
         patch.setattr(runner, "exits_on_states", wrap("exit", runner.exits_on_states))
         patch.setattr(runner, "renoise", wrap("renoise", runner.renoise))
@@ -301,7 +301,7 @@ def test_what_a_step_finds_wrong_with_a_request_is_the_clients_error(
     def refuses(*args: Any) -> torch.Tensor:
         raise UserError("logit_bias", "...", "it leaves nothing to draw", "ban fewer tokens")
 
-    monkeypatch.setattr(runner, "sample", refuses)
+    monkeypatch.setattr(runner, "draw", refuses)
     body = {"prompt": "in the", "max_tokens": 4, "stream": stream}
     with TestClient(create_app(make_engine("onestep"), HttpSettings())) as client:
         answer = client.post("/v1/completions", json=body)
