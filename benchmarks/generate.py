@@ -306,6 +306,7 @@ def main(
     num_tokens: int = 48,
     rounds: int = 3,
     threads: Annotated[int, typer.Option(min=1)] = 2,
+    only: Annotated[str, typer.Option(help="Sides to leave out all others, by semicolons.")] = "",
 ) -> None:
     """Measure, print, write."""
     torch.set_num_threads(threads)
@@ -316,7 +317,8 @@ def main(
     for dtype in dtypes.split(","):
         max_len = prompt_tokens + num_tokens + 1
         setting = sides(shape, dtype, dtype == "bfloat16", max(sizes), max_len, threads, reference)
-        with setting as (found, absent, config), torch.no_grad():
+        with setting as (every, absent, config), torch.no_grad():
+            found = [side for side in every if not only or side.name in only.split(";")]
             for k in ks:
                 for batch in sizes:
                     rng = torch.Generator().manual_seed(2)
@@ -348,12 +350,15 @@ def main(
 
 def measure(found: list[Side], prompts: Tensor, tokens: int, k: int, rounds: int) -> dict[str, Any]:
     """Tokens a second of each side: median, least and most over the rounds, and the share of its tokens that
-    are the engine's."""
+    are the engine's. processor_seconds: median of what all threads used, which a busy machine changes less."""
     seconds: dict[str, list[float]] = {side.name: [] for side in found}
+    used: dict[str, list[float]] = {side.name: [] for side in found}
     said = {side.name: side.generate(prompts, tokens, k) for side in found}  # and warm
     for _ in range(rounds):
         for side in found:
+            before = time.process_time()
             seconds[side.name].append(_seconds(side.generate, prompts, tokens, k))
+            used[side.name].append(time.process_time() - before)
     count, first = len(prompts) * tokens, said[found[0].name]
     rates = {
         name: {
@@ -362,7 +367,8 @@ def measure(found: list[Side], prompts: Tensor, tokens: int, k: int, rounds: int
         }
         for name, s in seconds.items()
     }  # fmt: skip
-    return {"tokens_per_s": rates, "seconds": seconds, "new_tokens": tokens}
+    processor = {name: statistics.median(s) for name, s in used.items()}
+    return {"tokens_per_s": rates, "seconds": seconds, "processor_seconds": processor, "new_tokens": tokens}
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -314,6 +314,16 @@ def speed(raw: dict[str, Any]) -> str:
     return table(["weights", "batch", "K", *names, "engine over peers", "of the memory's limit"], rows)
 
 
+def quantization(raw: dict[str, Any]) -> str:
+    ks = list(next(iter(raw["variants"].values()))["nll"])
+    rows = [
+        [name, f"{row['bytes'] / 1e6:.2f}", f"{row['nll'][ks[-1]]:.4f}"]
+        + [f"{row['difference'][k]:+.4f} ± {row['half_width'][k]:.4f}" if i else "" for k in ks]
+        for i, (name, row) in enumerate(raw["variants"].items())
+    ]
+    return table(["weights", "MB", f"NLL at K = {ks[-1]}", *(f"difference at K = {k}" for k in ks)], rows)
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "language": language,
     "depth": depth,
@@ -324,6 +334,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory,
     "zoo": zoo,
     "speed": speed,
+    "quantization": quantization,
 }
 
 
