@@ -10,7 +10,7 @@
 | attention | which kernel each kind of attention runs, and how long it takes |
 | step | an update of a 1B Huginn: ms, tokens/s, MFU, memory; objectives x compile off and blocks; a trace |
 | deterministic | two times 20 updates with deterministic kernels and without: equal bits? what does it cost? |
-| decode | tokens/s at several batch sizes and K |
+| decode | tokens/s at several batch sizes and K, with CUDA graphs and without: the same tokens? |
 | noise | normal numbers a second, by generator on the CPU and by counter on the device |
 
 A part that fails writes its error and the next one goes on. Nothing here needs a corpus or a network.
@@ -43,6 +43,7 @@ from rdlm.objectives.base import Keys
 from rdlm.random_streams import counter_stream, generator
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
+from serve.engine.replay import CudaGraphs, eager
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Request, StepBudget, StepResult
@@ -288,18 +289,34 @@ def decode(device: torch.device, size: Size, out: Path) -> Result:
     found: Result = {}
     for rows in size.batches:
         for num_steps in size.steps:
-            found[f"batch {rows}, K = {num_steps}"] = _decoded(
-                network, config, device, rows, num_steps, size.tokens
-            )
+            for graphs in (False, True):
+                name = f"batch {rows}, K = {num_steps}" + (", graphs" if graphs else "")
+                found[name] = _decoded(network, config, device, rows, num_steps, size.tokens, graphs)
+            plain = found[f"batch {rows}, K = {num_steps}"]
+            found[name]["same_tokens"] = found[name].pop("ids") == plain.pop("ids")
     return found
 
 
 def _decoded(
-    network: Objective, config: CheckpointConfig, device: torch.device, rows: int, num_steps: int, tokens: int
+    network: Objective,
+    config: CheckpointConfig,
+    device: torch.device,
+    rows: int,
+    num_steps: int,
+    tokens: int,
+    graphs: bool,
 ) -> Result:
+    """graphs: without a GPU, their passes are run as they come. Tokens may differ where rounding decides."""
+    replay = None if not graphs else CudaGraphs() if device.type == "cuda" else eager
     runner = Runner(
-        network, config, num_slots=rows, max_len=64, max_steps=num_steps, num_tokens=config.model.vocab_size
-    )  # type: ignore[arg-type]
+        network,  # type: ignore[arg-type]
+        config,
+        num_slots=rows,
+        max_len=64,
+        max_steps=num_steps,
+        num_tokens=config.model.vocab_size,
+        replay=replay,
+    )
     scheduler = Scheduler(rows, 64 * rows, 16)
     for number in range(rows):
         request = Request(
@@ -308,6 +325,7 @@ def _decoded(
         scheduler.add(runner.sequence(number, request, 16))
     scheduler.admit()
     drawn, steps, began = 0, 0, 0.0
+    ids: dict[int, list[int]] = {}
     while running := scheduler.schedule():
         results = runner.run(running)
         for sequence in running:
@@ -315,17 +333,23 @@ def _decoded(
             sequence.advance(result or StepResult())
             tokens_drawn = list(result.tokens) if result else []
             sequence.output.extend(tokens_drawn)
+            ids.setdefault(sequence.id, []).extend(tokens_drawn)
             drawn += len(tokens_drawn)
             if len(sequence.output) >= tokens:
                 runner.release(sequence)
                 scheduler.remove(sequence)
         steps += 1
-        if drawn == rows and not began:  # the prompt and the first token are not counted
+        if drawn >= 2 * rows and not began:  # the prompt, the first tokens and captures are not counted
             finish(device)
             began = time.perf_counter()
     finish(device)
     seconds = time.perf_counter() - began
-    return {"tokens_per_s": (drawn - rows) / seconds, "ms_per_step": 1e3 * seconds / max(1, steps)}
+    counted = drawn - 2 * rows
+    return {
+        "tokens_per_s": counted / seconds,
+        "ms_per_step": 1e3 * seconds / max(1, counted // rows * num_steps),
+        "ids": ids,
+    }
 
 
 def noise(device: torch.device, size: Size, out: Path) -> Result:

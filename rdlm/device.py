@@ -39,6 +39,8 @@ def staged(values: Tensor, device: torch.device) -> Tensor:
 
     The only way to a GPU in a training step: a copy from memory that is not pinned waits for all that is queued.
     """
+    if values.device == device:
+        return values
     if device.type == "cpu" or values.device.type == device.type:
         return values.to(device)
     if torch.cuda.is_available() and not values.is_pinned():

@@ -34,7 +34,8 @@ CacheOption = Annotated[
 KernelOption = Annotated[
     str,
     typer.Option(
-        help="auto: on a CPU, kernels compiled for the machine (needs g++ once). torch: PyTorch's own, slower."
+        help="auto: on a CPU, kernels compiled for the machine (needs g++ once). torch: PyTorch's own, slower. "
+        "graphs: these as CUDA graphs."
     ),
 ]
 WeightOption = Annotated[

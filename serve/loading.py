@@ -25,6 +25,7 @@ from serve.engine.cpu.modules import use_kernels
 from serve.engine.engine import Served
 from serve.engine.masked_runner import MaskedRunner
 from serve.engine.packing import pack_weights
+from serve.engine.replay import CudaGraphs
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.settings import EngineSettings
@@ -206,9 +207,30 @@ def build_served(
         raise UserError(
             "default_steps", default, f"it exceeds max_steps ({max_steps})", f"ask for at most {max_steps}"
         )
+    if settings.kernels == "graphs":
+        _check_graphs(denoiser, config, settings)
     runner, rows = _parts(denoiser.eval(), config, settings, max_len, max_steps, tokenizer.vocab_size)
     scheduler = Scheduler(settings.max_slots, rows, settings.chunk)
     return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default, ends)
+
+
+def _check_graphs(denoiser: Objective, config: CheckpointConfig, settings: EngineSettings) -> None:
+    """Raises UserError where a step cannot be captured."""
+    for fails, problem, remedy in (
+        (not config.objective.left_to_right, "a masked model is not decoded row by row", "use auto"),
+        (
+            settings.resident_blocks is not None,
+            "resident blocks move their weights",
+            "leave one of the two out",
+        ),
+        (
+            next(denoiser.parameters()).device.type != "cuda",
+            "there are CUDA graphs on a GPU only",
+            "use auto",
+        ),
+    ):
+        if fails:
+            raise UserError("kernels", settings.kernels, problem, remedy)
 
 
 def _parts(
@@ -235,6 +257,7 @@ def _parts(
             prefix_cache=settings.prefix_cache,
             prefix_cache_bytes=settings.prefix_cache_gb * 1e9,
             chunk=settings.chunk,
+            replay=CudaGraphs() if settings.kernels == "graphs" else None,
         )
         return runner, settings.prefill_rows
     if settings.kv_cache != "shared":

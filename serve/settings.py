@@ -37,8 +37,9 @@ class EngineSettings(Strict):
     any-steps: also those of another K or random initial state (shared cache only). off: none."""
     prefix_cache_gb: float = Field(2.0, gt=0)
     """Most memory of kept prefixes, in GB."""
-    kernels: Literal["auto", "torch"] = "auto"
-    """auto: on a CPU, those of serve/engine/cpu, compiled for the machine. torch: PyTorch's own."""
+    kernels: Literal["auto", "torch", "graphs"] = "auto"
+    """auto: on a CPU, those of serve/engine/cpu, compiled for the machine. torch: PyTorch's own. graphs: these,
+    captured as CUDA graphs for rows that decode (GPUs only)."""
     weights: Literal["auto", "int8", "int4"] = "auto"
     """auto: as they are stored. int8, int4: matrices are quantised when they are loaded (CPU kernels only)."""
     max_slots: int = Field(16, ge=1, le=1024)

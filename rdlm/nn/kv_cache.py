@@ -28,6 +28,8 @@ from rdlm.nn.attention import attention, rotary_table
 
 PAGE = 64
 """Positions of a page: the cache is allocated in these units."""
+UNKEPT = PAGE
+"""The first place of the page after page 0."""
 LANES = 32
 """Values of a head are filled up to a multiple of this width, which any CPU reads in whole vectors."""
 
@@ -64,7 +66,8 @@ class Pages:
 
     k is [layers, pages, Hkv, Dh, PAGE], v [layers, pages, Hkv, PAGE, Dh or more]: products with queries run
     along positions, those with probabilities along the dimensions of a head. A *place* is page * PAGE +
-    offset, and the offset is the position's own. Page 0 stays zero: it is what unwritten positions show.
+    offset, and the offset is the position's own. Page 0 stays zero: it is what unwritten positions show. The
+    pages after it, for ``num_unkept`` places from ``UNKEPT`` on, are for keys that nobody keeps.
     """
 
     def __init__(
@@ -77,21 +80,25 @@ class Pages:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_unkept: int = 0,
     ) -> None:
         self.layers, self.num_steps, self.device = layers, num_steps, device
         self._per_slot = -(-max_len // PAGE)
         self.places = np.zeros((num_slots, num_steps, self._per_slot * PAGE), dtype=np.int32)
         """[slots, steps, positions]: where a row at a step reads the key of a position. Once a position has
         keys of step r, rows of that and of every later step read them, until it has later ones."""
-        count, width = num_slots * self._per_slot + 1, -(-head_dim // LANES) * LANES
+        first = 1 + -(-num_unkept // PAGE)
+        count, width = num_slots * self._per_slot + first, -(-head_dim // LANES) * LANES
         self.head_dim, shape = head_dim, (len(layers), count, num_kv_heads)
         self.k = torch.zeros(*shape, head_dim, PAGE, dtype=dtype, device=device)
         self.v = torch.zeros(*shape, PAGE, width, dtype=dtype, device=device)
-        self._free = list(range(count - 1, 0, -1))
-        self._room = count - 1
+        self._free = list(range(count - 1, first - 1, -1))
+        self._room = count - first
         """How many further pages of a first step may be taken before some are evicted."""
         self._owned: list[PageTable] = [{} for _ in range(num_slots)]
         """By slot."""
+        self.moved = 0
+        """How often the pools have got another address."""
         self.evict: Callable[[], bool] = lambda: False
         """Called when as many positions are kept as the slots have: frees some that were detached, or returns
         False."""
@@ -174,7 +181,7 @@ class Pages:
         return self._free.pop()
 
     def _grow(self) -> None:
-        count = self.k.shape[1]
+        count, self.moved = self.k.shape[1], self.moved + 1
         with torch.inference_mode(False):  # or nothing could be written outside of it
             self.k, self.v = (torch.cat([old, torch.zeros_like(old)], dim=1) for old in (self.k, self.v))
         self._free = list(range(2 * count - 1, count - 1, -1))
@@ -207,17 +214,29 @@ class KVCache:
         *,
         num_steps: int = 1,
         core_layers: range | None = None,
+        num_unkept: int = 0,
     ) -> None:
-        """core_layers: those that run once per core step (None: all); the others run once per position."""
+        """core_layers: those that run once per core step (None: all); the others run once per position.
+
+        num_unkept: see Pages; rows of a PagedContext need one each.
+        """
         self.max_len, self.num_slots, self.device = max_len, num_slots, torch.device(device)
+        self._rotary: dict[tuple[int, float, Llama3Scaling | None], Tensor] = {}
         self.keeps_steps = num_steps > 1
         core = range(num_layers) if core_layers is None or not self.keeps_steps else core_layers
         once = [range(core.start), range(core.stop, num_layers)]
         self.stores = [
-            Pages(layers, num_slots, steps, max_len, num_kv_heads, head_dim, dtype, self.device)
+            Pages(layers, num_slots, steps, max_len, num_kv_heads, head_dim, dtype, self.device, num_unkept)
             for layers, steps in [(core, num_steps), *((layers, 1) for layers in once)]
             if layers
         ]
+
+    def rotary(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
+        """``rotary_table`` of all positions: the same tensor at every call."""
+        key = (num_dims, base, scaling)
+        if key not in self._rotary:
+            self._rotary[key] = rotary_table(num_dims, base, self.max_len, self.device, scaling)
+        return self._rotary[key]
 
     def store(self, layer: int) -> Pages:
         """The pages that keep a layer's keys."""
@@ -281,8 +300,7 @@ class PackedContext:
     def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
         key = (num_dims, base, scaling)
         if key not in self._tables:  # every layer asks, at every core step
-            table = rotary_table(num_dims, base, self.cache.max_len, self.device, scaling)
-            self._tables[key] = table[self._positions][None, :, None]
+            self._tables[key] = self.cache.rotary(*key)[self._positions][None, :, None]
         return self._tables[key]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -365,3 +383,46 @@ class _Reader:
                 v[self.uncommitted],
             )
         return attention(q.unsqueeze(1), seen_k, seen_v, mask=self.mask).squeeze(1)
+
+
+class PagedContext:
+    """AttentionContext of one row each of R sequences [1, R, ...], whose positions and places are tensors: the
+    same operations whatever their values, so that they can be captured once and replayed.
+
+    The layout of the caches and of the reference is that of PackedContext; rows are padded to one length.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        positions: Tensor,
+        own: Tensor,
+        width: int,
+        places: list[tuple[Pages, Tensor, Tensor]],
+    ) -> None:
+        """positions, own int64 [R]: of a row in its sequence, and of its own key among those that it sees.
+
+        width: W, positions that any row may see. places, for each store that is read: where a row's key is written
+        [R], and where the keys are that it sees [R, W], int64.
+        """
+        self.cache, self._positions, self.own = cache, positions, own
+        self.mask = (torch.arange(width, device=own.device) <= own.unsqueeze(1))[:, None, None]
+        """bool [R, 1, 1, W]."""
+        self._places = {
+            id(store): [(place // PAGE, place % PAGE) for place in (writes, seen)]
+            for store, writes, seen in places
+        }
+
+    def positions(self) -> Tensor:
+        return self._positions[None]
+
+    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+        return self.cache.rotary(num_dims, base, scaling)[self._positions][None, :, None]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        """q [1, R, H, Dh], k and v [1, R, Hkv, Dh] -> [1, R, H, Dh]."""
+        store = self.cache.store(layer)
+        writes, seen = self._places[id(store)]
+        store.write(layer - store.layers.start, *writes, k[0], v[0])
+        seen_k, seen_v = store.read(layer - store.layers.start, *seen)  # [R, W, Hkv, Dh]
+        return attention(q[0].unsqueeze(1), seen_k, seen_v, mask=self.mask).transpose(0, 1)

@@ -338,14 +338,14 @@ def _exits(sequence: Sequence, value: float) -> bool:
 
 
 def exits_on_states(batch: list[Sequence], lengths: list[int], before: Tensor, after: Tensor) -> set[int]:
-    """Ids of the sequences whose segment exits: states [N, D], ``lengths`` rows each; all rows must have
+    """Ids of the sequences whose segment exits: states [1, N, D], ``lengths`` rows each; all rows must have
     settled."""
     exiting: set[int] = set()
     measured = {s.id: s.request.budget.exit for s in batch if is_measured(s, "states")}
     for name in sorted({rule.criterion for rule in measured.values() if rule is not None}):
         criterion = CRITERIA[name]
         assert issubclass(criterion, StateCriterion)
-        values = iter(criterion.measure(before, after).tolist())
+        values = iter(criterion.measure(before, after)[0].tolist())
         for sequence, length in zip(batch, lengths, strict=True):
             largest, rule = max(islice(values, length)), measured.get(sequence.id)
             if rule is not None and rule.criterion == name and _exits(sequence, largest):

@@ -1,32 +1,32 @@
 """Tensors of the server: one core step over a ragged pack of rows, and what comes before and after it.
 
 Shapes: S sequences in the pack, N rows (their segments one after another), M rows read out, D d_model, V
-vocabulary. A sequence's rows between two steps live in ``Sequence.rows``; the past lives in the KV cache.
-Nothing here decides who runs.
+vocabulary. The rows of open segments live in ``RowBuffers`` between two steps, the past in the KV cache. Nothing
+here decides who runs.
 
 A failed step can be repeated with fewer sequences: ``run`` replaces ``rows`` and ``flops`` of a sequence and
-changes nothing else of it, random draws are pure functions of their keys, and a step writes only the keys of
-its own rows, before it reads them.
+changes nothing else of it, random draws are pure functions of their keys, and a step writes only what it does
+not read, or the keys of its own rows, before it reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import lcm
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.diffusion.samplers import SAMPLERS, Flow, StepPlan, expected_target
 from rdlm.errors import UserError
-from rdlm.flops import Cost, Costs, costs_of
+from rdlm.flops import Cost, costs_of
 from rdlm.models.base import Backbone
 from rdlm.nn.kv_cache import PAGE, KVCache, PackedContext, Segment
-from rdlm.nn.layers import Condition
 from rdlm.objectives.base import Prediction
 from rdlm.objectives.next_token import NextToken, renoise
 from rdlm.random_streams import generator
@@ -41,6 +41,8 @@ from serve.engine.exits import (
     mixes_steps,
 )
 from serve.engine.prefix_cache import PrefixCache, Source
+from serve.engine.replay import Replayer, StaticPasses, bucket
+from serve.engine.rows import Block, Inputs, Part, RowBuffers, Rows, core, encode, enter, leave, rows_of
 from serve.engine.sequence import (
     NO_SLOT,
     Request,
@@ -61,47 +63,6 @@ accepted; the token in the place of one that is not."""
 PACKS = 4
 """Packs of rows that are kept: a step has one of the segments that open, one of the core and one of those
 that are read out."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block of the network, or the whole of one that is not cut into blocks, and what its parts cost."""
-
-    index: int
-    denoiser: NextToken
-    costs: Costs
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Tensors of an open segment between two steps. They are replaced and never modified, so that a failed
-    step can be undone.
-
-    e, state [L, D]. Of the position that is drawn: z [D], its noised target; prior [V], its normalised
-    next-token logits; flow, its place on the ODE. previous [D]: the last row's state before the step, where a
-    stream reports it. memory: of the exit criterion; of a wavefront, the states [L, D] at its last read-out.
-    mixed [D]: its weighted read-outs so far. drafted: e and state of earlier rows, which wait for the end of a
-    draft to go on. proposals [V]: what the tokens of a sampled draft were drawn from. ids: of a wavefront, the
-    tokens that e was computed from.
-    """
-
-    e: Tensor
-    state: Tensor
-    z: Tensor | None = None
-    prior: Tensor | None = None
-    flow: Flow | None = None
-    previous: Tensor | None = None
-    memory: Tensor | None = None
-    mixed: Tensor | None = None
-    drafted: tuple[tuple[Tensor, Tensor], ...] = ()
-    proposals: tuple[Tensor, ...] = ()
-    ids: tuple[int, ...] = ()
-
-
-def rows_of(sequence: Sequence) -> Rows:
-    rows = sequence.rows
-    assert isinstance(rows, Rows)
-    return rows
 
 
 def reports_step(sequence: Sequence) -> bool:
@@ -153,13 +114,15 @@ class Runner:
         prefix_cache: Literal["exact", "any-steps", "off"] = "off",
         prefix_cache_bytes: float = float("inf"),
         chunk: int = 1,
+        replay: Replayer | None = None,
     ) -> None:
         """kv_cache: shared keeps the keys of each position's last step; full those of every step, allocated
         as they are written; first those of the first step. UserError where there is no such.
 
         prefix_cache: whether prompts may begin with keys that other requests have computed; exact: with those
         that they would compute themselves; any-steps: with those of any K. prefix_cache_bytes: most memory of
-        kept keys. chunk: prompt positions of a segment.
+        kept keys. chunk: prompt positions of a segment. replay: how passes of single rows are run; None: with the
+        others, as they come.
 
         num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor
         reported.
@@ -168,7 +131,8 @@ class Runner:
         self.denoiser, self.config, self.device = denoiser, config, weight.device
         self.waits = weight.device.type == "cpu"
         self._blocks = [
-            Block(i, block, costs_of(block)) for i, block in enumerate(cast(list[NextToken], denoiser.parts))
+            Block(i, block, costs_of(block), [])
+            for i, block in enumerate(cast(list[NextToken], denoiser.parts))
         ]
         self._plans = {k: denoiser.step_plan(k) for k in range(1, max_steps + 1)}
         self._counts: dict[tuple[int, frozenset[int]], StepCounts] = {}
@@ -180,10 +144,14 @@ class Runner:
             weight.device,
             num_steps=max_steps if keeps_steps else 1,
             core_layers=model.core_cache_layers,
+            num_unkept=0 if replay is None else bucket(num_slots),
         )
         self._keeps_first = kv_cache == "first"
         if self._keeps_first:
             self._check_first(config)
+        self._rows = RowBuffers(num_slots, weight.device)
+        top = denoiser.noise.sigma_max
+        self._static = None if replay is None else StaticPasses(self.cache, self._rows, top, replay)
         self._num_tokens = num_tokens
         self._any_steps = prefix_cache == "any-steps"
         # Rows of a chunk see each other's keys of the step that they are at. A shared cache shows later ones
@@ -199,8 +167,6 @@ class Runner:
         self._prefixes = (
             None if prefix_cache == "off" else PrefixCache(self.cache, unit, prefix_cache_bytes, fewer)
         )
-        self._base_conditions: dict[int, Condition | None] = {}
-        """By block: its conditioning where no row has a noised target."""
         self._packs: list[tuple[list[Segment], PackedContext]] = []
         """The last ``PACKS`` packs, the newest last."""
 
@@ -364,6 +330,7 @@ class Runner:
         sequence.rows, self._packs = None, []
         if sequence.slot == NO_SLOT:
             return 0
+        self._rows.own(sequence.slot, 1)
         if self._prefixes is None:
             return self.cache.free(sequence.slot)
         self._hold(sequence)
@@ -379,8 +346,10 @@ class Runner:
         results: dict[int, StepResult] = {}
         for block in self._blocks:
             mine = [s for s in batch if self._block_index(s) == block.index]
-            if mine:
-                results |= self._run(block, mine)
+            longer = [] if self._static is None else [s for s in mine if s.length > 1]
+            for part in (longer, [s for s in mine if s not in longer] if longer else mine):
+                if part:
+                    results |= self._run(block, part)
         return results
 
     def _run(self, block: Block, batch: list[Sequence]) -> dict[int, StepResult]:
@@ -389,17 +358,12 @@ class Runner:
             block, [s for s in batch if s.is_wavefront and rows_of(s).ids != tuple(s.token_ids())]
         )
         changing = [s for s in batch if s.step and self._block_index(s, -1) != block.index]
-        for sequence, e in zip(changing, self._encode(block, changing), strict=True):
-            sequence.rows = replace(
-                rows_of(sequence), e=e
-            )  # every block reads the tokens through a stem of its own
+        if changing:  # every block reads the tokens through a stem of its own
+            self._pass(encode, block, changing)
         for sequence in batch:
             rows = rows_of(sequence)
-            if rows.drafted and sequence.length > 1:
-                e, state = (
-                    torch.cat(parts) for parts in zip(*rows.drafted, (rows.e, rows.state), strict=True)
-                )
-                sequence.rows = Rows(e, state, proposals=rows.proposals)
+            if sequence.length > rows.length:  # the positions of a draft go on together
+                sequence.rows = Rows(sequence.length, half=rows.half, proposals=rows.proposals)
         exiting = self._core(block, batch)
         readers = [
             s
@@ -434,14 +398,23 @@ class Runner:
             )  # it attends to the position's clean row too
             sequence.flops += cost.of(sequence.start + appended, sequence.length)
 
-    def _encode(self, block: Block, sequences: list[Sequence]) -> Seq[Tensor]:
-        """Prelude of the segments' rows: [L, D] each."""
-        if not sequences:
-            return []
-        self._charge(sequences, block.costs.encode)
-        ids = torch.tensor([[i for s in sequences for i in s.token_ids()]], device=self.device)
-        e = block.denoiser.model.encode(ids, self._pack(sequences, once=True))  # [1, N, D]
-        return e[0].split([s.length for s in sequences])
+    def _pass(self, part: Part, block: Block, sequences: list[Sequence]) -> tuple[Tensor, ...]:
+        """A part of the network, for the segments' rows."""
+        once = part is not core
+        cost = (
+            block.costs.core if part is core else block.costs.decode if part is leave else block.costs.encode
+        )
+        self._charge(sequences, cost)
+        where = self._rows.where(sequences)
+        ids = [i for s in sequences for i in s.token_ids()]
+        levels = [None if once else self._level(s) for s in sequences for _ in range(s.length)]
+        if self._static is not None and all(s.length == 1 for s in sequences):
+            segments = [segment for s in sequences for segment in self._cache_segments(s, once)]
+            return self._static(part, block, segments, ids, where, levels)
+        at, other, places, tokens = self._rows.index(np.stack([where, where ^ 1, where >> 1, ids]))
+        sigma = self._levels(levels)[None] if any(level is not None for level in levels) else None
+        inputs = Inputs(tokens, at, other, places, sigma, self._pack(sequences, once))
+        return part(block, self._rows, inputs)
 
     def _enter(self, block: Block, entering: list[Sequence]) -> None:
         """Prelude and initial state of segments that have just opened."""
@@ -450,64 +423,67 @@ class Runner:
         for sequence in entering:
             if 0 < sequence.start <= len(sequence.request.prompt):
                 self._hold(sequence)
-        model, e = block.denoiser.model, self._encode(block, entering)
+            drafted = len(sequence.draft)  # positions that wait for the end of their draft
+            self._rows.own(sequence.slot, drafted + sequence.length)
+            proposals = rows_of(sequence).proposals if drafted else ()
+            sequence.rows = Rows(sequence.length, drafted, proposals=proposals)
+        model = block.denoiser.model
         if not model.state_is_random and not model.depends_on_num_steps:
-            state = model.initial_state(torch.cat(list(e))[None] if len(e) > 1 else e[0][None])[0]
-            states = state.split([len(rows) for rows in e])
-        else:
-            states = [
-                self._initial_state(model, s, rows, s.start) for s, rows in zip(entering, e, strict=True)
-            ]
-        for sequence, rows, state in zip(entering, e, states, strict=True):
-            before, sequence.rows = sequence.rows, Rows(rows, state)
-            if sequence.draft:
-                drafted = (*before.drafted, (before.e, before.state))
-                sequence.rows = Rows(rows, state, drafted=drafted, proposals=before.proposals)
+            self._pass(enter, block, entering)
+            return
+        (e,) = self._pass(encode, block, entering)
+        parts = zip(entering, e.split([s.length for s in entering], 1), strict=True)
+        states = [self._initial_state(model, s, own, s.start) for s, own in parts]
+        self._rows.keep(self._rows.where(entering), torch.cat(states, 1))
 
     def _enter_wavefronts(self, block: Block, moved: list[Sequence]) -> None:
         """Prelude of wavefronts whose tokens have changed. Their states stay; a position that is new, always the
         last, gets its first one."""
-        model = block.denoiser.model
-        for sequence, e in zip(moved, self._encode(block, moved), strict=True):
-            rows = rows_of(sequence)
-            known, state = len(rows.ids), rows.state[: len(rows.ids)]
+        if not moved:
+            return
+        model, before = block.denoiser.model, [rows_of(s) for s in moved]
+        kept = [
+            self._rows.places(s.slot, rows)[: len(rows.ids)] for s, rows in zip(moved, before, strict=True)
+        ]
+        for sequence, rows in zip(moved, before, strict=True):
+            # Beside the places of its last step, which this one reads: it may have to be repeated.
+            first = 0 if rows.first >= sequence.length else rows.first + len(rows.ids)
+            self._rows.own(sequence.slot, max(first + sequence.length, rows.first + len(rows.ids)))
+            sequence.rows = Rows(sequence.length, first, ids=tuple(sequence.token_ids()))
+        (encoded,) = self._pass(encode, block, moved)
+        for sequence, where, e in zip(moved, kept, encoded.split([s.length for s in moved], 1), strict=True):
+            state, known = self._rows.states(where), len(where)
             if known and model.draws_state:  # of the inputs, a state may carry value embeddings
-                state = model.initial_state(e[None, :known], latent=model.latent(state)[None])[0]
-            if known < len(e):
-                first = self._initial_state(model, sequence, e[known:], sequence.start + known)
-                state = torch.cat([state, first])
-            sequence.rows = Rows(e, state, memory=state, ids=tuple(sequence.token_ids()))
+                state = model.initial_state(e[:, :known], latent=model.latent(state))
+            if known < sequence.length:
+                new = self._initial_state(model, sequence, e[:, known:], sequence.start + known)
+                state = torch.cat([state, new], 1) if known else new
+            self._rows.keep(self._rows.where([sequence]), state)
+            sequence.rows = replace(rows_of(sequence), memory=state)
 
     def _initial_state(self, model: Backbone, sequence: Sequence, e: Tensor, start: int) -> Tensor:
         draw = generator(sequence.request.seed, sequence.request.choice, start, STATE)
-        return model.initial_state(e[None], draw, num_steps=self._plan(sequence).num_core_steps)[0]
+        return model.initial_state(e, draw, num_steps=self._plan(sequence).num_core_steps)
 
     def _core(self, block: Block, batch: list[Sequence]) -> set[int]:
         """One core step -> ids of the sequences that exit on their states."""
-        lengths = [s.length for s in batch]
-        # A segment that has shrunk to the position that is drawn keeps its last row.
-        before = torch.cat([rows_of(s).state[-s.length :] for s in batch])[None]  # [1, N, D]
-        e = torch.cat([rows_of(s).e[-s.length :] for s in batch])[None]
-        sigmas = [self._level(s) for s in batch for _ in range(s.length)]
-        self._charge(batch, block.costs.core)
         for sequence in batch:
             if self._level(sequence) is not None:
                 sequence.flops += sequence.length * block.costs.condition
-        condition = self._condition(block, sigmas, before)
-        after = block.denoiser.model.core(before, e, condition, self._pack(batch, once=False))[0]
-        parts = zip(batch, before[0].split(lengths), e[0].split(lengths), after.split(lengths), strict=True)
-        for sequence, was, own, state in parts:
-            previous = was[-1] if reports_step(sequence) else None
-            sequence.rows = replace(rows_of(sequence), e=own, state=state, previous=previous)
+        before, after = self._pass(core, block, batch)
+        for sequence in batch:
+            rows, length = rows_of(sequence), sequence.length
+            first = rows.first + rows.length - length
+            sequence.rows = replace(rows, half=1 - rows.half, first=first, length=length)
         latent = block.denoiser.model.latent
-        exiting = exits_on_states(batch, lengths, latent(before[0]), latent(after))
+        exiting = exits_on_states(batch, [s.length for s in batch], latent(before), latent(after))
         return exiting | self._exits_on_gate(block, [s for s in batch if is_measured(s, "gate")])
 
     def _exits_on_gate(self, block: Block, measured: list[Sequence]) -> set[int]:
         """Ids of the sequences whose last position the trained gate lets exit."""
         if not measured:
             return set()
-        gates = block.denoiser.model.gate(torch.stack([rows_of(s).state[-1] for s in measured]))
+        gates = block.denoiser.model.gate(self._rows.states(self._rows.where(measured, last=True)))[0]
         return self._remember(measured, gates)
 
     def _remember(self, sequences: list[Sequence], measured: Tensor) -> set[int]:
@@ -517,15 +493,6 @@ class Runner:
         for sequence, kept in zip(sequences, memory, strict=True):
             sequence.rows = replace(rows_of(sequence), memory=kept)
         return exiting
-
-    def _condition(self, block: Block, sigmas: Seq[float | None], like: Tensor) -> Condition | None:
-        """Conditioning of the core on the rows' noise levels. Where all are z = 0 it is one constant of the
-        block."""
-        if any(sigma is not None for sigma in sigmas):
-            return block.denoiser.condition(self._levels(sigmas)[None], like)
-        if block.index not in self._base_conditions:
-            self._base_conditions[block.index] = block.denoiser.condition(None, like)
-        return self._base_conditions[block.index]
 
     def _levels(self, sigmas: Seq[float | None]) -> Tensor:
         """fp32 [N]; a row without a noised target reads at sigma_max."""
@@ -570,10 +537,8 @@ class Runner:
         exiting: sequences that exit on their states. Those that only compare predictions either join them or
         go on.
         """
-        self._charge(readers, block.costs.decode)
-        state = torch.cat([rows_of(s).state for s in readers])[None]
-        hidden = block.denoiser.model.decode(state, self._pack(readers, once=True))[0]
-        read = list(zip(readers, hidden.split([s.length for s in readers]), strict=True))
+        (hidden,) = self._pass(leave, block, readers)
+        read = list(zip(readers, hidden[0].split([s.length for s in readers]), strict=True))
         exiting = exiting | self._exits(block, [(s, h[-1]) for s, h in read if is_measured(s, "predictions")])
         step_predictions = self._step_predictions(
             block, [(s, h[-1]) for s, h in read if reports_step(s) and s.id not in exiting]
@@ -654,10 +619,12 @@ class Runner:
         best = prior[:, : self._num_tokens].argmax(-1)
         found: dict[int, StepPrediction] = {}
         for sequence, entry in zip(sequences, logprobs_of(prior, best, most, self._num_tokens), strict=True):
-            rows, wanted = rows_of(sequence), sequence.request.step_predictions
-            assert wanted is not None and rows.previous is not None
-            latent = block.denoiser.model.latent
-            moved = LatentDiff.measure(latent(rows.previous[None]), latent(rows.state[-1:])).item()
+            wanted, latent = sequence.request.step_predictions, block.denoiser.model.latent
+            assert wanted is not None
+            where = self._rows.where([sequence], last=True)
+            moved = LatentDiff.measure(
+                *(latent(self._rows.states(half)) for half in (where ^ 1, where))
+            ).item()
             found[sequence.id] = StepPrediction(sequence.step + 1, moved, entry.top[: wanted.top])
         return found
 
@@ -665,8 +632,7 @@ class Runner:
         """After a pass that only fills the cache, the next one starts from z = 0 again, or from pure noise."""
         plan, step = self._plan(sequence), sequence.step
         if plan.readout[step] and step + 1 < plan.num_core_steps and step < plan.num_draws_skipped:
-            rows = rows_of(sequence)
-            sequence.rows = replace(rows, state=torch.zeros_like(rows.state))
+            self._rows.keep(where := self._rows.where([sequence]), torch.zeros_like(self._rows.states(where)))
             if sequence.draws and step + 1 == plan.num_draws_skipped and starts_from_noise(sequence.request):
                 start = self.denoiser.noise.sigma_max * self._noise(sequence, later=1)
                 self._enter_level(self._blocks[self._block_index(sequence, 1)], [sequence], start[None])
@@ -771,7 +737,8 @@ class Runner:
         prior, ids, right = self._draw_rows(block, sequence, hidden)
         rows, wavefront, model = rows_of(sequence), sequence.request.budget.wavefront, block.denoiser.model
         assert rows.memory is not None and wavefront is not None
-        changes = LatentDiff.measure(model.latent(rows.memory), model.latent(rows.state)).tolist()
+        state = self._rows.states(self._rows.where([sequence]))
+        changes = LatentDiff.measure(model.latent(rows.memory), model.latent(state))[0].tolist()
         leaves = [
             given and (change < wavefront.threshold or sequence.steps_of(i) == sequence.counts.drawn)
             for i, (given, change) in enumerate(zip([True, *right], changes, strict=True))
@@ -781,8 +748,13 @@ class Runner:
         end = right.index(False) + 1 if begins_again and False in right else len(ids)
         self._answer(sequence, prior[:gone], ids[:gone], result)
         result.guesses = ids[gone:end].tolist()
-        state = rows.state[gone:end]
-        sequence.rows = Rows(rows.e[gone:end], state, memory=state, ids=rows.ids[gone:end])
+        sequence.rows = replace(
+            rows,
+            length=end - gone,
+            first=rows.first + gone,
+            memory=state[:, gone:end],
+            ids=rows.ids[gone:end],
+        )
 
     def _draw_rows(
         self, block: Block, sequence: Sequence, hidden: Tensor
@@ -825,8 +797,9 @@ class Runner:
     def _enter_level(self, block: Block, rows: list[Sequence], z: Tensor) -> None:
         """Put z [M, D] of each row's next level in the state's place."""
         sigma = self._levels([self._level(s, 1) for s in rows])
-        for sequence, row, state in zip(rows, z, block.denoiser.inject(z, sigma), strict=True):
-            sequence.rows = replace(rows_of(sequence), z=row, state=state[None])
+        self._rows.keep(self._rows.where(rows, last=True), block.denoiser.inject(z, sigma)[None])
+        for sequence, row in zip(rows, z, strict=True):
+            sequence.rows = replace(rows_of(sequence), z=row)
 
     def _noise(self, sequence: Sequence, stream: int = NOISE, later: int = 0) -> Tensor:
         """Standard normal [D] of the step now taken, or of a later one."""

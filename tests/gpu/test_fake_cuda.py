@@ -18,6 +18,7 @@ from rdlm.objectives.base import HeldOut, Keys
 from rdlm.objectives.edm import Edm
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
+from serve.engine.replay import Key, Pass
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Request, StepBudget, StepResult
@@ -99,14 +100,26 @@ def test_nothing_else_mixes_devices(watch: Watch, name: str) -> None:
             network.token_logprobs(there.inputs, there.targets, steps, num_draws=2)
 
 
+@pytest.mark.parametrize("is_static", [False, True])
 @pytest.mark.parametrize(
     ("name", "cache"),
     [*((name, "shared") for name in SERVED), ("huginn single_pass", "full"), ("huginn onestep", "full")],
 )
 def test_the_serving_step_mixes_no_devices(
-    watch: Watch, monkeypatch: pytest.MonkeyPatch, name: str, cache: Any
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, name: str, cache: Any, is_static: bool
 ) -> None:
-    """Requests of different K that join and leave; tensors of inference mode cannot be fake."""
+    """Requests of different K that join and leave; tensors of inference mode cannot be fake.
+
+    is_static: single rows run in the parts that a GPU captures, where nothing waits and nothing comes from the host.
+    """
+
+    def replay(key: Key, run: Pass) -> tuple[torch.Tensor, ...]:
+        run()  # makes tables, as before a capture
+        before = watch.waits.total(), watch.copies.total()
+        out = run()
+        assert (watch.waits.total(), watch.copies.total()) == before
+        return out
+
     import serve.engine.runner as module
 
     monkeypatch.setattr(module, "costs_of", module.costs_of.__wrapped__)
@@ -116,8 +129,9 @@ def test_the_serving_step_mixes_no_devices(
     warm = SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1)
     with watch.fake, watch, torch.no_grad():
         runner = Runner(
-            network.eval(), config, num_slots=4, max_len=64, max_steps=8, num_tokens=60, kv_cache=cache
-        )
+            network.eval(), config, num_slots=4, max_len=64, max_steps=8, num_tokens=60, kv_cache=cache,
+            replay=replay if is_static else None,
+        )  # fmt: skip
         scheduler = Scheduler(4, 32, 16)
         for number in range(3):
             request = Request((1, 2, 3, 4), StepBudget(1 + number % most), 2, warm, seed=number, logprobs=2)

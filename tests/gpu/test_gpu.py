@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from benchmarks import gpu
 from rdlm.random_streams import counter_stream
+from serve.engine.replay import CudaGraphs, Key, Pass, eager
+from tests.serve import test_replay
 
 pytestmark = pytest.mark.gpu
 
@@ -27,6 +30,30 @@ def test_every_part_of_the_benchmark_runs(part: str, tmp_path: Path) -> None:
         assert wrong == {} and waiting == {}
     if part == "deterministic":
         assert found["on"]["equal_bits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"), [("huginn onestep", "full"), ("huginn evidence", "shared"), ("llama paper", "shared")]
+)
+def test_graphs_give_the_bits_of_what_they_capture(
+    monkeypatch: pytest.MonkeyPatch, name: str, cache: Literal["shared", "full"]
+) -> None:
+    """Requests that join and leave at different K, through graphs and without; a graph is captured once, and its
+    replay makes the host wait for nothing."""
+    plain = test_replay.network_of
+    monkeypatch.setattr(test_replay, "network_of", lambda name: (plain(name)[0].cuda(), plain(name)[1]))
+    graphs, captured = CudaGraphs(), []
+
+    def replay(key: Key, run: Pass) -> tuple[torch.Tensor, ...]:
+        if key not in captured:
+            captured.append(key)
+            return graphs(key, run)
+        with gpu.no_waits(torch.device("cuda")):
+            return graphs(key, run)
+
+    expected = test_replay.answers(name, None, eager, cache)
+    assert test_replay.answers(name, None, replay, cache) == expected
+    assert test_replay.close(test_replay.answers(name, None, None, cache), expected)
 
 
 def test_noise_has_the_integers_of_the_cpu() -> None:
