@@ -210,11 +210,11 @@ def _tool_call(call: Any) -> dict[str, Any]:
             f"of type {call.get('type')!r}" if not unknown else f"with a field {shorten(min(unknown))!r}"
         )
         raise invalid(f"{param}: a call {shorten(problem)} cannot be read; it has the form {form}", param)
-    arguments = function.get("arguments")
+    arguments, param = function.get("arguments"), f"{param}.function.arguments"
     if isinstance(arguments, str | None):
-        arguments = decode(arguments or "{}", f"{param}.function.arguments")
+        arguments = decode(arguments or "{}", param)
     if not isinstance(arguments, dict):
-        raise invalid(f"{param}.function.arguments: it must be the JSON text of an object", param)
+        raise invalid(f"{param}: it must be the JSON text of an object", param)
     known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
