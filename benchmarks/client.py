@@ -170,6 +170,56 @@ async def _listen(answer: httpx.Response, sample: Sample, leave: int | None) -> 
             return
 
 
+class RawStream(asyncio.Protocol):
+    """A stream's client that costs little: it counts chunks in what it reads and parses nothing.
+
+    Cuts between two reads may fall into a chunk's first bytes, so these are kept until the next one.
+    """
+
+    MARK = b"data: {"
+
+    def __init__(self, head: bytes, sample: Sample, ended: asyncio.Future[None]) -> None:
+        self._head, self._sample, self._ended = head, sample, ended
+        self._rest = b""
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.write(self._head)
+
+    def data_received(self, data: bytes) -> None:
+        found, sample = self._rest + data, self._sample
+        if not sample.status:
+            sample.status = int(found[9:12])
+        sample.tokens += [time.monotonic() - sample.due] * found.count(self.MARK)
+        self._rest = b"" if found.endswith(self.MARK) else found[1 - len(self.MARK) :]
+        if sample.status != 200:
+            sample.problem = found.decode(errors="replace")[-300:]
+        if b"data: [DONE]" in found or sample.problem is not None:
+            sample.done = sample.problem is None
+            assert self._transport is not None
+            self._transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._ended.done():
+            self._ended.set_result(None)
+
+
+async def ask_raw(url: str, body: dict[str, Any], due: float) -> Sample:
+    """Stream a completion as ``ask`` does, over a connection of its own that nothing parses."""
+    sample = Sample("stream", body["num_steps"], due, asked=body["max_tokens"])
+    address, payload, loop = httpx.URL(url), json.dumps(body).encode(), asyncio.get_running_loop()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nhost: {address.host}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(payload)}\r\n\r\n"
+    ).encode()
+    ended = loop.create_future()
+    await loop.create_connection(lambda: RawStream(head + payload, sample, ended), address.host, address.port)
+    await ended
+    return sample
+
+
 async def closed_loop(seconds: float, lanes: int, send: Callable[[float], Awaitable[Sample]]) -> list[Sample]:
     """``lanes`` clients, each sending as soon as it has its answer, until ``seconds`` are over; all answers
     are awaited."""

@@ -213,6 +213,19 @@ class Metrics(Collector):
         }
         for name, (meaning, value) in totals.items():
             yield CounterMetricFamily(name, meaning, value)
+        cpu = CounterMetricFamily(
+            "rdlm_cpu_seconds",
+            "CPU time of the engine thread, of the event loop that speaks HTTP, and of the whole process",
+            labels=["of"],
+        )
+        seconds = (
+            ("engine", self._engine.cpu_s),
+            ("event_loop", time.thread_time()),  # the route of /metrics runs there
+            ("process", time.process_time()),
+        )
+        for name, spent in seconds:
+            cpu.add_metric([name], spent)
+        yield cpu
         ended = CounterMetricFamily(
             "rdlm_sequences", "sequences that ended, by reason; abort is a cancellation", labels=["finish"]
         )

@@ -4,6 +4,7 @@ is stored.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -26,7 +27,7 @@ from serve.api.schemas import (
     SamplingBody,
     StreamOptions,
 )
-from serve.api.streaming import PING_SECONDS, EngineEvents
+from serve.api.streaming import PING, PING_SECONDS, EngineEvents, sse
 from serve.api.tools import Delta, Tool
 from serve.errors import ApiError, invalid, renamed, shorten
 
@@ -225,44 +226,37 @@ class ResponseFormat:
 
     async def collect(self, events: EngineEvents) -> dict[str, Any]:
         """The response, from the last of its stream's events."""
-        async for payload in self.stream(events, raises=True):
-            last = payload
-        assert last is not None
-        return cast(dict[str, Any], last["response"])
+        async for payloads in self._payloads(events):
+            last = payloads
+        return cast(dict[str, Any], last[-1]["response"])
 
-    async def stream(
-        self, events: EngineEvents, raises: bool = False
-    ) -> AsyncIterator[dict[str, Any] | None]:
-        """Events with numbers; None is a sign of life. raises: ApiErrors leave the iterator, else they are
-        its last event.
-        """
-        number = -1
+    async def stream(self, events: EngineEvents) -> AsyncIterator[bytes]:
+        """Named and numbered events; an error is the last of them."""
+        number = itertools.count()
         try:
-            async for payload in self._payloads(events):
-                number += payload is not None
-                yield payload and {"sequence_number": number, **payload}
+            async for payloads in self._payloads(events):
+                found = [sse({"sequence_number": next(number), **p}, p["type"]) for p in payloads]
+                yield b"".join(found) or PING
         except ApiError as error:
-            if raises:
-                raise
             told = {"code": error.code, "message": error.message, "param": error.param}
-            yield {"sequence_number": number + 1, "type": "error", **told}
+            yield sse({"sequence_number": next(number), "type": "error", **told}, "error")
 
-    async def _payloads(self, events: EngineEvents) -> AsyncIterator[dict[str, Any] | None]:
+    async def _payloads(self, events: EngineEvents) -> AsyncIterator[list[dict[str, Any]]]:
+        """Those that are sent together; none is a sign of life."""
         finish, usage, reader = None, None, next(iter(readers(self._parsed)), None)
         output = Output()
-        for kind in ("response.created", "response.in_progress"):
-            yield {"type": kind, "response": self._response("in_progress", [], None)}
-        async for event in events.events(PING_SECONDS):
-            if event is None:
-                yield None
-                continue
-            for delta in [Delta(event.text)] if reader is None else read_calls(reader, event):
-                for payload in output.add(delta):
-                    yield payload
-            finish, usage = event.finish or finish, event.usage or usage
+        kinds = ("response.created", "response.in_progress")
+        yield [{"type": kind, "response": self._response("in_progress", [], None)} for kind in kinds]
+        async for batch in events.batches(PING_SECONDS):
+            payloads: list[dict[str, Any]] = []
+            for event in batch:
+                for delta in [Delta(event.text)] if reader is None else read_calls(reader, event):
+                    payloads += output.add(delta)
+                finish, usage = event.finish or finish, event.usage or usage
+            if payloads or not batch:
+                yield payloads
         status = "incomplete" if finish == "length" else "completed"
-        for payload in output.finish(status):
-            yield payload
+        payloads = [*output.finish(status)]
         counts = usage_of(self._parsed, [] if usage is None else [usage])
         account = {
             "input_tokens": counts["prompt_tokens"],
@@ -272,7 +266,8 @@ class ResponseFormat:
             "total_tokens": counts["total_tokens"],
             "recurrence": counts["recurrence"],
         }
-        yield {"type": f"response.{status}", "response": self._response(status, output.items, account)}
+        whole = {"type": f"response.{status}", "response": self._response(status, output.items, account)}
+        yield [*payloads, whole]
 
 
 class Output:

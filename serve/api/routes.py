@@ -28,7 +28,7 @@ from serve.api.request_parsing import (
 from serve.api.responses import CHAT_NAMES, ResponseFormat, ResponsesRequest
 from serve.api.schemas import ChatRequest, CompletionRequest, ScoreRequest
 from serve.api.state import ServerState
-from serve.api.streaming import chunks, collect, event_stream, last_events, until_disconnect
+from serve.api.streaming import Chunks, collect, event_stream, last_events, until_disconnect
 from serve.errors import renamed
 
 MESSAGE_SIZE = 64
@@ -65,7 +65,7 @@ async def completions(
     answer = CompletionFormat(parsed, server.token_names, data.logprobs is not None)
     events = server.submit(parsed, bool(data.stream))
     if data.stream:
-        return event_stream(chunks(events, answer, data.stream_options), parsed.headers)
+        return event_stream(Chunks(answer, data.stream_options).of(events), parsed.headers)
     return Response(await until_disconnect(request, collect(events, answer)), headers=parsed.headers)
 
 
@@ -88,7 +88,7 @@ async def chat_completions(
     answer = ChatFormat(parsed, server.token_names)
     events = server.submit(parsed, bool(data.stream))
     if data.stream:
-        return event_stream(chunks(events, answer, data.stream_options), parsed.headers)
+        return event_stream(Chunks(answer, data.stream_options).of(events), parsed.headers)
     return Response(await until_disconnect(request, collect(events, answer)), headers=parsed.headers)
 
 
@@ -111,7 +111,7 @@ async def responses(
     answer = ResponseFormat(data, parsed)
     events = server.submit(parsed, bool(data.stream))
     if data.stream:
-        return event_stream(answer.stream(events), parsed.headers, is_named=True)
+        return event_stream(answer.stream(events), parsed.headers)
     return Response(await until_disconnect(request, answer.collect(events)), headers=parsed.headers)
 
 

@@ -21,6 +21,8 @@ T = TypeVar("T")
 logger = logging.getLogger("rdlm.serve")
 PING_SECONDS = 15.0
 """Proxies close connections that say nothing for a minute, which is not long in a queue."""
+PING = b": ping\n\n"
+"""A comment, which clients skip."""
 MAX_UNREAD = 4096
 """Events that may wait for a slow reader before its request is abandoned: memory must not grow with its
 patience."""
@@ -46,57 +48,75 @@ class EngineEvents:
         """
         self._engine, self._max_unread = engine, max_unread
         self._loop = asyncio.get_running_loop()
-        self._unread: asyncio.Queue[Event] = asyncio.Queue()
+        self._unread: list[Event] = []
+        self._arrival = asyncio.Event()
         self._open = len(requests)
-        self._is_overrun = False
-        self._ids = engine.submit(requests, self._deliver)
-
-    def _deliver(self, event: Event) -> None:
-        """Called in the engine thread."""
-        self._loop.call_soon_threadsafe(self._keep, event)
+        self._is_overrun, self._is_silent = False, True
+        self._timer: asyncio.TimerHandle | None = None
+        self._ids = engine.submit(requests, self._keep, self._loop.call_soon_threadsafe)
 
     def _keep(self, event: Event) -> None:
         if self._is_overrun:
             return
-        self._is_overrun = self._max_unread is not None and self._unread.qsize() >= self._max_unread
-        if self._is_overrun:
+        if self._max_unread is not None and len(self._unread) >= self._max_unread:
+            self._is_overrun = True
             self._engine.abort(self._ids)
-        self._unread.put_nowait(event)
+        else:
+            self._unread.append(event)
+        self._arrival.set()
 
-    async def events(self, ping_seconds: float | None = None) -> AsyncIterator[Event | None]:
-        """Events as they come; None after each ``ping_seconds`` without one.
+    def _tick(self, seconds: float) -> None:
+        """One timer for the whole stream: setting one for each token would cost more than its text."""
+        if self._is_silent:
+            self._arrival.set()
+        self._is_silent = True
+        self._timer = self._loop.call_later(seconds, self._tick, seconds)
+
+    async def batches(self, ping_seconds: float | None = None) -> AsyncIterator[list[Event]]:
+        """What has come since the last batch was read: the events of one engine step, or of several where the
+        reader is slow. An empty batch where nothing came for ``ping_seconds``, or for less than twice as long.
 
         Raises ApiError when the engine loses or drops a request, or the reader fell too far behind; abandons
         the other requests on any exception or early exit.
         """
+        if ping_seconds is not None:
+            self._timer = self._loop.call_later(ping_seconds, self._tick, ping_seconds)
         try:
             while self._open:
-                try:
-                    async with asyncio.timeout(ping_seconds):
-                        event = await self._unread.get()
-                except TimeoutError:
-                    yield None
-                    continue
-                if self._is_overrun and self._unread.empty():
+                await self._arrival.wait()
+                self._arrival.clear()
+                batch, self._unread, self._is_silent = self._unread, [], False
+                end = next((i for i, event in enumerate(batch) if event.finish in ENDINGS), None)
+                whole = batch[:end]
+                self._open -= sum(event.finish is not None for event in whole)
+                if whole or end is None:
+                    yield whole
+                if end is not None:
+                    raise _failure(batch[end])
+                if self._is_overrun:
                     message = (
                         f"the client left {self._max_unread} events unread; read faster, or do not stream"
                     )
                     raise ApiError(408, message, "invalid_request_error", code="slow_reader")
-                self._open -= event.finish is not None
-                if event.error is not None:
-                    raise from_user_error(event.error)
-                if event.finish in ENDINGS:
-                    status, message, param, code = ENDINGS[event.finish]
-                    raise ApiError(status, message, "server_error", param, code)
-                yield event
         finally:
             self.cancel()
 
     def cancel(self) -> None:
         """Free the slots of whatever is unfinished."""
+        if self._timer is not None:
+            self._timer.cancel()
         if self._open:
             self._open = 0
             self._engine.abort(self._ids)
+
+
+def _failure(event: Event) -> ApiError:
+    """Of an end that leaves no answer."""
+    if event.error is not None:
+        return from_user_error(event.error)
+    assert event.finish is not None
+    status, message, param, code = ENDINGS[event.finish]
+    return ApiError(status, message, "server_error", param, code)
 
 
 async def until_disconnect(request: HttpRequest[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
@@ -121,7 +141,7 @@ async def _disconnected(request: HttpRequest[Any, Any, Any]) -> None:
 
 async def last_events(events: EngineEvents) -> list[Event]:
     """The last event of each request, in their order."""
-    found = [event async for event in events.events() if event is not None and event.finish is not None]
+    found = [event async for batch in events.batches() for event in batch if event.finish is not None]
     return sorted(found, key=lambda event: event.index)
 
 
@@ -129,12 +149,13 @@ async def collect(events: EngineEvents, answer: Format) -> dict[str, Any]:
     """All choices in order, and the usage, as one answer."""
     pieces: list[list[dict[str, Any]]] = [[] for _ in answer.parsed.requests]
     usages: list[Usage] = []
-    async for event in events.events():
-        if event is None or event.step_prediction is not None:
-            continue
-        pieces[event.index].append(answer.piece(event))
-        if event.usage is not None:
-            usages.append(event.usage)
+    async for batch in events.batches():
+        for event in batch:
+            if event.step_prediction is not None:
+                continue
+            pieces[event.index].append(answer.piece(event))
+            if event.usage is not None:
+                usages.append(event.usage)
     return {
         **answer.head(stream=False),
         "choices": [answer.merge(parts) for parts in pieces],
@@ -144,75 +165,69 @@ async def collect(events: EngineEvents, answer: Format) -> dict[str, Any]:
     }
 
 
-async def chunks(
-    events: EngineEvents, answer: Format, options: StreamOptions | None
-) -> AsyncIterator[dict[str, Any] | None]:
-    """One chunk a token, the finish reason with the last token's; then, if wanted, one with the usage. None
-    is a sign of life.
+class Chunks:
+    """One answer as server-sent events: a chunk a token, the finish reason with the last token's; then, if
+    wanted, one with the usage. Between tokens, if wanted, chunks without choices with the predictions of each
+    core step.
 
-    Between tokens, if wanted, chunks without choices with the predictions of each core step.
+    What all chunks share is encoded once. What has come together is sent in one piece.
     """
-    head, parsed = answer.head(stream=True), answer.parsed
-    usages: list[Usage] = []
-    completion_tokens = 0
-    ends_with_usage = options is not None and options.include_usage
-    async for event in events.events(PING_SECONDS):
-        if event is None:
-            yield None
-            continue
+
+    def __init__(self, answer: Format, options: StreamOptions | None) -> None:
+        self._answer, self._options = answer, options or StreamOptions()
+        self._head = b"data: " + msgspec.json.encode(answer.head(stream=True))[:-1] + b',"choices":['
+        self._usages: list[Usage] = []
+        self._completion_tokens = 0
+
+    async def of(self, events: EngineEvents) -> AsyncIterator[bytes]:
+        """The body. The status line is out already, so an error becomes the last event."""
+        try:
+            async for batch in events.batches(PING_SECONDS):
+                yield b"".join([self._chunk(event) for event in batch]) or PING
+            if self._options.include_usage:
+                usage = usage_of(self._answer.parsed, self._usages)
+                more = {"usage": usage, "timings": timings_of(self._usages)}
+                yield self._encode(b"", {**more, **warnings_of(self._answer.parsed)})
+        except ApiError as error:
+            logger.warning("stream ended with an error: %s", error.message)
+            yield sse(error.body())
+        yield b"data: [DONE]\n\n"
+
+    def _chunk(self, event: Event) -> bytes:
         if event.step_prediction is not None:
-            yield {**head, "choices": [], "recurrence": step_prediction(answer.names, event)}
-            continue
-        chunk = {**head, "choices": [answer.piece(event)]}
-        completion_tokens += event.token is not None
+            return self._encode(b"", {"recurrence": step_prediction(self._answer.names, event)})
+        parsed, options, more = self._answer.parsed, self._options, {}
+        self._completion_tokens += event.token is not None
         if event.usage is not None:
-            usages.append(event.usage)
-        if options is not None and options.continuous_usage_stats:
-            chunk["usage"] = {**usage_of(parsed, usages), "completion_tokens": completion_tokens}
-            chunk["usage"]["total_tokens"] = chunk["usage"]["prompt_tokens"] + completion_tokens
-            if len(usages) < len(parsed.requests):  # the work of a choice is known at its end
-                del chunk["usage"]["recurrence"]
-        if len(usages) == len(parsed.requests) and not ends_with_usage:
-            chunk |= warnings_of(parsed)
-        yield chunk
-    if ends_with_usage:
-        account = {"usage": usage_of(parsed, usages), "timings": timings_of(usages)}
-        yield {**head, "choices": [], **account, **warnings_of(parsed)}
+            self._usages.append(event.usage)
+        has_ended = len(self._usages) == len(parsed.requests)
+        if options.continuous_usage_stats:
+            usage = {**usage_of(parsed, self._usages), "completion_tokens": self._completion_tokens}
+            usage["total_tokens"] = usage["prompt_tokens"] + self._completion_tokens
+            if not has_ended:  # the work of a choice is known at its end
+                del usage["recurrence"]
+            more["usage"] = usage
+        if has_ended and not options.include_usage:
+            more |= warnings_of(parsed)
+        return self._encode(msgspec.json.encode(self._answer.piece(event)), more)
+
+    def _encode(self, choice: bytes, more: dict[str, Any]) -> bytes:
+        """A chunk with this choice or none, and further fields."""
+        rest = b"," + msgspec.json.encode(more)[1:] if more else b"}"
+        return self._head + choice + b"]" + rest + b"\n\n"
 
 
-def sse(payload: dict[str, Any] | None, name: str | None = None) -> bytes:
-    """One event. None is a comment, which clients skip.
+def sse(payload: dict[str, Any], name: str | None = None) -> bytes:
+    """One event.
 
     Events end with a bare blank line ("\\n\\n"): common clients split on nothing else. Strict clients of
     completions and chat fail at an event with a name; those of responses need one.
     """
-    if payload is None:
-        return b": ping\n\n"
     head = b"" if name is None else f"event: {name}\n".encode()
     return head + b"data: " + msgspec.json.encode(payload) + b"\n\n"
 
 
-async def _encoded(payloads: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[bytes]:
-    """Chunks as events. The status line is out already, so an error becomes the last event."""
-    try:
-        async for payload in payloads:
-            yield sse(payload)
-    except ApiError as error:
-        logger.warning("stream ended with an error: %s", error.message)
-        yield sse(error.body())
-    yield b"data: [DONE]\n\n"
-
-
-async def _named(payloads: AsyncIterator[dict[str, Any] | None]) -> AsyncIterator[bytes]:
-    """Events that carry their name as ``type``."""
-    async for payload in payloads:
-        yield sse(payload, None if payload is None else payload["type"])
-
-
-def event_stream(
-    payloads: AsyncIterator[dict[str, Any] | None], more_headers: Mapping[str, str], is_named: bool = False
-) -> Stream:
+def event_stream(body: AsyncIterator[bytes], more_headers: Mapping[str, str]) -> Stream:
     """The HTTP answer; a client that leaves cancels the iterator, and with it the work."""
-    encoded = _named(payloads) if is_named else _encoded(payloads)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **more_headers}
-    return Stream(encoded, media_type="text/event-stream", headers=headers, status_code=200)
+    return Stream(body, media_type="text/event-stream", headers=headers, status_code=200)

@@ -26,6 +26,7 @@ from rdlm.errors import UserError
 from serve.engine.detokenizer import Detokenizer, StopStrings
 from serve.engine.scheduler import Deadlines, Scheduler
 from serve.engine.sequence import (
+    CallSoon,
     Event,
     Request,
     Sequence,
@@ -186,6 +187,8 @@ class Engine:
         self._aborts: deque[int] = deque()
         self._sequences: dict[int, Sequence] = {}
         """Those the engine thread has taken in and not finished, by id."""
+        self._outbox: dict[CallSoon, list[tuple[Sequence, Event]]] = {}
+        """Events of this step that go to other threads, by the way there."""
         self._deadlines = Deadlines()
         self._wake = threading.Condition()
         self._loaded = threading.Event()
@@ -225,6 +228,15 @@ class Engine:
     def num_running(self) -> int:
         return len(self._served.scheduler.running) if self._served else 0
 
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of CPU time of the engine thread, without those of the kernels' other threads; 0 where the
+        platform does not tell (macOS) or the thread does not run."""
+        if self._thread.ident is None or not self._thread.is_alive():
+            return 0.0
+        clock = getattr(time, "pthread_getcpuclockid", None)
+        return 0.0 if clock is None else time.clock_gettime(clock(self._thread.ident))
+
     def check_room(self, count: int) -> None:
         """Raises EngineClosed unless the engine is ready, QueueFull if ``count`` more sequences do not all
         fit the queue."""
@@ -235,9 +247,10 @@ class Engine:
         if waiting + count > self.max_queue + free:
             raise QueueFull(waiting, self.max_queue, self._retry_after(waiting))
 
-    def submit(self, requests: Seq[Request], sink: Sink) -> list[int]:
+    def submit(self, requests: Seq[Request], sink: Sink, call_soon: CallSoon | None = None) -> list[int]:
         """Queue all of ``requests`` or none; ``sink`` gets their events in the engine thread and must not
-        block.
+        block. With ``call_soon``, such as ``call_soon_threadsafe`` of an event loop, it gets them where that
+        calls it: one call after each step, for the events of all requests that go the same way.
 
         Raises what ``check_room`` raises, and UserError for a request that no step could serve.
         """
@@ -248,6 +261,7 @@ class Engine:
         for index, request in enumerate(requests):
             sequence = served.runner.sequence(next(self._ids), request, served.scheduler.chunk)
             sequence.index, sequence.sink, sequence.submitted = index, sink, now
+            sequence.call_soon = call_soon
             matcher = matchers[tuple(request.stop)]
             sequence.detokenizer = Detokenizer(served.tokenizer, matcher, request.spelt)
             if request.grammar is not None:
@@ -332,6 +346,7 @@ class Engine:
         try:
             while self._await_work():
                 self._step(self._served)
+                self._deliver()
         except Exception as error:  # a defect outside the model: stop visibly, so that nobody waits for ever
             logger.exception("the engine stopped")
             self.error, self.state = error, State.STOPPED
@@ -339,6 +354,7 @@ class Engine:
             for sequence in [*self._sequences.values(), *self._inbox]:
                 self._finish(sequence, "abort")
             self._inbox.clear()
+            self._deliver()
             self._idle.set()
 
     def _await_work(self) -> bool:
@@ -360,6 +376,7 @@ class Engine:
                         self._finish(gone, "abort")
                 if len(scheduler):
                     return True
+                self._deliver()
                 self._idle.set()
                 if not self._wake.wait(IDLE_SECONDS):
                     trim_heap()
@@ -472,16 +489,35 @@ class Engine:
         self._emit(sequence, replace(last, finish=reason, usage=usage, sweep=sequence.sweep or None))
 
     def _emit(self, sequence: Sequence, event: Event) -> None:
-        """Hand an event to the sequence's sink. One that raises, as where its event loop is gone, loses its
+        """Hand an event to the sequence's sink, or keep it for ``_deliver``. A sink that raises loses its
         sequence and no other."""
         prompt_logprobs = None if event.step_prediction is not None else sequence.take_prompt_logprobs()
+        if prompt_logprobs is not None:
+            event = replace(event, prompt_logprobs=prompt_logprobs)
+        if sequence.call_soon is not None:
+            self._outbox.setdefault(sequence.call_soon, []).append((sequence, event))
+            return
         try:
-            sequence.sink(
-                event if prompt_logprobs is None else replace(event, prompt_logprobs=prompt_logprobs)
-            )
+            sequence.sink(event)
         except Exception as error:
             logger.debug("the sink of request %d failed", sequence.id, exc_info=error)
             self.abort([sequence.id])
+
+    def _deliver(self) -> None:
+        """Send off what ``_emit`` has kept: one call for each event loop, however many requests have got
+        tokens. Where a loop is gone, its sequences are lost and no others."""
+        outbox, self._outbox = self._outbox, {}
+        for call_soon, kept in outbox.items():
+            try:
+                call_soon(_call_sinks, kept)
+            except Exception as error:
+                logger.debug("the sinks of %d events are gone", len(kept), exc_info=error)
+                self.abort([sequence.id for sequence, _ in kept])
+
+
+def _call_sinks(kept: list[tuple[Sequence, Event]]) -> None:
+    for sequence, event in kept:
+        sequence.sink(event)
 
 
 def check_tokens(request: Request, served: Served) -> None:

@@ -264,7 +264,10 @@ class Event:
 
 
 Sink = Callable[[Event], None]
-"""Called in the engine thread for every event; must not block."""
+"""Called for every event; must not block."""
+CallSoon = Callable[..., object]
+"""Has a function called with its arguments in another thread, soon and in order:
+``asyncio.AbstractEventLoop.call_soon_threadsafe``."""
 
 
 @dataclass(slots=True, eq=False)
@@ -323,6 +326,8 @@ class Sequence:
     index: int = 0
     """The request's place in the list given to ``Engine.submit``."""
     sink: Sink = field(init=False)
+    call_soon: CallSoon | None = None
+    """How ``sink`` is called; None: in the engine thread, at once."""
     detokenizer: Detokenizer = field(init=False)
     guide: Guide | None = None
     """Follows the answer through the request's grammar."""

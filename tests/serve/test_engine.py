@@ -158,6 +158,30 @@ def test_abort_frees_the_slot_and_queue_is_bounded(make_served: Callable[..., Se
         assert served.scheduler.free_slots == 1
 
 
+def test_the_events_of_a_step_reach_another_thread_with_one_call(make_engine: Callable[..., Engine]) -> None:
+    """However many requests get tokens, and whoever sent them; one whose thread is gone disturbs no other."""
+    engine, done = make_engine(), threading.Event()
+    calls: list[int] = []
+    seen: dict[int, list[Event]] = {0: [], 1: []}
+
+    def call_soon(function: Callable[..., None], kept: list[object]) -> None:
+        calls.append(len(kept))
+        function(kept)
+        if all(events and events[-1].finish for events in seen.values()):
+            done.set()
+
+    def gone(*_: object) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    engine.submit([request(40, 8, max_tokens=60)], lambda event: None, gone)
+    for place in seen:
+        engine.submit([request(4, 2, seed=place)], seen[place].append, call_soon)
+    assert done.wait(30)
+    assert [tokens(seen[i]) for i in seen] == [tokens(engine.generate([request(4, 2, i)])[0]) for i in seen]
+    assert sum(calls) == 2 * 6 and len(calls) < sum(calls)
+    assert engine.drain(30) and engine.counters.ended["abort"] == 1
+
+
 def test_drain_finishes_what_was_accepted(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine()
     seen: list[Event] = []
