@@ -3,7 +3,9 @@ torch, no clock, no threads. All times are seconds of the engine's clock.
 
 One engine step is one core step of every open segment. Positions after the prompt always run (at most
 ``num_slots`` times a wavefront's); longer prompt chunks share ``prefill_rows`` further rows, strictly first come first
-served, so nothing starves. A sequence owns a slot of the cache from admission to its end: admission is what
+served, so nothing starves. Positions of one K begin together: they then share one pass through prelude, coda
+and head, where ones that are some steps apart read these weights once each. So a sequence that joins others waits
+once, for less than K steps, between its first two tokens. A sequence owns a slot of the cache from admission to its end: admission is what
 keeps memory bounded.
 """
 
@@ -49,8 +51,11 @@ class Scheduler:
             s.length for s in self.running.values() if s.length > 1 and not s.is_wavefront
         )
         blocked = False
+        under_way = {s.counts.drawn for s in self.running.values() if s.aligns and s.is_open and s.step}
         for sequence in self.running.values():
             if sequence.is_open or sequence.waits_for_prefix:
+                continue
+            if sequence.aligns and sequence.counts.drawn in under_way:
                 continue
             length = sequence.next_length()
             if length == 1:

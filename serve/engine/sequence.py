@@ -371,6 +371,18 @@ class Sequence:
         return self.is_open and self.wants_token and self.start + self.length == end
 
     @property
+    def aligns(self) -> bool:
+        """Whether the position that is decoded, or the one to open next, begins together with others of its K:
+        not where the number of steps varies or a mask may be late, as all would wait again and again."""
+        budget = self.request.budget
+        guesses = budget.speculation is not None or budget.wavefront is not None
+        return bool(self.output) and not (budget.varies or guesses) and self.guide is None
+
+    @property
+    def has_exit_rule(self) -> bool:
+        return self.request.budget.exit is not None
+
+    @property
     def is_wavefront(self) -> bool:
         """Whether the open segment is one: of positions after the prompt's."""
         return self.request.budget.wavefront is not None and self.start >= len(self.request.prompt)

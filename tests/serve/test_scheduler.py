@@ -6,12 +6,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve.engine.exits import ExitRule
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import NO_SLOT, Request, Sequence, StepBudget, StepCounts, StepResult
 
@@ -152,6 +153,29 @@ def test_a_long_prompt_is_not_overtaken_and_does_not_stop_decoding() -> None:
     )  # behind the long one's ten chunks of two steps
     world.step()
     assert world.first_step[2] == 20
+
+
+def test_positions_of_one_k_begin_together() -> None:
+    """Whoever joins waits once, for less than K steps, and nobody else waits: not those that were there, nor those
+    of another K, nor one whose number of steps varies."""
+    world = World(slots=4, chunk=4, prefill_rows=16)
+    first, later, other, varying = (
+        build(i, Arrival(0, 2, k, k, False, 50, None), 4) for i, k in enumerate((4, 4, 3, 4))
+    )
+    varying.request = replace(varying.request, budget=StepBudget(4, ExitRule("kl", 0.0)))
+    tokens: dict[int, list[int]] = defaultdict(list)
+    for now in range(60):
+        for at, sequence in ((0, first), (1, later), (2, other), (3, varying)):
+            if now == at:
+                world.scheduler.add(sequence)
+        world.step()
+        for sequence in (first, later, other, varying):
+            if len(sequence.output) > len(tokens[sequence.id]):
+                tokens[sequence.id].append(now)
+    gaps = {i: [b - a for a, b in zip(at, at[1:], strict=False)] for i, at in tokens.items()}
+    assert set(gaps[0]) == set(gaps[3]) == {4} and set(gaps[2]) == {3}
+    assert 4 < gaps[1][0] < 8 and set(gaps[1][1:]) == {4}
+    assert set(tokens[1][1:]) <= set(tokens[0]) and tokens[3][1] not in tokens[0]
 
 
 def test_cut_of_a_prompt_does_not_depend_on_the_traffic() -> None:
