@@ -65,12 +65,22 @@ class SamplingParams:
     """
 
     temperature: Annotated[float, Range(0, 100, "0 is greedy, 1 the model's own distribution")] = 1.0
-    top_k: Annotated[int, Range(-1, math.inf, "0 and -1 switch it off")] = 0
-    top_p: Annotated[float, Range(0, 1, "1 switches it off", above_low=True)] = 1.0
-    min_p: Annotated[float, Range(0, 1, "0 switches it off")] = 0.0
-    repetition_penalty: Annotated[float, Range(0.01, 100, "1 switches it off")] = 1.0
-    presence_penalty: Annotated[float, Range(-2, 2, "0 switches it off")] = 0.0
-    frequency_penalty: Annotated[float, Range(-2, 2, "0 switches it off")] = 0.0
+    top_k: Annotated[int, Range(-1, math.inf, "keep so many of the likeliest tokens, 0 and -1 all")] = 0
+    top_p: Annotated[
+        float, Range(0, 1, "keep the likeliest tokens up to this total probability, 1 all", above_low=True)
+    ] = 1.0
+    min_p: Annotated[
+        float, Range(0, 1, "keep tokens of at least so much of the likeliest one's probability, 0 all")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, Range(0.01, 100, "above 1 tokens of prompt and answer get less likely, 1 is none")
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, Range(-2, 2, "taken from the logits of tokens that the answer has, 0 is none")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, Range(-2, 2, "the same for each time that the answer has them, 0 is none")
+    ] = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     sampler: str = DEFAULT_SAMPLER
 

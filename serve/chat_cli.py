@@ -4,34 +4,30 @@ are valid."""
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rdlm.command_line import new_app
 from rdlm.config.base import parse
 from rdlm.errors import UserError
-from rdlm.sampling_params import SamplingParams
-from serve.api.chat_template import ChatTemplate
-from serve.cli import (
-    CacheOption,
-    CheckpointOption,
-    DeviceOption,
-    DtypeOption,
-    KernelOption,
-    WeightOption,
-)
+from serve.api.schemas import ChatRequest
+from serve.cli import CheckpointOption
 from serve.engine.engine import Engine
-from serve.engine.sequence import Event, Request, StepBudget
+from serve.engine.sequence import Event, Request
 from serve.errors import ApiError
-from serve.settings import EngineSettings
+from serve.options import takes_options, unnamed_defaults
+from serve.settings import EngineSettings, HttpSettings
+
+if TYPE_CHECKING:
+    from serve.api.state import ServerState
 
 app = new_app()
-DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
 HELP = "/k N: answer with K = N. /new: begin anew. /exit or end of input: leave. Ctrl-C stops an answer."
 
 
 @app.command(epilog="Example: rdlm chat --checkpoint runs/smollm2-looped --num-steps 4")
+@takes_options
 def chat(
     checkpoint: CheckpointOption,
     system: Annotated[
@@ -41,97 +37,83 @@ def chat(
         int | None, typer.Option(help="K; by default the checkpoint's.", show_default=False)
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0 is greedy; by default that of the checkpoint's generation_config.json, else 0.8.",
-            show_default=False,
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Keep the most probable tokens up to this total probability; by default that of "
-            "generation_config.json, else 0.95.",
-            show_default=False,
-        ),
-    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed and messages, same answers.")] = 0,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    kv_cache: CacheOption = "shared",
-    kernels: KernelOption = "auto",
-    weights: WeightOption = "auto",
+    *,
+    engine: dict[str, Any],
+    request: dict[str, Any],
 ) -> None:
     """Chat with a checkpoint whose tokenizer has a chat template. A line is a message.
 
     /k N changes K from the next answer on, /new begins a new conversation, /exit or the end of input leaves.
     Messages may be piped in, one a line; then the answers alone are printed.
     """
-    given = {"device": device, "dtype": dtype, "kv_cache": kv_cache, "kernels": kernels, "weights": weights}
     settings: EngineSettings = parse(
-        EngineSettings, {**given, "max_slots": 1, "max_queue": 1}, "the options of rdlm chat"
+        EngineSettings, {**engine, "max_slots": 1, "max_queue": 1}, "the options of rdlm chat"
     )
-    given_numbers = {"temperature": temperature, "top_p": top_p}
-    named: dict[str, Any] = {name: value for name, value in given_numbers.items() if value is not None}
-    SamplingParams(**named)
+    start = [] if system is None else [{"role": "system", "content": system}]
+    body = {"messages": start, "seed": seed, "max_tokens": max_tokens, **request}
+    ChatRequest.parse(
+        {**body, "messages": [{"role": "user", "content": ""}]}
+    )  # mistakes end the command early
 
+    from serve.api.state import ServerState
     from serve.loading import load_served
 
-    with Engine(lambda: load_served(checkpoint, settings), settings.max_queue) as engine:
-        template = ChatTemplate.of(engine.served.tokenizer)
-        if template is None:
+    with Engine(lambda: load_served(checkpoint, settings), settings.max_queue) as running:
+        server = ServerState(running, HttpSettings())
+        if server.chat_template is None:
             problem, remedy = "its tokenizer has no chat template", "continue texts with rdlm generate"
             raise UserError("--checkpoint", str(checkpoint), problem, remedy)
-        sampling = SamplingParams(**{**DEFAULTS, **engine.served.sampling_defaults, **named})
-        start = [] if system is None else [{"role": "system", "content": system}]
-        conversation = _Conversation(engine, template, start, sampling, seed, max_tokens)
-        conversation.choose(engine.served.default_steps if num_steps is None else num_steps)
+        conversation = _Conversation(server, {**unnamed_defaults(running.served), **body})
+        conversation.choose(running.served.default_steps if num_steps is None else num_steps)
         _talk(conversation, sys.stdin.isatty())
 
 
 class _Conversation:
     """The messages so far, and the K of the next answer."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        template: ChatTemplate,
-        start: list[dict[str, Any]],
-        sampling: SamplingParams,
-        seed: int,
-        max_tokens: int,
-    ) -> None:
-        self.engine, self.template, self.start = engine, template, start
-        self.sampling, self.seed, self.max_tokens = sampling, seed, max_tokens
-        self.num_steps = engine.served.default_steps
+    def __init__(self, server: ServerState, body: dict[str, Any]) -> None:
+        """body: of a chat request, with the messages that every conversation begins with."""
+        self.server, self.body = server, body
+        self.num_steps = server.served.default_steps
         self.clear()
 
     def clear(self) -> None:
-        self.messages = list(self.start)
+        self.messages: list[dict[str, Any]] = list(self.body["messages"])
 
     def choose(self, num_steps: int) -> None:
         """Answer with this K. UserError where it is out of range; a warning beyond the trained depth."""
-        most = self.engine.served.max_steps
+        served = self.server.served
+        most = served.max_steps
         if not 1 <= num_steps <= most:
             raise UserError("--num-steps", num_steps, "is out of range", f"this model takes 1 to {most}")
         self.num_steps = num_steps
-        if (warning := self.engine.served.config.depth_warning(num_steps)) is not None:
+        if (warning := served.config.depth_warning(num_steps)) is not None:
             typer.echo(f"rdlm: {warning}", err=True)
+
+    def _request(self, body: dict[str, Any]) -> Request:
+        """With fewer tokens where the context has no room for all. Raises UserError or ApiError."""
+        from serve.api.request_parsing import parse_chat
+
+        try:
+            try:
+                return parse_chat(ChatRequest.parse(body), self.server).requests[0]
+            except ApiError as error:
+                if (error.param, error.code) != ("max_tokens", "context_length_exceeded"):
+                    raise
+            return parse_chat(ChatRequest.parse({**body, "max_tokens": None}), self.server).requests[0]
+        except ApiError as error:
+            if error.code != "context_length_exceeded":
+                raise
+        message, most = body["messages"][-1]["content"], self.server.served.max_len
+        problem = f"with it the conversation would fill the context of {most}"
+        raise UserError("message", message[:40], problem, "begin anew with /new")
 
     def answer(self, message: str) -> None:
         """Print the answer as it comes. UserError or ApiError for a message that cannot be answered, which is
         forgotten; what Ctrl-C leaves of an answer is kept."""
-        served, asked = self.engine.served, [*self.messages, {"role": "user", "content": message}]
-        ids = tuple(served.tokenizer.encode(self.template.render(asked, {})))
-        room = served.max_len - len(ids)
-        if room < 1:
-            problem = f"the conversation's {len(ids)} tokens fill the context of {served.max_len}"
-            raise UserError("message", message[:40], problem, "begin anew with /new")
-        request = Request(
-            ids, StepBudget(self.num_steps), min(self.max_tokens, room), self.sampling, self.seed,
-            stop_ids=served.end_ids
-        )  # fmt: skip
+        asked = [*self.messages, {"role": "user", "content": message}]
+        request = self._request({**self.body, "messages": asked, "num_steps": self.num_steps})
         said: list[str] = []
 
         def show(event: Event) -> None:
@@ -139,7 +121,7 @@ class _Conversation:
             typer.echo(event.text, nl=False)
 
         try:
-            [events] = self.engine.generate([request], show)
+            [events] = self.server.engine.generate([request], show)
             if events[-1].error is not None:
                 raise events[-1].error
         except KeyboardInterrupt:

@@ -287,6 +287,7 @@ class ExitBody(Body):
     criterion: Annotated[StrictStr, Field(max_length=64, json_schema_extra={"enum": [*CRITERIA, "none"]})] = (
         next(iter(CRITERIA))
     )
+    """Rule by which a token exits the loop over K early."""
     threshold: Annotated[Finite, Field(ge=0, le=1e12)] | None = None
     """Default by criterion (/v1/models lists them); 0 never exits."""
     min_steps: Positive | None = None
@@ -389,11 +390,16 @@ class SamplingBody(NumbersBody):
     lists the orders."""
     seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     """Same seed, same request: same text, whatever else the server is doing."""
-    stop: Annotated[str | list[str] | None, PlainValidator(_stop)] = None
-    """At most 64 texts of 512 characters each."""
+    stop: Annotated[
+        str | list[str] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)
+    ] = None
+    """Texts that end the answer and are left out of it: at most 64 of 512 characters."""
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_IDS)] | None = None
+    """Further token ids that end the answer."""
     ignore_eos: StrictBool | None = None
+    """Let the model's end of text not end the answer."""
     min_tokens: Count | None = None
+    """Fewest tokens of the answer: nothing ends it before."""
     n: Annotated[StrictInt, Field(ge=1, le=128)] | None = None
     prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     """Score the prompt and report that many alternatives for each of its tokens, as vLLM does; not in

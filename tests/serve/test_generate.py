@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from rdlm.checkpoints.folder import save
 from rdlm.errors import UserError
+from rdlm.sampling_params import NUMBERS
+from serve.chat_cli import chat
 from serve.engine.engine import Served
 from serve.generate_cli import _parse_steps, _read_prompts, generate
+from serve.options import REQUEST
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +51,53 @@ def test_a_wavefront_of_one_position_is_plain_decoding(
         generate(checkpoint, ["in the"], num_steps="6", max_tokens=5, seed=1, **more)
         printed.append(capsys.readouterr().out.rsplit("\n[", 1)[0])
     assert printed[0] == printed[1] == printed[2] and len(printed[3]) > len("K = 6\nin the")
-    with pytest.raises(UserError, match="^--wavefront="):
-        generate(checkpoint, ["in the"], inner_steps=2)
+
+
+@pytest.mark.parametrize("run", [generate, chat])
+def test_fields_of_requests_are_options(run: Callable[..., None]) -> None:
+    """Numbers of SamplingParams without exception, with the type and the words of the schema."""
+    options = inspect.signature(run).parameters
+    for name, (kind, valid) in NUMBERS.items():
+        assert get_args(options[name].annotation)[0] == kind | None
+        assert valid.meaning in get_args(options[name].annotation)[1].help
+    kinds = {name: get_args(options[name].annotation)[0] for name in REQUEST}
+    assert kinds["stop"] == list[str] | None and kinds["stop_token_id"] == list[int] | None
+    assert kinds["ignore_eos"] == bool | None and kinds["wavefront"] == int | None
+
+
+def test_options_act_as_the_fields_that_they_set(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(**more: Any) -> str:
+        generate(checkpoint, ["in the"], num_steps="3", max_tokens=12, seed=1, **more)
+        return capsys.readouterr().out.split("\n", 1)[1].rsplit("\n[", 1)[0]
+
+    plain, greedy = printed(), printed(temperature=0)
+    assert printed(min_p=1) == printed(top_k=1) == greedy != plain
+    answer = greedy.removeprefix("in the")
+    assert printed(temperature=0, stop=[answer[2:4]]) == "in the" + answer[: answer.index(answer[2:4])]
+    assert printed(temperature=0, exit="kl", exit_threshold=0) == greedy
+    assert printed(temperature=0, repetition_penalty=5) != greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"min_p": 2}, r"^--min-p=2: .*less than or equal to 1"),
+        ({"stop": [""]}, r"^--stop=\[''\]: an empty string would end every text; remove it"),
+        ({"wavefront": 65}, r"^--wavefront=65: "),
+        ({"num_steps": "9"}, r"^--num-steps='9': K = 9 is out of range; this model takes 1 to 8"),
+        ({"max_tokens": 1000}, r"^--max-tokens=1000: .*exceed the context"),
+        ({"exit": "taste"}, r"^--exit='taste': there is no 'taste'; use one of"),
+        ({"draft_steps": 2}, r"^--draft-steps=.*--kv-cache full"),
+        ({"order": "confidence"}, r"^--order='confidence': this model decodes left to right"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(
+    options: dict[str, Any], words: str, checkpoint: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        generate(checkpoint, ["in the"], **options)
 
 
 def test_prompts_of_json_lines_may_have_several_lines(tmp_path: Path) -> None:
