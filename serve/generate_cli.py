@@ -84,8 +84,9 @@ def generate(
     }
     settings: EngineSettings = parse(EngineSettings, given, "the options of rdlm generate")
     ks = _parse_steps(num_steps)
-    body = {"prompt": prompts, "max_tokens": max_tokens, "seed": seed, **request}
-    CompletionRequest.parse(body)  # mistakes end the command before the model is loaded
+    body = {"max_tokens": max_tokens, "seed": seed, **request}
+    # Mistakes end the command before the model is loaded.
+    CompletionRequest.parse({**body, "prompt": prompts[0]})
 
     from serve.api.request_parsing import parse_completion
     from serve.api.state import ServerState
@@ -94,12 +95,17 @@ def generate(
     with Engine(lambda: load_served(checkpoint, settings), settings.max_queue) as running:
         server = ServerState(running, HttpSettings())
         body = {**unnamed_defaults(running.served), **body}
+        for k in ks:
+            server.check_range(k, "num_steps")
         for k in ks or [running.served.default_steps]:
-            parsed = parse_completion(CompletionRequest.parse({**body, "num_steps": k}), server)
+            parsed = [
+                parse_completion(CompletionRequest.parse({**body, "prompt": prompt, "num_steps": k}), server)
+                for prompt in prompts  # one at a time: a file may have more than a request of the server's
+            ]
             typer.secho(f"K = {k}", bold=True)
-            for warning in parsed.warnings:
+            for warning in parsed[0].warnings:
                 typer.echo(f"rdlm: {warning}", err=True)
-            _generate(running, prompts, parsed.requests)
+            _generate(running, prompts, [one.requests[0] for one in parsed])
 
 
 def _read_prompts(path: Path) -> list[str]:

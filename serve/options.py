@@ -47,6 +47,7 @@ schema's."""
 DEFAULTS: dict[str, float] = {"temperature": 0.8, "top_p": 0.95}
 """Where neither an option nor the checkpoint's generation_config.json names them: a server would sample from the
 model as it is."""
+SCHEMA = SamplingBody.model_json_schema()
 TYPES: dict[str, type] = {"integer": int, "number": float, "boolean": bool, "string": str}
 
 
@@ -107,26 +108,32 @@ def _annotation(path: str) -> Any:
     is_list = kind["type"] == "array"
     known = TYPES[kind["items"]["type"] if is_list else kind["type"]]
     words = field.get("description") or kind.get("description", "")
+    outer, _, _ = path.rpartition(".")
+    if outer and path == next(field for field in REQUEST.values() if field.startswith(f"{outer}.")):
+        words = f"{_resolved(_schema(outer))['description']} {words}"  # once: what its options are about
     if choices := kind.get("enum"):
         words += f" One of {', '.join(choices)}."
     if is_list:
         words += " May be repeated."
     if path in DEFAULTS:
         words += f" By default that of the checkpoint's generation_config.json, else {DEFAULTS[path]}."
-    names = [option(path)] if known is bool else []
+    names = [f"--{path.replace('_', '-')}"] if known is bool else []  # no --no- form beside it
     made = typer.Option(*names, help=" ".join(words.split()), show_default=False)
     return Annotated[(list[known] if is_list else known) | None, made]  # type: ignore[valid-type]
 
 
 def _schema(path: str) -> dict[str, Any]:
     """The JSON schema of a field, with its description."""
-    whole: dict[str, Any] = SamplingBody.model_json_schema()
-    found: dict[str, Any] = whole
+    found: dict[str, Any] = SCHEMA
     for part in path.split("."):
-        named = next((k["$ref"] for k in found.get("anyOf", ()) if "$ref" in k), None)
-        found = whole["$defs"][named.rpartition("/")[2]] if named else found
-        found = found["properties"][part]
+        found = _resolved(found)["properties"][part]
     return found
+
+
+def _resolved(field: dict[str, Any]) -> dict[str, Any]:
+    """The schema of the object that a field may have."""
+    named = next((kind["$ref"] for kind in field.get("anyOf", ()) if "$ref" in kind), None)
+    return field if named is None else SCHEMA["$defs"][named.rpartition("/")[2]]
 
 
 def _kinds(field: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import re
-from typing import Any
+import secrets
+import time
+from typing import Any, cast
 
+import msgspec
 from litestar import Litestar, Request, Router
 from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
@@ -15,10 +20,11 @@ from litestar.exceptions import NotFoundException
 from litestar.handlers.base import BaseRouteHandler
 from litestar.openapi import OpenAPIConfig
 from litestar.plugins.pydantic import PydanticPlugin
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from rdlm import __version__
 from serve.api.errors import EXCEPTION_HANDLERS
-from serve.api.observability import Outermost, traced
+from serve.api.observability import FACTS, request_id, traced
 from serve.api.request_parsing import WARNING_HEADER, JsonRequest
 from serve.api.routes import chat_completions, completions, responses, score
 from serve.api.routes_info import (
@@ -28,13 +34,15 @@ from serve.api.routes_info import (
     model,
     models,
     page,
+    ping,
     ready,
     tokenize,
     tokenizer_info,
+    version,
 )
 from serve.api.state import ServerState
 from serve.engine.engine import Engine
-from serve.errors import ApiError
+from serve.errors import ApiError, shorten
 from serve.settings import HttpSettings
 
 ROUTES = [
@@ -48,11 +56,16 @@ ROUTES = [
     detokenize,
     tokenizer_info,
     health,
+    ping,
     ready,
+    version,
     metrics,
     page,
 ]
-OPEN_PATHS = ("/health", "/ready", "/schema")
+access = logging.getLogger("rdlm.serve.access")
+_SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
+"""What is taken over from a client: printable ASCII cannot forge a log line or a header."""
+OPEN_PATHS = ("/health", "/ping", "/ready", "/version", "/schema")
 """Answered without a key: load balancers and people reading the documentation have none."""
 
 
@@ -130,3 +143,79 @@ def _cors(settings: HttpSettings) -> CORSConfig | None:
         allow_headers=["*"],
         expose_headers=["x-request-id", "retry-after", WARNING_HEADER.lower()],
     )
+
+
+class Outermost:
+    """Around the whole application, so that it sees every answer, refusals of the framework included.
+
+    Gives each request an id (the client's ``x-request-id``, else a new one), logs one line for each answer,
+    answers HEAD as GET without a body, and turns the server's cancellation of what outlives its last grace
+    period into a 503.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
+        request = cast(dict[str, Any], scope)
+        method = request["method"]
+        answer = _Answer(given if _SAFE_ID.fullmatch(given) else secrets.token_hex(12), method, send)
+        facts: dict[str, Any] = {"method": method, "path": scope["path"]}
+        request[FACTS] = facts
+        began = time.monotonic()
+        token = request_id.set(answer.identifier)
+        if method == "HEAD":
+            request["method"] = "GET"
+        try:
+            await self._app(scope, receive, answer.send)
+        except asyncio.CancelledError:
+            if answer.status is None:
+                await answer.refuse(
+                    ApiError(
+                        503,
+                        "the server stopped before the answer was complete",
+                        "server_error",
+                        code="aborted",
+                    )
+                )
+        finally:
+            # 499 is what a client that left before the answer would have got
+            facts |= {"status": answer.status or 499, "seconds": round(time.monotonic() - began, 4)}
+            access.info(access_line(facts), extra={"facts": facts})
+            request_id.reset(token)
+
+
+def access_line(facts: dict[str, Any]) -> str:
+    """One answer in words. What a client chose is escaped, so that it cannot forge another line."""
+    path = ascii(shorten(facts["path"], 200))[1:-1]
+    line = f"{facts['method']} {path} {facts['status']} {1000 * facts['seconds']:.0f} ms"
+    if "num_steps" in facts:
+        line += f", {facts.get('tokens', 0)} tokens, K = {facts['num_steps']}"
+    return line
+
+
+class _Answer:
+    """The way back to the client of one request."""
+
+    def __init__(self, identifier: str, method: str, send: Send) -> None:
+        self.identifier, self._send = identifier, send
+        self._has_body = method != "HEAD"
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message["headers"], (b"x-request-id", self.identifier.encode())]
+        elif message["type"] == "http.response.body" and not self._has_body:
+            message["body"] = b""
+        await self._send(message)
+
+    async def refuse(self, error: ApiError) -> None:
+        body = msgspec.json.encode(error.body())
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})

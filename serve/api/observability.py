@@ -4,104 +4,29 @@ OpenTelemetry spans. No torch.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import re
-import secrets
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import msgspec
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import ASGIApp
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from rdlm.errors import UserError
 from serve.engine.engine import Engine, Histogram, State
-from serve.errors import ApiError
 
-logger = logging.getLogger("rdlm.serve.access")
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Of the request that the current task answers."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FACTS = "rdlm_facts"
 """Key of the ASGI scope: a dictionary that routes may add to, and that the access log writes."""
-UNTRACED = "health,ready,metrics"
+UNTRACED = "health,ping,ready,metrics"
 """Paths that are asked for all the time and mean nothing."""
-_SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
-"""What is taken over from a client: printable ASCII cannot forge a log line or a header."""
-
-
-class Outermost:
-    """Around the whole application, so that it sees every answer, refusals of the framework included.
-
-    Gives each request an id (the client's ``x-request-id``, else a new one), logs one line for each answer,
-    answers HEAD as GET without a body, and turns the server's cancellation of what outlives its last grace
-    period into a 503.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
-        request = cast(dict[str, Any], scope)
-        method = request["method"]
-        answer = _Answer(given if _SAFE_ID.fullmatch(given) else secrets.token_hex(12), method, send)
-        facts: dict[str, Any] = {"method": method, "path": scope["path"]}
-        request[FACTS] = facts
-        began = time.monotonic()
-        token = request_id.set(answer.identifier)
-        if method == "HEAD":
-            request["method"] = "GET"
-        try:
-            await self._app(scope, receive, answer.send)
-        except asyncio.CancelledError:
-            if answer.status is None:
-                await answer.refuse(
-                    ApiError(
-                        503,
-                        "the server stopped before the answer was complete",
-                        "server_error",
-                        code="aborted",
-                    )
-                )
-        finally:
-            # 499 is what a client that left before the answer would have got
-            facts |= {"status": answer.status or 499, "seconds": round(time.monotonic() - began, 4)}
-            logger.info("%(method)s %(path)s %(status)s", facts, extra={"facts": facts})
-            request_id.reset(token)
-
-
-class _Answer:
-    """The way back to the client of one request."""
-
-    def __init__(self, identifier: str, method: str, send: Send) -> None:
-        self.identifier, self._send = identifier, send
-        self._has_body = method != "HEAD"
-        self.status: int | None = None
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            message["headers"] = [*message["headers"], (b"x-request-id", self.identifier.encode())]
-        elif message["type"] == "http.response.body" and not self._has_body:
-            message["body"] = b""
-        await self._send(message)
-
-    async def refuse(self, error: ApiError) -> None:
-        body = msgspec.json.encode(error.body())
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 class JsonLines(logging.Formatter):
@@ -121,12 +46,21 @@ class JsonLines(logging.Formatter):
 
 
 def configure(log_format: Literal["text", "json"]) -> None:
-    """Send this process's log to stderr: text is warnings and errors, json every answer too."""
+    """Send this process's log to stderr: text is warnings, errors and a line for each answer but those to
+    probes; json is all, one object a line."""
     handler = logging.StreamHandler()
     if log_format == "json":
         handler.setFormatter(JsonLines())
         logging.getLogger("rdlm").setLevel(logging.INFO)
+    else:
+        logging.getLogger("rdlm.serve.access").setLevel(logging.INFO)
+        handler.addFilter(lambda record: not _is_probe(record))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+
+
+def _is_probe(record: logging.LogRecord) -> bool:
+    path: str = getattr(record, "facts", {}).get("path", "")
+    return path[1:] in UNTRACED.split(",")
 
 
 class Metrics(Collector):

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from rdlm.data.tokenizer import Tokenizer
 from serve.api.request_parsing import Parsed
 from serve.api.tools import CallReader, Delta
+from serve.engine.detokenizer import TokenNames
 from serve.engine.sequence import Event, TokenLogprobs, Usage
 
 FLOOR = -9999.0
@@ -303,27 +303,6 @@ def _joined_steps(pieces: list[dict[str, Any]]) -> dict[str, Any]:
     if "recurrence" not in pieces[-1]:
         return {}
     return {"recurrence": {"steps": [steps for piece in pieces for steps in piece["recurrence"]["steps"]]}}
-
-
-class TokenNames:
-    """Readable text of single tokens; special tokens by name."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._table = tokenizer.token_bytes()
-        self.special = {i: text for text, i in tokenizer.special_tokens.items()}
-
-    def name(self, token: int) -> str:
-        if token in self.special:
-            return self.special[token]
-        return self.raw(token).decode("utf-8", errors="replace")
-
-    def raw(self, token: int) -> bytes:
-        return self._table[token] if token < len(self._table) else b""
-
-    @property
-    def longest(self) -> int:
-        """Bytes of the longest token."""
-        return max(max(map(len, self._table)), *(len(text.encode()) for text in self.special.values()), 1)
 
 
 class TextOffsets:

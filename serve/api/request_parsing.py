@@ -1,4 +1,4 @@
-"""From bytes and headers to engine requests: JSON, model aliases, K, prompts to ids, limits. No torch.
+"""From bytes and headers to engine requests: JSON, model aliases, K, prompts to ids, server. No torch.
 
 K comes from one of model alias, header, ``num_steps``, ``reasoning_effort``, ``schedule`` or ``exit`` and is
 resolved here into one ``StepBudget``, which every engine request carries.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -21,20 +21,18 @@ from serve.api.chat_template import ChatTemplate
 from serve.api.constraints import Constraint, tool_choice
 from serve.api.json_text import decode
 from serve.api.schemas import (
-    INT32,
     MAX_CHOICES,
     Body,
     ChatRequest,
     CompletionRequest,
-    Effort,
     SamplingBody,
     ScoreRequest,
 )
+from serve.api.state import ServerState
 from serve.api.tool_formats import ToolFormat
 from serve.api.tools import Tool, ToolChoice, tool_grammar
-from serve.engine.engine import Served
 from serve.engine.exits import CRITERIA, ExitRule, check_exit_gate, default_thresholds
-from serve.engine.grammar import Grammar, Grammars
+from serve.engine.grammar import Grammar
 from serve.engine.sequence import Request, Speculation, StepBudget, StepPredictions, Wavefront
 from serve.errors import ApiError, invalid, shorten
 
@@ -54,16 +52,6 @@ MAX_VALUES = (1 << 20) + (1 << 16)
 """Commas of a body, which bound its values: reading JSON holds up every other thread."""
 SMALL = 4096
 """Characters that are parsed on the event loop; longer requests are parsed in a thread."""
-EFFORTS: dict[Effort, Callable[[int], int]] = {
-    "none": lambda default: 1,
-    "minimal": lambda default: default // 4,
-    "low": lambda default: default // 2,
-    "medium": lambda default: default,
-    "high": lambda default: default * 2,
-    "xhigh": lambda default: default * 4,
-}
-"""``reasoning_effort`` to K, relative to the server's default: a useful K depends on the numbers of steps a
-model was trained at."""
 
 
 class JsonRequest(HttpRequest[Any, Any, Any]):
@@ -108,90 +96,6 @@ async def in_thread_if_large(size: int, parse: Callable[P, T], *args: P.args, **
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a request is checked against: the model, its served name, and what the server decides."""
-
-    name: str
-    served: Served
-    default_steps: int
-    """K where a request names none: ``served.default_steps``, or fewer while too many wait (brown-out)."""
-    capacity: int = INT32
-    """Sequences that the server can hold at once, running and waiting."""
-    grammars: Grammars | None = None
-    """Compiles what answers must be; None only where nothing is constrained."""
-    longest_token: int = INT32
-    """Bytes of the longest token: a text of more than so many times the context cannot fit."""
-    max_ms: int | None = None
-    """Longest any request may take."""
-    header_steps: int | None = None
-    """K as the header X-Num-Steps of the request has it."""
-
-    @property
-    def left_to_right(self) -> bool:
-        """Whether the model draws one token after the other."""
-        return self.served.config.objective.left_to_right
-
-    @property
-    def supports_exits(self) -> bool:
-        """Whether a position may stop before its K steps."""
-        return self.served.config.objective.supports_exits
-
-    @property
-    def meaning(self) -> str:
-        """What K is, in words."""
-        if not self.left_to_right:
-            return (
-                "steps in which the masked tokens of an answer are filled in; "
-                "likelihoods are those of one token a step from left to right"
-            )
-        if self.served.config.runs_once:
-            return self.served.config.k_description
-        if self.supports_exits:
-            return "core iterations before each token; likelihoods are those after K iterations"
-        return "noise levels each token is drawn through; likelihoods are those at K = 1"
-
-    @property
-    def efforts(self) -> dict[str, int]:
-        """K of each ``reasoning_effort``, cut to what the model takes and was trained with."""
-        default, most = self.served.default_steps, self.most_unnamed
-        return {name: min(max(1, of(default)), most) for name, of in EFFORTS.items()}
-
-    @property
-    def most_unnamed(self) -> int:
-        """Largest K that is chosen without being named: what training covered, or the default where it is
-        more."""
-        served, trained = self.served, self.served.config.trained_steps
-        return (
-            served.max_steps if trained is None else min(max(trained, served.default_steps), served.max_steps)
-        )
-
-    def warnings(self, budget: StepBudget) -> tuple[str, ...]:
-        """What a client should know about the K of a request."""
-        warning = self.served.config.depth_warning(budget.num_steps)
-        return () if warning is None else (warning,)
-
-    def model_steps(self, model: str | None) -> int | None:
-        """K of a model alias, None for the plain name. Raises ApiError 404 for another model."""
-        if model is None or model == self.name:
-            return None
-        match = re.fullmatch(re.escape(self.name) + r":k([0-9]{1,6})", model)
-        if match is None:
-            hint = (
-                f"this server has {self.name!r} and '{self.name}:kN' with N from 1 to {self.served.max_steps}"
-            )
-            message = f"the model {shorten(model)!r} does not exist; {hint}"
-            raise ApiError(404, message, "invalid_request_error", "model", "model_not_found")
-        return self.check_range(int(match[1]), "model")
-
-    def check_range(self, steps: int, param: str) -> int:
-        """``steps``. Raises ApiError where the model does not take so many."""
-        if not 1 <= steps <= self.served.max_steps:
-            message = f"{param}: K = {steps} is out of range; this model takes 1 to {self.served.max_steps}"
-            raise invalid(message, param, "num_steps_out_of_range")
-        return steps
-
-
-@dataclass(frozen=True)
 class Parsed:
     """The engine requests of one HTTP request, prompt-major: request i answers prompt i // n."""
 
@@ -225,9 +129,9 @@ class OfferedTools:
     """Whether only the begin of an answer tells calls from text."""
 
 
-def header_steps(values: Sequence[str]) -> int | None:
+def steps_in_header(request: HttpRequest[Any, Any, Any]) -> int | None:
     """K of a request's X-Num-Steps headers, which a proxy may have joined with commas. Raises ApiError."""
-    values = [part for value in values for part in value.split(",")]
+    values = [part for value in request.headers.getall(STEPS_HEADER, []) for part in value.split(",")]
     for value in values:
         if not re.fullmatch("[0-9]{1,9}", value.strip(" ")) or int(value) < 1:
             message = f"{STEPS_HEADER}: {shorten(value)!r} is not an integer of at least 1"
@@ -240,12 +144,12 @@ def header_steps(values: Sequence[str]) -> int | None:
     return next(iter(found), None)
 
 
-def parse_completion(body: CompletionRequest, limits: Limits) -> Parsed:
-    """Raises ApiError."""
-    served, n, reports_prompt = limits.served, body.n or 1, body.prompt_logprobs is not None
-    _check_constraint(body.constraint, limits)
+def parse_completion(body: CompletionRequest, server: ServerState, header_steps: int | None = None) -> Parsed:
+    """header_steps: K as the header X-Num-Steps has it, here and below. Raises ApiError."""
+    served, n, reports_prompt = server.served, body.n or 1, body.prompt_logprobs is not None
+    _check_constraint(body.constraint, server)
     prompts = cast(list[str | list[int]], body.prompt)
-    budget, browned_out = step_budget(body, limits)
+    budget, browned_out = step_budget(body, server, header_steps)
     scored = body.logprobs if body.echo else None
     if None not in (scored, body.prompt_logprobs) and scored != body.prompt_logprobs:
         problem = "it contradicts the logprobs that echo reports; send the same number"
@@ -254,21 +158,21 @@ def parse_completion(body: CompletionRequest, limits: Limits) -> Parsed:
     _check_scoring(body, budget, scored is not None, "prompt_logprobs" if reports_prompt else "echo")
     if body.max_tokens == 0 and not body.echo and not reports_prompt:
         raise invalid("max_tokens: 0 is only meaningful with echo or prompt_logprobs", "max_tokens")
-    _check_number(len(prompts), n, limits)
+    _check_number(len(prompts), n, server)
     requests: list[Request] = []
     for prompt in prompts:
-        ids = _ids(prompt, body.add_special_tokens is not False, limits)
+        ids = _ids(prompt, body.add_special_tokens is not False, server)
         room = served.max_len - len(ids)
         max_tokens = min(DEFAULT_MAX_TOKENS, max(room, 1)) if body.max_tokens is None else body.max_tokens
-        may_be_empty = not (limits.left_to_right or body.echo or reports_prompt)
-        first = _request(body, ids, budget, max_tokens, limits, may_be_empty)
-        grammar = _grammar(body.constraint, limits)
+        may_be_empty = not (server.left_to_right or body.echo or reports_prompt)
+        first = _request(body, ids, budget, max_tokens, server, may_be_empty)
+        grammar = _grammar(body.constraint, server)
         requests += _choices(first, n, grammar=grammar, logprobs=body.logprobs, prompt_logprobs=scored)
     echoed = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts] if body.echo else None
     name, reports_ids, warnings = (
-        body.model or limits.name,
+        body.model or server.name,
         bool(body.return_token_ids),
-        limits.warnings(budget),
+        server.warnings(budget),
     )
     return Parsed(
         name, budget, n, requests, echoed, reports_prompt, reports_ids, browned_out, warnings=warnings
@@ -276,13 +180,14 @@ def parse_completion(body: CompletionRequest, limits: Limits) -> Parsed:
 
 
 def parse_chat(
-    body: ChatRequest, limits: Limits, template: ChatTemplate | None, seconds: float | None = None
+    body: ChatRequest, server: ServerState, header_steps: int | None = None, seconds: float | None = None
 ) -> Parsed:
     """Raises ApiError, also where the model has no chat template, and TooSlow where that takes longer than
     ``seconds``.
     """
-    served, n, reports_prompt = limits.served, body.n or 1, body.prompt_logprobs is not None
-    budget, browned_out = step_budget(body, limits)
+    template = server.chat_template
+    served, n, reports_prompt = server.served, body.n or 1, body.prompt_logprobs is not None
+    budget, browned_out = step_budget(body, server, header_steps)
     _check_scoring(body, budget, reports_prompt, "prompt_logprobs")
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         problem = "it contradicts max_tokens; name one of them"
@@ -293,8 +198,8 @@ def parse_chat(
     max_tokens = getattr(body, field)
     if max_tokens == 0:
         raise invalid(f"{field}: a chat answer has at least one token", field)
-    _check_number(1, n, limits)
-    _check_constraint(body.constraint, limits)
+    _check_number(1, n, server)
+    _check_constraint(body.constraint, server)
     tools = cast(tuple[Tool, ...], body.tools or ())
     given = body.tool_choice
     choice = given if isinstance(given, ToolChoice) else tool_choice(given, tools)
@@ -303,17 +208,17 @@ def parse_chat(
         remedy = "use /v1/completions, or add chat_template to the checkpoint's tokenizer_config.json"
         raise invalid(f"{problem}; {remedy}", "messages", "no_chat_template")
     messages = [message.plain() for message in body.messages]
-    _check_size(sum(len(message["content"]) for message in messages), limits, "messages")
-    offered = _offered_tools(messages, choice, tools, body.constraint, template, limits)
+    _check_size(sum(len(message["content"]) for message in messages), server, "messages")
+    offered = _offered_tools(messages, choice, tools, body.constraint, template, server)
     shown = () if choice.mode == "none" else tools
     text = template.render(messages, body.chat_template_kwargs or {}, shown, seconds)
-    _check_size(len(text), limits, "messages")
+    _check_size(len(text), server, "messages")
     ids = tuple(served.tokenizer.encode(text))
     if max_tokens is None:
         max_tokens = max(1, served.max_len - len(ids))
-    first = _request(body, ids, budget, max_tokens, limits, may_be_empty=False, max_field=field)
+    first = _request(body, ids, budget, max_tokens, server, may_be_empty=False, max_field=field)
     if offered is None:
-        grammar = _grammar(body.constraint, limits)
+        grammar = _grammar(body.constraint, server)
     else:
         special = served.tokenizer.special_tokens
         parallel = body.parallel_tool_calls is not False
@@ -321,20 +226,20 @@ def parse_chat(
         source, lines = tool_grammar(offered.form, tools, choice, parallel, special, rule)
         fields = {line: tools[i].field for line, i in lines.items()}
         fields |= {line: cast(Constraint, body.constraint).param for line in (3,) if rule}
-        grammar = _grammar(Constraint("tools", source), limits, fields)
+        grammar = _grammar(Constraint("tools", source), server, fields)
         first = replace(first, spelt=offered.form.spelt(special))
     top = (body.top_logprobs or 0) if body.logprobs else None
     requests = _choices(first, n, grammar=grammar, logprobs=top, prompt_logprobs=body.prompt_logprobs)
-    name, reports_ids = body.model or limits.name, bool(body.return_token_ids)
-    warnings = limits.warnings(budget)
+    name, reports_ids = body.model or server.name, bool(body.return_token_ids)
+    warnings = server.warnings(budget)
     return Parsed(
         name, budget, n, requests, None, reports_prompt, reports_ids, browned_out, offered, warnings
     )
 
 
-def _check_constraint(constraint: Constraint | None, limits: Limits) -> None:
+def _check_constraint(constraint: Constraint | None, server: ServerState) -> None:
     """Raises ApiError where the model's answers cannot be constrained."""
-    if constraint is not None and not limits.left_to_right:
+    if constraint is not None and not server.left_to_right:
         field = constraint.param.partition(".")[0]
         problem = (
             "this model fills in all of an answer together, and only answers that grow can be constrained"
@@ -343,14 +248,13 @@ def _check_constraint(constraint: Constraint | None, limits: Limits) -> None:
 
 
 def _grammar(
-    constraint: Constraint | None, limits: Limits, lines: dict[int, str] | None = None
+    constraint: Constraint | None, server: ServerState, lines: dict[int, str] | None = None
 ) -> Grammar | None:
     """Raises ApiError for what the grammar library refuses."""
     if constraint is None:
         return None
-    assert limits.grammars is not None
     try:
-        return limits.grammars.compile(constraint.source, constraint.param, lines)
+        return server.grammars.compile(constraint.source, constraint.param, lines)
     except UserError as error:
         raise invalid(f"{error.field}: {error.problem}; {error.remedy}", error.field) from None
 
@@ -361,7 +265,7 @@ def _offered_tools(
     tools: tuple[Tool, ...],
     constraint: Constraint | None,
     template: ChatTemplate,
-    limits: Limits,
+    server: ServerState,
 ) -> OfferedTools | None:
     """How the answer may call tools, None where it may not. Raises ApiError where the model does not know how."""
     if any("tool_calls" in message for message in messages) and not template.knows_tools:
@@ -370,7 +274,7 @@ def _offered_tools(
     if choice.mode == "none":
         return None
     form = template.tool_format
-    if not limits.left_to_right:
+    if not server.left_to_right:
         problem = "this model fills in all of an answer together, which cannot be constrained to calls"
     elif not template.knows_tools:
         problem = "this model's chat template knows no tools"
@@ -379,7 +283,7 @@ def _offered_tools(
     elif constraint is not None and choice.mode == "auto" and (constraint.rule is None or form.first):
         problem = f"this model's calls cannot be told from answers that {constraint.param} describes"
     else:
-        if form.tag not in limits.served.tokenizer.special_tokens:
+        if form.tag not in server.served.tokenizer.special_tokens:
             form = replace(form, tag="")
         return OfferedTools(form, tools, choice.mode == "required" or constraint is not None)
     raise invalid(
@@ -387,37 +291,39 @@ def _offered_tools(
     )
 
 
-def parse_score(body: ScoreRequest, limits: Limits) -> tuple[Parsed, list[int]]:
+def parse_score(
+    body: ScoreRequest, server: ServerState, header_steps: int | None = None
+) -> tuple[Parsed, list[int]]:
     """The request and its K in rising order. Raises ApiError, also where K has no likelihood (the
     objective's ``estimator`` says which have).
     """
     ks, prompts = sorted(set(body.num_steps)), cast(list[str | list[int]], body.prompt)
-    if not limits.left_to_right:
+    if not server.left_to_right:
         problem = "a masked model has one likelihood, whatever K is; use completions with echo and logprobs"
         raise invalid(f"num_steps: {problem}", "num_steps")
-    budgets = [step_budget(SamplingBody(model=body.model, num_steps=k), limits)[0] for k in ks]
-    if not limits.supports_exits and ks != [1]:
+    budgets = [step_budget(SamplingBody(model=body.model, num_steps=k), server, header_steps)[0] for k in ks]
+    if not server.supports_exits and ks != [1]:
         raise invalid(
             "num_steps: of this model only K = 1 has a normalised likelihood; send [1]", "num_steps"
         )
-    _check_number(len(prompts), 1, limits)
+    _check_number(len(prompts), 1, server)
     requests = []
     for prompt in prompts:
-        ids = _ids(prompt, body.add_special_tokens is not False, limits)
-        first = _request(SamplingBody(seed=0), ids, budgets[-1], 0, limits, may_be_empty=False)
-        requests.append(replace(first, prompt_logprobs=0, sweep=tuple(ks) if limits.supports_exits else ()))
-    warnings = limits.warnings(budgets[-1])
-    return Parsed(body.model or limits.name, budgets[-1], 1, requests, warnings=warnings), ks
+        ids = _ids(prompt, body.add_special_tokens is not False, server)
+        first = _request(SamplingBody(seed=0), ids, budgets[-1], 0, server, may_be_empty=False)
+        requests.append(replace(first, prompt_logprobs=0, sweep=tuple(ks) if server.supports_exits else ()))
+    warnings = server.warnings(budgets[-1])
+    return Parsed(body.model or server.name, budgets[-1], 1, requests, warnings=warnings), ks
 
 
 # K ----------------------------------------------------------------------------------------------------------
 
 
-def step_budget(body: SamplingBody, limits: Limits) -> tuple[StepBudget, bool]:
+def step_budget(body: SamplingBody, server: ServerState, header_steps: int | None) -> tuple[StepBudget, bool]:
     """What a request takes of core steps, and whether a brown-out lowered it. Raises ApiError."""
-    named = _named_steps(body, limits)
+    named = _named_steps(body, server, header_steps)
     exits = body.exit is not None or body.num_steps == "auto"
-    _check_left_to_right(body, limits)
+    _check_left_to_right(body, server)
     if body.schedule is not None and (named is not None or body.num_steps == "auto"):
         problem = "it names every K itself; leave num_steps, reasoning_effort and the alias out"
         raise invalid(f"schedule: {problem}", "schedule")
@@ -427,16 +333,16 @@ def step_budget(body: SamplingBody, limits: Limits) -> tuple[StepBudget, bool]:
             raise invalid(f"{param}: it bounds a number of steps that varies; send it with {needs}", param)
     schedule = tuple(cast(list[int], body.schedule)) if body.schedule is not None else ()
     for k in schedule:
-        limits.check_range(k, "schedule")
-    most = named or max(schedule, default=limits.default_steps)
+        server.check_range(k, "schedule")
+    most = named or max(schedule, default=server.default_steps)
     rule = None
     if exits:
-        most, rule = _exit_rule(body, max(schedule) if schedule else named, limits)
+        most, rule = _exit_rule(body, max(schedule) if schedule else named, server)
     least = body.min_steps or 1
     if least > most:
         raise invalid(f"min_steps: {least} exceeds the most steps ({most})", "min_steps")
-    max_ms = min((ms for ms in (body.max_ms, limits.max_ms) if ms is not None), default=None)
-    browned_out = most < limits.served.default_steps and not (named or exits or schedule)
+    max_ms = min((ms for ms in (body.max_ms, server.max_ms) if ms is not None), default=None)
+    browned_out = most < server.served.default_steps and not (named or exits or schedule)
     speculation = None
     if body.speculation is not None:
         wanted = body.speculation
@@ -449,11 +355,11 @@ def step_budget(body: SamplingBody, limits: Limits) -> tuple[StepBudget, bool]:
     return budget, browned_out
 
 
-def _check_left_to_right(body: SamplingBody, limits: Limits) -> None:
+def _check_left_to_right(body: SamplingBody, server: ServerState) -> None:
     """Raises ApiError for what varies the steps of single tokens, where all of an answer takes part in every
     step.
     """
-    if limits.left_to_right:
+    if server.left_to_right:
         return
     for param in ("exit", "num_steps", "schedule", "max_ms", "speculation", "wavefront"):
         value = getattr(body, param)
@@ -463,26 +369,26 @@ def _check_left_to_right(body: SamplingBody, limits: Limits) -> None:
             raise invalid(f"{param}: {problem}", param, code)
 
 
-def _named_steps(body: SamplingBody, limits: Limits) -> int | None:
+def _named_steps(body: SamplingBody, server: ServerState, header_steps: int | None) -> int | None:
     """The number of steps in model alias, header, num_steps or reasoning_effort; None where none of them has
     one.
     """
     found = {
-        "model": limits.model_steps(body.model),
-        STEPS_HEADER: limits.header_steps,
-        "reasoning_effort": None if body.reasoning_effort is None else limits.efforts[body.reasoning_effort],
+        "model": server.model_steps(body.model),
+        STEPS_HEADER: header_steps,
+        "reasoning_effort": None if body.reasoning_effort is None else server.efforts[body.reasoning_effort],
         "num_steps": body.num_steps if isinstance(body.num_steps, int) else None,
     }
-    named = {param: limits.check_range(steps, param) for param, steps in found.items() if steps is not None}
+    named = {param: server.check_range(steps, param) for param, steps in found.items() if steps is not None}
     if len(set(named.values())) > 1:
         values = " and ".join(f"{param} = {steps}" for param, steps in named.items())
         raise invalid(f"{values} contradict each other; name one of them", [*named][-1])
     return next(iter(named.values()), None)
 
 
-def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[int, ExitRule | None]:
+def _exit_rule(body: SamplingBody, named: int | None, server: ServerState) -> tuple[int, ExitRule | None]:
     """(most steps, rule); no rule for criterion "none". named: the most steps as other fields have it."""
-    if not limits.supports_exits:
+    if not server.supports_exits:
         problem = (
             "this model draws each token through K noise levels and needs them all; name a number of steps"
         )
@@ -495,9 +401,9 @@ def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[i
             raise invalid(f"exit.{name}: {problem}", f"exit.{name}")
         bounds[name] = (f"exit.{name}", inside) if inside is not None else (name, outside)
     (least_param, least), (most_param, most) = bounds["min_steps"], bounds["max_steps"]
-    if most is not None and limits.check_range(most, most_param) != (named or most):
+    if most is not None and server.check_range(most, most_param) != (named or most):
         raise invalid(f"{most_param}: {most} contradicts K = {named}; name one of them", most_param)
-    most = most or named or limits.most_unnamed
+    most = most or named or server.most_unnamed
     if (least or 1) > most:
         raise invalid(f"{least_param}: {least} exceeds the most steps ({most})", least_param)
     criterion = next(iter(CRITERIA)) if body.exit is None else body.exit.criterion
@@ -507,7 +413,7 @@ def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[i
         choices = ", ".join([*CRITERIA, "none"])
         raise invalid(f"exit.criterion: there is no {criterion!r}; use one of {choices}", "exit.criterion")
     try:
-        check_exit_gate(criterion, limits.served.config)
+        check_exit_gate(criterion, server.served.config)
     except UserError as error:
         problem = f"{error.field}: {error.problem}; {error.remedy}"
         raise invalid(problem, error.field, "exits_unsupported") from None
@@ -518,7 +424,7 @@ def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[i
                     f"with criterion {criterion!r} no position exits, so it would mean nothing; leave it out"
                 )
                 raise invalid(f"exit.{name}: {problem}", f"exit.{name}")
-    threshold = default_thresholds(limits.served.config)[criterion]
+    threshold = default_thresholds(server.served.config)[criterion]
     if body.exit is None:
         return most, ExitRule(criterion, threshold, least or 1)
     if body.exit.threshold is not None:
@@ -531,9 +437,9 @@ def _exit_rule(body: SamplingBody, named: int | None, limits: Limits) -> tuple[i
 # Prompts ----------------------------------------------------------------------------------------------------
 
 
-def _check_number(prompts: int, n: int, limits: Limits) -> None:
+def _check_number(prompts: int, n: int, server: ServerState) -> None:
     """Raises ApiError where so many choices could not be held even by an idle server."""
-    most = min(MAX_CHOICES, limits.capacity)
+    most = min(MAX_CHOICES, server.capacity)
     if prompts * n > most:
         param = "prompt" if prompts > 1 else "n"
         raise invalid(
@@ -541,21 +447,21 @@ def _check_number(prompts: int, n: int, limits: Limits) -> None:
         )
 
 
-def _check_size(size: int, limits: Limits, param: str) -> None:
+def _check_size(size: int, server: ServerState, param: str) -> None:
     """Raises ApiError where ``size`` characters cannot fit the context, before anybody looks at them."""
-    if size > limits.longest_token * limits.served.max_len:
-        problem = f"the {size} characters are more than {size // limits.longest_token} tokens"
+    if size > server.token_names.longest * server.served.max_len:
+        problem = f"the {size} characters are more than {size // server.token_names.longest} tokens"
         raise invalid(
-            f"{param}: {problem} and exceed the context of {limits.served.max_len}",
+            f"{param}: {problem} and exceed the context of {server.served.max_len}",
             param,
             "context_length_exceeded",
         )
 
 
-def _ids(prompt: str | list[int], add_special_tokens: bool, limits: Limits) -> tuple[int, ...]:
-    tokenizer = limits.served.tokenizer
+def _ids(prompt: str | list[int], add_special_tokens: bool, server: ServerState) -> tuple[int, ...]:
+    tokenizer = server.served.tokenizer
     if isinstance(prompt, str):
-        _check_size(len(prompt), limits, "prompt")
+        _check_size(len(prompt), server, "prompt")
         start = tokenizer.start if add_special_tokens else ()
         return (*start, *tokenizer.encode(prompt))
     if any(i >= tokenizer.vocab_size for i in prompt):
@@ -584,11 +490,11 @@ def _request(
     ids: tuple[int, ...],
     budget: StepBudget,
     max_tokens: int,
-    limits: Limits,
+    server: ServerState,
     may_be_empty: bool,
     max_field: str = "max_tokens",
 ) -> Request:
-    served = limits.served
+    served = server.served
     vocab = served.tokenizer.vocab_size
     if not ids and not may_be_empty:
         raise invalid("prompt: it has no tokens; send at least one", "prompt")
@@ -607,7 +513,7 @@ def _request(
         raise invalid(
             "stop_token_ids: every id ends the text, so none is left for min_tokens", "stop_token_ids"
         )
-    sampling = _sampling(body, limits)
+    sampling = _sampling(body, server)
     # A greedy answer depends on the seed only through a random initial state: without a seed it shall be the
     # same every time.
     default_seed = 0 if sampling.greedy else secrets.randbits(63)
@@ -620,12 +526,12 @@ def _request(
         stop=cast(tuple[str, ...], body.stop or ()),
         stop_ids=ends,
         min_tokens=min_tokens,
-        step_predictions=_step_predictions(body, limits),
+        step_predictions=_step_predictions(body, server),
         order=body.order or "random",
     )
 
 
-def _step_predictions(body: SamplingBody, limits: Limits) -> StepPredictions | None:
+def _step_predictions(body: SamplingBody, server: ServerState) -> StepPredictions | None:
     options = body.stream_options
     if options is None:
         return None
@@ -637,14 +543,14 @@ def _step_predictions(body: SamplingBody, limits: Limits) -> StepPredictions | N
                 "stream_options: steps_every and steps_top need include_steps = true", "stream_options"
             )
         return None
-    if not limits.left_to_right:
+    if not server.left_to_right:
         problem = "include_steps needs a model that draws one token after the other"
         raise invalid(f"stream_options: {problem}", "stream_options")
     return StepPredictions(options.steps_every or 1, options.steps_top or 1)
 
 
-def _sampling(body: SamplingBody, limits: Limits) -> SamplingParams:
-    served = limits.served
+def _sampling(body: SamplingBody, server: ServerState) -> SamplingParams:
+    served = server.served
     vocab = served.tokenizer.vocab_size
     given = {**served.sampling_defaults, **body.numbers}
     if 0 < given.get("temperature", 1) < MIN_TEMPERATURE:
@@ -653,13 +559,13 @@ def _sampling(body: SamplingBody, limits: Limits) -> SamplingParams:
     for token in bias:
         if token >= vocab:
             raise invalid(f"logit_bias: {token} is not a token id below {vocab}", "logit_bias")
-    sampler = _sampler(body, limits)
+    sampler = _sampler(body, server)
     params = SamplingParams(**given, logit_bias=bias, sampler=sampler)
     check_masked(params, body.order, served.config)
     return params
 
 
-def _sampler(body: SamplingBody, limits: Limits) -> str:
+def _sampler(body: SamplingBody, server: ServerState) -> str:
     given = {param: name for param in ("sampler", "bridge") if (name := getattr(body, param)) is not None}
     try:
         names = {param: text_sampler(name, param) for param, name in given.items()}
@@ -671,7 +577,7 @@ def _sampler(body: SamplingBody, limits: Limits) -> str:
     except UserError as error:
         raise invalid(f"{error.field}: {error.problem}; {error.remedy}", error.field) from None
     try:
-        check_sampler(name, limits.served.config)
+        check_sampler(name, server.served.config)
     except UserError as error:
         raise invalid(f"{param}: {error.problem}; leave {param} out", param, "sampler_unsupported") from None
     return name

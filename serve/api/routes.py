@@ -18,17 +18,17 @@ from serve.api.observability import FACTS
 from serve.api.openai_format import ChatFormat, CompletionFormat, score_answer
 from serve.api.request_parsing import (
     SMALL,
-    Limits,
     Parsed,
     in_thread_if_large,
     parse_chat,
     parse_completion,
     parse_score,
+    steps_in_header,
 )
 from serve.api.responses import CHAT_NAMES, ResponseFormat, ResponsesRequest
 from serve.api.schemas import ChatRequest, CompletionRequest, ScoreRequest
 from serve.api.state import ServerState
-from serve.api.streaming import Chunks, collect, event_stream, last_events, until_disconnect
+from serve.api.streaming import Chunks, collect, event_stream, last_events, submit, until_disconnect
 from serve.errors import renamed
 
 MESSAGE_SIZE = 64
@@ -57,13 +57,13 @@ async def completions(
     """
     server: ServerState = state.server
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
-    limits = server.limits(request)
+    steps = steps_in_header(request)
     if data.constraint is None:
-        parsed = await in_thread_if_large(_size(data.prompt), parse_completion, data, limits)
+        parsed = await in_thread_if_large(_size(data.prompt), parse_completion, data, server, steps)
     else:
-        parsed = await server.in_compiler(parse_completion, data, limits)
+        parsed = await server.in_compiler(parse_completion, data, server, steps)
     answer = CompletionFormat(parsed, server.token_names, data.logprobs is not None)
-    events = server.submit(parsed, bool(data.stream))
+    events = submit(server, parsed, request, bool(data.stream))
     if data.stream:
         return event_stream(Chunks(answer, data.stream_options).of(events), parsed.headers)
     return Response(await until_disconnect(request, collect(events, answer)), headers=parsed.headers)
@@ -84,9 +84,9 @@ async def chat_completions(
     """
     server: ServerState = state.server
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
-    parsed = await _parsed_chat(data, server, server.limits(request))
+    parsed = await _parsed_chat(data, server, steps_in_header(request))
     answer = ChatFormat(parsed, server.token_names)
-    events = server.submit(parsed, bool(data.stream))
+    events = submit(server, parsed, request, bool(data.stream))
     if data.stream:
         return event_stream(Chunks(answer, data.stream_options).of(events), parsed.headers)
     return Response(await until_disconnect(request, collect(events, answer)), headers=parsed.headers)
@@ -105,11 +105,11 @@ async def responses(
     """OpenAI's responses with ``num_steps``, through the tokenizer's chat template. Nothing is stored."""
     server: ServerState = state.server
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
-    chat, limits = data.as_chat(), server.limits(request)
+    chat, steps = data.as_chat(), steps_in_header(request)
     with renamed(CHAT_NAMES):
-        parsed = await _parsed_chat(chat, server, limits)
+        parsed = await _parsed_chat(chat, server, steps)
     answer = ResponseFormat(data, parsed)
-    events = server.submit(parsed, bool(data.stream))
+    events = submit(server, parsed, request, bool(data.stream))
     if data.stream:
         return event_stream(answer.stream(events), parsed.headers)
     return Response(await until_disconnect(request, answer.collect(events)), headers=parsed.headers)
@@ -127,23 +127,24 @@ async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], s
     read-outs.
     """
     server: ServerState = state.server
-    parsed, ks = await in_thread_if_large(_size(data.prompt), parse_score, data, server.limits(request))
-    events = await until_disconnect(request, last_events(server.submit(parsed)))
+    parsed, ks = await in_thread_if_large(
+        _size(data.prompt), parse_score, data, server, steps_in_header(request)
+    )
+    events = await until_disconnect(request, last_events(submit(server, parsed, request)))
     return Response(
         score_answer(parsed, server.token_names, ks, server.served.config.objective.estimator, events),
         headers=parsed.headers,
     )
 
 
-async def _parsed_chat(body: ChatRequest, server: ServerState, limits: Limits) -> Parsed:
-    template = server.chat_template
+async def _parsed_chat(body: ChatRequest, server: ServerState, steps: int | None) -> Parsed:
     if body.constraint is not None or body.tools:
-        return await server.in_compiler(parse_chat, body, limits, template)
+        return await server.in_compiler(parse_chat, body, server, steps)
     size = sum(MESSAGE_SIZE + len(message.content) for message in body.messages)
     if size <= SMALL:
         with suppress(TooSlow):
-            return parse_chat(body, limits, template, QUICK_SECONDS)
-    return await asyncio.to_thread(parse_chat, body, limits, template)
+            return parse_chat(body, server, steps, QUICK_SECONDS)
+    return await asyncio.to_thread(parse_chat, body, server, steps)
 
 
 def _size(prompts: Any) -> int:

@@ -11,9 +11,10 @@ from litestar import MediaType, Response, get, post
 from litestar.datastructures import State
 from litestar.params import FromPath, JSONBody
 
+from rdlm import __version__
 from rdlm.sampling_params import Order, samplers_of
 from serve.api.observability import METRICS_TYPE
-from serve.api.request_parsing import Limits, in_thread_if_large
+from serve.api.request_parsing import in_thread_if_large
 from serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from serve.api.state import ServerState
 from serve.engine.engine import State as EngineState
@@ -33,10 +34,26 @@ async def health(state: State) -> Response[dict[str, str]]:
     """200 while the process can recover by itself, draining and loading included; 503 once the engine has
     stopped.
     """
+    return _health(state)
+
+
+def _health(state: State) -> Response[dict[str, str]]:
     engine = state.server.engine
     return Response(
         {"status": engine.state.value}, status_code=503 if engine.state is EngineState.STOPPED else 200
     )
+
+
+@get("/ping", summary="The same as /health", tags=["operations"])
+async def ping(state: State) -> Response[dict[str, str]]:
+    """What SageMaker and vLLM's clients ask for."""
+    return _health(state)
+
+
+@get("/version", summary="Version of rdlm", tags=["operations"])
+async def version() -> dict[str, str]:
+    """Of the package; the checkpoint's is in /v1/models."""
+    return {"version": __version__}
 
 
 @get("/ready", summary="Whether requests are accepted", tags=["operations"])
@@ -62,7 +79,7 @@ async def models(state: State) -> dict[str, Any]:
     server: ServerState = state.server
     most, default = server.served.max_steps, server.served.default_steps
     listed = sorted({1 << i for i in range(most.bit_length())} | {default, most})
-    card = _card(server.limits(), server.name)
+    card = _card(server, server.name)
     aliases = [{**card, "id": f"{server.name}:k{k}", "recurrence": {"num_steps": k}} for k in listed]
     return {"object": "list", "data": [card, *aliases]}
 
@@ -70,28 +87,29 @@ async def models(state: State) -> dict[str, Any]:
 @get("/v1/models/{name:path}", summary="One model or alias", tags=["models"])
 async def model(name: FromPath[str], state: State) -> dict[str, Any]:
     """Also for aliases that are not listed. A name may have slashes, as on the hub."""
-    return _card(state.server.limits(), name.removeprefix("/"))
+    return _card(state.server, name.removeprefix("/"))
 
 
-def _card(limits: Limits, name: str) -> dict[str, Any]:
+def _card(server: ServerState, name: str) -> dict[str, Any]:
     """Raises ApiError 404 or 400 for a name that is neither the model's nor an alias of it."""
-    served, config = limits.served, limits.served.config
+    served, config = server.served, server.served.config
     thresholds = default_thresholds(config)
     recurrence = {
-        "num_steps": limits.model_steps(name) or served.default_steps,
+        "num_steps": server.model_steps(name) or served.default_steps,
         "min_steps": 1,
         "max_steps": served.max_steps,
         "default_steps": served.default_steps,
         "trained_steps": config.trained_steps,
-        "reasoning_effort": limits.efforts,
+        "reasoning_effort": server.efforts,
         "exits": list(thresholds),
         "exit_criteria": {
             name: {"default_threshold": threshold, "description": CRITERIA[name].description}
             for name, threshold in thresholds.items()
         },
         "samplers": samplers_of(config),
-        "orders": [] if limits.left_to_right else list(get_args(Order)),
-        "meaning": limits.meaning,
+        "capabilities": [*served.runner.guesses],
+        "orders": [] if server.left_to_right else list(get_args(Order)),
+        "meaning": server.meaning,
         "kind": config.objective.k_meaning,
         "estimator": config.objective.estimator,
         "objective": config.objective.name,
@@ -102,7 +120,7 @@ def _card(limits: Limits, name: str) -> dict[str, Any]:
         "object": "model",
         "created": STARTED,
         "owned_by": "rdlm",
-        "root": limits.name,
+        "root": server.name,
         "max_model_len": served.max_len,
         "chat": served.tokenizer.chat_template is not None,
         "sampling_defaults": dict(served.sampling_defaults),
@@ -114,7 +132,7 @@ def _card(limits: Limits, name: str) -> dict[str, Any]:
 async def tokenize(data: JSONBody[TokenizeRequest], state: State) -> dict[str, Any]:
     """The text of a special token becomes its single id."""
     served = state.server.served
-    state.server.limits().model_steps(data.model)
+    state.server.model_steps(data.model)
     tokenizer = served.tokenizer
     start = [*tokenizer.start] if data.add_special_tokens else []
     tokens = start + await in_thread_if_large(len(data.prompt), tokenizer.encode, data.prompt)
@@ -125,7 +143,7 @@ async def tokenize(data: JSONBody[TokenizeRequest], state: State) -> dict[str, A
 async def detokenize(data: JSONBody[DetokenizeRequest], state: State) -> dict[str, str]:
     """Special tokens decode to nothing."""
     tokenizer = state.server.served.tokenizer
-    state.server.limits().model_steps(data.model)
+    state.server.model_steps(data.model)
     if any(token >= tokenizer.vocab_size for token in data.tokens):
         raise invalid(f"tokens: ids must lie below {tokenizer.vocab_size}", "tokens")
     return {"prompt": await in_thread_if_large(len(data.tokens), tokenizer.decode, data.tokens)}

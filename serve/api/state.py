@@ -1,24 +1,34 @@
-"""What every route needs: the engine, the settings, and what follows from them. No torch."""
+"""What every route needs: the engine, the settings, and what requests are checked against. No torch."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import ParamSpec, TypeVar
 
-from litestar import Request
-
 from serve.api.chat_template import ChatTemplate
 from serve.api.observability import Metrics
-from serve.api.openai_format import TokenNames
-from serve.api.request_parsing import STEPS_HEADER, Limits, Parsed, header_steps
-from serve.api.streaming import MAX_UNREAD, EngineEvents
+from serve.api.schemas import Effort
+from serve.engine.detokenizer import TokenNames
 from serve.engine.engine import Engine, Served
 from serve.engine.grammar import Grammars
-from serve.errors import ApiError
+from serve.engine.sequence import StepBudget
+from serve.errors import ApiError, invalid, shorten
 from serve.settings import HttpSettings
+
+EFFORTS: dict[Effort, Callable[[int], int]] = {
+    "none": lambda default: 1,
+    "minimal": lambda default: default // 4,
+    "low": lambda default: default // 2,
+    "medium": lambda default: default,
+    "high": lambda default: default * 2,
+    "xhigh": lambda default: default * 4,
+}
+"""``reasoning_effort`` to K, relative to the server's default: a useful K depends on the numbers of steps a
+model was trained at."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,7 +37,7 @@ MAX_COMPILING = 256
 
 
 class ServerState:
-    """One application's engine, settings and metrics."""
+    """One application's engine, settings and metrics, and what follows from them."""
 
     def __init__(self, engine: Engine, settings: HttpSettings) -> None:
         self.engine, self.settings = engine, settings
@@ -56,24 +66,87 @@ class ServerState:
     def chat_template(self) -> ChatTemplate | None:
         return ChatTemplate.of(self.served.tokenizer)
 
-    def limits(self, request: Request | None = None) -> Limits:
-        """What ``request``, which arrives now, is checked against. Raises EngineClosed, or ApiError for its
-        X-Num-Steps.
-        """
-        served, settings = self.served, self.settings
-        pressure = (
-            0 if settings.brownout_queue is None else self.engine.num_waiting // settings.brownout_queue
+    @property
+    def default_steps(self) -> int:
+        """K where a request names none: the model's default, or fewer while too many wait (brown-out)."""
+        most = self.settings.brownout_queue
+        pressure = 0 if most is None else self.engine.num_waiting // most
+        return max(1, self.served.default_steps // (1 + pressure))
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that the server can hold at once, running and waiting."""
+        return self.served.scheduler.num_slots + self.engine.max_queue
+
+    @property
+    def max_ms(self) -> int | None:
+        """Longest that any request may take."""
+        seconds = self.settings.request_seconds
+        return None if seconds is None else round(1000 * seconds)
+
+    @property
+    def left_to_right(self) -> bool:
+        """Whether the model draws one token after the other."""
+        return self.served.config.objective.left_to_right
+
+    @property
+    def supports_exits(self) -> bool:
+        """Whether a position may stop before its K steps."""
+        return self.served.config.objective.supports_exits
+
+    @property
+    def meaning(self) -> str:
+        """What K is, in words."""
+        if not self.left_to_right:
+            return (
+                "steps in which the masked tokens of an answer are filled in; "
+                "likelihoods are those of one token a step from left to right"
+            )
+        if self.served.config.runs_once:
+            return self.served.config.k_description
+        if self.supports_exits:
+            return "core iterations before each token; likelihoods are those after K iterations"
+        return "noise levels each token is drawn through; likelihoods are those at K = 1"
+
+    @property
+    def efforts(self) -> dict[str, int]:
+        """K of each ``reasoning_effort``, cut to what the model takes and was trained with."""
+        default, most = self.served.default_steps, self.most_unnamed
+        return {name: min(max(1, of(default)), most) for name, of in EFFORTS.items()}
+
+    @property
+    def most_unnamed(self) -> int:
+        """Largest K that is chosen without being named: what training covered, or the default where it is
+        more."""
+        served, trained = self.served, self.served.config.trained_steps
+        return (
+            served.max_steps if trained is None else min(max(trained, served.default_steps), served.max_steps)
         )
-        return Limits(
-            self.name,
-            served,
-            max(1, served.default_steps // (1 + pressure)),
-            capacity=served.scheduler.num_slots + self.engine.max_queue,
-            grammars=self.grammars,
-            longest_token=self.token_names.longest,
-            max_ms=None if settings.request_seconds is None else round(1000 * settings.request_seconds),
-            header_steps=None if request is None else header_steps(request.headers.getall(STEPS_HEADER, [])),
-        )
+
+    def warnings(self, budget: StepBudget) -> tuple[str, ...]:
+        """What a client should know about the K of a request."""
+        warning = self.served.config.depth_warning(budget.num_steps)
+        return () if warning is None else (warning,)
+
+    def model_steps(self, model: str | None) -> int | None:
+        """K of a model alias, None for the plain name. Raises ApiError 404 for another model."""
+        if model is None or model == self.name:
+            return None
+        match = re.fullmatch(re.escape(self.name) + r":k([0-9]{1,6})", model)
+        if match is None:
+            hint = (
+                f"this server has {self.name!r} and '{self.name}:kN' with N from 1 to {self.served.max_steps}"
+            )
+            message = f"the model {shorten(model)!r} does not exist; {hint}"
+            raise ApiError(404, message, "invalid_request_error", "model", "model_not_found")
+        return self.check_range(int(match[1]), "model")
+
+    def check_range(self, steps: int, param: str) -> int:
+        """``steps``. Raises ApiError where the model does not take so many."""
+        if not 1 <= steps <= self.served.max_steps:
+            message = f"{param}: K = {steps} is out of range; this model takes 1 to {self.served.max_steps}"
+            raise invalid(message, param, "num_steps_out_of_range")
+        return steps
 
     async def in_compiler(self, parse: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """``parse(...)`` of a request that has a grammar to compile, in threads of their own: slow ones delay no
@@ -88,13 +161,3 @@ class ServerState:
             return await asyncio.get_running_loop().run_in_executor(self._compilers, work)
         finally:
             self._compiling -= 1
-
-    def submit(self, parsed: Parsed, stream: bool = False) -> EngineEvents:
-        """Queue all requests of ``parsed`` or none. Raises EngineClosed or QueueFull.
-
-        A stream ends when its client leaves too many events unread, except where a masked model draws whole
-        answers in one step.
-        """
-        self.metrics.brownouts += parsed.browned_out
-        is_bounded = stream and self.limits().left_to_right
-        return EngineEvents(self.engine, parsed.requests, MAX_UNREAD if is_bounded else None)

@@ -11,8 +11,11 @@ import msgspec
 from litestar import Request as HttpRequest
 from litestar.response import Stream
 
+from serve.api.observability import FACTS
 from serve.api.openai_format import Format, step_prediction, timings_of, usage_of, warnings_of
+from serve.api.request_parsing import Parsed
 from serve.api.schemas import StreamOptions
+from serve.api.state import ServerState
 from serve.engine.engine import Engine
 from serve.engine.sequence import Event, Request, Usage
 from serve.errors import ApiError, from_user_error
@@ -42,11 +45,19 @@ ENDINGS = {
 class EngineEvents:
     """Submits requests and iterates over their events until each has finished. ``cancel`` never awaits."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], max_unread: int | None = None) -> None:
-        """max_unread: more events than that waiting for the reader end the answer. Raises EngineClosed or
-        QueueFull.
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        max_unread: int | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """max_unread: more events than that waiting for the reader end the answer. facts: gets the number of
+        ``tokens`` that were read, for the log. Raises EngineClosed or QueueFull.
         """
         self._engine, self._max_unread = engine, max_unread
+        self._facts = {} if facts is None else facts
+        self._facts["tokens"] = 0
         self._loop = asyncio.get_running_loop()
         self._unread: list[Event] = []
         self._arrival = asyncio.Event()
@@ -88,7 +99,9 @@ class EngineEvents:
                 batch, self._unread, self._is_silent = self._unread, [], False
                 end = next((i for i, event in enumerate(batch) if event.finish in ENDINGS), None)
                 whole = batch[:end]
-                self._open -= sum(event.finish is not None for event in whole)
+                for event in whole:
+                    self._open -= event.finish is not None
+                    self._facts["tokens"] += event.token is not None
                 if whole or end is None:
                     yield whole
                 if end is not None:
@@ -108,6 +121,21 @@ class EngineEvents:
         if self._open:
             self._open = 0
             self._engine.abort(self._ids)
+
+
+def submit(
+    server: ServerState, parsed: Parsed, request: HttpRequest[Any, Any, Any], stream: bool = False
+) -> EngineEvents:
+    """Queue all requests of ``parsed`` or none. Raises EngineClosed or QueueFull.
+
+    A stream ends when its client leaves too many events unread, except where a masked model draws whole
+    answers in one step.
+    """
+    server.metrics.brownouts += parsed.browned_out
+    is_bounded = stream and server.left_to_right
+    facts: dict[str, Any] = request.scope[FACTS]  # type: ignore[literal-required]
+    facts["num_steps"] = parsed.budget.num_steps
+    return EngineEvents(server.engine, parsed.requests, MAX_UNREAD if is_bounded else None, facts)
 
 
 def _failure(event: Event) -> ApiError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from functools import cached_property
 
 from rdlm.data.tokenizer import StreamDecoder, Tokenizer
 
@@ -103,3 +104,24 @@ class Detokenizer:
         certain = len(text) - self._stop.held(self._state)
         self._pending = text[certain:]
         return text[:certain], False
+
+
+class TokenNames:
+    """Readable text of single tokens; special tokens by name."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._table = tokenizer.token_bytes()
+        self.special = {i: text for text, i in tokenizer.special_tokens.items()}
+
+    def name(self, token: int) -> str:
+        if token in self.special:
+            return self.special[token]
+        return self.raw(token).decode("utf-8", errors="replace")
+
+    def raw(self, token: int) -> bytes:
+        return self._table[token] if token < len(self._table) else b""
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(max(map(len, self._table)), *(len(text.encode()) for text in self.special.values()), 1)

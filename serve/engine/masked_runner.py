@@ -86,6 +86,9 @@ class MaskedRows:
 class MaskedRunner:
     """A masked denoiser. Called by one thread only."""
 
+    guesses: tuple[str, ...] = ()
+    """See serve.engine.runner.Runner."""
+
     def __init__(self, denoiser: MaskedDiffusion, num_tokens: int) -> None:
         """num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn
         nor reported."""

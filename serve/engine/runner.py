@@ -213,6 +213,15 @@ class Runner:
         chunk = len(request.prompt) if whole else chunk
         return Sequence(number, request, self.step_counts(first, blocks), chunk, blocks)
 
+    @property
+    def guesses(self) -> tuple[str, ...]:
+        """Ways to guess tokens early that the model and its cache allow: of ``speculation`` and
+        ``wavefront``."""
+        if not self.config.objective.supports_exits or len(self._plans) == 1:
+            return ()
+        can_draft = self.cache.keeps_steps or self._keeps_first
+        return ("speculation", "wavefront") if can_draft else ("wavefront",)
+
     def _check_guesses(self, request: Request) -> None:
         """Raises UserError where tokens could not be guessed early, or a draft not be verified exactly."""
         budget = request.budget
@@ -370,9 +379,8 @@ class Runner:
             for s in batch
             if s.id in exiting
             or self._reads(s)
-            or is_measured(s, "predictions")
             or reports_step(s)
-            or mixes_steps(s)
+            or (s.has_exit_rule and (is_measured(s, "predictions") or mixes_steps(s)))
         ]
         return self._read(block, readers, exiting) if readers else {}
 
@@ -475,9 +483,13 @@ class Runner:
             rows, length = rows_of(sequence), sequence.length
             first = rows.first + rows.length - length
             sequence.rows = replace(rows, half=1 - rows.half, first=first, length=length)
+        if not any(s.has_exit_rule for s in batch):
+            return set()
         latent = block.denoiser.model.latent
         exiting = exits_on_states(batch, [s.length for s in batch], latent(before), latent(after))
-        return exiting | self._exits_on_gate(block, [s for s in batch if is_measured(s, "gate")])
+        return exiting | self._exits_on_gate(
+            block, [s for s in batch if s.has_exit_rule and is_measured(s, "gate")]
+        )
 
     def _exits_on_gate(self, block: Block, measured: list[Sequence]) -> set[int]:
         """Ids of the sequences whose last position the trained gate lets exit."""
@@ -539,11 +551,12 @@ class Runner:
         """
         (hidden,) = self._pass(leave, block, readers)
         read = list(zip(readers, hidden[0].split([s.length for s in readers]), strict=True))
-        exiting = exiting | self._exits(block, [(s, h[-1]) for s, h in read if is_measured(s, "predictions")])
+        ruled = [(s, h[-1]) for s, h in read if s.has_exit_rule]
+        exiting = exiting | self._exits(block, [(s, h) for s, h in ruled if is_measured(s, "predictions")])
         step_predictions = self._step_predictions(
             block, [(s, h[-1]) for s, h in read if reports_step(s) and s.id not in exiting]
         )
-        read = [(s, self._mixed(s, h) if mixes_steps(s) else h) for s, h in read]
+        read = [(s, self._mixed(s, h) if s.has_exit_rule and mixes_steps(s) else h) for s, h in read]
         read = [(s, h) for s, h in read if s.id in exiting or self._reads(s)]
         results = {s.id: StepResult(exited=s.id in exiting) for s, _ in read}
         for sequence, h in read:
@@ -631,7 +644,7 @@ class Runner:
     def _start_level(self, sequence: Sequence) -> None:
         """After a pass that only fills the cache, the next one starts from z = 0 again, or from pure noise."""
         plan, step = self._plan(sequence), sequence.step
-        if plan.readout[step] and step + 1 < plan.num_core_steps and step < plan.num_draws_skipped:
+        if plan.readout[step] and step + 1 < sequence.counts.drawn and step < plan.num_draws_skipped:
             self._rows.keep(where := self._rows.where([sequence]), torch.zeros_like(self._rows.states(where)))
             if sequence.draws and step + 1 == plan.num_draws_skipped and starts_from_noise(sequence.request):
                 start = self.denoiser.noise.sigma_max * self._noise(sequence, later=1)

@@ -2,11 +2,11 @@
 torch, no clock, no threads. All times are seconds of the engine's clock.
 
 One engine step is one core step of every open segment. Positions after the prompt always run (at most
-``num_slots`` times a wavefront's); longer prompt chunks share ``prefill_rows`` further rows, strictly first come first
-served, so nothing starves. Positions of one K begin together: they then share one pass through prelude, coda
-and head, where ones that are some steps apart read these weights once each. So a sequence that joins others waits
-once, for less than K steps, between its first two tokens. A sequence owns a slot of the cache from admission to its end: admission is what
-keeps memory bounded.
+``num_slots`` times a wavefront's); longer prompt chunks share ``prefill_rows`` further rows, strictly first come
+first served, so nothing starves. Positions of one K begin together: they then share one pass through prelude,
+coda and head, whose weights they read once each if they are some steps apart. So a sequence that joins others
+waits once, for less than K steps, after its first token. A sequence owns a slot of the cache from admission to
+its end: admission is what keeps memory bounded.
 """
 
 from __future__ import annotations

@@ -146,7 +146,8 @@ def test_token_ids_come_as_vllm_reports_them(client: TestClient, tokenizer: Toke
 def test_offsets_are_places_in_the_text(
     kind: Any, prompt: str, client: TestClient, tokenizer: Tokenizer
 ) -> None:
-    from serve.api.openai_format import TextOffsets, TokenNames
+    from serve.api.openai_format import TextOffsets
+    from serve.engine.detokenizer import TokenNames
 
     if kind == "sentencepiece":
         texts = iter(["in the beginning was the word and the word was with god"] * 50)

@@ -11,8 +11,9 @@ import pytest
 
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.sampling_params import SamplingParams
-from serve.api.openai_format import FLOOR, TokenNames, chat_logprobs, completion_logprobs
+from serve.api.openai_format import FLOOR, chat_logprobs, completion_logprobs
 from serve.engine import runner
+from serve.engine.detokenizer import TokenNames
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, StepBudget, TokenLogprobs
 

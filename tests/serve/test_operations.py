@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from litestar.testing import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from rdlm import __version__
 from serve.api.app import create_app
-from serve.api.observability import JsonLines
+from serve.api.observability import JsonLines, configure
 from serve.engine.engine import Engine, Served
 from serve.settings import EngineSettings, HttpSettings
 
@@ -124,6 +126,48 @@ def test_request_ids_come_back_and_are_in_the_log(
         ("/nowhere", 404),
     ]
     assert lines[0]["level"] == "info" and lines[0]["seconds"] > 0 and lines[0]["method"] == "POST"
+    for line in (lines[0], lines[3]):  # in one piece, and streamed
+        assert (line["tokens"], line["num_steps"]) == (2, 2)
+        assert re.fullmatch(r"POST /v1/completions 200 \d+ ms, 2 tokens, K = 2", line["message"])
+    assert "tokens" not in lines[1] and re.fullmatch(r"GET /nowhere 404 \d+ ms", lines[1]["message"])
+
+
+def test_the_text_log_has_a_line_for_each_answer_but_those_to_probes(
+    client: TestClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, levels = (
+        logging.getLogger(),
+        {name: logging.getLogger(name).level for name in ("", "rdlm.serve.access")},
+    )
+    kept = root.handlers[:]
+    try:
+        configure("text")
+        for path in ("/health", "/ping", "/ready", "/metrics", "/v1/models", "/a%0Ab"):
+            client.get(path)
+        logging.getLogger("rdlm.serve").info("not shown")
+    finally:
+        root.handlers[:] = kept
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "GET /v1/models 200 " in first and "GET /a\\nb 404 " in second
+
+
+def test_version_and_ping_are_answered_without_a_key(make_served: Callable[..., Served]) -> None:
+    engine = Engine(make_served)
+    with TestClient(create_app(engine, HttpSettings(api_keys=("one",)))) as client:
+        assert client.get("/version").json() == {"version": __version__}
+        assert client.get("/ping").json() == client.get("/health").json() == {"status": "loading"}
+
+
+def test_metrics_tell_whose_cpu_time_it_was(client: TestClient) -> None:
+    before = scrape(client)
+    client.post("/v1/completions", json={"prompt": [[5, 6]], "max_tokens": 30})
+    after = scrape(client)
+    spent = {of: after[name] - before[name] for of in ("engine", "event_loop", "process")
+             for name in [f"rdlm_cpu_seconds_total[{of}]"]}  # fmt: skip
+    assert all(value > 0 for value in spent.values())
+    assert spent["engine"] + spent["event_loop"] <= spent["process"]
 
 
 def test_a_traceback_is_one_json_line() -> None:

@@ -85,7 +85,7 @@ def test_a_reader_that_leaves_events_unread_loses_its_request() -> None:
     assert asyncio.run(read()) == list(range(20))
 
 
-class Failing:
+class Failing(Talkative):
     """An engine that sends two tokens and a failure at once."""
 
     def submit(self, requests: Any, sink: Any, call_soon: Any) -> list[int]:

@@ -326,3 +326,30 @@ def test_a_stream_is_the_same_text(client: TestClient, stop: str | None) -> None
 def test_bad_requests_name_the_field(client: TestClient, more: dict[str, Any], param: str) -> None:
     answer = client.post("/v1/completions", json={**BODY, **more})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("objective", "family", "kv_cache", "expected"),
+    [
+        ("onestep", "huginn", "full", ["speculation", "wavefront"]),
+        ("onestep", "huginn", "first", ["speculation", "wavefront"]),
+        ("onestep", "huginn", "shared", ["wavefront"]),
+        ("next_token", "llama", "shared", []),
+        ("evidence", "huginn", "shared", []),
+        ("masked", "masked", "shared", []),
+    ],
+)
+def test_models_name_the_ways_to_guess_that_they_accept(
+    objective: str, family: str, kv_cache: str, expected: list[str], make_served: Callable[..., Served]
+) -> None:
+    settings = SHARED.model_copy(update={"kv_cache": kv_cache})
+    with (
+        Engine(lambda: make_served(objective, family, settings)) as engine,
+        TestClient(create_app(engine, HttpSettings())) as client,
+    ):
+        card = client.get("/v1/models").json()["data"][0]["recurrence"]
+        assert card["capabilities"] == expected
+        for name in ("speculation", "wavefront"):
+            body = {"prompt": [[5, 9]], "max_tokens": 3, "num_steps": min(4, card["max_steps"]), name: {}}
+            status = client.post("/v1/completions", json=body).status_code
+            assert status == 200 if name in expected else card["max_steps"] == 1 or status == 400, name
