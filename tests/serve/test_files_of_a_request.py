@@ -1,0 +1,47 @@
+"""What a reader opens to understand one request: the files whose functions run in it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from litestar.testing import TestClient
+
+from serve.api.app import create_app
+from serve.engine.engine import Engine, Served
+from serve.loading import optimise
+from serve.settings import EngineSettings, HttpSettings
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_a_request_runs_through_few_files(make_served: Callable[..., Served]) -> None:
+    """A completion of four tokens, the second request of a server with a `single_pass` model; all threads."""
+    settings = EngineSettings(max_slots=4, chunk=16, prefill_rows=32)
+    files, counts = set[str](), threading.Event()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and counts.is_set() and file.is_relative_to(REPO) and ".venv" not in file.parts:
+            files.add(str(file.relative_to(REPO)))
+
+    def load() -> Served:
+        served = make_served("single_pass", settings=settings)
+        optimise(served.runner.denoiser, settings)  # type: ignore[attr-defined]
+        return served
+
+    threading.setprofile(note)  # the engine's thread and the event loop's begin below
+    try:
+        with Engine(load) as engine, TestClient(create_app(engine, HttpSettings())) as client:
+            for is_second in (False, True):
+                counts.set() if is_second else counts.clear()
+                body = {"prompt": "in the beginning", "max_tokens": 4, "num_steps": 4, "ignore_eos": True}
+                assert client.post("/v1/completions", json=body).status_code == 200
+            counts.clear()
+    finally:
+        threading.setprofile(None)
+    ours = sorted(file for file in files if not file.startswith("tests/"))
+    assert {"serve/api/routes.py", "serve/engine/runner.py", "rdlm/models/recurrent.py"} <= set(ours)
+    assert len(ours) <= 26, ours
