@@ -67,6 +67,13 @@ def is_count(value: object, least: int = 0) -> bool:
 # items.
 
 
+def _given(value: object) -> str:
+    """How a message ends that says what is wrong, but not of what."""
+    if isinstance(value, int) and abs(value) >= 1 << 256:  # Python refuses to write thousands of digits
+        return ""
+    return f", got {shorten(json.dumps(value))}" if isinstance(value, (str, int, float)) else ""
+
+
 def _steps(value: object) -> object:
     if value is None or value == "auto" or is_count(value, 1):
         return value
@@ -256,9 +263,11 @@ class Body(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
+            first = error.errors(include_url=False)[0]
         param = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
+        if first["type"] not in ("value_error", "missing"):  # this class's own messages say it where it helps
+            message += _given(first["input"])
         raise invalid(f"{param}: {message}" if param else f"the body: {message}", param or None)
 
 

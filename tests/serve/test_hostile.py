@@ -16,6 +16,7 @@ from serve.api.app import create_app
 from serve.api.responses import ResponsesRequest
 from serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ScoreRequest, TokenizeRequest
 from serve.engine.engine import Engine, Served
+from serve.errors import ApiError
 from serve.settings import EngineSettings, HttpSettings
 
 JSON = {"content-type": "application/json"}
@@ -389,3 +390,22 @@ def test_what_no_route_takes_is_refused_in_the_form_of_all_errors(client: TestCl
 def test_the_server_still_answers(client: TestClient) -> None:
     assert client.post("/v1/completions", json={"prompt": "in the", "max_tokens": 3}).status_code == 200
     assert client.get("/metrics").text.count('rdlm_refusals_total{status="500"}') == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("n", "x", '"x"'),
+        ("max_tokens", 2**63, str(2**63)),
+        ("top_p", float("nan"), "NaN"),
+        ("stream", 1.5, "1.5"),
+    ],
+)
+def test_messages_of_ranges_and_types_name_the_value(field: str, value: object, shown: str) -> None:
+    with pytest.raises(ApiError, match=rf"^{field}: .*, got {shown}$"):
+        CompletionRequest.parse({"prompt": "a", field: value})
+
+
+def test_numbers_that_python_does_not_write_are_refused_in_one_line() -> None:
+    with pytest.raises(ApiError, match=r"^seed: [^,]*$"):
+        CompletionRequest.parse({"prompt": "a", "seed": 10**5000})
