@@ -264,7 +264,7 @@ def test_openais_responses_are_chat_in_another_form(client: TestClient) -> None:
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"), ({"max_tokens": 3}, "max_tokens"), ({"n": 2}, "n"),
         ({"input": []}, "input"), ({"input": [{"type": "function_call_output"}]}, "input"), ({"input": [3]}, "input"),
         ({"reasoning": {"effort": "much"}}, "reasoning.effort"), ({"background": True}, "background"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.content"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 4000}, "max_output_tokens"), ({"input": [{"type": "reasoning"}]}, "input"),
         ({"response_format": {"type": "json_object"}}, "response_format"),

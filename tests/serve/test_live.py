@@ -297,7 +297,9 @@ def test_a_terminal_that_is_gone_keeps_no_server_from_its_end(
     number: signal.Signals, checkpoint: Path, tmp_path: Path
 ) -> None:
     """Nobody reads what it says, on either stream; a closed terminal is the same wish as SIGTERM."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it inherits what nohup has set, and respects it
     server = launch(checkpoint, tmp_path, "--log-format", "json")
+    signal.signal(signal.SIGHUP, before)
     assert server.process.stdout is not None
     server.process.stdout.close()
     body = {"prompt": "x", "max_tokens": 100, "num_steps": 8, "ignore_eos": True}

@@ -259,10 +259,10 @@ def test_from_a_config_to_text_and_figures_on_the_command_line(
         (["eval", "depth", *given, "--task", "s3", "--lengths", "4"], "is a model of text"),
         (["eval", "gen-ppl", *given, "--data", corpus, *short, "--bridge", "euler"], "there is no ODE"),
         (["eval", "nll", *given, "--data", corpus, "--num-steps", "4000"], "is out of range"),
-        (["generate", *given, "--prompt", "a", "--bridge", "euler"], "there is no ODE"),
+        (["generate", *given, "--prompt", "a", "--max-tokens", "4", "--bridge", "euler"], "there is no ODE"),
         (["generate", *given, "--prompt", "a", "--kv-cache", "full"], "keeps no keys"),
         (["generate", *given, "--prompt", "a", "--max-tokens", "4", "--num-steps", "17"], "takes 1 to 16"),
-        (["generate", *given, "--prompt", "a" * 40], "do not fit the context of 32"),
+        (["generate", *given, "--prompt", "a" * 40], "exceed the context of 32"),
     ):
         status, _, err = rdlm(*command)
         assert status == 2 and problem in err and "Traceback" not in err, (command, err)
