@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 ENGINE = "serve.in_process:InProcess"
-CRITERIA = "serve.engine.exits:CRITERIA"
 
 
 def load(source: str | Path, device: Any = "cpu", dtype: Any = None) -> Model:
@@ -33,16 +32,7 @@ def load(source: str | Path, device: Any = "cpu", dtype: Any = None) -> Model:
     return inference.load(source, device, torch.float32 if dtype is None else dtype, _engine)
 
 
-def exit_criteria() -> list[str]:
-    """Names of the exit criteria that a checkpoint may have thresholds for."""
-    return list(_named(CRITERIA))
-
-
 def _engine(model: Model) -> Engine:
-    made: Engine = _named(ENGINE)(model)
+    module, _, name = ENGINE.partition(":")
+    made: Engine = getattr(importlib.import_module(module), name)(model)
     return made
-
-
-def _named(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)

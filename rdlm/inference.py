@@ -435,8 +435,7 @@ def _text_description(config: CheckpointConfig, objective: Objective) -> dict[st
     rows = {
         "topology": layout.topology(),
         "layer": f"d_model {layout.d_model}, {layer.num_heads} heads on {layer.num_kv_heads or layer.num_heads} "
-        f"key-value heads of "
-        f"{head_dim}, {layer.mlp} {layer.mlp_width}, norms {layer.norms}, q/k norm {layer.qk_norm}",
+        f"key-value heads of {head_dim}, {layer.mlp} {layer.mlp_width}, norms {layer.norms}, q/k norm {layer.qk_norm}",
         "context": f"{layout.max_seq_len} tokens of a vocabulary of {layout.vocab_size}",
     }
     ks = sorted({1, config.default_steps, config.max_steps})

@@ -15,6 +15,7 @@ from serve.api.chat_template import ChatTemplate
 from serve.engine.engine import Engine
 from serve.engine.exits import CRITERIA, ExitRule, default_thresholds
 from serve.engine.sequence import (
+    MAX_DRAFT,
     MAX_WAVEFRONT,
     Request,
     Speculation,
@@ -27,8 +28,6 @@ from serve.settings import EngineSettings
 
 MOST_TOGETHER = 16
 """Prompts that step together."""
-MAX_DRAFT = 64
-"""Most tokens of a draft."""
 
 
 class InProcess:
@@ -103,7 +102,7 @@ class InProcess:
         given = list(messages)
         if not given or not all(isinstance(message, Mapping) for message in given):
             remedy = 'give a list of {"role": ..., "content": ...}'
-            raise UserError("messages", messages, "is no conversation", remedy)
+            raise UserError("messages", messages, "it holds no conversation", remedy)
         try:
             return self._tokenizer.encode(template.render([dict(message) for message in given], {}))
         except ApiError as error:
@@ -142,8 +141,8 @@ def wavefront_of(positions: int | None, inner_steps: int | None, threshold: floa
     """None where there is none. UserError for numbers that are out of range, or belong to none."""
     if positions is None:
         if (inner_steps, threshold) != (None, None):
-            problem = "is what a wavefront begins with, and there is none"
-            raise UserError("wavefront", None, problem, "give its positions, or leave its numbers out")
+            problem = "inner_steps and wavefront_threshold belong to wavefront decoding"
+            raise UserError("wavefront", None, problem, "give its positions, or leave them out")
         return None
     if not 1 <= positions <= MAX_WAVEFRONT:
         raise UserError("wavefront", positions, "is out of range", f"give 1 to {MAX_WAVEFRONT} positions")

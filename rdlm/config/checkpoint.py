@@ -6,7 +6,6 @@ Unknown keys are errors everywhere. This file holds no tensors and no training o
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -63,6 +62,20 @@ class BlocksConfig(Strict):
         return self
 
 
+EXIT_CRITERIA = (
+    "latent-diff",
+    "cosine",
+    "kl",
+    "minp-kl",
+    "entropy-diff",
+    "argmax-stability",
+    "gate",
+    "halt",
+    "weighted",
+)
+"""Names of the exit criteria, which serve/engine/exits.py defines: a config is refused before a server reads it."""
+
+
 class RecurrenceConfig(Strict):
     """What K means for a checkpoint and which K a user may ask for; server, CLI and reports read it from
     here."""
@@ -78,10 +91,8 @@ class RecurrenceConfig(Strict):
     @field_validator("exit_thresholds")
     @classmethod
     def _of_criteria(cls, thresholds: dict[str, float]) -> dict[str, float]:
-        if thresholds:  # the engine has the criteria, and this package does not know the engine
-            known = importlib.import_module("rdlm").exit_criteria()
-            for name in sorted(thresholds.keys() - set(known)):
-                raise ValueError(f"there is no exit criterion {name!r}; use {', '.join(known)}")
+        for name in sorted(thresholds.keys() - set(EXIT_CRITERIA)):
+            raise ValueError(f"there is no exit criterion {name!r}; use {', '.join(EXIT_CRITERIA)}")
         return thresholds
 
     @model_validator(mode="after")
@@ -151,10 +162,8 @@ class CheckpointConfig(Strict):
         trained = self.trained_steps
         if trained is None or num_steps <= trained:
             return None
-        return (
-            f"K = {num_steps} exceeds the {trained} core steps that {self.name} was trained with: answers may be "
-            f"worse"
-        )
+        limit = f"the {trained} core steps that {self.name} was trained with"
+        return f"K = {num_steps} exceeds {limit}: answers may be worse"
 
     @property
     def default_steps(self) -> int:

@@ -502,7 +502,9 @@ def _request(
         sizes = f"the prompt's {len(ids)} tokens and {max_field} = {max_tokens}"
         prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
         param = max_field if len(ids) < served.max_len else prompt
-        raise invalid(f"{sizes} exceed the context of {served.max_len}", param, "context_length_exceeded")
+        remedy = f"shorten the prompt, or lower {max_field}"
+        message = f"{sizes} exceed the context of {served.max_len}; {remedy}"
+        raise invalid(message, param, "context_length_exceeded")
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise invalid(f"min_tokens: {min_tokens} exceeds {max_field} = {max_tokens}", "min_tokens")

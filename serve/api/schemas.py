@@ -30,7 +30,7 @@ from serve.api.constraints import Constraint
 from serve.api.json_text import decode
 from serve.api.tools import ToolChoice
 from serve.engine.exits import CRITERIA
-from serve.engine.sequence import MAX_WAVEFRONT
+from serve.engine.sequence import MAX_DRAFT, MAX_WAVEFRONT
 from serve.errors import invalid, shorten
 
 INT32 = 2**31 - 1
@@ -315,7 +315,7 @@ class SpeculationBody(Body):
     path: ClassVar[str] = "speculation."
     draft_steps: Positive | None = None
     """Core steps of a draft, fewer than K; default a quarter of K."""
-    draft_tokens: Annotated[StrictInt, Field(ge=1, le=64)] | None = None
+    draft_tokens: Annotated[StrictInt, Field(ge=1, le=MAX_DRAFT)] | None = None
     """Most tokens of a draft; default 4."""
 
 

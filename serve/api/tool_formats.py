@@ -12,6 +12,7 @@ import keyword
 import re
 import secrets
 import string
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -36,7 +37,7 @@ class ArgumentReader(Protocol):
 
 
 @dataclass(frozen=True)
-class ToolFormat:
+class ToolFormat(ABC):
     """How an answer spells its calls: ``open``, then the calls joined by ``between``, then ``close``."""
 
     open: str
@@ -56,21 +57,22 @@ class ToolFormat:
         return self.first or self.open.split("\n")[0].split(" ")[0].removesuffix("[")
 
     @property
+    @abstractmethod
     def head(self) -> re.Pattern[str]:
         """What stands before the arguments of a call; groups: name and, where the model gives it, id."""
-        raise NotImplementedError
 
     @property
     def spellings(self) -> tuple[str, ...]:
         """The fixed texts of calls."""
         return (self.open, self.close, self.tag)
 
+    @abstractmethod
     def rules(self, name: str, tool: Tool, special: Mapping[str, int]) -> list[str]:
         """Rules of a grammar that make one call, the first of them called ``name``. Raises ApiError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def arguments(self, tool: Tool) -> ArgumentReader:
-        raise NotImplementedError
+        """A reader for the arguments of one call of ``tool``."""
 
     def new_id(self) -> str:
         letters = string.ascii_letters + string.digits
@@ -159,17 +161,8 @@ class JsonArguments:
 def parameters_of(tool: Tool) -> dict[str, Any]:
     """Schema of each parameter, the required ones without a schema too. Raises ApiError for what cannot be said of
     parameters one by one."""
-    known = {
-        "type",
-        "properties",
-        "required",
-        "additionalProperties",
-        "$defs",
-        "definitions",
-        "$schema",
-        "$id",
-    }
-    known |= {"title", "description", "examples", "default", "strict"}
+    structure = {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
+    known = structure | {"$schema", "$id", "title", "description", "examples", "default", "strict"}
     shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
     properties, required = tool.parameters.get("properties", {}), tool.parameters.get("required", [])
     problem = None

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from serve.engine.grammar import Grammar, Guide
 
 NO_SLOT = -1
+MAX_DRAFT = 64
+"""Most tokens of a draft."""
 MAX_WAVEFRONT = 64
 """Most positions of a wavefront."""
 

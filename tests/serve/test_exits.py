@@ -12,7 +12,7 @@ import torch
 from litestar.testing import TestClient
 
 from rdlm.config.base import parse
-from rdlm.config.checkpoint import RecurrenceConfig
+from rdlm.config.checkpoint import EXIT_CRITERIA, RecurrenceConfig
 from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
@@ -92,6 +92,7 @@ def test_every_criterion_of_the_table_exits_at_its_extreme_threshold(
     """Whoever adds a criterion finds it here: a threshold that any value satisfies exits at min_steps, 0
     never exits."""
     engine = make_engine()
+    assert tuple(CRITERIA) == EXIT_CRITERIA
     assert all(name == criterion.name and criterion.description for name, criterion in CRITERIA.items())
     for name in default_thresholds(engine.served.config):  # those of a gate: test_gates.py
         always = 1e-9 if name == "argmax-stability" else 1e9
