@@ -107,7 +107,7 @@ class Model:
         """Continue texts, or ids as they are, with the engine that the server runs; in the order given, each as
         it would be alone.
 
-        temperature: 0 is greedy. exit_criterion: of ``serve/engine/exits.py``, for instance latent-diff; its
+        temperature: 0 is greedy. exit_criterion: of ``rdlm/exit_criteria.py``, for instance latent-diff; its
         threshold by default the checkpoint's. kv_cache: full keeps the keys of every step, shared those of the
         last, first those of the first.
 

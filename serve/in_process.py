@@ -9,11 +9,12 @@ from typing import Literal
 
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
+from rdlm.exit_criteria import CRITERIA, ExitRule
 from rdlm.inference import Generation, Message, Model
 from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
 from serve.api.chat_template import ChatTemplate
 from serve.engine.engine import Engine
-from serve.engine.exits import CRITERIA, ExitRule, default_thresholds
+from serve.engine.exits import default_thresholds
 from serve.engine.sequence import (
     MAX_DRAFT,
     MAX_WAVEFRONT,

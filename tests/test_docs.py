@@ -10,8 +10,8 @@ from typing import Any, get_args
 import pytest
 
 from rdlm import cli
+from rdlm.exit_criteria import CRITERIA
 from rdlm.sampling_params import Order, text_samplers
-from serve.engine.exits import CRITERIA
 
 REPO = Path(__file__).parents[1]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])

@@ -15,6 +15,7 @@ from rdlm.config.base import Strict
 from rdlm.config.model import ModelConfig
 from rdlm.config.objective import NoiseConfig, ObjectiveConfig, SinglePassConfig
 from rdlm.errors import UserError
+from rdlm.exit_criteria import CRITERIA
 
 SCHEMA_VERSION = 2
 """2: an objective section carries the fields of its own objective alone; version 1 is converted on reading.
@@ -62,20 +63,6 @@ class BlocksConfig(Strict):
         return self
 
 
-EXIT_CRITERIA = (
-    "latent-diff",
-    "cosine",
-    "kl",
-    "minp-kl",
-    "entropy-diff",
-    "argmax-stability",
-    "gate",
-    "halt",
-    "weighted",
-)
-"""Names of the exit criteria, which serve/engine/exits.py defines: a config is refused before a server reads it."""
-
-
 class RecurrenceConfig(Strict):
     """What K means for a checkpoint and which K a user may ask for; server, CLI and reports read it from
     here."""
@@ -91,8 +78,8 @@ class RecurrenceConfig(Strict):
     @field_validator("exit_thresholds")
     @classmethod
     def _of_criteria(cls, thresholds: dict[str, float]) -> dict[str, float]:
-        for name in sorted(thresholds.keys() - set(EXIT_CRITERIA)):
-            raise ValueError(f"there is no exit criterion {name!r}; use {', '.join(EXIT_CRITERIA)}")
+        for name in sorted(thresholds.keys() - CRITERIA.keys()):
+            raise ValueError(f"there is no exit criterion {name!r}; use {', '.join(CRITERIA)}")
         return thresholds
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from litestar import Request as HttpRequest
 
 from rdlm.errors import UserError
+from rdlm.exit_criteria import CRITERIA, ExitRule
 from rdlm.sampling_params import SamplingParams, check_masked, check_sampler, text_sampler
 from serve.api.chat_template import ChatTemplate
 from serve.api.constraints import Constraint, tool_choice
@@ -31,7 +32,7 @@ from serve.api.schemas import (
 from serve.api.state import ServerState
 from serve.api.tool_formats import ToolFormat
 from serve.api.tools import Tool, ToolChoice, tool_grammar
-from serve.engine.exits import CRITERIA, ExitRule, check_exit_gate, default_thresholds
+from serve.engine.exits import check_exit_gate, default_thresholds
 from serve.engine.grammar import Grammar
 from serve.engine.sequence import Request, Speculation, StepBudget, StepPredictions, Wavefront
 from serve.errors import ApiError, invalid, shorten

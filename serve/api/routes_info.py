@@ -12,13 +12,14 @@ from litestar.datastructures import State
 from litestar.params import FromPath, JSONBody
 
 from rdlm import __version__
+from rdlm.exit_criteria import CRITERIA
 from rdlm.sampling_params import Order, samplers_of
 from serve.api.observability import METRICS_TYPE
 from serve.api.request_parsing import in_thread_if_large
 from serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from serve.api.state import ServerState
 from serve.engine.engine import State as EngineState
-from serve.engine.exits import CRITERIA, default_thresholds
+from serve.engine.exits import default_thresholds
 from serve.errors import invalid
 
 STARTED = int(time.time())

@@ -24,12 +24,12 @@ from pydantic import (
     model_validator,
 )
 
+from rdlm.exit_criteria import CRITERIA
 from rdlm.sampling_params import NUMBERS, Order, Range
 from serve.api import constraints
 from serve.api.constraints import Constraint
 from serve.api.json_text import decode
 from serve.api.tools import ToolChoice
-from serve.engine.exits import CRITERIA
 from serve.engine.sequence import MAX_DRAFT, MAX_WAVEFRONT
 from serve.errors import invalid, shorten
 

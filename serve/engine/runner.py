@@ -24,6 +24,7 @@ from torch import Tensor
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.diffusion.samplers import SAMPLERS, Flow, StepPlan, expected_target
 from rdlm.errors import UserError
+from rdlm.exit_criteria import LatentDiff
 from rdlm.flops import Cost, costs_of
 from rdlm.models.base import Backbone
 from rdlm.nn.kv_cache import PAGE, KVCache, PackedContext, Segment
@@ -32,14 +33,7 @@ from rdlm.objectives.next_token import NextToken, renoise
 from rdlm.random_streams import generator
 from rdlm.sampling import draw, process, sample, top_logprobs, verify
 from rdlm.sampling_params import uniform
-from serve.engine.exits import (
-    LatentDiff,
-    check_exit_gate,
-    exits_on_rows,
-    exits_on_states,
-    is_measured,
-    mixes_steps,
-)
+from serve.engine.exits import check_exit_gate, exits_on_rows, exits_on_states, is_measured, mixes_steps
 from serve.engine.prefix_cache import PrefixCache, Source
 from serve.engine.replay import Replayer, StaticPasses, bucket
 from serve.engine.rows import Block, Inputs, Part, RowBuffers, Rows, core, encode, enter, leave, rows_of

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rdlm.errors import UserError
+from rdlm.exit_criteria import ExitRule, LatentDiff
 from rdlm.sampling_params import History, Order, SamplingParams
 from serve.engine.detokenizer import Detokenizer
-from serve.engine.exits import ExitRule, LatentDiff
 
 if TYPE_CHECKING:
     from serve.engine.grammar import Grammar, Guide

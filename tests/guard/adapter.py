@@ -28,6 +28,7 @@ from rdlm.diffusion.masked_likelihood import left_to_right as rdlm_left_to_right
 from rdlm.diffusion.partition import partition_of
 from rdlm.diffusion.unmasking import mask_of
 from rdlm.diffusion.unmasking import unmask as rdlm_unmask
+from rdlm.exit_criteria import ExitRule
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Draws, Keys
 from rdlm.objectives.blockwise import drawn_block
@@ -36,7 +37,6 @@ from rdlm.objectives.masked import MaskedDiffusion
 from rdlm.registry import build as rdlm_build
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
-from serve.engine.exits import ExitRule
 from serve.engine.sequence import Event, Request, StepBudget, StepPredictions, TokenLogprobs
 from serve.loading import build_served, load_served
 from serve.settings import EngineSettings

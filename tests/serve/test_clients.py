@@ -415,7 +415,7 @@ def test_a_model_may_be_named_as_on_the_hub(make_served: Callable[..., Served]) 
 
 
 def test_criteria_of_the_schema_are_those_of_the_engine(client: TestClient) -> None:
-    from serve.engine.exits import CRITERIA
+    from rdlm.exit_criteria import CRITERIA
 
     document = client.get("/schema/openapi.json").json()
     properties = document["components"]["schemas"]["ExitBody"]["properties"]

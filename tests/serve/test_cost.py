@@ -9,10 +9,10 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from rdlm.exit_criteria import ExitRule
 from rdlm.flops import Cost
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine, Served
-from serve.engine.exits import ExitRule
 from serve.engine.sequence import Request, StepBudget, StepPredictions
 
 GREEDY = SamplingParams(temperature=0)

@@ -16,10 +16,11 @@ from torch import Tensor
 from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.data.tokenizer import train_tokenizer
 from rdlm.errors import UserError
+from rdlm.exit_criteria import CRITERIA, ExitRule, Gate, Halt
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
 from serve.engine.engine import Engine, Served
-from serve.engine.exits import CRITERIA, ExitRule, Gate, Halt, default_thresholds
+from serve.engine.exits import default_thresholds
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import load_served
 from serve.settings import EngineSettings, HttpSettings

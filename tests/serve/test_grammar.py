@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rdlm.data.tokenizer import Tokenizer, train_tokenizer
 from rdlm.errors import UserError
+from rdlm.exit_criteria import ExitRule
 from rdlm.sampling_params import SamplingParams
 from serve.api.constraints import MAX_ENUM
 from serve.engine.engine import Engine
-from serve.engine.exits import ExitRule
 from serve.engine.grammar import Grammars, choice_grammar, explain, json_grammar, regex_grammar, special_rule
 from serve.engine.sequence import Event, Request, StepBudget
 from serve.settings import EngineSettings

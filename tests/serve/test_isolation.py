@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from litestar.testing import TestClient
 
 from rdlm.errors import UserError
+from rdlm.exit_criteria import ExitRule
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
 from serve.engine import masked_runner, runner
 from serve.engine.engine import Engine, Served
-from serve.engine.exits import ExitRule
 from serve.engine.grammar import Grammar, Grammars, Guide, json_grammar
 from serve.engine.masked_runner import MaskedSequence
 from serve.engine.sequence import Event, Request, Sequence, StepBudget

@@ -11,11 +11,11 @@ import pytest
 from litestar.testing import TestClient
 
 from rdlm.errors import UserError
+from rdlm.exit_criteria import ExitRule
 from rdlm.nn.kv_cache import PAGE
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
 from serve.engine.engine import Engine, Served
-from serve.engine.exits import ExitRule
 from serve.engine.prefix_cache import Node, PrefixCache
 from serve.engine.sequence import Event, Request, Speculation, StepBudget
 from serve.settings import EngineSettings, HttpSettings

@@ -13,10 +13,10 @@ import torch
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.objective import objective_config
 from rdlm.errors import UserError
+from rdlm.exit_criteria import ExitRule
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import run_isolated
-from serve.engine.exits import ExitRule
 from serve.engine.replay import Replayer, bucket, eager, window
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler

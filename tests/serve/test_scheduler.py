@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.engine.exits import ExitRule
+from rdlm.exit_criteria import ExitRule
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import NO_SLOT, Request, Sequence, StepBudget, StepCounts, StepResult
 

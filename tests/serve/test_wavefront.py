@@ -13,11 +13,11 @@ import torch
 from litestar.testing import TestClient
 
 from rdlm.errors import UserError
+from rdlm.exit_criteria import ExitRule
 from rdlm.nn.kv_cache import KVCache, PackedContext, Segment
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
 from serve.engine.engine import Engine, Served
-from serve.engine.exits import ExitRule
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Event, Request, Speculation, StepBudget, StepResult, Wavefront
 from serve.loading import optimise

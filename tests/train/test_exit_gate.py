@@ -10,8 +10,8 @@ import torch
 
 from rdlm.checkpoints.folder import load
 from rdlm.data.tokenizer import train_tokenizer
+from rdlm.exit_criteria import ExitRule
 from serve.engine.engine import Engine
-from serve.engine.exits import ExitRule
 from serve.engine.sequence import Request, StepBudget
 from serve.loading import build_served
 from serve.settings import EngineSettings
