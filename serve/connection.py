@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from http import HTTPStatus
+from typing import Any
 
+import h11
 from h11 import IDLE, SEND_RESPONSE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -18,8 +20,37 @@ BODY_SECONDS = 30.0
 CHECK_SECONDS = 5.0
 
 
+class StrictReader(h11.Connection):
+    """h11's reading of a connection, which refuses requests that two servers in a row may end at two places."""
+
+    problem = "what arrived is no HTTP/1.1 request, or has a header that is not allowed; correct it"
+
+    def next_event(self) -> Any:
+        """Raises RemoteProtocolError for what h11 would read in one of several ways (RFC 9112, 2.3 and 6.1):
+        Content-Length with Transfer-Encoding, Transfer-Encoding in HTTP/1.0, a version beyond 1."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            lengths = {name for name, _ in event.headers} & {b"content-length", b"transfer-encoding"}
+            if len(lengths) > 1:
+                self.problem = "the request has Content-Length and Transfer-Encoding; send one of them"
+            elif b"transfer-encoding" in lengths and event.http_version == b"1.0":
+                self.problem = "HTTP/1.0 has no Transfer-Encoding; send Content-Length, or HTTP/1.1"
+            elif not event.http_version.startswith(b"1."):
+                self.problem = f"HTTP/{event.http_version.decode()} is not spoken here; send HTTP/1.1"
+            else:
+                return event
+            raise h11.RemoteProtocolError(self.problem)
+        return event
+
+
 class BoundedConnection(H11Protocol):
     """Closes connections whose request stays incomplete; what is no HTTP ends in 400 or the connection's end."""
+
+    conn: StrictReader
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = StrictReader(h11.SERVER)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,8 +69,7 @@ class BoundedConnection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Refuses what is no HTTP in the form of all errors. uvicorn's is a plain text, and fails where an answer
         has begun already, as in the middle of a chunked body."""
-        problem = "what arrived is no HTTP/1.1 request, or has a header that is not allowed; correct it"
-        self._end(400, problem)
+        self._end(400, self.conn.problem)
 
     def _end(self, status: int, message: str) -> None:
         """Close the connection, with an error where no answer has begun."""

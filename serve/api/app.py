@@ -42,7 +42,7 @@ from serve.api.routes_info import (
 )
 from serve.api.state import ServerState
 from serve.engine.engine import Engine
-from serve.errors import ApiError
+from serve.errors import ApiError, invalid
 from serve.settings import HttpSettings
 
 ROUTES = [
@@ -75,7 +75,7 @@ def create_app(engine: Engine, settings: HttpSettings) -> Litestar:
     app = Litestar(
         ROUTES,
         state=State({"server": ServerState(engine, settings)}),
-        guards=[_check_host, _check_key],
+        guards=[_check_host, _check_repeated, _check_key],
         exception_handlers=EXCEPTION_HANDLERS,
         request_class=JsonRequest,
         request_max_body_size=settings.max_body_bytes,
@@ -111,6 +111,15 @@ def _check_host(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHand
     if allowed and "*" not in allowed and host not in allowed:
         problem = "this Host is not allowed; name the server by its address, or start it with --allowed-host"
         raise ApiError(403, problem, "invalid_request_error", "Host", "host_not_allowed")
+
+
+def _check_repeated(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+    """Raises ApiError 400 for a header that has one value and was sent twice: a proxy may have read the other."""
+    names = [name for name, _ in connection.scope["headers"]]
+    for name in (b"authorization", b"content-type", b"content-encoding"):
+        if names.count(name) > 1:
+            shown = name.decode()
+            raise invalid(f"{shown}: the header was sent {names.count(name)} times; send it once", shown)
 
 
 def _check_key(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:

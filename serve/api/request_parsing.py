@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar, cast
+from urllib.parse import parse_qsl
 
 from litestar import Request as HttpRequest
 
@@ -65,12 +66,19 @@ class JsonRequest(HttpRequest[Any, Any, Any]):
     async def json(self) -> Body:
         """The body as the type of the route's argument ``data``. Raises ApiError 415 or 400."""
         schema: type[Body] = self.route_handler.parsed_fn_signature.parameters["data"].annotation
+        query = self.scope["query_string"].decode("latin-1")
+        for name, _ in parse_qsl(query, keep_blank_values=True):
+            if name in schema.model_fields:
+                raise invalid(
+                    f"{name}: it is a parameter of the URL, where it has no effect; send it in the body", name
+                )
         given = self.headers.get("content-type", "")
         kind, _, options = given.partition(";")
-        charset = re.search(r"charset\s*=\s*\"?([^\s;\"]*)", options, re.IGNORECASE)
-        if kind.strip().lower() != "application/json" or (
-            charset and charset[1].lower() not in ("utf-8", "utf8")
-        ):
+        charsets = re.findall(r"charset\s*=\s*\"?([^\s;\"]*)", options, re.IGNORECASE)
+        if kind.strip().lower() != "application/json" or not {c.lower() for c in charsets} <= {
+            "utf-8",
+            "utf8",
+        }:
             # A web page can send other types to any server without being asked for permission first (CORS).
             problem = f"the content type is {shorten(given)!r}" if given else "there is no content type"
             raise ApiError(

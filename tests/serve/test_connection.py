@@ -103,6 +103,47 @@ def test_broken_requests_are_refused_or_dropped(port: int, caplog: pytest.LogCap
     assert wrong == []
 
 
+CHUNKED = b"transfer-encoding: chunked\r\n"
+LENGTH = b"content-length: %d\r\n" % len(BODY)
+IN_CHUNKS = b"\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+HIDDEN = b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n"
+TWO_ENDS = {
+    "both": ("Content-Length and Transfer-Encoding", HEAD + LENGTH + CHUNKED + IN_CHUNKS),
+    "the other way": ("Content-Length and Transfer-Encoding", HEAD + CHUNKED + LENGTH + IN_CHUNKS),
+    "a hidden request": ("Content-Length and Transfer-Encoding", HEAD + LENGTH + CHUNKED + b"\r\n0\r\n\r\n"),
+    "folded": ("Content-Length and", HEAD + LENGTH + b"transfer-encoding:\r\n chunked\r\n" + IN_CHUNKS),
+    "without a route": (
+        "Content-Length and",
+        b"POST /x HTTP/1.1\r\nhost: a\r\n" + CHUNKED + LENGTH + IN_CHUNKS,
+    ),
+    "before 1.1": ("HTTP/1.0", HEAD.replace(b"1.1", b"1.0") + CHUNKED + IN_CHUNKS),
+    "another protocol": ("HTTP/2.0", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", TWO_ENDS)
+def test_a_request_that_may_end_at_two_places_is_refused_and_its_connection_closed(
+    name: str, port: int
+) -> None:
+    problem, request = TWO_ENDS[name]
+    answer = talk(port, request + HIDDEN)
+    assert answer.count(b"HTTP/1.1 ") == 1 and answer.startswith(b"HTTP/1.1 400 Bad Request"), (
+        "nothing hidden"
+    )
+    assert problem in json.loads(answer[answer.index(b'{"error"') :])["error"]["message"]
+    answer = talk(port, HEAD + LENGTH + b"\r\n" + BODY + request + HIDDEN)
+    assert answer.count(b"HTTP/1.1 200") == 1 and answer.count(b"HTTP/1.1 400") == 1, "behind a good one"
+
+
+def test_one_length_is_enough(port: int) -> None:
+    for head in (
+        LENGTH + b"\r\n" + BODY,
+        b"Transfer-Encoding: Chunked\r\n" + IN_CHUNKS,
+        LENGTH * 2 + b"\r\n" + BODY,
+    ):
+        assert talk(port, HEAD + b"connection: close\r\n" + head).startswith(b"HTTP/1.1 200")
+
+
 def test_pipelined_requests_are_answered_in_order(port: int) -> None:
     one = HEAD + b"content-length: %d\r\n\r\n" % len(BODY) + BODY
     last = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"

@@ -202,6 +202,8 @@ def test_a_content_type_other_than_json_is_refused(client: TestClient) -> None:
         check(answer, refused=True)
         assert answer.status_code == 415, kind
     assert client.post("/v1/completions", content=body).status_code == 415, "no content type"
+    twice = "application/json; charset=utf-8; charset=utf-16"
+    assert client.post("/v1/completions", content=body, headers={"content-type": twice}).status_code == 415
     for coding in ("gzip", "br", "identity, gzip", ""):
         answer = client.post("/v1/completions", content=body, headers={**JSON, "content-encoding": coding})
         check(answer, refused=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -123,6 +124,38 @@ def test_openai_client_completions_and_chat(live: Live) -> None:
         client.completions.create(model="tiny", prompt="x", extra_body={"num_steps": 100})
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="x")
+
+
+def test_two_lengths_and_repeated_headers_on_a_raw_socket(live: Live) -> None:
+    """A request that two servers in a row may end at two places, or read by two headers, is a 400."""
+
+    def talk(head: str, body: str) -> list[str]:
+        request = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{head}\r\n{body}"
+        with socket.create_connection(("127.0.0.1", live.port), timeout=60) as wire:
+            wire.sendall(request.encode())
+            answer = b"".join(iter(lambda: wire.recv(65536), b"")).decode()
+        return re.findall(r"^HTTP/1.1 (\d+)", answer, re.MULTILINE) + re.findall(
+            '"message": ?"([^"]*)', answer
+        )
+
+    body, kind = '{"prompt": "x", "max_tokens": 1}', "content-type: application/json\r\n"
+    chunks = f"{len(body):x}\r\n{body}\r\n0\r\n\r\n"
+    length, chunked = f"content-length: {len(body)}\r\n", "transfer-encoding: chunked\r\n"
+    assert talk(kind + length, body) == talk(kind + chunked, chunks) == ["200"]
+    hidden = "GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    status, problem = talk(kind + length + chunked, "0\r\n\r\n" + hidden)
+    assert status == "400" and "Content-Length and Transfer-Encoding" in problem
+    for repeated in (kind, "Content-Type: text/plain\r\n", "authorization: a\r\nAuthorization: b\r\n"):
+        status, problem = talk(kind + length + repeated, body)
+        assert status == "400" and "sent 2 times" in problem
+
+
+def test_parameters_of_the_url_are_ignored_unless_they_name_a_field(live: Live) -> None:
+    """As OpenAI's servers ignore them; but K in the URL would be a K that is not used."""
+    body = {"prompt": "x", "max_tokens": 1}
+    assert httpx.post(f"{live.url}/v1/completions?api-version=1&x=", json=body).status_code == 200
+    refused = httpx.post(f"{live.url}/v1/completions?num_steps=8", json=body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "num_steps"
 
 
 def test_concurrent_strangers_get_what_they_get_alone(live: Live) -> None:
