@@ -368,7 +368,7 @@ class EvaluationConfig(Strict):
     interval_steps: int = Field(0, ge=0)
     """Held-out NLL every so many updates and at the end; 0 = never."""
     steps: tuple[int, ...] = (1, 4, 16)
-    """Values of K."""
+    """Values of K; where they are left out, those of 1, 4 and 16 that the model takes."""
     max_tokens: int = Field(16_384, ge=1)
 
     @field_validator("steps")
@@ -386,7 +386,7 @@ class SamplesConfig(Strict):
     """Every so many updates and at the end; 0 = never."""
     prompts: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     num_steps: tuple[int, ...] = (1, 4, 16)
-    """Values of K."""
+    """Values of K; where they are left out, those of 1, 4 and 16 that the model takes."""
     max_tokens: int = Field(48, ge=1)
     """Of a text, after its prompt."""
 
@@ -553,11 +553,36 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         data["precision"] = native_precision()
     config: TrainConfig = parse(TrainConfig, data, str(path))
     _check(config)
+    config = _within_depth(config)
     return (
         config
         if config.block is None
         else config.model_copy(update={"output": str(block_folder(config, config.block))})
     )
+
+
+_STEPS = (("evaluation", "steps"), ("samples", "num_steps"))
+"""Section and field that list values of K."""
+
+
+def _steps_given(config: TrainConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The values of K that the user wrote and that will be used, with the name of the field."""
+    for section, field in _STEPS:
+        settings = getattr(config, section)
+        if settings.interval_steps and field in settings.model_fields_set:
+            yield f"{section}.{field}", getattr(settings, field)
+
+
+def _within_depth(config: TrainConfig) -> TrainConfig:
+    """The config without those default values of K that the run cannot take."""
+    most = 1 if config.resident is not None else config.checkpoint_config.max_steps
+    kept: dict[str, Any] = {}
+    for section, field in _STEPS:
+        settings = getattr(config, section)
+        if field not in settings.model_fields_set:
+            steps = tuple(k for k in getattr(settings, field) if k <= most)
+            kept[section] = settings.model_copy(update={field: steps})
+    return config.model_copy(update=kept)
 
 
 def native_precision() -> str:
@@ -676,12 +701,9 @@ def _check(config: TrainConfig) -> None:
         raise UserError(
             "data.seq_len", config.seq_len, problem, "shorten the sequences or raise model.max_seq_len"
         )
-    for field, asked, wanted in (
-        ("evaluation.steps", config.evaluation.steps, config.evaluation.interval_steps),
-        ("samples.num_steps", config.samples.num_steps, config.samples.interval_steps),
-    ):
+    for field, asked in _steps_given(config):
         beyond = [k for k in asked if k > config.checkpoint_config.max_steps]
-        if not beyond or not wanted:
+        if not beyond:
             continue
         problem, remedy = (
             f"exceeds recurrence.max_steps ({config.recurrence.max_steps})",
@@ -724,12 +746,9 @@ def _check_resident(config: TrainConfig, resident: ResidentConfig) -> None:
         problem = f"with {count} blocks some would not be visited in {config.schedule.steps} steps"
         remedy = f"use at most {config.schedule.steps // count}"
         raise UserError("resident.visit_steps", resident.visit_steps, problem, remedy)
-    for field, asked, wanted in (
-        ("evaluation.steps", config.evaluation.steps, config.evaluation.interval_steps),
-        ("samples.num_steps", config.samples.num_steps, config.samples.interval_steps),
-    ):
+    for field, asked in _steps_given(config):
         several = [k for k in asked if k > 1]
-        if several and wanted:
+        if several:
             problem = "K > 1 runs several blocks for every token, and one block is on the device"
             remedy = f"set {field}=[1]; rdlm eval and rdlm generate take any K afterwards"
             raise UserError(field, several[0], problem, remedy)

@@ -174,7 +174,10 @@ def test_storages_leave_and_come_back_under_their_views(tmp_path: Path, rest: st
             "resident.visit_steps=4: with 2 blocks some would not be visited in 6 steps; use at most 3",
         ),
         ({"resident": {"visit_steps": 0}}, "resident.visit_steps=0"),
-        ({"evaluation.interval_steps": 2}, "evaluation.steps=4: K > 1 runs several blocks"),
+        (
+            {"evaluation": {"interval_steps": 2, "steps": [1, 4]}},
+            "evaluation.steps=4: K > 1 runs several blocks",
+        ),
         ({"resident": {"rest": "host", "visit_steps": 1}}, "resident.rest='host': without GPUs"),
         ({"resident": {"rest": "tape"}}, "resident.rest='tape'"),
     ],

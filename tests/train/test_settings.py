@@ -187,6 +187,21 @@ def test_absurd_sizes_are_one_line(file, capsys, changes: dict[str, Any]) -> Non
     assert err.count("\n") == 1 and "model" in err, err
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({}, (1, 4, 16)),
+        ({"recurrence": {"max_steps": 8, "default_steps": 2}}, (1, 4)),
+        ({"model": LLAMA, "objective": {"name": "next_token"}}, (1,)),
+    ],
+)
+def test_values_of_k_that_nobody_wrote_are_those_that_the_model_takes(
+    file, changes: dict[str, Any], steps: tuple[int, ...]
+) -> None:
+    config = load(file({"evaluation": {"interval_steps": 1}, **changes}))
+    assert config.evaluation.steps == config.samples.num_steps == steps
+
+
 def test_overrides_are_yaml_values(file) -> None:
     config = load(
         file(),
