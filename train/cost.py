@@ -23,6 +23,8 @@ from rdlm.objectives import Objective
 from rdlm.objectives.base import Keys
 from rdlm.objectives.depth import drawn_depths
 from rdlm.registry import build
+from train.lora import add_adapters
+from train.optim import moving_groups
 from train.settings import TrainConfig
 
 ROWS = 4
@@ -55,9 +57,26 @@ class UpdateFlops:
     """Operations of one sequence by the number r of core steps, forward and backward; of a network of blocks the mean
     over them, of which an update trains one."""
 
-    def __init__(self, config: CheckpointConfig, seq_len: int, seed: int = 0) -> None:
-        self._config, self._seq_len, self._seed = config, seq_len, seed
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        seq_len: int,
+        seed: int = 0,
+        prepare: Callable[[Objective], object] = lambda network: None,
+    ) -> None:
+        """prepare: what is done to a network before it is trained: adapters, and weights that do not move."""
+        self._config, self._seq_len, self._seed, self._prepare = config, seq_len, seed, prepare
         self._counted = cache(self._count)
+
+    @classmethod
+    def of_run(cls, config: TrainConfig) -> UpdateFlops:
+        """Those of a run. Gradients of frozen weights are not computed, and not counted."""
+
+        def prepare(network: Objective) -> None:
+            add_adapters(network, config.lora, config.seed)
+            moving_groups(network, config)
+
+        return cls(config.checkpoint_config, config.seq_len, config.seed, prepare)
 
     def of(self, core_steps: float) -> float:
         """They are linear in r up to the gradient window and linear beyond it; r may be a mean of several."""
@@ -74,6 +93,7 @@ class UpdateFlops:
         return sum(found) / len(found)
 
     def _count_part(self, part: Objective) -> float:
+        self._prepare(part)
         inputs = part.model.empty_inputs(ROWS, self._seq_len).to("meta")
         shape = part.model.target_shape(inputs)
         targets, mask = (
@@ -98,10 +118,7 @@ def _at_depth(config: CheckpointConfig, core_steps: int) -> CheckpointConfig:
 
 def update_flops(config: TrainConfig) -> Callable[[int], float]:
     """Number of an update (0-based) -> its FLOPs over all processes."""
-    depth, sequence = (
-        config.objective.depth_in_training,
-        UpdateFlops(config.checkpoint_config, config.seq_len, config.seed),
-    )
+    depth, sequence = config.objective.depth_in_training, UpdateFlops.of_run(config)
 
     def of_update(step: int) -> float:
         if depth.is_single:

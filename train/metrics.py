@@ -233,7 +233,7 @@ class Report:
         self.progress = Progress(config.schedule.steps, trainer.step, trainer.terminal, trainer.corpus.unit)
         parts, whole = range(len(trainer.engines)), len(trainer.engines) == 1
         configs = [config if whole else config.model_copy(update={"block": block}) for block in parts]
-        self._flops = [UpdateFlops(each.checkpoint_config, trainer.corpus.seq_len) for each in configs]
+        self._flops = [UpdateFlops.of_run(each) for each in configs]
         self.first_loss: float | None = None
         self.last_losses: list[float] = []
         self.spikes = 0

@@ -101,15 +101,19 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     with it.
     """
     table = OFFLOADED if config.deepspeed.offload_optimizer == "cpu" else OPTIMIZERS
-    groups = parameter_groups(model, config.optimizer, config.lora)
-    for parameter in (p for group in groups if group["lr_factor"] == 0 for p in group["params"]):
-        parameter.requires_grad_(False)
-    moving = [group for group in groups if group["lr_factor"]]
-    optimizer = table[config.optimizer.name](moving, config.optimizer)
+    optimizer = table[config.optimizer.name](moving_groups(model, config), config.optimizer)
     if config.ema is not None:
         keep_average(optimizer, config.ema.decay)
     set_learning_rate(optimizer, 0.0)
     return optimizer
+
+
+def moving_groups(model: nn.Module, config: TrainConfig) -> Groups:
+    """The groups of what training moves; all else records no gradient from now on."""
+    groups = parameter_groups(model, config.optimizer, config.lora)
+    for parameter in (p for group in groups if group["lr_factor"] == 0 for p in group["params"]):
+        parameter.requires_grad_(False)
+    return [group for group in groups if group["lr_factor"]]
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

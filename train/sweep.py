@@ -406,9 +406,9 @@ class Sweeper:
         with self.commands.until_signal(), ThreadPoolExecutor(self.sweep.jobs) as pool:
             for future in [pool.submit(one, *each) for each in planned]:
                 future.result()
-            for number, (source, config) in enumerate(self._starts(planned)):
+            for source, (folder, config) in self._starts(planned).items():
                 try:
-                    self._evaluate(self._start_folder(number), source, _data_of(config))
+                    self._evaluate(folder, self._exported(source, folder), _data_of(config))
                 except _Failed as error:
                     failed.append(f"before training, {source}: {error}")
         return failed
@@ -460,17 +460,27 @@ class Sweeper:
                 raise _Failed(f"evaluation {name} ended with status {status}; see {folder / 'log.txt'}")
             write_file(done, filled)
 
-    def _starts(self, planned: Sequence[tuple[Run, TrainConfig]]) -> list[tuple[Path, TrainConfig]]:
-        """Checkpoints that runs start from, each once: they are evaluated as they are, before training."""
-        found: dict[Path, TrainConfig] = {}
+    def _starts(self, planned: Sequence[tuple[Run, TrainConfig]]) -> dict[Path, tuple[Path, TrainConfig]]:
+        """Checkpoints that runs start from, with the folder of their measurements: they are evaluated as they are,
+        before training."""
+        found: dict[Path, tuple[Path, TrainConfig]] = {}
         for _, config in planned:
             if config.init_from is not None:
-                source = Path(config.init_from)
-                found.setdefault(source / "model" if (source / "model").is_dir() else source, config)
-        return list(found.items())
+                folder = self.output / "runs" / f"start-{len(found)}"
+                found.setdefault(_started_from(config.init_from), (folder, config))
+        return found
 
-    def _start_folder(self, number: int) -> Path:
-        return self.output / "runs" / f"start-{number}"
+    def _exported(self, source: Path, folder: Path) -> Path:
+        """The model folder of what runs start from, which may be a training checkpoint."""
+        from rdlm.checkpoints.folder import CONFIG
+
+        if (source / CONFIG).is_file():
+            return source
+        folder.mkdir(parents=True, exist_ok=True)
+        model, log = folder / "model", folder / "log.txt"
+        if not model.is_dir() and (status := self.commands.rdlm(["export", str(source), str(model)], log)):
+            raise _Failed(f"export ended with status {status}; see {log}")
+        return model
 
     def _write_plan(self, planned: Sequence[tuple[Run, TrainConfig]]) -> None:
         """What `rdlm eval sweep` reads."""
@@ -481,25 +491,33 @@ class Sweeper:
             if run.arm not in flops:
                 cost = update_flops(config)
                 flops[run.arm] = sum(cost(step) for step in range(config.schedule.steps))
+        starts = {
+            source: str(folder.relative_to(self.output))
+            for source, (folder, _) in self._starts(planned).items()
+        }
         rows = [
             {
                 "arm": run.arm, "seed": run.seed, "folder": str(run.folder.relative_to(self.output)),
                 "updates": config.schedule.steps,
                 "tokens": config.schedule.steps * config.batch.global_size * config.seq_len,
                 "flops": flops[run.arm],
+                "start": None if config.init_from is None else starts[_started_from(config.init_from)],
             }
             for run, config in planned
         ]  # fmt: skip
-        starts = [
-            {"source": str(source), "folder": str(self._start_folder(number).relative_to(self.output))}
-            for number, (source, _) in enumerate(self._starts(planned))
-        ]
         document = {
             "name": self.sweep.name, "budget": self.sweep.budget.model_dump(exclude_none=True),
             "data": _data_of(planned[0][1]),
-            "evaluations": {_slug(name): name for name in self.sweep.evaluate}, "runs": rows, "starts": starts,
+            "evaluations": {_slug(name): name for name in self.sweep.evaluate}, "runs": rows,
+            "starts": [{"source": str(source), "folder": folder} for source, folder in starts.items()],
         }  # fmt: skip
         write_file(self.output / "plan.json", json.dumps(document, indent=1) + "\n")
+
+
+def _started_from(init_from: str) -> Path:
+    """The model folder that init_from names."""
+    source = Path(init_from)
+    return source / "model" if (source / "model").is_dir() else source
 
 
 class _Failed(Exception):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 
@@ -16,17 +17,21 @@ from eval.metric import Json, Measurement, Picture, Run, Section, Table, print_t
 from eval.options import Out, Plot
 from eval.plots import colour, k_axis, new_figure, png
 from eval.provenance import provenance, write_bytes
+from eval.stats import FEWEST_UNITS, interval, resamples, with_interval
 from rdlm.data.manifest import MANIFEST, file_sha256
 from rdlm.errors import UserError
 
 BEFORE = "before training"
+ROW = ("K", "nll", "nll_interval", "estimator")
+"""What is kept of a measurement at a K."""
 
 
 class Sweep(Measurement):
     """The runs of `rdlm sweep`: what each cost, its held-out NLL in training, and its NLL against K.
 
     Bars and bands go from the lowest to the highest seed: with few seeds that is what is known. Differences are
-    between runs of the same seed.
+    between runs of the same seed; where the evaluations keep the nats of every window (``--per-window``) they have
+    95 % bootstrap intervals over windows, paired.
     """
 
     name = "sweep"
@@ -43,6 +48,19 @@ class Sweep(Measurement):
         if plan is None:
             problem, remedy = "has no plan.json", "give the output folder of `rdlm sweep`"
             raise UserError("--folder", str(options.folder), problem, remedy)
+        found: list[_Measured] = []
+
+        def nll(arm: str, seed: int | None, place: str, start: str | None = None) -> dict[str, list[Json]]:
+            rows = {}
+            for name, report in _nll(options.folder / place, plan["evaluations"]).items():
+                rows[name] = [{key: row[key] for key in ROW} for row in report["results"]]
+                found.append(_Measured.of(arm, seed, start or place, name, report))
+            return rows
+
+        starts = []
+        for start in plan["starts"]:
+            arm = f"{BEFORE}, {_named(start['source'])}"
+            starts.append({"arm": arm, "nll": nll(arm, None, start["folder"])})
         runs = []
         for run in plan["runs"]:
             folder = options.folder / run["folder"]
@@ -51,19 +69,19 @@ class Sweep(Measurement):
             runs.append({
                 **run, "finished": last.get("step", 0) >= run["updates"], "seconds": last.get("seconds"),
                 "cpu_seconds": last.get("cpu_seconds"), "loss": last.get("loss"),
-                "held_out": _lines(folder / "run" / "held_out.jsonl"), "nll": _nll(folder, plan["evaluations"]),
+                "held_out": _lines(folder / "run" / "held_out.jsonl"),
+                "nll": nll(run["arm"], run["seed"], run["folder"], run.get("start")),
             })  # fmt: skip
-        starts = [
-            {"arm": f"{BEFORE}, {Path(start['source']).name}", "nll": _nll(options.folder / start["folder"],
-                    plan["evaluations"])}
-            for start in plan["starts"]
-        ]  # fmt: skip
+        differences = {
+            name: _differences([each for each in found if each.evaluation == name])
+            for name in _evaluations(starts, runs)
+        }
         manifest = Path(plan["data"]) / MANIFEST
         digest = file_sha256(manifest) if manifest.is_file() else None
         return {
             "evaluation": self.name, "provenance": provenance(), "checkpoint": {"name": plan["name"]},
             "data": {"task": "sweep", "split": "valid", "manifest_sha256": digest}, "budget": plan["budget"],
-            "runs": runs, "starts": starts,
+            "runs": runs, "starts": starts, "differences": differences,
         }  # fmt: skip
 
     def show(self, report: Json, console: Console) -> None:
@@ -86,7 +104,8 @@ class Sweep(Measurement):
         [(unit, amount)] = runs[0].report["budget"].items()
         about = (
             f"Every run has a budget of {amount:,g} {unit}. Bars and bands: lowest to highest seed. "
-            "Differences: mean over the seeds that both arms have, and the lowest and highest of them."
+            "Differences: mean over the seeds that both arms have; in brackets a 95 % bootstrap interval over "
+            "windows, paired, where these are known, else the lowest and highest seed."
         )
         return Section("Sweep", about, blocks)
 
@@ -103,24 +122,30 @@ def _tables(report: Json) -> list[Table]:
                 f"{first['updates']:,}",
                      f"{first['tokens']:,}", f"{first['flops']:.3g}", seconds, loss])  # fmt: skip
     found = [Table(headers, rows, "runs")]
-    for name in _evaluations(report):
+    for name in _evaluations(report["starts"], report["runs"]):
         curves = k_curves(report, name)
         ks = sorted({k for curve in curves.values() for k in curve})
-        baseline = next(arm for arm in curves if not arm.startswith(BEFORE)) if curves else ""
-        rows = []
-        for arm, curve in curves.items():
-            cells = [_range(list(curve[k].values())) if k in curve else "" for k in ks]
-            base = curves.get(baseline) or {}
-            against = "" if arm == baseline else _difference(curve, base)
-            rows.append([arm, *cells, against])
-        headers = ["arm", *(f"K = {k}" for k in ks), f"against {baseline}, largest common K"]
-        found.append(Table(headers, rows, f"NLL, nats per token: {name}"))
+        rows = [
+            [arm, *(_range(list(curve[k].values())) if k in curve else "" for k in ks)]
+            for arm, curve in curves.items()
+        ]
+        at = [f"K = {k}" for k in ks]
+        found.append(Table(["arm", *at], rows, f"NLL, nats per token: {name}"))
+        for kind, what in DIFFERENCES.items():
+            cells: dict[str, dict[int, str]] = {}
+            for each in report.get("differences", {}).get(name, []):
+                if each["kind"] == kind:
+                    shown = with_interval(each["value"], each["interval"], "+.4f")
+                    cells.setdefault(each["arm"], {})[each["K"]] = shown
+            if cells:
+                rows = [[arm, *(row.get(k, "") for k in ks)] for arm, row in cells.items()]
+                found.append(Table(["arm", *at], rows, f"difference of NLL {what}: {name}"))
     return found
 
 
 def _pictures(report: Json) -> list[Picture]:
     found = []
-    for name in _evaluations(report):
+    for name in _evaluations(report["starts"], report["runs"]):
         figure, (axes,) = new_figure()
         curves = k_curves(report, name)
         for i, (arm, curve) in enumerate(curves.items()):
@@ -173,18 +198,86 @@ def k_curves(report: Json, name: str) -> dict[str, dict[int, dict[Any, float]]]:
     found: dict[str, dict[int, dict[Any, float]]] = {}
     for run in [*report["starts"], *report["runs"]]:
         for row in run["nll"].get(name, []):
-            if not row["estimator"].startswith("mixture"):
+            if _is_likelihood(row):
                 found.setdefault(run["arm"], {}).setdefault(row["K"], {})[run.get("seed")] = row["nll"]
     return found
 
 
-def _difference(curve: dict[int, dict[Any, float]], base: dict[int, dict[Any, float]]) -> str:
-    common = sorted(set(curve) & set(base))
-    if not common:
-        return ""
-    k = common[-1]
-    pairs = [value - base[k][seed] for seed, value in curve[k].items() if seed in base[k]]
-    return f"{_range(pairs, '+.4f')} (K = {k})" if pairs else ""
+@dataclass(frozen=True)
+class _Measured:
+    """One evaluation of one model: NLL at each K, and the nats and tokens of every window where it kept them."""
+
+    arm: str
+    seed: int | None
+    """None: what runs start from."""
+    start: str
+    """Names what it started from, where it did."""
+    evaluation: str
+    data: Any
+    nll: dict[int, float]
+    nats: dict[int, np.ndarray]
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, arm: str, seed: int | None, start: str, evaluation: str, report: Json) -> _Measured:
+        nll = {row["K"]: row["nll"] for row in report["results"] if _is_likelihood(row)}
+        kept = report.get("window_nll", {})
+        nats = {k: np.array(kept[str(k)]) for k in nll if str(k) in kept}
+        counts = np.array(report.get("window_tokens", ()))
+        return cls(arm, seed, start, evaluation, report.get("data"), nll, nats, counts)
+
+
+DIFFERENCES = {
+    "gain": "from the smallest K",
+    "change": "from before training at the same K",
+    "against": "from the first arm at the same K",
+}
+_Pair = tuple[_Measured, int, _Measured, int]
+"""A measurement at a K, and another one at a K, which is subtracted."""
+
+
+def _differences(found: Sequence[_Measured]) -> list[Json]:
+    """Of one evaluation: the differences of NLL that DIFFERENCES names, of each arm at each K."""
+    arms: dict[str, list[_Measured]] = {}
+    for each in found:
+        if each.nll:
+            arms.setdefault(each.arm, []).append(each)
+    first = next((of for of in arms.values() if of[0].seed is not None), [])
+    starts = [each for each in found if each.seed is None]
+    made = []
+    for arm, of in arms.items():
+        low, *more = sorted(of[0].nll)
+        for k in (low, *more):
+            pairs: dict[str, list[_Pair]] = {
+                "gain": [(one, k, one, low) for one in of if k in more],
+                "change": [
+                    (one, k, other, k) for one in of if one.seed is not None
+                    for other in starts if one.start == other.start
+                ],
+                "against": [
+                    (one, k, other, k) for one in of if of is not first
+                    for other in first if one.seed in (other.seed, None)
+                ],
+            }  # fmt: skip
+            for kind, every in pairs.items():
+                if same := [
+                    p for p in every if p[0].data == p[2].data and k in p[0].nll and p[3] in p[2].nll
+                ]:
+                    made.append({"kind": kind, "arm": arm, "K": k, **_paired(same)})
+    return made
+
+
+def _paired(pairs: Sequence[_Pair]) -> Json:
+    """Mean difference, and its bootstrap interval over windows; where these are not known, the lowest and the
+    highest of several."""
+    values = [one.nll[k] - other.nll[low] for one, k, other, low in pairs]
+    value, counts = sum(values) / len(values), pairs[0][0].counts
+    windows = all(np.array_equal(each.counts, counts) for one, _, other, _ in pairs for each in (one, other))
+    if not windows or len(counts) < FEWEST_UNITS:
+        return {"value": value, "interval": [min(values), max(values)] if len(values) > 1 else None}
+    mean = sum(one.nats[k] - other.nats[low] for one, k, other, low in pairs) / len(pairs)
+    draws = resamples(len(counts), 0)
+    return {"value": value, "interval": interval(draws @ mean / (draws @ counts))}
 
 
 def _range(values: Sequence[float], digits: str = ".4f") -> str:
@@ -201,18 +294,28 @@ def _by_arm(report: Json) -> dict[str, list[Json]]:
     return found
 
 
-def _evaluations(report: Json) -> list[str]:
-    return list(dict.fromkeys(name for run in [*report["runs"], *report["starts"]] for name in run["nll"]))
+def _is_likelihood(row: Json) -> bool:
+    """Whether it is one, or a bound on it."""
+    return not row["estimator"].startswith("mixture")
 
 
-def _nll(folder: Path, evaluations: dict[str, str]) -> dict[str, list[Json]]:
-    """Name of an evaluation -> rows of `rdlm eval nll`. evaluations: part of a file's name -> name."""
+def _evaluations(starts: Sequence[Json], runs: Sequence[Json]) -> list[str]:
+    return list(dict.fromkeys(name for run in [*runs, *starts] for name in run["nll"]))
+
+
+def _named(source: str) -> str:
+    """A checkpoint as a reader tells it from others: the model of a run by the run."""
+    parts = [part for part in Path(source).parts if part not in ("model", "run")]
+    return parts[-1] if parts else source
+
+
+def _nll(folder: Path, evaluations: dict[str, str]) -> dict[str, Json]:
+    """Name of an evaluation -> what `rdlm eval nll` wrote. evaluations: part of a file's name -> name."""
     found = {}
     for file in sorted(folder.glob("eval-*.json")):
         report, name = _json(file), evaluations.get(file.stem.removeprefix("eval-"))
         if name is not None and isinstance(report, dict) and report.get("evaluation") == "nll":
-            keys = ("K", "nll", "nll_interval", "estimator")
-            found[name] = [{key: row[key] for key in keys} for row in report["results"]]
+            found[name] = report
     return found
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train.sweep
 from eval.metrics.sweep import Sweep, k_curves
+from rdlm.checkpoints import folder
 from rdlm.config.base import parse
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
@@ -90,6 +91,34 @@ def test_budgets_in_tokens_and_flops_are_what_the_runs_get(sweep: Callable[..., 
         cost = update_flops(config)
         spent = sum(cost(step) for step in range(config.schedule.steps))
         assert spent <= 3e9 < spent + cost(config.schedule.steps), run.arm
+
+
+def test_frozen_weights_cost_no_gradient_and_adapters_little(sweep: Callable[..., Path]) -> None:
+    """A linear layer takes 2 n operations forward, 2 n for the gradient of its input and 2 n for that of its weight."""
+    lora: dict[str, Any] = {"init_from": "x", "lora": {"rank": 1}}
+    costs = {
+        name: update_flops(
+            parse(TrainConfig, {**BASE, "name": "x", "output": "o", "schedule": {"steps": 1}, **changes}, "test")
+        )(0)
+        for name, changes in {
+            "all": {"objective": "next_token"},
+            "half": {"objective": "next_token", "optimizer": {"lr": 1, "freeze": ["model.core_block"]}},
+            "lora": {"objective": "next_token", **lora},
+        }.items()
+    }  # fmt: skip
+    config = parse(
+        TrainConfig,
+        {**BASE, "name": "x", "output": "o", "schedule": {"steps": 1}, "objective": "next_token"},
+        "test",
+    )
+    weights = dict(build(config.checkpoint_config, device="meta").named_parameters())
+    core = sum(
+        weight.numel()
+        for name, weight in weights.items()
+        if name.startswith("model.core_block") and weight.dim() == 2
+    )
+    assert costs["all"] - costs["half"] == 4 * 12 * 2 * core
+    assert costs["half"] < costs["all"] and 0.6 < costs["lora"] / costs["all"] < 0.9
 
 
 def test_a_dry_run_measures_nothing(sweep: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +204,7 @@ class Commands:
     def __init__(self) -> None:
         self.seen: list[str] = []
         self.broken: str | None = None
-        self.jobs, self.signal = 1, 0
+        self.jobs, self.signal, self.keeps_windows = 1, 0, False
 
     def rdlm(
         self, arguments: Sequence[str], log: Path | None, meanwhile: Callable[[], None] = lambda: None
@@ -196,13 +225,23 @@ class Commands:
             meanwhile()
         elif arguments[1] == "nll":
             options = dict(zip(arguments[2::2], arguments[3::2], strict=True))
-            seed = int(options["--out"].split("seed")[1][0])
+            of_run = "seed" in options["--out"]
+            seed = int(options["--out"].split("seed")[1][0]) if of_run else 2
             rows = [
                 {"K": k, "nll": 3.0 - k / 10 + seed, "nll_interval": [0, 9], "estimator": "normalised"}
                 for k in (1, 4)
             ]
-            Path(options["--out"]).write_text(json.dumps({"evaluation": "nll", "results": rows}))
+            report = {"evaluation": "nll", "results": rows, **self.windows(rows)}
+            Path(options["--out"]).write_text(json.dumps(report))
         return 0
+
+    def windows(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Nats of 6 windows, which differ from each other by much and between models and K by nothing more than
+        their means."""
+        if not self.keeps_windows:
+            return {}
+        nats = {str(row["K"]): [10 * (row["nll"] + n - 2.5) for n in range(6)] for row in rows}
+        return {"window_nll": nats, "window_tokens": [10] * 6}
 
     def until_signal(self) -> Any:
         from contextlib import nullcontext
@@ -253,11 +292,54 @@ def test_finished_runs_are_not_run_again_and_a_failed_one_holds_up_no_other(
 
     section = Sweep().section([Run(file, "sweep", "test", report)])
     table = section.blocks[1]
-    assert table.rows[0] == ["a", "3.4000 [2.9000, 3.9000]", "3.1000 [2.6000, 3.6000]", ""]
-    assert table.rows[1][-1] == "+0.0000 [+0.0000, +0.0000] (K = 4)"
+    assert table.rows[0] == ["a", "3.4000 [2.9000, 3.9000]", "3.1000 [2.6000, 3.6000]"]
+    gain, against = section.blocks[2:4]
+    assert gain.rows[1] == ["b", "", "-0.3000 [-0.3000, -0.3000]"]  # lowest and highest seed
+    assert against.rows == [["b", *["+0.0000 [+0.0000, +0.0000]"] * 2]]
     pictures = [block for block in section.blocks if hasattr(block, "content")]
     assert len(pictures) == 2
     Sweep().plot(report, file.with_suffix(".png"))
     assert file.with_suffix(".png").read_bytes() == pictures[0].content
     with pytest.raises(UserError, match="--plot"):
         Sweep().plot({**report, "runs": [], "starts": []}, file.with_suffix(".png"))
+
+
+def test_differences_are_paired_over_windows_and_name_what_training_changed(
+    sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Windows differ by 5 nats from each other; paired, the differences between models have no spread."""
+    start = tmp_path / "start" / "model"
+    model = load(planned(sweep())[0][0].config_file).checkpoint_config
+    folder.save(start, build(model, seed=0), model, None)
+    file = sweep(
+        output=str(tmp_path / "from"),
+        arms={"a": {}, "b": {"optimizer.lr": 0.02}}, base={**BASE, "init_from": str(start.parent)},
+        evaluate={"held out": "nll --checkpoint {model} --num-steps 1,4 --out {out}.json"},
+    )  # fmt: skip
+    sweeper = Sweeper(*read_sweep(file), lambda line: None)
+    sweeper.commands = commands = Commands()  # type: ignore[assignment]
+    commands.keeps_windows = True
+    assert sweeper.run(sweeper.plan()) == [] and commands.seen.count("eval nll") == 3
+    report = Sweep().measure(Sweep.Options(folder=sweeper.output))
+    before = "before training, start"
+    assert list(k_curves(report, "held out")) == [before, "a", "b"]
+    found = {(d["kind"], d["arm"], d["K"]): d for d in report["differences"]["held out"]}
+    expected = {("gain", arm, 4): -0.3 for arm in (before, "a", "b")}
+    expected |= {("change", arm, k): -2.0 for arm in "ab" for k in (1, 4)}  # the mock's seed 0 against 2
+    expected |= {("against", arm, k): value for arm, value in ((before, 2.0), ("b", 0.0)) for k in (1, 4)}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert [found[key]["value"], *found[key]["interval"]] == pytest.approx([value] * 3)
+    text = json.dumps(report)
+    assert "window_nll" not in text  # which may be many
+
+
+def test_runs_from_a_training_checkpoint_have_it_exported_and_measured(
+    sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    sweeper = Sweeper(*read_sweep(sweep()), lambda line: None)
+    sweeper.commands = commands = Commands()  # type: ignore[assignment]
+    assert sweeper._exported(tmp_path, tmp_path / "start-0") == tmp_path / "start-0" / "model"
+    assert commands.seen == [f"export {tmp_path}"]
+    (tmp_path / "config.json").write_text("{}")
+    assert sweeper._exported(tmp_path, tmp_path / "start-0") == tmp_path
