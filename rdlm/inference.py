@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +26,7 @@ from rdlm.nn.attention import AttentionContext
 from rdlm.objectives import Objective
 from rdlm.random_streams import generator
 from rdlm.registry import build
-from rdlm.sampling_params import SamplingParams
+from rdlm.sampling_params import Numbers, Order
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,40 @@ class Generation:
     """Tokens that were guessed early, by a draft or in a wavefront, and of these the ones that stayed."""
 
 
+CHAT_TOKENS = 512
+"""Most tokens of an answer to a conversation, by default."""
+
+
+class GenerationOptions(Numbers, total=False):
+    """What ``Model.generate`` and ``Model.chat`` take besides prompts and K. Each is a field of the server's requests
+    (serve/api/schemas.py has ranges and defaults), but for ``kv_cache``."""
+
+    max_tokens: int
+    """Most tokens of an answer: by default 64, of a conversation's 512."""
+    seed: int
+    """Equal seeds give equal texts; default 0."""
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    min_tokens: int
+    ignore_eos: bool
+    sampler: str
+    order: Order
+    exit_criterion: str
+    """A name of rdlm/exit_criteria.py, for instance latent-diff."""
+    exit_threshold: float
+    """Default: the checkpoint's."""
+    draft_steps: int
+    """Self-speculative decoding (full or first cache): tokens are drafted at so many core steps, verified at K."""
+    draft_tokens: int
+    wavefront: int
+    """So many positions are decoded together, and read out after every ``inner_steps`` core steps."""
+    inner_steps: int
+    wavefront_threshold: float
+    """A position whose state changes relatively by less leaves early."""
+    kv_cache: Literal["shared", "full", "first"]
+    """Which keys a position keeps: those of its last core step (default), of every one, or of the first."""
+
+
 Message = Mapping[str, Any]
 """Of a conversation, as in OpenAI's API: ``{"role": "user", "content": "..."}``."""
 
@@ -55,22 +89,7 @@ class Engine(Protocol):
     def chat_ids(self, messages: Sequence[Message]) -> list[int]: ...
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_steps: int,
-        *,
-        max_tokens: int,
-        sampling: SamplingParams,
-        seed: int,
-        stop: Sequence[str],
-        exit_criterion: str | None,
-        exit_threshold: float | None,
-        kv_cache: Literal["shared", "full", "first"],
-        draft_steps: int | None,
-        draft_tokens: int,
-        wavefront: int | None,
-        inner_steps: int | None,
-        wavefront_threshold: float | None,
+        self, prompts: Sequence[Sequence[int]], num_steps: int, options: GenerationOptions
     ) -> list[Generation]: ...
 
 
@@ -88,69 +107,27 @@ class Model:
         self,
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         num_steps: int | None = None,
-        *,
-        max_tokens: int = 64,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        exit_criterion: str | None = None,
-        exit_threshold: float | None = None,
-        kv_cache: Literal["shared", "full", "first"] = "shared",
-        draft_steps: int | None = None,
-        draft_tokens: int = 4,
-        wavefront: int | None = None,
-        inner_steps: int | None = None,
-        wavefront_threshold: float | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[Generation]:
         """Continue texts, or ids as they are, with the engine that the server runs; in the order given, each as
-        it would be alone.
+        it would be alone. An option that is None counts as left out.
 
-        temperature: 0 is greedy. exit_criterion: of ``rdlm/exit_criteria.py``, for instance latent-diff; its
-        threshold by default the checkpoint's. kv_cache: full keeps the keys of every step, shared those of the
-        last, first those of the first.
-
-        draft_steps: self-speculative decoding, with the full or first cache: up to ``draft_tokens`` tokens are drafted
-        at so many core steps and verified at K. wavefront: so many positions are decoded together, and read out
-        after every ``inner_steps`` core steps; one whose state changes relatively by less than
-        ``wavefront_threshold`` leaves early. None: docs/serving.md has the defaults.
-
-        UserError where the model cannot do what is asked.
+        UserError where the model cannot do what is asked, or an option is out of range.
         """
         given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
         ids: list[Sequence[int]] = [self._begun(p) if isinstance(p, str) else p for p in given]
-        sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
-        return self._running.generate(
-            ids,
-            self.config.default_steps if num_steps is None else num_steps,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            seed=seed,
-            stop=stop,
-            exit_criterion=exit_criterion,
-            exit_threshold=exit_threshold,
-            kv_cache=kv_cache,
-            draft_steps=draft_steps,
-            draft_tokens=draft_tokens,
-            wavefront=wavefront,
-            inner_steps=inner_steps,
-            wavefront_threshold=wavefront_threshold,
-        )
+        steps = self.config.default_steps if num_steps is None else num_steps
+        return self._running.generate(ids, steps, options)
 
     def chat(
-        self,
-        messages: Sequence[Message],
-        num_steps: int | None = None,
-        *,
-        max_tokens: int = 512,
-        **options: Any,
+        self, messages: Sequence[Message], num_steps: int | None = None, **options: Unpack[GenerationOptions]
     ) -> Generation:
-        """The answer to a conversation, written out by the chat template of the model's tokenizer; options:
-        those of ``generate``. UserError where the model has no template, or it refuses the messages."""
+        """The answer to a conversation, written out by the chat template of the model's tokenizer. UserError
+        where the model has no template, or it refuses the messages."""
         ids = self._running.chat_ids(messages)
-        room = self.config.model.max_seq_len - len(ids)
-        return self.generate([ids], num_steps, max_tokens=max(1, min(max_tokens, room)), **options)[0]
+        room = max(1, self.config.model.max_seq_len - len(ids))
+        options["max_tokens"] = min(options.get("max_tokens", CHAT_TOKENS), room)
+        return self.generate([ids], num_steps, **options)[0]
 
     @property
     def _running(self) -> Engine:

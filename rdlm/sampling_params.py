@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args, get_type_hints
+from typing import Annotated, Literal, TypedDict, get_args, get_type_hints
 
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.errors import UserError
@@ -116,6 +116,18 @@ NUMBERS: dict[str, tuple[type, Range]] = {
     if hasattr(hint, "__metadata__")
 }
 """Field -> its type and range, of the numbers among SamplingParams."""
+
+
+class Numbers(TypedDict, total=False):
+    """NUMBERS for type checkers: what a caller may name, and leave out."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
 
 
 def text_samplers() -> list[str]:

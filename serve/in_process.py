@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import Literal
+from typing import Any
 
+from rdlm.config.base import parse
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from rdlm.exit_criteria import CRITERIA, ExitRule
-from rdlm.inference import Generation, Message, Model
-from rdlm.sampling_params import SamplingParams, check_masked, check_sampler
+from rdlm.inference import Generation, GenerationOptions, Message, Model
 from serve.api.chat_template import ChatTemplate
+from serve.api.request_parsing import parse_completion
+from serve.api.schemas import CompletionRequest
+from serve.api.state import ServerState
 from serve.engine.engine import Engine
-from serve.engine.exits import default_thresholds
-from serve.engine.sequence import (
-    MAX_DRAFT,
-    MAX_WAVEFRONT,
-    Request,
-    Speculation,
-    StepBudget,
-    Wavefront,
-)
+from serve.engine.sequence import Event
 from serve.errors import ApiError
 from serve.loading import build_served, end_ids
-from serve.settings import EngineSettings
+from serve.options import REQUEST, as_user_error, fields
+from serve.settings import EngineSettings, HttpSettings
 
 MOST_TOGETHER = 16
 """Prompts that step together."""
+DEFAULTS: dict[str, Any] = {"max_tokens": 64, "seed": 0, "kv_cache": "shared"}
+"""Of options; the others have those of a request."""
+FIELDS = {"prompts": "prompt", "num_steps": "num_steps", "max_tokens": "max_tokens", "seed": "seed"} | {
+    {"exit": "exit_criterion"}.get(name, name) if "." in path else path: path
+    for name, path in REQUEST.items()
+}
+"""Argument -> the field of a request that it sets: of the options those of the commands, named like the fields."""
 
 
 class InProcess:
@@ -38,61 +39,38 @@ class InProcess:
         self.model = model
 
     def generate(
-        self,
-        prompts: Seq[Seq[int]],
-        num_steps: int,
-        *,
-        max_tokens: int,
-        sampling: SamplingParams,
-        seed: int,
-        stop: Seq[str],
-        exit_criterion: str | None,
-        exit_threshold: float | None,
-        kv_cache: Literal["shared", "full", "first"],
-        draft_steps: int | None,
-        draft_tokens: int,
-        wavefront: int | None,
-        inner_steps: int | None,
-        wavefront_threshold: float | None,
+        self, prompts: Seq[Seq[int]], num_steps: int, options: GenerationOptions
     ) -> list[Generation]:
         if not prompts:
             return []
+        given = DEFAULTS | {name: value for name, value in options.items() if value is not None}
+        kv_cache = given.pop("kv_cache")
+        for name in given.keys() - FIELDS.keys():
+            raise UserError(name, given[name], "there is no such option", f"use some of {', '.join(FIELDS)}")
+        values = {name: [*value] if isinstance(value, tuple) else value for name, value in given.items()}
+        body = fields({FIELDS[name]: value for name, value in values.items()}) | {"num_steps": num_steps}
+        try:
+            return self._answers(prompts, body, kv_cache)
+        except (ApiError, UserError) as error:
+            raise as_user_error(error, body, FIELDS, "see docs/python.md") from None
+
+    def _answers(self, prompts: Seq[Seq[int]], body: dict[str, Any], kv_cache: str) -> list[Generation]:
+        """Parsed as the server parses requests. ApiError or UserError."""
         model, tokenizer = self.model, self._tokenizer
-        check_sampler(sampling.sampler, model.config)
-        check_masked(sampling, None, model.config)
+        bodies = [CompletionRequest.parse({**body, "prompt": [*map(int, ids)]}) for ids in prompts]
+        pool = {
+            "kv_cache": kv_cache,
+            "max_slots": min(len(prompts), MOST_TOGETHER),
+            "max_len": max(2, max(map(len, prompts)) + body["max_tokens"]),
+            "max_queue": len(prompts),
+        }
+        settings: EngineSettings = parse(EngineSettings, pool, "the options of generate")
         ends = end_ids(model.folder, tokenizer)
-        settings = EngineSettings(
-            kv_cache=kv_cache,
-            max_slots=min(len(prompts), MOST_TOGETHER),
-            max_len=max(2, max(map(len, prompts)) + max_tokens),
-            max_queue=len(prompts),
-        )
         served = build_served(model.denoiser, model.config, tokenizer, settings, ends)
-        budget = StepBudget(
-            num_steps,
-            self._rule(exit_criterion, exit_threshold),
-            speculation=speculation_of(draft_steps, draft_tokens),
-            wavefront=wavefront_of(wavefront, inner_steps, wavefront_threshold),
-        )
-        requests = [
-            Request(tuple(ids), budget, max_tokens, sampling, seed, stop=tuple(stop), stop_ids=ends)
-            for ids in prompts
-        ]
         with Engine(lambda: served, settings.max_queue) as engine:
-            answers = engine.generate(requests)
-        found = []
-        for events in answers:
-            last = events[-1]
-            if last.error is not None:
-                raise last.error
-            if last.finish not in ("stop", "length"):
-                raise RuntimeError(f"generation ended with {last.finish!r}")
-            drawn = [(e.token, e.steps) for e in events if e.token is not None and e.steps is not None]
-            tokens, steps = [token for token, _ in drawn], [count for _, count in drawn]
-            usage, text = last.usage, "".join(e.text for e in events)
-            guesses = (0, 0) if usage is None else (usage.drafted, usage.accepted)
-            found.append(Generation(text, tokens, steps, last.finish, *guesses))
-        return found
+            server = ServerState(engine, HttpSettings())
+            requests = [parse_completion(one, server).requests[0] for one in bodies]
+            return [_generation(events) for events in engine.generate(requests)]
 
     def chat_ids(self, messages: Seq[Message]) -> list[int]:
         """The prompt of a conversation. UserError where there is no template for it, or it refuses."""
@@ -117,38 +95,14 @@ class InProcess:
             raise UserError("checkpoint", self.model.config.name, problem, "use logits")
         return self.model.tokenizer
 
-    def _rule(self, criterion: str | None, threshold: float | None) -> ExitRule | None:
-        """UserError for a criterion that the model does not have."""
-        if criterion is None:
-            return None
-        known = default_thresholds(self.model.config)
-        if criterion not in known:
-            problem = (
-                "this model has no such criterion" if criterion in CRITERIA else "there is no such criterion"
-            )
-            remedy = f"use one of {', '.join(known)}" if known else "leave it out"
-            raise UserError("exit_criterion", criterion, problem, remedy)
-        return ExitRule(criterion, known[criterion] if threshold is None else threshold)
 
-
-def speculation_of(draft_steps: int | None, draft_tokens: int) -> Speculation | None:
-    """None where nothing is drafted. UserError for a number that is out of range; K bounds ``draft_steps``."""
-    if not 1 <= draft_tokens <= MAX_DRAFT:
-        raise UserError("draft_tokens", draft_tokens, "is out of range", f"give 1 to {MAX_DRAFT}")
-    return None if draft_steps is None else Speculation(draft_steps, draft_tokens)
-
-
-def wavefront_of(positions: int | None, inner_steps: int | None, threshold: float | None) -> Wavefront | None:
-    """None where there is none. UserError for numbers that are out of range, or belong to none."""
-    if positions is None:
-        if (inner_steps, threshold) != (None, None):
-            problem = "inner_steps and wavefront_threshold belong to wavefront decoding"
-            raise UserError("wavefront", None, problem, "give its positions, or leave them out")
-        return None
-    if not 1 <= positions <= MAX_WAVEFRONT:
-        raise UserError("wavefront", positions, "is out of range", f"give 1 to {MAX_WAVEFRONT} positions")
-    if inner_steps is not None and inner_steps < 1:
-        raise UserError("inner_steps", inner_steps, "is out of range", "give at least 1")
-    if threshold is not None and not 0 <= threshold < math.inf:
-        raise UserError("wavefront_threshold", threshold, "is out of range", "give 0 or more")
-    return Wavefront.of(positions, inner_steps, threshold)
+def _generation(events: list[Event]) -> Generation:
+    last = events[-1]
+    if last.error is not None:
+        raise last.error
+    if last.finish not in ("stop", "length"):
+        raise RuntimeError(f"generation ended with {last.finish!r}")
+    drawn = [(e.token, e.steps) for e in events if e.token is not None and e.steps is not None]
+    tokens, steps = [token for token, _ in drawn], [count for _, count in drawn]
+    guesses = (0, 0) if last.usage is None else (last.usage.drafted, last.usage.accepted)
+    return Generation("".join(e.text for e in events), tokens, steps, last.finish, *guesses)

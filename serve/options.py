@@ -1,11 +1,11 @@
-"""Options of the commands that run the engine without a server, from the definitions that the server reads: fields
-of requests (serve/api/schemas.py) and of EngineSettings. No torch, no HTTP.
+"""Options of the commands and of the Python interface, which run the engine without a server, from the definitions
+that the server reads: fields of requests (serve/api/schemas.py) and of EngineSettings. No torch, no HTTP.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Annotated, Any
 
@@ -44,6 +44,8 @@ REQUEST: dict[str, str] = {
 }
 """Option -> the field of a request that it sets: one line makes a field an option, whose type and help are the
 schema's."""
+OPTIONS = {f"--{name.replace('_', '-')}": path for name, path in REQUEST.items()}
+"""REQUEST as options are written."""
 DEFAULTS: dict[str, float] = {"temperature": 0.8, "top_p": 0.95}
 """Where neither an option nor the checkpoint's generation_config.json names them: a server would sample from the
 model as it is."""
@@ -73,7 +75,7 @@ def takes_options(function: Callable[..., None]) -> Callable[..., None]:
         bound.apply_defaults()
         given = bound.arguments
         engine = {name: given.pop(name) for name in ENGINE}
-        request = _fields({path: given.pop(name) for name, path in REQUEST.items()})
+        request = fields({path: given.pop(name) for name, path in REQUEST.items()})
         try:
             function(**given, engine=engine, request=request)
         except (ApiError, UserError) as error:
@@ -89,7 +91,7 @@ def unnamed_defaults(served: Served) -> dict[str, float]:
     return {name: value for name, value in DEFAULTS.items() if name not in served.sampling_defaults}
 
 
-def _fields(values: dict[str, Any]) -> dict[str, Any]:
+def fields(values: dict[str, Any]) -> dict[str, Any]:
     """Values by path as a request's body, without those that are not given."""
     body: dict[str, Any] = {}
     for path, value in values.items():
@@ -143,25 +145,27 @@ def _kinds(field: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield kind
 
 
-def option(path: str) -> str | None:
-    """The option that sets a field of a request, or the first of its fields; None where there is none."""
-    for name, field in REQUEST.items():
-        if field == path or field.startswith(f"{path}."):
-            return f"--{name.replace('_', '-')}"
-    return None
-
-
-def as_user_error(error: ApiError | UserError, given: dict[str, Any]) -> UserError:
+def as_user_error(
+    error: ApiError | UserError,
+    given: dict[str, Any],
+    options: Mapping[str, str] = OPTIONS,
+    remedy: str = "see --help for its values",
+) -> UserError:
     """What was refused of a request, as a mistake in an option. given: the command's arguments and the request's
-    fields, which the message quotes."""
+    fields, which the message quotes. options: their names -> the fields that they set. remedy: where the error has
+    none."""
+
+    def named(path: str) -> str | None:
+        return next((name for name, to in options.items() if to == path or to.startswith(f"{path}.")), None)
+
     if isinstance(error, UserError):
-        name = option(error.field)
+        name = named(error.field)
         return error if name is None else UserError(name, error.value, error.problem, error.remedy)
     if error.param is None:
-        return UserError("request", "...", error.message, "see --help")
+        return UserError("request", "...", error.message, remedy)
     value: Any = given
     for part in error.param.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    name = option(error.param) or f"--{error.param.replace('_', '-')}"
-    problem, _, remedy = error.message.removeprefix(f"{error.param}: ").rpartition("; ")
-    return UserError(name, value, problem or remedy, remedy if problem else "see --help for its values")
+    name = named(error.param) or f"--{error.param.replace('_', '-')}"
+    problem, _, better = error.message.removeprefix(f"{error.param}: ").rpartition("; ")
+    return UserError(name, value, problem or better, better if problem else remedy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -15,11 +15,12 @@ from rdlm.checkpoints import folder
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
-from rdlm.inference import Model
+from rdlm.inference import GenerationOptions, Model
 from rdlm.registry import build
-from rdlm.sampling_params import SamplingParams
+from rdlm.sampling_params import NUMBERS, Numbers, SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, StepBudget
+from serve.in_process import FIELDS
 from serve.loading import load_served
 from serve.settings import EngineSettings
 
@@ -73,19 +74,33 @@ def test_tokens_that_are_guessed_early_change_no_greedy_text(model: Model) -> No
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"draft_steps": 2}, "speculation"),
-        ({"draft_steps": 6, "kv_cache": "full"}, "speculation.draft_steps"),
+        ({"draft_steps": 2}, "draft_steps"),
+        ({"draft_steps": 6, "kv_cache": "full"}, "draft_steps"),
         ({"draft_steps": 2, "draft_tokens": 0}, "draft_tokens"),
         ({"wavefront": 0}, "wavefront"),
         ({"wavefront": 2, "inner_steps": 0}, "inner_steps"),
         ({"wavefront": 2, "wavefront_threshold": -1.0}, "wavefront_threshold"),
-        ({"inner_steps": 2}, "wavefront"),
+        ({"wavefront": 2, "draft_steps": 2, "kv_cache": "full"}, "draft_steps"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"temperature": 101}, "temperature"),
+        ({"stop": [""]}, "stop"),
+        ({"kv_cache": "both"}, "kv_cache"),
+        ({"exit_criterion": "kl", "exit_threshold": -1.0}, "exit_threshold"),
+        ({"temprature": 0.5}, "temprature"),
     ],
 )
-def test_guesses_that_cannot_be_made_are_refused(model: Model, options: dict[str, Any], field: str) -> None:
+def test_options_out_of_range_are_refused_by_their_names(
+    model: Model, options: dict[str, Any], field: str
+) -> None:
     with pytest.raises(UserError) as error:
-        model.generate([[5, 9]], num_steps=6, max_tokens=4, **options)
+        model.generate([[5, 9]], num_steps=6, **{"max_tokens": 4, **options})
     assert error.value.field == field
+
+
+def test_options_are_the_fields_of_a_request() -> None:
+    listed = get_type_hints(GenerationOptions)
+    assert listed.keys() | {"prompts", "num_steps"} == FIELDS.keys() | {"kv_cache"}
+    assert get_type_hints(Numbers) == {name: kind for name, (kind, _) in NUMBERS.items()}
 
 
 def test_greedy_texts_are_the_most_probable_tokens_of_the_logits(model: Model) -> None:
