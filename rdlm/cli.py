@@ -172,6 +172,11 @@ def run(program: typer.Typer, args: Sequence[str], prog_name: str) -> int:
     status with it.
     """
     try:
+        for given in args:
+            if any("\ud800" <= character <= "\udfff" for character in given):
+                raise UserError(
+                    "argument", given, "is not UTF-8", "rename the file, or write the text in UTF-8"
+                )
         result = typer.main.get_command(program).main(
             args=list(args), prog_name=prog_name, standalone_mode=False
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -224,3 +225,11 @@ def test_bars_in_a_file_move_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stderr.count("bar:") == 2  # its first state and its last
+
+
+def test_an_argument_that_is_not_utf8_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Later it would be a traceback where it is first written or printed."""
+    assert cli.run(cli.app, ["inspect", os.fsdecode(b"runs/\xff")], "rdlm") == 2
+    assert capsys.readouterr().err == (
+        "rdlm: error: argument='runs/\\udcff': is not UTF-8; rename the file, or write the text in UTF-8\n"
+    )

@@ -15,7 +15,7 @@ from rdlm.command_line import new_app, new_console
 from rdlm.data.images import open_split, read_image_manifest
 from rdlm.data.manifest import check_hashes, kind_of, read_document
 from rdlm.data.token_shards import Manifest, check_sizes, hashes_of, num_targets, read_manifest
-from train.data.image_prepare import ImagePreparation, prepare_images
+from train.data.image_prepare import MAX_SIZE, ImagePreparation, prepare_images
 from train.data.image_sources import PRESETS as IMAGE_PRESETS
 from train.data.prepare import Preparation, prepare
 from train.data.sources import FORMATS, PRESETS
@@ -153,6 +153,7 @@ def images_command(
         int | None,
         typer.Option(
             min=1,
+            max=MAX_SIZE,
             help="Scale the shorter side to this and cut out the centre; without it images have one size.",
         ),
     ] = None,
@@ -188,9 +189,12 @@ def _show(folder: Path, manifest: Manifest, state: str) -> None:
             str(len(found.shards)),
         )
     new_console().print(table)
-    if manifest.skipped:
-        counts = ", ".join(f"{count:,} {what}" for what, count in manifest.skipped.items())
-        typer.echo(f"left out: {counts}")
+    _tell_skipped(manifest.skipped)
+
+
+def _tell_skipped(skipped: dict[str, int]) -> None:
+    if skipped:
+        typer.echo("left out: " + ", ".join(f"{count:,} {what}" for what, count in skipped.items()))
 
 
 def _check_images(folder: Path) -> dict[str, str]:
@@ -218,3 +222,4 @@ def _show_images(folder: Path, state: str) -> None:
             split, f"{len(images):,}", f"{counts.min():,}", f"{counts.max():,}", f"{images.nbytes:,}"
         )
     new_console().print(table)
+    _tell_skipped(manifest.skipped)

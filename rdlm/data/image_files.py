@@ -6,8 +6,9 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ import numpy as np
 from rdlm.errors import UserError, reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Of pillow, whatever a file is called. Its others include one that runs a PostScript interpreter."""
+MAX_CLASSES = 1 << 16
+"""Labels that are numbers end below: every one gets a name."""
 KINDS = (
     "a folder of PNG or JPEG files, an .npy or .npz array of uint8 [N, H, W, 3], or a parquet file with one "
     "image column"
@@ -36,6 +41,8 @@ class ImageSet:
     classes: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     """What was read, in order of their paths."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """What was left out -> how many."""
 
     @property
     def name(self) -> str:
@@ -60,9 +67,14 @@ def open_images(path: Path, option: str, label_column: str = "label") -> ImageSe
     return found
 
 
-def numbered(labels: np.ndarray) -> tuple[str, ...]:
-    """The numbers as names, up to the largest label: labels stay what they are in the source."""
-    return tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
+def numbered(labels: np.ndarray, name: str, option: str) -> tuple[str, ...]:
+    """The numbers as names, up to the largest label: labels stay what they are in the source. UserError for one
+    that no set of classes has."""
+    largest = int(labels.max(initial=-1))
+    if largest >= MAX_CLASSES:
+        problem = f"has label {largest}; classes are numbered 0 to at most {MAX_CLASSES - 1}"
+        raise UserError(option, name, problem, "number the classes from 0, or name another --label-column")
+    return tuple(str(i) for i in range(largest + 1))
 
 
 def pillow(option: str, name: str) -> Any:
@@ -76,11 +88,25 @@ def pillow(option: str, name: str) -> Any:
     return Image
 
 
+def to_rgb(image: Any) -> np.ndarray:
+    """A pillow image as uint8 [H, W, 3]: turned as its EXIF says, of several frames the first, without its alpha,
+    of 16 bits a channel the higher 8, as pillow reads colour. ValueError for other depths."""
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):  # convert() would clip the values to 255
+        raise ValueError(f"it has 32 bits a pixel (mode {image.mode}); write it with 8 or 16")
+    return np.asarray(image.convert("RGB"))
+
+
 def _decoded(option: str, name: str, source: Path | io.BytesIO) -> np.ndarray:
     image_module = pillow(option, name)
     try:
-        with image_module.open(source) as image:
-            return np.asarray(image.convert("RGB"))
+        with image_module.open(source, formats=DECODERS) as image:
+            return to_rgb(image)
     except (
         OSError,
         ValueError,
@@ -93,11 +119,17 @@ def _decoded(option: str, name: str, source: Path | io.BytesIO) -> np.ndarray:
 
 
 def _folder(path: Path, option: str, _: str) -> ImageSet:
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    files = tuple(file for file in found if not _hidden(file.relative_to(path)))
+    found = [file for file in path.rglob("*") if not _hidden(file.relative_to(path)) and not file.is_dir()]
+    files = tuple(sorted(f for f in found if f.suffix.lower() in SUFFIXES and f.is_file()))
+    used = set(files)
+    skipped = Counter(f"files {f.suffix.lower() or 'without an ending'}" for f in found if f not in used)
     parts = [file.relative_to(path).parts for file in files]
     labels, classes = None, tuple(sorted({part[0] for part in parts}))
     if all(len(part) > 1 for part in parts):
+        if any(is_no_text(name) for name in classes):
+            raise UserError(
+                option, ascii(str(path)), "has a class whose name is not UTF-8", "rename the folder"
+            )
         place = {name: i for i, name in enumerate(classes)}
         labels = np.array([place[part[0]] for part in parts], dtype=np.int64)
     return ImageSet(
@@ -108,7 +140,13 @@ def _folder(path: Path, option: str, _: str) -> ImageSet:
         labels,
         () if labels is None else classes,
         files,
+        dict(sorted(skipped.items())),
     )
+
+
+def is_no_text(name: str) -> bool:
+    """Whether a name on disk is no UTF-8: Python stands in surrogates for its other bytes."""
+    return any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _hidden(path: Path) -> bool:
@@ -151,12 +189,9 @@ def _parquet(path: Path, option: str, label_column: str) -> ImageSet:
         ) from None
     try:
         schema = pq.read_schema(path)
-        structs = [
-            f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0
-        ]
-        columns = structs or [
-            f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)
-        ]
+        values = {f.name: f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in schema}
+        structs = [name for name, t in values.items() if pa.types.is_struct(t) and _is_bytes(t, "bytes")]
+        columns = structs or [name for name, t in values.items() if _is_bytes(t)]
         if len(columns) != 1:
             raise UserError(
                 option,
@@ -164,8 +199,11 @@ def _parquet(path: Path, option: str, label_column: str) -> ImageSet:
                 f"has {len(columns)} image columns {columns}",
                 "give a file with exactly one",
             )
-        labelled = label_column in schema.names and pa.types.is_integer(schema.field(label_column).type)
+        labelled = label_column in values and pa.types.is_integer(values[label_column])
         table = pq.read_table(path, columns=columns + [label_column] * labelled)
+        labels = None
+        if labelled and not table[label_column].null_count:
+            labels = table[label_column].cast(values[label_column]).cast(pa.int64()).to_numpy()
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             option, str(path), f"cannot be read as parquet ({reason(error)})", f"give {KINDS}"
@@ -184,11 +222,26 @@ def _parquet(path: Path, option: str, label_column: str) -> ImageSet:
             )
         return _decoded(option, f"{path}, row {index}", io.BytesIO(content))
 
-    labels = None
-    if labelled and not table[label_column].null_count:
-        labels = table[label_column].to_numpy().astype(np.int64)
-    names = () if labels is None else _class_names(schema.metadata, label_column) or numbered(labels)
+    names = _class_names(schema.metadata, label_column) if labels is not None else ()
+    if labels is not None and not names:
+        names = numbered(labels, str(path), option)
     return ImageSet(option, path, len(column), read, labels, names, (path,))
+
+
+def _is_bytes(kind: Any, field: str | None = None) -> bool:
+    """Whether a column of this type, or this field of it, holds bytes."""
+    import pyarrow as pa
+
+    if field is not None:
+        place = kind.get_field_index(field)
+        return place >= 0 and _is_bytes(kind.field(place).type)
+    kinds = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    )
+    return any(check(kind) for check in kinds)
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:

@@ -46,6 +46,8 @@ class ImageManifest(Strict):
     classes: tuple[str, ...] = Field(min_length=1)
     """Names: label i is classes[i]."""
     splits: dict[Literal["train", "valid", "test"], ImageSplit]
+    skipped: dict[str, int] = {}
+    """What the sources held besides images -> how many."""
 
     def hashes(self) -> dict[str, str]:
         """Path below the folder -> sha256."""

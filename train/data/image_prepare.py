@@ -5,6 +5,7 @@ The bytes written depend only on the images, their labels, the seed, the split s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,11 @@ from train.data.corpus import permute
 from train.data.image_sources import ImageSource, open_source
 from train.data.prepare import held_out_fractions
 from train.data.writer import PREPARED, check_same_request, write_manifest
+
+MAX_SIZE = 4096
+"""Of --size: a larger image of a set would take 50 MB and more."""
+MAX_PIXELS = 1 << 27
+"""Of an image while it is scaled; a long narrow one grows with its longer side."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ def prepare_images(
             image_size=fit.size,
             classes=sets["train"].classes,
             splits=splits,
+            skipped=dict(sum((Counter(images.skipped) for images in sets.values()), Counter())),
         )
         write_manifest(folder, manifest)
     return manifest, True
@@ -176,6 +183,11 @@ class _Fit:
             )
         image_module, short = pillow(images.option, str(images.path)), min(height, width)
         scaled = (max(wide, width * wide // short), max(tall, height * tall // short))
+        if scaled[0] * scaled[1] > MAX_PIXELS:
+            problem = f"image {index} is {width}x{height} and would be scaled to {scaled[0]}x{scaled[1]}"
+            raise UserError(
+                images.option, str(images.path), problem, "remove this image, or give a smaller --size"
+            )
         image = image_module.fromarray(pixels).resize(
             scaled, image_module.Resampling.BICUBIC
         )  # widens its kernel when shrinking

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rdlm.data.image_files import ImageSet, numbered, open_images
+from rdlm.data.image_files import ImageSet, numbered, open_images, to_rgb
 from rdlm.data.manifest import file_sha256
 from rdlm.errors import UserError
 from train.data.sources import hub_loader, hub_name, unreachable
@@ -153,11 +153,11 @@ def _hub_images(given: str, wanted: HubImages, split: str, option: str) -> Image
 
     def read(index: int) -> np.ndarray:
         try:
-            return np.asarray(data[index][image].convert("RGB"))
+            return to_rgb(data[index][image])
         except (OSError, ValueError, AttributeError) as error:  # AttributeError: the row holds None
             raise UserError(
                 option, f"{given}, row {index}", f"cannot be decoded ({error})", "choose another data set"
             ) from None
 
-    classes = tuple(getattr(features[wanted.label], "names", None) or numbered(labels))
+    classes = tuple(getattr(features[wanted.label], "names", None) or numbered(labels, given, option))
     return ImageSet(option, Path(given), len(data), read, labels.astype(np.int64), classes)
