@@ -69,7 +69,7 @@ def base_config(name: str, seed: int, steps: int, lr: float, data: Path) -> dict
         "data": {"kind": "tokens", "path": str(data), "seq_len": SEQ_LEN}, "batch": {"global_size": BATCH_SIZE},
         "optimizer": {"lr": lr, "weight_decay": 0.1}, "schedule": {"kind": "cosine", "steps": steps,
             "warmup_steps": min(100, steps // 5)},
-        "precision": "bf16", "deepspeed": {"zero_stage": 0}, "checkpoint": {"interval_steps": max(50, steps // 5),
+        "precision": "auto", "deepspeed": {"zero_stage": 0}, "checkpoint": {"interval_steps": max(50, steps // 5),
             "keep": 1},
         "evaluation": {"interval_steps": 0},
     }  # fmt: skip
