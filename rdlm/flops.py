@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rdlm.config.model import Llama3Scaling
+from rdlm.config.model import RopeScaling
 from rdlm.nn.attention import rotary_table
 from rdlm.objectives import Objective
 
@@ -54,7 +54,7 @@ class _Tally:
     def positions(self) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.long, device=self.device)
 
-    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+    def rope(self, num_dims: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
         return rotary_table(num_dims, base, 1, self.device, scaling)[None, :, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

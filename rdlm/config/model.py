@@ -60,13 +60,36 @@ class Llama3Scaling(Strict):
         return self
 
 
+class LinearScaling(Strict):
+    """Positions divided by ``factor`` (Chen et al. 2023)."""
+
+    factor: float = Field(gt=0)
+
+
+class YarnScaling(Strict):
+    """YaRN (Peng et al. 2023): a dimension that turns more than ``beta_fast`` times within original_max_seq_len
+    is kept, one that turns less than ``beta_slow`` times is divided by ``factor``, those between are interpolated;
+    queries and keys grow by ``attention_factor``."""
+
+    factor: float = Field(gt=0)
+    original_max_seq_len: int = Field(ge=1)
+    attention_factor: float = Field(gt=0)
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+    truncate: bool = True
+    """Whether the bounds of what is interpolated are whole dimensions."""
+
+
+RopeScaling = Llama3Scaling | LinearScaling | YarnScaling
+
+
 class RopeConfig(Strict):
     """Rotary positions of adjacent pairs; importers permute the weights of models that rotate split halves."""
 
     base: float = Field(gt=0)
     num_dims: int | None = Field(None, ge=2)
     """Leading dimensions of a head that are rotated; None: all."""
-    scaling: Llama3Scaling | None = None
+    scaling: RopeScaling | None = None
 
 
 class LayerConfig(Strict):
@@ -90,12 +113,15 @@ class LayerConfig(Strict):
     each, one weight (Qwen3); head_unweighted: over each, without a weight (Parcae)."""
     qk_norm_eps: float | None = Field(None, gt=0)
     """None: norm_eps."""
-    bias: Literal["none", "qk", "qkv"] = "none"
-    """Learned biases. qk: on queries and keys (Huginn); qkv: on all three (Qwen2)."""
+    bias: Literal["none", "qk", "qkv", "qkvo"] = "none"
+    """Learned biases. qk: on queries and keys (Huginn); qkv: on all three (Qwen2); qkvo: on what attention gives
+    too (Llama with ``attention_bias``)."""
     output_gate: bool = False
     """What attention gives is multiplied by a sigmoid of the layer's input (HRM-Text)."""
     mlp: Literal["swiglu", "relu2", "gelu"] = "swiglu"
     mlp_width: int = Field(ge=1)
+    mlp_bias: bool = False
+    """Whether both matrices of the feed-forward layer have biases."""
     mlp_scale: float = 1.0
     """Factor of what enters the last matrix of the feed-forward layer."""
 

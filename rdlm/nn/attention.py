@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdlm.config.model import Llama3Scaling
+from rdlm.config.model import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 
 
 @lru_cache(maxsize=16)
 def rotary_table(
-    num_dims: int, base: float, length: int, device: torch.device, scaling: Llama3Scaling | None = None
+    num_dims: int, base: float, length: int, device: torch.device, scaling: RopeScaling | None = None
 ) -> Tensor:
     """exp(i * position * frequency_j) of adjacent pairs: complex64 [length, num_dims/2], computed in fp32 (Su
     et al. 2021).
@@ -31,16 +31,24 @@ def rotary_table(
     with torch.inference_mode(False):  # or a table that serving has made could not be trained with
         frequencies = rotary_frequencies(num_dims, base, scaling)
         angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
-        return torch.polar(torch.ones_like(angles), angles).to(device)
+        size = scaling.attention_factor if isinstance(scaling, YarnScaling) else 1.0
+        return torch.polar(torch.full_like(angles, size), angles).to(device)
 
 
-def rotary_frequencies(num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+def rotary_frequencies(num_dims: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
     """fp32 [num_dims/2]; see ``rotary_table``."""
     frequencies = 1.0 / base ** (torch.arange(0, num_dims, 2, dtype=torch.float32) / num_dims)
-    return frequencies if scaling is None else _slowed(frequencies, scaling)
+    match scaling:
+        case Llama3Scaling():
+            return _llama3(frequencies, scaling)
+        case LinearScaling():
+            return frequencies / scaling.factor
+        case YarnScaling():
+            return _yarn(frequencies, num_dims, base, scaling)
+    return frequencies
 
 
-def _slowed(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     """Llama 3.1's scaling: long wavelengths are divided by ``factor``, short ones kept, those between
     interpolated."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -49,6 +57,24 @@ def _slowed(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     )  # of a frequency in the original length
     blend = ((periods - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * frequencies / scaling.factor + blend * frequencies
+
+
+def _yarn(frequencies: Tensor, num_dims: int, base: float, scaling: YarnScaling) -> Tensor:
+    """See YarnScaling."""
+
+    def dimension(turns: float) -> float:
+        """The one that turns so often within the original length."""
+        return (
+            num_dims * math.log(scaling.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(base))
+        )
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, num_dims - 1)
+    width = high - low if high != low else 0.001
+    slowed = ((torch.arange(len(frequencies), dtype=torch.float32) - low) / width).clamp(0, 1)
+    return slowed * frequencies / scaling.factor + (1 - slowed) * frequencies
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -67,7 +93,7 @@ class AttentionContext(Protocol):
     def positions(self) -> Tensor:
         """Of the rows in their sequences: int64 [B or 1, T]."""
 
-    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+    def rope(self, num_dims: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
         """Rotary factors of the rows: complex64 [B or 1, T, 1, num_dims/2]."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -108,19 +134,19 @@ class KeepsRope(ABC):
 
     _pairs: Tensor | None = None
 
-    def prepare_rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> None:
+    def prepare_rope(self, num_dims: int, base: float, scaling: RopeScaling | None = None) -> None:
         """Make the table of ``rope`` as pairs of real numbers. The layers of a model all ask for one table."""
         if self._pairs is None:
             self._pairs = torch.view_as_real(self.rope(num_dims, base, scaling))
 
-    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+    def rope(self, num_dims: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
         """The prepared pairs in compiled code, elsewhere complex numbers; see AttentionContext."""
         if self._pairs is not None and torch.compiler.is_compiling():
             return self._pairs
         return self._rope(num_dims, base, scaling)
 
     @abstractmethod
-    def _rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
+    def _rope(self, num_dims: int, base: float, scaling: RopeScaling | None) -> Tensor:
         """The table as complex numbers."""
 
 
@@ -135,7 +161,7 @@ class CausalContext(KeepsRope):
     def positions(self) -> Tensor:
         return torch.arange(self.length, device=self.device)[None]
 
-    def _rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
+    def _rope(self, num_dims: int, base: float, scaling: RopeScaling | None) -> Tensor:
         return rotary_table(num_dims, base, self.length, self.device, scaling)[None, :, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -159,7 +185,7 @@ class DocumentContext(CausalContext):
     def positions(self) -> Tensor:
         return self._positions
 
-    def _rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
+    def _rope(self, num_dims: int, base: float, scaling: RopeScaling | None) -> Tensor:
         table = rotary_table(num_dims, base, self.length, self.device, scaling)
         return table[self._positions].unsqueeze(2)
 
@@ -225,10 +251,10 @@ class LaterLayers:
     def positions(self) -> Tensor:
         return self.inner.positions()
 
-    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+    def rope(self, num_dims: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
         return self.inner.rope(num_dims, base, scaling)
 
-    def prepare_rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> None:
+    def prepare_rope(self, num_dims: int, base: float, scaling: RopeScaling | None = None) -> None:
         """See KeepsRope."""
         if isinstance(self.inner, KeepsRope):
             self.inner.prepare_rope(num_dims, base, scaling)
@@ -272,7 +298,7 @@ class TwoStreamContext(KeepsRope):
     def positions(self) -> Tensor:
         return self._one.positions().repeat(1, 2)
 
-    def _rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
+    def _rope(self, num_dims: int, base: float, scaling: RopeScaling | None) -> Tensor:
         return self._one.rope(num_dims, base, scaling).repeat(1, 2, 1, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

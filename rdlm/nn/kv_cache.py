@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdlm.config.model import Llama3Scaling
+from rdlm.config.model import RopeScaling
 from rdlm.nn.attention import attention, rotary_table
 
 PAGE = 64
@@ -221,7 +221,7 @@ class KVCache:
         num_unkept: see Pages; rows of a PagedContext need one each.
         """
         self.max_len, self.num_slots, self.device = max_len, num_slots, torch.device(device)
-        self._rotary: dict[tuple[int, float, Llama3Scaling | None], Tensor] = {}
+        self._rotary: dict[tuple[int, float, RopeScaling | None], Tensor] = {}
         self.keeps_steps = num_steps > 1
         core = range(num_layers) if core_layers is None or not self.keeps_steps else core_layers
         once = [range(core.start), range(core.stop, num_layers)]
@@ -231,7 +231,7 @@ class KVCache:
             if layers
         ]
 
-    def rotary(self, num_dims: int, base: float, scaling: Llama3Scaling | None) -> Tensor:
+    def rotary(self, num_dims: int, base: float, scaling: RopeScaling | None) -> Tensor:
         """``rotary_table`` of all positions: the same tensor at every call."""
         key = (num_dims, base, scaling)
         if key not in self._rotary:
@@ -276,7 +276,7 @@ class PackedContext:
         self.firsts = list(accumulate((s.length for s in segments[:-1]), initial=0))
         self.views: dict[int, Any] = {}
         """By store (id): what kernels have made of the rows for it."""
-        self._tables: dict[tuple[int, float, Llama3Scaling | None], Tensor] = {}
+        self._tables: dict[tuple[int, float, RopeScaling | None], Tensor] = {}
         self._readers: dict[int, _Reader] = {}
 
     @cached_property
@@ -297,7 +297,7 @@ class PackedContext:
     def positions(self) -> Tensor:
         return self._positions[None]
 
-    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+    def rope(self, num_dims: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
         key = (num_dims, base, scaling)
         if key not in self._tables:  # every layer asks, at every core step
             self._tables[key] = self.cache.rotary(*key)[self._positions][None, :, None]
@@ -416,7 +416,7 @@ class PagedContext:
     def positions(self) -> Tensor:
         return self._positions[None]
 
-    def rope(self, num_dims: int, base: float, scaling: Llama3Scaling | None = None) -> Tensor:
+    def rope(self, num_dims: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
         return self.cache.rotary(num_dims, base, scaling)[self._positions][None, :, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:

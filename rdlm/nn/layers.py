@@ -92,8 +92,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_width(d_model)
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.Wqkv = nn.Linear(d_model, q_width + 2 * kv_width, bias=config.bias == "qkv")
-        self.proj = nn.Linear(q_width, d_model, bias=False)
+        self.Wqkv = nn.Linear(d_model, q_width + 2 * kv_width, bias=config.bias.startswith("qkv"))
+        self.proj = nn.Linear(q_width, d_model, bias=config.bias == "qkvo")
         has_qk_bias = config.bias == "qk"
         self.qk_bias = nn.Parameter(torch.zeros(2, 1, self.num_heads, self.head_dim)) if has_qk_bias else None
         self.q_norm = self.k_norm = None
@@ -177,13 +177,18 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, kind: Literal["swiglu", "relu2", "gelu"], d_model: int, width: int, scale: float = 1.0
+        self,
+        kind: Literal["swiglu", "relu2", "gelu"],
+        d_model: int,
+        width: int,
+        scale: float = 1.0,
+        has_bias: bool = False,
     ) -> None:
-        """scale: factor of what enters ``proj`` (Parcae: 1/2 with relu2)."""
+        """scale: factor of what enters ``proj`` (Parcae: 1/2 with relu2). has_bias: of both matrices."""
         super().__init__()
         self.kind, self.scale = kind, scale
-        self.fc = nn.Linear(d_model, 2 * width if kind == "swiglu" else width, bias=False)
-        self.proj = nn.Linear(width, d_model, bias=False)
+        self.fc = nn.Linear(d_model, 2 * width if kind == "swiglu" else width, bias=has_bias)
+        self.proj = nn.Linear(width, d_model, bias=has_bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., D] -> [..., D]
         return self.proj(self._inner(self.fc(x)))
@@ -285,7 +290,8 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.norms = config.norms
         self.attn = Attention(config, d_model, layer, value_gate_width)
-        self.mlp = MLP(config.mlp, d_model, mlp_width or config.mlp_width, config.mlp_scale)
+        inner = mlp_width or config.mlp_width
+        self.mlp = MLP(config.mlp, d_model, inner, config.mlp_scale, config.mlp_bias)
         self.norm_1, self.norm_2 = _norm(config, d_model), _norm(config, d_model)
         self.norm_3 = self.norm_4 = None
         if config.norms in ("sandwich_sum", "sandwich_branch"):

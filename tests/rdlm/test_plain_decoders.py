@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rdlm
+from rdlm.checkpoints.convert.hf_export import export_hf
 from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.errors import UserError
+from serve.engine.cpu.modules import use_kernels
+from tests.rdlm.test_zoo import in_chunks
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: pip install 'rdlm[serve]'"
@@ -25,6 +29,9 @@ SHAPE: dict[str, Any] = {
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32,
 }  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rms_norm_eps": 1e-5}),
@@ -54,6 +61,37 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, scaled": ("Qwen2", {"rope_parameters": LLAMA3, "num_key_value_heads": 1, "num_hidden_layers": 1}),
     "qwen3, tied": ("Qwen3", {"tie_word_embeddings": True, "vocab_size": 97, "head_dim": 10}),
     "olmo2, scaled": ("Olmo2", {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-3}),
+    "llama with all biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama with biases of attention, tied": ("Llama", {"attention_bias": True, "tie_word_embeddings": True}),
+    "llama with biases of the feed-forward layer": ("Llama", {"mlp_bias": True, "intermediate_size": 77}),
+    "qwen3 with biases": ("Qwen3", {"attention_bias": True, "head_dim": 14}),
+    "olmo2 with biases": ("Olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
+    "llama, positions divided": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    ),
+    "llama, dynamic": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "qwen2, yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3, yarn, every setting": (
+        "Qwen3",
+        {
+            "head_dim": 22,
+            "rope_parameters": {
+                **YARN,
+                "attention_factor": 1.3,
+                "beta_fast": 8.0,
+                "beta_slow": 2.0,
+                "truncate": False,
+            },
+        },
+    ),
+    "llama, yarn, scales of its size": (
+        "Llama",
+        {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "rope_theta": 5e5}},
+    ),
 }
 
 
@@ -79,6 +117,29 @@ def test_logits_are_those_of_transformers(tmp_path: Path, case: str) -> None:
         expected = theirs(ids).logits
     torch.testing.assert_close(model.logits(ids)[1], expected, atol=2e-5, rtol=0)
     assert model.config.max_steps == 1
+    if theirs.config.rope_parameters["rope_type"] != "dynamic":  # which is no other model than it is without
+        again = export_hf(tmp_path / "ours", tmp_path / "again", shard_bytes=1 << 30)
+        assert again == type(theirs).__name__
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+        with torch.no_grad():
+            torch.testing.assert_close(back(ids).logits, expected, atol=1e-6, rtol=0)
+        import_checkpoint(str(tmp_path / "again"), tmp_path / "back")
+        made, kept = (load_file(tmp_path / name / "model.safetensors") for name in ("back", "ours"))
+        assert made.keys() == kept.keys() and all(torch.equal(made[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("case", ["llama with all biases", "olmo2 with biases", "qwen3, yarn, every setting"])
+def test_the_servers_kernels_compute_them_too(tmp_path: Path, case: str) -> None:
+    """Prompts in chunks; biases that end within a vector."""
+    theirs = published(tmp_path / "theirs", *CASES[case])
+    model = rdlm.load(import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours"))
+    ids = torch.randint(0, 96, (2, 24))
+    if not use_kernels(model.denoiser):
+        pytest.skip("needs a C++ compiler")
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    found = in_chunks(SimpleNamespace(model=model, ids=ids), 1, 8)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +202,14 @@ def test_weights_keep_their_dtype(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "word"),
     [
-        ("Llama", {"attention_bias": True}, "attention_bias"),
-        ("Llama", {"mlp_bias": True}, "mlp_bias"),
+        ("Mistral", {"attention_bias": True}, "attention_bias"),
+        ("Qwen2", {"mlp_bias": True}, "mlp_bias"),
         ("Llama", {"hidden_act": "gelu"}, "hidden_act"),
-        ("Llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
+        (
+            "Llama",
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}},
+            "'longrope'",
+        ),
         ("Qwen2", {"use_sliding_window": True}, "use_sliding_window"),
         ("Qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ("Llama", {"num_hidden_layers": 4}, "model.layers.3"),

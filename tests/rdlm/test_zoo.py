@@ -229,7 +229,7 @@ def test_pickled_weights_of_parcae_are_read_without_running_code(golden: Path, t
 @pytest.mark.parametrize(
     ("folder", "fields", "word"),
     [
-        ("ouro_tiny", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ("ouro_tiny", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope'"),
         ("ouro_tiny", {"use_sliding_window": True}, "use_sliding_window"),
         ("ouro_tiny", {"hidden_act": "gelu"}, "hidden_act"),
         ("ouro_tiny", {"attention_bias": True}, "attention_bias"),

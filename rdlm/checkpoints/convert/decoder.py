@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 from rdlm.checkpoints import safetensors_io as tensors
@@ -22,16 +23,34 @@ from rdlm.checkpoints.convert.base import (
 )
 from rdlm.checkpoints.safetensors_io import Entry
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import LayerConfig, LoopConfig, RecurrentConfig, RopeConfig
+from rdlm.config.model import (
+    LayerConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LoopConfig,
+    RecurrentConfig,
+    RopeConfig,
+)
 from rdlm.errors import UserError
 
 PRE_NORMS = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
 POST_NORMS = {"norm_1": "post_attention_layernorm", "norm_2": "post_feedforward_layernorm"}
 
 
-def rope_of(fields: Fields, head_dim: int, default_base: float | None = 10_000.0) -> dict[str, Any]:
+ROPE_TYPES = ("default", "llama3", "linear", "yarn", "dynamic")
+
+
+def rope_of(
+    fields: Fields,
+    head_dim: int,
+    default_base: float | None = 10_000.0,
+    types: Collection[str] = ROPE_TYPES,
+) -> dict[str, Any]:
     """RopeConfig of ``rope_theta`` and ``rope_scaling``, or of ``rope_parameters`` as transformers 5 writes
-    them."""
+    them. types: the rope types that the family's code and ours both compute.
+
+    dynamic changes nothing up to ``max_position_embeddings``, where a context ends here.
+    """
     given = fields.section("rope_parameters")
     base = given.get("rope_theta") or fields.number("rope_theta", default_base)
     scaling = given if given.data else fields.section("rope_scaling")
@@ -40,17 +59,43 @@ def rope_of(fields: Fields, head_dim: int, default_base: float | None = 10_000.0
     rope: dict[str, Any] = {"base": base}
     if share != 1.0:
         rope["num_dims"] = int(head_dim * share)
-    if kind == "llama3":
+    if kind not in types:
+        field = "rope_parameters" if given.data else "rope_scaling"
+        raise fields.refused(field, f"rope type {kind!r} is not built here, only {', '.join(types)}")
+    if kind == "linear":
+        rope["scaling"] = {"factor": scaling.number("factor")}
+    elif kind == "yarn":
+        rope["scaling"] = _yarn(fields, scaling)
+    elif kind == "llama3":
         rope["scaling"] = {
             "factor": scaling.number("factor"),
             "low_freq_factor": scaling.number("low_freq_factor"),
             "high_freq_factor": scaling.number("high_freq_factor"),
             "original_max_seq_len": scaling.number("original_max_position_embeddings"),
         }
-    elif kind != "default":
-        field = "rope_parameters" if given.data else "rope_scaling"
-        raise fields.refused(field, f"rope type {kind!r} is not built here, only default and llama3")
+    scaling.ignore("factor")
     return rope
+
+
+def _yarn(fields: Fields, scaling: Fields) -> dict[str, Any]:
+    """YarnScaling, with what transformers takes for fields that are left out."""
+    length = fields.number("max_position_embeddings")
+    original = scaling.get("original_max_position_embeddings", length)
+    factor = scaling.get("factor") or length / original
+
+    def size(scale: float) -> float:
+        return 0.1 * scale * log(factor) + 1 if factor > 1 else 1.0
+
+    scales = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return {
+        "factor": factor,
+        "original_max_seq_len": original,
+        "attention_factor": scaling.get("attention_factor")
+        or (size(scales[0]) / size(scales[1]) if all(scales) else size(1.0)),
+        "beta_fast": scaling.get("beta_fast") or 32.0,
+        "beta_slow": scaling.get("beta_slow") or 1.0,
+        "truncate": bool(scaling.get("truncate", True)),
+    }
 
 
 def head_dim_of(fields: Fields) -> int:
@@ -60,7 +105,7 @@ def head_dim_of(fields: Fields) -> int:
 
 def layer_of(fields: Fields, **settings: Any) -> dict[str, Any]:
     """LayerConfig of a config of transformers, with rotary positions and a gated MLP of silu."""
-    fields.only({"hidden_act": "silu", "mlp_bias": False})
+    fields.only({"hidden_act": "silu", **({} if settings.get("mlp_bias") else {"mlp_bias": False})})
     fields.ignore("attention_dropout")
     head_dim = head_dim_of(fields)
     return {
@@ -68,9 +113,9 @@ def layer_of(fields: Fields, **settings: Any) -> dict[str, Any]:
         "num_heads": fields.number("num_attention_heads"),
         "num_kv_heads": fields.get("num_key_value_heads", fields.number("num_attention_heads")),
         "head_dim": head_dim,
-        "rope": rope_of(fields, head_dim),
         "mlp_width": fields.number("intermediate_size"),
         **settings,
+        "rope": settings.get("rope") or rope_of(fields, head_dim),
     }
 
 
@@ -106,7 +151,7 @@ def layer_tensors(
         dims = None if layer.rope is None else layer.rope.num_dims
         return path, adjacent_pairs(entry, layer.head_width(d_model), dims)
 
-    kinds = ("weight", "bias") if layer.bias == "qkv" else ("weight",)
+    kinds = ("weight", "bias") if layer.bias in ("qkv", "qkvo") else ("weight",)
     found = {
         f"{ours}.attn.Wqkv.{kind}": stacked(
             source.where,
@@ -121,12 +166,15 @@ def layer_tensors(
     if layer.qk_norm in ("full", "head"):
         for name in ("q_norm", "k_norm"):
             found[f"{ours}.attn.{name}.weight"] = rotated(f"self_attn.{name}.weight")[1]
-    gate_and_up = [take("mlp.gate_proj.weight"), take("mlp.up_proj.weight")]
+    if layer.bias == "qkvo":
+        found[f"{ours}.attn.proj.bias"] = take("self_attn.o_proj.bias")[1]
+    for kind in ("weight", "bias") if layer.mlp_bias else ("weight",):
+        gate_and_up = [take(f"mlp.gate_proj.{kind}"), take(f"mlp.up_proj.{kind}")]
+        found[f"{ours}.mlp.fc.{kind}"] = stacked(source.where, gate_and_up)
+        found[f"{ours}.mlp.proj.{kind}"] = take(f"mlp.down_proj.{kind}")[1]
     return {
         **found,
         f"{ours}.attn.proj.weight": take("self_attn.o_proj.weight")[1],
-        f"{ours}.mlp.fc.weight": stacked(source.where, gate_and_up),
-        f"{ours}.mlp.proj.weight": take("mlp.down_proj.weight")[1],
         **{f"{ours}.{name}.weight": take(f"{path}.weight")[1] for name, path in norms.items()},
     }
 
@@ -152,17 +200,25 @@ def head_tensors(
 @dataclass(frozen=True)
 class Kind:
     """What a plain decoder of one ``model_type`` is. defaults: what transformers takes for fields that its
-    config.json leaves out, where these differ from the usual ones."""
+    config.json leaves out, where these differ from the usual ones. biases: those it may have, by the fields
+    ``attention_bias`` and ``mlp_bias``."""
 
     layer: Mapping[str, Any]
     norms: Mapping[str, str]
     architecture: str
     defaults: Mapping[str, Any]
     has_window: bool = False
+    biases: tuple[str, ...] = ()
 
 
 KINDS = {
-    "llama": Kind({}, PRE_NORMS, "LlamaForCausalLM", {"max_position_embeddings": 2048}),
+    "llama": Kind(
+        {},
+        PRE_NORMS,
+        "LlamaForCausalLM",
+        {"max_position_embeddings": 2048},
+        biases=("attention_bias", "mlp_bias"),
+    ),
     "mistral": Kind(
         {},
         PRE_NORMS,
@@ -181,15 +237,44 @@ KINDS = {
         PRE_NORMS,
         "Qwen3ForCausalLM",
         {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+        biases=("attention_bias",),
     ),
     "olmo2": Kind(
         {"norms": "post", "qk_norm": "full"},
         POST_NORMS,
         "Olmo2ForCausalLM",
         {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+        biases=("attention_bias",),
     ),
 }
 """``model_type`` -> its settings. SmolLM2 is a llama."""
+BIASES: dict[str, dict[str, Any]] = {"attention_bias": {"bias": "qkvo"}, "mlp_bias": {"mlp_bias": True}}
+"""Field of transformers' configs -> what it changes in LayerConfig."""
+
+
+def plain_layer(fields: Fields, kind: str) -> dict[str, Any]:
+    """LayerConfig of a plain decoder of that ``model_type``, whose defaults the fields have."""
+    about = KINDS[kind]
+    settings = dict(about.layer)
+    for field, change in BIASES.items():
+        if field in about.biases and fields.get(field, False):
+            settings |= change
+        elif field == "attention_bias" and kind != "qwen2":  # which does not read it
+            fields.only({field: bool(field in about.biases and fields.get(field, False))})
+    return layer_of(fields, **settings)
+
+
+def context_of(fields: Fields, kind: str, max_seq_len: int) -> tuple[int, list[str]]:
+    """Positions of a context in which no layer sees a window only, and a line for the card where that is fewer
+    than the model has."""
+    if not KINDS[kind].has_window:
+        refuse_windows(fields)
+        return max_seq_len, []
+    window = fields.get("sliding_window")
+    if window is None or window >= max_seq_len:
+        return max_seq_len, []
+    line = f"Layers see {window} tokens back; here the context ends there, where both are the same."
+    return int(window), [line]
 
 
 class PlainDecoder(Importer):
@@ -207,30 +292,20 @@ class PlainDecoder(Importer):
             raise fields.refused("model_type", f"only {', '.join(KINDS)} are plain decoders here")
         if "rdlm" in fields.data:
             return own_config(fields, lambda config: to_published(config, kind)), []
-        about, lost = KINDS[kind], []
-        fields.defaults(about.defaults)
-        if kind != "qwen2":
-            fields.only({"attention_bias": False})
+        fields.defaults(KINDS[kind].defaults)
         fields.only({"pretraining_tp": 1})
         model = size_of(
             fields,
             origin=kind,
             tie_embeddings=is_tied(fields, shapes, False),
-            layer=layer_of(fields, **about.layer),
+            layer=plain_layer(fields, kind),
             loop={
                 "num_core_layers": fields.number("num_hidden_layers"),
                 "iterates": False,
                 "injection": "replace",
             },
         )
-        window = fields.get("sliding_window") if about.has_window else None
-        if window is not None and window < model["max_seq_len"]:
-            lost.append(
-                f"Layers see {window} tokens back; here the context ends there, where both are the same."
-            )
-            model["max_seq_len"] = window
-        if not about.has_window:
-            refuse_windows(fields)
+        model["max_seq_len"], lost = context_of(fields, kind, model["max_seq_len"])
         return recurrent(name, model, 1, fields.where), lost
 
     def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
@@ -259,9 +334,18 @@ def kind_of(config: CheckpointConfig) -> str | None:
     sizes = ("norm_eps", "num_heads", "num_kv_heads", "head_dim", "rope", "mlp_width")
     like = layer.model_copy(update={"qk_norm_eps": None} if layer.qk_norm_eps == layer.norm_eps else {})
     for name in [model.origin] if model.origin in KINDS else KINDS:
-        if like == LayerConfig(**{size: getattr(layer, size) for size in sizes}, **KINDS[name or ""].layer):
+        about = KINDS[name or ""]
+        own = {size: getattr(layer, size) for size in sizes} | dict(about.layer)
+        for field in _biases(layer):
+            own |= BIASES[field] if field in about.biases else {}
+        if like == LayerConfig(**own):
             return name
     return None
+
+
+def _biases(layer: LayerConfig) -> list[str]:
+    """The fields of transformers' configs that say which biases a layer has."""
+    return ["attention_bias"] * (layer.bias == "qkvo") + ["mlp_bias"] * layer.mlp_bias
 
 
 def rope_scaling_of(rope: RopeConfig) -> dict[str, Any] | None:
@@ -269,13 +353,11 @@ def rope_scaling_of(rope: RopeConfig) -> dict[str, Any] | None:
     scaling = rope.scaling
     if scaling is None:
         return None
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_seq_len,
-    }
+    kind = {Llama3Scaling: "llama3", LinearScaling: "linear"}.get(type(scaling), "yarn")
+    said = scaling.model_dump()
+    if "original_max_seq_len" in said:
+        said["original_max_position_embeddings"] = said.pop("original_max_seq_len")
+    return {"rope_type": kind, **said}
 
 
 def to_published(config: CheckpointConfig, kind: str) -> dict[str, Any]:
@@ -299,6 +381,7 @@ def to_published(config: CheckpointConfig, kind: str) -> dict[str, Any]:
         "rope_parameters": {**scaling, "rope_theta": layer.rope.base},
         "tie_word_embeddings": model.tie_embeddings,
         **({"sliding_window": None} if KINDS[kind].has_window else {}),
+        **dict.fromkeys(_biases(layer), True),
     }
 
 
@@ -325,19 +408,21 @@ def published_weights(
     for i in range(model.num_layers):
         at, ours = f"model.layers.{i}", f"model.{part}.{i}"
         attn, mlp = f"{at}.self_attn", f"{at}.mlp"
-        for kind in ("weight", "bias") if layer.bias == "qkv" else ("weight",):
+        for kind in ("weight", "bias") if layer.bias in ("qkv", "qkvo") else ("weight",):
             qkv = found[f"{ours}.attn.Wqkv.{kind}"]
             weights[f"{attn}.q_proj.{kind}"] = split_halves(rows(qkv, 0, q_end), head_dim)
             weights[f"{attn}.k_proj.{kind}"] = split_halves(rows(qkv, q_end, k_end), head_dim)
             weights[f"{attn}.v_proj.{kind}"] = rows(qkv, k_end, qkv.shape[0])
         for name in ("q_norm", "k_norm") if layer.qk_norm in ("full", "head") else ():
             weights[f"{attn}.{name}.weight"] = split_halves(found[f"{ours}.attn.{name}.weight"], head_dim)
-        fused = found[f"{ours}.mlp.fc.weight"]
-        weights |= {
-            f"{attn}.o_proj.weight": found[f"{ours}.attn.proj.weight"],
-            f"{mlp}.gate_proj.weight": rows(fused, 0, layer.mlp_width),
-            f"{mlp}.up_proj.weight": rows(fused, layer.mlp_width, 2 * layer.mlp_width),
-            f"{mlp}.down_proj.weight": found[f"{ours}.mlp.proj.weight"],
-        }
+        for kind in ("weight", "bias") if layer.bias == "qkvo" else ("weight",):
+            weights[f"{attn}.o_proj.{kind}"] = found[f"{ours}.attn.proj.{kind}"]
+        for kind in ("weight", "bias") if layer.mlp_bias else ("weight",):
+            fused = found[f"{ours}.mlp.fc.{kind}"]
+            weights |= {
+                f"{mlp}.gate_proj.{kind}": rows(fused, 0, layer.mlp_width),
+                f"{mlp}.up_proj.{kind}": rows(fused, layer.mlp_width, 2 * layer.mlp_width),
+                f"{mlp}.down_proj.{kind}": found[f"{ours}.mlp.proj.{kind}"],
+            }
         weights |= {f"{at}.{theirs}.weight": found[f"{ours}.{own}.weight"] for own, theirs in norms.items()}
     return weights

@@ -29,7 +29,7 @@ from rdlm.checkpoints.convert import decoder
 from rdlm.checkpoints.convert.base import adjacent_pairs, check_source, progress_bar, split_halves
 from rdlm.checkpoints.convert.unroll import read_checkpoint
 from rdlm.checkpoints.safetensors_io import Entry
-from rdlm.config.model import Llama3Scaling, RecurrentConfig
+from rdlm.config.model import LinearScaling, Llama3Scaling, RecurrentConfig, RopeScaling, YarnScaling
 from rdlm.data.tokenizer import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
 from rdlm.errors import UserError, reason
 from rdlm.nn.attention import rotary_frequencies
@@ -152,12 +152,29 @@ class GgufFile:
         data["vocab_size"] = int(self._tensors["token_embd.weight"].shape[1])
         data["tie_word_embeddings"] = "output.weight" not in self._tensors
         own.pop("vocab_size", None)
+        data["rope_scaling"] = self._scaling(own)
+        data["attention_bias"] = "blk.0.attn_output.bias" in self._tensors
+        data["mlp_bias"] = "blk.0.ffn_up.bias" in self._tensors
         for field, value in own.items():
             if value and value not in ("none", data["vocab_size"]):
                 raise self._refused(f"{self.architecture}.{field}", value, "is not known here")
         if FREQUENCIES in self._tensors:
             data["rope_scaling"] = self._llama3(head_dim, data.get("rope_theta", 10_000.0))
         return data
+
+    def _scaling(self, own: dict[str, Any]) -> dict[str, Any] | None:
+        """``rope_scaling`` of the fields that say so, which are taken from ``own``."""
+        kind, factor = own.pop("rope.scaling.type", "none"), own.pop("rope.scaling.factor", 1.0)
+        original = own.pop("rope.scaling.original_context_length", None)
+        own.pop("rope.scaling.finetuned", None)  # whether it was trained with it
+        if kind == "none":
+            return None
+        if kind not in ("linear", "yarn"):
+            raise self._refused(
+                f"{self.architecture}.rope.scaling.type", kind, "only linear and yarn are read"
+            )
+        said = {"rope_type": kind, "factor": _shortest(factor)}
+        return said | ({"original_max_position_embeddings": original} if kind == "yarn" else {})
 
     def _llama3(self, head_dim: int, base: float) -> dict[str, Any]:
         """``rope_scaling``; the file has each frequency's divisor, of which this is the only known law."""
@@ -362,6 +379,7 @@ def export_gguf(folder: Path, out: Path, *, unroll: int | None = None, force: bo
         raise UserError("checkpoint", config.name, problem, "use `rdlm export hf`, or --unroll K for a loop")
     architecture = {"mistral": "llama"}.get(kind, kind)
     model = cast(RecurrentConfig, config.model.layout())  # type: ignore[union-attr]
+    _check_layer(model, architecture)
     entries = _named_for_gguf(decoder.published_weights(found, model), architecture, model)
     temporary = out.with_name(f".{out.name}.partial")
     writer = gguf.GGUFWriter(None, architecture)
@@ -369,7 +387,8 @@ def export_gguf(folder: Path, out: Path, *, unroll: int | None = None, force: bo
     _write_shape(writer, model)
     if tokenizer is not None:
         _write_tokenizer(writer, tokenizer, model.vocab_size)
-    if (scaling := model.layer.rope.scaling) is not None:  # type: ignore[union-attr]
+    scaling = model.layer.rope.scaling  # type: ignore[union-attr]
+    if isinstance(scaling, Llama3Scaling):
         head_dim, base = model.layer.head_width(model.d_model), model.layer.rope.base  # type: ignore[union-attr]
         divisors = rotary_frequencies(head_dim, base) / rotary_frequencies(head_dim, base, scaling)
         entries = {FREQUENCIES: tensors.entry_of(divisors), **entries}
@@ -399,6 +418,38 @@ def export_gguf(folder: Path, out: Path, *, unroll: int | None = None, force: bo
     finally:
         temporary.unlink(missing_ok=True)
     return architecture
+
+
+def _check_layer(model: RecurrentConfig, architecture: str) -> None:
+    """UserError for settings of a layer that engines of GGUF files do not compute."""
+    layer = model.layer
+    remedy = "use `rdlm export hf`"
+    if layer.bias == "qkvo" and architecture != "llama":
+        problem = f"GGUF's {architecture} layers have no bias behind attention"
+        raise UserError("model.layer.bias", layer.bias, problem, remedy)
+    scaling = None if layer.rope is None else layer.rope.scaling
+    if isinstance(scaling, YarnScaling) and scaling != _yarn_of_gguf(scaling):
+        problem = "GGUF has YaRN with its usual settings only"
+        raise UserError("model.layer.rope.scaling", scaling.model_dump(), problem, remedy)
+
+
+def _yarn_of_gguf(scaling: YarnScaling) -> YarnScaling:
+    """What its factor and original length mean in a GGUF file."""
+    size = 0.1 * math.log(scaling.factor) + 1 if scaling.factor > 1 else 1.0
+    return YarnScaling(
+        factor=scaling.factor, original_max_seq_len=scaling.original_max_seq_len, attention_factor=size
+    )
+
+
+def _write_scaling(writer: Any, scaling: RopeScaling | None) -> None:
+    import gguf
+
+    if isinstance(scaling, LinearScaling | YarnScaling):
+        kind = gguf.RopeScalingType
+        writer.add_rope_scaling_type(kind.LINEAR if isinstance(scaling, LinearScaling) else kind.YARN)
+        writer.add_rope_scaling_factor(scaling.factor)
+    if isinstance(scaling, YarnScaling):
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_seq_len)
 
 
 def _named_for_gguf(
@@ -436,6 +487,7 @@ def _write_shape(writer: Any, model: RecurrentConfig) -> None:
     writer.add_rope_freq_base(layer.rope.base)
     writer.add_layer_norm_rms_eps(layer.norm_eps)
     writer.add_vocab_size(model.vocab_size)
+    _write_scaling(writer, layer.rope.scaling)
 
 
 def _write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:

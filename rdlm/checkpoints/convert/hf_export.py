@@ -27,7 +27,16 @@ from rdlm.checkpoints.convert.unroll import read_checkpoint
 from rdlm.checkpoints.safetensors_io import Entry
 from rdlm.config.base import Strict
 from rdlm.config.checkpoint import CheckpointConfig
-from rdlm.config.model import HrmConfig, LayerConfig, Llama3Scaling, LoopConfig, RecurrentConfig, RopeConfig
+from rdlm.config.model import (
+    HrmConfig,
+    LayerConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LoopConfig,
+    RecurrentConfig,
+    RopeConfig,
+    YarnScaling,
+)
 from rdlm.errors import UserError
 from rdlm.objectives.next_token import Evidence
 from rdlm.registry import build
@@ -48,10 +57,10 @@ COMPUTED: dict[type[Strict], set[str]] = {
     LayerConfig: {
         "norms", "norm_eps", "norm_weights", "num_heads", "num_kv_heads", "head_dim", "rope", "qk_norm",
         "qk_norm_eps", "bias", "output_gate",
-        "mlp", "mlp_width", "mlp_scale",
+        "mlp", "mlp_width", "mlp_bias", "mlp_scale",
     },
     RopeConfig: {"base", "num_dims", "scaling"},
-    Llama3Scaling: {"factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"},
+    **{kind: set(kind.model_fields) for kind in (Llama3Scaling, LinearScaling, YarnScaling)},
     LoopConfig: {
         "num_prelude_layers", "num_core_layers", "num_coda_layers", "iterates", "state", "state_std",
         "state_cut", "state_scale", "injection",

@@ -43,9 +43,7 @@ class HrmText(Importer):
         )
         count = self._layers(fields, shapes, low, high)
         head_dim = head_dim_of(fields)
-        rope = rope_of(fields, head_dim)
-        if "scaling" in rope:
-            raise fields.refused("rope_parameters", "only rope type default is built here")
+        rope = rope_of(fields, head_dim, types=("default",))
         scale = fields.get("embedding_scale")
         if scale is None:
             scale = 1 / fields.number("initializer_range")
@@ -96,6 +94,7 @@ class HrmText(Importer):
         model = config.model
         assert isinstance(model, HrmConfig)
         head_dim, heads = model.layer.head_width(model.d_model), model.layer.num_heads
+        dims = None if model.layer.rope is None else model.layer.rope.num_dims
         width = heads * head_dim
         found = {
             "model.wte.weight": source.take("model.embed_tokens.weight"),
@@ -111,7 +110,7 @@ class HrmText(Importer):
             qkv = rows(fused, width, fused.shape[0])
             found |= {
                 f"{ours}.attn.output_gate.weight": rows(fused, 0, width),
-                f"{ours}.attn.Wqkv.weight": adjacent_pairs(qkv, head_dim, num_heads=2 * heads),
+                f"{ours}.attn.Wqkv.weight": adjacent_pairs(qkv, head_dim, dims, num_heads=2 * heads),
                 f"{ours}.attn.proj.weight": source.take(f"{theirs}.attn.o_proj.weight"),
                 f"{ours}.mlp.fc.weight": source.take(f"{theirs}.mlp.gate_up_proj.weight"),
                 f"{ours}.mlp.proj.weight": source.take(f"{theirs}.mlp.down_proj.weight"),

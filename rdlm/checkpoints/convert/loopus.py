@@ -9,10 +9,10 @@ from typing import Any
 from rdlm.checkpoints.convert.base import Fields, Importer, Shapes, Source, recurrent
 from rdlm.checkpoints.convert.decoder import (
     KINDS,
+    context_of,
     head_tensors,
-    layer_of,
     layer_tensors,
-    refuse_windows,
+    plain_layer,
     size_of,
 )
 from rdlm.checkpoints.safetensors_io import Entry
@@ -36,25 +36,25 @@ class LoopUS(Importer):
         return super().tensor_name(name).replace(".module.", ".").replace("plateau.", "reasoning.", 1)
 
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
-        fields.only({"model_type": "lds", "q_eval_interval": 1})
+        fields.only({"model_type": "lds", "q_eval_interval": 1, "lma_window": 0})
+        fields.defaults({"halting_strategy": "threshold", "q_threshold": 0.9, "N": 6})
+        fields.ignore("lma_heads")
+        fields.need("base_config_dict")
         base = fields.section("base_config_dict")
+        if "num_hidden_layers" not in base.data:  # of a model that reads images too
+            base = base.section("text_config")
         kind = base.get("model_type")
         if kind not in KINDS:
             raise base.refused("model_type", f"only {', '.join(KINDS)} are built here as base models")
         base.defaults(KINDS[kind].defaults)
-        if kind != "qwen2":
-            base.only({"attention_bias": False})
-        refuse_windows(base)
-        counts = [
-            self._count(fields, f"{part}_layer_indices", base.number("num_hidden_layers")) for part in PARTS
-        ]
+        counts = self._counts(fields, base.number("num_hidden_layers"))
         fields.ignore("hidden_size", "vocab_size")
         gate_in = shapes.get("reasoning.gate.dt_input_proj.weight", (1,))
         model = size_of(
             base,
             origin=f"loopus-{kind}",
             tie_embeddings=False,
-            layer=layer_of(base, **KINDS[kind].layer),
+            layer=plain_layer(base, kind),
             loop={
                 "num_prelude_layers": counts[0],
                 "num_core_layers": counts[1],
@@ -64,8 +64,12 @@ class LoopUS(Importer):
                 "exit_gate": "norm_linear" if "q_head.0.weight" in shapes else "none",
             },
         )
-        rule, threshold = fields.get("halting_strategy", "threshold"), fields.get("q_threshold")
-        lost = [
+        model["max_seq_len"], lost = context_of(base, kind, model["max_seq_len"])
+        rule, threshold = fields.get("halting_strategy"), fields.get("q_threshold")
+        if rule == "convergence":
+            threshold = fields.get("convergence_epsilon", 1e-2)
+        fields.ignore("convergence_epsilon")
+        lost += [
             f"Its halting rule ({rule!r}, threshold {threshold}) is not applied: all K loops run unless a "
             "request asks for "
             "an exit criterion."
@@ -74,13 +78,21 @@ class LoopUS(Importer):
         own = {} if criterion is None else {criterion: threshold}
         return recurrent(name, model, fields.number("N"), fields.where, own), lost
 
-    def _count(self, fields: Fields, field: str, num_layers: int) -> int:
-        indices = fields.need(field)
-        if not isinstance(indices, list) or not all(isinstance(i, int) for i in indices):
-            raise fields.refused(field, "is not a list of layers")
-        if len(indices) == 1 and indices[0] < 0:  # [-n]: from n to the last one
-            return num_layers + indices[0]
-        return len(indices)
+    def _counts(self, fields: Fields, num_layers: int) -> list[int]:
+        """Layers of each part: left out, encoder and decoder have none, and reasoning has all others."""
+        counts: dict[str, int | None] = {}
+        for part in PARTS:
+            field = f"{part}_layer_indices"
+            indices = fields.get(field, None if part == "reasoning" else [])
+            if indices is not None and not (
+                isinstance(indices, list) and all(isinstance(i, int) for i in indices)
+            ):
+                raise fields.refused(field, "is not a list of layers")
+            ends = bool(indices) and len(indices) == 1 and indices[0] < 0  # [-n]: from n to the last one
+            counts[part] = num_layers + indices[0] if ends else None if indices is None else len(indices)
+        if counts["reasoning"] is None:
+            counts["reasoning"] = num_layers - (counts["encoder"] or 0) - (counts["decoder"] or 0)
+        return [counts[part] or 0 for part in PARTS]
 
     def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
         model = config.model

@@ -9,12 +9,14 @@ from typing import Any, cast
 from rdlm.checkpoints.convert.base import Fields, Importer, Shapes, Source, own_config, recurrent
 from rdlm.checkpoints.convert.decoder import (
     PRE_NORMS,
+    head_dim_of,
     head_tensors,
     is_tied,
     layer_of,
     layer_tensors,
     published_weights,
     refuse_windows,
+    rope_of,
     rope_scaling_of,
     size_of,
 )
@@ -28,6 +30,8 @@ OURO_NORMS = {
     "norm_3": "post_attention_layernorm",
     "norm_4": "post_attention_layernorm_2",
 }
+DEFAULTS = {"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 32_768}
+"""What the published configuration of Ouro takes for fields that a config.json leaves out."""
 NOT_BUILT = (
     "enable_double_loop_split", "loop_middle_layers", "loop_share_kv", "enable_hyper_connection", "enable_mhc",
     "enable_depth_attention", "qk_layernorm", "emb_neighbor_num", "emb_split_num", "insert_ngram_layer_idx",
@@ -48,6 +52,7 @@ class Ouro(Importer):
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
         if "rdlm" in fields.data:
             return own_config(fields, self.to_published), []
+        fields.defaults(DEFAULTS)
         fields.only({"model_type": "ouro", "attention_bias": False})
         refuse_windows(fields)
         threshold, step = fields.get("early_exit_threshold"), fields.get("early_exit_step")
@@ -147,7 +152,7 @@ class Nanbeige(Importer):
             fields,
             origin="nanbeige",
             tie_embeddings=is_tied(fields, shapes, False),
-            layer=layer_of(fields),
+            layer=layer_of(fields, rope=rope_of(fields, head_dim_of(fields), types=("default",))),
             loop={
                 "num_core_layers": fields.number("num_hidden_layers"),
                 "state": "embedding",

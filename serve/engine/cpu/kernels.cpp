@@ -788,7 +788,9 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
     });
     if (l.mlp == SWIGLU) {  // a block is VW gates and their VW partners
       product(worker, l.fc, h, D, n, rounded, [&](int row, int block, const float* values) {
-        const vf gate = load<vf>(values), y = gate / (1.0f + exp_(-gate)) * load<vf>(values + VW) * l.mlp_scale;
+        vf gate = load<vf>(values), up = load<vf>(values + VW);
+        if (l.fc.bias) gate += load<vf>(l.fc.bias + block * BW), up += load<vf>(l.fc.bias + block * BW + VW);
+        const vf y = gate / (1.0f + exp_(-gate)) * up * l.mlp_scale;
         const int first = block * VW, count = std::min(VW, l.mlp_width - first);
         memcpy(wide + int64_t(row) * l.mlp_width + first, &y, count * 4);
       });
@@ -796,7 +798,7 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
       product(worker, l.fc, h, D, n, rounded, [&](int row, int block, const float* values) {
         float* to = wide + int64_t(row) * l.mlp_width + block * BW;
         for (int i = 0; i < std::min(BW, l.mlp_width - block * BW); i++) {
-          const float y = values[i];
+          const float y = l.fc.bias ? values[i] + l.fc.bias[block * BW + i] : values[i];
           to[i] = l.mlp_scale * (l.mlp == RELU2 ? (y > 0 ? y * y : 0.0f) : 0.5f * y * (1.0f + std::erf(y * 0.70710678f)));
         }
       });

@@ -156,12 +156,18 @@ class PackedLayer(nn.Module):
             qkv = _rows(lambda *both: torch.cat(both), qkv, of(attn.output_gate.weight))
             bias = None if bias is None else torch.cat([bias, bias.new_zeros(attn.output_gate.out_features)])
         fc = of(mlp.fc.weight)
+        fc_bias: Tensor | None = mlp.fc.bias
         width = mlp.proj.in_features
         if mlp.kind == "swiglu":
             fc = _rows(lambda rows: _interleaved(rows, lib.rdlm_vector_width()), fc)
+            if fc_bias is not None:
+                fc_bias = _interleaved(fc_bias[:, None], lib.rdlm_vector_width())[:, 0]
         self.matrices = [
-            Packed(qkv, bias), Packed(of(attn.proj.weight)), Packed(fc), Packed(of(mlp.proj.weight)),
-        ]  # fmt: skip
+            Packed(qkv, bias),
+            Packed(of(attn.proj.weight), attn.proj.bias),
+            Packed(fc, fc_bias),
+            Packed(of(mlp.proj.weight), mlp.proj.bias),
+        ]
         norms = (layer.norm_1, layer.norm_2, layer.norm_3, layer.norm_4)
         self.norms = [_vector(getattr(norm, "weight", None)) for norm in norms]
         gate = attn.value_gate

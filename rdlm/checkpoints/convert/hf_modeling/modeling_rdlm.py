@@ -82,12 +82,28 @@ class Rows:
         device = self.positions.device
         inverse = 1.0 / rope.base ** (torch.arange(0, num_dims, 2, dtype=torch.float32) / num_dims)
         if rope.scaling is not None:
-            s = rope.scaling
-            periods = s.original_max_seq_len / (2 * math.pi / inverse)
-            blend = ((periods - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-            inverse = (1 - blend) * inverse / s.factor + blend * inverse
+            kept = self.kept(inverse, num_dims, rope.base, rope.scaling)
+            inverse = (1 - kept) * inverse / rope.scaling.factor + kept * inverse
         angles = self.positions.to(torch.float32).unsqueeze(-1) * inverse.to(device)
-        return torch.polar(torch.ones_like(angles), angles).unsqueeze(2)
+        size = getattr(rope.scaling, "attention_factor", 1.0)
+        return torch.polar(torch.full_like(angles, size), angles).unsqueeze(2)
+
+    def kept(self, inverse: Tensor, num_dims: int, base: float, s: Any) -> Tensor:
+        """Share of each frequency that is not divided by the factor: of Llama 3.1, YaRN, and plain division."""
+        if hasattr(s, "low_freq_factor"):
+            periods = s.original_max_seq_len / (2 * math.pi / inverse)
+            return ((periods - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+        if not hasattr(s, "beta_fast"):
+            return torch.zeros_like(inverse)
+        low, high = (
+            num_dims * math.log(s.original_max_seq_len / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (s.beta_fast, s.beta_slow)
+        )
+        if s.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, num_dims - 1)
+        width = high - low if high != low else 0.001
+        return 1 - ((torch.arange(len(inverse), dtype=torch.float32) - low) / width).clamp(0, 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [B, T, H, Dh], k and v [B, T, Hkv, Dh] -> [B, T, H, Dh]."""
@@ -158,8 +174,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = c.num_heads, c.num_kv_heads or c.num_heads
         self.head_dim = d_model // c.num_heads if c.head_dim is None else c.head_dim
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.Wqkv = nn.Linear(d_model, q_width + 2 * kv_width, bias=c.bias == "qkv")
-        self.proj = nn.Linear(q_width, d_model, bias=False)
+        self.Wqkv = nn.Linear(d_model, q_width + 2 * kv_width, bias=c.bias.startswith("qkv"))
+        self.proj = nn.Linear(q_width, d_model, bias=c.bias == "qkvo")
         if c.bias == "qk":
             self.qk_bias = nn.Parameter(torch.zeros(2, 1, self.num_heads, self.head_dim))
         self.qk_eps = c.norm_eps if c.qk_norm_eps is None else c.qk_norm_eps
@@ -212,8 +228,8 @@ class MLP(nn.Module):
     def __init__(self, c: Any, d_model: int, width: int) -> None:
         super().__init__()
         self.kind, self.scale = c.mlp, c.mlp_scale
-        self.fc = nn.Linear(d_model, 2 * width if c.mlp == "swiglu" else width, bias=False)
-        self.proj = nn.Linear(width, d_model, bias=False)
+        self.fc = nn.Linear(d_model, 2 * width if c.mlp == "swiglu" else width, bias=c.mlp_bias)
+        self.proj = nn.Linear(width, d_model, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.fc(x)
