@@ -160,8 +160,8 @@ def published_config(name: str, golden: Path) -> CheckpointConfig:
 
 
 def _counted(family: str, data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes that an importer counts: layers of HRM-Text's stacks, value embeddings of Parcae (odd layers), the
-    gate of LoopUS."""
+    """Shapes that an importer counts: layers of HRM-Text's stacks, value embeddings (odd layers) and injection of
+    Parcae, the gate of LoopUS."""
     if family == "hrm_text":
         return {
             f"model.L_module.layers.{i}.attn.o_proj.weight": (1,) for i in range(data["num_hidden_layers"])
@@ -174,7 +174,8 @@ def _counted(family: str, data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
             (j, f"transformer.{part}.{j % n}") for j, part in ((j, parts[j // n]) for j in range(1, 3 * n, 2))
         ]
         tables = {f"value_embeds.{j}.weight": (32768, data["n_embd"]) for j, _ in odd}
-        return tables | {
+        adapter = {"transformer.adapter.A_log": (data["n_embd"],)}
+        return {**adapter, **tables} | {
             f"{layer}.attn.ve_gate.weight": (data["num_attention_heads"], 32) for _, layer in odd
         }
     return {}

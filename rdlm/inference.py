@@ -24,7 +24,6 @@ from rdlm.errors import UserError, reason
 from rdlm.flops import costs_of
 from rdlm.nn.attention import AttentionContext
 from rdlm.objectives import Objective
-from rdlm.random_streams import generator
 from rdlm.registry import build
 from rdlm.sampling_params import Numbers, Order
 
@@ -171,15 +170,16 @@ class Model:
         zero_state: bool = False,
         token_type_ids: Tensor | None = None,
         seed: int = 0,
+        step_sizes: Sequence[float] | None = None,
     ) -> dict[int, Tensor]:
         """{K: fp32 logits [B, T, V] of the next token}; num_steps: the K, None for the default of the
         checkpoint.
 
         states [B, T, D]: the recurrent state before the first step; zero_state: zeros; else what the model
-        starts from, drawn with ``seed`` where it is drawn. UserError where the model has no next token, or
-        for a K that it does not have.
+        starts from, drawn with ``seed`` where it is drawn. step_sizes: the lengths of the steps of LoopFormer, whose
+        number is K. UserError where the model has no next token, or for a K that it does not have.
         """
-        found = self.steps(ids, num_steps, states, zero_state, token_type_ids, seed)
+        found = self.steps(ids, num_steps, states, zero_state, token_type_ids, seed, step_sizes)
         return {k: self.read_out(state, ctx) for k, state, ctx in found}
 
     def states(
@@ -218,10 +218,14 @@ class Model:
         zero_state: bool,
         token_type_ids: Tensor | None,
         seed: int,
+        step_sizes: Sequence[float] | None = None,
     ) -> list[tuple[int, Tensor, AttentionContext]]:
         """(K, state, what ``read_out`` needs with it) of every K; of the arguments see ``logits``."""
-        ks, found = self._ks(num_steps), []
         model = self.denoiser.model
+        if step_sizes is not None:
+            self._check_sizes(num_steps, step_sizes)
+            num_steps = len(step_sizes)
+        ks, found = self._ks(num_steps), []
         device = model.head.weight.device
         ids = self._checked(ids).to(device)
         ctx = (
@@ -247,9 +251,12 @@ class Model:
                 problem = "this model starts from its tokens, not from a given state"
                 raise UserError("input_states", tuple(states.shape), problem, "leave it out")
         for wanted in [[k] for k in ks] if model.depends_on_num_steps else [ks]:
-            state = model.initial_state(e, generator(seed), latent, max(wanted))
+            state = model.initial_state(e, model.state_stream(seed), latent, max(wanted))
             for k in range(1, max(wanted) + 1):
-                state = self.denoiser.model.core(state, e, cond, ctx)
+                if step_sizes is None:
+                    state = model.core(state, e, cond, ctx)
+                else:
+                    state = model.sized_core(state, e, sum(step_sizes[: k - 1]), step_sizes[k - 1], ctx)
                 if k in wanted:
                     found.append((k, state, ctx))
         return found
@@ -277,6 +284,18 @@ class Model:
                 f"give at most {limit}",
             )
         return ids
+
+    def _check_sizes(self, num_steps: int | Sequence[int] | None, sizes: Sequence[float]) -> None:
+        if not self.denoiser.model.takes_step_sizes:
+            problem = "the steps of this model have no lengths"
+            raise UserError("step_sizes", list(sizes), problem, "leave it out")
+        if num_steps is not None:
+            raise UserError(
+                "num_steps", num_steps, "step_sizes says how many there are", "leave one of them out"
+            )
+        if not sizes or not all(0 < size <= 1 for size in sizes):
+            problem = "are not lengths of steps through [0, 1]"
+            raise UserError("step_sizes", list(sizes), problem, "write for instance 0.5,0.25,0.25")
 
     def _ks(self, num_steps: int | Sequence[int] | None) -> list[int]:
         self.config.check_next_token("logits of the next token")
@@ -322,7 +341,15 @@ def _imported(name: str) -> Path:
 
 
 def logits_file(
-    folder: Path, source: Path, out: Path, *, num_steps: str, zero_state: bool, seed: int, device: str
+    folder: Path,
+    source: Path,
+    out: Path,
+    *,
+    num_steps: str,
+    zero_state: bool,
+    seed: int,
+    device: str,
+    step_sizes: str = "",
 ) -> str:
     """``rdlm logits``: see rdlm/checkpoints/cli.py. Returns what was written, in words."""
     try:
@@ -331,6 +358,11 @@ def logits_file(
         raise UserError(
             "--num-steps", num_steps, "is not a list of numbers", "write for instance 1,2,4"
         ) from None
+    try:
+        sizes = [float(part) for part in step_sizes.split(",")] if step_sizes else None
+    except ValueError:
+        problem = "is not a list of numbers"
+        raise UserError("--step-sizes", step_sizes, problem, "write for instance 0.5,0.25,0.25") from None
     check_out_file(out, "--out")
     try:
         given = load_file(source)
@@ -350,6 +382,7 @@ def logits_file(
         "zero_state": zero_state,
         "token_type_ids": given.get("token_type_ids"),
         "seed": seed,
+        "step_sizes": sizes,
     }
     found = {}
     for k, state, ctx in model.steps(given["input_ids"], ks, **options):
@@ -371,7 +404,7 @@ def logits_file(
         if zero_state and not model.draws_state
         else ""
     )
-    beyond = model.config.depth_warning(max([*(ks or []), model.config.default_steps]))
+    beyond = model.config.depth_warning(max([*(ks or []), len(sizes or []), model.config.default_steps]))
     return f"{', '.join(save)}{start}" + ("" if beyond is None else f". Warning: {beyond}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -83,6 +84,35 @@ def _inverted(uniform: Tensor, cut: float) -> Tensor:
     """fp32 in [0, 1] -> a normal number within +- ``cut``."""
     inside = math.erf(cut / math.sqrt(2))
     return torch.erfinv((2 * uniform - 1) * inside).mul_(math.sqrt(2)).clamp_(-cut, cut)
+
+
+@dataclass(frozen=True)
+class HashedStream:
+    """Numbers that look normal and are a hash of seed, example, position and channel, with which IFM's LoopedLM
+    starts its recurrence in the evaluation of its paper. The sine's last bits decide: devices differ."""
+
+    seed: int
+    example: int = 0
+    start: int = 0
+    """Position of the first row."""
+
+    MODULUS: ClassVar[int] = 16_777_213
+
+    @property
+    def phase(self) -> Tensor:
+        """fp32, of an example under a seed."""
+        mixed = (self.example % self.MODULUS) * 104_729 + (self.seed % self.MODULUS) * 130_363
+        return torch.tensor(mixed % self.MODULUS, dtype=torch.float32) * (2 * math.pi / self.MODULUS)
+
+    def normals(self, length: int, width: int, device: torch.device) -> Tensor:
+        """fp32 [length, width]."""
+        channels = torch.arange(width, dtype=torch.float32, device=device)
+        positions = torch.arange(self.start, self.start + length, dtype=torch.float32, device=device)
+        x = channels * 0.013579 + (positions * 0.021713)[:, None]  # in this order, rounded after each
+        x = x + self.phase.to(device) + 0.123457
+        x = x.sin() * 43758.5453123
+        x = (x - x.floor()).clamp(1e-6, 1 - 1e-6)
+        return (2 * x - 1).erfinv() * math.sqrt(2)
 
 
 Stream = torch.Generator | CounterStream

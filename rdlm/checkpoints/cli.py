@@ -294,12 +294,22 @@ def logits(
     zero_state: Annotated[bool, typer.Option("--zero-state", help="Start the recurrence from zero.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of a random initial state.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    step_sizes: Annotated[
+        str, typer.Option(help="Lengths of the steps of a LoopFormer, with commas; K is their number.")
+    ] = "",
 ) -> None:
     """Compute the logits of whole sequences at several K, in fp32 and without a tokenizer."""
     from rdlm.inference import logits_file
 
     note = logits_file(
-        checkpoint, inputs, out, num_steps=num_steps, zero_state=zero_state, seed=seed, device=device
+        checkpoint,
+        inputs,
+        out,
+        num_steps=num_steps,
+        zero_state=zero_state,
+        seed=seed,
+        device=device,
+        step_sizes=step_sizes,
     )
     typer.echo(f"{out}: {note}")
 

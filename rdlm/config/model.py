@@ -155,11 +155,15 @@ class LoopConfig(Strict):
     """Standard deviations at which the normal distribution is cut; None: nowhere."""
     state_scale: float = 1.0
     """Factor of the draw."""
+    state_hash: bool = False
+    """Whether the draw at inference is a hash of seed and position (IFM LoopedLM)."""
     injection: Literal["none", "replace", "linear", "diagonal", "diagonal_orthogonal", "add"] = "none"
     """What a step begins with. none: the state. replace: e, whatever the state is. linear: a matrix on
     [state, e]. diagonal: a decayed state plus a matrix on e (Parcae); diagonal_orthogonal: its part along the
     injected vector is removed first. add: state + e."""
     injection_bias: bool = False
+    injection_eps: float = Field(1e-6, gt=0)
+    """diagonal_orthogonal: added to the squared length of what is injected."""
     injection_state_scale: float = 1.0
     """linear: factor of the state. A noised target has coordinates of size 1, an embedding of a plain
     transformer starts at 0.02."""
@@ -184,6 +188,8 @@ class LoopConfig(Strict):
     def _consistent(self) -> LoopConfig:
         if (self.state_std is not None) != (self.state == "normal"):
             raise ValueError("state_std belongs to state 'normal', which needs it")
+        if self.state_hash and self.state != "normal":
+            raise ValueError("state_hash belongs to state 'normal'")
         if self.injection_bias and self.injection != "linear":
             raise ValueError("injection_bias belongs to injection 'linear'")
         if self.boundary_norm == "weighted" and self.final_norm:

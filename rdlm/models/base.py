@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rdlm.errors import UserError
 from rdlm.nn.attention import AttentionContext, CausalContext, DocumentContext
 from rdlm.nn.layers import Condition, Modulation, NoiseEmbedding, RMSNorm, TokenTable
-from rdlm.random_streams import Stream
+from rdlm.random_streams import HashedStream, Stream, generator
 
 Take = Callable[[str, Tensor], None]
 """(name of a parameter, its initial value in fp32) -> None."""
@@ -49,6 +49,10 @@ class Backbone(nn.Module, ABC):
     depends_on_num_steps: bool = False
     """Whether a step depends on how many there will be, so that the states of K steps are not the first K
     states of more."""
+    takes_step_sizes: bool = False
+    """Whether steps have lengths that can be given: see ``sized_core``."""
+    hashes_state: bool = False
+    """Whether it is to be drawn from a HashedStream at inference."""
     state_is_random: bool = False
     """Whether the state before the first step is drawn from a generator."""
     draws_state: bool = True
@@ -64,6 +68,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         """One core step. state [B, T, S], e [B, T, E] -> [B, T, S]"""
+
+    def sized_core(self, state: Tensor, e: Tensor, time: float, size: float, ctx: AttentionContext) -> Tensor:
+        """``core`` as a step of length ``size`` that begins at ``time``; only where ``takes_step_sizes``."""
+        raise TypeError("the steps of this model have no lengths")
 
     @abstractmethod
     def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
@@ -98,7 +106,7 @@ class Backbone(nn.Module, ABC):
     def initial_state(
         self,
         e: Tensor,
-        generator: Stream | None = None,
+        generator: Stream | HashedStream | None = None,
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:
@@ -108,6 +116,10 @@ class Backbone(nn.Module, ABC):
         num_steps: how many steps there will be; only models with ``depends_on_num_steps`` need it.
         """
         return torch.zeros_like(e) if latent is None else latent
+
+    def state_stream(self, seed: int) -> Stream | HashedStream:
+        """What ``initial_state`` draws whole sequences from at inference."""
+        return HashedStream(seed) if self.hashes_state else generator(seed)
 
     def latent(self, state: Tensor) -> Tensor:
         """What of a state the read-out sees, for measuring how far a step moved it: [..., S] -> [..., D]."""

@@ -11,7 +11,7 @@ from rdlm.config.model import HrmConfig, initial_std
 from rdlm.models.base import Backbone, Take, init_weights, through
 from rdlm.nn.attention import AttentionContext, LaterLayers, PrefixContext
 from rdlm.nn.layers import Condition, TokenTable, TransformerLayer, normalized
-from rdlm.random_streams import Stream
+from rdlm.random_streams import HashedStream, Stream
 
 
 class Hrm(Backbone):
@@ -54,7 +54,7 @@ class Hrm(Backbone):
     def initial_state(
         self,
         e: Tensor,
-        generator: Stream | None = None,
+        generator: Stream | HashedStream | None = None,
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:

@@ -13,7 +13,7 @@ from rdlm.config.model import LoopFormerConfig, initial_std
 from rdlm.models.base import Backbone, Take, init_weights
 from rdlm.nn.attention import AttentionContext
 from rdlm.nn.layers import Condition, RMSNorm, TokenTable, TransformerLayer
-from rdlm.random_streams import Stream
+from rdlm.random_streams import HashedStream, Stream
 
 NUM_FREQUENCIES = 128
 
@@ -27,6 +27,7 @@ class LoopFormer(Backbone):
     noise_embedding = None
     draws_state = False
     depends_on_num_steps = True
+    takes_step_sizes = True
 
     def __init__(self, config: LoopFormerConfig) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class LoopFormer(Backbone):
     def initial_state(
         self,
         e: Tensor,
-        generator: Stream | None = None,
+        generator: Stream | HashedStream | None = None,
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:
@@ -62,12 +63,22 @@ class LoopFormer(Backbone):
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         x, step, num_steps = state.split([self.config.d_model, 1, 1], dim=-1)
         whole = num_steps.float().squeeze(-1)
-        embedded = F.silu(self.time(step.float().squeeze(-1) / whole) + self.length(1 / whole))  # [B, T, D]
+        x = self._layers(x, step.float().squeeze(-1) / whole, 1 / whole, ctx)
+        return torch.cat([x, step + 1, num_steps], dim=-1)
+
+    def sized_core(self, state: Tensor, e: Tensor, time: float, size: float, ctx: AttentionContext) -> Tensor:
+        x, step, num_steps = state.split([self.config.d_model, 1, 1], dim=-1)
+        like = torch.ones_like(step, dtype=torch.float32).squeeze(-1)
+        return torch.cat([self._layers(x, time * like, size * like, ctx), step + 1, num_steps], dim=-1)
+
+    def _layers(self, x: Tensor, time: Tensor, size: Tensor, ctx: AttentionContext) -> Tensor:
+        """x [B, T, D]; time, size [B, T] fp32 -> [B, T, D]."""
+        embedded = F.silu(self.time(time) + self.length(size))  # [B, T, D]
         none = torch.zeros_like(x)  # there are no shifts
         for layer, modulation in zip(self.core_block, self.modulation, strict=True):
             gate_a, gate_m, scale_a, scale_m = modulation(embedded).chunk(4, dim=-1)
             x = layer(x, ctx, (none, 1 + scale_a, gate_a, none, 1 + scale_m, gate_m))
-        return torch.cat([x, step + 1, num_steps], dim=-1)
+        return x
 
     def latent(self, state: Tensor) -> Tensor:
         return state[..., : self.config.d_model]

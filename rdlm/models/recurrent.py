@@ -19,7 +19,7 @@ from rdlm.device import staged
 from rdlm.models.base import Backbone, Take, init_weights
 from rdlm.nn.attention import AttentionContext, BidirectionalContext
 from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, TransformerLayer, normalized
-from rdlm.random_streams import CounterStream, Stream
+from rdlm.random_streams import CounterStream, HashedStream, Stream
 
 
 class Recurrent(Backbone):
@@ -68,6 +68,7 @@ class Recurrent(Backbone):
         )
         self.has_exit_gate = self.exit_gate is not None
         self.state_is_random = loop.state == "normal" and bool(loop.state_std)
+        self.hashes_state = self.state_is_random and loop.state_hash
         self.draws_state = loop.state != "embedding" and loop.injection != "replace"
 
     def _layer(self, place: int, is_core: bool = False) -> TransformerLayer:
@@ -122,7 +123,7 @@ class Recurrent(Backbone):
     def initial_state(
         self,
         e: Tensor,
-        generator: Stream | None = None,
+        generator: Stream | HashedStream | None = None,
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:
@@ -133,13 +134,16 @@ class Recurrent(Backbone):
             return latent
         return torch.cat([latent, e[..., -len(self._in_state) * self.num_kv_heads * self.head_dim :]], dim=-1)
 
-    def _initial_latent(self, e: Tensor, generator: Stream | None) -> Tensor:
+    def _initial_latent(self, e: Tensor, generator: Stream | HashedStream | None) -> Tensor:
         loop = self.config.loop
         if loop.state == "zero":
             return torch.zeros_like(e)
         if loop.state == "embedding":
             return e
         std, cut = loop.state_std or 0.0, loop.state_cut
+        if isinstance(generator, HashedStream):
+            hashed = generator.normals(e.shape[1], e.shape[2], e.device)
+            return (std * loop.state_scale * hashed).to(e).expand_as(e)
         if isinstance(generator, CounterStream):
             rows = torch.arange(e.shape[0] * e.shape[1], device=e.device)
             drawn = generator.normals(rows, e.shape[2], None if std == 0 else cut)
@@ -224,10 +228,11 @@ class DiagonalInjection(nn.Module):
     """decay * state + step * (B e), channel by channel: step = softplus(dt_bias), decay = exp(-step
     exp(A_log)) (Parcae, arXiv 2604.12946)."""
 
-    def __init__(self, d_model: int, is_orthogonal: bool) -> None:
-        """is_orthogonal: what is injected replaces the state's part along it (IFM LoopedLM P2, "OrthoInj")."""
+    def __init__(self, d_model: int, is_orthogonal: bool, eps: float) -> None:
+        """is_orthogonal: what is injected replaces the state's part along it (IFM LoopedLM P2, "OrthoInj"); eps:
+        added to its squared length."""
         super().__init__()
-        self.is_orthogonal = is_orthogonal
+        self.is_orthogonal, self.eps = is_orthogonal, eps
         self.A_log, self.dt_bias = nn.Parameter(torch.empty(d_model)), nn.Parameter(torch.empty(d_model))
         self.B = nn.Linear(d_model, d_model, bias=False)
 
@@ -236,7 +241,9 @@ class DiagonalInjection(nn.Module):
         kept = torch.exp(-step * self.A_log.float().exp()) * state.float()
         injected = step * self.B(e).float()
         if self.is_orthogonal:
-            along = (kept * injected).sum(-1, keepdim=True) / (injected.square().sum(-1, keepdim=True) + 1e-6)
+            along = (kept * injected).sum(-1, keepdim=True) / (
+                injected.square().sum(-1, keepdim=True) + self.eps
+            )
             kept = kept - injected * along
         return (kept + injected).to(state.dtype)
 
@@ -273,6 +280,7 @@ def _adapter(config: RecurrentConfig) -> nn.Linear | DiagonalInjection | None:
         case "linear":
             return nn.Linear(2 * config.d_model, config.d_model, bias=config.loop.injection_bias)
         case "diagonal" | "diagonal_orthogonal":
-            return DiagonalInjection(config.d_model, config.loop.injection == "diagonal_orthogonal")
+            is_orthogonal = config.loop.injection == "diagonal_orthogonal"
+            return DiagonalInjection(config.d_model, is_orthogonal, config.loop.injection_eps)
         case _:
             return None

@@ -12,7 +12,7 @@ from rdlm.config.model import PLAIN_STD, DitConfig, ImageConfig, VitConfig
 from rdlm.models.base import Backbone, Take, init_weights, through
 from rdlm.nn.attention import AttentionContext, BidirectionalContext
 from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, TransformerLayer, modulate
-from rdlm.random_streams import Stream
+from rdlm.random_streams import HashedStream, Stream
 
 
 def _layers(config: ImageConfig, layers: range | None) -> nn.ModuleList:
@@ -107,7 +107,7 @@ class Vit(Backbone):
     def initial_state(
         self,
         e: Tensor,
-        generator: Stream | None = None,
+        generator: Stream | HashedStream | None = None,
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:

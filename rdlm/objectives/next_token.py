@@ -402,10 +402,10 @@ class NextToken(Objective):
 
         if model.depends_on_num_steps:
             for k in range(1, num_steps + 1):
-                start = model.initial_state(e, generator(seed), num_steps=k)
+                start = model.initial_state(e, model.state_stream(seed), num_steps=k)
                 on_step(k, run(step, start, k), ctx)
             return
-        start = model.initial_state(e, generator(seed))
+        start = model.initial_state(e, model.state_stream(seed))
         run(step, start, num_steps, on_step=lambda k, state: on_step(k, state, ctx))
 
     def read_scores(

@@ -30,7 +30,7 @@ from rdlm.models.base import Backbone
 from rdlm.nn.kv_cache import PAGE, KVCache, PackedContext, Segment
 from rdlm.objectives.base import Prediction
 from rdlm.objectives.next_token import NextToken, renoise
-from rdlm.random_streams import generator
+from rdlm.random_streams import HashedStream, generator
 from rdlm.sampling import draw, process, sample, top_logprobs, verify
 from rdlm.sampling_params import uniform
 from serve.engine.exits import check_exit_gate, exits_on_rows, exits_on_states, is_measured, mixes_steps
@@ -464,7 +464,10 @@ class Runner:
             sequence.rows = replace(rows_of(sequence), memory=state)
 
     def _initial_state(self, model: Backbone, sequence: Sequence, e: Tensor, start: int) -> Tensor:
-        draw = generator(sequence.request.seed, sequence.request.choice, start, STATE)
+        seed, choice = sequence.request.seed, sequence.request.choice
+        draw: torch.Generator | HashedStream = generator(seed, choice, start, STATE)
+        if model.hashes_state:
+            draw = HashedStream(seed, choice, start)
         return model.initial_state(e, draw, num_steps=self._plan(sequence).num_core_steps)
 
     def _core(self, block: Block, batch: list[Sequence]) -> set[int]:

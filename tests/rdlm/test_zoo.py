@@ -20,6 +20,7 @@ from rdlm.cli import app, run
 from rdlm.errors import UserError
 from rdlm.inference import Model
 from rdlm.nn.kv_cache import KVCache, PackedContext, Segment
+from rdlm.random_streams import HashedStream
 from serve.engine.cpu.modules import use_kernels
 
 FAMILIES = (
@@ -205,6 +206,40 @@ def test_both_forms_of_hrm_text_are_read(golden: Path, tmp_path: Path) -> None:
     assert_near(case.model.logits(case.ids, 2)[2], case.expected["logits_causal_H2_L3"])
 
 
+def test_step_sizes_of_loopformer(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The reference's logits for a list of unequal steps, of the command too; equal ones are those of K."""
+    case = Case(golden / "loopformer_tiny", tmp_path / "model")
+    sizes, expected = case.expected["custom_steps"].tolist(), case.expected["logits_custom_steps"]
+    k = len(sizes)
+    assert_near(case.model.logits(case.ids, step_sizes=sizes)[k], expected)
+    even = case.model.logits(case.ids, step_sizes=[0.25] * 4)[4]
+    assert_near(even, case.expected["logits_K4"])
+    save_file({"input_ids": case.ids}, tmp_path / "in.safetensors")
+    command = ["logits", str(tmp_path / "model"), str(tmp_path / "in.safetensors")]
+    command += ["--out", str(tmp_path / "out.safetensors"), "--step-sizes"]
+    assert run(app, [*command, ",".join(map(str, sizes))], "rdlm") == 0
+    assert_near(load_file(tmp_path / "out.safetensors")[f"logits_K{k}"], expected)
+    for wrong in ("0.5,x", "0.5,-0.5", "2"):
+        assert run(app, [*command, wrong], "rdlm") == 2
+        assert "0.5,0.25,0.25" in capsys.readouterr().err
+
+
+def test_hashed_states_of_looped_lm(golden: Path, tmp_path: Path) -> None:
+    """Those that the reference stored, of an example under a seed and of the first row of its plain forward."""
+    case = Case(golden / "ifm_p2_tiny", tmp_path / "model")
+    (seed,), width = case.expected["example_seed"].tolist(), case.model.config.model.d_model
+    for row, example in enumerate(case.expected["example_ids"].tolist()):
+        expected = case.expected["hashed_state_identity"][row]
+        later = HashedStream(seed, example, 7).normals(17, width, torch.device("cpu")) / width**0.5
+        # The last bit of a sine may differ between machines, and is .003 of a number in [0, 1] here.
+        assert ((later - expected[7:]).abs() < 1e-2).float().mean() > 0.98
+    plain = case.model.logits(case.ids, 5)[5][0]
+    states = case.expected["hashed_state_batch"]
+    assert_near(case.model.logits(case.ids, 5, states=states)[5], case.expected["logits_hashed_batch_K5"])
+    if torch.equal(HashedStream(0).normals(24, width, torch.device("cpu")) / width**0.5, states[0]):
+        assert_near(plain, case.expected["logits_hashed_batch_K5"][0])
+
+
 def test_states_and_halting_probabilities_of_loopus(golden: Path, tmp_path: Path) -> None:
     case = Case(golden / "loopus_tiny", tmp_path / "model")
     states = case.model.states(case.ids, list(range(1, 9)))
@@ -238,7 +273,7 @@ def test_pickled_weights_of_parcae_are_read_without_running_code(golden: Path, t
         ("ouro_tiny", {"model_type": "mamba"}, "'mamba'"),
         ("retro_llama_tiny", {"injection_type": "add"}, "injection_type"),
         ("retro_llama_tiny", {"qk_bias": True}, "qk_bias"),
-        ("retro_olmo_tiny", {"initial_state_mode": "embed-init"}, "initial_state_mode"),
+        ("retro_olmo_tiny", {"initial_state_mode": "skip-adapter"}, "initial_state_mode"),
         ("retro_olmo_tiny", {"test_time_noise": 0.1}, "test_time_noise"),
         ("parcae_tiny", {"injection_type": "linear"}, "injection_type"),
         ("parcae_tiny", {"recurrent_embedding_dimension": 96}, "recurrent_embedding_dimension"),
@@ -248,7 +283,13 @@ def test_pickled_weights_of_parcae_are_read_without_running_code(golden: Path, t
         ("nanbeige_tiny", {"ngram_sizes": [2]}, "ngram_sizes"),
         ("nanbeige_tiny", {"pretraining_tp": 2}, "pretraining_tp"),
         ("loopus_tiny", {"q_eval_interval": 2}, "q_eval_interval"),
-        ("loopformer_tiny", {"bias": True}, "bias"),
+        ("parcae_tiny", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("parcae_tiny", {"nonlin_name": "SiLU"}, "nonlin_name"),
+        ("parcae_tiny", {"state_init": "unit"}, "state_init"),
+        ("parcae_tiny", {"init_strategy": "takase-scaled"}, "init_strategy"),
+        ("loopus_tiny", {"lma_window": 4}, "lma_window"),
+        ("ifm_p2_tiny", {"model": {"arch": "huginn"}}, "swiglu"),
+        ("loopformer_tiny", {"bias": True}, "c_attn.bias"),
         ("loopformer_tiny", {"model_type": "tmlt"}, "model_type"),
         ("hrm_text_tiny", {"num_key_value_heads": 2}, "num_key_value_heads"),
         ("hrm_text_tiny", {"num_layers_per_stack": 3}, "num_layers_per_stack"),

@@ -42,11 +42,13 @@ PARCAE: dict[str, Any] = {
     "n_layers_in_prelude": 1, "n_layers_in_recurrent_block": 3, "n_layers_in_coda": 2, "vocab_size": 99,
     "padded_vocab_size": 101, "norm_eps": 1e-5, "qk_norm": True, "prelude_norm": True, "block_size": 50,
     "mean_recurrence": 3, "mean_backprop_depth": 2, "tie_embeddings": True, "rope_settings": {"rope_base": 9000},
+    "norm_class_name": "RMSNorm", "nonlin_name": "ReLU2", "init_strategy": "scaled-zero",
 }  # fmt: skip
 IFM: dict[str, Any] = {
     "arch": "huginn", "model_dim": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 10, "ffn_hidden_dim": 50,
     "vocab_size": 101, "rope_base": 3e4, "rmsnorm_eps": 1e-5, "loop_times": 3, "huginn_prelude_layers": 2,
     "huginn_recurrent_layers": 1, "huginn_coda_layers": 2, "huginn_input_injection": "diagonal",
+    "swiglu": True, "apply_rmsnorm": True, "huginn_state_init": "normal",
 }  # fmt: skip
 LOOPUS: dict[str, Any] = {
     "model_type": "lds", "N": 3, "q_threshold": 0.9, "base_config_dict": {**SIZES, "num_hidden_layers": 4},
@@ -88,13 +90,41 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "retro_llama", {**RAVEN, "bias": True, "init_values": {"std": 0.3, "embed_scale": 1.7}},
     ),
     "retrofit, no coda": ("retro_llama", {**RAVEN, "n_layers_in_coda": 0}),
+    "retrofit, positions divided, no init values": (
+        "retro_llama", {**without(RAVEN, "init_values"), "rope_scaling": {"type": "linear", "factor": 2.5}},
+    ),
     "retrofit of OLMo": ("retro_olmo", {**RAVEN, "num_key_value_heads": 1, "head_dim": 16}),
     "parcae": ("parcae", PARCAE),
     "parcae, own head": (
         "parcae", {**PARCAE, "tie_embeddings": False, "qk_norm": False, "prelude_norm": False, "mean_recurrence": 4},
     ),
     "parcae, no rope settings": ("parcae", without(PARCAE, "rope_settings")),
+    "parcae, linear injection, bias, plain GELU": (
+        "parcae",
+        {
+            **PARCAE, "injection_type": "linear", "qk_bias": True, "nonlin_name": "GELU",
+            "rope_settings": {"rope_condense_ratio": 2},
+        },
+    ),
+    "parcae, added input, gated SiLU, no rotations, scaled embeddings": (
+        "parcae",
+        {
+            **PARCAE, "injection_type": "add", "mlp_class_name": "GatedMLP", "nonlin_name": "SiLU",
+            "init_strategy": "takase", "rope_settings": {"use_rope": False},
+        },
+    ),
     "looped_lm": ("ifm_p2", {"model": IFM}),
+    "looped_lm, fields left out": (
+        "ifm_p2", {"model": without(IFM, "num_kv_heads", "rope_base", "rmsnorm_eps", "huginn_input_injection")},
+    ),
+    "looped_lm, no injection, no rotations": (
+        "ifm_p2",
+        {"model": {**IFM, "huginn_input_injection": "none", "rope_head_dim": 0, "huginn_state_init": "input"}},
+    ),
+    "looped_lm, orthogonal, its own eps": (
+        "ifm_p2_orthoinj",
+        {"model": {**IFM, "huginn_prelude_orthogonal": True, "huginn_ortho_projection_eps": 3.0}},
+    ),
     "looped_lm, part of a head": ("ifm_p2", {"model": {**IFM, "rope_head_dim": 6, "huginn_prelude_norm": "rms"}}),
     "looped_lm, orthogonal": ("ifm_p2_orthoinj", {"model": {**IFM, "huginn_prelude_orthogonal": True}}),
     "looped_lm, linear": (
@@ -104,8 +134,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "loopus of llama": ("loopus", loopus("llama")),
     "loopus of qwen2": ("loopus", loopus("qwen2")),
     "loopus of qwen3": ("loopus", {**loopus("qwen3"), "decoder_layer_indices": [-3]}),
+    "loopus of llama with biases": (
+        "loopus",
+        {
+            **without(loopus("llama", attention_bias=True, mlp_bias=True), "reasoning_layer_indices", "N"),
+            "decoder_layer_indices": [-2],
+        },
+    ),
     "loopus of olmo2": ("loopus", {**loopus("olmo2"), "encoder_layer_indices": []}),
     "loopformer": ("loopformer", LOOPFORMER),
+    "loopformer with biases, other names": (
+        "loopformer",
+        {
+            **without(LOOPFORMER, "n_embd", "n_head", "n_layer", "intermediate_dim", "block_size"), "bias": True,
+            "model_type": "gpt_looped", "hidden_size": 33, "num_attention_heads": 3, "num_hidden_layers": 2,
+            "n_positions": 40,
+        },
+    ),
     "hrm_text": ("hrm_text", HRM),
     "hrm_text, no scale": (
         "hrm_text", {**without(HRM, "embedding_scale"), "initializer_range": 0.1, "num_hidden_layers": 4},
@@ -119,7 +164,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 DEFAULTS = {  # of the published code, where a config.json leaves a field out
     "huginn": {"qk_bias": True, "tie_embeddings": True, "norm_eps": 1e-6, "rope_base": 50_000},
     "hrm_text": {"L_cycles": 3, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1e4},
+    "retro_llama": {"init_values": {"embed_scale": 60**0.5}},
+    "loopus": {"reasoning_layer_indices": [1]},
+    "loopformer": {"n_embd": 33, "n_head": 3, "n_layer": 2, "intermediate_dim": 132, "block_size": 40},
 }
+IFM_DEFAULTS = {
+    "num_kv_heads": 6, "rope_base": 100_000, "rmsnorm_eps": 1e-6, "huginn_input_injection": "diagonal",
+}  # fmt: skip
 
 
 def tensors_of(family: str, c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -147,7 +198,13 @@ def checked(tmp_path: Path, source: Path, family: str, config: dict[str, Any], w
     import_checkpoint(str(source), out)
     ids = torch.randint(0, 101, (2, 31), generator=torch.Generator().manual_seed(1))
     width = next(v.shape[1] for n, v in weights.items() if v.shape[:1] == (101,) and "value" not in n)
-    draws = family in ("huginn", "retro_llama", "retro_olmo", "parcae") or family.startswith("ifm")
+    from_input = config.get("model", {}).get("huginn_state_init") == "input"
+    draws = (
+        not from_input
+        and family in ("huginn", "retro_llama", "retro_olmo", "parcae")
+        or family.startswith("ifm")
+        and not from_input
+    )
     given = {"input_states": torch.randn(2, 31, width)} if draws else {}
     prefix = {"token_type_ids": (torch.arange(31) < torch.tensor([[9], [20]])).long()}
     runs: list[tuple[list[str], dict[str, torch.Tensor]]] = [(["--zero-state"], {}), ([], given)]
@@ -169,6 +226,8 @@ def checked(tmp_path: Path, source: Path, family: str, config: dict[str, Any], w
 def test_logits_of_other_shapes(tmp_path: Path, case: str) -> None:
     family, written = CASES[case]
     config = {**DEFAULTS.get(family, {}), **written}
+    if family.startswith("ifm"):
+        config = {"model": {**IFM_DEFAULTS, **config["model"]}}
     weights = zoo.drawn(tensors_of(family, config), seed=3, offsets=family.startswith("ifm"))
     source = tmp_path / "source"
     source.mkdir()

@@ -22,7 +22,9 @@ def rms(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
 def angles(length: int, dims: int, base: float, scaling: dict[str, Any] | None) -> Tensor:
     """[T, dims / 2]"""
     f = [base ** (-2 * i / dims) for i in range(dims // 2)]
-    if scaling:
+    if scaling and "low_freq_factor" not in scaling:
+        f = [value / scaling["factor"] for value in f]
+    elif scaling:
         n, lo, hi = (
             scaling["original_max_position_embeddings"],
             scaling["low_freq_factor"],
@@ -81,15 +83,18 @@ def decoder_layer(
     q, k, v = (y.unflatten(-1, (-1, hd)) for y in (q, k, v))
     if kind == "qwen3":
         q, k = norm(q, "self_attn.q_norm"), norm(k, "self_attn.k_norm")
-    a = attention(rotate(q, rope, False), rotate(k, rope, False), v) @ w[f"{p}.self_attn.o_proj.weight"].T
+
+    def linear(y: Tensor, name: str) -> Tensor:
+        return F.linear(y, w[f"{p}.{name}.weight"], w.get(f"{p}.{name}.bias"))
+
+    a = linear(attention(rotate(q, rope, False), rotate(k, rope, False), v), "self_attn.o_proj")
     if kind == "ouro":
         a = norm(a, "input_layernorm_2")
     if kind == "olmo2":
         a = norm(a, "post_attention_layernorm")
     x = x + a
     h = x if kind == "olmo2" else norm(x, "post_attention_layernorm")
-    m = F.silu(h @ w[f"{p}.mlp.gate_proj.weight"].T) * (h @ w[f"{p}.mlp.up_proj.weight"].T)
-    m = m @ w[f"{p}.mlp.down_proj.weight"].T
+    m = linear(F.silu(linear(h, "mlp.gate_proj")) * linear(h, "mlp.up_proj"), "mlp.down_proj")
     if kind == "ouro":
         m = norm(m, "post_attention_layernorm_2")
     if kind == "olmo2":
@@ -204,7 +209,9 @@ def raven(w: Weights, c: dict[str, Any], ids: Tensor, num_steps: int, state: Ten
 def parcae(w: Weights, c: dict[str, Any], ids: Tensor, num_steps: int, state: Tensor, **_: Any) -> Tensor:
     heads, eps = c["num_attention_heads"], c["norm_eps"]
     hd = c["n_embd"] // heads
-    rope = angles(ids.shape[1], hd, (c.get("rope_settings") or {}).get("rope_base", 50_000), None)
+    settings = c.get("rope_settings") or {}
+    rope = angles(ids.shape[1], hd, settings.get("rope_base", 50_000), None)
+    rope = rope / settings.get("rope_condense_ratio", 1) * settings.get("use_rope", True)
     counts = [c["n_layers_in_prelude"], c["n_layers_in_recurrent_block"], c["n_layers_in_coda"]]
 
     def block(part: str, i: int, j: int, x: Tensor) -> Tensor:
@@ -215,22 +222,34 @@ def parcae(w: Weights, c: dict[str, Any], ids: Tensor, num_steps: int, state: Te
         if table is not None and gate is not None:
             share = 2 * torch.sigmoid(h[..., : gate.shape[1]] @ gate.T)
             v = v + share[..., None] * table[ids].unflatten(-1, (-1, hd))
+        if c.get("qk_bias"):
+            q, k = q + w[f"{p}.attn.qk_bias"][0], k + w[f"{p}.attn.qk_bias"][1]
         q, k = rotate(q, rope, True), rotate(k, rope, True)
         if c["qk_norm"]:
             q, k = rms(q, None, 1.19e-7), rms(k, None, 1.19e-7)
         x = x + attention(q, k, v) @ w[f"{p}.attn.c_proj.weight"].T
         h = rms(x, w[f"{p}.norm_2.weight"], eps)
-        return x + (0.5 * F.relu(h @ w[f"{p}.mlp.fc.weight"].T) ** 2) @ w[f"{p}.mlp.proj.weight"].T
+        wide = h @ w[f"{p}.mlp.fc.weight"].T
+        if c.get("mlp_class_name") == "GatedMLP":
+            inner = F.silu(wide.chunk(2, -1)[0]) * wide.chunk(2, -1)[1]
+        else:
+            inner = F.gelu(wide) if c["nonlin_name"] == "GELU" else 0.5 * F.relu(wide) ** 2
+        return x + inner @ w[f"{p}.mlp.proj.weight"].T
 
-    e = w["transformer.wte.weight"][ids]
+    scale = math.sqrt(c["n_embd"]) if c["init_strategy"] == "takase" else 1.0
+    e = w["transformer.wte.weight"][ids] * scale
     for i in range(counts[0]):
         e = block("prelude", i, i, e)
     if c["prelude_norm"]:
         e = rms(e, w["transformer.ln_prelude.weight"], eps)
-    step, decay = F.softplus(w["transformer.adapter.dt_bias"]), w["transformer.adapter.A_log"].exp()
+    kind, j = c.get("injection_type", "diagonal"), "transformer.adapter"
     x = state
     for _step in range(num_steps):
-        x = x * torch.exp(-step * decay) + step * (e @ w["transformer.adapter.B"].T)
+        if kind == "diagonal":
+            step = F.softplus(w[f"{j}.dt_bias"])
+            x = x * torch.exp(-step * w[f"{j}.A_log"].exp()) + step * (e @ w[f"{j}.B"].T)
+        else:
+            x = x + e if kind == "add" else torch.cat([x, e], -1) @ w[f"{j}.adapter.weight"].T
         for i in range(counts[1]):
             x = block("core_block", i, counts[0] + i, x)
     x = x @ w["transformer.C.weight"].T
@@ -259,16 +278,17 @@ def looped_lm(w: Weights, c: dict[str, Any], ids: Tensor, num_steps: int, state:
         e = block(i, e)
     if c.get("huginn_prelude_norm") == "rms":
         e = rms(e, w["huginn_prelude_norm_module.weight"] + 1, eps)
-    x = state
+    x = e if c.get("huginn_state_init") == "input" else state
     for _step in range(num_steps):
         if c.get("huginn_input_injection", "diagonal") == "linear":
             x = F.linear(torch.cat([x, e], -1), w[f"{j}.adapter.weight"], w.get(f"{j}.adapter.bias"))
-        else:
+        elif c.get("huginn_input_injection") != "none":
             step = F.softplus(w[f"{j}.dt_bias"])
             r = torch.exp(-step * w[f"{j}.A_log"].exp()) * x
             q = step * (e @ w[f"{j}.input_adapter.weight"].T)
             if c.get("huginn_prelude_orthogonal"):
-                r = r - q * (r * q).sum(-1, keepdim=True) / ((q * q).sum(-1, keepdim=True) + 1e-6)
+                small = c.get("huginn_ortho_projection_eps", 1e-6)
+                r = r - q * (r * q).sum(-1, keepdim=True) / ((q * q).sum(-1, keepdim=True) + small)
             x = r + q
         for i in range(first, first + core):
             x = block(i, x)
@@ -279,11 +299,17 @@ def looped_lm(w: Weights, c: dict[str, Any], ids: Tensor, num_steps: int, state:
     return rms(x, w["output.final_norm.weight"] + 1, eps) @ w["output.output.weight"].T
 
 
-def loopformer(w: Weights, c: dict[str, Any], ids: Tensor, num_steps: int, **_: Any) -> Tensor:
+def loopformer(
+    w: Weights, c: dict[str, Any], ids: Tensor, num_steps: int, steps: list[float] | None = None, **_: Any
+) -> Tensor:
+    """steps: the lengths of the steps; None: all are 1 / num_steps."""
     heads, eps = c["n_head"], torch.finfo(torch.float32).eps
     x = w["transformer.wte.weight"] if "transformer.wte.weight" in w else w["lm_head.weight"]
     table = x
     x = table[ids] + w["transformer.wpe.weight"][: ids.shape[1]]
+
+    def linear(y: Tensor, name: str) -> Tensor:
+        return F.linear(y, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
     def embedded(name: str, t: float) -> Tensor:
         f = torch.tensor([10_000 ** (-i / 128) for i in range(128)])
@@ -291,19 +317,19 @@ def loopformer(w: Weights, c: dict[str, Any], ids: Tensor, num_steps: int, **_: 
         s = F.silu(F.linear(s, w[f"{name}.mlp.0.weight"], w[f"{name}.mlp.0.bias"]))
         return F.linear(s, w[f"{name}.mlp.2.weight"], w[f"{name}.mlp.2.bias"])
 
-    for u in range(num_steps):
-        cond = F.silu(embedded("time_embedder", u / num_steps) + embedded("dt_embedder", 1 / num_steps))
+    steps, t = steps or [1 / num_steps] * num_steps, 0.0
+    for length in steps:
+        cond = F.silu(embedded("time_embedder", t) + embedded("dt_embedder", length))
+        t += length
         for i in range(c["n_layer"]):
             p = f"transformer.h.blocks.{i}"
             gains = F.linear(cond, w[f"{p}.adaLN_modulation.1.weight"], w[f"{p}.adaLN_modulation.1.bias"])
             g1, g2, s1, s2 = gains.chunk(4)
             h = rms(x, None, eps) * (1 + s1)
-            q, k, v = (
-                (h @ part.T).unflatten(-1, (heads, -1)) for part in w[f"{p}.attn.c_attn.weight"].chunk(3)
-            )
-            x = x + g1 * (attention(q, k, v) @ w[f"{p}.attn.c_proj.weight"].T)
+            q, k, v = (part.unflatten(-1, (heads, -1)) for part in linear(h, f"{p}.attn.c_attn").chunk(3, -1))
+            x = x + g1 * linear(attention(q, k, v), f"{p}.attn.c_proj")
             h = rms(x, None, eps) * (1 + s2)
-            x = x + g2 * (F.gelu(h @ w[f"{p}.mlp.c_fc.weight"].T) @ w[f"{p}.mlp.c_proj.weight"].T)
+            x = x + g2 * linear(F.gelu(linear(h, f"{p}.mlp.c_fc")), f"{p}.mlp.c_proj")
     return rms(x, w["transformer.norm_f.weight"], eps) @ table.T
 
 
@@ -367,6 +393,10 @@ def decoder_shapes(p: str, c: dict[str, Any], kind: str = "llama") -> dict[str, 
         **shapes, f"{attn}.o_proj.weight": (d, heads * hd), f"{mlp}.gate_proj.weight": (inner, d),
         f"{mlp}.up_proj.weight": (inner, d), f"{mlp}.down_proj.weight": (d, inner),
         **{f"{p}.{n}.weight": (d,) for n in norms},
+        **({f"{attn}.{n}_proj.bias": (width,) for n, width in {**widths, "o": d}.items()}
+           if c.get("attention_bias") else {}),
+        **({f"{mlp}.{n}_proj.bias": (width,) for n, width in (("gate", inner), ("up", inner), ("down", d))}
+           if c.get("mlp_bias") else {}),
     }  # fmt: skip
 
 
@@ -413,9 +443,13 @@ def parcae_tensors(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     d, heads, v, t = c["n_embd"], c["num_attention_heads"], c["padded_vocab_size"], "transformer"
     counts = [c["n_layers_in_prelude"], c["n_layers_in_recurrent_block"], c["n_layers_in_coda"]]
     shapes: dict[str, tuple[int, ...]] = {
-        f"{t}.wte.weight": (v, d), f"{t}.ln_f.weight": (d,), f"{t}.C.weight": (d, d), f"{t}.adapter.A_log": (d,),
-        f"{t}.adapter.dt_bias": (d,), f"{t}.adapter.B": (d, d),
+        f"{t}.wte.weight": (v, d), f"{t}.ln_f.weight": (d,), f"{t}.C.weight": (d, d),
     }  # fmt: skip
+    kind = c.get("injection_type", "diagonal")
+    if kind == "diagonal":
+        shapes |= {f"{t}.adapter.A_log": (d,), f"{t}.adapter.dt_bias": (d,), f"{t}.adapter.B": (d, d)}
+    elif kind == "linear":
+        shapes[f"{t}.adapter.adapter.weight"] = (d, 2 * d)
     if c["prelude_norm"]:
         shapes[f"{t}.ln_prelude.weight"] = (d,)
     if not c["tie_embeddings"]:
@@ -432,7 +466,10 @@ def parcae_tensors(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             p = f"{t}.{part}.{i}"
             shapes |= {f"{p}.attn.c_{n}.weight": (d, d) for n in ("q", "k", "v", "proj")}
             shapes |= {f"{p}.norm_1.weight": (d,), f"{p}.norm_2.weight": (d,)}
-            shapes |= {f"{p}.mlp.fc.weight": (inner, d), f"{p}.mlp.proj.weight": (d, inner)}
+            gated = c.get("mlp_class_name") == "GatedMLP"
+            shapes |= {f"{p}.mlp.fc.weight": ((1 + gated) * inner, d), f"{p}.mlp.proj.weight": (d, inner)}
+            if c.get("qk_bias"):
+                shapes[f"{p}.attn.qk_bias"] = (2, 1, heads, d // heads)
             if (offset + i - counts[1] * c["mean_backprop_depth"] + 1) % 2 == 0:
                 shapes[f"{p}.attn.ve_gate.weight"] = (heads, 32)
     return shapes
@@ -455,7 +492,7 @@ def looped_lm_tensors(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         shapes["huginn_prelude_norm_module.weight"] = (d,)
     if c["huginn_input_injection"] == "linear":
         shapes |= {f"{j}.adapter.weight": (d, 2 * d), f"{j}.adapter.bias": (d,)}
-    else:
+    elif c["huginn_input_injection"] != "none":
         shapes |= {f"{j}.A_log": (d,), f"{j}.dt_bias": (d,), f"{j}.input_adapter.weight": (d, d)}
     for i in range(sum(c[f"huginn_{part}_layers"] for part in ("prelude", "recurrent", "coda"))):
         attn, mlp = f"layers.{i}.attention", f"layers.{i}.nffn"
@@ -499,6 +536,9 @@ def loopformer_tensors(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             f"{p}.mlp.c_proj.weight": (d, c["intermediate_dim"]), f"{p}.adaLN_modulation.1.weight": (4 * d, d),
             f"{p}.adaLN_modulation.1.bias": (4 * d,),
         }  # fmt: skip
+        if c.get("bias"):
+            shapes |= {f"{p}.attn.c_attn.bias": (3 * d,), f"{p}.mlp.c_fc.bias": (c["intermediate_dim"],)}
+            shapes |= {f"{p}.{part}.c_proj.bias": (d,) for part in ("attn", "mlp")}
     return shapes
 
 

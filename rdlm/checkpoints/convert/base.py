@@ -242,7 +242,9 @@ def with_zero_state(config: CheckpointConfig) -> CheckpointConfig:
     if loop is None or loop.state == "embedding" or loop.injection == "replace":
         problem = "this model has no random initial state: it starts from the tokens"
         raise UserError("--zero-state", config.name, problem, "leave it out")
-    zero = loop.model_copy(update={"state": "zero", "state_std": None, "state_scale": 1.0})
+    zero = loop.model_copy(
+        update={"state": "zero", "state_std": None, "state_scale": 1.0, "state_hash": False}
+    )
     return config.model_copy(update={"model": model.model_copy(update={"loop": zero})})
 
 
@@ -256,6 +258,8 @@ def stored(folder: Path) -> dict[str, Entry]:
     except Exception as error:  # pickle, zip and operating system each raise their own
         problem = f"is not a file of tensors alone ({reason(error)})"
         raise UserError("weights", str(pickled), problem, "convert it to safetensors") from None
+    for key in ("model", "state_dict", "model_state_dict"):  # as trainers wrap them
+        state = state[key] if isinstance(state.get(key), dict) else state
     return {name: tensors.entry_of(value) for name, value in state.items() if isinstance(value, Tensor)}
 
 

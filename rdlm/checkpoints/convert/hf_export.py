@@ -63,7 +63,7 @@ COMPUTED: dict[type[Strict], set[str]] = {
     **{kind: set(kind.model_fields) for kind in (Llama3Scaling, LinearScaling, YarnScaling)},
     LoopConfig: {
         "num_prelude_layers", "num_core_layers", "num_coda_layers", "iterates", "state", "state_std",
-        "state_cut", "state_scale", "injection",
+        "state_cut", "state_scale", "state_hash", "injection", "injection_eps",
         "injection_bias", "injection_state_scale", "input_norm", "boundary_norm", "step_gate_width",
         "readout", "final_norm", "exit_gate",
         "core_mlp_width",

@@ -14,6 +14,15 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import RecurrentConfig
 
 PRELUDE_NORM = "huginn_prelude_norm_module.weight"
+STATES = {"normal": "normal", "zero": "zero", "input": "embedding"}
+"""Their name of the initial state -> ours."""
+DEFAULTS = {
+    "model_dim": 1024, "num_layers": 8, "num_heads": 1, "ffn_hidden_dim": 2048, "vocab_size": -1, "output_size": -1,
+    "rmsnorm_eps": 1e-6, "rope_base": 100_000, "swiglu": False, "apply_rmsnorm": False, "loop_times": 1,
+    "huginn_prelude_layers": 1, "huginn_coda_layers": 1, "huginn_state_init": "zero",
+    "huginn_input_injection": "diagonal", "huginn_ortho_projection_eps": 1e-6,
+}  # fmt: skip
+"""What the published code takes for fields that a config.json leaves out."""
 
 
 class LoopedLM(Importer):
@@ -28,6 +37,7 @@ class LoopedLM(Importer):
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
         fields.ignore("tokenizer")
         model_fields = fields.section("model")
+        model_fields.defaults(DEFAULTS)
         model_fields.only(
             {
                 "arch": "huginn",
@@ -36,72 +46,81 @@ class LoopedLM(Importer):
                 "apply_attn_gate": False,
                 "attn_act_func": "softmax",
                 "scale_emb": False,
-                "swiglu": True,
-                "apply_rmsnorm": True,
                 "layernorm_num_groups": 1,
                 "norm_affine": True,
-                "huginn_state_init": "normal",
+                "output_size": -1,
             }
         )
+        for field in ("swiglu", "apply_rmsnorm"):
+            if model_fields.get(field) is not True:
+                raise model_fields.refused(field, "only true is built here")
         for field in model_fields.data:
             if ("moe" in field or "mova" in field or "expert" in field) and model_fields.get(field):
                 raise model_fields.refused(field, "mixtures of experts are not built here")
         if model_fields.get("residual_func", "base") not in ("base", "add"):
             raise model_fields.refused("residual_func", "only base and add are built here")
-        injection = self._injection(model_fields)
-        exit_norm = model_fields.get("huginn_recurrent_exit_norm", "none")
-        if exit_norm not in ("none", "parameterless_rms"):
-            raise model_fields.refused("huginn_recurrent_exit_norm", "only parameterless_rms is built here")
-        input_norm = model_fields.get("huginn_prelude_norm", "none")
-        if input_norm not in ("none", "rms"):
-            raise model_fields.refused("huginn_prelude_norm", "only rms is built here")
-        width, head_dim = model_fields.number("model_dim"), model_fields.number("head_dim")
+        width, heads = model_fields.number("model_dim"), model_fields.number("num_heads")
+        head_dim = model_fields.get("head_dim", width // heads)
         rotated = model_fields.get("rope_head_dim", head_dim)
+        num_dims = None if rotated == head_dim else rotated
+        vocabulary = model_fields.number("vocab_size")
+        if vocabulary < 1:  # the tokenizer's
+            vocabulary = shapes.get("embed.weight", (0,))[0]
         document = {
             "origin": "looped_lm",
-            "vocab_size": model_fields.number("vocab_size"),
+            "vocab_size": vocabulary,
             "d_model": width,
             "max_seq_len": model_fields.number("max_seq_len", 8192),
             "tie_embeddings": False,
             "layer": {
-                "norm_eps": model_fields.number("rmsnorm_eps", 1e-6),
-                "num_heads": model_fields.number("num_heads"),
-                "num_kv_heads": model_fields.get("num_kv_heads", model_fields.number("num_heads")),
+                "norm_eps": model_fields.number("rmsnorm_eps"),
+                "num_heads": heads,
+                "num_kv_heads": model_fields.get("num_kv_heads", heads),
                 "head_dim": head_dim,
-                "rope": {
-                    "base": model_fields.number("rope_base"),
-                    "num_dims": None if rotated == head_dim else rotated,
-                },
+                "rope": {"base": model_fields.number("rope_base"), "num_dims": num_dims} if rotated else None,
                 "mlp_width": model_fields.number("ffn_hidden_dim"),
             },
-            "loop": {
-                "num_prelude_layers": model_fields.number("huginn_prelude_layers"),
-                "num_core_layers": model_fields.number("huginn_recurrent_layers"),
-                "num_coda_layers": model_fields.number("huginn_coda_layers"),
-                "state": "normal",
-                "state_std": 1 / math.sqrt(width),
-                "state_cut": None,
-                "injection": injection,
-                "injection_bias": injection == "linear" and "input_injection.adapter.bias" in shapes,
-                "input_norm": input_norm == "rms",
-                "boundary_norm": "unweighted" if exit_norm == "parameterless_rms" else "none",
-            },
+            "loop": self._loop(model_fields, width, shapes),
         }
-        lost = [
-            "The published evaluation draws its initial state from a hash of the position; here it is drawn "
-            "from the seed."
-        ]
-        return recurrent(name, document, model_fields.number("loop_times", 5), fields.where), lost
+        return recurrent(name, document, model_fields.number("loop_times"), fields.where), []
+
+    def _loop(self, fields: Fields, width: int, shapes: Shapes) -> dict[str, Any]:
+        prelude, coda = fields.number("huginn_prelude_layers"), fields.number("huginn_coda_layers")
+        core = fields.get("huginn_recurrent_layers", fields.number("num_layers") - prelude - coda)
+        injection = self._injection(fields)
+        exit_norm = fields.get("huginn_recurrent_exit_norm", "none")
+        if exit_norm not in ("none", "parameterless_rms"):
+            raise fields.refused("huginn_recurrent_exit_norm", "only parameterless_rms is built here")
+        input_norm = fields.get("huginn_prelude_norm", "none")
+        if input_norm not in ("none", "rms"):
+            raise fields.refused("huginn_prelude_norm", "only rms is built here")
+        state = fields.get("huginn_state_init")
+        if state not in STATES:
+            raise fields.refused("huginn_state_init", f"only {', '.join(STATES)} are built here")
+        is_drawn = state == "normal"
+        return {
+            "num_prelude_layers": prelude,
+            "num_core_layers": core,
+            "num_coda_layers": coda,
+            "state": STATES[state],
+            "state_std": 1 / math.sqrt(width) if is_drawn else None,
+            "state_cut": None,
+            "state_hash": is_drawn,
+            "injection": injection,
+            "injection_bias": injection == "linear" and "input_injection.adapter.bias" in shapes,
+            "injection_eps": fields.number("huginn_ortho_projection_eps"),
+            "input_norm": input_norm == "rms",
+            "boundary_norm": "unweighted" if exit_norm == "parameterless_rms" else "none",
+        }
 
     def _injection(self, fields: Fields) -> str:
         kind, is_orthogonal = (
-            fields.get("huginn_input_injection", "diagonal"),
+            fields.get("huginn_input_injection"),
             fields.get("huginn_prelude_orthogonal", False),
         )
-        if kind not in ("diagonal", "linear") or (is_orthogonal and kind != "diagonal"):
-            raise fields.refused(
-                "huginn_input_injection", "only diagonal (plain or orthogonal) and linear are built here"
-            )
+        if kind not in ("diagonal", "linear", "none") or (is_orthogonal and kind != "diagonal"):
+            problem = "only none, diagonal (plain or orthogonal) and linear are built here"
+            raise fields.refused("huginn_input_injection", problem)
         return "diagonal_orthogonal" if is_orthogonal else str(kind)
 
     def tokenizer_folder(self, folder: Path) -> Path:
@@ -143,7 +162,7 @@ class LoopedLM(Importer):
         if loop.injection == "linear":
             for kind in ("weight", "bias") if loop.injection_bias else ("weight",):
                 found[f"model.adapter.{kind}"] = source.take(f"input_injection.adapter.{kind}")
-        else:
+        elif loop.injection != "none":
             found["model.adapter.A_log"] = source.take("input_injection.A_log")
             found["model.adapter.dt_bias"] = source.take("input_injection.dt_bias")
             found["model.adapter.B.weight"] = source.take("input_injection.input_adapter.weight")

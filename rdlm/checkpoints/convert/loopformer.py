@@ -15,12 +15,22 @@ from rdlm.config.model import LoopFormerConfig
 
 TABLE = "transformer.wte.weight"
 PREFIXES = re.compile(r"^(gpt\.|model\.|module\.|_orig_mod\.)+")
+OTHERS = ("base", "base_loop", "tmlt")
+"""Models of the same repository without steps of given length."""
+ALIASES = {
+    "block_size": ("n_positions", "max_position_embeddings"),
+    "n_layer": ("num_hidden_layers",),
+    "n_head": ("num_attention_heads",),
+    "n_embd": ("hidden_size",),
+    "intermediate_dim": ("n_inner",),
+}
+"""Field -> the names that the published loader takes in its place."""
 MASK = re.compile(r"\.attn\.(bias|masked_bias)$")
 """The causal mask, which some files keep as a buffer; the model has no bias there."""
 
 
 class LoopFormer(Importer):
-    """K steps of length 1 / K each; other schedules of the reference are not kept."""
+    """K steps of length 1 / K each unless a call gives their lengths."""
 
     family = "loopformer"
     title = "LoopFormer, e.g. of the collection armenjeddi/loopformer"
@@ -32,8 +42,17 @@ class LoopFormer(Importer):
         return PREFIXES.sub("", name)
 
     def config(self, fields: Fields, name: str, shapes: Shapes) -> tuple[CheckpointConfig, list[str]]:
-        fields.only({"model_type": "loopformer", "bias": False})
-        fields.ignore("dropout")
+        kind, sizes_steps = fields.get("model_type"), any(name.startswith("dt_embedder.") for name in shapes)
+        if kind in OTHERS or not (kind == "loopformer" or sizes_steps):
+            raise fields.refused(
+                "model_type", "is another model of the same repository", "import a loopformer"
+            )
+        for field, others in ALIASES.items():  # hub files may have the names of transformers
+            known = [other for other in others if fields.get(field) is None and fields.get(other) is not None]
+            if known:
+                fields.data = {**fields.data, field: fields.data[known[0]]}
+        fields.ignore("dropout", "resid_pdrop")
+        has_bias = bool(fields.get("bias", False))
         model = {
             "family": "loopformer",
             "origin": "loopformer",
@@ -46,10 +65,15 @@ class LoopFormer(Importer):
                 "norm_weights": False,
                 "num_heads": fields.number("n_head"),
                 "mlp": "gelu",
-                "mlp_width": fields.number("intermediate_dim"),
+                "mlp_width": fields.number("intermediate_dim", 4 * fields.number("n_embd")),
+                "bias": "qkvo" if has_bias else "none",
+                "mlp_bias": has_bias,
             },
         }
-        lost = ["Its loop may be cut into steps of unequal length; here K steps have length 1 / K each."]
+        lost = [
+            "Its loop may be cut into steps of unequal length: `rdlm logits --step-sizes` does, requests to a "
+            "server have K steps of length 1 / K."
+        ]
         return imported(name, model, 8, fields.where), lost
 
     def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
@@ -59,10 +83,11 @@ class LoopFormer(Importer):
         source.drop(*(name for name in source.entries if MASK.search(name)))
         for i in range(model.num_layers):
             theirs, ours = f"transformer.h.blocks.{i}", f"model.core_block.{i}"
-            for a, b in (("c_attn", "Wqkv"), ("c_proj", "proj")):
-                found[f"{ours}.attn.{b}.weight"] = source.take(f"{theirs}.attn.{a}.weight")
-            for a, b in (("c_fc", "fc"), ("c_proj", "proj")):
-                found[f"{ours}.mlp.{b}.weight"] = source.take(f"{theirs}.mlp.{a}.weight")
+            for kind in ("weight", "bias") if model.layer.mlp_bias else ("weight",):
+                for a, b in (("c_attn", "Wqkv"), ("c_proj", "proj")):
+                    found[f"{ours}.attn.{b}.{kind}"] = source.take(f"{theirs}.attn.{a}.{kind}")
+                for a, b in (("c_fc", "fc"), ("c_proj", "proj")):
+                    found[f"{ours}.mlp.{b}.{kind}"] = source.take(f"{theirs}.mlp.{a}.{kind}")
             for kind in ("weight", "bias"):
                 found[f"model.modulation.{i}.{kind}"] = source.take(f"{theirs}.adaLN_modulation.1.{kind}")
         for a, b in (("time", "time"), ("dt", "length")):

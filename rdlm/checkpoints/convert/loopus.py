@@ -88,8 +88,10 @@ class LoopUS(Importer):
                 isinstance(indices, list) and all(isinstance(i, int) for i in indices)
             ):
                 raise fields.refused(field, "is not a list of layers")
-            ends = bool(indices) and len(indices) == 1 and indices[0] < 0  # [-n]: from n to the last one
-            counts[part] = num_layers + indices[0] if ends else None if indices is None else len(indices)
+            if indices is not None and len(indices) == 1 and indices[0] < 0:  # [-n]: from n to the last one
+                counts[part] = num_layers + indices[0]
+            else:
+                counts[part] = None if indices is None else len(indices)
         if counts["reasoning"] is None:
             counts["reasoning"] = num_layers - (counts["encoder"] or 0) - (counts["decoder"] or 0)
         return [counts[part] or 0 for part in PARTS]

@@ -8,6 +8,7 @@ the Llama form neither.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import sqrt
 from typing import Any, cast
 
 from rdlm.checkpoints.convert.base import (
@@ -46,7 +47,6 @@ class Retrofit(Importer):
                 "model_type": "huginn_raven",
                 "qk_bias": False,
                 "injection_type": "linear",
-                "initial_state_mode": "random",
                 "test_time_noise": 0,
                 "nonlin_name": "SiLU",
                 "mlp_class_name": "GatedMLP",
@@ -60,19 +60,24 @@ class Retrofit(Importer):
             "tie_word_embeddings", "tie_embeddings", "bias",
             "vocab_size", "padding_multiple", "architecture_class_name", "max_position_embeddings",
         )  # fmt: skip
+        mode = fields.get("initial_state_mode", "random")
+        if mode not in ("random", "embed-init"):
+            raise fields.refused("initial_state_mode", "only random and embed-init are built here")
         is_olmo = any(key.endswith("attn.q_norm.weight") for key in shapes)
         values = fields.section("init_values")
-        embed_scale = values.number("embed_scale", 1.0)
+        width = fields.number("n_embd")  # of the scales: as the published class computes them
+        embed_scale = values.number("embed_scale", 1.0 if values.data else sqrt(width))
         state = fields.get("state_init", "like-init")
         if state not in STATES:
             raise fields.refused("state_init", f"only {' and '.join(STATES)} are built here")
+        is_drawn = state == "like-init" and mode == "random"
         heads = fields.number("n_heads")
         head_dim = int(fields.get("head_dim") or fields.number("n_embd") // heads)
         model = {
             "origin": "retrofit-olmo2" if is_olmo else "retrofit-llama",
             "vocab_size": shapes[TABLE][0] if TABLE in shapes else fields.number("padded_vocab_size"),
-            "d_model": fields.number("n_embd"),
-            "max_seq_len": fields.number("block_size", fields.get("max_position_embeddings")),
+            "d_model": width,
+            "max_seq_len": fields.number("block_size", fields.get("max_position_embeddings", 4096)),
             "embed_scale": embed_scale,
             "tie_embeddings": "lm_head.weight" not in shapes,
             "layer": {
@@ -82,16 +87,16 @@ class Retrofit(Importer):
                 "num_heads": heads,
                 "num_kv_heads": fields.get("num_key_value_heads", heads),
                 "head_dim": head_dim,
-                "rope": rope_of(fields, head_dim, None),
+                "rope": rope_of(fields, head_dim, None, ("default", "llama3", "linear", "yarn")),
                 "mlp_width": fields.number("intermediate_size"),
             },
             "loop": {
                 "num_prelude_layers": fields.number("n_layers_in_prelude"),
                 "num_core_layers": fields.number("n_layers_in_recurrent_block"),
                 "num_coda_layers": fields.number("n_layers_in_coda"),
-                "state": STATES[state],
-                "state_std": values.number("std") if state == "like-init" else None,
-                "state_scale": embed_scale if state == "like-init" else 1.0,
+                "state": STATES[state] if mode == "random" else "embedding",
+                "state_std": values.number("std", sqrt(2 / (5 * width))) if is_drawn else None,
+                "state_scale": embed_scale if is_drawn else 1.0,
                 "injection": "linear",
                 "injection_bias": "transformer.adapter.bias" in shapes,
             },
@@ -136,8 +141,8 @@ class Retrofit(Importer):
             "bias": loop.injection_bias,
             "qk_bias": False,
             "injection_type": "linear",
-            "initial_state_mode": "random",
-            "state_init": states.get(loop.state, loop.state),
+            "initial_state_mode": "embed-init" if loop.state == "embedding" else "random",
+            "state_init": "like-init" if loop.state == "embedding" else states.get(loop.state, loop.state),
             "init_values": {"std": std, "embed_scale": model.embed_scale},
             "test_time_noise": 0,
             "nonlin_name": "SiLU",

@@ -319,9 +319,9 @@ class DiagonalInjection(nn.Module):
     """decay * state + step * (B e), channel by channel (Parcae); orthogonal: what is injected replaces the
     state's part along it."""
 
-    def __init__(self, d_model: int, is_orthogonal: bool) -> None:
+    def __init__(self, d_model: int, is_orthogonal: bool, eps: float) -> None:
         super().__init__()
-        self.is_orthogonal = is_orthogonal
+        self.is_orthogonal, self.eps = is_orthogonal, eps
         self.A_log, self.dt_bias = nn.Parameter(torch.zeros(d_model)), nn.Parameter(torch.zeros(d_model))
         self.B = nn.Linear(d_model, d_model, bias=False)
 
@@ -330,7 +330,9 @@ class DiagonalInjection(nn.Module):
         kept = torch.exp(-step * self.A_log.float().exp()) * state.float()
         injected = step * self.B(e).float()
         if self.is_orthogonal:
-            along = (kept * injected).sum(-1, keepdim=True) / (injected.square().sum(-1, keepdim=True) + 1e-6)
+            along = (kept * injected).sum(-1, keepdim=True) / (
+                injected.square().sum(-1, keepdim=True) + self.eps
+            )
             kept = kept - injected * along
         return (kept + injected).to(state.dtype)
 
@@ -376,7 +378,8 @@ class Recurrent(nn.Module):
         if loop.injection == "linear":
             self.adapter: nn.Module = nn.Linear(2 * width, width, bias=loop.injection_bias)
         elif loop.injection.startswith("diagonal"):
-            self.adapter = DiagonalInjection(width, loop.injection == "diagonal_orthogonal")
+            is_orthogonal = loop.injection == "diagonal_orthogonal"
+            self.adapter = DiagonalInjection(width, is_orthogonal, loop.injection_eps)
         core = nn.ModuleList(
             self._layer(i, self.first_core_index + i - first_core, True)
             for i in range(first_core, first_coda)
