@@ -419,19 +419,21 @@ class Sweeper:
             problem, remedy = "holds no run of this sweep", "run the same command without --report first"
             raise UserError("--report", str(self.output), problem, remedy)
         results, log = self.output / "results.json", self.output / "log.txt"
+        out, title = self.output / "report", f"Sweep {self.sweep.name}"
         steps: list[list[str]] = [["sweep", "--folder", str(self.output), "--out", str(results)]]
-        files = sorted(
-            str(file)
-            for file in self.output.glob("runs/*/eval-*.json")
-            if "evaluation" in file.read_text(encoding="utf-8")[:4096]
-        )
-        out = self.output / "report"
-        steps.append(
-            ["report", str(results), *files, "--out", str(out), "--title", f"Sweep {self.sweep.name}"]
-        )
-        for arguments, output in zip(steps, (None, log), strict=True):  # the tables of the first are shown
-            if self.commands.rdlm(["eval", *arguments], output):
-                where = "" if output is None else f"; see {output}"
+        steps.append(["report", str(results), "--out", str(out), "--title", title])
+        for name in self.sweep.evaluate:  # evaluations may be of different data, which one table cannot hold
+            files = [
+                str(file)
+                for file in sorted(self.output.glob(f"runs/*/eval-{_slug(name)}.json"))
+                if "evaluation" in file.read_text(encoding="utf-8")[:4096]
+            ]
+            if files:
+                place = str(out / _slug(name))
+                steps.append(["report", *files, "--out", place, "--title", f"{title}: {name}"])
+        for number, arguments in enumerate(steps):  # the tables of the first are shown
+            if self.commands.rdlm(["eval", *arguments], log if number else None):
+                where = f"; see {log}" if number else ""
                 raise UserError("report", str(out), f"was not written{where}", "correct it and run again")
         return out / "report.html"
 

@@ -127,6 +127,14 @@ def converting(
             show_default=False,
         ),
     ] = None,
+    state_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Injection linear: factor of the state, which in a pretrained core is many times larger than e [the "
+            "power of two that makes both equally large, measured on a few tokens].",
+            show_default=False,
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -147,7 +155,8 @@ def converting(
     convert(
         checkpoint, out, prelude=prelude, core=core, coda=coda, keep_layers=kept, injection=injection,
         num_steps=num_steps,
-        max_steps=max_num_steps, keep_tokens=keep_tokens or (), name=name, force=force,
+        max_steps=max_num_steps, keep_tokens=keep_tokens or (), state_scale=state_scale, name=name, force=force,
+        say=typer.echo,
     )  # fmt: skip
     typer.echo(f"{out}: converted. Try: rdlm inspect {out}")
 

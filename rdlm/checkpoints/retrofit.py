@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints import safetensors_io as tensors
+from rdlm.checkpoints import state_size
 from rdlm.checkpoints.convert.base import check, check_out, progress_bar
 from rdlm.checkpoints.safetensors_io import DTYPES, Entry
 from rdlm.checkpoints.vocabulary_cut import cut_for
@@ -42,17 +43,20 @@ def convert(
     num_steps: int = 1,
     max_steps: int | None = None,
     keep_tokens: Sequence[Path] = (),
+    state_scale: float | None = None,
     name: str | None = None,
     force: bool = False,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Write the checkpoint folder ``out`` with ``prelude``, ``core`` and ``coda`` layers of the plain
     transformer ``source``.
 
     keep_layers: the source's layers in the order of their new places; None takes the first ones for the
     prelude and the last ones for core and coda. num_steps and max_steps: default and largest K. keep_tokens:
-    prepared data whose tokens alone stay in the vocabulary (rdlm/checkpoints/vocabulary_cut.py). Weights keep
-    their dtype; one tensor is in memory at a time. UserError where the source is no plain transformer of
-    text, or the numbers do not fit it.
+    prepared data whose tokens alone stay in the vocabulary (rdlm/checkpoints/vocabulary_cut.py). state_scale:
+    factor of the state in injection ``linear``; None measures it (rdlm/checkpoints/state_size.py). say: takes a
+    line about what was chosen. Weights keep their dtype; one layer is in memory at a time. UserError where the
+    source is no plain transformer of text, or the numbers do not fit it.
     """
     source_config = checkpoint.load_config(source)
     source_config.check_exact("`rdlm convert`")
@@ -60,7 +64,14 @@ def convert(
     check_out(out, source, force)
     kept = _kept(plain.num_layers, prelude, core, coda, keep_layers)
     cut = cut_for(source / checkpoint.TOKENIZER, keep_tokens) if keep_tokens else None
-    model = plain.model_copy(update={"loop": _loop(prelude, core, coda, injection)})
+    _check_scale(state_scale, injection)
+    stored = tensors.stored(source / checkpoint.WEIGHTS)
+    scale, measured = state_scale or 1.0, None
+    if injection == "linear" and state_scale is None:
+        layers = kept[:prelude], kept[prelude : prelude + core]
+        measured = state_size.sizes(source, source_config, stored, *layers)
+        scale = state_size.balancing_scale(*measured)
+    model = plain.model_copy(update={"loop": _loop(prelude, core, coda, injection, scale)})
     if cut is not None:
         model = model.model_copy(update={"vocab_size": len(cut.kept)})
     document = {
@@ -71,7 +82,6 @@ def convert(
         "step": source_config.step,
     }
     config = checkpoint.parse_config(document, "rdlm convert")
-    stored = tensors.stored(source / checkpoint.WEIGHTS)
     if cut is not None:
         stored = cut.weights(stored, plain.vocab_size)
     weights = {**_renamed(stored, kept, prelude, core), **_adapter(injection, model.d_model, stored)}
@@ -95,6 +105,12 @@ def convert(
         for key, entry in weights.items()
     }
     notes = _notes(source, source_config, plain.num_layers, kept, (prelude, core, coda), injection)
+    if injection == "linear":
+        why = ", as given"
+        if measured is not None:
+            why = f": the root mean square of e is {measured[0]:.3g}, that of the state {measured[1]:.3g}"
+        say(f"state scale of the injection {scale:g}{why}")
+        notes += f"\n- State scale of the injection {scale:g}{why}."
     if cut is not None:
         notes += (
             f"\n- Vocabulary: {len(cut.kept):,} of {plain.vocab_size:,} tokens, those that its data uses."
@@ -159,13 +175,24 @@ def _kept(count: int, prelude: int, core: int, coda: int, given: Sequence[int] |
     return list(given)
 
 
-def _loop(prelude: int, core: int, coda: int, injection: Injection) -> LoopConfig:
+def _check_scale(scale: float | None, injection: Injection) -> None:
+    if scale is None:
+        return
+    if injection != "linear":
+        problem = f"injection {injection!r} does not scale the state"
+        raise UserError("--state-scale", scale, problem, "leave it out, or use --injection linear")
+    if not 0 < scale < math.inf:
+        raise UserError("--state-scale", scale, "is no factor", "give a number above 0")
+
+
+def _loop(prelude: int, core: int, coda: int, injection: Injection, scale: float) -> LoopConfig:
     return LoopConfig(
         num_prelude_layers=prelude,
         num_core_layers=core,
         num_coda_layers=coda,
         state="embedding" if injection == "none" else "zero",
         injection=injection,
+        injection_state_scale=scale,
     )
 
 

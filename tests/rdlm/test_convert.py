@@ -4,6 +4,8 @@ bit."""
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rdlm
-from rdlm.checkpoints import folder
+from rdlm.checkpoints import folder, state_size
 from rdlm.checkpoints.retrofit import convert, parse_layers
 from rdlm.cli import app, run
 from rdlm.config.checkpoint import CheckpointConfig
@@ -104,6 +106,55 @@ def test_more_steps_differ_unless_the_injection_ignores_the_state(
     assert torch.equal(logits[1], logits[4]) is not changes
 
 
+@pytest.mark.parametrize("prelude", [0, 2])
+@pytest.mark.parametrize("kind", ["own", "qwen3"])
+def test_the_state_is_scaled_to_the_size_of_what_it_is_read_with(
+    tmp_path: Path, kind: str, prelude: int
+) -> None:
+    """What is measured is what the model itself computes; the scale is the power of two next to their ratio."""
+    plain = source(tmp_path / "plain", kind)
+    weights = load_file(plain / "model.safetensors")
+    for name in weights:  # a core that adds much to a small e
+        if name.startswith("model.layers.3.") and name.endswith("mlp.proj.weight"):
+            weights[name] *= 300
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    said: list[str] = []
+    made = convert(plain, tmp_path / "made", prelude=prelude, core=5 - prelude, coda=0, say=said.append)
+    loaded = folder.load(made)
+    model = loaded.denoiser.model
+    text = torch.tensor([loaded.tokenizer.encode(state_size.TEXT)[:64]])
+    with torch.no_grad():
+        ctx = model.context(text)
+        e = model.encode(text, ctx)
+        state = model.core(model.initial_state(e), e, None, ctx)
+    of_e, of_state = (float(x.square().mean().sqrt()) for x in (e, state))
+    scale = folder.load_config(made).model.loop.injection_state_scale  # type: ignore[union-attr]
+    assert scale == 2.0 ** round(math.log2(of_e / of_state)) < 0.1
+    assert said == [
+        f"state scale of the injection {scale:g}: the root mean square of e is {of_e:.3g}, that of the state "
+        f"{of_state:.3g}"
+    ]
+    assert said[0][1:] in (made / "README.md").read_text()
+    assert torch.equal(rdlm.load(made).logits(ids(), 1)[1], rdlm.load(plain).logits(ids())[1])
+
+
+def test_a_scale_may_be_given_and_no_tokenizer_is_needed(tmp_path: Path) -> None:
+    plain = source(tmp_path / "plain")
+    given = convert(plain, tmp_path / "given", prelude=1, core=3, coda=1, state_scale=0.3)
+    assert folder.load_config(given).model.loop.injection_state_scale == 0.3  # type: ignore[union-attr]
+    shutil.rmtree(plain / "tokenizer")
+    said: list[str] = []
+    convert(plain, tmp_path / "ids", prelude=1, core=3, coda=1, say=said.append)
+    assert "root mean square" in said[0]
+    made = convert(plain, tmp_path / "none", prelude=1, core=3, coda=1, injection="none")
+    assert folder.load_config(made).model.loop.injection_state_scale == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("e", "state"), [(0.0, 1.0), (1.0, 0.0), (1.0, math.inf), (math.nan, 1.0)])
+def test_sizes_that_say_nothing_scale_nothing(e: float, state: float) -> None:
+    assert state_size.balancing_scale(e, state) == 1
+
+
 def test_looping_without_training_is_running_the_middle_layers_again(tmp_path: Path) -> None:
     """none at K = 2 is the plain transformer whose middle layers stand there twice."""
     plain = source(tmp_path / "plain")
@@ -189,6 +240,8 @@ def test_the_command_converts_and_other_commands_read_the_result(tmp_path: Path,
         ({"keep_layers": [0, 1, 2, 3, 5]}, "the source has 5 layers"),
         ({"keep_layers": [0, 1, 2, 3, 3]}, "named twice"),
         ({"num_steps": 8, "max_steps": 4}, "exceeds max_steps"),
+        ({"state_scale": 0.0}, "--state-scale"),
+        ({"state_scale": 0.5, "injection": "none"}, "does not scale the state"),
         ({"name": "a b"}, "name"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rdlm
 from rdlm.checkpoints import folder
@@ -85,12 +85,17 @@ def plain(out: Path) -> Path:
 
 def test_what_convert_makes_of_a_llama_has_the_retrofitted_form(tmp_path: Path) -> None:
     source = convert(
-        plain(tmp_path / "plain"), tmp_path / "looped", prelude=1, core=1, coda=1, injection="linear"
+        plain(tmp_path / "plain"), tmp_path / "looped", prelude=1, core=1, coda=1, state_scale=1 / 16
     )
+    trained = load_file(source / "model.safetensors")
+    trained["model.adapter.weight"] += 0.1  # or the state would not count
+    save_file(trained, source / "model.safetensors", metadata={"format": "pt"})
     out = export_published("retrofit", source, tmp_path / "out", shard_bytes=1 << 30)
     ids = torch.randint(0, 300, (2, 20))
     back = rdlm.load(import_checkpoint(str(out), tmp_path / "back"))
-    assert torch.equal(back.logits(ids, 3)[3], rdlm.load(source).logits(ids, 3)[3])
+    logits = back.logits(ids, 3)[3]
+    assert torch.equal(logits, rdlm.load(source).logits(ids, 3)[3])
+    assert not torch.equal(logits, back.logits(ids, 1)[1])
 
 
 def test_what_a_layout_does_not_hold_is_refused_by_name(tmp_path: Path) -> None:

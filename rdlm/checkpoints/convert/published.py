@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rdlm.checkpoints.convert.base import Fields, check_out, widest_dtype, write_published
 from rdlm.checkpoints.convert.ouro import Ouro
 from rdlm.checkpoints.convert.retrofit import Retrofit
 from rdlm.checkpoints.convert.unroll import read_checkpoint
+from rdlm.checkpoints.safetensors_io import Entry, to_bytes, to_tensor
 from rdlm.config.model import RecurrentConfig
 from rdlm.errors import UserError
 
@@ -30,6 +33,8 @@ def export_published(layout: str, folder: Path, out: Path, *, shard_bytes: int, 
         raise UserError(
             "model.family", model.family, f"the layout of {importer.title} holds no such model", remedy
         )
+    model, found = _without_state_scale(model, found)
+    config = config.model_copy(update={"model": model})
     try:
         published, weights = importer.to_published(config), importer.published_weights(found, model)
     except KeyError as missing:
@@ -51,6 +56,24 @@ def export_published(layout: str, folder: Path, out: Path, *, shard_bytes: int, 
     about = {"torch_dtype": widest_dtype(weights), "rdlm": config.model_dump(mode="json")}
     write_published(out, folder, {**published, **about}, weights, tokenizer, shard_bytes)
     return out
+
+
+def _without_state_scale(
+    model: RecurrentConfig, found: dict[str, Entry]
+) -> tuple[RecurrentConfig, dict[str, Entry]]:
+    """The same function, with the factor of the state in the adapter's weights: exact for a power of two."""
+    loop, name = model.loop, "model.adapter.weight"
+    if loop.injection != "linear" or loop.injection_state_scale == 1 or name not in found:
+        return model, found
+    entry = found[name]
+
+    def scaled() -> Iterator[bytes]:
+        weight = to_tensor(entry)
+        weight[:, : model.d_model] *= loop.injection_state_scale
+        yield to_bytes(weight)
+
+    plain = loop.model_copy(update={"injection_state_scale": 1.0})
+    return model.model_copy(update={"loop": plain}), {**found, name: replace(entry, read=scaled)}
 
 
 def _flat(section: dict[str, object], prefix: str = "") -> dict[str, object]:
