@@ -72,6 +72,9 @@ class GenerationOptions(Numbers, total=False):
     """So many positions are decoded together, and read out after every ``inner_steps`` core steps."""
     inner_steps: int
     wavefront_threshold: float
+    wavefront_noise: float
+    wavefront_average: float
+    headway: int
     """A position whose state changes relatively by less leaves early."""
     kv_cache: Literal["shared", "full", "first"]
     """Which keys a position keeps: those of its last core step (default), of every one, or of the first."""

@@ -41,6 +41,9 @@ REQUEST: dict[str, str] = {
     "wavefront": "wavefront.positions",
     "inner_steps": "wavefront.inner_steps",
     "wavefront_threshold": "wavefront.threshold",
+    "wavefront_noise": "wavefront.noise",
+    "wavefront_average": "wavefront.average",
+    "headway": "wavefront.headway",
 }
 """Option -> the field of a request that it sets: one line makes a field an option, whose type and help are the
 schema's."""

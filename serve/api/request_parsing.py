@@ -359,7 +359,7 @@ def step_budget(body: SamplingBody, server: ServerState, header_steps: int | Non
             wanted.draft_steps or max(1, most // 4), wanted.draft_tokens or DRAFT_TOKENS
         )
     wave = body.wavefront
-    wavefront = None if wave is None else Wavefront.of(wave.positions, wave.inner_steps, wave.threshold)
+    wavefront = None if wave is None else Wavefront.of(**wave.model_dump())
     budget = StepBudget(most, rule, schedule, least, max_ms, body.max_ms is not None, speculation, wavefront)
     return budget, browned_out
 

@@ -331,6 +331,14 @@ class WavefrontBody(Body):
     threshold: Annotated[Finite, Field(ge=0, le=1e12)] | None = None
     """A position leaves before its K steps once its state changes relatively by less between two read-outs;
     default 0.03, and 0 (never) for a single position."""
+    noise: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    """Share of a fresh initial state that every state gets after a read-out; default 0, published 0.5."""
+    noise_decays: StrictBool | None = None
+    """Whether that share is divided by 1 + the core steps that a position has taken; default true, as published."""
+    average: Annotated[Finite, Field(ge=0, lt=1)] | None = None
+    """Share of a position's input before in its input after a read-out; default 0, published 0.1."""
+    headway: Annotated[StrictInt, Field(ge=1, le=MAX_WAVEFRONT)] | None = None
+    """Positions that are added after a read-out; default 1, as published."""
 
 
 class Schedule(Body):

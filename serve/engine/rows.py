@@ -35,7 +35,7 @@ class Rows:
     that is drawn: z [D], its noised target; prior [V], its normalised next-token logits; flow, its place on the
     ODE. memory: of the exit criterion; of a wavefront, the states [1, L, S] at its last read-out. mixed [D]: its
     weighted read-outs so far. proposals [V]: what the tokens of a sampled draft were drawn from. ids: of a
-    wavefront, the tokens that e was computed from.
+    wavefront, the tokens that e was computed from; is_read: whether it has been read out since.
     """
 
     length: int
@@ -48,6 +48,7 @@ class Rows:
     mixed: Tensor | None = None
     proposals: tuple[Tensor, ...] = ()
     ids: tuple[int, ...] = ()
+    is_read: bool = False
 
 
 def rows_of(sequence: Sequence) -> Rows:

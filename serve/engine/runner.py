@@ -50,10 +50,11 @@ from serve.engine.sequence import (
 
 LOGITS_AT_ONCE = 1 << 24
 """Scored prompt rows are read out in chunks of at most this many logits (64 MiB of fp32)."""
-NOISE, STATE, ADDED_NOISE, ACCEPTANCE, SECOND_DRAW = 1, 2, 3, 4, 5
+NOISE, STATE, ADDED_NOISE, ACCEPTANCE, SECOND_DRAW, FRESH_STATE, HEADWAY = 1, 2, 3, 4, 5, 6, 7
 """Which stream of a request's randomness a draw is from: the noise that a chain of levels starts from, or
 that a drawn token gets; the initial state; the noise that a sampler adds on its way; whether a drafted token is
-accepted; the token in the place of one that is not."""
+accepted; the token in the place of one that is not; the state that is mixed into that of a wavefront's position;
+the token that such a position begins with."""
 PACKS = 4
 """Packs of rows that are kept: a step has one of the segments that open, one of the core and one of those
 that are read out."""
@@ -225,6 +226,12 @@ class Runner:
         if not self.config.objective.supports_exits:
             problem = "every step of this model has a noise level of its own, so no token can be read early"
             raise UserError(field, "...", problem, "leave it out")
+        wavefront = budget.wavefront
+        if wavefront is not None and wavefront.noise and not self.denoiser.model.draws_state:
+            problem = (
+                "the states of this model begin with its tokens: there is no law to draw fresh ones from"
+            )
+            raise UserError("wavefront.noise", wavefront.noise, problem, "leave it out")
         if speculation is not None and not (self.cache.keeps_steps or self._keeps_first):
             problem = "a draft is verified exactly only where later steps do not change what others read"
             raise UserError(field, "...", problem, "serve with --kv-cache full or first, or leave it out")
@@ -357,9 +364,7 @@ class Runner:
 
     def _run(self, block: Block, batch: list[Sequence]) -> dict[int, StepResult]:
         self._enter(block, [s for s in batch if s.step == 0 and not s.is_wavefront])
-        self._enter_wavefronts(
-            block, [s for s in batch if s.is_wavefront and rows_of(s).ids != tuple(s.token_ids())]
-        )
+        self._enter_wavefronts(block, [s for s in batch if s.is_wavefront and self._changes_wavefront(s)])
         changing = [s for s in batch if s.step and self._block_index(s, -1) != block.index]
         if changing:  # every block reads the tokens through a stem of its own
             self._pass(encode, block, changing)
@@ -438,9 +443,16 @@ class Runner:
         states = [self._initial_state(model, s, own, s.start) for s, own in parts]
         self._rows.keep(self._rows.where(entering), torch.cat(states, 1))
 
+    def _changes_wavefront(self, sequence: Sequence) -> bool:
+        """Whether inputs or states of a wavefront change before the step now taken."""
+        rows, wavefront = rows_of(sequence), sequence.request.budget.wavefront
+        assert wavefront is not None
+        renews = rows.is_read and (wavefront.noise > 0 or wavefront.average > 0)
+        return renews or rows.ids != tuple(sequence.token_ids())
+
     def _enter_wavefronts(self, block: Block, moved: list[Sequence]) -> None:
-        """Prelude of wavefronts whose tokens have changed. Their states stay; a position that is new, always the
-        last, gets its first one."""
+        """Prelude of wavefronts whose tokens have changed. Their states stay; positions that are new, the last ones,
+        get their first ones. Then the averages over inputs and the noise on states that requests ask for."""
         if not moved:
             return
         model, before = block.denoiser.model, [rows_of(s) for s in moved]
@@ -454,14 +466,37 @@ class Runner:
             sequence.rows = Rows(sequence.length, first, ids=tuple(sequence.token_ids()))
         (encoded,) = self._pass(encode, block, moved)
         for sequence, where, e in zip(moved, kept, encoded.split([s.length for s in moved], 1), strict=True):
+            wavefront = sequence.request.budget.wavefront
+            assert wavefront is not None
             state, known = self._rows.states(where), len(where)
+            if wavefront.average and known:
+                old = self._rows.e.index_select(1, self._rows.index(where >> 1))
+                averaged = torch.lerp(e[:, :known], old, wavefront.average)
+                e = torch.cat([averaged, e[:, known:]], 1)
+                self._rows.write_e(self._rows.index(self._rows.where([sequence]) >> 1), e)
             if known and model.draws_state:  # of the inputs, a state may carry value embeddings
                 state = model.initial_state(e[:, :known], latent=model.latent(state))
-            if known < sequence.length:
-                new = self._initial_state(model, sequence, e[:, known:], sequence.start + known)
-                state = torch.cat([state, new], 1) if known else new
-            self._rows.keep(self._rows.where([sequence]), state)
+            for i in range(known, sequence.length):
+                new = self._initial_state(model, sequence, e[:, i : i + 1], sequence.start + i)
+                state = torch.cat([state, new], 1) if i else new
             sequence.rows = replace(rows_of(sequence), memory=state)
+            if wavefront.noise:
+                state = self._with_noise(model, sequence, e, state)
+            self._rows.keep(self._rows.where([sequence]), state)
+
+    def _with_noise(self, model: Backbone, sequence: Sequence, e: Tensor, state: Tensor) -> Tensor:
+        """The states of a wavefront [1, L, S], each mixed with a fresh initial one."""
+        request, wavefront, fresh, shares = sequence.request, sequence.request.budget.wavefront, [], []
+        assert wavefront is not None
+        for i in range(sequence.length):
+            taken = sequence.steps_of(i) - 1
+            key = request.seed, request.choice, sequence.start + i, taken, FRESH_STATE
+            drawn = model.initial_state(e[:, i : i + 1], generator(*key), num_steps=sequence.counts.drawn)
+            fresh.append(model.latent(drawn))
+            shares.append(wavefront.noise / (1 + taken) if wavefront.noise_decays else wavefront.noise)
+        share = torch.tensor(shares, device=self.device).to(state.dtype)[None, :, None]
+        mixed = torch.lerp(model.latent(state), torch.cat(fresh, 1), share)
+        return model.initial_state(e, latent=mixed)
 
     def _initial_state(self, model: Backbone, sequence: Sequence, e: Tensor, start: int) -> Tensor:
         seed, choice = sequence.request.seed, sequence.request.choice
@@ -742,7 +777,8 @@ class Runner:
         """Draw all tokens of a wavefront again, and let leading positions go. hidden [L, D].
 
         One whose token has changed keeps its state, as published, where there is one key a position and the
-        state does not begin with the token; otherwise it and those after it begin again.
+        state does not begin with the token; otherwise it and those after it begin again, as they do where it has no
+        steps left.
         """
         prior, ids, right = self._draw_rows(block, sequence, hidden)
         rows, wavefront, model = rows_of(sequence), sequence.request.budget.wavefront, block.denoiser.model
@@ -756,10 +792,18 @@ class Runner:
         gone = [*leaves, False].index(False)
         begins_again = self.cache.keeps_steps or self._keeps_first or not model.draws_state
         end = right.index(False) + 1 if begins_again and False in right else len(ids)
+        spent = (i for i in range(gone, end) if sequence.steps_of(i) == sequence.counts.drawn)
+        end = next(spent, end)  # a position of the headway has taken all steps with a token that is replaced
         self._answer(sequence, prior[:gone], ids[:gone], result)
         result.guesses = ids[gone:end].tolist()
+        request, after = sequence.request, sequence.start + end + 1
+        result.headway = [
+            int(uniform(request.seed, request.choice, after + i, 0, HEADWAY) * self._num_tokens)
+            for i in range(wavefront.headway - 1)
+        ]
         sequence.rows = replace(
             rows,
+            is_read=True,
             length=end - gone,
             first=rows.first + gone,
             memory=state[:, gone:end],

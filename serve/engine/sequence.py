@@ -66,8 +66,7 @@ class Wavefront:
 
     All positions step together. Once the first one has taken a multiple of ``inner_steps`` core steps, or K,
     all are read out: tokens that changed are replaced, leading positions that have taken K steps or have
-    converged leave with their tokens, and one position is added. Without the published noise on states and
-    average over inputs.
+    converged leave with their tokens, and positions are added.
     """
 
     positions: int
@@ -76,13 +75,25 @@ class Wavefront:
     """Core steps between two read-outs."""
     threshold: float
     """A position has converged once its state changed relatively by less since the last read-out; 0: never."""
+    noise: float = 0.0
+    """Share of a fresh initial state in every state after each read-out (published: 0.5)."""
+    noise_decays: bool = True
+    """Whether that share is divided by 1 + the steps that the position has taken."""
+    average: float = 0.0
+    """Share of the input before in the input after a read-out: an exponential average over the tokens that a
+    position has been given (published: 0.1)."""
+    headway: int = 1
+    """Positions that are added after a read-out; those behind the first one begin with random tokens."""
 
     @classmethod
-    def of(cls, positions: int | None, inner_steps: int | None, threshold: float | None) -> Wavefront:
-        """Published defaults for what is None; a single position is plain decoding."""
+    def of(
+        cls, positions: int | None, inner_steps: int | None, threshold: float | None, **more: Any
+    ) -> Wavefront:
+        """Published defaults for what is None of the three; a single position is plain decoding."""
         if threshold is None:
             threshold = 0.0 if positions == 1 else LatentDiff.default_threshold
-        return cls(positions or MAX_WAVEFRONT, inner_steps or 4, threshold)
+        given = {name: value for name, value in more.items() if value is not None}
+        return cls(positions or MAX_WAVEFRONT, inner_steps or 4, threshold, **given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +201,8 @@ class StepResult:
     """The token that was drafted."""
     guesses: Seq[int] = ()
     """Of a wavefront: the tokens drawn from the positions that stay in it."""
+    headway: Seq[int] = ()
+    """Of a wavefront: the tokens of positions that are added behind the one of the last guess."""
     exited: bool = False
     """Whether the segment exits with this step, before its last."""
     prompt_logprobs: list[TokenLogprobs] | None = None
@@ -479,7 +492,7 @@ class Sequence:
         self.step += 1
         if self.is_wavefront:
             if result.tokens or result.guesses:
-                self._move_wavefront(result.tokens, result.guesses)
+                self._move_wavefront(result.tokens, result.guesses, result.headway)
             return
         if result.draft is not None:
             self._extend_draft(result.draft)
@@ -514,9 +527,9 @@ class Sequence:
         self.next_start = self.start + len(tokens)
         self.draft.clear()
 
-    def _move_wavefront(self, tokens: Seq[int], guesses: Seq[int]) -> None:
-        """The positions of ``tokens`` leave, those of ``guesses`` stay, and one is added where there is room. Where
-        none stays, the next segment is a new wavefront."""
+    def _move_wavefront(self, tokens: Seq[int], guesses: Seq[int], headway: Seq[int]) -> None:
+        """The positions of ``tokens`` leave, those of ``guesses`` stay, and others are added where there is room:
+        one, and those of ``headway``. Where none stays, the next segment is a new wavefront."""
         wavefront, gone = self.request.budget.wavefront, len(tokens)
         assert wavefront is not None
         before, lags = self.draft[gone:], self.lags[gone : gone + len(guesses)]
@@ -526,10 +539,11 @@ class Sequence:
         self.next_start = self.start
         self.step -= lags[0] if lags else self.step
         self.lags = [lag - lags[0] for lag in lags]
-        if lags and len(lags) < min(wavefront.positions, self.request.max_tokens - len(self.output) - gone):
-            self.lags.append(self.step)
+        room = min(wavefront.positions, self.request.max_tokens - len(self.output) - gone) - len(lags)
+        if lags:
+            self.lags += [self.step] * max(0, min(room, 1 + len(headway)))
         self.length = len(self.lags)
-        self.draft = list(guesses[: max(0, self.length - 1)])
+        self.draft = [*guesses, *headway][: max(0, self.length - 1)]
         self.drafted += sum(before[i : i + 1] != [guess] for i, guess in enumerate(self.draft))
 
     def append(self, token: int, steps: int, exited: bool) -> tuple[str, str | None]:

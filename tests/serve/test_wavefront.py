@@ -15,7 +15,8 @@ from litestar.testing import TestClient
 from rdlm.errors import UserError
 from rdlm.exit_criteria import ExitRule
 from rdlm.nn.kv_cache import KVCache, PackedContext, Segment
-from rdlm.sampling_params import SamplingParams
+from rdlm.random_streams import generator
+from rdlm.sampling_params import SamplingParams, uniform
 from serve.api.app import create_app
 from serve.engine.engine import Engine, Served
 from serve.engine.scheduler import Scheduler
@@ -35,8 +36,8 @@ def request(prompt: tuple[int, ...], sampling: SamplingParams = SAMPLED, **more:
     return Request(prompt, StepBudget(K), 20, sampling, seed=3, logprobs=2, **more)
 
 
-def waving(plain: Request, positions: int, inner_steps: int, threshold: float = 0.0) -> Request:
-    wavefront = Wavefront(positions, inner_steps, threshold)
+def waving(plain: Request, positions: int, inner_steps: int, threshold: float = 0.0, **more: Any) -> Request:
+    wavefront = Wavefront(positions, inner_steps, threshold, **more)
     return replace(plain, budget=replace(plain.budget, wavefront=wavefront))
 
 
@@ -103,7 +104,10 @@ def published(served: Served, plain: Request, wavefront: Wavefront) -> tuple[lis
     denoiser = served.runner.denoiser  # type: ignore[attr-defined]
     model = denoiser.model
     cache = KVCache(model.num_cache_layers, 1, 128, model.num_kv_heads, model.head_dim)
-    zero = torch.zeros(1, 1, model.config.d_model)
+
+    def initial(position: int, count: int = 1, *stream: int) -> torch.Tensor:
+        like = torch.zeros(1, count, model.config.d_model)
+        return torch.as_tensor(model.initial_state(like, generator(plain.seed, 0, position, *stream or (2,))))
 
     def context(start: int, count: int) -> PackedContext:
         return PackedContext(cache, [Segment(0, start, count)])
@@ -114,15 +118,25 @@ def published(served: Served, plain: Request, wavefront: Wavefront) -> tuple[lis
     ids = list(plain.prompt)
     ctx = context(0, len(ids))
     e = model.encode(torch.tensor([ids]), ctx)
-    state = torch.zeros_like(e)
+    state = initial(0, len(ids))
     for _ in range(K):
         state = model.core(state, e, None, ctx)
     answer, steps = read(state, ctx)[-1:], [K]
-    start, inputs, states, taken = len(ids), list(answer), [zero], [0]
+    start, inputs, states, taken = len(ids), list(answer), [initial(len(ids))], [0]
+    averages: dict[int, torch.Tensor] = {}
     while len(answer) < plain.max_tokens:
         ctx = context(start, len(inputs))
         e, before = model.encode(torch.tensor([inputs]), ctx), torch.cat(states, 1)
-        after = before
+        for i in range(len(inputs)):
+            old = averages.get(start + i)
+            if old is not None:
+                e[:, i] = (1 - wavefront.average) * e[:, i] + wavefront.average * old
+            averages[start + i] = e[:, i].clone()
+        after = before.clone()
+        for i, count in enumerate(taken):
+            share = wavefront.noise / (1 + count if wavefront.noise_decays else 1)
+            if share:
+                after[:, i] = (1 - share) * after[:, i] + share * initial(start + i, 1, count, 6)[:, 0]
         for _ in range(min(wavefront.inner_steps - taken[0] % wavefront.inner_steps, K - taken[0])):
             after = model.core(after, e, None, ctx)
             taken = [count + 1 for count in taken]
@@ -135,24 +149,54 @@ def published(served: Served, plain: Request, wavefront: Wavefront) -> tuple[lis
                 break
         answer, steps = answer + drawn[:left], steps + taken[:left]
         start, taken = start + left, taken[left:]
+        end = taken.index(K) if K in taken else len(taken)  # spent on a token that was then replaced
+        drawn, taken = drawn[: left + end], taken[:end]
         states, inputs = [after[:, i : i + 1] for i in range(left, len(drawn))], [answer[-1], *drawn[left:]]
-        if len(states) < min(wavefront.positions, plain.max_tokens - len(answer)):
-            states, taken = [*states, zero], [*taken, 0]
+        averages = {at: old for at, old in averages.items() if at < start + len(states)}
+        if not states:
+            states, taken = [initial(start)], [0]
+        else:
+            for i in range(wavefront.headway):
+                if len(states) < min(wavefront.positions, plain.max_tokens - len(answer)):
+                    states, taken = [*states, initial(start + len(states))], [*taken, 0]
+                    if i:
+                        guess = uniform(plain.seed, 0, start + len(states) - 1, 0, 7)
+                        inputs.append(int(guess * served.tokenizer.vocab_size))
         inputs = inputs[: len(states)]
     return answer, steps
 
 
-@pytest.mark.parametrize("wavefront", [(64, 1, 0.0), (3, 1, 0.0), (64, 2, 0.3), (4, 4, 0.6), (64, 1, 0.2)])
+PUBLISHED = {"noise": 0.5, "average": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("wavefront", "more", "initial"),
+    [
+        ((64, 1, 0.0), {}, "zero"),
+        ((3, 1, 0.0), {}, "normal"),
+        ((64, 2, 0.3), {}, "zero"),
+        ((4, 4, 0.6), {}, "zero"),
+        ((64, 1, 0.2), {}, "zero"),
+        ((64, 2, 0.3), PUBLISHED, "normal"),
+        ((64, 4, 0.0), {"noise": 0.3, "noise_decays": False}, "normal"),
+        ((8, 2, 0.2), {"average": 0.6}, "zero"),
+        ((8, 1, 0.3), {"headway": 3}, "zero"),
+        ((5, 2, 0.4), {**PUBLISHED, "headway": 2}, "normal"),
+    ],
+)
 @torch.no_grad()
 def test_with_the_shared_cache_it_is_the_published_sampler(
-    make_served: Callable[..., Any], wavefront: tuple[int, int, float]
+    make_served: Callable[..., Any], wavefront: tuple[int, int, float], more: dict[str, Any], initial: str
 ) -> None:
     plain = [
         replace(request(prompt, GREEDY), logprobs=None) for prompt in PROMPTS if len(prompt) <= SHARED.chunk
     ]
-    expected = [published(make_served("bptt"), r, Wavefront(*wavefront)) for r in plain]
-    with Engine(lambda: make_served("bptt", settings=SHARED)) as engine:
-        found = engine.generate([waving(r, *wavefront) for r in plain])
+    alone = make_served("bptt", state_init=initial)
+    expected = [published(alone, r, Wavefront(*wavefront, **more)) for r in plain]
+    if more:
+        assert expected != [published(alone, r, Wavefront(*wavefront)) for r in plain]
+    with Engine(lambda: make_served("bptt", settings=SHARED, state_init=initial)) as engine:
+        found = engine.generate([waving(r, *wavefront, **more) for r in plain])
     assert [answer(events)[:2] for events in found] == expected
     for events, (_, steps) in zip(found, expected, strict=True):
         assert used(events).exits == sum(count < K for count in steps)
@@ -173,6 +217,7 @@ def test_positions_that_leave_at_once_take_the_inner_steps(make_served: Callable
 def test_a_wavefront_is_the_same_alone_and_beside_others(make_served: Callable[..., Any]) -> None:
     """Nor does a step that fails and is repeated in halves change one, or a neighbour."""
     waves = [waving(request(prompt), 8, 2, 0.2) for prompt in PROMPTS]
+    waves[0] = waving(request(PROMPTS[0]), 8, 2, 0.2, noise=0.5, average=0.3, headway=2)
     plain = [request(prompt) for prompt in PROMPTS]
     served = packed(make_served, SHARED)
     run, calls = served.runner.run, [0]
@@ -284,12 +329,18 @@ def test_requests_choose_it_and_usage_reports_it(client: TestClient) -> None:
     plain = client.post("/v1/completions", json=BODY).json()
     found = client.post("/v1/completions", json={**BODY, "wavefront": {"positions": 1}}).json()
     assert found["choices"][0]["text"] == plain["choices"][0]["text"]
-    wanted = {"positions": 1, "inner_steps": 4, "threshold": 0.0, "acceptance": None}
+    others = {"noise": 0.0, "noise_decays": True, "average": 0.0, "headway": 1}
+    wanted = {"positions": 1, "inner_steps": 4, "threshold": 0.0, "acceptance": None, **others}
     assert found["usage"]["recurrence"]["wavefront"] == wanted
     found = client.post("/v1/completions", json={**BODY, "wavefront": {}, "logprobs": 1, "n": 2}).json()
     recurrence = found["usage"]["recurrence"]
     assert 0 <= recurrence["wavefront"].pop("acceptance") <= 1
-    assert recurrence["wavefront"] == {"positions": 64, "inner_steps": 4, "threshold": 0.03}
+    assert recurrence["wavefront"] == {"positions": 64, "inner_steps": 4, "threshold": 0.03, **others}
+    nothing = {"noise": 0, "noise_decays": False, "average": 0, "headway": 1}
+    body = {**BODY, "wavefront": {"inner_steps": 2}}
+    without = client.post("/v1/completions", json=body).json()["choices"]
+    body["wavefront"] |= nothing
+    assert client.post("/v1/completions", json=body).json()["choices"] == without
     assert recurrence["exits"] >= 0 and 0 < recurrence["mean_steps"] <= 6
     assert all(len(c["logprobs"]["tokens"]) == len(c["recurrence"]["steps"]) for c in found["choices"])
     details = found["usage"]["completion_tokens_details"]
@@ -314,6 +365,10 @@ def test_a_stream_is_the_same_text(client: TestClient, stop: str | None) -> None
         ({"wavefront": {"positions": 65}}, "wavefront.positions"),
         ({"wavefront": {"inner_steps": 0}}, "wavefront.inner_steps"),
         ({"wavefront": {"threshold": -1}}, "wavefront.threshold"),
+        ({"wavefront": {"noise": 1.1}}, "wavefront.noise"),
+        ({"wavefront": {"average": 1}}, "wavefront.average"),
+        ({"wavefront": {"headway": 0}}, "wavefront.headway"),
+        ({"wavefront": {"noise_decays": 1}}, "wavefront.noise_decays"),
         ({"wavefront": {"steps": 3}}, "wavefront.steps"),
         ({"wavefront": 3}, "wavefront"),
         ({"wavefront": {}, "exit": {"threshold": 0.1}}, "wavefront"),
