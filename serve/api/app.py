@@ -25,7 +25,8 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from rdlm import __version__
 from serve.api.errors import EXCEPTION_HANDLERS
 from serve.api.observability import FACTS, request_id, traced
-from serve.api.request_parsing import WARNING_HEADER, JsonRequest
+from serve.api.openai_format import WARNING_HEADER
+from serve.api.request_parsing import JsonRequest
 from serve.api.routes import chat_completions, completions, responses, score
 from serve.api.routes_info import (
     detokenize,

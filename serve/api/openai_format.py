@@ -1,65 +1,182 @@
-"""OpenAI-shaped answers from engine events: plain dictionaries ready for JSON.
+"""Answers in OpenAI's form: the engine requests of one HTTP request, and how their events become its reply.
 
-A format turns each event into a part of its choice (``piece``), which a stream sends as it is, and joins the
-parts of a choice for an answer in one piece (``merge``).
+An answer turns each event into a part of its choice (``piece``), which a stream sends as it is, and joins the
+parts of a choice for a reply in one piece (``merge``).
 """
 
 from __future__ import annotations
 
 import codecs
+import logging
 import math
 import secrets
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from serve.api.request_parsing import Parsed
-from serve.api.tools import CallReader, Delta
+import msgspec
+
+from serve.api.schemas import StreamOptions
+from serve.api.streaming import PING, PING_SECONDS, EngineEvents, sse
+from serve.api.tools import CallReader, Delta, OfferedTools
 from serve.engine.detokenizer import TokenNames
-from serve.engine.sequence import Event, TokenLogprobs, Usage
+from serve.engine.sequence import Event, Request, StepBudget, TokenLogprobs, Usage
+from serve.errors import ApiError
 
+logger = logging.getLogger("rdlm.serve")
+WARNING_HEADER = "X-Num-Steps-Warning"
+"""Says of an answer that its K exceeds what the model was trained with; ``warnings`` in the body says it too."""
 FLOOR = -9999.0
 """Stands for -inf and NaN, which JSON cannot carry (vLLM's convention)."""
 
 
-class Format(Protocol):
-    """What serve/api/streaming.py needs of a kind of answer."""
+@dataclass(kw_only=True)
+class Answer(ABC):
+    """The engine requests of one HTTP request, prompt-major (request i answers prompt i // n), and what its reply
+    says besides their events."""
 
-    parsed: Parsed
+    model: str
     names: TokenNames
+    requests: list[Request]
+    n: int = 1
+    warnings: tuple[str, ...] = ()
+    browned_out: bool = False
+    """Whether K is below the server's default because too many wait."""
 
+    @property
+    def budget(self) -> StepBudget:
+        """All requests have one; of several K of a score it is the largest."""
+        return self.requests[0].budget
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {WARNING_HEADER: "; ".join(self.warnings)} if self.warnings else {}
+
+    @abstractmethod
+    async def collect(self, events: EngineEvents) -> dict[str, Any]:
+        """The reply in one piece."""
+
+    def stream(self, events: EngineEvents) -> AsyncIterator[bytes]:
+        """Server-sent events, where the route has them. The status line is out already, so an error becomes the last
+        one."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class ChoicesAnswer(Answer):
+    """An answer of choices, one for each request. Streamed, it is a chunk a token, the finish reason with the last
+    token's; then, if wanted, one with the usage. Between tokens, if wanted, chunks without choices with the
+    predictions of each core step.
+
+    What all chunks share is encoded once. What has come together is sent in one piece.
+    """
+
+    stream_options: StreamOptions | None = None
+    reports_prompt: bool = False
+    """Whether choices carry ``prompt_logprobs``."""
+    reports_ids: bool = False
+    """Whether choices carry ``token_ids``."""
+
+    def __post_init__(self) -> None:
+        self._started: set[int] = set()
+        self._ended: list[Usage] = []
+        self._completion_tokens = 0
+
+    @abstractmethod
     def head(self, stream: bool) -> dict[str, Any]:
         """id, object, created and model; every chunk of a stream carries the same."""
 
+    @abstractmethod
     def piece(self, event: Event) -> dict[str, Any]:
         """One event as (part of) a choice."""
 
+    @abstractmethod
     def merge(self, pieces: list[dict[str, Any]]) -> dict[str, Any]:
         """All parts of one choice, in order, as the choice."""
 
+    async def collect(self, events: EngineEvents) -> dict[str, Any]:
+        """All choices in order, and the usage."""
+        pieces: list[list[dict[str, Any]]] = [[] for _ in self.requests]
+        async for batch in events.batches():
+            for event in batch:
+                if event.step_prediction is not None:
+                    continue
+                pieces[event.index].append(self.piece(event))
+                if event.usage is not None:
+                    self._ended.append(event.usage)
+        return {
+            **self.head(stream=False),
+            "choices": [self.merge(parts) for parts in pieces],
+            "usage": usage_of(self, self._ended),
+            "timings": timings_of(self._ended),
+            **warnings_of(self),
+        }
 
-class CompletionFormat:
-    """Answers of /v1/completions."""
+    async def stream(self, events: EngineEvents) -> AsyncIterator[bytes]:
+        head = b"data: " + msgspec.json.encode(self.head(stream=True))[:-1] + b',"choices":['
+        try:
+            async for batch in events.batches(PING_SECONDS):
+                yield b"".join([self._chunk(head, event) for event in batch]) or PING
+            if self.stream_options is not None and self.stream_options.include_usage:
+                more = {"usage": usage_of(self, self._ended), "timings": timings_of(self._ended)}
+                yield _chunk_of(head, b"", {**more, **warnings_of(self)})
+        except ApiError as error:
+            logger.warning("stream ended with an error: %s", error.message)
+            yield sse(error.body())
+        yield b"data: [DONE]\n\n"
 
-    def __init__(self, parsed: Parsed, names: TokenNames, reports_logprobs: bool) -> None:
-        self.parsed, self.names = parsed, names
-        self._head = envelope("text_completion", parsed.model, "cmpl")
-        self._started: set[int] = set()
-        self._offsets = [TextOffsets(names) if reports_logprobs else None for _ in parsed.requests]
+    def _chunk(self, head: bytes, event: Event) -> bytes:
+        if event.step_prediction is not None:
+            return _chunk_of(head, b"", {"recurrence": step_prediction(self.names, event)})
+        options, more = self.stream_options, dict[str, Any]()
+        self._completion_tokens += event.token is not None
+        if event.usage is not None:
+            self._ended.append(event.usage)
+        has_ended = len(self._ended) == len(self.requests)
+        if options is not None and options.continuous_usage_stats:
+            usage = {**usage_of(self, self._ended), "completion_tokens": self._completion_tokens}
+            usage["total_tokens"] = usage["prompt_tokens"] + self._completion_tokens
+            if not has_ended:  # the work of a choice is known at its end
+                del usage["recurrence"]
+            more["usage"] = usage
+        if has_ended and not (options is not None and options.include_usage):
+            more |= warnings_of(self)
+        return _chunk_of(head, msgspec.json.encode(self.piece(event)), more)
+
+
+def _chunk_of(head: bytes, choice: bytes, more: dict[str, Any]) -> bytes:
+    """A chunk with this choice or none, and further fields."""
+    rest = b"," + msgspec.json.encode(more)[1:] if more else b"}"
+    return head + choice + b"]" + rest + b"\n\n"
+
+
+@dataclass(kw_only=True)
+class CompletionAnswer(ChoicesAnswer):
+    """Of /v1/completions."""
+
+    echoed: list[str] | None = None
+    """Text of each prompt, where choices begin with it."""
+    reports_logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._head = envelope("text_completion", self.model, "cmpl")
+        self._offsets = [TextOffsets(self.names) if self.reports_logprobs else None for _ in self.requests]
 
     def head(self, stream: bool) -> dict[str, Any]:
         return self._head
 
     def piece(self, event: Event) -> dict[str, Any]:
         """The first part of a choice carries the echoed prompt."""
-        parsed, request = self.parsed, self.parsed.requests[event.index]
+        request = self.requests[event.index]
         is_first = event.index not in self._started
         self._started.add(event.index)
         text, offsets = event.text, self._offsets[event.index]
         entries: list[tuple[int, int, TokenLogprobs | None]] = []
-        if is_first and parsed.echoed is not None:
-            prompt = parsed.echoed[event.index // parsed.n]
+        if is_first and self.echoed is not None:
+            prompt = self.echoed[event.index // self.n]
             text = prompt + text
             if offsets is not None:
                 scored = [None, *(event.prompt_logprobs or [])]
@@ -69,10 +186,10 @@ class CompletionFormat:
             entries.append((event.token, offsets.add(event.token), event.logprobs))
         choice: dict[str, Any] = {"index": event.index, "text": text, "finish_reason": event.finish}
         choice["logprobs"] = None if offsets is None else completion_logprobs(self.names, entries)
-        choice |= token_steps(parsed, event)
+        choice |= token_steps(self, event)
         if is_first:
-            choice |= prompt_scores(self.names, parsed, event)
-        if parsed.reports_ids:
+            choice |= prompt_scores(self, event)
+        if self.reports_ids:
             choice["prompt_token_ids"] = list(request.prompt) if is_first else None
             choice["token_ids"] = [] if event.token is None else [event.token]
         return choice
@@ -87,24 +204,27 @@ class CompletionFormat:
             # a stop string is cut off with the tokens that spell it, whose entries stay
             end = len(merged["text"])
             merged["logprobs"]["text_offset"] = [min(x, end) for x in merged["logprobs"]["text_offset"]]
-        if self.parsed.reports_ids:
+        if self.reports_ids:
             merged["prompt_token_ids"] = pieces[0]["prompt_token_ids"]
             merged["token_ids"] = [i for piece in pieces for i in piece["token_ids"]]
         return merged
 
 
-class ChatFormat:
-    """Answers of /v1/chat/completions. The role comes with the first token: clients time the first chunk as
-    the first token.
+@dataclass(kw_only=True)
+class ChatAnswer(ChoicesAnswer):
+    """Of /v1/chat/completions. The role comes with the first token: clients time the first chunk as the first
+    token.
     """
 
-    def __init__(self, parsed: Parsed, names: TokenNames) -> None:
-        self.parsed, self.names = parsed, names
-        self._head = envelope("chat.completion", parsed.model, "chatcmpl")
-        if parsed.reports_ids:
-            self._head["prompt_token_ids"] = list(parsed.requests[0].prompt)
-        self._started: set[int] = set()
-        self._readers = readers(parsed)
+    tools: OfferedTools | None = None
+    """How answers call the tools that were offered."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._head = envelope("chat.completion", self.model, "chatcmpl")
+        if self.reports_ids:
+            self._head["prompt_token_ids"] = list(self.requests[0].prompt)
+        self._readers = [] if self.tools is None else [self.tools.reader() for _ in self.requests]
 
     def head(self, stream: bool) -> dict[str, Any]:
         return self._head | {"object": "chat.completion.chunk"} if stream else self._head
@@ -124,10 +244,10 @@ class ChatFormat:
         else:
             delta["content"] = event.text
         choice = {"index": event.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        choice |= token_steps(self.parsed, event)
+        choice |= token_steps(self, event)
         if is_first:
-            choice |= prompt_scores(self.names, self.parsed, event)
-        if self.parsed.reports_ids:
+            choice |= prompt_scores(self, event)
+        if self.reports_ids:
             choice["token_ids"] = [] if event.token is None else [event.token]
         return choice
 
@@ -144,19 +264,9 @@ class ChatFormat:
             "finish_reason": pieces[-1]["finish_reason"],
         }
         choice |= {key: pieces[0][key] for key in ("prompt_logprobs",) if key in pieces[0]}
-        if self.parsed.reports_ids:
+        if self.reports_ids:
             choice["token_ids"] = [i for piece in pieces for i in piece["token_ids"]]
         return choice | _joined_steps(pieces)
-
-
-def readers(parsed: Parsed) -> list[CallReader]:
-    """One for each answer where tools were offered, else none."""
-    tools = parsed.tools
-    return (
-        []
-        if tools is None
-        else [CallReader(tools.form, tools.tools, tools.only_first) for _ in parsed.requests]
-    )
 
 
 def read_calls(reader: CallReader, event: Event) -> list[Delta]:
@@ -194,32 +304,39 @@ def _joined_calls(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*whole.values()]
 
 
-def score_answer(
-    parsed: Parsed, names: TokenNames, ks: list[int], estimator: str, events: Sequence[Event]
-) -> dict[str, Any]:
-    """The answer of /v1/score from the last event of each prompt, in their order."""
-    scores = []
-    for event in events:
-        prompt = parsed.requests[event.index].prompt
-        found = event.sweep or {ks[0]: event.prompt_logprobs or []}
-        values = {str(k): [finite(entry.logprob) for entry in found[k]] for k in ks}
-        scores.append(
-            {
-                "index": event.index,
-                "tokens": [names.name(i) for i in prompt],
-                "token_ids": prompt,
-                "token_logprobs": {k: [None, *logprobs] for k, logprobs in values.items()},
-                "logprob": {k: sum(logprobs) for k, logprobs in values.items()},
-            }
-        )
-    usage = usage_of(parsed, [event.usage for event in events if event.usage])
-    body = {"num_steps": ks, "estimator": estimator, "scores": scores, "usage": usage, **warnings_of(parsed)}
-    return envelope("score", parsed.model, "score") | body
+@dataclass(kw_only=True)
+class ScoreAnswer(Answer):
+    """Of /v1/score."""
+
+    ks: list[int]
+    """In rising order."""
+    estimator: str
+
+    async def collect(self, events: EngineEvents) -> dict[str, Any]:
+        """From the last event of each prompt, in their order."""
+        last = [event async for batch in events.batches() for event in batch if event.finish is not None]
+        scores = []
+        for event in sorted(last, key=lambda event: event.index):
+            prompt = self.requests[event.index].prompt
+            found = event.sweep or {self.ks[0]: event.prompt_logprobs or []}
+            values = {str(k): [finite(entry.logprob) for entry in found[k]] for k in self.ks}
+            scores.append(
+                {
+                    "index": event.index,
+                    "tokens": [self.names.name(i) for i in prompt],
+                    "token_ids": prompt,
+                    "token_logprobs": {k: [None, *logprobs] for k, logprobs in values.items()},
+                    "logprob": {k: sum(logprobs) for k, logprobs in values.items()},
+                }
+            )
+        body = {"num_steps": self.ks, "estimator": self.estimator, "scores": scores}
+        usage = usage_of(self, [event.usage for event in last if event.usage])
+        return envelope("score", self.model, "score") | body | {"usage": usage, **warnings_of(self)}
 
 
-def warnings_of(parsed: Parsed) -> dict[str, Any]:
+def warnings_of(answer: Answer) -> dict[str, Any]:
     """The field ``warnings``, where there are any."""
-    return {"warnings": list(parsed.warnings)} if parsed.warnings else {}
+    return {"warnings": list(answer.warnings)} if answer.warnings else {}
 
 
 def envelope(kind: str, model: str, prefix: str) -> dict[str, Any]:
@@ -232,12 +349,12 @@ def envelope(kind: str, model: str, prefix: str) -> dict[str, Any]:
     }
 
 
-def usage_of(parsed: Parsed, usages: Iterable[Usage]) -> dict[str, Any]:
+def usage_of(answer: Answer, usages: Iterable[Usage]) -> dict[str, Any]:
     """OpenAI's counts, a prompt once however many answers it got, and ``recurrence``: the work done, over all
     choices.
     """
-    done, budget = list(usages), parsed.budget
-    prompt = sum(len(parsed.requests[i].prompt) for i in range(0, len(parsed.requests), parsed.n))
+    done, budget = list(usages), answer.budget
+    prompt = sum(len(answer.requests[i].prompt) for i in range(0, len(answer.requests), answer.n))
     completion = sum(u.completion_tokens for u in done)
     prefill, decode = sum(u.prefill_core_steps for u in done), sum(u.decode_core_steps for u in done)
     recurrence: dict[str, Any] = {
@@ -262,10 +379,10 @@ def usage_of(parsed: Parsed, usages: Iterable[Usage]) -> dict[str, Any]:
         recurrence["lowered"] = sum(u.lowered for u in done)
     if budget.max_ms is not None:
         recurrence["deadline_hit"] = any(u.overdue for u in done)
-    if parsed.browned_out:
+    if answer.browned_out:
         recurrence["brownout"] = True
     # Further answers to a prompt find what the first one has computed; that is not counted.
-    cached = sorted(u.cached_tokens for u in done)[: len(done) // parsed.n]
+    cached = sorted(u.cached_tokens for u in done)[: len(done) // answer.n]
     usage: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -292,9 +409,9 @@ def timings_of(usages: Iterable[Usage]) -> dict[str, float]:
     return {"queue_ms": round(queue, 3), "first_token_ms": round(first, 3), "total_ms": round(total, 3)}
 
 
-def token_steps(parsed: Parsed, event: Event) -> dict[str, Any]:
+def token_steps(answer: Answer, event: Event) -> dict[str, Any]:
     """``recurrence.steps`` of a choice: core steps of each token's position, where they may differ."""
-    if not parsed.budget.varies:
+    if not answer.budget.varies:
         return {}
     return {"recurrence": {"steps": [] if event.steps is None else [event.steps]}}
 
@@ -374,12 +491,12 @@ def _chat_entry(names: TokenNames, token: int, logprob: float) -> dict[str, Any]
     return {"token": names.name(token), "logprob": finite(logprob), "bytes": list(names.raw(token))}
 
 
-def prompt_scores(names: TokenNames, parsed: Parsed, event: Event) -> dict[str, Any]:
+def prompt_scores(answer: ChoicesAnswer, event: Event) -> dict[str, Any]:
     """``prompt_logprobs`` of a choice in vLLM's form, where wanted: null, then {id: {logprob, rank,
     decoded_token}} by token.
     """
-    request = parsed.requests[event.index]
-    if not parsed.reports_prompt or (event.prompt_logprobs is None and len(request.prompt) > 1):
+    names, request = answer.names, answer.requests[event.index]
+    if not answer.reports_prompt or (event.prompt_logprobs is None and len(request.prompt) > 1):
         return {}
     pairs = zip(request.prompt[1:], event.prompt_logprobs or (), strict=True)
     return {"prompt_logprobs": [None, *(_ranked(names, token, entry) for token, entry in pairs)]}

@@ -10,7 +10,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar, cast
 from urllib.parse import parse_qsl
 
@@ -22,6 +22,7 @@ from rdlm.sampling_params import SamplingParams, check_masked, check_sampler, te
 from serve.api.chat_template import ChatTemplate
 from serve.api.constraints import Constraint, tool_choice
 from serve.api.json_text import decode
+from serve.api.openai_format import ChatAnswer, CompletionAnswer, ScoreAnswer
 from serve.api.schemas import (
     MAX_CHOICES,
     Body,
@@ -31,8 +32,7 @@ from serve.api.schemas import (
     ScoreRequest,
 )
 from serve.api.state import ServerState
-from serve.api.tool_formats import ToolFormat
-from serve.api.tools import Tool, ToolChoice, tool_grammar
+from serve.api.tools import OfferedTools, Tool, ToolChoice, tool_grammar
 from serve.engine.exits import check_exit_gate, default_thresholds
 from serve.engine.grammar import Grammar
 from serve.engine.sequence import Request, Speculation, StepBudget, StepPredictions, Wavefront
@@ -42,8 +42,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 STEPS_HEADER = "X-Num-Steps"
 """K for clients that can send a header and no field (lm-eval's log-likelihoods)."""
-WARNING_HEADER = "X-Num-Steps-Warning"
-"""Says of an answer that its K exceeds what the model was trained with; ``warnings`` in the body says it too."""
 DEFAULT_MAX_TOKENS = 16
 """Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
 DRAFT_TOKENS = 4
@@ -104,40 +102,6 @@ async def in_thread_if_large(size: int, parse: Callable[P, T], *args: P.args, **
     return parse(*args, **kwargs) if size <= SMALL else await asyncio.to_thread(parse, *args, **kwargs)
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """The engine requests of one HTTP request, prompt-major: request i answers prompt i // n."""
-
-    model: str
-    budget: StepBudget
-    n: int
-    requests: list[Request]
-    echoed: list[str] | None = None
-    """Text of each prompt, where choices begin with it."""
-    reports_prompt: bool = False
-    """Whether choices carry ``prompt_logprobs``."""
-    reports_ids: bool = False
-    """Whether choices carry ``token_ids``."""
-    browned_out: bool = False
-    """Whether K is below the server's default because too many wait."""
-    tools: OfferedTools | None = None
-    """How answers call the tools that were offered."""
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Of the answer."""
-        return {WARNING_HEADER: "; ".join(self.warnings)} if self.warnings else {}
-
-
-@dataclass(frozen=True)
-class OfferedTools:
-    form: ToolFormat
-    tools: tuple[Tool, ...]
-    only_first: bool
-    """Whether only the begin of an answer tells calls from text."""
-
-
 def steps_in_header(request: HttpRequest[Any, Any, Any]) -> int | None:
     """K of a request's X-Num-Steps headers, which a proxy may have joined with commas. Raises ApiError."""
     values = [part for value in request.headers.getall(STEPS_HEADER, []) for part in value.split(",")]
@@ -153,7 +117,9 @@ def steps_in_header(request: HttpRequest[Any, Any, Any]) -> int | None:
     return next(iter(found), None)
 
 
-def parse_completion(body: CompletionRequest, server: ServerState, header_steps: int | None = None) -> Parsed:
+def parse_completion(
+    body: CompletionRequest, server: ServerState, header_steps: int | None = None
+) -> CompletionAnswer:
     """header_steps: K as the header X-Num-Steps has it, here and below. Raises ApiError."""
     served, n, reports_prompt = server.served, body.n or 1, body.prompt_logprobs is not None
     _check_constraint(body.constraint, server)
@@ -178,21 +144,19 @@ def parse_completion(body: CompletionRequest, server: ServerState, header_steps:
         grammar = _grammar(body.constraint, server)
         requests += _choices(first, n, grammar=grammar, logprobs=body.logprobs, prompt_logprobs=scored)
     echoed = [p if isinstance(p, str) else served.tokenizer.decode(p) for p in prompts] if body.echo else None
-    name, reports_ids, warnings = (
-        body.model or server.name,
-        bool(body.return_token_ids),
-        server.warnings(budget),
-    )
-    return Parsed(
-        name, budget, n, requests, echoed, reports_prompt, reports_ids, browned_out, warnings=warnings
-    )
+    shared = _shared(body, requests, browned_out, server)
+    return CompletionAnswer(**shared, echoed=echoed, reports_logprobs=body.logprobs is not None)
 
 
 def parse_chat(
-    body: ChatRequest, server: ServerState, header_steps: int | None = None, seconds: float | None = None
-) -> Parsed:
+    body: ChatRequest,
+    server: ServerState,
+    header_steps: int | None = None,
+    seconds: float | None = None,
+    make: Callable[..., ChatAnswer] = ChatAnswer,
+) -> ChatAnswer:
     """Raises ApiError, also where the model has no chat template, and TooSlow where that takes longer than
-    ``seconds``.
+    ``seconds``. make: the class of the answer.
     """
     template = server.chat_template
     served, n, reports_prompt = server.served, body.n or 1, body.prompt_logprobs is not None
@@ -239,11 +203,24 @@ def parse_chat(
         first = replace(first, spelt=offered.form.spelt(special))
     top = (body.top_logprobs or 0) if body.logprobs else None
     requests = _choices(first, n, grammar=grammar, logprobs=top, prompt_logprobs=body.prompt_logprobs)
-    name, reports_ids = body.model or server.name, bool(body.return_token_ids)
-    warnings = server.warnings(budget)
-    return Parsed(
-        name, budget, n, requests, None, reports_prompt, reports_ids, browned_out, offered, warnings
-    )
+    return make(**_shared(body, requests, browned_out, server), tools=offered)
+
+
+def _shared(
+    body: SamplingBody, requests: list[Request], browned_out: bool, server: ServerState
+) -> dict[str, Any]:
+    """What answers of completions and of chat have in common."""
+    return {
+        "model": body.model or server.name,
+        "names": server.token_names,
+        "requests": requests,
+        "n": body.n or 1,
+        "warnings": server.warnings(requests[0].budget),
+        "browned_out": browned_out,
+        "stream_options": body.stream_options,
+        "reports_prompt": body.prompt_logprobs is not None,
+        "reports_ids": bool(body.return_token_ids),
+    }
 
 
 def _check_constraint(constraint: Constraint | None, server: ServerState) -> None:
@@ -300,12 +277,8 @@ def _offered_tools(
     )
 
 
-def parse_score(
-    body: ScoreRequest, server: ServerState, header_steps: int | None = None
-) -> tuple[Parsed, list[int]]:
-    """The request and its K in rising order. Raises ApiError, also where K has no likelihood (the
-    objective's ``estimator`` says which have).
-    """
+def parse_score(body: ScoreRequest, server: ServerState, header_steps: int | None = None) -> ScoreAnswer:
+    """Raises ApiError, also where K has no likelihood (the objective's ``estimator`` says which have)."""
     ks, prompts = sorted(set(body.num_steps)), cast(list[str | list[int]], body.prompt)
     if not server.left_to_right:
         problem = "a masked model has one likelihood, whatever K is; use completions with echo and logprobs"
@@ -321,8 +294,14 @@ def parse_score(
         ids = _ids(prompt, body.add_special_tokens is not False, server)
         first = _request(SamplingBody(seed=0), ids, budgets[-1], 0, server, may_be_empty=False)
         requests.append(replace(first, prompt_logprobs=0, sweep=tuple(ks) if server.supports_exits else ()))
-    warnings = server.warnings(budgets[-1])
-    return Parsed(body.model or server.name, budgets[-1], 1, requests, warnings=warnings), ks
+    return ScoreAnswer(
+        model=body.model or server.name,
+        names=server.token_names,
+        requests=requests,
+        warnings=server.warnings(budgets[-1]),
+        ks=ks,
+        estimator=server.served.config.objective.estimator,
+    )
 
 
 # K ----------------------------------------------------------------------------------------------------------

@@ -8,14 +8,14 @@ import itertools
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, cast
 
 from pydantic import Field, PlainValidator, StrictBool, StrictStr
 
 from serve.api import constraints
 from serve.api.constraints import Constraint
-from serve.api.openai_format import read_calls, readers, usage_of, warnings_of
-from serve.api.request_parsing import Parsed
+from serve.api.openai_format import ChatAnswer, read_calls, usage_of, warnings_of
 from serve.api.schemas import (
     MAX_MESSAGES,
     Body,
@@ -187,16 +187,20 @@ class ResponsesRequest(SamplingBody):
         )
 
 
-class ResponseFormat:
-    """The answer to one request, in one piece or as OpenAI's named events."""
+@dataclass(kw_only=True)
+class ResponseAnswer(ChatAnswer):
+    """An answer of chat in the form of responses: in one piece, or as OpenAI's named events."""
 
-    def __init__(self, body: ResponsesRequest, parsed: Parsed) -> None:
-        self._body, self._parsed = body, parsed
+    body: ResponsesRequest
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        body = self.body
         self._head = {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": parsed.model,
+            "model": self.model,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
@@ -221,7 +225,7 @@ class ResponseFormat:
             "incomplete_details": details,
             "output": output,
             "usage": usage,
-            **({} if usage is None else warnings_of(self._parsed)),
+            **({} if usage is None else warnings_of(self)),
         }
 
     async def collect(self, events: EngineEvents) -> dict[str, Any]:
@@ -243,7 +247,7 @@ class ResponseFormat:
 
     async def _payloads(self, events: EngineEvents) -> AsyncIterator[list[dict[str, Any]]]:
         """Those that are sent together; none is a sign of life."""
-        finish, usage, reader = None, None, next(iter(readers(self._parsed)), None)
+        finish, usage, reader = None, None, next(iter(self._readers), None)
         output = Output()
         kinds = ("response.created", "response.in_progress")
         yield [{"type": kind, "response": self._response("in_progress", [], None)} for kind in kinds]
@@ -257,7 +261,7 @@ class ResponseFormat:
                 yield payloads
         status = "incomplete" if finish == "length" else "completed"
         payloads = [*output.finish(status)]
-        counts = usage_of(self._parsed, [] if usage is None else [usage])
+        counts = usage_of(self, [] if usage is None else [usage])
         account = {
             "input_tokens": counts["prompt_tokens"],
             "input_tokens_details": counts["prompt_tokens_details"],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from litestar import Request, Response, post
@@ -15,20 +16,19 @@ from litestar.params import JSONBody
 
 from serve.api.chat_template import TooSlow
 from serve.api.observability import FACTS
-from serve.api.openai_format import ChatFormat, CompletionFormat, score_answer
+from serve.api.openai_format import Answer, ChatAnswer
 from serve.api.request_parsing import (
     SMALL,
-    Parsed,
     in_thread_if_large,
     parse_chat,
     parse_completion,
     parse_score,
     steps_in_header,
 )
-from serve.api.responses import CHAT_NAMES, ResponseFormat, ResponsesRequest
+from serve.api.responses import CHAT_NAMES, ResponseAnswer, ResponsesRequest
 from serve.api.schemas import ChatRequest, CompletionRequest, ScoreRequest
 from serve.api.state import ServerState
-from serve.api.streaming import Chunks, collect, event_stream, last_events, submit, until_disconnect
+from serve.api.streaming import MAX_UNREAD, EngineEvents, event_stream, until_disconnect
 from serve.errors import renamed
 
 MESSAGE_SIZE = 64
@@ -59,14 +59,10 @@ async def completions(
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
     steps = steps_in_header(request)
     if data.constraint is None:
-        parsed = await in_thread_if_large(_size(data.prompt), parse_completion, data, server, steps)
+        answer = await in_thread_if_large(_size(data.prompt), parse_completion, data, server, steps)
     else:
-        parsed = await server.in_compiler(parse_completion, data, server, steps)
-    answer = CompletionFormat(parsed, server.token_names, data.logprobs is not None)
-    events = submit(server, parsed, request, bool(data.stream))
-    if data.stream:
-        return event_stream(Chunks(answer, data.stream_options).of(events), parsed.headers)
-    return Response(await until_disconnect(request, collect(events, answer)), headers=parsed.headers)
+        answer = await server.in_compiler(parse_completion, data, server, steps)
+    return await _reply(answer, server, request, bool(data.stream))
 
 
 @post(
@@ -84,12 +80,8 @@ async def chat_completions(
     """
     server: ServerState = state.server
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
-    parsed = await _parsed_chat(data, server, steps_in_header(request))
-    answer = ChatFormat(parsed, server.token_names)
-    events = submit(server, parsed, request, bool(data.stream))
-    if data.stream:
-        return event_stream(Chunks(answer, data.stream_options).of(events), parsed.headers)
-    return Response(await until_disconnect(request, collect(events, answer)), headers=parsed.headers)
+    answer = await _parsed_chat(data, server, steps_in_header(request))
+    return await _reply(answer, server, request, bool(data.stream))
 
 
 @post(
@@ -107,12 +99,8 @@ async def responses(
     request.scope[FACTS].update(data.identifiers)  # type: ignore[literal-required]
     chat, steps = data.as_chat(), steps_in_header(request)
     with renamed(CHAT_NAMES):
-        parsed = await _parsed_chat(chat, server, steps)
-    answer = ResponseFormat(data, parsed)
-    events = submit(server, parsed, request, bool(data.stream))
-    if data.stream:
-        return event_stream(answer.stream(events), parsed.headers)
-    return Response(await until_disconnect(request, answer.collect(events)), headers=parsed.headers)
+        answer = await _parsed_chat(chat, server, steps, partial(ResponseAnswer, body=data))
+    return await _reply(answer, server, request, bool(data.stream))
 
 
 @post(
@@ -127,24 +115,40 @@ async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], s
     read-outs.
     """
     server: ServerState = state.server
-    parsed, ks = await in_thread_if_large(
-        _size(data.prompt), parse_score, data, server, steps_in_header(request)
-    )
-    events = await until_disconnect(request, last_events(submit(server, parsed, request)))
-    return Response(
-        score_answer(parsed, server.token_names, ks, server.served.config.objective.estimator, events),
-        headers=parsed.headers,
-    )
+    size, steps = _size(data.prompt), steps_in_header(request)
+    answer = await in_thread_if_large(size, parse_score, data, server, steps)
+    return await _reply(answer, server, request)
 
 
-async def _parsed_chat(body: ChatRequest, server: ServerState, steps: int | None) -> Parsed:
+async def _reply(
+    answer: Answer, server: ServerState, request: Request[Any, Any, Any], stream: bool = False
+) -> Response[Any]:
+    """Queue all engine requests of ``answer`` or none, and send what becomes of them. Raises EngineClosed or
+    QueueFull.
+
+    A stream ends when its client leaves too many events unread, except where a masked model draws whole
+    answers in one step.
+    """
+    server.metrics.brownouts += answer.browned_out
+    facts: dict[str, Any] = request.scope[FACTS]  # type: ignore[literal-required]
+    facts["num_steps"] = answer.budget.num_steps
+    most = MAX_UNREAD if stream and server.left_to_right else None
+    events = EngineEvents(server.engine, answer.requests, most, facts)
+    if stream:
+        return event_stream(answer.stream(events), answer.headers)
+    return Response(await until_disconnect(request, answer.collect(events)), headers=answer.headers)
+
+
+async def _parsed_chat(
+    body: ChatRequest, server: ServerState, steps: int | None, make: Callable[..., ChatAnswer] = ChatAnswer
+) -> ChatAnswer:
     if body.constraint is not None or body.tools:
-        return await server.in_compiler(parse_chat, body, server, steps)
+        return await server.in_compiler(parse_chat, body, server, steps, make=make)
     size = sum(MESSAGE_SIZE + len(message.content) for message in body.messages)
     if size <= SMALL:
         with suppress(TooSlow):
-            return parse_chat(body, server, steps, QUICK_SECONDS)
-    return await asyncio.to_thread(parse_chat, body, server, steps)
+            return parse_chat(body, server, steps, QUICK_SECONDS, make)
+    return await asyncio.to_thread(parse_chat, body, server, steps, make=make)
 
 
 def _size(prompts: Any) -> int:

@@ -1,9 +1,8 @@
-"""The engine's events on the event loop: joined into one answer, or sent as they come."""
+"""The engine's events on the event loop, and the way of an answer to a client that may leave."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,17 +10,11 @@ import msgspec
 from litestar import Request as HttpRequest
 from litestar.response import Stream
 
-from serve.api.observability import FACTS
-from serve.api.openai_format import Format, step_prediction, timings_of, usage_of, warnings_of
-from serve.api.request_parsing import Parsed
-from serve.api.schemas import StreamOptions
-from serve.api.state import ServerState
 from serve.engine.engine import Engine
-from serve.engine.sequence import Event, Request, Usage
+from serve.engine.sequence import Event, Request
 from serve.errors import ApiError, from_user_error
 
 T = TypeVar("T")
-logger = logging.getLogger("rdlm.serve")
 PING_SECONDS = 15.0
 """Proxies close connections that say nothing for a minute, which is not long in a queue."""
 PING = b": ping\n\n"
@@ -123,21 +116,6 @@ class EngineEvents:
             self._engine.abort(self._ids)
 
 
-def submit(
-    server: ServerState, parsed: Parsed, request: HttpRequest[Any, Any, Any], stream: bool = False
-) -> EngineEvents:
-    """Queue all requests of ``parsed`` or none. Raises EngineClosed or QueueFull.
-
-    A stream ends when its client leaves too many events unread, except where a masked model draws whole
-    answers in one step.
-    """
-    server.metrics.brownouts += parsed.browned_out
-    is_bounded = stream and server.left_to_right
-    facts: dict[str, Any] = request.scope[FACTS]  # type: ignore[literal-required]
-    facts["num_steps"] = parsed.budget.num_steps
-    return EngineEvents(server.engine, parsed.requests, MAX_UNREAD if is_bounded else None, facts)
-
-
 def _failure(event: Event) -> ApiError:
     """Of an end that leaves no answer."""
     if event.error is not None:
@@ -165,84 +143,6 @@ async def until_disconnect(request: HttpRequest[Any, Any, Any], work: Coroutine[
 async def _disconnected(request: HttpRequest[Any, Any, Any]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-async def last_events(events: EngineEvents) -> list[Event]:
-    """The last event of each request, in their order."""
-    found = [event async for batch in events.batches() for event in batch if event.finish is not None]
-    return sorted(found, key=lambda event: event.index)
-
-
-async def collect(events: EngineEvents, answer: Format) -> dict[str, Any]:
-    """All choices in order, and the usage, as one answer."""
-    pieces: list[list[dict[str, Any]]] = [[] for _ in answer.parsed.requests]
-    usages: list[Usage] = []
-    async for batch in events.batches():
-        for event in batch:
-            if event.step_prediction is not None:
-                continue
-            pieces[event.index].append(answer.piece(event))
-            if event.usage is not None:
-                usages.append(event.usage)
-    return {
-        **answer.head(stream=False),
-        "choices": [answer.merge(parts) for parts in pieces],
-        "usage": usage_of(answer.parsed, usages),
-        "timings": timings_of(usages),
-        **warnings_of(answer.parsed),
-    }
-
-
-class Chunks:
-    """One answer as server-sent events: a chunk a token, the finish reason with the last token's; then, if
-    wanted, one with the usage. Between tokens, if wanted, chunks without choices with the predictions of each
-    core step.
-
-    What all chunks share is encoded once. What has come together is sent in one piece.
-    """
-
-    def __init__(self, answer: Format, options: StreamOptions | None) -> None:
-        self._answer, self._options = answer, options or StreamOptions()
-        self._head = b"data: " + msgspec.json.encode(answer.head(stream=True))[:-1] + b',"choices":['
-        self._usages: list[Usage] = []
-        self._completion_tokens = 0
-
-    async def of(self, events: EngineEvents) -> AsyncIterator[bytes]:
-        """The body. The status line is out already, so an error becomes the last event."""
-        try:
-            async for batch in events.batches(PING_SECONDS):
-                yield b"".join([self._chunk(event) for event in batch]) or PING
-            if self._options.include_usage:
-                usage = usage_of(self._answer.parsed, self._usages)
-                more = {"usage": usage, "timings": timings_of(self._usages)}
-                yield self._encode(b"", {**more, **warnings_of(self._answer.parsed)})
-        except ApiError as error:
-            logger.warning("stream ended with an error: %s", error.message)
-            yield sse(error.body())
-        yield b"data: [DONE]\n\n"
-
-    def _chunk(self, event: Event) -> bytes:
-        if event.step_prediction is not None:
-            return self._encode(b"", {"recurrence": step_prediction(self._answer.names, event)})
-        parsed, options, more = self._answer.parsed, self._options, {}
-        self._completion_tokens += event.token is not None
-        if event.usage is not None:
-            self._usages.append(event.usage)
-        has_ended = len(self._usages) == len(parsed.requests)
-        if options.continuous_usage_stats:
-            usage = {**usage_of(parsed, self._usages), "completion_tokens": self._completion_tokens}
-            usage["total_tokens"] = usage["prompt_tokens"] + self._completion_tokens
-            if not has_ended:  # the work of a choice is known at its end
-                del usage["recurrence"]
-            more["usage"] = usage
-        if has_ended and not options.include_usage:
-            more |= warnings_of(parsed)
-        return self._encode(msgspec.json.encode(self._answer.piece(event)), more)
-
-    def _encode(self, choice: bytes, more: dict[str, Any]) -> bytes:
-        """A chunk with this choice or none, and further fields."""
-        rest = b"," + msgspec.json.encode(more)[1:] if more else b"}"
-        return self._head + choice + b"]" + rest + b"\n\n"
 
 
 def sse(payload: dict[str, Any], name: str | None = None) -> bytes:

@@ -167,3 +167,16 @@ class CallReader:
         certain = len(self._buffer) - begun(self._buffer, mark)
         text, self._buffer = self._buffer[:certain], self._buffer[certain:]
         return Delta(text) if text else None
+
+
+@dataclass(frozen=True)
+class OfferedTools:
+    """How an answer calls the tools that were offered."""
+
+    form: ToolFormat
+    tools: tuple[Tool, ...]
+    only_first: bool
+    """Whether only the begin of an answer tells calls from text."""
+
+    def reader(self) -> CallReader:
+        return CallReader(self.form, self.tools, self.only_first)

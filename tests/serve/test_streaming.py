@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from serve.api.request_parsing import Parsed
-from serve.api.streaming import Chunks, EngineEvents
+from serve.api.openai_format import ChoicesAnswer
+from serve.api.streaming import EngineEvents
 from serve.engine.sequence import Event, Request, StepBudget
 from serve.errors import ApiError
 
@@ -105,16 +105,17 @@ def test_what_came_before_a_failure_is_delivered_first() -> None:
     assert asyncio.run(read()) == [5, 6]
 
 
-class Plain:
-    """A format with as little as a stream needs."""
-
-    parsed = Parsed("m", StepBudget(1), 1, [Request((5,), StepBudget(1), 3)])
+class Plain(ChoicesAnswer):
+    """An answer with as little as a stream needs."""
 
     def head(self, stream: bool) -> dict[str, Any]:
-        return {"id": "x", "model": "m"}
+        return {"id": "x", "model": self.model}
 
     def piece(self, event: Event) -> dict[str, Any]:
         return {"index": event.index, "text": event.text}
+
+    def merge(self, pieces: list[dict[str, Any]]) -> dict[str, Any]:
+        return pieces[-1]
 
 
 class Lagging:
@@ -133,8 +134,9 @@ class Lagging:
 def test_a_reader_that_lags_gets_several_chunks_in_one_piece() -> None:
     async def read() -> list[bytes]:
         engine, found = Lagging(), []
-        events = EngineEvents(engine, Plain.parsed.requests)  # type: ignore[arg-type]
-        async for part in Chunks(Plain(), None).of(events):  # type: ignore[arg-type]
+        requests = [Request((5,), StepBudget(1), 3)]
+        answer = Plain(model="m", names=None, requests=requests)  # type: ignore[arg-type]
+        async for part in answer.stream(EngineEvents(engine, requests)):  # type: ignore[arg-type]
             found.append(part)
             if len(found) == 1:
                 engine.go_on()
