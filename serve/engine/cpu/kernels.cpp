@@ -346,9 +346,6 @@ static inline void tiles(const Matrix& m, int block, int count, const float* x, 
   const int64_t size = block_bytes(m.in, m.kind, m.group), line = quantised(m.kind) ? m.group : m.kind == F32 ? BW * 4 : BW * 2;
   const char* data = static_cast<const char*>(m.data) + block * size;
   alignas(64) float out[MAX_ROWS * 4 * BW];
-  auto at_once = [&](int left) {  // 4 + 3 rows rather than 6 + 1
-    return left > MAX_ROWS && left < 2 * MAX_ROWS ? (left + 1) / 2 : std::min(left, MAX_ROWS);
-  };
   auto multiply = [&](int n, int first, int j, int b, const char* ahead, int64_t stride) {
     micro_of(m.kind, n, b > 1)(m.in, data + j * size, size, line, x + first * ldx, ldx, out, ahead, stride);
     for (int r = 0; r < n; r++)
@@ -363,13 +360,16 @@ static inline void tiles(const Matrix& m, int block, int count, const float* x, 
     }
     return;
   }
-  // A block stays in the cache while the tiles of rows pass, and each tile fetches its part of the next block.
+  // A block stays in the cache while the tiles of rows pass, and each tile fetches its part of the next block; not
+  // where two tiles of fp32 follow each other so fast that it would only disturb the machine's own prefetching.
   const int passes = (rows + MAX_ROWS - 1) / MAX_ROWS;
   for (int j = 0; j < count; j++) {
-    const char* next = data + std::min(j + 1, count - 1) * size;
-    for (int left = rows, first = row, pass = 0; left > 0; pass++) {
-      const int n = at_once(left);
-      multiply(n, first, j, 1, next + size * std::min(pass, passes - 1) / passes, size / m.in / passes);
+    const bool fetch = passes > 2 || m.kind != F32;
+    const char* next = fetch ? data + std::min(j + 1, count - 1) * size : data;
+    const int64_t share = fetch ? size / passes : 0;
+    for (int pass = 0, first = row, left = rows; pass < passes; pass++) {
+      const int n = (left + passes - pass - 1) / (passes - pass);  // 4 + 3 rows rather than 6 + 1
+      multiply(n, first, j, 1, next + share * pass, share / m.in);
       left -= n;
       first += n;
     }

@@ -24,6 +24,7 @@ from rdlm.nn.kv_cache import PackedContext, Pages
 from rdlm.nn.layers import LayerCondition, RMSNorm, TokenTable, TransformerLayer
 from rdlm.nn.quantization import Quantized, formats, quantized
 from serve.engine.cpu.library import Cache, Layer, Matrix, Modulation, Rows, library
+from serve.engine.cpu.memory import weight_memory
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 QUANTIZED_KINDS = {"int8": 2, "int4": 4}
@@ -55,13 +56,13 @@ class Packed:
                 weight.integers(),
                 weight.scales.contiguous(),
             )
-            self.data = torch.empty(lib.rdlm_packed_bytes(inputs, outputs, kind, group), dtype=torch.uint8)
+            self.data = weight_memory(lib.rdlm_packed_bytes(inputs, outputs, kind, group))
             pointers = integers.contiguous().data_ptr(), scales.data_ptr()
             lib.rdlm_pack_quantised(*pointers, inputs, outputs, kind, group, self.data.data_ptr())
         else:
             (outputs, inputs), group = weight.shape, 0
             kind = KINDS[weight.dtype]
-            self.data = torch.empty(lib.rdlm_packed_bytes(inputs, outputs, kind, group), dtype=torch.uint8)
+            self.data = weight_memory(lib.rdlm_packed_bytes(inputs, outputs, kind, group))
             wide = weight.detach().float().contiguous()
             lib.rdlm_pack(wide.data_ptr(), inputs, outputs, kind, self.data.data_ptr())
         self.bias = None if bias is None else bias.detach().float().contiguous()
