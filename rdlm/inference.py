@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rdlm.arguments import integer, listed, plain, token_ids
 from rdlm.atomic import check_out_file
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints.convert.base import HUB_ID, local
@@ -43,6 +44,7 @@ class Generation:
     """Tokens that were guessed early, by a draft or in a wavefront, and of these the ones that stayed."""
 
 
+PROMPTS = "give a text, a list of texts, or a list of lists of token ids"
 CHAT_TOKENS = 512
 """Most tokens of an answer to a conversation, by default."""
 
@@ -116,9 +118,17 @@ class Model:
 
         UserError where the model cannot do what is asked, or an option is out of range.
         """
-        given: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids: list[Sequence[int]] = [self._begun(p) if isinstance(p, str) else p for p in given]
-        steps = self.config.default_steps if num_steps is None else num_steps
+        self.config.check_text("generate")
+        given = [prompts] if isinstance(prompts, str) else listed("prompts", prompts, PROMPTS)
+        ids = [
+            self._begun(p) if isinstance(p, str) else token_ids(f"prompts[{i}]", p)
+            for i, p in enumerate(given)
+        ]
+        for i, prompt in enumerate(ids):
+            self._check_ids(f"prompts[{i}]", min(prompt, default=0), max(prompt, default=0))
+        steps = (
+            self.config.default_steps if num_steps is None else integer("num_steps", num_steps, "give one K")
+        )
         return self._running.generate(ids, steps, options)
 
     def chat(
@@ -126,9 +136,12 @@ class Model:
     ) -> Generation:
         """The answer to a conversation, written out by the chat template of the model's tokenizer. UserError
         where the model has no template, or it refuses the messages."""
+        self.config.check_text("chat")
         ids = self._running.chat_ids(messages)
         room = max(1, self.config.model.max_seq_len - len(ids))
-        options["max_tokens"] = min(options.get("max_tokens", CHAT_TOKENS), room)
+        asked = options.get("max_tokens")
+        most = CHAT_TOKENS if asked is None else integer("max_tokens", asked, "give a number of tokens")
+        options["max_tokens"] = min(most, room)
         return self.generate([ids], num_steps, **options)[0]
 
     @property
@@ -146,7 +159,11 @@ class Model:
         for a K that the model does not have, or a text that is too long."""
         ks, device = self._ks(num_steps), self.denoiser.model.head.weight.device
         found: dict[int, list[Tensor]] = {k: [] for k in ks}
-        for text in [texts] if isinstance(texts, str) else texts:
+        for text in [texts] if isinstance(texts, str) else listed("texts", texts, "give texts"):
+            if not isinstance(text, str):
+                raise UserError(
+                    "texts", text, f"it is of type {type(text).__name__}, not a text", "give texts"
+                )
             begun = self._begun(text)
             if len(begun) < 2:
                 raise UserError("texts", text, "has no token to score", "give at least two tokens")
@@ -202,6 +219,7 @@ class Model:
     def gate(self, state: Tensor) -> Tensor:
         """Trained probability of stopping at a state [..., S] -> [...] fp32. UserError where there is no
         gate."""
+        self.config.check_text("an exit gate")
         if not self.denoiser.model.has_exit_gate:
             remedy = "use a model with one, for instance Ouro"
             raise UserError("checkpoint", self.config.name, "it has no exit gate", remedy)
@@ -224,8 +242,13 @@ class Model:
         step_sizes: Sequence[float] | None = None,
     ) -> list[tuple[int, Tensor, AttentionContext]]:
         """(K, state, what ``read_out`` needs with it) of every K; of the arguments see ``logits``."""
+        seed = integer("seed", seed, "give an integer")
+        for name, value in (("input_states", states), ("token_type_ids", token_type_ids)):
+            if value is not None and not isinstance(value, Tensor):
+                raise UserError(name, "...", f"it is of type {type(value).__name__}", "give a torch.Tensor")
         model = self.denoiser.model
         if step_sizes is not None:
+            step_sizes = listed("step_sizes", step_sizes, "write for instance 0.5,0.25,0.25")
             self._check_sizes(num_steps, step_sizes)
             num_steps = len(step_sizes)
         ks, found = self._ks(num_steps), []
@@ -269,16 +292,17 @@ class Model:
         """Whether the recurrent state before the first step is free: drawn, zero or given."""
         return self.denoiser.model.draws_state
 
-    def _checked(self, ids: Tensor) -> Tensor:
+    def _checked(self, ids: Any) -> Tensor:
+        if not isinstance(ids, Tensor):
+            try:
+                ids = torch.as_tensor(plain(ids))
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise UserError("input_ids", ids, reason(error), "give a matrix of token ids") from None
         if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
             problem = f"it is {ids.dtype} {tuple(ids.shape)}, not int64 [B, T]"
             raise UserError("input_ids", "...", problem, "give a matrix of token ids")
-        size, limit = self.config.model.vocab_size, self.config.model.max_seq_len
-        if int(ids.min()) < 0 or int(ids.max()) >= size:
-            wrong = int(ids.max()) if int(ids.max()) >= size else int(ids.min())
-            raise UserError(
-                "input_ids", wrong, f"the model knows ids 0 to {size - 1}", "encode with its tokenizer"
-            )
+        limit = self.config.model.max_seq_len
+        self._check_ids("input_ids", int(ids.min()), int(ids.max()))
         if ids.shape[1] > limit:
             raise UserError(
                 "input_ids",
@@ -296,15 +320,25 @@ class Model:
             raise UserError(
                 "num_steps", num_steps, "step_sizes says how many there are", "leave one of them out"
             )
-        if not sizes or not all(0 < size <= 1 for size in sizes):
+        if not sizes or not all(isinstance(size, int | float) and 0 < size <= 1 for size in sizes):
             problem = "are not lengths of steps through [0, 1]"
             raise UserError("step_sizes", list(sizes), problem, "write for instance 0.5,0.25,0.25")
+
+    def _check_ids(self, field: str, lowest: int, highest: int) -> None:
+        size = self.config.model.vocab_size
+        if lowest < 0 or highest >= size:
+            wrong = highest if highest >= size else lowest
+            raise UserError(field, wrong, f"the model knows ids 0 to {size - 1}", "encode with its tokenizer")
 
     def _ks(self, num_steps: int | Sequence[int] | None) -> list[int]:
         self.config.check_next_token("logits of the next token")
         self.config.check_whole()
-        ks = [self.config.default_steps] if num_steps is None else num_steps
-        ks = [ks] if isinstance(ks, int) else list(ks)
+        given = plain(self.config.default_steps if num_steps is None else num_steps)
+        remedy = "give one K or a list of them"
+        given = [given] if isinstance(given, int | float | str) else listed("num_steps", given, remedy)
+        ks = [integer("num_steps", k, remedy) for k in given]
+        if not ks:
+            raise UserError("num_steps", [], "there is no K", remedy)
         most = self.config.max_steps if self.config.objective.supports_exits else 1
         for k in ks:
             if not 1 <= k <= most:
@@ -324,6 +358,12 @@ def load(
     engine: Callable[[Model], Engine] | None = None,
 ) -> Model:
     """See rdlm.load."""
+    if not isinstance(source, str | os.PathLike) or not str(source):
+        raise UserError("source", source, "it is no path", "give a checkpoint folder, or a name on the hub")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(
+            "dtype", dtype, "it is no floating point type of torch", "give torch.float32 or torch.bfloat16"
+        )
     folder = Path(source)
     if not folder.exists() and HUB_ID.fullmatch(str(source)):
         folder = _imported(str(source))

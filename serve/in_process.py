@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from rdlm.arguments import listed, plain
 from rdlm.config.base import parse
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.errors import UserError
 from rdlm.inference import Generation, GenerationOptions, Message, Model
 from serve.api.chat_template import ChatTemplate
 from serve.api.request_parsing import parse_completion
-from serve.api.schemas import CompletionRequest
+from serve.api.schemas import ChatRequest, CompletionRequest
 from serve.api.state import ServerState
 from serve.engine.engine import Engine
 from serve.engine.sequence import Event
@@ -47,7 +48,7 @@ class InProcess:
         kv_cache = given.pop("kv_cache")
         for name in given.keys() - FIELDS.keys():
             raise UserError(name, given[name], "there is no such option", f"use some of {', '.join(FIELDS)}")
-        values = {name: [*value] if isinstance(value, tuple) else value for name, value in given.items()}
+        values = {name: plain(value) for name, value in given.items()}
         body = fields({FIELDS[name]: value for name, value in values.items()}) | {"num_steps": num_steps}
         try:
             return self._answers(prompts, body, kv_cache)
@@ -57,11 +58,15 @@ class InProcess:
     def _answers(self, prompts: Seq[Seq[int]], body: dict[str, Any], kv_cache: str) -> list[Generation]:
         """Parsed as the server parses requests. ApiError or UserError."""
         model, tokenizer = self.model, self._tokenizer
-        bodies = [CompletionRequest.parse({**body, "prompt": [*map(int, ids)]}) for ids in prompts]
+        bodies = [CompletionRequest.parse({**body, "prompt": [*ids]}) for ids in prompts]
+        longest, most = max(map(len, prompts)), model.config.model.max_seq_len
+        if longest + body["max_tokens"] > most:
+            problem = f"with max_tokens = {body['max_tokens']} it exceeds the {most} positions of the model"
+            raise UserError("prompts", f"{longest} tokens", problem, "shorten it, or ask for fewer tokens")
         pool = {
             "kv_cache": kv_cache,
             "max_slots": min(len(prompts), MOST_TOGETHER),
-            "max_len": max(2, max(map(len, prompts)) + body["max_tokens"]),
+            "max_len": max(2, longest + body["max_tokens"]),
             "max_queue": len(prompts),
         }
         settings: EngineSettings = parse(EngineSettings, pool, "the options of generate")
@@ -78,12 +83,13 @@ class InProcess:
         if template is None:
             problem = "its tokenizer has no chat template"
             raise UserError("checkpoint", self.model.config.name, problem, "continue texts with generate")
-        given = list(messages)
+        remedy = 'give a list of {"role": ..., "content": ...}'
+        given = listed("messages", messages, remedy)
         if not given or not all(isinstance(message, Mapping) for message in given):
-            remedy = 'give a list of {"role": ..., "content": ...}'
             raise UserError("messages", messages, "it holds no conversation", remedy)
         try:
-            return self._tokenizer.encode(template.render([dict(message) for message in given], {}))
+            shown = ChatRequest.parse({"messages": [dict(message) for message in given]}).messages
+            return self._tokenizer.encode(template.render([message.plain() for message in shown], {}))
         except ApiError as error:
             _, _, problem = error.message.partition(": ")
             raise UserError("messages", len(given), problem or error.message, "change them") from None

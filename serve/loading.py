@@ -89,6 +89,7 @@ def load_text(folder: Path, settings: EngineSettings) -> tuple[checkpoint.Loaded
     dtype = usable_dtype(settings.dtype, device)
     logger.info("%s runs on %s in %s", folder.name, device, str(dtype).removeprefix("torch."))
     config = checkpoint.load_config(folder)
+    config.check_text("generating text")
     _check_quantised_once(config, settings)
     kernels = settings.kernels == "auto" and config.objective.left_to_right and device.type == "cpu"
     keep = kernels and settings.resident_blocks is None and library() is not None

@@ -167,8 +167,9 @@ def as_user_error(
     if error.param is None:
         return UserError("request", "...", error.message, remedy)
     value: Any = given
-    for part in error.param.split("."):
+    parts = [part for part in error.param.split(".") if not part.isdecimal()]  # of a list the whole is quoted
+    for part in parts:
         value = value.get(part) if isinstance(value, dict) else None
-    name = named(error.param) or f"--{error.param.replace('_', '-')}"
+    name = named(".".join(parts)) or f"--{'.'.join(parts).replace('_', '-')}"
     problem, _, better = error.message.removeprefix(f"{error.param}: ").rpartition("; ")
     return UserError(name, value, problem or better, better if problem else remedy)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rdlm.checkpoints.folder import save
 from rdlm.cli import app, run
@@ -137,3 +139,34 @@ def test_a_family_is_refused_where_it_has_no_business(
     for folder in [vit] if command[0] == "images" else [vit, checkpoint]:
         assert run(app, [command[0], "--checkpoint", str(folder), *command[1:]], "rdlm") == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+FOR_TEXT = [
+    ["serve", "--checkpoint", "MODEL"],
+    ["generate", "--checkpoint", "MODEL", "--prompt", "a"],
+    ["chat", "--checkpoint", "MODEL"],
+    ["logits", "MODEL", "IDS", "--out", "OUT"],
+    ["convert", "MODEL", "OUT", "--prelude", "1", "--core", "1", "--coda", "0"],
+    ["export", "hf", "MODEL", "OUT"],
+    ["export", "ouro", "MODEL", "OUT"],
+    ["export", "retrofit", "MODEL", "OUT"],
+    ["export", "gguf", "MODEL", "OUT.gguf"],
+    ["eval", "depth", "--checkpoint", "MODEL"],
+]
+
+
+@pytest.mark.parametrize("command", FOR_TEXT, ids=" ".join)
+def test_commands_for_text_name_the_ones_for_images(
+    command: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {
+        "MODEL": checkpoint,
+        "OUT": tmp_path / "out",
+        "OUT.gguf": tmp_path / "out.gguf",
+        "IDS": tmp_path / "ids",
+    }
+    save_file({"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, tmp_path / "ids")
+    assert run(app, [str(places.get(word, word)) for word in command], "rdlm") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a model of images has no tokens" in error and "`rdlm images`" in error
+    assert not (tmp_path / "out").exists()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
@@ -166,10 +168,10 @@ def test_what_cannot_be_done_is_a_line(model: Model, tokenizer: Tokenizer, tmp_p
     for asked, word in (
         (lambda: model.generate("in the", 65, max_tokens=4), "num_steps=65"),
         (lambda: model.generate("in the", max_tokens=4, exit_criterion="gate"), "exit_criterion='gate'"),
-        (lambda: model.generate("in the", max_tokens=640), "max_len"),
+        (lambda: model.generate("in the", max_tokens=640), "exceeds the 64 positions"),
         (lambda: model.score("", 1), "no token to score"),
         (lambda: model.chat([]), "no conversation"),
-        (lambda: model.chat("in the"), "no conversation"),  # type: ignore[arg-type]
+        (lambda: model.chat("in the"), "not a list"),  # type: ignore[arg-type]
         (
             lambda: rdlm.load(checkpoint(tmp_path / "silent", silent)).chat([{"content": "in"}]),
             "no chat template",
@@ -178,3 +180,70 @@ def test_what_cannot_be_done_is_a_line(model: Model, tokenizer: Tokenizer, tmp_p
     ):
         with pytest.raises(UserError, match=word):
             asked()
+
+
+IDS = [5, 6, 7]
+WRONG: dict[str, Callable[[Any], Any]] = {
+    "prompts[0]=1.7": lambda m: m.generate([[1.7, 2.2]]),
+    "prompts[0]=True": lambda m: m.generate([[True]]),
+    "prompts[0]='1'": lambda m: m.generate([["1"]]),
+    "prompts[0]=nan": lambda m: m.generate(np.array([[np.nan]])),
+    "prompts[1]=-1": lambda m: m.generate([IDS, [-1]]),
+    "prompts[0]=300": lambda m: m.generate([[300]]),
+    "prompts[0]=5": lambda m: m.generate(IDS),
+    "prompts=5": lambda m: m.generate(5),
+    "prompts=None": lambda m: m.generate(None),
+    "prompts=b'in'": lambda m: m.generate(b"in"),
+    "prompts={'in': 1}": lambda m: m.generate({"in": 1}),
+    "prompts[1]=None": lambda m: m.generate(["in", None]),
+    "prompts[0]=[5, 6, 7]": lambda m: m.generate([[IDS]]),
+    "prompts='10001 tokens'": lambda m: m.generate([[5] * 10001]),
+    "num_steps=2.0": lambda m: m.generate("in", 2.0),
+    "num_steps=True": lambda m: m.logits([IDS], True),
+    "num_steps='1'": lambda m: m.logits([IDS], "1"),
+    "num_steps=[]": lambda m: m.logits([IDS], []),
+    "num_steps=1.5": lambda m: m.score("in the", [1, 1.5]),
+    "num_steps=0": lambda m: m.generate("in", 0),
+    "num_steps=65": lambda m: m.generate("in", np.int64(65), max_tokens=4),
+    "max_tokens='5'": lambda m: m.chat([{"role": "user", "content": "in"}], max_tokens="5"),
+    "stop_token_ids=[-1]": lambda m: m.generate("in", stop_token_ids=[-1]),
+    "seed='a'": lambda m: m.logits([IDS], seed="a"),
+    "input_ids=None": lambda m: m.logits(None),
+    "input_ids=-1": lambda m: m.logits([[-1]]),
+    "input_states=": lambda m: m.logits([IDS], states=[1]),
+    "texts=None": lambda m: m.score(None),
+    "texts=5": lambda m: m.score([5]),
+    "messages=None": lambda m: m.chat(None),
+    "messages=1": lambda m: m.chat([{"role": "user"}]),
+    "source=None": lambda m: rdlm.load(None),  # type: ignore[arg-type]
+    "dtype=torch.int8": lambda m: rdlm.load(m.folder, dtype=torch.int8),
+    "dtype='float32'": lambda m: rdlm.load(m.folder, dtype="float32"),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_an_argument_of_a_wrong_type_is_a_line_that_names_it(said: str, model: Model) -> None:
+    """Floats were cut to integers, True was 1, a message without content was an empty one."""
+    with pytest.raises(UserError) as error:
+        WRONG[said](model)
+    assert str(error.value).startswith(said), str(error.value)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers_and_a_generator_is_a_list(model: Model) -> None:
+    expected = model.generate([IDS, IDS], 2, max_tokens=3, temperature=0.5, stop_token_ids=[9])
+    two, half = np.int64(2), np.float64(0.5)
+    for prompts in (
+        np.array([IDS, IDS]),
+        torch.tensor([IDS, IDS]),
+        (iter(IDS) for _ in range(2)),
+        [np.array(IDS)] * 2,
+    ):
+        got = model.generate(
+            prompts, two, max_tokens=np.int32(3), temperature=half, stop_token_ids=np.array([9])
+        )  # type: ignore[arg-type,typeddict-item]
+        assert got == expected
+    assert model.generate([]) == model.generate(iter(())) == []  # type: ignore[arg-type]
+    matrix = torch.tensor([IDS])
+    for ids, ks in ((np.array([IDS]), np.array([1, 2])), ([IDS], range(1, 3)), (matrix, (np.int64(1), 2))):
+        found = model.logits(ids, ks)  # type: ignore[arg-type]
+        assert all(torch.equal(found[k], model.logits(matrix, k)[k]) for k in (1, 2))
