@@ -15,6 +15,7 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.tokenizer import Tokenizer
 from rdlm.device import usable_device, usable_dtype
 from rdlm.errors import UserError
+from rdlm.flops import costs_of
 from rdlm.nn.quantization import Quantized, formats, quantized
 from rdlm.objectives import Objective
 from rdlm.objectives.masked import MaskedDiffusion
@@ -211,8 +212,18 @@ def build_served(
     if settings.kernels == "graphs":
         _check_graphs(denoiser, config, settings)
     runner, rows = _parts(denoiser.eval(), config, settings, max_len, max_steps, tokenizer.vocab_size)
-    scheduler = Scheduler(settings.max_slots, rows, settings.chunk)
+    scheduler = Scheduler(settings.max_slots, rows, settings.chunk, _readout_cost(denoiser, config))
     return Served(config, tokenizer, runner, scheduler, max_len, max_steps, default, ends)
+
+
+def _readout_cost(denoiser: Objective, config: CheckpointConfig) -> float:
+    """Weights that a pass through prelude, coda and head reads for each weight of a core step; 0 where every step
+    is read out."""
+    if not config.objective.supports_exits:
+        return 0.0
+    costs = costs_of(denoiser)
+    once = costs.encode.weights + costs.decode.weights + costs.head
+    return once / costs.core.weights if costs.core.weights else 0.0
 
 
 def _check_graphs(denoiser: Objective, config: CheckpointConfig, settings: EngineSettings) -> None:

@@ -5,8 +5,9 @@ One engine step is one core step of every open segment. Positions after the prom
 ``num_slots`` times a wavefront's); longer prompt chunks share ``prefill_rows`` further rows, strictly first come
 first served, so nothing starves. Positions of one K begin together: they then share one pass through prelude,
 coda and head, whose weights they read once each if they are some steps apart. So a sequence that joins others
-waits once, for less than K steps, after its first token. A sequence owns a slot of the cache from admission to
-its end: admission is what keeps memory bounded.
+waits once, for less than K steps, after its first token. For the same reason positions that are about to take
+their last step wait for others that soon will, where that costs less than the read-out that it saves. A sequence
+owns a slot of the cache from admission to its end: admission is what keeps memory bounded.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ from collections.abc import Callable
 
 from serve.engine.sequence import NO_SLOT, Sequence, StepCounts
 
+MOST_WAITING = 0.14
+"""Share of a core step's rows that may be missing for a read-out to be shared: of the core steps that depths
+save, 95 % stay saved."""
+
 
 class Scheduler:
     """First come, first served over a fixed number of cache slots."""
 
-    def __init__(self, num_slots: int, prefill_rows: int, chunk: int) -> None:
+    def __init__(self, num_slots: int, prefill_rows: int, chunk: int, readout_cost: float = 0.0) -> None:
         """num_slots: sequences in flight; prefill_rows: prompt positions in one step; chunk: prompt positions
-        of one segment."""
+        of one segment. readout_cost: of a pass through coda, head and prelude, in core steps; 0: no position waits
+        for others to be read out."""
         if chunk > prefill_rows:
             raise ValueError(
                 f"chunk ({chunk}) exceeds prefill_rows ({prefill_rows}): no prompt could ever start"
             )
         self.num_slots, self.prefill_rows, self.chunk = num_slots, prefill_rows, chunk
+        self._waiting_share = min(readout_cost / 2, MOST_WAITING)
         self.waiting: deque[Sequence] = deque()
         self.running: OrderedDict[int, Sequence] = OrderedDict()
         self._free = list(range(num_slots - 1, -1, -1))
@@ -67,7 +74,17 @@ class Scheduler:
                 budget -= length
             else:
                 blocked = True  # a later, shorter prompt must not overtake
-        return [s for s in self.running.values() if s.is_open]
+        stepping = [s for s in self.running.values() if s.is_open]
+        held = self._held(stepping) if self._waiting_share else ()
+        return [s for s in stepping if s.id not in held]
+
+    def _held(self, stepping: list[Sequence]) -> set[int]:
+        """Ids of the positions whose last step waits for others, whose last step comes soon enough."""
+        decoded = [s for s in stepping if s.steps_left is not None]
+        last = {s.id for s in decoded if s.steps_left == 1}
+        later = [s.steps_left - 1 for s in decoded if s.steps_left is not None and s.id not in last]
+        missing = len(last) * min(later, default=0)
+        return last if 0 < missing < self._waiting_share * len(stepping) else set()
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, whatever its state, and free its slot."""

@@ -394,6 +394,16 @@ class Sequence:
         return bool(self.output) and not (budget.varies or guesses) and self.guide is None
 
     @property
+    def steps_left(self) -> int | None:
+        """Core steps that the position that is decoded still takes; None where that is not known before, or where
+        nothing may delay it."""
+        budget = self.request.budget
+        guesses = budget.speculation is not None or budget.wavefront is not None
+        if guesses or budget.exit is not None or budget.max_ms is not None or self.guide is not None:
+            return None
+        return self.counts.drawn - self.step if self.length == 1 and self.draws else None
+
+    @property
     def has_exit_rule(self) -> bool:
         return self.request.budget.exit is not None
 
