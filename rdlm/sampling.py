@@ -91,7 +91,7 @@ def sample(
     [M] int64.
 
     Inverse-CDF in fp64 with the row's own uniform; temperature 0 takes the arg-max of the processed prior,
-    whatever the evidence. Raises UserError where a row's every id is banned, ArithmeticError where a row's
+    whatever the evidence. Raises UserError where a row's every id is banned, or where a row's
     logits are not numbers: neither has a token.
     """
     return draw(process(prior, params, histories), params, histories, uniforms, evidence)
@@ -157,7 +157,8 @@ def _check_drawable(largest: Tensor, histories: Sequence[History]) -> None:
             problem = "every token of the vocabulary is banned until min_tokens, so none can be sampled"
             raise UserError("stop_token_ids", "...", problem, "ban fewer ids, or leave min_tokens out")
         if not math.isfinite(value):
-            raise ArithmeticError(f"the model's largest logit is {value}: no token can be drawn")
+            problem = f"the model's largest logit is {value}: its numbers overflow, and no token can be drawn"
+            raise UserError("num_steps", "...", problem, "take fewer core steps, or float32 weights")
 
 
 def top_logprobs(

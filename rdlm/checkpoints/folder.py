@@ -238,13 +238,15 @@ def _read_weights(
             for name in names:
                 weight = file.get_tensor(name)
                 if name not in matrices:
-                    weights[name] = weight.to(dtype)
+                    weights[name] = _finite(path, name, weight, dtype)
                     continue
                 matrix = matrices[name]
                 if weight.dtype != DTYPES_OF[matrix.weights]:
                     problem, remedy = f"config.json says {matrix.weights}", "copy the checkpoint again"
                     raise UserError(f"{path}: dtype of {name}", weight.dtype, problem, remedy)
-                whole = Quantized(weight, file.get_tensor(name + SCALES), matrix.shape[1], matrix.group_size)
+                scales = file.get_tensor(name + SCALES)
+                scales = _finite(path, name + SCALES, scales, scales.dtype)
+                whole = Quantized(weight, scales, matrix.shape[1], matrix.group_size)
                 if kept is None:
                     weights[name] = whole.dequantized(dtype)
                 else:
@@ -262,6 +264,19 @@ def _read_weights(
         raise UserError(
             FIELD, str(path), f"is damaged ({error})", "copy or export the checkpoint again"
         ) from None
+
+
+def _finite(path: Path, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight in ``dtype``. UserError where the file has no floats, or one is not finite: every logit would be
+    NaN."""
+    if not weight.is_floating_point():
+        problem = "a weight that is not quantised has floats"
+        raise UserError(f"{path}: dtype of {name}", weight.dtype, problem, "copy the checkpoint again")
+    weight = weight.to(dtype)
+    if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
+        remedy = "copy the checkpoint again, or take an earlier one"
+        raise UserError(f"{path}: weight", name, f"it has numbers that are not finite in {dtype}", remedy)
+    return weight
 
 
 def compare(

@@ -172,7 +172,7 @@ def test_a_row_without_a_token_to_draw_is_an_error() -> None:
         for value in (float("nan"), float("inf"), float("-inf")):
             bad = logits.clone()
             bad[:, 1 if value == value and value > 0 else slice(None)] = value
-            with pytest.raises((UserError, ArithmeticError)):
+            with pytest.raises(UserError, match="fewer core steps|banned"):
                 sample(bad, [params], [History()], [0.5])
     assert sample(logits, [one], [History(banned=range(4))], [0.5]).tolist() == [4]
 

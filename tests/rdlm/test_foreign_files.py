@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints.convert.importers import import_checkpoint
-from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.checkpoints.quantize import quantize
+from rdlm.config.checkpoint import CheckpointConfig, QuantizationConfig
 from rdlm.errors import UserError
 from rdlm.registry import build
 
@@ -81,3 +85,40 @@ def test_an_index_names_files(tmp_path: Path, index: object) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
     with pytest.raises(UserError, match="not an index of shards"):
         stored_in(tmp_path)
+
+
+def _set(index: int, value: float) -> Callable[[Tensor], Tensor]:
+    def spoil(weight: Tensor) -> Tensor:
+        weight.view(-1)[index] = value
+        return weight
+
+    return spoil
+
+
+@pytest.mark.parametrize("stored", ["floats", "int8"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_set(0, torch.nan), "not finite"),
+        (_set(-1, -torch.inf), "not finite"),
+        (lambda weight: weight.to(torch.int8), "has floats"),
+        (lambda weight: weight.bool(), "has floats"),
+    ],
+)
+def test_weights_and_scales_that_are_no_numbers_are_named(
+    stored: str, spoil: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    """They loaded, and every token that was asked for was a traceback."""
+    folder, config = tmp_path / "model", _with("model")
+    checkpoint.save(folder, build(config, seed=0), config, None)
+    if stored == "int8":
+        quantize(folder, tmp_path / "int8", QuantizationConfig(weights="int8"))
+        folder = tmp_path / "int8"
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n in sorted(weights) if n.endswith("_scale") or stored == "floats")
+    checkpoint.load(folder)
+    weights[name] = spoil(weights[name])
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match=message) as error:
+        checkpoint.load(folder)
+    assert name in str(error.value)
