@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test`. Both set up .venv first; repeated or interrupted runs go on where they were.
+# Two commands: `make demo` and `make test`. Both set up .venv first; repeated or interrupted runs go on where they
+# were.
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-gpu lint format bench lock clean
 
@@ -10,7 +11,8 @@ JOBS ?= 2
 
 # torch comes first: the CUDA build where a GPU is seen, else the CPU build. To choose another (after `make clean`):
 #   make install DEVICE=cuda|cpu        make install TORCH=path/to/torch-2.13.0-cp311-cp311-linux_x86_64.whl
-# An index that carries CPU builds can be named in PIP_EXTRA_INDEX_URL; without one the default build is installed, which runs too.
+# An index that carries CPU builds can be named in PIP_EXTRA_INDEX_URL; without one the default build is installed,
+# which runs too.
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 ifeq ($(DEVICE),cuda)
 TORCH ?= torch==2.13.0
@@ -29,10 +31,12 @@ install: $(STAMP) ## .venv with the pinned dependencies (DEVICE=cpu|cuda, TORCH=
 
 $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
-	  echo "make: '$(PYTHON)' is not a Python 3.11; install Python 3.11 with its venv module, or name it: make PYTHON=/path/to/python3.11"; exit 1; }
+	  echo "make: '$(PYTHON)' is not a Python 3.11; install Python 3.11 with its venv module," \
+	    "or name it: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "== creating .venv"; $(PYTHON) -m venv --clear .venv; }
 	@echo "== installing $(TORCH) (200 MB for a CPU, 3 GB for a GPU)"
-	@$(PIP) -c requirements.txt "$(TORCH)" || { echo "== the package index has no CPU build: installing the larger default build"; \
+	@$(PIP) -c requirements.txt "$(TORCH)" || { \
+	  echo "== the package index has no CPU build: installing the larger default build"; \
 	  $(PIP) -c requirements.txt torch==2.13.0; }
 	@echo "== installing the pinned dependencies (150 MB)"
 	@$(PIP) -r requirements.txt
@@ -67,7 +71,8 @@ bench: install ## step time, tokens/s and memory of every objective
 	OMP_NUM_THREADS=1 $(PY) benchmarks/train_step.py
 
 lock: install ## write requirements.txt from .venv
-	@{ sed -n '/^#/p' requirements.txt; $(PY) -m pip freeze --all --exclude torch --exclude pip --exclude-editable; } > requirements.tmp
+	@{ sed -n '/^#/p' requirements.txt; \
+	  $(PY) -m pip freeze --all --exclude torch --exclude pip --exclude-editable; } > requirements.tmp
 	@mv requirements.tmp requirements.txt && touch $(STAMP)
 
 clean: ## remove .venv and the caches; runs/ and data/ stay
