@@ -36,7 +36,8 @@ constexpr int VW = 8;
 constexpr int VW = 4;
 #endif
 constexpr int BW = 2 * VW;   // outputs of one weight block: two vectors
-constexpr int UNIT_INPUTS = 32;  // inputs that share a scale in a rounded row; weights have groups of one or more of them
+// inputs that share a scale in a rounded row; weights have groups of one or more of them
+constexpr int UNIT_INPUTS = 32;
 constexpr int PAGE = 64;     // positions of a cache page
 constexpr int UNIT = 4;      // weight blocks a thread takes at a time
 constexpr int ROWS_TOGETHER = 24;  // rows of a prompt that attend as one item: their scores stay in the cache
@@ -126,9 +127,11 @@ static inline int64_t block_bytes(int in, int kind, int group) {
 
 // out [N, B * BW] = B blocks of W times N rows of x. bf16: the 32-bit lane l of a line holds output l in its low
 // and output l + VW in its high half.
-// line: bytes from an input's weights to the next one's. ahead, stride: memory that is fetched meanwhile, line by line (where blocks stream, the machine does it itself).
+// line: bytes from an input's weights to the next one's. ahead, stride: memory that is fetched meanwhile, line by line
+// (where blocks stream, the machine does it itself).
 template <int N, int B, int KIND>
-static void micro(int in, const char* data, int64_t size, int64_t line, const float* x, int64_t ldx, float* out, const char* ahead, int64_t stride) {
+static void micro(int in, const char* data, int64_t size, int64_t line, const float* x, int64_t ldx, float* out,
+                  const char* ahead, int64_t stride) {
   vf acc[N][B][2] = {};
   const char* w[B];
   for (int j = 0; j < B; j++) w[j] = data + j * size;
@@ -193,7 +196,8 @@ static void round_row(const float* x, int in, Unit* to) {
     to->scale = (top > 1e-30f ? top / 127.0f : 0.0f) + sum(wrong);
     for (int i = 0; i < UNIT_INPUTS; i += VW) {
       const vf a = load<vf>(v + i) * splat(inverse);
-      const vb b = __builtin_convertvector(__builtin_convertvector(a + (a < vf{} ? splat(-0.5f) : splat(0.5f)), vi), vb);
+      const vf away = a + (a < vf{} ? splat(-0.5f) : splat(0.5f));
+      const vb b = __builtin_convertvector(__builtin_convertvector(away, vi), vb);
       memcpy(to->values + i, &b, VW);
     }
     int total = 0;
@@ -223,7 +227,8 @@ static inline floats8 scales_at(const char* p) {
 static inline ints8 add_int8(ints8 sum, const char* w, const Unit& x, int k) {
 #if defined(__AVX2__)
   const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-  const __m256i sizes = _mm256_set1_epi32(load<int32_t>(x.sizes + k)), values = _mm256_set1_epi32(load<int32_t>(x.values + k));
+  const __m256i sizes = _mm256_set1_epi32(load<int32_t>(x.sizes + k));
+  const __m256i values = _mm256_set1_epi32(load<int32_t>(x.values + k));
   const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(weights, values));  // at most 2 * 127 * 127
   return sum + (ints8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
@@ -258,7 +263,8 @@ static inline ints8 whole_int4(ints8 sum, const Unit& x) {
 // As micro, of quantised weights: x is rows of Units. A group is BW scales in bf16 and then its units: lines of 4
 // inputs (int4: 8, the first four in the low halves of the bytes) of each of BW outputs, one output after the other.
 template <int N, int B, int KIND>
-static void micro_quantised(int in, const char* data, int64_t size, int64_t group, const float* x, int64_t ldx, float* out, const char*, int64_t) {
+static void micro_quantised(int in, const char* data, int64_t size, int64_t group, const float* x, int64_t ldx,
+                            float* out, const char*, int64_t) {
   constexpr int Q = BW / 8, STEP = KIND == INT4 ? 8 : 4, TOGETHER = B * Q >= 4 ? 1 : N < 4 / (B * Q) ? N : 4 / (B * Q);
   floats8 acc[N][B][Q] = {}, scales[B][Q] = {};
   const char* at = data;
@@ -281,7 +287,8 @@ static void micro_quantised(int in, const char* data, int64_t size, int64_t grou
           if (from == 0) __builtin_prefetch(line + AHEAD);
           for (int q = 0; q < Q; q++)
             for (int r = 0; r < R; r++)
-              sums[r][j][q] = KIND == INT4 ? add_int4(sums[r][j][q], line + q * 32, *xs[r], k) : add_int8(sums[r][j][q], line + q * 32, *xs[r], k);
+              sums[r][j][q] = KIND == INT4 ? add_int4(sums[r][j][q], line + q * 32, *xs[r], k)
+                                           : add_int8(sums[r][j][q], line + q * 32, *xs[r], k);
         }
       for (int r = 0; r < R; r++)
         for (int j = 0; j < B; j++)
@@ -342,8 +349,10 @@ static Micro micro_of(int kind, int rows, bool several) {
 
 // emit(row, block, values [BW]) for rows of x against ``count`` blocks from ``block`` on.
 template <class Emit>
-static inline void tiles(const Matrix& m, int block, int count, const float* x, int64_t ldx, int row, int rows, Emit& emit) {
-  const int64_t size = block_bytes(m.in, m.kind, m.group), line = quantised(m.kind) ? m.group : m.kind == F32 ? BW * 4 : BW * 2;
+static inline void tiles(const Matrix& m, int block, int count, const float* x, int64_t ldx, int row, int rows,
+                         Emit& emit) {
+  const int64_t size = block_bytes(m.in, m.kind, m.group);
+  const int64_t line = quantised(m.kind) ? m.group : m.kind == F32 ? BW * 4 : BW * 2;
   const char* data = static_cast<const char*>(m.data) + block * size;
   alignas(64) float out[MAX_ROWS * 4 * BW];
   auto multiply = [&](int n, int first, int j, int b, const char* ahead, int64_t stride) {
@@ -419,7 +428,8 @@ class Pool {
       return;
     }
     start();
-    for (Phase& phase : phases) phase.next.store(0, std::memory_order_relaxed), phase.done.store(0, std::memory_order_relaxed);
+    for (Phase& phase : phases)
+      phase.next.store(0, std::memory_order_relaxed), phase.done.store(0, std::memory_order_relaxed);
     call = [](void* f, Phase* p) { (*static_cast<std::remove_reference_t<F>*>(f))(Worker{p}); };
     argument = &job;
     number.fetch_add(1);
@@ -474,13 +484,15 @@ static Pool& pool() {
 
 // y = W x for all rows, by emit(row, block, values [BW]). rounded: room for the rows, where W is quantised.
 template <class Emit>
-static inline void product(Worker& worker, const Matrix& m, const float* x, int64_t ldx, int rows, float* rounded, Emit&& emit) {
+static inline void product(Worker& worker, const Matrix& m, const float* x, int64_t ldx, int rows, float* rounded,
+                           Emit&& emit) {
   if (quantised(m.kind)) {
     const int64_t stride = row_floats(m.in);
     worker.each(rows, [&](int r) { round_row(x + r * ldx, m.in, reinterpret_cast<Unit*>(rounded + r * stride)); });
     x = rounded, ldx = stride;
   }
-  const int at_once = std::max(MAX_ROWS, (64 << 10) / std::max(1, m.in) / MAX_ROWS * MAX_ROWS);  // rows whose x stays in L2
+  // rows whose x stays in L2
+  const int at_once = std::max(MAX_ROWS, (64 << 10) / std::max(1, m.in) / MAX_ROWS * MAX_ROWS);
   const int unit = rows > MAX_ROWS && m.blocks >= 8 * UNIT ? 2 * UNIT : UNIT;
   const int chunks = (rows + at_once - 1) / at_once, units = (m.blocks + unit - 1) / unit;
   worker.each(chunks * units, [&](int i) {
@@ -586,7 +598,8 @@ static inline float soften(float* s, int length, float scale) {
 
 // Queries q [n, ldq] times ``count`` blocks of BW columns -> emit(query, column, values [BW]); in: lines of a block.
 template <class Emit>
-static inline void columns(int kind, int in, const char* data, int64_t line, int count, const float* q, int64_t ldq, int n, Emit&& emit) {
+static inline void columns(int kind, int in, const char* data, int64_t line, int count, const float* q, int64_t ldq,
+                           int n, Emit&& emit) {
   const int64_t size = BW * (kind == F32 ? 4 : 2);
   alignas(64) float out[MAX_ROWS * 4 * BW];
   for (int first = 0; first < n; first += MAX_ROWS) {
@@ -604,8 +617,10 @@ static inline void columns(int kind, int in, const char* data, int64_t line, int
 // Rows ``first`` to ``first + n`` of one sequence, one head of keys, and the query heads that share it. Sums run over
 // the dimensions of a head, and over the positions of a page and then over pages, however many rows there are.
 // own: of a single row whose key is not in the cache, its key and value behind its queries.
-static void attend(const Layer& l, const Rows& rows, const Cache& cache, int first, int n, int kv, const float* qkv, int64_t stride, float* mixed) {
-  const int width = l.head_dim, group = l.heads / l.kv_heads, longest = rows.lengths[first + n - 1], wide = (width + BW - 1) / BW;
+static void attend(const Layer& l, const Rows& rows, const Cache& cache, int first, int n, int kv, const float* qkv,
+                   int64_t stride, float* mixed) {
+  const int width = l.head_dim, group = l.heads / l.kv_heads;
+  const int longest = rows.lengths[first + n - 1], wide = (width + BW - 1) / BW;
   const int pages = (longest + PAGE - 1) / PAGE, count = n * group;
   const int64_t lds = int64_t(pages) * PAGE + PAGE, item = cache.kind == F32 ? 4 : 2;
   const int32_t* places = reinterpret_cast<const int32_t*>(rows.tables[first]);
@@ -630,7 +645,8 @@ static void attend(const Layer& l, const Rows& rows, const Cache& cache, int fir
     runs(p * PAGE, std::min(longest, (p + 1) * PAGE), [&](int64_t page, int from, int to) {
       const int low = from % PAGE / BW, high = ((to - 1) % PAGE) / BW + 1;  // blocks of positions that hold the run
       const char* keys = cache.k + (page * l.kv_heads + kv) * width * PAGE * item + low * BW * item;
-      columns(cache.kind, width, keys, PAGE * item, high - low, queries, width, count, [&](int query, int column, const float* values) {
+      columns(cache.kind, width, keys, PAGE * item, high - low, queries, width, count,
+              [&](int query, int column, const float* values) {
         const int at = p * PAGE + low * BW + column, begin = std::max(at, from), end = std::min(at + BW, to);
         if (begin < end) memcpy(scores + query * lds + begin, values + begin - at, (end - begin) * 4);
       });
@@ -656,7 +672,8 @@ static void attend(const Layer& l, const Rows& rows, const Cache& cache, int fir
     std::fill(sums, sums + count * wide * BW, 0.0f);
     runs(p * PAGE, std::min(longest, (p + 1) * PAGE), [&](int64_t page, int from, int to) {
       const char* values = cache.v + ((page * l.kv_heads + kv) * PAGE + from % PAGE) * cache.value_width * item;
-      columns(cache.kind, to - from, values, cache.value_width * item, wide, scores + from, lds, count, [&](int query, int column, const float* part) {
+      columns(cache.kind, to - from, values, cache.value_width * item, wide, scores + from, lds, count,
+              [&](int query, int column, const float* part) {
         float* to_sum = sums + query * wide * BW + column;
         for (int i = 0; i < BW; i++) to_sum[i] += part[i];
       });
@@ -668,14 +685,16 @@ static void attend(const Layer& l, const Rows& rows, const Cache& cache, int fir
   }
   if (own)
     for (int g = 0; g < group; g++) {
-      const float *value = qkv + first * stride + (l.heads + l.kv_heads + kv) * width, p = scores[g * lds + rows.lengths[first]];
+      const float *value = qkv + first * stride + (l.heads + l.kv_heads + kv) * width;
+      const float p = scores[g * lds + rows.lengths[first]];
       float* out = mixed + int64_t(first) * l.heads * width + (kv * group + g) * width;
       for (int d = 0; d < width; d++) out[d] += p * value[d];
     }
 }
 
 // Bias, norm and rotation of a row's queries and keys, gate of its values; the key and value to the cache.
-static void finish_qkv(const Layer& l, const Rows& rows, const Cache& cache, int row, float* qkv, const float* input, const float* values) {
+static void finish_qkv(const Layer& l, const Rows& rows, const Cache& cache, int row, float* qkv, const float* input,
+                       const float* values) {
   const int width = l.head_dim, both = l.heads + l.kv_heads;
   float *k = qkv + l.heads * width, *v = k + l.kv_heads * width;
   if (l.qk_bias)
@@ -685,7 +704,8 @@ static void finish_qkv(const Layer& l, const Rows& rows, const Cache& cache, int
     rms_norm(k, k, l.k_norm, l.kv_heads * width, l.qk_eps);
   } else if (l.qk_norm != NONE) {
     for (int h = 0; h < both; h++)
-      rms_norm(qkv + h * width, qkv + h * width, l.qk_norm == HEAD ? (h < l.heads ? l.q_norm : l.k_norm) : nullptr, width, l.qk_eps);
+      rms_norm(qkv + h * width, qkv + h * width, l.qk_norm == HEAD ? (h < l.heads ? l.q_norm : l.k_norm) : nullptr,
+               width, l.qk_eps);
   }
   if (l.rope_dims) {
     const float* angle = l.rope + int64_t(rows.positions[row]) * l.rope_dims;
@@ -719,7 +739,8 @@ static void finish_qkv(const Layer& l, const Rows& rows, const Cache& cache, int
 }
 
 // x + branch, with the norms and the gate that the layout has.
-static void leave(const Layer& l, float* x, float* branch, const float* norm, const Modulation* mod, int part, int row) {
+static void leave(const Layer& l, float* x, float* branch, const float* norm, const Modulation* mod, int part,
+                  int row) {
   const int width = l.width;
   if (l.norms == POST || l.norms == SANDWICH_BRANCH) rms_norm(branch, branch, norm, width, l.norm_eps);
   if (mod) {
@@ -730,13 +751,15 @@ static void leave(const Layer& l, float* x, float* branch, const float* norm, co
   }
   if (l.norms == SANDWICH_SUM) rms_norm(x, x, norm, width, l.norm_eps);
 }
-static void enter(const Layer& l, float* to, const float* x, const float* norm, const Modulation* mod, int part, int row) {
+static void enter(const Layer& l, float* to, const float* x, const float* norm, const Modulation* mod, int part,
+                  int row) {
   if (l.norms != POST)
     rms_norm(to, x, norm, l.width, l.norm_eps);
   else
     memcpy(to, x, l.width * 4);
   if (mod) {
-    const float *shift = mod->part[part] + row * mod->stride[part], *factor = mod->part[part + 1] + row * mod->stride[part + 1];
+    const float* shift = mod->part[part] + row * mod->stride[part];
+    const float* factor = mod->part[part + 1] + row * mod->stride[part + 1];
     for (int i = 0; i < l.width; i++) to[i] = to[i] * factor[i] + shift[i];
   }
 }
@@ -747,12 +770,14 @@ static float* scratch(int64_t floats) {
   return memory.data();
 }
 
-static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x, const Modulation* mod, const float* values, int64_t value_stride) {
+static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x, const Modulation* mod,
+                  const float* values, int64_t value_stride) {
   const int n = rows.count, D = l.width, attended = l.heads * l.head_dim, kv = l.kv_heads * l.head_dim;
   const int all = attended + 2 * kv + (l.output_gate ? attended : 0);
   const int64_t widest = row_floats(std::max({D, attended, l.mlp_width}));
   float* h = scratch(n * (2 * D + all + attended + l.mlp_width + widest));
-  float *branch = h + int64_t(n) * D, *qkv = branch + int64_t(n) * D, *mixed = qkv + int64_t(n) * all, *wide = mixed + int64_t(n) * attended;
+  float *branch = h + int64_t(n) * D, *qkv = branch + int64_t(n) * D;
+  float *mixed = qkv + int64_t(n) * all, *wide = mixed + int64_t(n) * attended;
   float* rounded = wide + int64_t(n) * l.mlp_width;
   const bool sandwich = l.norms >= SANDWICH_SUM;
   const float *before_a = l.norm[0], *after_a = l.norms == POST ? l.norm[0] : l.norm[1];
@@ -760,7 +785,8 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
   static thread_local std::vector<int> starts;  // of the groups of rows that attend together
   starts.clear();
   for (int r = 0; r < n; r++)
-    if (r == 0 || rows.tables[r] != rows.tables[r - 1] || rows.writes[r] < 0 || rows.writes[r - 1] < 0 || r - starts.back() == ROWS_TOGETHER ||
+    if (r == 0 || rows.tables[r] != rows.tables[r - 1] || rows.writes[r] < 0 || rows.writes[r - 1] < 0 ||
+        r - starts.back() == ROWS_TOGETHER ||
         rows.lengths[r] < rows.lengths[r - 1])
       starts.push_back(r);
   const int groups = int(starts.size());
@@ -769,7 +795,8 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
     worker.each(n, [&](int r) { enter(l, h + int64_t(r) * D, x + int64_t(r) * D, before_a, mod, 0, r); });
     product(worker, l.qkv, h, D, n, rounded, Store{l.qkv, qkv, all});
     worker.each(n, [&](int r) {
-      finish_qkv(l, rows, cache, r, qkv + int64_t(r) * all, h + int64_t(r) * D, values ? values + r * value_stride : nullptr);
+      finish_qkv(l, rows, cache, r, qkv + int64_t(r) * all, h + int64_t(r) * D,
+                 values ? values + r * value_stride : nullptr);
     });
     // Consecutive rows of a sequence read the same keys: up to ROWS_TOGETHER of them are one item.
     worker.each(groups * l.kv_heads, [&](int i) {
@@ -799,7 +826,8 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
         float* to = wide + int64_t(row) * l.mlp_width + block * BW;
         for (int i = 0; i < std::min(BW, l.mlp_width - block * BW); i++) {
           const float y = l.fc.bias ? values[i] + l.fc.bias[block * BW + i] : values[i];
-          to[i] = l.mlp_scale * (l.mlp == RELU2 ? (y > 0 ? y * y : 0.0f) : 0.5f * y * (1.0f + std::erf(y * 0.70710678f)));
+          to[i] = l.mlp_scale *
+                  (l.mlp == RELU2 ? (y > 0 ? y * y : 0.0f) : 0.5f * y * (1.0f + std::erf(y * 0.70710678f)));
         }
       });
     }
@@ -813,14 +841,18 @@ extern "C" {
 int rdlm_vector_width() { return VW; }
 void rdlm_set_threads(int threads) { pool().resize(threads); }
 
-int64_t rdlm_packed_bytes(int in, int out, int kind, int group) { return int64_t((out + BW - 1) / BW) * block_bytes(in, kind, group); }
+int64_t rdlm_packed_bytes(int in, int out, int kind, int group) {
+  return int64_t((out + BW - 1) / BW) * block_bytes(in, kind, group);
+}
 
 // weight [out, in] fp32 -> packed as fp32 or bf16. Rows that fill the last block are zeros.
 void rdlm_pack(const float* weight, int in, int out, int kind, char* to) {
   const int blocks = (out + BW - 1) / BW;
   pool().run([&](Worker worker) { worker.each(blocks, [&](int block) {
     char* data = to + block * block_bytes(in, kind, 0);
-    auto at = [&](int lane, int k) { return block * BW + lane < out ? weight[int64_t(block * BW + lane) * in + k] : 0.0f; };
+    auto at = [&](int lane, int k) {
+      return block * BW + lane < out ? weight[int64_t(block * BW + lane) * in + k] : 0.0f;
+    };
     if (kind == F32) {
       for (int k = 0; k < in; k++)
         for (int lane = 0; lane < BW; lane++) reinterpret_cast<float*>(data)[int64_t(k) * BW + lane] = at(lane, k);
@@ -838,11 +870,14 @@ void rdlm_pack_quantised(const int8_t* values, const uint16_t* scales, int in, i
   const int blocks = (out + BW - 1) / BW, groups = (in + group - 1) / group;
   pool().run([&](Worker worker) { worker.each(blocks, [&](int block) {
     char* data = to + block * block_bytes(in, kind, group);
-    auto at = [&](int lane, int k) { return block * BW + lane < out && k < in ? values[int64_t(block * BW + lane) * in + k] : int8_t(0); };
+    auto at = [&](int lane, int k) {
+      return block * BW + lane < out && k < in ? values[int64_t(block * BW + lane) * in + k] : int8_t(0);
+    };
     for (int first = 0; first < in; first += UNIT_INPUTS) {
       if (first % group == 0) {
         for (int lane = 0; lane < BW; lane++) {
-          const uint16_t scale = block * BW + lane < out ? scales[int64_t(block * BW + lane) * groups + first / group] : 0;
+          const int row = block * BW + lane;
+          const uint16_t scale = row < out ? scales[int64_t(row) * groups + first / group] : 0;
           memcpy(data + lane * 2, &scale, 2);
         }
         data += BW * 2;
@@ -866,7 +901,8 @@ void rdlm_rms_norm(const float* x, const float* weight, int rows, int width, flo
 }
 
 // One transformer layer, x [rows, width] in place. mod and values may be null.
-void rdlm_layer(const Layer* l, const Rows* rows, const Cache* cache, float* x, const Modulation* mod, const float* values, int64_t value_stride) {
+void rdlm_layer(const Layer* l, const Rows* rows, const Cache* cache, float* x, const Modulation* mod,
+                const float* values, int64_t value_stride) {
   layer(*l, *rows, *cache, x, mod, values, value_stride);
 }
 }
