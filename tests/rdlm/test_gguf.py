@@ -116,6 +116,82 @@ def test_transformers_computes_the_same_from_the_file(tmp_path: Path, kind: str)
     torch.testing.assert_close(rdlm.load(source).logits(ids())[1], expected, atol=2e-5, rtol=0)
 
 
+class LlamaCpp:
+    """llama.cpp on a file of fp32, with keys of fp32."""
+
+    def __init__(self, file: Path) -> None:
+        self.lib = lib = pytest.importorskip(
+            "llama_cpp",
+            reason="llama-cpp-python is not installed (it is built from source: docs/checkpoints.md)",
+        )
+        self.log = lib.llama_log_callback(lambda level, text, data: None)  # kept: C calls it
+        lib.llama_log_set(self.log, None)
+        lib.llama_backend_init()
+        self.model = lib.llama_model_load_from_file(str(file).encode(), lib.llama_model_default_params())
+        assert self.model, "llama.cpp does not load the file"
+        self.vocab = lib.llama_model_get_vocab(self.model)
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_threads, params.n_threads_batch = 64, 1, 1
+        params.type_k = params.type_v = params.flash_attn_type = 0  # keys of fp32, attention as in the others
+        self.context = lib.llama_init_from_model(self.model, params)
+
+    def logits(self, ids: list[int], start: int = 0) -> torch.Tensor:
+        """[T, V] of tokens that follow ``start`` others."""
+        lib, batch = self.lib, self.lib.llama_batch_init(len(ids), 0, 1)
+        if not start:
+            lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, start + i, 1
+            batch.seq_id[i][0], batch.logits[i] = 0, True
+        assert lib.llama_decode(self.context, batch) == 0
+        size = lib.llama_vocab_n_tokens(self.vocab)
+        rows = [
+            np.ctypeslib.as_array(lib.llama_get_logits_ith(self.context, i), (size,)).copy()
+            for i in range(len(ids))
+        ]
+        lib.llama_batch_free(batch)
+        return torch.from_numpy(np.stack(rows))
+
+    def encode(self, text: str) -> list[int]:
+        raw = text.encode()
+        found = (self.lib.llama_token * (len(raw) + 8))()
+        count = self.lib.llama_tokenize(self.vocab, raw, len(raw), found, len(found), False, True)
+        return list(found[:count])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_computes_the_same_from_the_file(tmp_path: Path, kind: str) -> None:
+    """Logits of a prompt and of single tokens after it; ids of texts."""
+    source = plain(tmp_path / "model", kind)
+    export_gguf(source, tmp_path / "model.gguf")
+    theirs, model = LlamaCpp(tmp_path / "model.gguf"), rdlm.load(source)
+    row = ids()[0].tolist()
+    expected = model.logits(torch.tensor([row]))[1][0]
+    found = torch.cat([theirs.logits(row[:30]), *(theirs.logits([row[i]], i) for i in range(30, 33))])
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    assert [theirs.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_the_greedy_text_of_an_unrolled_loop_is_the_same_in_llama_cpp(tmp_path: Path, num_steps: int) -> None:
+    looped = convert(
+        plain(tmp_path / "plain"), tmp_path / "looped", prelude=1, core=1, coda=1, injection="none"
+    )
+    export_gguf(looped, tmp_path / "model.gguf", unroll=num_steps)
+    theirs, model = LlamaCpp(tmp_path / "model.gguf"), rdlm.load(looped)
+    said = theirs.encode("the best of times")
+    expected = model.generate([said], num_steps, max_tokens=24, temperature=0, kv_cache="full")[0].tokens
+    start, tokens = 0, said
+    for _ in range(24):
+        logits = theirs.logits(tokens, start)[-1]
+        start, tokens = start + len(tokens), [int(logits.argmax())]
+        said = [*said, *tokens]
+    assert said[-24:] == expected
+
+
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
 def test_the_tokenizer_goes_along_with_equal_ids_and_texts(tmp_path: Path, kind: str) -> None:
     source = plain(tmp_path / "model", tokenizer=kind)
