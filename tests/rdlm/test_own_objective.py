@@ -1,4 +1,5 @@
-"""The objective and the sampler that docs/architecture.md writes work as it says, in a copy of the package."""
+"""The objective and the sampler that docs/architecture.md writes work as it says, in a copy of the package; so does an
+exit criterion of one class and a line."""
 
 from __future__ import annotations
 
@@ -11,6 +12,15 @@ from pathlib import Path
 
 REPO = Path(__file__).parents[2]
 
+CRITERION = """
+class Jump(StateCriterion):
+    name, default_threshold = "jump", 0.5
+    description = "largest change of a component of the state"
+
+    @staticmethod
+    def measure(before: Tensor, after: Tensor) -> Tensor:
+        return (after.float() - before.float()).abs().amax(-1)
+"""
 USE = """
 import torch
 from rdlm.config.base import parse
@@ -40,10 +50,18 @@ assert "ancestral" in text_samplers()
 z, x0 = torch.ones(3), torch.zeros(3)
 flow = SAMPLERS["ancestral"].step(Flow(z), x0, 2.0, 1.0, lambda: torch.zeros(3))
 assert torch.allclose(flow.z, z * 0.5**0.5 / 2)
+
+from serve.api.schemas import ExitBody
+from serve.engine.exits import default_thresholds
+
+own = {{"exit_thresholds": {{"jump": 0.25}}}}
+config = parse(CheckpointConfig, {{"name": "x", "model": network, "objective": "onestep", "recurrence": own}}, "test")
+assert default_thresholds(config)["jump"] == 0.25
+assert "jump" in ExitBody.model_json_schema()["properties"]["criterion"]["enum"]
 """
 
 
-def test_the_written_objective_and_sampler_work(tmp_path: Path) -> None:
+def test_the_written_objective_and_sampler_and_a_criterion_work(tmp_path: Path) -> None:
     page = (
         (REPO / "docs" / "architecture.md").read_text().split("### An objective and a sampler of your own")[1]
     )
@@ -54,6 +72,10 @@ def test_the_written_objective_and_sampler_work(tmp_path: Path) -> None:
         "config/objective.py": [("ObjectiveConfig = Annotated[\n", settings, "    LateConfig | ")],
         "diffusion/samplers.py": [
             ("SAMPLERS: dict[str, Sampler] = {\n", sampler, '    "ancestral": Ancestral(),\n')
+        ],
+        "exit_criteria.py": [
+            ("class Cosine(StateCriterion):", CRITERION, ""),
+            ("for criterion in (LatentDiff, ", "", "Jump, "),
         ],
     }.items():
         path = tmp_path / "rdlm" / file
@@ -69,6 +91,6 @@ def test_the_written_objective_and_sampler_work(tmp_path: Path) -> None:
         timeout=120,
         check=False,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"},
     )
     assert done.returncode == 0, done.stderr

@@ -17,15 +17,29 @@ from serve.settings import EngineSettings, HttpSettings
 REPO = Path(__file__).resolve().parents[2]
 
 
+CARRIERS_OF = (
+    "serve.api.openai_format",
+    "serve.api.request_parsing",
+    "serve.api.streaming",
+    "serve.engine.sequence",
+)
+OF_A_STEP = {"StepResult", "Event", "Usage"}
+"""What the engine hands over in a step or at the end."""
+
+
 def test_a_request_runs_through_few_files(make_served: Callable[..., Served]) -> None:
     """A completion of four tokens, the second request of a server with a `single_pass` model; all threads."""
     settings = EngineSettings(max_slots=4, chunk=16, prefill_rows=32)
-    files, counts = set[str](), threading.Event()
+    files, made, counts = set[str](), set[str](), threading.Event()
 
     def note(frame: FrameType, event: str, argument: object) -> None:
         file = Path(frame.f_code.co_filename)
         if event == "call" and counts.is_set() and file.is_relative_to(REPO) and ".venv" not in file.parts:
             files.add(str(file.relative_to(REPO)))
+        if event == "call" and counts.is_set() and frame.f_code.co_name == "__init__":
+            kind = type(frame.f_locals.get("self"))
+            if kind.__module__ in CARRIERS_OF:
+                made.add(kind.__name__)
 
     def load() -> Served:
         served = make_served("single_pass", settings=settings)
@@ -45,3 +59,7 @@ def test_a_request_runs_through_few_files(make_served: Callable[..., Served]) ->
     ours = sorted(file for file in files if not file.startswith("tests/"))
     assert {"serve/api/routes.py", "serve/engine/runner.py", "rdlm/models/recurrent.py"} <= set(ours)
     assert len(ours) <= 26, ours
+    carriers = {"CompletionAnswer", "EngineEvents", "Request", "StepBudget", "Sequence"}
+    assert made - OF_A_STEP == carriers | {
+        "JsonRequest"
+    }  # that of the framework; its body and SamplingParams apart
