@@ -19,7 +19,16 @@ import matplotlib
 import torch
 import typer
 
-from benchmarks.common import in_parallel, last_metrics, provenance, read_json, train, write_json
+from benchmarks.common import (
+    at_sigma_max,
+    in_parallel,
+    last_metrics,
+    provenance,
+    read_json,
+    train,
+    with_earlier_runs,
+    write_json,
+)
 from benchmarks.train_step import Arm, kept_seconds_per_update
 from eval.metrics.depth import evaluate_depth
 from rdlm.checkpoints.folder import load
@@ -88,13 +97,19 @@ def accuracy(model: Path, length: int, rows: int = 2048) -> dict[str, dict[str, 
     return {str(r["K"]): {"all": r["accuracy"], "last": r["last"]} for r in results}
 
 
+def by_length(model: Path) -> dict[str, dict[str, dict[str, float]]]:
+    return {"16": accuracy(model, LENGTH), "24": accuracy(model, LONG)}
+
+
 def run_arm(name: str, seed: int, updates: int, lr: float, root: Path) -> dict[str, Any]:
     folder = root / f"{name.replace(' ', '-').replace('/', '-')}-lr{lr:g}-seed{seed}"
     scored = folder / "accuracy.json"
     if not scored.exists():
         train(folder, config_of(name, seed, updates, lr))
-        model = folder / "run" / "model"
-        write_json(scored, {"16": accuracy(model, LENGTH), "24": accuracy(model, LONG)})
+        write_json(scored, by_length(folder / "run" / "model"))
+    other, second = at_sigma_max(folder / "run" / "model"), folder / "accuracy-at-sigma-max.json"
+    if other is not None and not second.exists():
+        write_json(second, by_length(other))
     metrics = last_metrics(folder)
     return {
         "arm": name,
@@ -103,6 +118,8 @@ def run_arm(name: str, seed: int, updates: int, lr: float, root: Path) -> dict[s
         "updates": updates,
         "cpu_seconds": metrics["cpu_seconds"],
         "accuracy": read_json(scored),
+        **({} if other is None else {"accuracy_at_sigma_max": read_json(second)}),
+        "git_commit": provenance()["git_commit"],
     }
 
 
@@ -171,6 +188,7 @@ def main(
     rows += in_parallel(jobs, [call(name, seed, best[name]) for seed in others for name in names])
     for row in rows:
         row["best_lr"] = row["lr"] == best[row["arm"]]
+    rows = with_earlier_runs(out, rows)
     write_json(out, {"provenance": provenance(), "seconds": seconds, "shape": SHAPE, "batch_size": BATCH_SIZE,
                      "seconds_per_update": cost, "runs": rows})  # fmt: skip
     plot(rows, out.with_suffix(".png"))

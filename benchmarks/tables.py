@@ -54,23 +54,20 @@ def depth(raw: dict[str, Any]) -> str:
     rows, ks = [], ("1", "2", "4", "8", "16", "32", "64")
     for name in dict.fromkeys(run["arm"] for run in raw["runs"]):
         runs = [run for run in raw["runs"] if run["arm"] == name and run["best_lr"]]
-        for length in ("16", "24"):
-            cells = []
-            for k in ks:
-                values = [run["accuracy"][length][k]["all"] for run in runs]
-                cells.append(
-                    f"{statistics.mean(values):.3f}"
-                    + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-                )
-            rows.append(
-                [
-                    name if length == "16" else "",
-                    length,
-                    f"{runs[0]['lr']:g}",
-                    str(runs[0]["updates"]),
-                    *cells,
-                ]
-            )
+        readings = [("accuracy", "")]
+        if "accuracy_at_sigma_max" in runs[0]:
+            readings = [("accuracy", ", at its quantile"), ("accuracy_at_sigma_max", ", at sigma_max")]
+        for field, reading in readings:
+            for length in ("16", "24"):
+                cells = []
+                for k in ks:
+                    values = [run[field][length][k]["all"] for run in runs]
+                    cells.append(
+                        f"{statistics.mean(values):.3f}"
+                        + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+                    )
+                first = name + reading if length == "16" else ""
+                rows.append([first, length, f"{runs[0]['lr']:g}", str(runs[0]["updates"]), *cells])
     return table(["objective", "positions", "learning rate", "updates", *(f"K = {k}" for k in ks)], rows)
 
 
