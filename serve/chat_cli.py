@@ -3,6 +3,8 @@ are valid."""
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,6 +138,10 @@ def _talk(conversation: _Conversation, terminal: bool) -> None:
         import readline  # noqa: F401  lines can be edited and called back
 
         typer.echo(f"K = {conversation.num_steps}. {HELP}")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(
+            errors="surrogateescape"
+        )  # bytes that are not UTF-8 are a wrong line, not the end
     while True:
         try:
             line = (input("> ") if terminal else next(sys.stdin)).strip()
@@ -146,10 +152,12 @@ def _talk(conversation: _Conversation, terminal: bool) -> None:
                 return
             elif line == "/new":
                 conversation.clear()
-            elif line.startswith("/k ") and line[3:].strip().isdecimal():
+            elif re.fullmatch("/k +[0-9]{1,9}", line):
                 conversation.choose(int(line[3:]))
             elif line.startswith("/"):
                 raise UserError("message", line, "there is no such command", HELP)
+            elif any("\ud800" <= character <= "\udfff" for character in line):
+                raise UserError("message", line[:40], "is not UTF-8", "send another")
             elif line:
                 conversation.answer(line)
         except (UserError, ApiError) as error:

@@ -131,9 +131,13 @@ def save(
             prune(folder, step, config.checkpoint.keep)
         dist.barrier()
     except (OSError, RuntimeError) as error:
-        free = _free_bytes(folder)
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if rank == 0:
+            shutil.rmtree(
+                temporary, ignore_errors=True
+            )  # what is half written takes the room of the next one
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_WRITES):
             raise
+        free = _free_bytes(folder)
         problem = (
             f"the checkpoint of update {step} could not be written ({reason(error)}); {free / 1e9:.1f} GB are "
             f"free"
@@ -142,6 +146,10 @@ def save(
             "output", str(folder.parent), problem, "make room; the same command goes on"
         ) from error
     return final
+
+
+TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""In the messages of torch.save where a file cannot be written: it says neither OSError nor why."""
 
 
 def _free_bytes(folder: Path) -> int:

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,7 @@ from train.process import (
     die_with_launcher,
     environment,
     fail,
+    lost_peer,
     out_of_memory,
     tell,
     tune_cpu,
@@ -41,6 +43,8 @@ from train.wandb_sink import wandb_module
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Of a collective operation: exporting or reading a large checkpoint takes longer than DeepSpeed's 10
 minutes."""
+PATIENCE_SECONDS = 10.0
+"""Of a process whose peer has ended; DeepSpeed's launcher looks every second."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.ESTALE)
 BYTES = {"bf16": 14, "fp32": 16}
 """Of a parameter in a checkpoint: weights, fp32 masters and two moments."""
@@ -76,12 +80,23 @@ def main() -> int:
             fail(str(error), terminal)
         return 2
     except (OSError, MemoryError, RuntimeError) as error:
+        if lost_peer(error):
+            traceback.print_exc()  # into the log
+            _leave_the_word_to_others(stop)
+            return 1
         found = _of_the_machine(error, config)
         if found is None:
             raise
         traceback.print_exc()  # into the log
         fail(str(found), terminal)
         return 2
+
+
+def _leave_the_word_to_others(stop: StopSignal) -> None:
+    """Wait for the launcher to notice the process that ended first, and how: that is what it reports."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not stop.received and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def _of_the_machine(error: Exception, config: TrainConfig) -> UserError | None:

@@ -247,3 +247,9 @@ def out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     words = ("out of memory", "can't allocate memory", "cannot allocate memory")
     return isinstance(error, MemoryError) or any(word in text for word in words)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective operation failed because another process had ended: gloo's and NCCL's words."""
+    text = str(error)
+    return ("gloo" in text and "by peer" in text) or "remote process exited" in text

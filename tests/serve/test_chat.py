@@ -65,6 +65,9 @@ def test_a_new_conversation_knows_nothing_of_the_last(say: Callable[..., str]) -
         ("/k 99", "--num-steps=99: is out of range; this model takes 1 to 8"),
         ("/help", "there is no such command; /k N"),
         ("word " * 500, "fill the context"),
+        ("/k " + "9" * 5000, "there is no such command"),
+        ("/k \u0663", "there is no such command"),
+        ("in \udcff", "message=.*not UTF-8"),
     ],
 )
 def test_what_cannot_be_answered_is_one_line(say: Callable[..., str], line: str, words: str) -> None:
@@ -84,3 +87,13 @@ def test_a_checkpoint_without_a_template_is_named(
     config.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"^--checkpoint=.*no chat template.*rdlm generate"):
         chat(tmp_path / "plain")
+
+
+def test_bytes_that_are_not_utf8_are_a_wrong_message(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from a pipe in a UTF-8 locale, where reading them would raise."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"in the\n\xff\nword\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        chat(checkpoint, temperature=0, max_tokens=4)
+    assert len(capsys.readouterr().out.splitlines()) >= 1, "what came before is answered"

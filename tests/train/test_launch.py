@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
@@ -35,8 +38,10 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(yaml.safe_dump({**document, "output": str(self.output)}))
 
-    def start(self, processes: int = 1) -> subprocess.Popen[str]:
-        return self._popen(["-m", "rdlm", "train", str(self.config), "--num-procs", str(processes)])
+    def start(self, processes: int = 1, file_bytes: int | None = None) -> subprocess.Popen[str]:
+        """file_bytes: a file that would become larger cannot be written."""
+        command = ["-m", "rdlm", "train", str(self.config), "--num-procs", str(processes)]
+        return self._popen(command, file_bytes)
 
     def by_hand(self, processes: int) -> subprocess.Popen[str]:
         """What docs/training.md tells users who prefer DeepSpeed's own command."""
@@ -50,7 +55,11 @@ class Run:
         ]
         return self._popen([*launcher, "--module", "train.pretrain", "--config", str(self.config)])
 
-    def _popen(self, arguments: list[str]) -> subprocess.Popen[str]:
+    def _popen(self, arguments: list[str], file_bytes: int | None = None) -> subprocess.Popen[str]:
+        def limited() -> None:
+            if file_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "DS_ACCELERATOR": "cpu"}
         return subprocess.Popen(
             [sys.executable, *arguments],
@@ -59,6 +68,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=limited,
         )
 
     def finish(self, processes: int = 1) -> Run:
@@ -225,6 +235,53 @@ def test_a_mistake_found_by_the_workers_is_one_line_and_status_2(run) -> None:
     assert process.returncode == 2
     assert out == "" and "Traceback" not in err, out + err
     assert [line for line in err.splitlines() if "error" in line] == err.splitlines()[-1:] and "seed=4" in err
+
+
+def test_a_disk_that_is_full_for_one_process_is_one_line_and_the_same_command_goes_on(run) -> None:
+    """A real write that fails, at a checkpoint: torch.save has words of its own for it, and the other process sees
+    a connection that ends. The limit of a file's size stands for a disk."""
+    training = run("run", {"schedule.steps": 4, "deepspeed.zero_stage": 3})
+    process = training.start(2, file_bytes=50_000)
+    out, err = process.communicate(timeout=900)
+    lines = [line for line in err.splitlines() if "error" in line]
+    assert process.returncode == 2 and "Traceback" not in err, out + err
+    assert 1 <= len(lines) <= 2 and all("could not be written" in x and "make room" in x for x in lines), err
+    assert not list((training.output / "checkpoints").glob("*step*")), "nothing half written takes up room"
+    assert training.finish(2).steps() == [1, 2, 3, 4]
+
+
+INTERRUPTED = {
+    "zero 3": {"deepspeed.zero_stage": 3},
+    "resident": {
+        "deepspeed.zero_stage": 1, "blocks": {"num_blocks": 2}, "resident": {"rest": "disk"},
+        "objective": {"name": "paper"}, "model.family": "llama", "model.num_layers": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_random_interruptions_of_two_processes_change_nothing(case: str, run) -> None:
+    changes = {**LONG, **INTERRUPTED[case]}
+    rng = random.Random(0)
+    whole, training = run("whole", changes).finish(2), run("interrupted", changes)
+    for _ in range(10):
+        process, seen, began = training.start(2), len(training.steps()), time.monotonic()
+        wanted, patience = seen + rng.randint(1, 6), rng.choice([5.0, 300.0])  # some before the first update
+        while (
+            process.poll() is None and len(training.steps()) < wanted and time.monotonic() - began < patience
+        ):
+            time.sleep(0.05)
+        chief = psutil.Process(process.pid)
+        family = [chief, *chief.children(recursive=True)]
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        for one in rng.choice([[chief], family, [rng.choice(family)]]):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.send_signal(number)
+        process.communicate(timeout=300)
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive
+    assert_equal(training.finish(2), whole)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from rdlm.errors import UserError
 from train import process
 from train.launcher import _signals
 from train.pretrain import _of_the_machine
-from train.process import StopSignal, Terminal, launcher_name, out_of_memory, stop_signals, tell
+from train.process import StopSignal, Terminal, launcher_name, lost_peer, out_of_memory, stop_signals, tell
 from train.settings import TrainConfig
 
 SMALL = {
@@ -93,3 +93,13 @@ def test_other_errors_keep_their_traceback() -> None:
     assert _of_the_machine(RuntimeError("shapes differ"), config) is None
     assert _of_the_machine(ConnectionResetError(errno.ECONNRESET, "reset"), config) is None
     assert not out_of_memory(RuntimeError("index out of range"))
+
+
+def test_a_lost_peer_is_told_from_other_errors() -> None:
+    """gloo's message as it was when another process had ended."""
+    text = (
+        "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:47820: "
+        "Connection reset by peer. This is typically caused by a remote worker hanging"
+    )
+    assert lost_peer(RuntimeError(text))
+    assert not lost_peer(RuntimeError("shapes differ")) and not lost_peer(OSError("Connection reset by peer"))
