@@ -47,7 +47,7 @@ def sizes(
     random ids.
     """
     model = cast(Recurrent, build(config, device="meta").model)
-    ids = _ids(source, model.vocab_size, config.model.max_seq_len)  # type: ignore[union-attr]
+    ids = _ids(source, model.vocab_size, config.model.max_seq_len)
     table = {"weight": to_tensor(stored["model.wte.weight"])}
     model.wte.load_state_dict(table, assign=True)
     found = []
