@@ -30,6 +30,7 @@ transformers = pytest.importorskip(
 )
 
 WHOLE = 1 << 40
+ROUNDING = 3e-5
 VOCAB = 262
 ROPE = {"base": 10_000.0}
 LAYER: dict[str, Any] = {"num_heads": 4, "num_kv_heads": 2, "rope": ROPE, "mlp_width": 48}
@@ -65,6 +66,7 @@ def llama(**model: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+YARN = {"factor": 4.0, "original_max_seq_len": 16, "attention_factor": 1.2, "beta_fast": 8.0}
 PARTS = {"num_prelude_layers": 1, "num_coda_layers": 1}
 LOOPED: dict[str, tuple[dict[str, Any], str]] = {
     "huginn, single_pass": (huginn(noise_conditioning=True), "single_pass"),
@@ -99,6 +101,29 @@ LOOPED: dict[str, tuple[dict[str, Any], str]] = {
     "added input, partial and scaled rotations, gelu": (
         recurrent({"rope": {**SCALED_ROPE, "num_dims": 4}, "mlp": "gelu", "norms": "post", "qk_norm": "full"},
         {"injection": "add"}),
+        "next_token",
+    ),
+    "biases, yarn": (
+        recurrent(
+            {"bias": "qkvo", "mlp_bias": True, "rope": {"base": 10_000.0, "scaling": YARN}},
+            {**PARTS, "injection": "linear"},
+        ),
+        "next_token",
+    ),
+    "positions divided, orthogonal injection of another eps": (
+        recurrent(
+            {"rope": {"base": 10_000.0, "scaling": {"factor": 3.0}}},
+            {**PARTS, "injection": "diagonal_orthogonal", "injection_eps": 2.0},
+        ),
+        "next_token",
+    ),
+    "steps with a time and a length": (
+        {
+            "family": "loopformer", "d_model": 32, "max_seq_len": 64, "num_layers": 2,
+            "layer": {
+                "num_heads": 4, "mlp": "gelu", "mlp_width": 48, "norm_weights": False, "bias": "qkvo", "mlp_bias": True,
+            },
+        },
         "next_token",
     ),
     "two stacks": (
@@ -180,15 +205,16 @@ def same_bits(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("case", LOOPED)
 @torch.no_grad()
 def test_a_looped_model_computes_the_same_at_every_k(tmp_path: Path, case: str) -> None:
-    """Logits within 1e-5 at K = 1, 2, 4; greedy continuations with the cache; the default K; and the bits of
+    """Logits within rounding at K = 1, 2, 4; greedy continuations with the cache; the default K; and the bits of
     the round trip."""
     ours, out = exported(tmp_path, *LOOPED[case])
     model, theirs = rdlm.load(ours), loaded(out)
+    rounding = 10 * ROUNDING if case.startswith("steps") else ROUNDING  # random gates multiply it
     ids = torch.randint(0, VOCAB, (2, 20))
     for k, expected in model.logits(ids, [1, 2, 4], zero_state=True).items():
-        torch.testing.assert_close(theirs(ids, num_steps=k).logits, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(theirs(ids, num_steps=k).logits, expected, atol=rounding, rtol=0)
         torch.testing.assert_close(
-            theirs(ids, num_steps=k, use_cache=True).logits, expected, atol=1e-5, rtol=0
+            theirs(ids, num_steps=k, use_cache=True).logits, expected, atol=rounding, rtol=0
         )
     torch.testing.assert_close(theirs(ids).logits, theirs(ids, num_steps=3).logits, atol=0, rtol=0)
     written = theirs.generate(
@@ -211,7 +237,7 @@ def test_a_plain_transformer_becomes_a_class_of_transformers(tmp_path: Path, cas
         "transformers.models."
     )
     ids = torch.randint(0, VOCAB, (2, 20))
-    torch.testing.assert_close(theirs(ids).logits, rdlm.load(ours).logits(ids)[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(theirs(ids).logits, rdlm.load(ours).logits(ids)[1], atol=ROUNDING, rtol=0)
     back = import_checkpoint(str(tmp_path / "theirs"), tmp_path / "back")
     assert same_bits(back, ours) and checkpoint.load_config(back) == checkpoint.load_config(ours)
 
@@ -226,10 +252,10 @@ def test_a_model_that_samples_through_levels_is_exported_as_its_prior(tmp_path: 
     expected = checkpoint.load(ours).denoiser.score(ids, targets, [1])[1].logprobs
     whole = theirs(ids).logits
     found = whole.log_softmax(-1).gather(2, targets.unsqueeze(2)).squeeze(2)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
     first = theirs(ids[:, :12], use_cache=True)
     rest = theirs(ids[:, 12:], past_key_values=first.past_key_values, use_cache=True)
-    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, atol=ROUNDING, rtol=0)
     assert "sampler is not part of transformers" in (out / "README.md").read_text()
     with pytest.raises(ValueError, match="allows 1 to 1"):
         theirs(ids, num_steps=2)
@@ -243,7 +269,7 @@ def test_a_given_state_is_the_state_before_the_first_step(tmp_path: Path) -> Non
     ids, states = torch.randint(0, VOCAB, (2, 9)), torch.randn(2, 9, 32)
     expected = rdlm.load(ours).logits(ids, 2, states=states)[2]
     torch.testing.assert_close(
-        loaded(out)(ids, num_steps=2, input_states=states).logits, expected, atol=1e-5, rtol=0
+        loaded(out)(ids, num_steps=2, input_states=states).logits, expected, atol=ROUNDING, rtol=0
     )
 
 
@@ -266,6 +292,25 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
     both = theirs.generate(torch.cat([long, padded]), attention_mask=mask, **options)
     assert torch.equal(both[0], theirs.generate(long, **options)[0])
     assert torch.equal(both[1, 5:], theirs.generate(short, **options)[0])
+
+
+@pytest.mark.parametrize("case", ["huginn, single_pass", "steps with a time and a length", "two stacks"])
+@torch.no_grad()
+def test_beams_with_a_cache_are_those_without(tmp_path: Path, case: str) -> None:
+    """Beams reorder the keys of every step; rows padded on the left among them. A static cache is refused."""
+    _, out = exported(tmp_path, *LOOPED[case])
+    theirs, ids = loaded(out), torch.randint(1, VOCAB, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options: dict[str, Any] = {
+        "attention_mask": mask, "num_steps": 3, "num_beams": 3, "do_sample": False, "max_new_tokens": 6,
+        "eos_token_id": None, "pad_token_id": 0,
+    }  # fmt: skip
+    cached = theirs.generate(ids, **options)
+    assert torch.equal(cached, theirs.generate(ids, **options, use_cache=False))
+    assert not torch.equal(cached, theirs.generate(ids, **{**options, "num_beams": 1}))
+    with pytest.raises(ValueError, match="a cache that grows"):
+        theirs.generate(ids, **options, cache_implementation="static")
 
 
 @torch.no_grad()
@@ -337,13 +382,6 @@ def test_weights_keep_their_dtype_and_shards_are_numbered(tmp_path: Path) -> Non
             "masked",
             {},
             ("no next token", "rdlm serve"),
-        ),
-        (
-            {"family": "loopformer", "d_model": 32, "max_seq_len": 64, "num_layers": 2,
-            "layer": {"num_heads": 2, "mlp_width": 64}},
-            "next_token",
-            {},
-            ("model.family", "'loopformer'", "rdlm serve"),
         ),
         (llama(noise_conditioning=True), "evidence", {"blocks": {"num_blocks": 2}},
         ("blocks.num_blocks", "rdlm serve")),

@@ -33,6 +33,7 @@ from rdlm.config.model import (
     LinearScaling,
     Llama3Scaling,
     LoopConfig,
+    LoopFormerConfig,
     RecurrentConfig,
     RopeConfig,
     YarnScaling,
@@ -52,6 +53,10 @@ COMPUTED: dict[type[Strict], set[str]] = {
     HrmConfig: {
         "family", "origin", "vocab_size", "d_model", "max_seq_len", "embed_scale", "num_stack_layers",
         "num_low_cycles", "layer",
+        "noise_conditioning",
+    },
+    LoopFormerConfig: {
+        "family", "origin", "vocab_size", "d_model", "max_seq_len", "num_layers", "tie_embeddings", "layer",
         "noise_conditioning",
     },
     LayerConfig: {

@@ -26,8 +26,8 @@ Modulation = tuple[Tensor, ...]
 
 
 class RdlmConfig(PreTrainedConfig):
-    """``layout``: layers and loop (RecurrentConfig or HrmConfig of rdlm). ``read_out``: noise levels at which
-    the network is read.
+    """``layout``: layers and loop (RecurrentConfig, HrmConfig or LoopFormerConfig of rdlm). ``read_out``: noise
+    levels at which the network is read.
 
     ``num_steps``: K where none is given; ``max_num_steps``: the largest one. ``rdlm``: the whole config of
     the checkpoint that was exported, which only ``rdlm import`` reads.
@@ -428,6 +428,10 @@ class Recurrent(nn.Module):
         embedded = self.noise_embedding(level.log() / 4)
         return [layer.modulation(embedded) for layer in self.core]
 
+    def at(self, cond: list[Any], k: int, num_steps: int) -> list[Any]:
+        """The modulation of every core layer in step k of num_steps."""
+        return cond
+
     def encode(self, ids: Tensor, rows: Rows) -> tuple[Tensor, dict[int, Tensor]]:
         """-> e [B, T, D] and the value embeddings by layer."""
         e = self.wte(ids)
@@ -504,6 +508,9 @@ class Hrm(nn.Module):
     def condition(self, sigma: float | None) -> list[Modulation | None]:
         return []
 
+    def at(self, cond: list[Any], k: int, num_steps: int) -> list[Any]:
+        return cond
+
     def encode(self, ids: Tensor, rows: Rows) -> tuple[Tensor, dict[int, Tensor]]:
         e = self.wte(ids)
         return (e * self.c.embed_scale if self.c.embed_scale != 1.0 else e), {}
@@ -532,6 +539,72 @@ class Hrm(nn.Module):
         return state[..., : self.c.d_model]
 
 
+class StepEmbedding(nn.Module):
+    """A time in [0, 1] -> [1, 1, D]: 128 cosines and sines, then a two-layer MLP."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.fc_1, self.fc_2 = nn.Linear(256, d_model), nn.Linear(d_model, d_model)
+
+    def forward(self, t: float) -> Tensor:
+        weight = self.fc_1.weight
+        steps = torch.arange(128, dtype=torch.float32, device=weight.device)
+        angles = torch.tensor(t, dtype=torch.float32) * torch.exp(-math.log(10_000.0) * steps / 128)
+        waves = torch.cat([angles.cos(), angles.sin()])[None, None].to(weight.dtype)
+        return self.fc_2(F.silu(self.fc_1(waves)))
+
+
+class LoopFormer(nn.Module):
+    """Layers that are conditioned on the time of a step, k / K, and on its length, 1 / K (LoopFormer)."""
+
+    draws_state = False
+    first_core_index = 0
+
+    def __init__(self, c: Any) -> None:
+        super().__init__()
+        self.c, width, count = c, c.d_model, c.num_layers
+        self.layers_per_step = count
+        self.wte, self.wpe = nn.Embedding(c.vocab_size, width), nn.Embedding(c.max_seq_len, width)
+        self.time, self.length = StepEmbedding(width), StepEmbedding(width)
+        self.core_block = nn.ModuleList(Layer(c.layer, width, i) for i in range(count))
+        self.modulation = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(count))
+        self.ln_f = RMSNorm(width, c.layer.norm_eps)
+        self.lm_head = None if c.tie_embeddings else nn.Linear(width, c.vocab_size, bias=False)
+
+    def condition(self, sigma: float | None) -> list[Modulation | None]:
+        return []
+
+    def at(self, cond: list[Any], k: int, num_steps: int) -> list[Any]:
+        embedded = F.silu(self.time(k / num_steps) + self.length(1 / num_steps))
+        none, found = torch.zeros_like(embedded), []
+        for modulation in self.modulation:
+            gate_a, gate_m, scale_a, scale_m = modulation(embedded).chunk(4, dim=-1)
+            found.append((none, 1 + scale_a, gate_a, none, 1 + scale_m, gate_m))
+        return found
+
+    def encode(self, ids: Tensor, rows: Rows) -> tuple[Tensor, dict[int, Tensor]]:
+        return self.wte(ids) + self.wpe(rows.positions), {}
+
+    def start(self, e: Tensor, given: Tensor | None) -> Tensor:
+        return e
+
+    def step(
+        self, state: Tensor, e: Tensor, values: dict[int, Tensor], cond: list[Any], rows: Rows, k: int
+    ) -> Tensor:
+        rows.shift = k * self.layers_per_step
+        for layer, modulation in zip(self.core_block, cond, strict=True):
+            state = layer(state, rows, modulation)
+        rows.shift = 0
+        return state
+
+    def decode(self, state: Tensor, values: dict[int, Tensor], rows: Rows) -> Tensor:
+        return self.ln_f(state)
+
+
+NETWORKS = {"hrm": Hrm, "loopformer": LoopFormer}
+"""Of families that are not Recurrent."""
+
+
 class LowState(nn.Module):
     """The low stack's state before the first step, the same at every position."""
 
@@ -551,7 +624,7 @@ class RdlmForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: RdlmConfig) -> None:
         super().__init__(config)
         layout = namespace(config.layout)
-        self.model = Hrm(layout) if layout.family == "hrm" else Recurrent(layout)
+        self.model = NETWORKS.get(layout.family, Recurrent)(layout)
         # Used with a noised target only: kept so that the checkpoint can be imported again.
         self.evidence_scale = (
             nn.Parameter(torch.ones(1)) if config.read_out.get("has_evidence_scale") else None
@@ -589,6 +662,11 @@ class RdlmForCausalLM(PreTrainedModel, GenerationMixin):
         two_streams = self.config.read_out.get("two_streams", False)
         if past_key_values is None and (use_cache or two_streams):
             past_key_values = DynamicCache()
+        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
+            raise ValueError(
+                f"past_key_values={type(past_key_values).__name__}: keys of every step need a cache that grows; use "
+                "DynamicCache, which generate makes where no cache_implementation is given"
+            )
         rows = self.rows(input_ids, attention_mask, position_ids, past_key_values)
         hidden = self.hidden(input_ids, input_states, num_steps, rows)
         chosen = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -609,7 +687,7 @@ class RdlmForCausalLM(PreTrainedModel, GenerationMixin):
         if not levels.get("two_streams", False):
             state = model.start(e, given)
             for k in range(num_steps):
-                state = model.step(state, e, values, cond, rows, k)
+                state = model.step(state, e, values, model.at(cond, k, num_steps), rows, k)
             return self.scaled(model.decode(state, values, rows))
         silent = torch.zeros_like(e)
         clean = model.step(silent, e, values, model.condition(levels["context_sigma"]), rows, 0)
