@@ -24,6 +24,8 @@ class TextShape:
     is_image: ClassVar[bool] = False
     commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
     """What to run with a checkpoint, for its card."""
+    depends_on_num_steps: ClassVar[bool] = False
+    """Whether the first steps of K are other ones than those of a smaller K."""
     vocab_size: int
     max_seq_len: int
 
@@ -357,6 +359,7 @@ class LoopFormerConfig(Strict, TextShape):
 
     family: Literal["loopformer"] = "loopformer"
     task: ClassVar[str] = "causal"
+    depends_on_num_steps: ClassVar[bool] = True
     can_be_cut: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     origin: str | None = None

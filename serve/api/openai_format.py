@@ -315,14 +315,15 @@ class ScoreAnswer(Answer):
     async def collect(self, events: EngineEvents) -> dict[str, Any]:
         """From the last event of each prompt, in their order."""
         last = [event async for batch in events.batches() for event in batch if event.finish is not None]
-        scores = []
-        for event in sorted(last, key=lambda event: event.index):
-            prompt = self.requests[event.index].prompt
-            found = event.sweep or {self.ks[0]: event.prompt_logprobs or []}
+        scores, swept = [], [dict[int, list[TokenLogprobs]]() for _ in self.requests[:: self.n]]
+        for event in last:
+            swept[event.index // self.n] |= event.sweep or {self.ks[0]: event.prompt_logprobs or []}
+        for index, found in enumerate(swept):
+            prompt = self.requests[index * self.n].prompt
             values = {str(k): [finite(entry.logprob) for entry in found[k]] for k in self.ks}
             scores.append(
                 {
-                    "index": event.index,
+                    "index": index,
                     "tokens": [self.names.name(i) for i in prompt],
                     "token_ids": prompt,
                     "token_logprobs": {k: [None, *logprobs] for k, logprobs in values.items()},

@@ -288,16 +288,21 @@ def parse_score(body: ScoreRequest, server: ServerState, header_steps: int | Non
         raise invalid(
             "num_steps: of this model only K = 1 has a normalised likelihood; send [1]", "num_steps"
         )
-    _check_number(len(prompts), 1, server)
+    # One run reads every K, where its first steps are those of a smaller one.
+    runs = [(k,) for k in reversed(ks)] if server.depends_on_num_steps else [tuple(ks)]
+    _check_number(len(prompts), len(runs), server)
     requests = []
     for prompt in prompts:
         ids = _ids(prompt, body.add_special_tokens is not False, server)
-        first = _request(SamplingBody(seed=0), ids, budgets[-1], 0, server, may_be_empty=False)
-        requests.append(replace(first, prompt_logprobs=0, sweep=tuple(ks) if server.supports_exits else ()))
+        for run in runs:
+            budget = budgets[ks.index(run[-1])]
+            one = _request(SamplingBody(seed=0), ids, budget, 0, server, may_be_empty=False)
+            requests.append(replace(one, prompt_logprobs=0, sweep=run if server.supports_exits else ()))
     return ScoreAnswer(
         model=body.model or server.name,
         names=server.token_names,
         requests=requests,
+        n=len(runs),
         warnings=server.warnings(budgets[-1]),
         ks=ks,
         estimator=server.served.config.objective.estimator,

@@ -90,6 +90,11 @@ class ServerState:
         return self.served.config.objective.left_to_right
 
     @property
+    def depends_on_num_steps(self) -> bool:
+        """Whether the first steps of K are other ones than those of a smaller K."""
+        return bool(getattr(self.served.config.model, "depends_on_num_steps", False))
+
+    @property
     def supports_exits(self) -> bool:
         """Whether a position may stop before its K steps."""
         return self.served.config.objective.supports_exits

@@ -129,7 +129,7 @@ LOOPED: dict[str, tuple[dict[str, Any], str]] = {
     "two stacks": (
         {
             "family": "hrm", "d_model": 32, "max_seq_len": 64, "embed_scale": 3.0, "num_stack_layers": 2,
-            "num_low_cycles": 2,
+            "num_low_cycles": 2, "prefix_lm": True,
             "layer": {**LAYER, "num_kv_heads": None, "norm_weights": False, "output_gate": True},
         },
         "next_token",
@@ -292,6 +292,27 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
     both = theirs.generate(torch.cat([long, padded]), attention_mask=mask, **options)
     assert torch.equal(both[0], theirs.generate(long, **options)[0])
     assert torch.equal(both[1, 5:], theirs.generate(short, **options)[0])
+
+
+@torch.no_grad()
+def test_prefixes_see_themselves(tmp_path: Path) -> None:
+    """In a first call, with padding on the left and before cached rows."""
+    ours, out = exported(tmp_path, *LOOPED["two stacks"])
+    theirs, ids = loaded(out), torch.randint(1, VOCAB, (2, 12))
+    types = (torch.arange(12) < torch.tensor([[5], [8]])).long()
+    expected = rdlm.load(ours).logits(ids, 2, token_type_ids=types)[2]
+    found = theirs(ids, num_steps=2, token_type_ids=types).logits
+    torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
+    assert (found - theirs(ids, num_steps=2).logits).abs().max() > 0.1
+    first = theirs(ids[:, :9], num_steps=2, token_type_ids=types[:, :9], use_cache=True)
+    rest = theirs(ids[:, 9:], num_steps=2, past_key_values=first.past_key_values)
+    cached = torch.cat([first.logits, rest.logits], 1)
+    torch.testing.assert_close(cached, expected, atol=ROUNDING, rtol=0)
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), ids], 1)
+    mask = torch.cat([torch.zeros(2, 3, dtype=torch.int64), torch.ones_like(ids)], 1)
+    later = torch.cat([torch.zeros(2, 3, dtype=torch.int64), types], 1)
+    found = theirs(padded, num_steps=2, attention_mask=mask, token_type_ids=later).logits[:, 3:]
+    torch.testing.assert_close(found, expected, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("case", ["huginn, single_pass", "steps with a time and a length", "two stacks"])

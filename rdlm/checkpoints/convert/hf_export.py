@@ -52,7 +52,7 @@ COMPUTED: dict[type[Strict], set[str]] = {
     },
     HrmConfig: {
         "family", "origin", "vocab_size", "d_model", "max_seq_len", "embed_scale", "num_stack_layers",
-        "num_low_cycles", "layer",
+        "num_low_cycles", "layer", "prefix_lm",
         "noise_conditioning",
     },
     LoopFormerConfig: {

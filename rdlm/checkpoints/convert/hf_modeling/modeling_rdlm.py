@@ -647,6 +647,7 @@ class RdlmForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         num_steps: int | None = None,
         input_states: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
     ) -> Any:
@@ -654,7 +655,8 @@ class RdlmForCausalLM(PreTrainedModel, GenerationMixin):
         default).
 
         attention_mask [B, S]: 0 marks padding. input_states [B, T, D]: the recurrent state before the first
-        step; zeros where none is given, also of models that draw it. A cache belongs to the number of steps
+        step; zeros where none is given, also of models that draw it. token_type_ids [B, T], of models with prefixes:
+        rows of type 1 of the first call see each other in both directions. A cache belongs to the number of steps
         that filled it.
         """
         num_steps = self.config.num_steps if num_steps is None else num_steps
@@ -667,7 +669,7 @@ class RdlmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"past_key_values={type(past_key_values).__name__}: keys of every step need a cache that grows; use "
                 "DynamicCache, which generate makes where no cache_implementation is given"
             )
-        rows = self.rows(input_ids, attention_mask, position_ids, past_key_values)
+        rows = self.rows(input_ids, attention_mask, position_ids, past_key_values, token_type_ids)
         hidden = self.hidden(input_ids, input_states, num_steps, rows)
         chosen = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         head = self.model.wte if self.model.lm_head is None else self.model.lm_head
@@ -710,6 +712,7 @@ class RdlmForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: DynamicCache | None,
+        types: Tensor | None = None,
     ) -> Rows:
         length, device = ids.shape[1], ids.device
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -725,10 +728,15 @@ class RdlmForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, past:]
         positions = new.unsqueeze(0) if position_ids is None else position_ids
-        if attention_mask is None and past == 0:
+        if past or not (self.config.layout or {}).get("prefix_lm"):
+            types = None  # as models without prefixes, and chunks after the first one
+        if attention_mask is None and past == 0 and types is None:
             return Rows(positions, None, cache)
         keys = torch.arange(past + length, device=device)
         mask = (keys <= new.unsqueeze(1))[None, None]
+        if types is not None:
+            prefix = types == 1
+            mask = mask | (prefix[:, None, :, None] & prefix[:, None, None, :])
         if attention_mask is not None:
             own = keys == new.unsqueeze(1)  # a row of padding sees itself: a softmax over nothing is NaN
             mask = (mask & (attention_mask != 0)[:, None, None]) | own
