@@ -51,7 +51,7 @@ WEIGHT = "weight"
 """Key of the fp32 weights in ``SavedState``, which also has the names of the optimizer's moments."""
 FREE_FIELDS = (
     "output", "checkpoint", "evaluation", "log", "samples", "nonfinite", "deterministic", "resident.rest",
-    "data.path", "init_from",
+    "data.path", "init_from", "init_map",
     "branch_from", "ema.export", "data.parts",
     "allow_changes", "profile",
 )  # fmt: skip

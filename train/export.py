@@ -55,6 +55,7 @@ from train.ema import KEY as AVERAGE
 from train.lora import Merged, add_adapters
 from train.metrics import read
 from train.optim import parameter_groups
+from train.patterns import matches
 from train.settings import TrainConfig
 
 MOST_DRAWS = 10_000
@@ -195,20 +196,24 @@ def _tokenizer_of(checkpoint: Path, config: TrainConfig) -> Tokenizer | None:
     return build_corpus(config.data, config.fills_in).tokenizer
 
 
-def initialize_from(denoiser: Objective, source: str, block: int | None) -> list[str]:
+def initialize_from(
+    denoiser: Objective, source: str, block: int | None, mapped: Mapping[str, str] | None = None
+) -> list[str]:
     """Copy the weights of ``source`` (see ``weights_of``) into ``denoiser``; returns lines about the weights
     that it does not have.
 
-    block: the block that ``denoiser`` is, of a checkpoint of the whole network. Raises UserError where a
-    shape differs or the checkpoint has weights that the model lacks.
+    block: the block that ``denoiser`` is, of a checkpoint of the whole network. mapped: the section init_map.
+    Raises UserError where a shape differs or the checkpoint has weights that the model lacks.
     """
     mine = dict(denoiser.named_parameters())
-    weights = _matching(mine, weights_of(Path(source)), source, block)
+    weights = _matching(mine, weights_of(Path(source)), source, block, mapped or {})
     with torch.no_grad():
         for name, weight in weights.items():
-            mine[name].copy_(weight)
+            mine[name][_region(weight)].copy_(weight)
     fresh = sorted(mine.keys() - weights.keys())
+    partly = sorted(name for name, weight in weights.items() if weight.shape != mine[name].shape)
     lines = [f"weights of {source}: {len(weights)} of {len(mine)} parameters"]
+    lines += [f"initialized anew in part: {', '.join(partly)}"] if partly else []
     return lines + ([f"initialized anew: {', '.join(fresh)}"] if fresh else [])
 
 
@@ -219,7 +224,7 @@ def check_init_from(config: TrainConfig, source: str, tokenizer: Tokenizer | Non
     tokenizer: that of the data.
     """
     mine = dict(build(config.checkpoint_config, device="meta").named_parameters())
-    _matching(mine, weights_of(Path(source), shapes_only=True), source, config.block)
+    _matching(mine, weights_of(Path(source), shapes_only=True), source, config.block, config.init_map)
     folder = next((p for p in (Path(source) / "model", Path(source)) if (p / TOKENIZER).is_dir()), None)
     if folder is None or tokenizer is None or config.allow_changes:
         return
@@ -233,20 +238,60 @@ def check_init_from(config: TrainConfig, source: str, tokenizer: Tokenizer | Non
 
 
 def _matching(
-    mine: Mapping[str, Tensor], weights: dict[str, Tensor], source: str, block: int | None
+    mine: Mapping[str, Tensor],
+    weights: dict[str, Tensor],
+    source: str,
+    block: int | None,
+    mapped: Mapping[str, str],
 ) -> dict[str, Tensor]:
-    """The weights for ``mine``; UserError for the first one that ``mine`` lacks or has in another shape."""
+    """The weights for ``mine``, those that overlap cut to what both have; UserError for the first one that ``mine``
+    lacks or has in another shape and that ``mapped`` does not explain."""
     if block is not None and any(name.startswith("blocks.") for name in weights):
         prefix = f"blocks.{block}."
         weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-    for name, weight in sorted(weights.items()):
-        if name not in mine:
-            problem = f"has the weight {name}, the model has none"
-            raise UserError("init_from", source, problem, "correct the section model, or leave it out")
-        if mine[name].shape != weight.shape:
-            problem = f"{name} has shape {tuple(weight.shape)}, the model {tuple(mine[name].shape)}"
-            raise UserError("init_from", source, problem, "correct the section model, or leave it out")
-    return weights
+    remedy = "correct the section model, leave it out, or say in init_map where its weights go"
+    found, used = {}, set()
+    for name in mine:
+        pattern, taken = _taken(name, mapped)
+        if taken is None or (taken == name and name not in weights and pattern is None):
+            continue
+        if taken not in weights:
+            problem = f"init_from ({source}) has no weight {taken}"
+            raise UserError(f"init_map.{pattern}", mapped[str(pattern)], problem, "name one that it has")
+        weight = weights[taken]
+        used.add(taken)
+        if pattern is not None and mapped[pattern] == OVERLAP and weight.dim() == mine[name].dim():
+            shared = zip(weight.shape, mine[name].shape, strict=True)
+            weight = weight[tuple(slice(0, min(sizes)) for sizes in shared)]
+        elif weight.shape != mine[name].shape:
+            problem = f"{taken} has shape {tuple(weight.shape)}, the model {tuple(mine[name].shape)}"
+            raise UserError("init_from", source, problem, remedy)
+        found[name] = weight
+    for name in sorted(weights.keys() - used):
+        if _taken(name, mapped)[0] is None:
+            problem = f"has the weight {name}, the model has no place for it"
+            raise UserError("init_from", source, problem, remedy)
+    for pattern in mapped:
+        if not any(matches(name, pattern) for name in (*mine, *weights)):
+            problem = "matches no parameter of the model or of init_from"
+            raise UserError(f"init_map.{pattern}", mapped[pattern], problem, "correct it")
+    return found
+
+
+SKIP, OVERLAP = "skip", "overlap"
+
+
+def _taken(name: str, mapped: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """(The pattern of ``init_map`` that decides about a name, the name in the checkpoint; None for none)."""
+    pattern = next((pattern for pattern in reversed(mapped) if matches(name, pattern)), None)
+    if pattern is None or mapped[pattern] == OVERLAP:
+        return pattern, name
+    return pattern, None if mapped[pattern] == SKIP else mapped[pattern] + name.removeprefix(pattern)
+
+
+def _region(weight: Tensor) -> tuple[slice, ...]:
+    """The first rows and columns, as many as ``weight`` has."""
+    return tuple(slice(0, size) for size in weight.shape)
 
 
 def weights_of(source: Path, shapes_only: bool = False) -> dict[str, Tensor]:
@@ -315,6 +360,9 @@ def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> st
         lines.append(f"- From update {change['step']:,} on: {what}.")
     if log and log[-1].get("loss") is not None:
         lines.append(f"- Last training loss {log[-1]['loss']:.4f} per {unit}.")
+    if held_out and held_out[0]["step"] == 0 and step:
+        values = ", ".join(f"{k}: {v:.4f}" for k, v in held_out[0].items() if k != "step" and v is not None)
+        lines.append(f"- Held out before training: {values}.")
     if held_out:
         values = ", ".join(f"{k}: {v:.4f}" for k, v in held_out[-1].items() if k != "step" and v is not None)
         lines.append(f"- Held out, mean per {unit} of {config.evaluation.max_tokens:,} at most: {values}.")

@@ -47,7 +47,7 @@ class MetricsLog:
             lines = path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True)
             records = [_record(line) for line in lines]
             self.damaged = sum(record is None for record in records[:-1])  # a kill may cut the last one short
-            kept = [record for record in records if record is not None and record["step"] <= step]
+            kept = [record for record in records if record is not None and record["step"] <= step and step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -225,6 +225,49 @@ def plot_loss(
     os.replace(temporary, path)
 
 
+def curves(held_out: list[dict[str, Any]]) -> dict[str, dict[int, float]]:
+    """NLL by K before training, where a run that starts from other weights has measured it, and after the last
+    update that was; empty for anything else."""
+    if len(held_out) < 2 or held_out[0]["step"]:
+        return {}
+    named = {"before training": held_out[0], f"after update {held_out[-1]['step']:,}": held_out[-1]}
+    found = {
+        name: {int(key[2:]): value for key, value in record.items() if key[:2] == "K=" and value is not None}
+        for name, record in named.items()
+    }
+    return found if all(found.values()) else {}
+
+
+def before_and_after(held_out: list[dict[str, Any]]) -> list[str]:
+    """A line for each of ``curves``."""
+    return [
+        f"held-out NLL {name}: " + ", ".join(f"K={k} {value:.4f}" for k, value in sorted(curve.items()))
+        for name, curve in curves(held_out).items()
+    ]
+
+
+def plot_depth(curves: dict[str, dict[int, float]], path: Path, title: str) -> None:
+    """Held-out NLL against K, a line for each curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for (name, curve), style in zip(curves.items(), (":", "-"), strict=True):
+        axes.plot(sorted(curve), [curve[k] for k in sorted(curve)], f"o{style}", label=name)
+    ks = sorted({k for curve in curves.values() for k in curve})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.set(xlabel="K, core steps", ylabel="held-out NLL, nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=150)
+    pyplot.close(figure)
+    os.replace(temporary, path)
+
+
 class Report:
     """Rank 0's account of the run: first lines, metrics files, progress, plot."""
 
@@ -363,12 +406,14 @@ class Report:
                 self.progress.say(f"warning: {problem}: lower optimizer.lr or warm up longer")
         self.progress.close()
         output = self.trainer.output
-        records = read(output / "metrics.jsonl")
+        records, held_out = read(output / "metrics.jsonl"), read(output / "held_out.jsonl")
+        for line in before_and_after(held_out):
+            self.progress.say(line)
+        if len(curves(held_out)) > 1:
+            plot_depth(curves(held_out), output / "k_curve.png", self.trainer.config.name)
         if records:
             what = f"{self.trainer.config.objective.loss_name} per {self.trainer.corpus.unit}"
-            plot_loss(
-                records, read(output / "held_out.jsonl"), output / "loss.png", self.trainer.config.name, what
-            )
+            plot_loss(records, held_out, output / "loss.png", self.trainer.config.name, what)
 
 
 def first_lines(trainer: Trainer) -> list[str]:

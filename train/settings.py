@@ -434,6 +434,11 @@ class TrainConfig(Strict):
     """A checkpoint folder (``model/`` of a run, an imported or a converted one) whose weights the run starts
     from, with a new optimizer. The section model may then be left out, or hold single fields to change: the rest
     is the checkpoint's."""
+    init_map: dict[str, Annotated[str, Field(min_length=1)]] = {}
+    """Where names or shapes differ from those of ``init_from``: pattern of names -> ``skip`` (of the model: initialised
+    anew; of the checkpoint: left out), ``overlap`` (rows and columns that both have, from the first on; the rest is
+    initialised anew), or the name in the checkpoint of the weight, or the part, that takes this place. Of several
+    patterns that match the last one counts."""
     branch_from: FolderPath | None = None
     """A training checkpoint, or a run (its newest one), that this run goes on from, with its optimizer, step and
     data: another decay of the learning rate, for instance. Its own output folder stays as it is."""
@@ -718,6 +723,9 @@ def _check(config: TrainConfig) -> None:
     if config.branch_from is not None and config.init_from is not None:
         problem = "branch_from brings the weights, and their optimizer"
         raise UserError("init_from", config.init_from, problem, "drop one of the two")
+    if config.init_map and config.init_from is None:
+        problem, remedy = "says where weights of init_from go", "set init_from, or drop init_map"
+        raise UserError("init_map", next(iter(config.init_map)), problem, remedy)
     if config.lora is not None and config.init_from is None and config.branch_from is None:
         problem, remedy = "adapters change a trained network", "set init_from, or drop the section lora"
         raise UserError("lora", config.lora.rank, problem, remedy)

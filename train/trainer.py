@@ -172,7 +172,7 @@ class Trainer:
         else:
             denoiser = build(part.checkpoint_config, seed=self.config.seed)
         if self.config.init_from is not None and not resume.checkpoints_in(self.checkpoints):
-            for line in initialize_from(denoiser, self.config.init_from, part.block):
+            for line in initialize_from(denoiser, self.config.init_from, part.block, self.config.init_map):
                 self.say(line)
         add_adapters(denoiser, self.config.lora, self.config.seed)
         self._networks.append(denoiser)
@@ -190,6 +190,8 @@ class Trainer:
         """
         config = self.config
         report = Report(self) if self.rank == 0 else None
+        if self.step == 0 and config.init_from is not None and config.evaluation.interval_steps:
+            self._measure(report)  # what training changes is seen beside it
         seconds, cpu = time.perf_counter(), time.process_time()
         profiler = None if config.profile is None else Profiler(config.profile, self.output, self.rank)
         while self.step < config.schedule.steps:
@@ -438,12 +440,17 @@ class Trainer:
     def _evaluate(self, report: Report | None) -> None:
         if not self._is_due(self.config.evaluation.interval_steps):
             return
+        found = self._measure(report)
+        if self.config.checkpoint.keep_best:
+            self._keep_best(found)
+
+    def _measure(self, report: Report | None) -> dict[str, float]:
+        """Held-out figures of the weights as they are, recorded. Collective."""
         with uncompiled():
             found = held_out(self._whole(), self.config, self.corpus, self.device)
         if report is not None:
             report.held_out(found)
-        if self.config.checkpoint.keep_best:
-            self._keep_best(found)
+        return found
 
     def _is_due(self, interval: int) -> bool:
         """Whether what happens every ``interval`` updates, 0 for never, happens after this one."""

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from rdlm.checkpoints import folder as checkpoint
+from rdlm.checkpoints.folder import load_config
 from rdlm.checkpoints.retrofit import convert
 from rdlm.config.base import parse
 from rdlm.data.batch import Batch
@@ -21,7 +22,7 @@ from rdlm.data.tokenizer import train_tokenizer
 from rdlm.errors import UserError
 from rdlm.objectives.base import Keys
 from rdlm.registry import build
-from train.export import export_run
+from train.export import export_run, initialize_from
 from train.lora import add_adapters
 from train.memory_plan import predict
 from train.optim import build_optimizer
@@ -246,6 +247,71 @@ def test_a_model_of_another_shape_is_refused(file: Any, tmp_path: Path) -> None:
     config = load(file(converted(tmp_path)), ["model.layer.mlp_width=64"])
     with pytest.raises(UserError, match=r"init_from.*has shape .* the model .*correct the section model"):
         check(config, 1)
+
+
+def test_a_map_says_where_weights_of_another_shape_go(file: Any, tmp_path: Path) -> None:
+    source = converted(tmp_path)
+    wider = ["model.vocab_size=11", "model.loop.num_core_layers=2", "model.loop.num_coda_layers=0"]
+    mapped = {
+        "model.wte": "overlap",
+        "model.core_block.0.attn": "skip",
+        "model.core_block.1": "model.coda.0",
+    }
+    path = file(source, {"init_map": mapped, "data": {"kind": "group_product", "group": "s3", "length": 12}})
+    config = load(path, wider)
+    check(config, 1)
+    theirs = load_file(source / "model.safetensors")
+    network, fresh = build(config.checkpoint_config, seed=5), build(config.checkpoint_config, seed=5)
+    lines = initialize_from(network, config.init_from or "", None, config.init_map)
+    assert "initialized anew in part: model.wte.weight" in lines and "core_block.0.attn" in lines[-1]
+    before = dict(fresh.named_parameters())
+    for name, weight in network.named_parameters():
+        if name == "model.wte.weight":
+            assert torch.equal(weight[:8], theirs[name]) and torch.equal(weight[8:], before[name][8:])
+        elif name.startswith("model.core_block.0.attn"):
+            assert torch.equal(weight, before[name])
+        else:
+            assert torch.equal(weight, theirs[name.replace("core_block.1", "coda.0")]), name
+
+
+@pytest.mark.parametrize(
+    ("mapped", "words"),
+    [
+        ({}, "model.wte.weight has shape .*init_map"),
+        ({"model.wte": "overlap", "model.zzz": "skip"}, "init_map.model.zzz='skip': matches no parameter"),
+        ({"model.wte": "overlap", "model.ln_f": "model.nothing"}, "has no weight model.nothing.weight"),
+        ({"model.wte": "model.ln_f"}, "model.ln_f.weight has shape"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_one_line(
+    file: Any, tmp_path: Path, mapped: dict[str, str], words: str
+) -> None:
+    path = file(converted(tmp_path), {"init_map": mapped} if mapped else {})
+    with pytest.raises(UserError, match=words) as error:
+        check(load(path, ["model.vocab_size=11"]), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_from_other_weights_reports_k_before_and_after(trainer: Any, tmp_path: Path) -> None:
+    """The figures before are those of the source; the run itself is the same without them."""
+    changes = {
+        "init_from": str(converted(tmp_path)), "model": load_config(tmp_path / "looped").model.model_dump(), **ONESTEP,
+        "schedule": {"kind": "constant", "steps": 4}, "precision": "fp32",
+    }  # fmt: skip
+    measured = {"evaluation": {"interval_steps": 4, "steps": [1, 4], "max_tokens": 96}}
+    run = trainer({**changes, **measured})
+    run.fit()
+    first, last = (json.loads(line) for line in (run.output / "held_out.jsonl").read_text().splitlines())
+    assert (first["step"], last["step"]) == (0, 4) and first["K=1"] == first["K=4"] != last["K=4"]
+    said = run.terminal.getvalue()
+    assert f"before training: K=1 {first['K=1']:.4f}, K=4 {first['K=4']:.4f}" in said
+    assert f"after update 4: K=1 {last['K=1']:.4f}, K=4 {last['K=4']:.4f}" in said
+    assert (run.output / "k_curve.png").is_file()
+    assert "Held out before training: K=1: " in (export_run(run.output) / "README.md").read_text()
+    plainly = trainer({**changes, "output": str(tmp_path / "plainly")})
+    plainly.fit()
+    for name, weight in plainly.weights().items():
+        assert torch.equal(weight, run.weights()[name]), name
 
 
 @pytest.mark.parametrize("injection", ["linear", "diagonal", "none"])
