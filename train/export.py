@@ -283,7 +283,7 @@ SKIP, OVERLAP = "skip", "overlap"
 
 def _taken(name: str, mapped: Mapping[str, str]) -> tuple[str | None, str | None]:
     """(The pattern of ``init_map`` that decides about a name, the name in the checkpoint; None for none)."""
-    pattern = next((pattern for pattern in reversed(mapped) if matches(name, pattern)), None)
+    pattern = next((pattern for pattern in reversed(list(mapped)) if matches(name, pattern)), None)
     if pattern is None or mapped[pattern] == OVERLAP:
         return pattern, name
     return pattern, None if mapped[pattern] == SKIP else mapped[pattern] + name.removeprefix(pattern)
