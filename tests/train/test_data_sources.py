@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import lzma
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,12 @@ def _compressed(name: str) -> Callable[[Path, list[str | None]], None]:
     return write
 
 
+def _zipped(file: Path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
 WRITERS: dict[str, Callable[[Path, list[str | None]], object]] = {
     "a.jsonl": lambda file, texts: file.write_bytes(_jsonl(texts)),
     "a.NDJSON": lambda file, texts: file.write_bytes(_jsonl(texts)),
@@ -98,6 +105,7 @@ WRITERS: dict[str, Callable[[Path, list[str | None]], object]] = {
     "a.jsonl.bz2": _compressed("bz2"),
     "a.jsonl.lz4": _compressed("lz4"),
     "a.jsonl.xz": lambda file, texts: file.write_bytes(lzma.compress(_jsonl(texts))),
+    "a.jsonl.zip": lambda file, texts: _zipped(file, {"a.jsonl": _jsonl(texts)}),
     "a.csv": lambda file, texts: _write_csv(file, texts, ","),
     "a.tsv": lambda file, texts: _write_csv(file, texts, "\t"),
     "a.parquet": _write_parquet(pyarrow.string()),
@@ -236,6 +244,11 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda file: (_compressed("zstd")(file, list(DOCUMENTS)), file.write_bytes(file.read_bytes()[:-30])),
         "cannot be read",
     ),
+    "two.jsonl.zip": (
+        lambda file: _zipped(file, dict.fromkeys(("a.jsonl", "b.jsonl"), _jsonl(list(DOCUMENTS)))),
+        "the archive holds 2 files",
+    ),
+    "not.jsonl.zip": (lambda file: file.write_bytes(_jsonl(list(DOCUMENTS))), "cannot be read"),
     "not.jsonl.gz": (lambda file: file.write_bytes(_jsonl(list(DOCUMENTS))), "cannot be read"),
     "latin.txt": (lambda file: file.write_bytes("Grüße".encode("latin-1")), "is not UTF-8 text"),
     "wide.txt": (lambda file: file.write_bytes("text".encode("utf-16")), "is not UTF-8 text"),

@@ -67,7 +67,7 @@ def test_adapters_move_nothing_else_does_and_only_they_have_moments(
     assert 2 * counted <= states(run) <= 2 * counted + 64  # two moments, padded by ZeRO
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_run_with_adapters_resumes_bit_for_bit(
     trainer: Any, changes: dict[str, Any], tmp_path: Path, stage: int, dropout: float
@@ -90,7 +90,7 @@ def test_a_run_with_adapters_resumes_bit_for_bit(
         assert torch.equal(weight, expected[name]), name
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_exported_model_is_the_trained_one_merged(
     trainer: Any, changes: dict[str, Any], source: Path, stage: int
 ) -> None:

@@ -39,6 +39,13 @@ OBJECTIVES: dict[str, Any] = {
 }
 
 
+EVERY_STEP: dict[str, Any] = {
+    "per_step": {"name": "per_step", "depth": {"mean": 3, "grad_steps": 2}},
+    "exit_gate": {"name": "exit_gate", "depth": {"mean": 3, "per": "sequence", "distribution": "uniform"}},
+    "gate_only": {"name": "gate_only", "depth": {"mean": 3}},
+}
+
+
 def network(objective: Any) -> Any:
     noisy = objective["name"] in ("single_pass", "evidence", "paper")
     document = {
@@ -47,6 +54,7 @@ def network(objective: Any) -> Any:
         "model": {
             "family": "huginn", "vocab_size": 40, "d_model": 32, "num_heads": 2, "mlp_width": 48, "max_seq_len": 32,
             "num_prelude_layers": 1, "num_core_layers": 1, "num_coda_layers": 1, "noise_conditioning": noisy,
+            "exit_gate": "linear" if "gate" in objective["name"] else "none",
         },
     }  # fmt: skip
     return build(parse(CheckpointConfig, document, "test"), seed=0)
@@ -113,6 +121,24 @@ def test_the_loss_of_a_row_is_that_of_its_documents_alone(name: str) -> None:
         alone += float(objective.evaluate(part, HeldOut((1,)))["K=1"])
         start += length
     assert float(whole) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("document", [0, 1, 2])
+@pytest.mark.parametrize("name", [*OBJECTIVES, *EVERY_STEP])
+@torch.no_grad()
+def test_the_loss_that_is_trained_on_sees_one_document_alone(name: str, document: int) -> None:
+    """Every objective's own loss, of the positions of one document: the others may hold anything."""
+    objective = network({**OBJECTIVES, **EVERY_STEP}[name])
+    ids = torch.randint(0, 40, (2, T + 1), generator=torch.Generator().manual_seed(3))
+    row, own = packed(ids), (DOCUMENTS == document).expand(2, T)
+
+    def loss(changes: Tensor) -> Tensor:
+        inputs, targets = (torch.where(changes, (each + 7) % 40, each) for each in (row.inputs, row.targets))
+        return objective.loss(Batch(inputs, targets, own, row.documents), Keys(seed=0, step=0)).total
+
+    before = loss(torch.zeros_like(own))
+    assert torch.equal(loss(~own), before)
+    assert not torch.equal(loss(own), before)
 
 
 def test_gradients_of_a_row_are_those_of_its_documents() -> None:

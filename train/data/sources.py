@@ -16,6 +16,7 @@ import lzma
 import os
 import re
 import sys
+import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -217,8 +218,8 @@ FORMATS: dict[str, FileFormat] = {
     ".feather": Arrow(),
 }
 """Ending -> what reads it; capital letters make no difference."""
-COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4", ".xz")
-"""Endings that may stand behind those of a compressible format."""
+COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4", ".xz", ".zip")
+"""Endings that may stand behind those of a compressible format. A .zip holds one file."""
 
 
 def format_of(file: Path) -> FileFormat | None:
@@ -234,6 +235,14 @@ def open_text(file: Path, newline: str | None = None) -> IO[str]:
     """A file as UTF-8 text, decompressed by its ending; a byte order mark at its start is not part of it."""
     if file.suffix.lower() == ".xz":
         binary: Any = lzma.open(file)
+    elif file.suffix.lower() == ".zip":
+        archive = zipfile.ZipFile(file)
+        names = [each.filename for each in archive.infolist() if not each.is_dir()]
+        if len(names) != 1:
+            raise OSError(
+                f"the archive holds {len(names)} files, and one is read: unpack it and give the folder"
+            )
+        binary = archive.open(names[0])
     else:
         lower = file.name.lower()  # the library looks for endings in small letters
         compression = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}.get(Path(lower).suffix)
