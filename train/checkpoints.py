@@ -390,7 +390,7 @@ class SavedState:
         self._flat: dict[str, list[list[Tensor]]] = {WEIGHT: [state[weights] for state in states]}
         optimizers = [state[base]["state"] for state in states]
         for key in self._read_counts(folder, [s for state in optimizers for s in state.values()]):
-            self._flat[key] = [[state[i][key] for i in range(len(state))] for state in optimizers]
+            self._flat[key] = [[state[i].get(key, _NONE) for i in range(len(state))] for state in optimizers]
         for group, shapes in enumerate(model["param_shapes"]):
             start = 0
             for name, shape in shapes.items():
@@ -530,14 +530,15 @@ def restore(engine: DeepSpeedEngine, saved: SavedState) -> None:
         for flat, parameters in zip(flats, groups, strict=True):
             order = [names[id(parameter)] for parameter in parameters]
             first = rank * flat.numel()
-            _fill(optimizer.optimizer, flat, saved, partial(_window, saved, order, first, flat.numel()))
+            cut = partial(_window, saved, order, first, flat.numel())
+            _fill(optimizer.optimizer, flat, saved, cut, order[0])
             for parameter, name in zip(parameters, order, strict=True):
                 parameter.data.copy_(saved.tensor(WEIGHT, name).view(parameter.shape))
     else:
         optimizer.checkpoint_event_prologue()
         for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
             order = [names[id(parameter)] for parameter in optimizer.fp16_groups[group]]
-            _fill(optimizer.optimizer, flat, saved, partial(_shares, saved, order, rank, world))
+            _fill(optimizer.optimizer, flat, saved, partial(_shares, saved, order, rank, world), order[0])
             optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
         optimizer.checkpoint_event_epilogue()
     for parameter in (p for p in engine.module.parameters() if not p.requires_grad):
@@ -559,17 +560,17 @@ def _check_shapes(engine: DeepSpeedEngine, names: Mapping[int, str], saved: Save
 
 
 def _fill(
-    base: Optimizer, target: Tensor, saved: SavedState, cut: Callable[[str], Tensor], name: str | None = None
+    base: Optimizer, target: Tensor, saved: SavedState, cut: Callable[[str], Tensor], name: str
 ) -> None:
     """Write the weights of ``target`` and the optimizer's state for it. cut: key -> this process' share, in
-    the shape of ``target``. name: of the parameter, where it is one."""
+    the shape of ``target``. name: of a parameter in it."""
     target.data.copy_(cut(WEIGHT))
     if saved.counts is None:
         base.state.pop(target, None)
         return
     state = base.state[target]
     for key in saved.moments:
-        if name is not None and not saved.holds(key, name):
+        if not saved.holds(key, name):
             continue
         if key in state:
             state[key].copy_(cut(key))

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from rdlm.nn.layers import TransformerLayer
 from train.offload import Mover, Store
-from train.optim import reset_state
+from train.optim import Cut, Muon, reset_state
 from train.settings import TrainConfig
 
 PERSISTENT_ELEMENTS = 10_000
@@ -37,12 +37,31 @@ def start_engine(module: nn.Module, optimizer: Optimizer, config: TrainConfig, w
     # count would stay
     # one ahead, and its bias correction with it.
     reset_state(optimizer)
+    if isinstance(optimizer, Muon):
+        optimizer.cuts = cuts_of(engine)
     if config.deepspeed.zero_stage in (
         1,
         2,
     ):  # by default DeepSpeed looks for overflows in 16-bit training only
         engine.optimizer.check_grad_overflow = True
     return engine
+
+
+def cuts_of(engine: DeepSpeedEngine) -> dict[int, Cut]:
+    """id of each flat tensor of ZeRO 1 to 3 -> the parameters that are in it."""
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        return {}
+    if stage == 3:
+        flats, groups = zero.fp32_partitioned_groups_flat, zero.fp16_groups
+    elif hasattr(zero, "bf16_groups"):  # BF16_Optimizer, which DeepSpeed takes at stage 1 in bf16
+        flats, groups = zero.fp32_groups_flat_partition, zero.bf16_groups
+    else:
+        flats, groups = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
+    return {
+        id(flat): Cut([tuple(getattr(p, "ds_shape", p.shape)) for p in group], stage == 3)
+        for flat, group in zip(flats, groups, strict=True)
+    }
 
 
 def partitioner(config: TrainConfig, world: int) -> Callable[[nn.Parameter], None]:

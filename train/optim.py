@@ -6,14 +6,17 @@ from __future__ import annotations
 import fcntl
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import cpp_extension
 
@@ -44,16 +47,48 @@ def offloaded_adamw(groups: Groups, spec: OptimizerConfig) -> Optimizer:
         return DeepSpeedCPUAdam(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, adamw_mode=True)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Matrices of which a process holds parts in one flat tensor. each: whether every matrix is cut for the processes
+    (ZeRO 3), and not all of them in a row (ZeRO 1 and 2)."""
+
+    shapes: Sequence[tuple[int, ...]]
+    each: bool
+
+    def matrices(self, gathered: Tensor, rank: int) -> Iterator[tuple[Tensor, slice, slice]]:
+        """gathered: the flat tensors of all processes [world, n] -> every matrix of which process ``rank`` holds a
+        part, where the part stands in its flat tensor, and where in the flattened matrix."""
+        world, size = gathered.shape
+        start = 0
+        for shape in self.shapes:
+            count = prod(shape)
+            if self.each:
+                part = -(-count // world)
+                first, last = rank * part, min((rank + 1) * part, count)
+                matrix, place = gathered[:, start : start + part].flatten()[:count], start
+                start += part
+            else:
+                first, last = max(0, rank * size - start), min(count, (rank + 1) * size - start)
+                matrix, place = gathered.view(-1)[start : start + count], max(0, start - rank * size)
+                start += count
+            if first < last:
+                yield matrix.view(shape), slice(place, place + last - first), slice(first, last)
+
+
 class Muon(Optimizer):
     """Momentum that is orthogonalised, for the weights of linear layers (Jordan et al. 2024), and AdamW for all
     else. Updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that learning rate and
     weight decay mean the same for both.
 
-    The library's two optimizers work on the groups and the state of this one.
+    The library's two optimizers work on the groups and the state of this one. Where ZeRO has cut the matrices, each
+    process moves the momentum of its part and the parts are gathered, so that the library sees whole matrices: an
+    update is that of ZeRO 0. It takes 4 bytes for every element of a group while it is made.
     """
 
     counts_in_tensors = True
     """As torch's own optimizers keep ``step``."""
+    cuts: Mapping[int, Cut] = {}
+    """id of a flat tensor -> what is in it (train/engines.py)."""
 
     def __init__(self, groups: Groups, spec: OptimizerConfig) -> None:
         super().__init__(groups, {"lr": spec.lr})
@@ -61,9 +96,9 @@ class Muon(Optimizer):
         others = [dict(group) for group in groups if not group["matrices"]]
         self._parts: list[tuple[bool, Optimizer]] = []
         if matrices:
-            muon = torch.optim.Muon(
-                matrices, lr=spec.lr, momentum=spec.momentum, adjust_lr_fn="match_rms_adamw"
-            )
+            # Groups come with every step; at ZeRO 3 their weights are cut already, which the library would refuse.
+            none = [nn.Parameter(torch.zeros(1, 1))]
+            muon = torch.optim.Muon(none, lr=spec.lr, momentum=spec.momentum, adjust_lr_fn="match_rms_adamw")
             self._parts.append((True, muon))
         if others:
             self._parts.append((False, adamw(others, spec)))
@@ -76,18 +111,41 @@ class Muon(Optimizer):
         for of_matrices, part in self._parts:
             part.param_groups = [group for group in self.param_groups if group["matrices"] is of_matrices]
             part.state = self.state
-            part.step()
-            for parameter in (p for g in part.param_groups if of_matrices for p in g["params"]):
-                if parameter.grad is not None:  # as AdamW counts
-                    state = self.state[parameter]
-                    state["step"] = state.get("step", torch.tensor(0.0)) + 1
+            moved = [p for g in part.param_groups for p in g["params"] if p.grad is not None]
+            if of_matrices and any(parameter.dim() < 2 for parameter in moved):
+                for group in part.param_groups:
+                    for flat in group["params"]:
+                        self._move_parts(group, flat)
+            else:
+                part.step()
+            for parameter in moved if of_matrices else ():  # as AdamW counts
+                state = self.state[parameter]
+                state["step"] = state.get("step", torch.tensor(0.0)) + 1
+
+    def _move_parts(self, group: dict[str, Any], flat: Tensor) -> None:
+        """One update of the parts of matrices in ``flat``. Collective."""
+        if flat.grad is None or id(flat) not in self.cuts:  # while DeepSpeed starts
+            return
+        state, rate = self.state[flat], group["lr"]
+        momentum = state.setdefault("momentum_buffer", torch.zeros_like(flat))
+        momentum.lerp_(flat.grad, 1 - group["momentum"])
+        mixed = flat.grad.lerp(momentum, group["momentum"])  # Nesterov's, element by element
+        gathered = mixed.new_empty(dist.get_world_size(), len(mixed))
+        dist.all_gather(list(gathered.unbind()), mixed)
+        for matrix, place, part in self.cuts[id(flat)].matrices(gathered, dist.get_rank()):
+            weight = nn.Parameter(torch.zeros_like(matrix))  # of which only the part counts
+            weight.view(-1)[part] = flat[place]
+            weight.grad = matrix.contiguous()
+            decay = group["weight_decay"]
+            torch.optim.Muon(
+                [weight], lr=rate, momentum=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+            ).step()
+            flat[place] = weight.view(-1)[part]
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": adamw, "muon": Muon}
 """By name. Their state must be tensors in the shape of the weights and numbers that all parameters share, or
 else a run cannot be resumed: see train/checkpoints.py."""
-NEED_WHOLE = ("muon",)
-"""Those that work on whole matrices, which ZeRO 1 to 3 flatten and cut."""
 OFFLOADED: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": offloaded_adamw}
 """Those that can run on the CPU while the weights are on a GPU."""
 

@@ -163,16 +163,13 @@ def count_parameters(config: TrainConfig) -> int:
 
 def _check_optimizer(config: TrainConfig) -> None:
     from train.lora import add_adapters
-    from train.optim import NEED_WHOLE, OFFLOADED, OPTIMIZERS, check_patterns
+    from train.optim import OFFLOADED, OPTIMIZERS, check_patterns
 
     name = config.optimizer.name
     if name not in OPTIMIZERS:
         raise UserError(
             "optimizer.name", name, "there is no such optimizer", f"use one of {', '.join(OPTIMIZERS)}"
         )
-    if name in NEED_WHOLE and config.deepspeed.zero_stage > 0:
-        problem = f"optimizer {name!r} works on whole matrices, which ZeRO {config.deepspeed.zero_stage} cuts"
-        raise UserError("optimizer.name", name, problem, "set deepspeed.zero_stage=0, or use adamw")
     if config.deepspeed.offload_optimizer == "cpu" and name not in OFFLOADED:
         problem = f"optimizer {name!r} does not run on the CPU while the weights are elsewhere"
         remedy = f"set it to none, or use optimizer {' or '.join(OFFLOADED)}"
