@@ -285,7 +285,7 @@ class ScheduleConfig(Strict):
     """Learning rate over the run: see SCHEDULES in train/optim.py."""
 
     kind: Literal["cosine", "trapezoid", "constant"] = "cosine"
-    steps: int = Field(ge=1)
+    steps: int = Field(ge=1, le=2**40)
     """Updates of the whole run."""
     warmup_steps: int = Field(0, ge=0)
     cooldown_steps: int = Field(0, ge=0)

@@ -21,6 +21,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ CALIBRATION = {
 """A calibrating run, for budgets in seconds."""
 UNMEASURED = 4
 """Its first updates, which warm up."""
+MAX_RUNS = 4096
+"""Of a sweep: more would be a mistake in its grid."""
 PROGRESS_SECONDS = 30.0
 """Between two lines about a run that trains."""
 
@@ -121,7 +124,8 @@ class SweepConfig(Strict):
             ("grid", self.grid),
         ]:
             steps = isinstance(section := changes.get("schedule"), dict) and "steps" in section
-            decided = next((name for name in DECIDED if name in changes), "schedule.steps" if steps else None)
+            own = (name for name in DECIDED for key in changes if f"{key}.".startswith(f"{name}."))
+            decided = next(own, "schedule.steps" if steps else None)
             if decided is not None:
                 raise ValueError(f"{where}: {decided} is decided by the sweep; use {DECIDED[decided]}")
         return self
@@ -135,6 +139,16 @@ class SweepConfig(Strict):
                 raise ValueError(
                     f"evaluate.{name}: only {{model}}, {{data}} and {{out}} may stand in braces"
                 ) from None
+            if not re.fullmatch("[A-Za-z0-9._ -]+", name) or not name.strip(". "):
+                raise ValueError(
+                    f"evaluate.{name}: it names a file; write letters, digits and - for its name"
+                )
+            try:
+                words = shlex.split(command)
+            except ValueError as error:  # a quote that is not closed
+                raise ValueError(f"evaluate.{name}: {error}; close it") from None
+            if not words:
+                raise ValueError(f"evaluate.{name}: there is no command; write for instance `nll ...`")
         return self
 
 
@@ -172,6 +186,10 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[SweepConfig, 
 
 def runs_of(sweep: SweepConfig, base: Mapping[str, Any]) -> list[Run]:
     """Every arm at every point of the grid with every seed; schedule.steps is still open."""
+    count = len(sweep.arms) * prod(map(len, sweep.grid.values())) * len(sweep.seeds)
+    if count > MAX_RUNS:
+        problem = f"with arms and seeds these are {count:,} runs, more than {MAX_RUNS:,}"
+        raise UserError("grid", list(sweep.grid), problem, "give fewer values, or split the sweep")
     found = []
     for arm, changes in sweep.arms.items():
         for values in product(*sweep.grid.values()):
@@ -220,7 +238,12 @@ def resolved(run: Run, updates: int) -> dict[str, Any]:
         return found if share is None else max(1, round(updates * float(share[1]) / 100))
 
     document: dict[str, Any] = number(run.document)
-    document.setdefault("schedule", {})["steps"] = updates
+    schedule = document.setdefault("schedule", {})
+    if not isinstance(schedule, dict):
+        raise UserError(
+            "schedule", schedule, "it holds a value, not a section", "write for instance kind: cosine"
+        )
+    schedule["steps"] = updates
     return document
 
 

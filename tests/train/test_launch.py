@@ -21,6 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.train.test_blocks import BLOCKS
 from train.launcher import _conclude
 from train.settings import load
 
@@ -252,11 +253,8 @@ def test_a_disk_that_is_full_for_one_process_is_one_line_and_the_same_command_go
 
 INTERRUPTED = {
     "zero 3": {"deepspeed.zero_stage": 3},
-    "resident": {
-        "deepspeed.zero_stage": 1, "blocks": {"num_blocks": 2}, "resident": {"rest": "disk"},
-        "objective": {"name": "paper"}, "model.family": "llama", "model.num_layers": 2,
-    },
-}  # fmt: skip
+    "resident": {**BLOCKS, "deepspeed.zero_stage": 2, "resident": {"visit_steps": 2}},
+}
 
 
 @pytest.mark.slow
