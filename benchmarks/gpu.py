@@ -43,7 +43,7 @@ from rdlm.objectives.base import Keys
 from rdlm.random_streams import counter_stream, generator
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
-from serve.engine.replay import CudaGraphs, eager
+from serve.engine.replay import CudaGraphs, Eager
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Request, StepBudget, StepResult
@@ -307,7 +307,7 @@ def _decoded(
     graphs: bool,
 ) -> Result:
     """graphs: without a GPU, their passes are run as they come. Tokens may differ where rounding decides."""
-    replay = None if not graphs else CudaGraphs() if device.type == "cuda" else eager
+    replay = None if not graphs else CudaGraphs() if device.type == "cuda" else Eager()
     runner = Runner(
         network,  # type: ignore[arg-type]
         config,

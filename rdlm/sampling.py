@@ -8,17 +8,145 @@ batch neighbours. ``M`` rows, ``V`` vocabulary. Holds no generator: the caller d
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rdlm.device import staged
 from rdlm.errors import UserError
 from rdlm.sampling_params import History, SamplingParams
 
-__all__ = ["History", "SamplingParams", "draw", "process", "sample", "top_logprobs", "verify"]
+__all__ = [
+    "History", "Kind", "SamplingParams", "Settings", "draw", "drawn", "packed", "process", "read_tokens",
+    "sample", "top_logprobs", "unpacked", "verify",
+]  # fmt: skip
 
 MINUS_INF = float("-inf")
+NO_LIMIT = np.iinfo(np.int32).max
+"""top-k that keeps every token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What decides the operations of a draw; everything else of its settings is data.
+
+    width: tokens whose logits are edited, of the row with the most of them, rounded up; 0: none are. truncates:
+    whether top-k, top-p or min-p removes tokens of any row. draws: whether any row draws; otherwise all are greedy.
+    """
+
+    width: int
+    truncates: bool
+    draws: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Decoding settings of M rows as tensors, so that a step which has been captured can read them.
+
+    scale, min_p, top_p, repetition, presence, frequency fp32 [M, 1]; top_k int32 [M, 1]; greedy bool [M]; uniforms
+    fp64 [M]. Of the tokens that are edited, [M, width]: tokens int64, bias fp32, counts (in the output) fp32, seen
+    and banned bool.
+    """
+
+    scale: Tensor
+    min_p: Tensor
+    top_p: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    top_k: Tensor
+    greedy: Tensor
+    uniforms: Tensor
+    tokens: Tensor
+    bias: Tensor
+    counts: Tensor
+    seen: Tensor
+    banned: Tensor
+
+
+NEUTRAL = SamplingParams(temperature=0)
+"""Of rows that fill up a bucket."""
+NUM_COLUMNS = 10
+"""Of a row's settings before those of its edited tokens."""
+SEEN, BANNED = 1, 2
+
+
+def packed(
+    params: Sequence[SamplingParams],
+    histories: Sequence[History],
+    uniforms: Sequence[float],
+    size: int | None = None,
+) -> tuple[np.ndarray, Kind]:
+    """Settings of M rows as int32 [M, columns], which ``unpacked`` reads on any device, for one copy there.
+
+    size: rows of the array; those after the settings' own are neutral.
+    """
+    size = len(params) if size is None else size
+    edits = [_edits(p, h) for p, h in zip(params, histories, strict=True)]
+    most = max(map(len, edits), default=0)
+    width = 0 if not most else max(16, 1 << (most - 1).bit_length())
+    columns = np.zeros((size, NUM_COLUMNS + 4 * width), np.int32)
+    floats, idle = columns.view(np.float32), [NEUTRAL] * (size - len(params))
+    for row, p in enumerate([*params, *idle]):
+        floats[row, :6] = (
+            1.0 if p.greedy else 1.0 / p.temperature,
+            p.min_p if p.truncates else 0.0,
+            p.top_p if p.truncates else 1.0,
+            p.repetition_penalty,
+            p.presence_penalty,
+            p.frequency_penalty,
+        )
+        columns[row, 6] = min(p.top_k, NO_LIMIT) if p.truncates and p.top_k else NO_LIMIT
+        columns[row, 7] = p.greedy
+    columns[: len(params), 8:10] = np.asarray(uniforms, np.float64).view(np.int32).reshape(-1, 2)
+    for row, edited in enumerate(edits):
+        if edited:  # the first one fills the row up: written twice, a token gets the same value twice
+            entries = np.array(edited + edited[:1] * (width - len(edited)))
+            of_row, of_row_floats = (each[row, NUM_COLUMNS:].reshape(4, width) for each in (columns, floats))
+            of_row[0], of_row_floats[1], of_row_floats[2], of_row[3] = entries.T
+    return columns, Kind(width, any(p.truncates for p in params), not all(p.greedy for p in params))
+
+
+def _edits(param: SamplingParams, history: History) -> list[tuple[int, float, int, int]]:
+    """Token, bias, count in the output and flags of each token whose logit bans, biases or penalties change."""
+    counts = Counter(history.output) if param.presence_penalty or param.frequency_penalty else {}
+    seen = {*history.prompt, *history.output} if param.repetition_penalty != 1 else set()
+    return [
+        (
+            token,
+            param.logit_bias.get(token, 0.0),
+            counts.get(token, 0),
+            SEEN * (token in seen) + BANNED * (token in history.banned),
+        )
+        for token in sorted({*param.logit_bias, *counts, *seen, *history.banned})
+    ]
+
+
+def unpacked(columns: Tensor, kind: Kind) -> Settings:
+    """The settings that ``packed`` has written, from int32 [M, columns]."""
+    floats = columns[:, :6].contiguous().view(torch.float32).unsqueeze(-1)
+    scale, min_p, top_p, repetition, presence, frequency = floats.unbind(1)
+    tokens, bias, counts, flags = columns[:, NUM_COLUMNS:].unflatten(1, (4, kind.width)).unbind(1)
+    return Settings(
+        scale,
+        min_p,
+        top_p,
+        repetition,
+        presence,
+        frequency,
+        columns[:, 6:7],
+        columns[:, 7] != 0,
+        columns[:, 8:10].clone(memory_format=torch.contiguous_format).view(torch.float64)[:, 0],
+        tokens.long(),
+        bias.contiguous().view(torch.float32),
+        counts.contiguous().view(torch.float32),
+        flags % 2 == SEEN,
+        flags >= BANNED,
+    )
 
 
 def process(logits: Tensor, params: Sequence[SamplingParams], histories: Sequence[History]) -> Tensor:
@@ -28,56 +156,68 @@ def process(logits: Tensor, params: Sequence[SamplingParams], histories: Sequenc
     Order: bans, biases, penalties, temperature, then min-p, top-k and top-p on what temperature left. Greedy
     rows skip the last four (temperature included): none of them can change an arg-max.
     """
-    logits = logits.float()
-    if any(p.edits or h.banned or h.allowed is not None for p, h in zip(params, histories, strict=True)):
-        logits = logits.clone()
-        for row, (param, history) in enumerate(zip(params, histories, strict=True)):
-            _edit(logits[row], param, history)
-    scale = [1.0 if p.greedy else 1.0 / p.temperature for p in params]
-    if any(s != 1.0 for s in scale):
-        logits = logits * torch.tensor(scale, device=logits.device)[:, None]
+    columns, kind = packed(params, histories, [0.0] * len(params))
+    masks = [(row, h.allowed) for row, h in enumerate(histories) if h.allowed is not None]
+    if not (masks or kind.width or kind.draws):
+        return logits.float()
+    settings = unpacked(staged(torch.from_numpy(columns), logits.device), kind)
+    logits = _edited(logits.float(), settings, kind)
+    logits = logits.clone() if masks else logits
+    for row, mask in masks:
+        allowed = staged(torch.frombuffer(mask, dtype=torch.uint8), logits.device)
+        logits[row].masked_fill_(allowed == 0, MINUS_INF)
+    if kind.draws:
+        logits = logits * settings.scale
     rows = [i for i, p in enumerate(params) if p.truncates]
-    if rows:
-        index = torch.tensor(rows, device=logits.device)
-        logits = logits.index_copy(0, index, _truncate(logits[index], [params[i] for i in rows]))
+    if len(rows) == len(params):
+        return _truncated(logits, settings.min_p, settings.top_k, settings.top_p)
+    if rows:  # sorting is what costs most
+        index = staged(torch.tensor(rows), logits.device)
+        of_rows = (each[index] for each in (logits, settings.min_p, settings.top_k, settings.top_p))
+        logits = logits.index_copy(0, index, _truncated(*of_rows))
     return logits
 
 
-def _edit(row: Tensor, param: SamplingParams, history: History) -> None:
-    """Apply bans, biases and penalties to one row [V] in place."""
-    vocab = row.shape[-1]
-    for token, bias in param.logit_bias.items():
-        row[token] += bias
-    if param.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*history.prompt, *history.output}), device=row.device, dtype=torch.long)
-        values = row[seen]
-        row[seen] = torch.where(
-            values > 0, values / param.repetition_penalty, values * param.repetition_penalty
-        )
-    if history.output and (param.presence_penalty or param.frequency_penalty):
-        counts = torch.bincount(torch.tensor(history.output, device=row.device), minlength=vocab).float()
-        row -= param.frequency_penalty * counts + param.presence_penalty * (counts > 0)
-    if history.banned:
-        row[torch.tensor(sorted(history.banned), device=row.device)] = MINUS_INF
-    if history.allowed is not None:
-        allowed = torch.frombuffer(history.allowed, dtype=torch.uint8).to(row.device)
-        row.masked_fill_(allowed == 0, MINUS_INF)
+def _edited(logits: Tensor, settings: Settings, kind: Kind) -> Tensor:
+    """Apply bans, biases and penalties. [M, V] -> [M, V]."""
+    if not kind.width:
+        return logits
+    values = logits.gather(1, settings.tokens) + settings.bias
+    penalised = torch.where(values > 0, values / settings.repetition, values * settings.repetition)
+    values = torch.where(settings.seen, penalised, values)
+    values = values - (settings.frequency * settings.counts + settings.presence * (settings.counts > 0))
+    return logits.scatter(1, settings.tokens, values.masked_fill(settings.banned, MINUS_INF))
 
 
-def _truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _truncated(logits: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """Keep min-p, then top-k, then the smallest set with mass >= top-p; the most likely token always stays.
-    [m, V] -> [m, V]."""
-    vocab, device = logits.shape[-1], logits.device
+    [M, V] and [M, 1] -> [M, V]."""
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
-    top_k = torch.tensor([min(p.top_k or vocab, vocab) for p in params], device=device)[:, None]
-    top_p = torch.tensor([p.top_p for p in params], device=device)[:, None]
     drop = ranked < ranked[:, :1] + min_p.log()
-    drop |= torch.arange(vocab, device=device) >= top_k
+    drop |= torch.arange(logits.shape[-1], device=logits.device) >= top_k
     probs = ranked.masked_fill(drop, MINUS_INF).softmax(-1)
     drop |= (probs.cumsum(-1) - probs >= top_p) & (top_p < 1)
-    drop[:, 0] = False
+    drop[:, 0].zero_()
     return torch.full_like(logits, MINUS_INF).scatter(-1, order, ranked.masked_fill(drop, MINUS_INF))
+
+
+def drawn(prior: Tensor, settings: Settings, kind: Kind, evidence: Tensor | None = None) -> Tensor:
+    """``sample`` of rows whose settings are tensors, without anything that the host has to wait for: prior [M, V]
+    -> fp64 [M, 2], each row's token and its largest logit, which ``read_tokens`` reads."""
+    logits = _edited(prior.float(), settings, kind)
+    if kind.draws:
+        logits = logits * settings.scale
+    if kind.truncates:
+        logits = _truncated(logits, settings.min_p, settings.top_k, settings.top_p)
+    return _drawn(logits, settings.greedy, settings.uniforms, kind.draws, evidence)
+
+
+def _drawn(logits: Tensor, greedy: Tensor, uniforms: Tensor, draws: bool, evidence: Tensor | None) -> Tensor:
+    ids = logits.argmax(-1)
+    total = logits if evidence is None else logits + evidence.float()
+    if draws:
+        ids = torch.where(greedy, ids, _inverse_cdf(total.double().softmax(-1), uniforms))
+    return torch.stack([ids.double(), total.amax(-1).double()], 1)
 
 
 def sample(
@@ -94,7 +234,7 @@ def sample(
     whatever the evidence. Raises UserError where a row's every id is banned, or where a row's
     logits are not numbers: neither has a token.
     """
-    return draw(process(prior, params, histories), params, histories, uniforms, evidence)
+    return draw(process(prior, params, histories), params, histories, uniforms, evidence)[0]
 
 
 def draw(
@@ -103,22 +243,18 @@ def draw(
     histories: Sequence[History],
     uniforms: Sequence[float],
     evidence: Tensor | None = None,
-) -> Tensor:
-    """``sample`` of logits that ``process`` has gone over."""
+) -> tuple[Tensor, list[int]]:
+    """``sample`` of logits that ``process`` has gone over -> the ids, and the same on the host: one copy there."""
     greedy = [p.greedy for p in params]
-    best = logits.argmax(-1)
-    total = logits if evidence is None else logits + evidence.float()
-    _check_drawable(total.amax(-1), histories)
-    if all(greedy):
-        return best
-    drawn = _inverse_cdf(total.double().softmax(-1), uniforms)
-    return torch.where(torch.tensor(greedy, device=drawn.device), best, drawn)
+    numbers = staged(torch.tensor([greedy, uniforms], dtype=torch.float64), logits.device)
+    found = _drawn(logits, numbers[0] != 0, numbers[1], not all(greedy), evidence)
+    return found[:, 0].long(), read_tokens(found.cpu().tolist(), histories)
 
 
-def _inverse_cdf(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """weights [M, V] fp64, of any sum -> ids [M]."""
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """weights [M, V] fp64, of any sum; uniforms fp64 [M] -> ids [M]."""
     cdf = weights.cumsum(-1)
-    target = torch.tensor(uniforms, dtype=torch.float64, device=cdf.device)[:, None] * cdf[:, -1:]
+    target = uniforms[:, None] * cdf[:, -1:]
     return torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=cdf.shape[-1] - 1)
 
 
@@ -136,20 +272,26 @@ def verify(
     one number to accept with and one to draw again -> ids [M], and whether each is the drafted one. Raises
     what ``sample`` raises.
     """
-    _check_drawable(logits.amax(-1), histories)
+    _check_drawable(logits.amax(-1).tolist(), histories)
     p, q = logits.double().softmax(-1), proposed.double().softmax(-1)
     x = torch.tensor(drafted, device=p.device)
     p_x, q_x = (law.gather(-1, x[:, None])[:, 0] for law in (p, q))
-    first = torch.tensor([u for u, _ in uniforms], dtype=torch.float64, device=p.device)
+    first, second = torch.tensor(uniforms, dtype=torch.float64, device=p.device).unbind(1)
     accepted = first * q_x < p_x
     rest = (p - q).clamp(min=0)
     rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)  # p and q differ by rounding only
-    return torch.where(accepted, x, _inverse_cdf(rest, [u for _, u in uniforms])), accepted.tolist()
+    return torch.where(accepted, x, _inverse_cdf(rest, second)), accepted.tolist()
 
 
-def _check_drawable(largest: Tensor, histories: Sequence[History]) -> None:
-    """``largest``: the largest logit of each row [M]; it is NaN where any of the row is."""
-    for value, history in zip(largest.tolist(), histories, strict=True):
+def read_tokens(found: Sequence[Sequence[float]], histories: Sequence[History]) -> list[int]:
+    """The tokens among what ``drawn`` returns. Raises what ``sample`` raises."""
+    _check_drawable([largest for _, largest in found], histories)
+    return [int(token) for token, _ in found]
+
+
+def _check_drawable(largest: Sequence[float], histories: Sequence[History]) -> None:
+    """Raises what ``sample`` raises. largest: the largest logit of each row; it is NaN where any of the row is."""
+    for value, history in zip(largest, histories, strict=True):
         if value == MINUS_INF and history.allowed is not None:
             problem = "every token that may come next is banned, so none can be sampled"
             raise UserError("response_format", "...", problem, "ban fewer ids, or leave min_tokens out")

@@ -23,6 +23,7 @@ from rdlm.flops import Costs
 from rdlm.nn.attention import AttentionContext
 from rdlm.nn.layers import Condition
 from rdlm.objectives.next_token import NextToken
+from rdlm.sampling import Kind, Settings, drawn
 from serve.engine.sequence import Sequence
 
 
@@ -149,6 +150,8 @@ class Block:
     costs: Costs
     base: list[Condition | None]
     """Its conditioning where no row has a noised target, once it has been computed."""
+    num_tokens: int
+    """Ids that may be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ class Inputs:
 
     ids int64 [N]: of the positions. at, other, places int64 [N]: indices of the rows' states, of the other
     halves of their places, and of these places. levels fp32 [1, N]: noise levels; None where all rows are at
-    z = 0.
+    z = 0. sampling: of rows that a token is drawn from, in parts that draw.
     """
 
     ids: Tensor
@@ -166,6 +169,7 @@ class Inputs:
     places: Tensor
     levels: Tensor | None
     context: AttentionContext
+    sampling: tuple[Settings, Kind] | None = None
 
 
 Part = Callable[[Block, RowBuffers, Inputs], tuple[Tensor, ...]]
@@ -204,3 +208,10 @@ def core(block: Block, rows: RowBuffers, inputs: Inputs) -> tuple[Tensor, Tensor
 def leave(block: Block, rows: RowBuffers, inputs: Inputs) -> tuple[Tensor]:
     """Coda and final norm -> hidden [1, N, D]."""
     return (block.denoiser.model.decode(rows.state.index_select(1, inputs.at), inputs.context),)
+
+
+def draw_tokens(block: Block, rows: RowBuffers, inputs: Inputs) -> tuple[Tensor]:
+    """``leave``, read-out and a draw at z = 0 -> what rdlm.sampling.drawn returns, fp64 [1, N, 2]."""
+    assert inputs.sampling is not None
+    (hidden,) = leave(block, rows, inputs)
+    return (drawn(block.denoiser.predict(hidden[0]).prior[:, : block.num_tokens], *inputs.sampling)[None],)

@@ -31,12 +31,24 @@ from rdlm.nn.kv_cache import PAGE, KVCache, PackedContext, Segment
 from rdlm.objectives.base import Prediction
 from rdlm.objectives.next_token import NextToken, renoise
 from rdlm.random_streams import HashedStream, generator
-from rdlm.sampling import draw, process, sample, top_logprobs, verify
-from rdlm.sampling_params import uniform
+from rdlm.sampling import draw, process, read_tokens, sample, top_logprobs, verify
+from rdlm.sampling_params import History, SamplingParams, uniform
 from serve.engine.exits import check_exit_gate, exits_on_rows, exits_on_states, is_measured, mixes_steps
 from serve.engine.prefix_cache import PrefixCache, Source
-from serve.engine.replay import Replayer, StaticPasses, bucket
-from serve.engine.rows import Block, Inputs, Part, RowBuffers, Rows, core, encode, enter, leave, rows_of
+from serve.engine.replay import Pass, Replayer, SingleRows, StaticPasses, bucket
+from serve.engine.rows import (
+    Block,
+    Inputs,
+    Part,
+    RowBuffers,
+    Rows,
+    core,
+    draw_tokens,
+    encode,
+    enter,
+    leave,
+    rows_of,
+)
 from serve.engine.sequence import (
     NO_SLOT,
     Request,
@@ -126,7 +138,7 @@ class Runner:
         self.denoiser, self.config, self.device = denoiser, config, weight.device
         self.waits = weight.device.type == "cpu"
         self._blocks = [
-            Block(i, block, costs_of(block), [])
+            Block(i, block, costs_of(block), [], num_tokens)
             for i, block in enumerate(cast(list[NextToken], denoiser.parts))
         ]
         self._plans = {k: denoiser.step_plan(k) for k in range(1, max_steps + 1)}
@@ -162,6 +174,8 @@ class Runner:
         self._prefixes = (
             None if prefix_cache == "off" else PrefixCache(self.cache, unit, prefix_cache_bytes, fewer)
         )
+        self._staged: dict[tuple[Part, tuple[int, ...]], Pass] = {}
+        """Passes of this step whose rows are on the device already, by part and sequence ids."""
         self._packs: list[tuple[list[Segment], PackedContext]] = []
         """The last ``PACKS`` packs, the newest last."""
 
@@ -363,25 +377,93 @@ class Runner:
         return results
 
     def _run(self, block: Block, batch: list[Sequence]) -> dict[int, StepResult]:
-        self._enter(block, [s for s in batch if s.step == 0 and not s.is_wavefront])
+        self._staged = {}
+        entering = [s for s in batch if s.step == 0 and not s.is_wavefront]
+        self._open(entering)
         self._enter_wavefronts(block, [s for s in batch if s.is_wavefront and self._changes_wavefront(s)])
-        changing = [s for s in batch if s.step and self._block_index(s, -1) != block.index]
-        if changing:  # every block reads the tokens through a stem of its own
-            self._pass(encode, block, changing)
         for sequence in batch:
             rows = rows_of(sequence)
             if sequence.length > rows.length:  # the positions of a draft go on together
                 sequence.rows = Rows(sequence.length, half=rows.half, proposals=rows.proposals)
+        # Every block reads the tokens through a stem of its own.
+        changing = [s for s in batch if s.step and self._block_index(s, -1) != block.index]
+        drawing = [s for s in batch if self._draws_in_place(s)]
+        self._stage(block, entering, batch, drawing)
+        self._enter(block, entering)
+        if changing:
+            self._pass(encode, block, changing)
         exiting = self._core(block, batch)
-        readers = [
-            s
-            for s in batch
-            if s.id in exiting
-            or self._reads(s)
-            or reports_step(s)
-            or (s.has_exit_rule and (is_measured(s, "predictions") or mixes_steps(s)))
-        ]
-        return self._read(block, readers, exiting) if readers else {}
+        results = self._draw_in_place(block, drawing)
+        readers = [s for s in batch if s.id not in results and (s.id in exiting or self._is_read(s))]
+        return results | self._read(block, readers, exiting) if readers else results
+
+    def _stage(
+        self, block: Block, entering: list[Sequence], batch: list[Sequence], drawing: list[Sequence]
+    ) -> None:
+        """Send what the step's passes of single rows read to the device, where it is known: in one copy."""
+        if self._static is None or any(s.length > 1 for s in batch):
+            return
+        ruled = any(s.has_exit_rule for s in batch)  # who is read is known after the core step
+        reading = [] if ruled else [s for s in batch if s not in drawing and self._is_read(s)]
+        parts = [(self._entry(block), entering), (core, batch), (draw_tokens, drawing), (leave, reading)]
+        passes = [(part, sequences) for part, sequences in parts if sequences]
+        ready = self._static.stage(block, [(part, self._single_rows(part, rows)) for part, rows in passes])
+        self._staged = {
+            (part, tuple(s.id for s in sequences)): run
+            for (part, sequences), run in zip(passes, ready, strict=True)
+        }
+
+    def _single_rows(self, part: Part, sequences: list[Sequence], stepped: bool = False) -> SingleRows:
+        """What a pass of single rows reads. stepped: whether the core step has been taken, which the parts after
+        it wait for."""
+        once = part is not core
+        where = self._rows.where(sequences)
+        return SingleRows(
+            [segment for s in sequences for segment in self._cache_segments(s, once)],
+            [i for s in sequences for i in s.token_ids()],
+            where ^ 1 if part in (leave, draw_tokens) and not stepped else where,
+            [None if once else self._level(s) for s in sequences],
+            self._sampling(sequences) if part is draw_tokens else None,
+        )
+
+    def _is_read(self, sequence: Sequence) -> bool:
+        """Whether coda and more run for the sequence after this step, unless it exits with it."""
+        return (
+            self._reads(sequence)
+            or reports_step(sequence)
+            or (sequence.has_exit_rule and (is_measured(sequence, "predictions") or mixes_steps(sequence)))
+        )
+
+    def _draws_in_place(self, sequence: Sequence) -> bool:
+        """Whether coda, read-out and draw of this step are one part, which can be captured: where nothing but the
+        token is wanted, and the host has no say in it. Otherwise they are run one by one, by ``_read``."""
+        request, budget, step = sequence.request, sequence.request.budget, sequence.step
+        return (
+            self._static is not None
+            and sequence.length == 1
+            and sequence.draws
+            and step + 1 == sequence.counts.drawn
+            and self._level(sequence) is None
+            and predicts(self._plan(sequence), step)
+            and budget.exit is budget.speculation is budget.wavefront is None
+            and request.logprobs is request.prompt_logprobs is None
+            and sequence.guide is None
+        )
+
+    def _draw_in_place(self, block: Block, drawing: list[Sequence]) -> dict[int, StepResult]:
+        """A token of each sequence: one copy to the host."""
+        if not drawing:
+            return {}
+        for sequence in drawing:
+            sequence.flops += block.costs.head
+        (found,) = self._pass(draw_tokens, block, drawing)
+        tokens = read_tokens(found[0].cpu().tolist(), [s.history for s in drawing])
+        return {s.id: StepResult((token,), (None,)) for s, token in zip(drawing, tokens, strict=True)}
+
+    def _sampling(self, sequences: list[Sequence]) -> tuple[list[SamplingParams], list[History], list[float]]:
+        """Settings, histories and random numbers that the sequences' next tokens are drawn with."""
+        uniforms = [self._uniform(s, s.context_length) for s in sequences]
+        return [s.request.sampling for s in sequences], [s.history for s in sequences], uniforms
 
     def _plan(self, sequence: Sequence) -> StepPlan:
         return cast(StepPlan, sequence.counts.plan)
@@ -408,25 +490,27 @@ class Runner:
     def _pass(self, part: Part, block: Block, sequences: list[Sequence]) -> tuple[Tensor, ...]:
         """A part of the network, for the segments' rows."""
         once = part is not core
-        cost = (
-            block.costs.core if part is core else block.costs.decode if part is leave else block.costs.encode
-        )
-        self._charge(sequences, cost)
+        costs: dict[Part, Cost] = {
+            core: block.costs.core,
+            leave: block.costs.decode,
+            draw_tokens: block.costs.decode,
+        }
+        self._charge(sequences, costs.get(part, block.costs.encode))
+        if self._static is not None and all(s.length == 1 for s in sequences):
+            ready = self._staged.pop((part, tuple(s.id for s in sequences)), None)
+            if ready is None:
+                (ready,) = self._static.stage(block, [(part, self._single_rows(part, sequences, True))])
+            return ready()
         where = self._rows.where(sequences)
         ids = [i for s in sequences for i in s.token_ids()]
         levels = [None if once else self._level(s) for s in sequences for _ in range(s.length)]
-        if self._static is not None and all(s.length == 1 for s in sequences):
-            segments = [segment for s in sequences for segment in self._cache_segments(s, once)]
-            return self._static(part, block, segments, ids, where, levels)
         at, other, places, tokens = self._rows.index(np.stack([where, where ^ 1, where >> 1, ids]))
         sigma = self._levels(levels)[None] if any(level is not None for level in levels) else None
         inputs = Inputs(tokens, at, other, places, sigma, self._pack(sequences, once))
         return part(block, self._rows, inputs)
 
-    def _enter(self, block: Block, entering: list[Sequence]) -> None:
-        """Prelude and initial state of segments that have just opened."""
-        if not entering:
-            return
+    def _open(self, entering: list[Sequence]) -> None:
+        """Places for the rows of segments that have just opened."""
         for sequence in entering:
             if 0 < sequence.start <= len(sequence.request.prompt):
                 self._hold(sequence)
@@ -434,11 +518,19 @@ class Runner:
             self._rows.own(sequence.slot, drafted + sequence.length)
             proposals = rows_of(sequence).proposals if drafted else ()
             sequence.rows = Rows(sequence.length, drafted, proposals=proposals)
+
+    def _entry(self, block: Block) -> Part:
+        """The part that segments open with."""
         model = block.denoiser.model
-        if not model.state_is_random and not model.depends_on_num_steps:
-            self._pass(enter, block, entering)
+        return encode if model.state_is_random or model.depends_on_num_steps else enter
+
+    def _enter(self, block: Block, entering: list[Sequence]) -> None:
+        """Prelude and initial state of segments that have just opened."""
+        if not entering:
             return
-        (e,) = self._pass(encode, block, entering)
+        model, (e, *_) = block.denoiser.model, self._pass(self._entry(block), block, entering)
+        if self._entry(block) is enter:
+            return
         parts = zip(entering, e.split([s.length for s in entering], 1), strict=True)
         states = [self._initial_state(model, s, own, s.start) for s, own in parts]
         self._rows.keep(self._rows.where(entering), torch.cat(states, 1))
@@ -712,15 +804,14 @@ class Runner:
                 sequence, results[sequence.id].exited
             ):
                 sequence.rows = replace(rows_of(sequence), prior=prediction.prior[i])
-        params, histories = [s.request.sampling for s in drawn], [s.history for s in drawn]
-        uniforms = [self._uniform(s, s.context_length) for s in drawn]
+        params, histories, uniforms = self._sampling(drawn)
         known = slice(0, self._num_tokens)
         evidence = None if prediction.evidence is None else prediction.evidence[:, known]
         logits = process(prediction.prior[:, known], params, histories)
-        ids = draw(logits, params, histories, uniforms, evidence)
+        ids, tokens = draw(logits, params, histories, uniforms, evidence)
         renoised: list[int] = []
         flowing: list[int] = []
-        for i, (sequence, token) in enumerate(zip(drawn, ids.tolist(), strict=True)):
+        for i, (sequence, token) in enumerate(zip(drawn, tokens, strict=True)):
             if sequence.drafts:
                 results[sequence.id].draft = token
                 if not params[i].greedy:

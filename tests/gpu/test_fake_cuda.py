@@ -18,7 +18,7 @@ from rdlm.objectives.base import HeldOut, Keys
 from rdlm.objectives.edm import Edm
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
-from serve.engine.replay import Key, Pass
+from serve.engine.replay import Eager, Key, Pass
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Request, StepBudget, StepResult
@@ -100,6 +100,23 @@ def test_nothing_else_mixes_devices(watch: Watch, name: str) -> None:
             network.token_logprobs(there.inputs, there.targets, steps, num_draws=2)
 
 
+class Captured:
+    """A Replayer whose passes, once their tables are made, neither wait nor send anything."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def __call__(self, key: Key, run: Pass) -> tuple[torch.Tensor, ...]:
+        run()
+        before = self.watch.waits.total(), self.watch.copies.total()
+        out = run()
+        assert (self.watch.waits.total(), self.watch.copies.total()) == before
+        return out
+
+    def forget(self) -> None:
+        pass
+
+
 @pytest.mark.parametrize("is_static", [False, True])
 @pytest.mark.parametrize(
     ("name", "cache"),
@@ -113,13 +130,27 @@ def test_the_serving_step_mixes_no_devices(
     is_static: single rows run in the parts that a GPU captures, where nothing waits and nothing comes from the host.
     """
 
-    def replay(key: Key, run: Pass) -> tuple[torch.Tensor, ...]:
-        run()  # makes tables, as before a capture
-        before = watch.waits.total(), watch.copies.total()
-        out = run()
-        assert (watch.waits.total(), watch.copies.total()) == before
-        return out
+    assert serve_three(watch, monkeypatch, name, cache, Captured(watch) if is_static else None, logprobs=2)
 
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("huginn onestep", "shared"), ("huginn onestep", "full"), ("llama next_token", "shared")],
+)
+def test_a_decode_step_sends_once_and_reads_tokens_once(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, name: str, cache: Any
+) -> None:
+    """Where nothing but tokens is wanted, whatever the requests' K and settings."""
+    steps = serve_three(watch, monkeypatch, name, cache, Eager(), logprobs=None)
+    assert len(steps) > 1 and {(1, 0), (1, 1)} >= set(steps), "copies to the device and waits of each step"
+    assert (1, 1) in steps
+
+
+def serve_three(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, name: str, cache: Any, replay: Any, logprobs: int | None
+) -> list[tuple[int, int]]:
+    """Requests of different K to their end -> copies to the device and waits of each step in which all rows decode;
+    the steps in which tables are made are left out."""
     import serve.engine.runner as module
 
     monkeypatch.setattr(module, "costs_of", module.costs_of.__wrapped__)
@@ -127,14 +158,16 @@ def test_the_serving_step_mixes_no_devices(
     network, _ = on_fake_device(name, watch)
     config, most = config_of(name), min(4, config_of(name).max_steps)
     warm = SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1)
+    steps: list[tuple[int, int]] = []
     with watch.fake, watch, torch.no_grad():
         runner = Runner(
             network.eval(), config, num_slots=4, max_len=64, max_steps=8, num_tokens=60, kv_cache=cache,
-            replay=replay if is_static else None,
+            replay=replay,
         )  # fmt: skip
         scheduler = Scheduler(4, 32, 16)
         for number in range(3):
-            request = Request((1, 2, 3, 4), StepBudget(1 + number % most), 2, warm, seed=number, logprobs=2)
+            budget = StepBudget(1 + number % most)
+            request = Request((1, 2, 3, 4), budget, 4, warm, seed=number, logprobs=logprobs)
             scheduler.add(runner.sequence(number, request, 16))
         scheduler.admit()
         finished = 0
@@ -142,16 +175,21 @@ def test_the_serving_step_mixes_no_devices(
             running = scheduler.schedule()
             if not running:
                 break
+            before = watch.copies.total(), watch.waits.total()
             results = run(runner, running)
+            if all(len(sequence.output) > 1 for sequence in running):
+                after = watch.copies.total(), watch.waits.total()
+                steps.append((after[0] - before[0], after[1] - before[1]))
             for sequence in running:
                 result = results.get(sequence.id)
                 sequence.advance(result or StepResult())
                 sequence.output.extend(result.tokens if result else ())
-                if len(sequence.output) == 2:
+                if len(sequence.output) == 4:
                     runner.release(sequence)
                     scheduler.remove(sequence)
                     finished += 1
     assert finished == 3
+    return steps
 
 
 def test_the_watch_sees_what_it_is_for(watch: Watch) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu
 from rdlm.random_streams import counter_stream
-from serve.engine.replay import CudaGraphs, Key, Pass, eager
+from serve.engine.replay import CudaGraphs, Eager, Key, Pass
 from tests.serve import test_replay
 
 pytestmark = pytest.mark.gpu
@@ -42,17 +42,23 @@ def test_graphs_give_the_bits_of_what_they_capture(
     replay makes the host wait for nothing."""
     plain = test_replay.network_of
     monkeypatch.setattr(test_replay, "network_of", lambda name: (plain(name)[0].cuda(), plain(name)[1]))
-    graphs, captured = CudaGraphs(), []
 
-    def replay(key: Key, run: Pass) -> tuple[torch.Tensor, ...]:
-        if key not in captured:
-            captured.append(key)
-            return graphs(key, run)
-        with gpu.no_waits(torch.device("cuda")):
-            return graphs(key, run)
+    class Watched(CudaGraphs):
+        captured: set[Key] = set()
 
-    expected = test_replay.answers(name, None, eager, cache)
-    assert test_replay.answers(name, None, replay, cache) == expected
+        def __call__(self, key: Key, run: Pass) -> tuple[torch.Tensor, ...]:
+            if key not in self.captured:
+                self.captured.add(key)
+                return super().__call__(key, run)
+            with gpu.no_waits(torch.device("cuda")):
+                return super().__call__(key, run)
+
+        def forget(self) -> None:
+            self.captured.clear()
+            super().forget()
+
+    expected = test_replay.answers(name, None, Eager(), cache)
+    assert test_replay.answers(name, None, Watched(), cache) == expected
     assert test_replay.close(test_replay.answers(name, None, None, cache), expected)
 
 

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rdlm.errors import UserError
-from rdlm.sampling import History, SamplingParams, process, sample, top_logprobs
+from rdlm.sampling import (
+    History,
+    SamplingParams,
+    drawn,
+    packed,
+    process,
+    read_tokens,
+    sample,
+    top_logprobs,
+    unpacked,
+)
 from rdlm.sampling_params import uniform
 
 VOCAB = 20
@@ -185,3 +197,30 @@ def test_top_k_of_any_size_is_cut_to_the_vocabulary() -> None:
     assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
     with pytest.raises(UserError, match="^top_k=-2"):
         SamplingParams(top_k=-2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.permutations(range(VOCAB)), params, st.floats(0, 0.999)), min_size=1, max_size=5
+    ),
+    is_edited=st.booleans(),
+    spare=st.integers(0, 3),
+    offset=st.integers(0, 3),
+)
+def test_settings_in_a_buffer_draw_the_same_tokens(
+    rows: list[tuple[list[int], SamplingParams, float]], is_edited: bool, spare: int, offset: int
+) -> None:
+    """Wherever they lie in it, and however many rows fill it up."""
+    logits = torch.tensor([row for row, *_ in rows], dtype=torch.float32) / 3
+    chosen = [
+        replace(p, repetition_penalty=1.5, frequency_penalty=0.3, logit_bias={i: 2.0}) if is_edited else p
+        for i, (_, p, _) in enumerate(rows)
+    ]
+    histories = [History((1, 2), (3,) * i, {4} if is_edited else ()) for i in range(len(rows))]
+    uniforms = [u for *_, u in rows]
+    columns, kind = packed(chosen, histories, uniforms, len(rows) + spare)
+    buffer = torch.from_numpy(np.concatenate([np.zeros((len(columns), offset), np.int32), columns], 1))
+    filled = torch.cat([logits, torch.zeros(spare, VOCAB)])
+    found = drawn(filled, unpacked(buffer[:, offset:], kind), kind)[: len(rows)]
+    assert read_tokens(found.tolist(), histories) == sample(logits, chosen, histories, uniforms).tolist()

@@ -3,6 +3,7 @@ on the same memory. No line of Python of the pass runs again."""
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from typing import Any
 
@@ -39,6 +40,15 @@ class Tape:
     def __init__(self) -> None:
         self.tapes: dict[Key, tuple[Recording, tuple[Tensor, ...]]] = {}
         self.replays = 0
+        self.forgotten: list[weakref.ref[Tensor]] = []
+        """Pools of keys and values, [layers, pages, ...], that dropped recordings read."""
+
+    def forget(self) -> None:
+        for recording, _ in self.tapes.values():
+            for call in recording.calls:
+                pools = (leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim() == 5)
+                self.forgotten += map(weakref.ref, pools)
+        self.tapes.clear()
 
     def __call__(self, key: Key, run: Pass) -> tuple[Tensor, ...]:
         if key not in self.tapes:
@@ -61,6 +71,12 @@ class Signatures:
 
     def __init__(self) -> None:
         self.found: dict[Key, list[Any]] = defaultdict(list)
+        self.before: list[dict[Key, list[Any]]] = []
+        """Those of passes before a buffer moved."""
+
+    def forget(self) -> None:
+        self.before.append(self.found)
+        self.found = defaultdict(list)
 
     def __call__(self, key: Key, run: Pass) -> tuple[Tensor, ...]:
         run()
