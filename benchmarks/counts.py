@@ -52,7 +52,7 @@ ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_s
 NUM_TOKENS = 6
 SETTINGS = {
     "greedy": SamplingParams(temperature=0),
-    "top-p, penalties": SamplingParams(
+    "top-p, penalty": SamplingParams(
         temperature=0.7, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.1
     ),
 }
@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     runner_module.costs_of = runner_module.costs_of.__wrapped__  # type: ignore[attr-defined]  # no cached tensors
     steps: list[dict[str, Any]] = []
     for family, num_steps in (("huginn", 8), ("llama", 1)):
-        for name, logprobs in (("greedy", None), ("top-p, penalties", None), ("greedy", 2)):
+        for name, logprobs in (("greedy", None), ("top-p, penalty", None), ("greedy", 2)):
             for is_static in (False, True):
                 wanted = {"family": family, "num_steps": num_steps, "rows": options.rows, "settings": name,
                           "logprobs": logprobs, "graphs": is_static}  # fmt: skip

@@ -1,39 +1,50 @@
 """Ten minutes on a GPU: what only a GPU can say, in parts that can be repeated one by one.
 
-    python -m benchmarks.gpu --out gpu.json                  # parts that are in the file already are not run again
-    python -m benchmarks.gpu --out gpu.json --only step      # again, and alone
-    python -m benchmarks.gpu --out try.json --tiny  # every part at a tiny size, on a CPU too: is it right?
+    python -m benchmarks.gpu --out gpu.json              # cases that are in the file already are not run again
+    python -m benchmarks.gpu --out gpu.json --only step  # one part again
+    python -m benchmarks.gpu --out try.json --tiny       # every part at a tiny size, on a CPU too: is it right?
 
 | part | what it says |
 |---|---|
 | losses | every kind of model: loss of a batch in bf16 against fp32 on the CPU; whether the host waits in a forward |
-| attention | which kernel each kind of attention runs, and how long it takes |
+| bandwidth | bytes a second that a copy moves: what decoding is compared with |
+| published | tokens/s of Huginn-0125's shape (3.5B) at K = 32 and Ouro-1.4B's at K = 4, one request; graphs on, off |
 | step | an update of a 1B Huginn: ms, tokens/s, MFU, memory; objectives x compile off and blocks; a trace |
+| attention | which kernel each kind of attention runs, and how long it takes |
+| decode | tokens/s of the 1B Huginn at several batch sizes and K, with CUDA graphs and without |
+| quantised | products of one to 64 rows with int8 and int4 weights against bf16, by PyTorch's own kernels |
 | deterministic | two times 20 updates with deterministic kernels and without: equal bits? what does it cost? |
-| decode | tokens/s at several batch sizes and K, with CUDA graphs and without: the same tokens? |
 | noise | normal numbers a second, by generator on the CPU and by counter on the device |
 
-A part that fails writes its error and the next one goes on. Nothing here needs a corpus or a network.
+Each part is a process of its own with a time limit, and each of its cases is written when it ends. A case that fails
+writes its error; one that hangs, or breaks the device for its process, ends its part's process, and the part goes on
+with the next case. Nothing here needs a corpus or a network.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import hashlib
 import json
 import math
 import platform
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.common import provenance
+from benchmarks.generate import bytes_per_token
 from rdlm.atomic import write_file
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.batch import Batch
@@ -51,6 +62,8 @@ from train.compilation import compile_layers
 from train.cost import UpdateFlops, peak_flops
 
 Result = dict[str, Any]
+Case = tuple[str, Callable[[], Result]]
+Cases = Iterator[Case]
 
 
 @dataclass(frozen=True)
@@ -137,92 +150,92 @@ def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int) -> fl
     return sorted(found)[len(found) // 2]
 
 
-def losses(device: torch.device, size: Size, out: Path) -> Result:
-    found: Result = {}
+def losses(device: torch.device, size: Size, out: Path) -> Cases:
     for name, (family, objective) in KINDS.items():
-        config = config_of(family, objective, TINY)
-        batch, keys = batch_of(config, TINY), Keys(0, 3, source="counter")
-        here = build(config, seed=0)
-        wanted = float(here.loss(batch, keys).total.detach())
-        there = build(config, seed=0).to(device, torch.bfloat16)
-        moved = batch.to(device)
-        there.loss(moved, keys)  # makes the rotary table
-        try:
-            with no_waits(device):
-                total = there.loss(moved, keys).total
-            waits = ""
-        except RuntimeError as error:
-            waits, total = str(error).splitlines()[0], there.loss(moved, keys).total
-        total.backward()
-        loss = float(total.detach())
-        found[name] = {
-            "loss": loss,
-            "on_cpu": wanted,
-            "close": math.isclose(loss, wanted, rel_tol=5e-2),
-            "waits": waits,
-        }
-    return found
+        yield name, partial(_loss, config_of(family, objective, TINY), device)
 
 
-def attention(device: torch.device, size: Size, out: Path) -> Result:
-    batch, length, heads, width = size.micro, size.length, size.heads, size.width // size.heads
-    dtype = torch.bfloat16
-    contexts = {
-        "causal": (CausalContext(length, device), length, heads),
-        "grouped heads": (CausalContext(length, device), length, 1),
-        "bidirectional": (BidirectionalContext(length, device), length, heads),
-        "padded": (PaddedContext(torch.full((batch,), length - 3), length, device), length, heads),
-        "two streams": (TwoStreamContext(length, True, device), 2 * length, heads),
-    }
-    found: Result = {}
-    for name, (context, rows, kv_heads) in contexts.items():
-        q = torch.randn(batch, rows, heads, width, device=device, dtype=dtype, requires_grad=True)
-        k, v = (torch.randn(batch, rows, kv_heads, width, device=device, dtype=dtype) for _ in range(2))
+def _loss(config: CheckpointConfig, device: torch.device) -> Result:
+    batch, keys = batch_of(config, TINY), Keys(0, 3, source="counter")
+    wanted = float(build(config, seed=0).loss(batch, keys).total.detach())
+    there = build(config, seed=0).to(device, torch.bfloat16)
+    moved = batch.to(device)
+    there.loss(moved, keys)  # makes the rotary table
+    try:
+        with no_waits(device):
+            total = there.loss(moved, keys).total
+        waits = ""
+    except RuntimeError as error:
+        waits, total = str(error).splitlines()[0], there.loss(moved, keys).total
+    total.backward()
+    loss = float(total.detach())
+    close = math.isclose(loss, wanted, rel_tol=5e-2)
+    return {"loss": loss, "on_cpu": wanted, "close": close, "waits": waits}
 
-        def both(q: Any = q, k: Any = k, v: Any = v, context: Any = context) -> None:
-            context.attend(q, k, v, 0).sum().backward()
 
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
+def bandwidth(device: torch.device, size: Size, out: Path) -> Cases:
+    def copy() -> Result:
+        source = torch.ones(size.width * size.vocab * 4, dtype=torch.bfloat16, device=device)
+        there = torch.empty_like(source)
+        seconds = seconds_of(lambda: there.copy_(source), device, 5)
+        return {"bytes_per_s": 2 * source.nbytes / seconds}
+
+    yield "copy", copy
+
+
+def attention(device: torch.device, size: Size, out: Path) -> Cases:
+    batch, length, heads = size.micro, size.length, size.heads
+    contexts: list[tuple[str, Callable[[], Any], int, int]] = [
+        ("causal", lambda: CausalContext(length, device), length, heads),
+        ("grouped heads", lambda: CausalContext(length, device), length, 1),
+        ("bidirectional", lambda: BidirectionalContext(length, device), length, heads),
+        ("padded", lambda: PaddedContext(torch.full((batch,), length - 3), length, device), length, heads),
+        ("two streams", lambda: TwoStreamContext(length, True, device), 2 * length, heads),
+    ]
+    for name, make, rows, kv_heads in contexts:
+        yield name, partial(_attention, make, rows, kv_heads, device, size)
+
+
+def _attention(make: Callable[[], Any], rows: int, kv_heads: int, device: torch.device, size: Size) -> Result:
+    context, dtype, width = make(), torch.bfloat16, size.width // size.heads
+    q = torch.randn(size.micro, rows, size.heads, width, device=device, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(size.micro, rows, kv_heads, width, device=device, dtype=dtype) for _ in range(2))
+
+    def both() -> None:
+        context.attend(q, k, v, 0).sum().backward()
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    both()
+    with torch.profiler.profile(activities=activities) as profile:
         both()
-        with torch.profiler.profile(activities=activities) as profile:
-            both()
-        kernels = {
-            event.key
-            for event in profile.key_averages()
-            if "attention" in event.key or "fmha" in event.key or "flash" in event.key
-        }
-        found[name] = {"ms": 1e3 * seconds_of(both, device, 3), "kernels": sorted(kernels)}
-        for backend in (
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.CUDNN_ATTENTION,
-        ):
-            try:
-                with sdpa_kernel(backend):
-                    found[name][backend.name.lower()] = 1e3 * seconds_of(both, device, 3)
-            except RuntimeError as error:
-                found[name][backend.name.lower()] = str(error).splitlines()[0][:100]
+    names = (event.key for event in profile.key_averages())
+    kernels = {name for name in names if any(word in name for word in ("attention", "fmha", "flash"))}
+    found: Result = {"ms": 1e3 * seconds_of(both, device, 3), "kernels": sorted(kernels)}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                found[backend.name.lower()] = 1e3 * seconds_of(both, device, 3)
+        except RuntimeError as error:
+            found[backend.name.lower()] = str(error).splitlines()[0][:100]
     return found
 
 
-def step(device: torch.device, size: Size, out: Path) -> Result:
-    found: Result = {}
-    for objective in ("onestep", "single_pass"):
-        for source in ("counter", "generator") if objective == "single_pass" else ("counter",):
-            for mode in ("off", "blocks") if source == "counter" else ("off",):
-                name = f"{objective}, {source}, compile {mode}"
-                found[name] = _one_step(
-                    config_of("huginn", objective, size), mode, source, device, size, out / f"{name}.json.gz"
-                )
-    return found
+def step(device: torch.device, size: Size, out: Path) -> Cases:
+    for objective, source, mode in (
+        ("onestep", "counter", "off"), ("onestep", "counter", "blocks"), ("single_pass", "counter", "off"),
+        ("single_pass", "counter", "blocks"), ("single_pass", "generator", "off"),
+    ):  # fmt: skip
+        name = f"{objective}, {source}, compile {mode}"
+        config, trace = config_of("huginn", objective, size), out / f"{name}.json.gz"
+        yield name, partial(_one_step, config, mode, source, device, size, trace)
 
 
 def _one_step(
     config: CheckpointConfig, mode: str, source: Any, device: torch.device, size: Size, trace: Path
 ) -> Result:
-    network = build(config, seed=0).to(device, torch.bfloat16)
+    network = filled(config, device)
     if mode == "blocks":
         compile_layers(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=device.type == "cuda")
@@ -249,25 +262,34 @@ def _one_step(
         update(number)
     finish(device)
     seconds = time.perf_counter() - began
-    with torch.profiler.profile() as profile:
-        update(0)
-        finish(device)
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    profile.export_chrome_trace(str(trace))
-    peak = peak_flops(device)
+    counted = done
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    peak = peak_flops(device)
+    try:
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        with torch.profiler.profile() as profile:
+            update(0)
+            finish(device)
+        profile.export_chrome_trace(str(trace))
+        written = str(trace)
+    except (RuntimeError, OSError) as error:  # the figures above stand without it
+        written = f"{type(error).__name__}: {error}"
     return {
         "ms": 1e3 * seconds / size.updates, "tokens_per_s": size.micro * size.length * size.updates / seconds,
-        "tflops": done / seconds / 1e12, "mfu": None if peak is None else done / seconds / peak,
-        "first_three_s": first, "peak_memory_bytes": memory, "trace": str(trace),
+        "tflops": counted / seconds / 1e12, "mfu": None if peak is None else counted / seconds / peak,
+        "first_three_s": first, "peak_memory_bytes": memory, "trace": written,
     }  # fmt: skip
 
 
-def deterministic(device: torch.device, size: Size, out: Path) -> Result:
-    found: Result = {}
+def deterministic(device: torch.device, size: Size, out: Path) -> Cases:
     for on in (False, True):
-        torch.use_deterministic_algorithms(on)
-        began, weights = time.perf_counter(), []
+        yield "on" if on else "off", partial(_twice, on, device)
+
+
+def _twice(on: bool, device: torch.device) -> Result:
+    torch.use_deterministic_algorithms(on)
+    began, weights = time.perf_counter(), []
+    try:
         for _ in range(2):
             network = build(config_of("huginn", "single_pass", TINY), seed=0).to(device, torch.bfloat16)
             optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
@@ -277,24 +299,116 @@ def deterministic(device: torch.device, size: Size, out: Path) -> Result:
                 optimizer.step()
                 optimizer.zero_grad()
             weights.append([p.detach().cpu() for p in network.parameters()])
-        same = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-        found["on" if on else "off"] = {"equal_bits": same, "seconds": time.perf_counter() - began}
-    torch.use_deterministic_algorithms(False)
-    return found
+    finally:
+        torch.use_deterministic_algorithms(False)
+    same = all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    return {"equal_bits": same, "wall_s": time.perf_counter() - began}
 
 
-def decode(device: torch.device, size: Size, out: Path) -> Result:
+def filled(config: CheckpointConfig, device: torch.device) -> Objective:
+    """A network in bf16 whose weights are drawn on the device: drawing billions on the CPU takes a minute."""
+    network = build(config, device="meta").to(torch.bfloat16).to_empty(device=device)
+    rng = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02, generator=rng)
+            else:
+                parameter.fill_(1)
+    return network
+
+
+def published(device: torch.device, size: Size, out: Path) -> Cases:
+    """Shapes of released models, one request, weights at random."""
+    for name, num_steps in (("Huginn-0125", 32), ("Ouro-1.4B", 4)):
+        for graphs in (False, True):
+            label = f"{name}, K = {num_steps}" + (", graphs" if graphs else "")
+            yield label, partial(_published, name, num_steps, graphs, device, size)
+
+
+def _published(name: str, num_steps: int, graphs: bool, device: torch.device, size: Size) -> Result:
+    config = published_config(name, size if size == TINY else None)
+    return _fresh_decoded(config, device, 1, num_steps, size.tokens, graphs)
+
+
+def published_config(name: str, tiny: Size | None = None) -> CheckpointConfig:
+    """The shape of a released model; tiny: with these widths."""
+    huginn = name == "Huginn-0125"
+    width, heads, mlp, vocab = (5280, 55, 17920, 65536) if huginn else (2048, 16, 5632, 49152)
+    if tiny is not None:
+        width, heads, mlp, vocab = tiny.width, tiny.heads, tiny.mlp, tiny.vocab
+    model: Result = {"d_model": width, "vocab_size": vocab, "max_seq_len": 4096}
+    if huginn:
+        model |= {
+            "family": "huginn", "num_heads": heads, "mlp_width": mlp, "num_prelude_layers": 2,
+            "num_core_layers": 4, "num_coda_layers": 2, "qk_bias": True, "state_init": "normal",
+        }  # fmt: skip
+    else:
+        loop = {"num_core_layers": 24, "state": "embedding", "boundary_norm": "weighted", "final_norm": False}
+        layer = {"num_heads": heads, "mlp_width": mlp, "norms": "sandwich_branch", "rope": {"base": 1e6}}
+        model |= {"family": "recurrent", "tie_embeddings": False, "layer": layer, "loop": loop}
+    return CheckpointConfig.model_validate({"name": "gpu", "model": model, "objective": {"name": "onestep"}})
+
+
+def decode(device: torch.device, size: Size, out: Path) -> Cases:
     config = config_of("huginn", "onestep", size)
-    network = build(config, seed=0).to(device, torch.bfloat16).eval()
-    found: Result = {}
     for rows in size.batches:
         for num_steps in size.steps:
             for graphs in (False, True):
                 name = f"batch {rows}, K = {num_steps}" + (", graphs" if graphs else "")
-                found[name] = _decoded(network, config, device, rows, num_steps, size.tokens, graphs)
-            plain = found[f"batch {rows}, K = {num_steps}"]
-            found[name]["same_tokens"] = found[name].pop("ids") == plain.pop("ids")
-    return found
+                yield name, partial(_fresh_decoded, config, device, rows, num_steps, size.tokens, graphs)
+
+
+def _fresh_decoded(
+    config: CheckpointConfig, device: torch.device, rows: int, num_steps: int, tokens: int, graphs: bool
+) -> Result:
+    network = filled(config, device).eval()
+    read = bytes_per_token(config, "bfloat16", num_steps)
+    found = _decoded(network, config, device, rows, num_steps, tokens, graphs)
+    return {**found, "bytes_per_token": read, "weights_gb_per_s": 1e-9 * read * found["tokens_per_s"] / rows}
+
+
+def quantised(device: torch.device, size: Size, out: Path) -> Cases:
+    """The fused gate and up product of the 1B model's MLP."""
+    for rows in (1, 16, 64):
+        for form in ("bfloat16", "int8", "int4"):
+            yield f"{form}, {rows} rows", partial(_product, form, rows, device, size)
+
+
+def _product(form: str, rows: int, device: torch.device, size: Size) -> Result:
+    inputs, outputs, group = -(-size.width // 128) * 128, -(-2 * size.mlp // 64) * 64, 128
+    x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
+    # Copies, so that a cache of 50 MB does not hold the weight.
+    copies = 4 if device.type == "cuda" else 1
+    weights = [torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) for _ in range(copies)]
+    if form == "bfloat16":
+        runs = [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+        stored = weights[0].nbytes
+    elif form == "int8":
+        whole = [(127 * weight.clamp(-1, 1)).to(torch.int8) for weight in weights]
+        scales = torch.full((outputs,), 1 / 127, device=device, dtype=torch.bfloat16)
+        runs = [partial(torch._weight_int8pack_mm, x, weight, scales) for weight in whole]
+        stored = whole[0].nbytes + scales.nbytes
+    else:
+        halves = [
+            torch.randint(0, 256, (outputs, inputs // 2), device=device, dtype=torch.uint8) for _ in weights
+        ]
+        scales = torch.full((inputs // group, outputs, 2), 1 / 8, device=device, dtype=torch.bfloat16)
+        if device.type == "cuda":
+            packed = [torch._convert_weight_to_int4pack(half, 8) for half in halves]
+            runs = [partial(torch._weight_int4pack_mm, x, weight, group, scales) for weight in packed]
+        else:
+            wide = [torch.randint(0, 16, (outputs, inputs), dtype=torch.int32) for _ in weights]
+            packed = [torch._convert_weight_to_int4pack_for_cpu(each, 1) for each in wide]
+            runs = [partial(torch._weight_int4pack_mm_for_cpu, x, weight, group, scales) for weight in packed]
+        stored = halves[0].nbytes + scales.nbytes
+
+    def every() -> None:
+        for run in runs:
+            run()
+
+    seconds = seconds_of(every, device, 5) / copies
+    return {"us": 1e6 * seconds, "weight_gb_per_s": 1e-9 * stored / seconds}
 
 
 def _decoded(
@@ -306,7 +420,7 @@ def _decoded(
     tokens: int,
     graphs: bool,
 ) -> Result:
-    """graphs: without a GPU, their passes are run as they come. Tokens may differ where rounding decides."""
+    """graphs: without a GPU, their passes are run as they come. Where rounding decides, they draw other tokens."""
     replay = None if not graphs else CudaGraphs() if device.type == "cuda" else Eager()
     runner = Runner(
         network,  # type: ignore[arg-type]
@@ -345,14 +459,19 @@ def _decoded(
     finish(device)
     seconds = time.perf_counter() - began
     counted = drawn - 2 * rows
+    digest = hashlib.sha256(json.dumps(ids, sort_keys=True).encode()).hexdigest()
     return {
         "tokens_per_s": counted / seconds,
         "ms_per_step": 1e3 * seconds / max(1, counted // rows * num_steps),
-        "ids": ids,
+        "tokens_sha256": digest[:16],
     }
 
 
-def noise(device: torch.device, size: Size, out: Path) -> Result:
+def noise(device: torch.device, size: Size, out: Path) -> Cases:
+    yield "normal numbers", partial(_noise, device, size)
+
+
+def _noise(device: torch.device, size: Size) -> Result:
     rows = torch.arange(size.micro * size.length, device=device)
     count = len(rows) * size.width
     by_counter = seconds_of(lambda: counter_stream(0, 1).normals(rows, size.width), device, 3)
@@ -367,10 +486,87 @@ def noise(device: torch.device, size: Size, out: Path) -> Result:
     }  # fmt: skip
 
 
-PARTS: dict[str, Callable[[torch.device, Size, Path], Result]] = {
-    "losses": losses, "attention": attention, "noise": noise, "step": step, "deterministic": deterministic,
-    "decode": decode,
+PARTS: dict[str, Callable[[torch.device, Size, Path], Cases]] = {
+    "losses": losses, "bandwidth": bandwidth, "published": published, "step": step, "attention": attention,
+    "decode": decode, "quantised": quantised, "deterministic": deterministic, "noise": noise,
 }  # fmt: skip
+LIMITS = {
+    "losses": 90, "bandwidth": 40, "published": 120, "step": 180, "attention": 60, "decode": 150, "quantised": 40,
+    "deterministic": 60, "noise": 40,
+}  # fmt: skip
+"""Seconds that a part may take, start included."""
+BROKEN = 3
+"""Exit status of a part's process whose device is of no use any more."""
+UNFINISHED = "it did not end: the process was killed, or took too long"
+
+
+def run_part(part: str, out: Path, tiny: bool, session: str) -> int:
+    """Run the cases of a part that ``out`` does not have -> exit status. session: failed cases of it are not
+    run again."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    status = 0
+    try:
+        cases = list(PARTS[part](device, TINY if tiny else FULL, out.with_suffix("")))
+    except Exception as error:
+        cases = [("cases", partial(_again, error))]
+    for name, run in cases:
+        found = read(out)
+        of_part = found.setdefault(part, {})
+        known = of_part.get(name)
+        if known is not None and ("error" not in known or known.get("session") == session):
+            continue
+        of_part[name] = {"error": UNFINISHED, "session": session}
+        write_file(out, json.dumps(found, indent=1) + "\n")
+        began = time.perf_counter()
+        try:
+            of_part[name] = {**run(), "seconds": time.perf_counter() - began}
+        except Exception as error:
+            traceback.print_exc()
+            of_part[name] = {"error": f"{type(error).__name__}: {error}"[:2000], "session": session}
+            status = 1
+        write_file(out, json.dumps(found, indent=1) + "\n")
+        print(f"{part}, {name}: {json.dumps(of_part[name])[:300]}", file=sys.stderr, flush=True)
+        gc.collect()
+        if device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                return BROKEN
+    return status
+
+
+def _again(error: Exception) -> Result:
+    raise error
+
+
+def read(out: Path) -> Result:
+    return json.loads(out.read_text()) if out.exists() else {}
+
+
+def in_processes(part: str, options: argparse.Namespace, session: str, end: float) -> None:
+    """Run a part in processes of its own: another one goes on where one broke down or hung."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--out",
+        str(options.out),
+        "--only",
+        part,
+        "--here",
+        session,
+    ]
+    stop = min(end, time.monotonic() + LIMITS[part])
+    while (left := stop - time.monotonic()) > 0:
+        try:
+            code = subprocess.run([*command, *(["--tiny"] if options.tiny else [])], timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            print(f"{part}: stopped after {LIMITS[part]} s", file=sys.stderr, flush=True)
+            return
+        if code in (0, 1):
+            return
+        print(f"{part}: its process ended with {code}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -382,31 +578,45 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--only", help=f"parts, separated by commas: {', '.join(PARTS)}")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, without a GPU as well")
+    parser.add_argument("--minutes", type=float, default=10, help="of all parts together")
+    parser.add_argument("--here", metavar="SESSION", help="run in this process, without a time limit")
     options = parser.parse_args(arguments)
     wanted = options.only.split(",") if options.only else list(PARTS)
     if unknown := set(wanted) - PARTS.keys():
         parser.error(f"--only: there is no part {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
     if not options.tiny and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --tiny runs every part on a CPU")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found: Result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    if options.here is not None:
+        return max((run_part(part, options.out, options.tiny, options.here) for part in wanted), default=0)
+    found = read(options.out)
     name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
     )
-    found["machine"] = {"device": name, "torch": torch.__version__, "tiny": options.tiny}
+    facts = {key: value for key, value in provenance().items() if key != "command"}
+    found["machine"] = {**facts, "device": name, "tiny": options.tiny}
+    for part in wanted if options.only else ():
+        found.pop(part, None)  # asked for: run again
+    write_file(options.out, json.dumps(found, indent=1) + "\n")
+    session, end = str(time.time_ns()), time.monotonic() + 60 * options.minutes
     for part in wanted:
-        if not options.only and "error" not in found.get(part, {"error": ""}):
-            continue
-        began = time.perf_counter()
-        try:
-            result = PARTS[part](device, TINY if options.tiny else FULL, options.out.with_suffix(""))
-        except Exception as error:
-            traceback.print_exc()
-            result = {"error": f"{type(error).__name__}: {error}"}
-        found[part] = {"seconds": time.perf_counter() - began, **result}
-        write_file(options.out, json.dumps(found, indent=1) + "\n")
-        print(f"{part}: {json.dumps(found[part])[:300]}", file=sys.stderr, flush=True)
-    return int(any("error" in found[part] for part in wanted))
+        in_processes(part, options, session, end)
+    found = read(options.out)
+    print(render(found))
+    return int(
+        any("error" in case for part in wanted for case in found.get(part, {"": {"error": ""}}).values())
+    )
+
+
+def render(found: Result) -> str:
+    """A line for each case."""
+    lines = []
+    for part in PARTS:
+        for name, case in found.get(part, {}).items():
+            figures = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in case.items()]
+            lines.append(f"{part} | {name} | {', '.join(figures)}"[:400])
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
