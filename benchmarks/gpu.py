@@ -12,6 +12,7 @@
 | step | an update of a 1B Huginn: ms, tokens/s, MFU, memory; objectives x compile off and blocks; a trace |
 | attention | which kernel each kind of attention runs, and how long it takes |
 | decode | tokens/s of the 1B Huginn at several batch sizes and K, with CUDA graphs and without |
+| paged | attention of a decode step to pages: keys gathered, read in place, by PyTorch's varlen kernel |
 | quantised | products of one to 64 rows with int8 and int4 weights against bf16, by PyTorch's own kernels |
 | deterministic | two times 20 updates with deterministic kernels and without: equal bits? what does it cost? |
 | noise | normal numbers a second, by generator on the CPU and by counter on the device |
@@ -42,6 +43,7 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from benchmarks.common import provenance
 from benchmarks.generate import bytes_per_token
@@ -49,12 +51,13 @@ from rdlm.atomic import write_file
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.batch import Batch
 from rdlm.nn.attention import BidirectionalContext, CausalContext, PaddedContext, TwoStreamContext
+from rdlm.nn.kv_cache import PAGE, KVCache, PagedContext, Segment
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Keys
 from rdlm.random_streams import counter_stream, generator
 from rdlm.registry import build
 from rdlm.sampling_params import SamplingParams
-from serve.engine.replay import CudaGraphs, Eager
+from serve.engine.replay import CudaGraphs, Eager, bucket
 from serve.engine.runner import Runner
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Request, StepBudget, StepResult
@@ -368,6 +371,62 @@ def _fresh_decoded(
     return {**found, "bytes_per_token": read, "weights_gb_per_s": 1e-9 * read * found["tokens_per_s"] / rows}
 
 
+def paged(device: torch.device, size: Size, out: Path) -> Cases:
+    """Attention of a decode step of the 1B model to contexts of 1,024 positions: a gather of all keys, as now; in
+    place by FlexAttention (``Runner(attention="pages")``); and by PyTorch's own kernel, where it takes the pages."""
+    for rows in size.batches:
+        for form in (
+            "gather",
+            "in place",
+            *(("varlen, pages of 64", "varlen, pages of 256") if device.type == "cuda" else ()),
+        ):
+            yield f"{form}, {rows} rows", partial(_paged, form, rows, device, size)
+
+
+def _paged(form: str, rows: int, device: torch.device, size: Size) -> Result:
+    context, heads, width = max(PAGE, size.length // 4), size.heads, size.width // size.heads
+    q, k, v = (torch.randn(1, rows, heads, width, device=device, dtype=torch.bfloat16) for _ in range(3))
+    if form.startswith("varlen"):
+        page = int(form.split()[-1])
+        count = context // page
+        pools = [
+            torch.randn(rows * count, page, heads, width, device=device, dtype=torch.bfloat16) for _ in "kv"
+        ]
+        table = torch.randperm(rows * count, device=device).view(rows, count).int()
+        ends, used = (
+            torch.arange(rows + 1, device=device).int(),
+            torch.full((rows,), context, device=device).int(),
+        )
+
+        def attend() -> Any:
+            return varlen_attn(
+                q[0], *pools, ends, None, 1, context, window_size=(-1, 0), seqused_k=used, block_table=table
+            )
+
+    else:
+        sizes = (1, rows, context, heads, width, torch.bfloat16, device)
+        cache = KVCache(*sizes, num_unkept=bucket(rows), by_rows=form == "in place")
+        store, segments = cache.stores[0], [Segment(slot, 0, context) for slot in range(rows)]
+        for segment in segments:
+            store.reserve(segment)
+        store.k.normal_(), store.v.normal_()
+        seen = torch.tensor([store.row(segment)[:context].tolist() for segment in segments], device=device)
+        at = torch.full((rows,), context - 1, device=device)
+
+        def attend() -> Any:
+            return PagedContext(cache, at, at, context, [(store, seen[:, -1], seen)]).attend(q, k, v, 0)
+
+    seconds = seconds_of(attend, device, 10)
+    read = 2 * rows * context * heads * width * 2
+    found: Result = {"us": 1e6 * seconds, "keys_gb_per_s": 1e-9 * read / seconds}
+    if device.type == "cuda":  # without the host's part
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            attend()
+        found["us_captured"] = 1e6 * seconds_of(graph.replay, device, 10)
+    return found
+
+
 def quantised(device: torch.device, size: Size, out: Path) -> Cases:
     """The fused gate and up product of the 1B model's MLP."""
     for rows in (1, 16, 64):
@@ -488,10 +547,11 @@ def _noise(device: torch.device, size: Size) -> Result:
 
 PARTS: dict[str, Callable[[torch.device, Size, Path], Cases]] = {
     "losses": losses, "bandwidth": bandwidth, "published": published, "step": step, "attention": attention,
-    "decode": decode, "quantised": quantised, "deterministic": deterministic, "noise": noise,
+    "decode": decode, "paged": paged, "quantised": quantised, "deterministic": deterministic, "noise": noise,
 }  # fmt: skip
 LIMITS = {
-    "losses": 90, "bandwidth": 40, "published": 120, "step": 180, "attention": 60, "decode": 150, "quantised": 40,
+    "losses": 90, "bandwidth": 40, "published": 120, "step": 180, "attention": 60, "decode": 150, "paged": 90,
+    "quantised": 40,
     "deterministic": 60, "noise": 40,
 }  # fmt: skip
 """Seconds that a part may take, start included."""

@@ -22,9 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from rdlm.config.model import RopeScaling
+from rdlm.device import staged
 from rdlm.nn.attention import attention, rotary_table
+from rdlm.nn.paged_attention import TILE, Visible, attend_pages
 
 PAGE = 64
 """Positions of a page: the cache is allocated in these units."""
@@ -66,7 +69,8 @@ class Pages:
 
     k is [layers, pages, Hkv, Dh, PAGE], v [layers, pages, Hkv, PAGE, Dh or more]: products with queries run
     along positions, those with probabilities along the dimensions of a head. A *place* is page * PAGE +
-    offset, and the offset is the position's own. Page 0 stays zero: it is what unwritten positions show. The
+    offset, and the offset is the position's own. by_rows: both are [layers, pages, PAGE, Hkv, Dh], which attention
+    reads in place on a GPU (rdlm/nn/paged_attention.py). Page 0 stays zero: it is what unwritten positions show. The
     pages after it, for ``num_unkept`` places from ``UNKEPT`` on, are for keys that nobody keeps.
     """
 
@@ -81,8 +85,9 @@ class Pages:
         dtype: torch.dtype,
         device: torch.device,
         num_unkept: int = 0,
+        by_rows: bool = False,
     ) -> None:
-        self.layers, self.num_steps, self.device = layers, num_steps, device
+        self.layers, self.num_steps, self.device, self.by_rows = layers, num_steps, device, by_rows
         self._per_slot = -(-max_len // PAGE)
         self.places = np.zeros((num_slots, num_steps, self._per_slot * PAGE), dtype=np.int32)
         """[slots, steps, positions]: where a row at a step reads the key of a position. Once a position has
@@ -90,8 +95,10 @@ class Pages:
         first = 1 + -(-num_unkept // PAGE)
         count, width = num_slots * self._per_slot + first, -(-head_dim // LANES) * LANES
         self.head_dim, shape = head_dim, (len(layers), count, num_kv_heads)
-        self.k = torch.zeros(*shape, head_dim, PAGE, dtype=dtype, device=device)
-        self.v = torch.zeros(*shape, PAGE, width, dtype=dtype, device=device)
+        keys, values = (*shape, head_dim, PAGE), (*shape, PAGE, width)
+        if by_rows:
+            keys = values = (len(layers), count, PAGE, num_kv_heads, head_dim)
+        self.k, self.v = (torch.zeros(sizes, dtype=dtype, device=device) for sizes in (keys, values))
         self._free = list(range(count - 1, first - 1, -1))
         self._room = count - first
         """How many further pages of a first step may be taken before some are evicted."""
@@ -119,11 +126,16 @@ class Pages:
 
     def write(self, layer: int, pages: Tensor, offsets: Tensor, k: Tensor, v: Tensor) -> None:
         """Keep k and v [N, Hkv, Dh] at places given as pages and offsets [N]."""
+        if self.by_rows:
+            self.k[layer][pages, offsets], self.v[layer][pages, offsets] = k, v
+            return
         self.k[layer][pages, :, :, offsets] = k
         self.v[layer][pages, :, offsets, : self.head_dim] = v
 
     def read(self, layer: int, pages: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [..., Hkv, Dh] at places given as pages and offsets [...]."""
+        if self.by_rows:
+            return self.k[layer][pages, offsets], self.v[layer][pages, offsets]
         return (
             self.k[layer][pages, :, :, offsets],
             self.v[layer][pages, :, offsets, : self.head_dim],
@@ -215,10 +227,11 @@ class KVCache:
         num_steps: int = 1,
         core_layers: range | None = None,
         num_unkept: int = 0,
+        by_rows: bool = False,
     ) -> None:
         """core_layers: those that run once per core step (None: all); the others run once per position.
 
-        num_unkept: see Pages; rows of a PagedContext need one each.
+        num_unkept, by_rows: see Pages; rows of a PagedContext need an unkept place each.
         """
         self.max_len, self.num_slots, self.device = max_len, num_slots, torch.device(device)
         self._rotary: dict[tuple[int, float, RopeScaling | None], Tensor] = {}
@@ -226,7 +239,18 @@ class KVCache:
         core = range(num_layers) if core_layers is None or not self.keeps_steps else core_layers
         once = [range(core.start), range(core.stop, num_layers)]
         self.stores = [
-            Pages(layers, num_slots, steps, max_len, num_kv_heads, head_dim, dtype, self.device, num_unkept)
+            Pages(
+                layers,
+                num_slots,
+                steps,
+                max_len,
+                num_kv_heads,
+                head_dim,
+                dtype,
+                self.device,
+                num_unkept,
+                by_rows,
+            )
             for layers, steps in [(core, num_steps), *((layers, 1) for layers in once)]
             if layers
         ]
@@ -320,6 +344,10 @@ class _Reader:
             if segment.commit:
                 store.reserve(segment)
         kept = [(f, s) for f, s in zip(firsts, segments, strict=True) if s.commit]
+        self.visible: Visible | None = None
+        if store.by_rows and len(kept) == len(segments) and not any(s.two_way for s in segments):
+            self.visible = _visible(store, segments)
+            self.mask_of_pages = self.visible.block_mask(store.k.shape[1], PAGE)
         self.kept = torch.tensor(
             [f + i for f, s in kept for i in range(s.length)], device=device, dtype=torch.long
         )
@@ -358,6 +386,9 @@ class _Reader:
         """q [N, H, Dh], k and v [N, Hkv, Dh] -> [N, H, Dh]."""
         if len(self.kept):
             self.store.write(layer, self.own_pages, self.own_offsets, k[self.kept], v[self.kept])
+        if self.visible is not None:
+            pools = self.store.k[layer], self.store.v[layer]
+            return attend_pages(q, *pools, self.visible, self.mask_of_pages)
         if len(self.rows) == len(q):
             return self._attend_singles(layer, q, k, v)
         out = torch.empty_like(q)
@@ -385,6 +416,22 @@ class _Reader:
         return attention(q.unsqueeze(1), seen_k, seen_v, mask=self.mask).squeeze(1)
 
 
+def _visible(store: Pages, segments: list[Segment]) -> Visible:
+    """Of rows that are all kept: each sees its sequence up to itself."""
+    tiles = [(s, first) for s in segments for first in range(0, s.length, TILE)]
+    used = [-(-s.end // PAGE) for s, _ in tiles]
+    pages = np.zeros((len(tiles), max(used)), np.int32)
+    limit, into = np.zeros((len(tiles), TILE), np.int32), []
+    for i, (s, first) in enumerate(tiles):
+        pages[i, : used[i]] = store.row(s)[: s.end : PAGE] // PAGE
+        rows = min(TILE, s.length - first)
+        limit[i, :rows] = s.start + first + 1 + np.arange(rows)
+        into += range(i * TILE, i * TILE + rows)
+    sent = [staged(torch.from_numpy(np.asarray(x)), store.device) for x in (pages, used, limit.ravel(), into)]
+    count, own = sent[1].int(), torch.full_like(sent[2], -1)
+    return Visible(sent[0], count, count, sent[2], own, sent[3].long())
+
+
 class PagedContext:
     """AttentionContext of one row each of R sequences [1, R, ...], whose positions and places are tensors: the
     same operations whatever their values, so that they can be captured once and replayed.
@@ -408,6 +455,11 @@ class PagedContext:
         self.cache, self._positions, self.own = cache, positions, own
         self.mask = (torch.arange(width, device=own.device) <= own.unsqueeze(1))[:, None, None]
         """bool [R, 1, 1, W]."""
+        self._visible: dict[int, tuple[Visible, BlockMask]] = {}
+        for store, writes, seen in places:
+            if store.by_rows:
+                visible = Visible.of_single_rows(seen[:, ::PAGE] // PAGE, own, writes, PAGE)
+                self._visible[id(store)] = visible, visible.block_mask(store.k.shape[1], PAGE)
         self._places = {
             id(store): [(place // PAGE, place % PAGE) for place in (writes, seen)]
             for store, writes, seen in places
@@ -424,5 +476,8 @@ class PagedContext:
         store = self.cache.store(layer)
         writes, seen = self._places[id(store)]
         store.write(layer - store.layers.start, *writes, k[0], v[0])
+        if store.by_rows:
+            pools = (pool[layer - store.layers.start] for pool in (store.k, store.v))
+            return attend_pages(q[0], *pools, *self._visible[id(store)])[None]
         seen_k, seen_v = store.read(layer - store.layers.start, *seen)  # [R, W, Hkv, Dh]
         return attention(q[0].unsqueeze(1), seen_k, seen_v, mask=self.mask).transpose(0, 1)

@@ -122,6 +122,7 @@ class Runner:
         prefix_cache_bytes: float = float("inf"),
         chunk: int = 1,
         replay: Replayer | None = None,
+        attention: Literal["gather", "pages"] = "gather",
     ) -> None:
         """kv_cache: shared keeps the keys of each position's last step; full those of every step, allocated
         as they are written; first those of the first step. UserError where there is no such.
@@ -129,7 +130,8 @@ class Runner:
         prefix_cache: whether prompts may begin with keys that other requests have computed; exact: with those
         that they would compute themselves; any-steps: with those of any K. prefix_cache_bytes: most memory of
         kept keys. chunk: prompt positions of a segment. replay: how passes of single rows are run; None: with the
-        others, as they come.
+        others, as they come. attention: gather copies the keys that a row sees; pages reads them where they are
+        (rdlm/nn/paged_attention.py).
 
         num_tokens: ids the tokenizer knows; those a padded vocabulary has beyond them are neither drawn nor
         reported.
@@ -152,6 +154,7 @@ class Runner:
             num_steps=max_steps if keeps_steps else 1,
             core_layers=model.core_cache_layers,
             num_unkept=0 if replay is None else bucket(num_slots),
+            by_rows=attention == "pages",
         )
         self._keeps_first = kv_cache == "first"
         if self._keeps_first:

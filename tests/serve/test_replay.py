@@ -73,6 +73,7 @@ def answers(
     replay: Replayer | None,
     cache: Any = "shared",
     fails: bool = False,
+    attention: Any = "gather",
 ) -> dict[int, Any]:
     """Tokens and log-probabilities of requests, of which two join in every second step. fails: every third step fails
     once all is computed, and is repeated in halves."""
@@ -87,6 +88,7 @@ def answers(
         num_tokens=60,
         kv_cache=cache,
         replay=replay,
+        attention=attention,
     )
     scheduler, calls = Scheduler(SLOTS, 32, 8), 0
     waiting = list(enumerate(requests or requests_of(most)))
@@ -174,6 +176,14 @@ def test_what_was_captured_over_a_buffer_is_dropped_when_it_moves() -> None:
         "huginn onestep", requests, Eager(), "full"
     )
     assert tape.forgotten and any(pool() is None for pool in tape.forgotten)
+
+
+@pytest.mark.parametrize(("name", "cache"), [("huginn onestep", "full"), ("llama paper", "shared")])
+def test_keys_that_are_read_in_place_answer_the_same(name: str, cache: Any) -> None:
+    """In parts over buffers and without, whether a position's key is kept or stands beside its clean one."""
+    expected = answers(name, None, None, cache)
+    for replay in (None, Eager()):
+        assert close(answers(name, None, replay, cache, attention="pages"), expected)
 
 
 def test_k_is_in_no_part() -> None:
