@@ -52,9 +52,7 @@ ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_s
 NUM_TOKENS = 6
 SETTINGS = {
     "greedy": SamplingParams(temperature=0),
-    "top-p, penalty": SamplingParams(
-        temperature=0.7, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.1
-    ),
+    "top-p, penalty": SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1),
 }
 aten = torch.ops.aten
 

@@ -387,8 +387,7 @@ class _Reader:
         if len(self.kept):
             self.store.write(layer, self.own_pages, self.own_offsets, k[self.kept], v[self.kept])
         if self.visible is not None:
-            pools = self.store.k[layer], self.store.v[layer]
-            return attend_pages(q, *pools, self.visible, self.mask_of_pages)
+            return attend_pages(q, self.store.k[layer], self.store.v[layer], self.visible, self.mask_of_pages)
         if len(self.rows) == len(q):
             return self._attend_singles(layer, q, k, v)
         out = torch.empty_like(q)
@@ -421,7 +420,8 @@ def _visible(store: Pages, segments: list[Segment]) -> Visible:
     tiles = [(s, first) for s in segments for first in range(0, s.length, TILE)]
     used = [-(-s.end // PAGE) for s, _ in tiles]
     pages = np.zeros((len(tiles), max(used)), np.int32)
-    limit, into = np.zeros((len(tiles), TILE), np.int32), []
+    limit = np.zeros((len(tiles), TILE), np.int32)
+    into: list[int] = []
     for i, (s, first) in enumerate(tiles):
         pages[i, : used[i]] = store.row(s)[: s.end : PAGE] // PAGE
         rows = min(TILE, s.length - first)
@@ -477,7 +477,7 @@ class PagedContext:
         writes, seen = self._places[id(store)]
         store.write(layer - store.layers.start, *writes, k[0], v[0])
         if store.by_rows:
-            pools = (pool[layer - store.layers.start] for pool in (store.k, store.v))
-            return attend_pages(q[0], *pools, *self._visible[id(store)])[None]
+            at = layer - store.layers.start
+            return attend_pages(q[0], store.k[at], store.v[at], *self._visible[id(store)])[None]
         seen_k, seen_v = store.read(layer - store.layers.start, *seen)  # [R, W, Hkv, Dh]
         return attention(q[0].unsqueeze(1), seen_k, seen_v, mask=self.mask).transpose(0, 1)

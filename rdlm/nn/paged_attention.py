@@ -52,8 +52,8 @@ class Visible:
         first = torch.arange(tiles, device=pages.device) * TILE
         rows = torch.zeros(2, tiles * TILE, dtype=torch.int64, device=pages.device)
         rows[1] -= 1
-        rows = rows.index_copy(1, first, torch.stack([limit, own]))
-        return cls(pages.int(), (used + is_new).int(), used.int(), *rows.int(), first)
+        of_rows = rows.index_copy(1, first, torch.stack([limit, own])).int()
+        return cls(pages.int(), (used + is_new).int(), used.int(), of_rows[0], of_rows[1], first)
 
     def block_mask(self, num_pages: int, page: int) -> BlockMask:
         """Over the rows of all tiles, and the places of a pool."""
@@ -88,7 +88,8 @@ def attend_pages(q: Tensor, k: Tensor, v: Tensor, visible: Visible, mask: BlockM
     """q [N, H, Dh], k and v [P, page, Hkv, Dh], mask: ``visible.block_mask`` -> [N, H, Dh]."""
     rows = q.new_zeros(len(visible.limit), *q.shape[1:]).index_copy(0, visible.into, q)
     is_gpu = q.device.type == "cuda"
-    out = (_compiled() if is_gpu else flex_attention)(
+    attend = _compiled() if is_gpu else cast(Callable[..., Any], flex_attention)
+    out = attend(
         rows.transpose(0, 1)[None],
         *(pool.flatten(0, 1).transpose(0, 1)[None] for pool in (k, v)),
         block_mask=mask,
