@@ -49,7 +49,7 @@ from train.trainer import Tally
 
 COLUMNS = ("operators", "kernels", "conversions", "launches", "copies", "waits")
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias")
-NUM_TOKENS = 6
+NUM_TOKENS = 4
 SETTINGS = {
     "greedy": SamplingParams(temperature=0),
     "top-p, penalty": SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.1),
@@ -211,16 +211,18 @@ def main(arguments: list[str] | None = None) -> None:
         load_guard(Path(folder))
     runner_module.costs_of = runner_module.costs_of.__wrapped__  # type: ignore[attr-defined]  # no cached tensors
     steps: list[dict[str, Any]] = []
-    for family, num_steps in (("huginn", 8), ("llama", 1)):
-        for name, logprobs in (("greedy", None), ("top-p, penalty", None), ("greedy", 2)):
-            for is_static in (False, True):
-                wanted = {"family": family, "num_steps": num_steps, "rows": options.rows, "settings": name,
-                          "logprobs": logprobs, "graphs": is_static}  # fmt: skip
-                counts = decode(family, num_steps, options.rows, SETTINGS[name], is_static, logprobs)
-                steps.append({**wanted, **counts})
-                print(steps[-1], file=sys.stderr, flush=True)
+    for family, num_steps, name, logprobs in (
+        ("huginn", 4, "greedy", None), ("huginn", 4, "top-p, penalty", None), ("huginn", 4, "greedy", 2),
+        ("llama", 1, "greedy", None),
+    ):  # fmt: skip
+        for is_static in (False, True):
+            wanted = {"family": family, "num_steps": num_steps, "rows": options.rows, "settings": name,
+                      "logprobs": logprobs, "graphs": is_static}  # fmt: skip
+            counts = decode(family, num_steps, options.rows, SETTINGS[name], is_static, logprobs)
+            steps.append({**wanted, **counts})
+            print(steps[-1], file=sys.stderr, flush=True)
     training: list[dict[str, Any]] = []
-    for objective in ("onestep", "single_pass", "evidence", "paper"):
+    for objective in ("onestep", "single_pass"):
         for passes, count in (("forward", micro_step), ("forward and backward", whole_micro_step)):
             training.append({"objective": objective, "passes": passes, **count(objective, "counter")})
     write_json(options.out, {"provenance": provenance(), "decode": steps, "training": training})
