@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rdlm.cli import run
+from rdlm.data.packing import Packed
 from rdlm.data.token_shards import COUNTS, STARTS, TokenStore, check_sizes, num_targets, read_manifest
 from rdlm.data.tokenizer import load_tokenizer, train_tokenizer
 from rdlm.errors import UserError
@@ -42,6 +43,20 @@ FORGETS = (  # as Qwen3: thoughts of earlier turns are dropped
     "{{ message['content'] if loop.last else message['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SAYS = ("{% generation %}", "{% endgeneration %}")
+
+
+def lists_tools(opens: str, closes: str) -> str:
+    """A template with tools and calls of them, which marks answers by ``opens`` and ``closes``."""
+    said = "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>"
+    return (
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+        + f"{opens}{said}{closes}{{% else %}}{said}{{% endif %}}"
+        + "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
 WORDS = [
     "how many legs has a spider",
     "eight, as all of its kind",
@@ -127,6 +142,46 @@ def test_ids_and_targets_are_those_of_transformers(checkpoint: Path, tmp_path: P
     split = read_manifest(tmp_path / "data").splits["train"]
     marked = sum(sum(marks) for _, marks in documents(tmp_path / "data", "train"))
     assert 0 < num_targets(tmp_path / "data", split) == marked < split.tokens
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_tools_their_calls_and_a_system_field_reach_the_template(
+    checkpoint: Path, tmp_path: Path, says: bool
+) -> None:
+    """The reference is transformers' own mask; a template that does not mark its answers gives the same."""
+    call = [{"type": "function", "function": {"name": "legs", "arguments": {"of": "spider"}}}]
+    tools = [{"type": "function", "function": {"name": "legs", "parameters": {"type": "object"}}}]
+    messages = [
+        {"role": "user", "content": WORDS[0]},
+        {"role": "assistant", "content": None, "tool_calls": call},
+        {"role": "tool", "content": "8"},
+        {"role": "assistant", "content": WORDS[1]},
+    ]
+    row = {"messages": messages, "tools": tools, "system": "Be brief."}
+    source = jsonl(tmp_path / "chat.jsonl", [row])
+    marked = lists_tools(*SAYS)
+    model = with_template(checkpoint, tmp_path / "model", marked if says else lists_tools("", ""))
+    prepare(options(source, tmp_path / "data", model, valid_fraction=0.0), progress=False)
+    reference = PreTrainedTokenizerFast.from_pretrained(checkpoint / "tokenizer")
+    found = reference.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, *messages], tools=tools, chat_template=marked,
+        return_dict=True, return_assistant_tokens_mask=True,
+    )  # fmt: skip
+    [(ids, counts)] = documents(tmp_path / "data", "train")
+    assert ids == tuple(found["input_ids"]) and counts == tuple(map(bool, found["assistant_masks"]))
+    text = load_tokenizer(checkpoint / "tokenizer").decode(i for i, c in zip(ids, counts, strict=True) if c)
+    assert '"name": "legs"' in text and WORDS[1] in text and "Be brief" not in text and "8" not in text[-30:]
+
+
+def test_a_conversation_that_is_longer_than_a_row_loses_no_answer(checkpoint: Path, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "chat.jsonl", [{"messages": turns(n)} for n in range(60)])
+    prepare(options(source, tmp_path / "data", checkpoint), progress=False)
+    longest = max(len(ids) for ids, _ in documents(tmp_path / "data", "train"))
+    counted = sum(sum(marks[1:]) for _, marks in documents(tmp_path / "data", "train"))
+    for seq_len in (longest // 3, longest):
+        rows = Packed(TokenStore(tmp_path / "data", "train"), seq_len)
+        batch = rows.rows(np.arange(len(rows)))
+        assert int(batch.mask.sum()) == counted
 
 
 def test_targets_of_windows_are_the_marked_tokens(checkpoint: Path, tmp_path: Path) -> None:

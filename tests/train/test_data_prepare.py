@@ -241,6 +241,19 @@ def test_presets_stream_from_the_hub_and_say_what_to_do_without_it(
             prepare(Preparation(preset, tmp_path / preset), progress=False)
 
 
+def test_a_data_set_of_the_library_streams(tmp_path: Path) -> None:
+    """The real library on a folder, which it opens as it opens a data set of the hub."""
+    pytest.importorskip("datasets", reason="the package datasets is not installed")
+    (tmp_path / "set").mkdir()
+    rows = [json.dumps({"body": document}) + "\n" for document in DOCUMENTS]
+    (tmp_path / "set" / "train.jsonl").write_text("".join(rows))
+    given = Preparation(
+        f"hub:{tmp_path / 'set'}", tmp_path / "out", vocab_size=300, text_column="body", test_fraction=0.0
+    )
+    manifest, _ = prepare(given, progress=False)
+    assert sum(split.documents for split in manifest.splits.values()) == len(DOCUMENTS)
+
+
 def test_info_finds_a_changed_byte_and_a_missing_shard(
     jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
