@@ -27,7 +27,16 @@ from train.settings import load
 
 pytestmark = pytest.mark.multiproc
 REPO = Path(__file__).resolve().parents[2]
-CLOCKS = ("seconds", "cpu_seconds", "step_s", "tokens_per_s", "targets_per_s", "peak_memory_bytes", "tflops")
+CLOCKS = (
+    "seconds",
+    "cpu_seconds",
+    "step_s",
+    "tokens_per_s",
+    "targets_per_s",
+    "peak_memory_bytes",
+    "tflops",
+    "swap_share",
+)
 
 
 class Run:
