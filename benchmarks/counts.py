@@ -78,8 +78,8 @@ class Counting(Watch):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-        if not any(tensor.device.type == self.device for tensor in tensors):
-            return out
+        if func.namespace == "prim" or not any(tensor.device.type == self.device for tensor in tensors):
+            return out  # prim: a fake tensor is asked for its device
         self.note("operators")
         if is_kernel(func):
             self.note("kernels", "launches")
