@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from rdlm.config.base import Strict, parse
 from rdlm.config.checkpoint import BlocksConfig, CheckpointConfig, ModelConfig, RecurrenceConfig
-from rdlm.config.objective import NoiseConfig, ObjectiveConfig, SinglePassConfig, objective_config
+from rdlm.config.objective import NoiseConfig, ObjectiveConfig, OneStepConfig, objective_config
 from rdlm.errors import UserError, reason
 
 
@@ -447,7 +447,7 @@ class TrainConfig(Strict):
     """
     seed: int = Field(0, ge=0, lt=2**31)
     model: ModelConfig
-    objective: ObjectiveConfig = SinglePassConfig()
+    objective: ObjectiveConfig = OneStepConfig()
     noise: NoiseConfig = NoiseConfig()
     recurrence: RecurrenceConfig = RecurrenceConfig()
     blocks: BlocksConfig | None = None

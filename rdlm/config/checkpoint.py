@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rdlm.config.base import Strict
 from rdlm.config.model import ModelConfig
-from rdlm.config.objective import NoiseConfig, ObjectiveConfig, SinglePassConfig
+from rdlm.config.objective import NoiseConfig, ObjectiveConfig, OneStepConfig
 from rdlm.errors import UserError
 from rdlm.exit_criteria import CRITERIA
 
@@ -108,7 +108,7 @@ class CheckpointConfig(Strict):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     """Model name on the server; aliases ``name:kN`` choose K."""
     model: ModelConfig
-    objective: ObjectiveConfig = SinglePassConfig()
+    objective: ObjectiveConfig = OneStepConfig()
     noise: NoiseConfig = NoiseConfig()
     recurrence: RecurrenceConfig = RecurrenceConfig()
     blocks: BlocksConfig | None = None

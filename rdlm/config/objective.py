@@ -222,7 +222,7 @@ class NextTokenConfig(BaseObjectiveConfig):
 
 
 class OneStepConfig(NextTokenConfig):
-    """Several runs of the core, of which only the last records gradient."""
+    """The default: several runs of the core, of which only the last records gradient."""
 
     name: Literal["onestep"] = "onestep"  # type: ignore[assignment]
     implementation = "rdlm.objectives.next_token:OneStep"
@@ -238,7 +238,7 @@ class BpttConfig(NextTokenConfig):
 
 
 class SinglePassConfig(NextTokenConfig):
-    """The default: one backward pass through one core run, with a share of the positions noised."""
+    """One backward pass through one core run, as ``onestep``, with a share of the positions noised."""
 
     name: Literal["single_pass"] = "single_pass"  # type: ignore[assignment]
     implementation = "rdlm.objectives.next_token:SinglePass"
@@ -479,6 +479,8 @@ class EdmConfig(BaseObjectiveConfig):
         return "none: it denoises images"
 
 
+DEFAULT = "onestep"
+"""The objective of a section that names none."""
 _V1_FIELDS = {"depth", "corruption", "readout", "loss_weighting", "label_dropout", "goodness", "masking"}
 
 
@@ -494,7 +496,7 @@ def _current(data: Any) -> Any:
         data = {"name": data}  # objective: bptt
     if not isinstance(data, Mapping):
         return data
-    section = {"name": "single_pass", **data}
+    section = {"name": DEFAULT, **data}
     variant = _BY_NAME.get(str(section["name"]))
     if variant is None:
         return section
