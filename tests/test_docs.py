@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,6 +60,22 @@ def test_lines_of_pages_and_configs_are_short() -> None:
         if len(line) > 120 and not line.startswith("|")
     ]
     assert len(files) > 20 and long == []
+
+
+CHECKS = {"nginx": ["-t", "-c"], "caddy": ["validate", "--adapter", "caddyfile", "--config"]}
+
+
+@pytest.mark.parametrize("server", CHECKS)
+def test_the_configurations_of_load_balancers_are_valid(server: str, tmp_path: Path) -> None:
+    if shutil.which(server) is None:
+        pytest.skip(f"{server} is not installed")
+    text = (REPO / "docs" / "serving.md").read_text()
+    [block] = re.findall(rf"^With {server}\b[^`]*(?:`[^`\n]+`[^`]*)*```\n(.*?)```", text, re.M | re.S | re.I)
+    rest = f"pid {tmp_path}/pid; error_log {tmp_path}/errors; events {{}} http {{ {block} }}"
+    file = tmp_path / "config"
+    file.write_text(rest if server == "nginx" else block)
+    done = subprocess.run([server, *CHECKS[server], str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def _commands() -> list[tuple[str, list[str]]]:
