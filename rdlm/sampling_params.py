@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypedDict, get_args, get_type_hints
 
 from rdlm.config.checkpoint import CheckpointConfig
+from rdlm.diffusion.samplers import OLD_NAMES, SAMPLERS
 from rdlm.errors import UserError
 
 DEFAULT_SAMPLER = "renoise"
-"""The one that every model with noise levels has, and the only one that this file knows without torch."""
+"""The one that every model with noise levels has."""
 Order = Literal["random", "left_to_right", "confidence"]
 """Which tokens a masked model unmasks first (rdlm/diffusion/unmasking_plan.py).
 
@@ -131,18 +132,12 @@ class Numbers(TypedDict, total=False):
 
 
 def text_samplers() -> list[str]:
-    """Names of the samplers that text can be sampled with. Imports torch, which this file otherwise does not."""
-    from rdlm.diffusion.samplers import SAMPLERS
-
+    """Names of the samplers that text can be sampled with."""
     return [name for name, sampler in SAMPLERS.items() if sampler.for_text]
 
 
 def text_sampler(name: str, field: str = "sampler") -> str:
     """Today's name of a sampler that text can be sampled with. Raises UserError for any other name."""
-    if name == DEFAULT_SAMPLER:
-        return name
-    from rdlm.diffusion.samplers import OLD_NAMES
-
     found = OLD_NAMES.get(name, name)
     if found not in text_samplers():
         known = ", ".join(text_samplers())
@@ -170,8 +165,6 @@ def check_sampler(sampler: str, config: CheckpointConfig) -> None:
     name = text_sampler(sampler)
     if name == DEFAULT_SAMPLER:
         return
-    from rdlm.diffusion.samplers import SAMPLERS
-
     if SAMPLERS[name].draws_tokens:
         return
     if config.objective.supports_exits:

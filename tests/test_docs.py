@@ -12,8 +12,11 @@ from typing import Any, get_args
 import pytest
 
 from rdlm import cli
+from rdlm.diffusion.samplers import SAMPLERS
 from rdlm.exit_criteria import CRITERIA
 from rdlm.sampling_params import Order, text_samplers
+from serve.api.schemas import SamplingBody
+from train.data.sources import SOURCES
 
 REPO = Path(__file__).parents[1]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
@@ -48,6 +51,18 @@ def test_the_tables_of_serving_name_every_sampler_and_criterion_once() -> None:
     ):
         [table] = re.findall(rf"^\| `?{title}`? \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
         assert sorted(re.findall(r"^\| `([\w-]+)`", table, re.MULTILINE)) == sorted(names)
+
+
+def test_help_and_schema_name_every_sampler_and_data_source() -> None:
+    """They are made from the tables, so that an addition changes one file."""
+    field = SamplingBody.model_json_schema()["properties"]["sampler"]
+    [option] = [p for p in _resolve(["generate"]).params if "--sampler" in p.opts]
+    [source] = [p for p in _resolve(["data", "prepare"]).params if p.name == "source"]
+    for name in text_samplers():
+        assert f"{name}: {SAMPLERS[name].description}" in field["description"]
+        assert f"{name}: {' '.join(SAMPLERS[name].description.split())}" in option.help
+    for kind in SOURCES:
+        assert kind.spelling in source.help
 
 
 def test_lines_of_pages_and_configs_are_short() -> None:

@@ -18,7 +18,7 @@ from rdlm.data.token_shards import Manifest, check_sizes, hashes_of, num_targets
 from train.data.image_prepare import MAX_SIZE, ImagePreparation, prepare_images
 from train.data.image_sources import PRESETS as IMAGE_PRESETS
 from train.data.prepare import Preparation, prepare
-from train.data.sources import FORMATS, PRESETS
+from train.data.sources import FORMATS, spellings
 
 app = new_app(
     help="Prepare text as token shards and images as arrays, both memory-mapped.",
@@ -44,10 +44,7 @@ _IMAGES_EXAMPLE = (
 def prepare_command(
     source: Annotated[
         str,
-        typer.Argument(
-            help=f"'embedded', a file, folder or pattern ({', '.join(FORMATS)}, text also compressed), one of "
-            f"{', '.join(PRESETS)}, or hub:OWNER/NAME[:CONFIG]."
-        ),
+        typer.Argument(help=f"{spellings()}. Files may end in {', '.join(FORMATS)}; text also compressed."),
     ],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     tokenizer: Annotated[

@@ -110,7 +110,9 @@ def ds_config(config: TrainConfig, world: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.grad_clip,
         "zero_optimization": zero,
         "bf16": {"enabled": config.precision == "bf16"},
-        "zero_allow_untested_optimizer": True,  # OPTIMIZERS of train/optim.py decides
+        # OPTIMIZERS and OFFLOADED of train/optim.py decide.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
     if spec.communication_dtype != "auto":

@@ -147,7 +147,10 @@ OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw"
 """By name. Their state must be tensors in the shape of the weights and numbers that all parameters share, or
 else a run cannot be resumed: see train/checkpoints.py."""
 OFFLOADED: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": offloaded_adamw}
-"""Those that can run on the CPU while the weights are on a GPU."""
+"""What takes their place where the optimizer runs on the CPU while the weights are on a GPU; the others run
+there as they are."""
+NOT_OFFLOADED = ("muon",)
+"""Those that gather their parts from all processes, which takes the devices' own memory."""
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -158,7 +161,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     update with zero gradients while it initializes a bf16 engine at ZeRO stage 0, cannot decay the weights
     with it.
     """
-    table = OFFLOADED if config.deepspeed.offload_optimizer == "cpu" else OPTIMIZERS
+    table = OPTIMIZERS | (OFFLOADED if config.deepspeed.offload_optimizer == "cpu" else {})
     optimizer = table[config.optimizer.name](moving_groups(model, config), config.optimizer)
     if config.ema is not None:
         keep_average(optimizer, config.ema.decay)

@@ -98,8 +98,8 @@ class CorruptionConfig(Strict):
     share: float = Field(0.0, ge=0, le=1)
     """Probability that a position is noised; the others start from z = 0 and learn the plain prediction."""
     distribution: str = "bands"
-    """A noise schedule of rdlm/diffusion/schedules.py: bands (half the levels log-uniform in low_band, half
-    in high_band) or lognormal (the published distribution, with the parameters of NoiseConfig)."""
+    """A name of NOISE_SCHEDULES in rdlm/diffusion/schedules.py, as bands (half the levels log-uniform in
+    low_band, half in high_band) or lognormal (the published one, with the parameters of NoiseConfig)."""
     low_band: tuple[float, float] = (0.2, 2.0)
     high_band: tuple[float, float] = (2.0, 80.0)
     per: Literal["position", "sequence"] = "position"

@@ -2,7 +2,8 @@
 level to the next.
 
 Training, scoring and image sampling run whole sequences through ``run``. The server interleaves the same
-steps of many requests (serve/engine/engine.py) and takes plans and samplers from here.
+steps of many requests (serve/engine/engine.py) and takes plans and samplers from here. This module imports torch
+only where it computes, so that the HTTP interface and ``--help`` can read the table.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from rdlm.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 S = TypeVar("S")
 P = TypeVar("P")
@@ -34,6 +35,8 @@ def run(
     on_step(k + 1, state) is called after each step. Core iterations and the steps of all samplers are
     ``step``.
     """
+    import torch
+
     for k in range(num_steps):
         with torch.set_grad_enabled(torch.is_grad_enabled() and k >= num_steps - grad_steps):
             state = step(state, k)
@@ -72,7 +75,7 @@ def expected_target(logits: Tensor, unit_table: Tensor) -> Tensor:
 
     The mixture is shorter than a unit row, which training never shows: biased even with an exact denoiser.
     """
-    return torch.softmax(logits, dim=-1) @ unit_table
+    return logits.softmax(dim=-1) @ unit_table
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,9 @@ class Flow:
     before: tuple[Tensor, float] | None = None
 
 
-Denoise = Callable[[Tensor, float], Tensor]
+Denoise = Callable[["Tensor", float], "Tensor"]
 """(z, sigma) -> the denoised estimate x0, of z's shape."""
-Noise = Callable[[], Tensor]
+Noise = Callable[[], "Tensor"]
 """-> standard normal numbers of z's shape, the same at every call of one step. Nothing is drawn for a sampler
 that does not call it."""
 

@@ -24,8 +24,9 @@ from pydantic import (
     model_validator,
 )
 
+from rdlm.diffusion.samplers import SAMPLERS
 from rdlm.exit_criteria import CRITERIA
-from rdlm.sampling_params import NUMBERS, Order, Range
+from rdlm.sampling_params import DEFAULT_SAMPLER, NUMBERS, Order, Range, text_samplers
 from serve.api import constraints
 from serve.api.constraints import Constraint
 from serve.api.json_text import decode
@@ -119,6 +120,12 @@ def _stop(value: Any) -> tuple[str, ...]:
     if any(len(s) > MAX_STOP_LENGTH for s in stop):
         raise ValueError(f"a stop string has at most {MAX_STOP_LENGTH} characters")
     return stop
+
+
+def _samplers() -> str:
+    """What ``sampler`` may be, in words."""
+    told = ". ".join(f"{name}: {SAMPLERS[name].description}" for name in text_samplers())
+    return f"How a token is drawn through K noise levels ({DEFAULT_SAMPLER} by default). {told}."
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -396,10 +403,9 @@ class SamplingBody(NumbersBody):
     max_tokens: Count | None = None
     logit_bias: Annotated[dict[str, float] | None, PlainValidator(_logit_bias)] = None
     """Token id -> added logit, -100 to 100."""
-    sampler: Annotated[str, Field(max_length=64, examples=["renoise", "euler"])] | None = None
-    """For models that draw a token through K noise levels: renoise (default) draws at each level and adds
-    noise to the drawn token; euler and dpmpp_2m follow the probability-flow ODE from one draw of noise and
-    draw at the last level."""
+    sampler: Annotated[
+        str | None, Field(max_length=64, examples=text_samplers(), description=_samplers())
+    ] = None
     bridge: Annotated[str, Field(max_length=64)] | None = None
     """Older name of ``sampler``: hard is renoise, multistep is dpmpp_2m."""
     order: Order | None = None

@@ -186,13 +186,27 @@ def nadam(groups: Any, spec: Any) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
+    ("stage", "precision", "offload"),
+    [
+        (0, "fp32", "none"),
+        (0, "bf16", "none"),
+        (1, "bf16", "none"),
+        (2, "fp32", "none"),
+        (3, "bf16", "none"),
+        (2, "bf16", "cpu"),
+        (3, "fp32", "cpu"),
+    ],
 )
 def test_an_optimizer_with_numbers_of_its_own_resumes_too(
-    trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str
+    trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str, offload: str
 ) -> None:
     monkeypatch.setitem(OPTIMIZERS, "nadam", nadam)
-    changes = {"optimizer.name": "nadam", "deepspeed.zero_stage": stage, "precision": precision}
+    changes = {
+        "optimizer.name": "nadam",
+        "deepspeed.zero_stage": stage,
+        "deepspeed.offload_optimizer": offload,
+        "precision": precision,
+    }
     whole = trainer({**changes, "output": str(tmp_path / "whole")})
     assert whole.fit()
     assert not trainer(changes).fit(stop_after(3))

