@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from rdlm.nn.layers import TransformerLayer
 from train.offload import Mover, Store
-from train.optim import Cut, Muon, reset_state
+from train.optim import Cut, reset_state
 from train.settings import TrainConfig
 
 PERSISTENT_ELEMENTS = 10_000
@@ -37,7 +37,7 @@ def start_engine(module: nn.Module, optimizer: Optimizer, config: TrainConfig, w
     # count would stay
     # one ahead, and its bias correction with it.
     reset_state(optimizer)
-    if isinstance(optimizer, Muon):
+    if hasattr(optimizer, "cuts"):  # it works on whole matrices
         optimizer.cuts = cuts_of(engine)
     if config.deepspeed.zero_stage in (
         1,
