@@ -30,6 +30,7 @@ from benchmarks.common import (
 )
 from benchmarks.train_step import ARMS as ARM_COSTS
 from benchmarks.train_step import Arm, kept_seconds_per_update
+from train.settings import native_precision
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -69,8 +70,8 @@ def base_config(name: str, seed: int, steps: int, lr: float, data: Path) -> dict
         "data": {"kind": "tokens", "path": str(data), "seq_len": SEQ_LEN}, "batch": {"global_size": BATCH_SIZE},
         "optimizer": {"lr": lr, "weight_decay": 0.1}, "schedule": {"kind": "cosine", "steps": steps,
             "warmup_steps": min(100, steps // 5)},
-        "precision": "auto", "deepspeed": {"zero_stage": 0}, "checkpoint": {"interval_steps": max(50, steps // 5),
-            "keep": 1},
+        "precision": native_precision(), "deepspeed": {"zero_stage": 0},
+        "checkpoint": {"interval_steps": max(50, steps // 5), "keep": 1},
         "evaluation": {"interval_steps": 0},
     }  # fmt: skip
 

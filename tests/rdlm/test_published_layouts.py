@@ -102,7 +102,7 @@ def test_what_a_layout_does_not_hold_is_refused_by_name(tmp_path: Path) -> None:
     source = convert(
         plain(tmp_path / "plain"), tmp_path / "looped", prelude=1, core=1, coda=1, injection="none"
     )
-    with pytest.raises(UserError, match=r"state_init='embedding': the layout of .* holds no such value"):
+    with pytest.raises(UserError, match=r"model.loop.injection='none': the layout of .* has 'linear' there"):
         export_published("retrofit", source, tmp_path / "out", shard_bytes=1 << 30)
     with pytest.raises(UserError, match=r"norm_3.*needs this weight"):
         export_published("ouro", source, tmp_path / "out", shard_bytes=1 << 30)

@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rdlm.checkpoints.folder import load
 from rdlm.cli import app, run
@@ -50,12 +51,18 @@ def live_bytes(ignored: set[int]) -> int:
     """Bytes of all storages in the process, but for those that ``ignored`` names."""
     gc.collect()
     storages = {}
-    for item in gc.get_objects():
-        if isinstance(item, torch.Tensor) and item.device.type == "cpu":
+    for item in tensors():
+        if item.device.type == "cpu":
             storage = item.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in ignored:
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def tensors() -> list[torch.Tensor]:
+    """All there are, but for those without memory that another test of this process may have left."""
+    found = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    return [tensor for tensor in found if not isinstance(tensor, FakeTensor)]
 
 
 def storages_now() -> set[int]:
@@ -64,7 +71,7 @@ def storages_now() -> set[int]:
     rotary_table.cache_clear()
     frozen_rows.cache_clear()
     gc.collect()
-    return {item.untyped_storage().data_ptr() for item in gc.get_objects() if isinstance(item, torch.Tensor)}
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors()}
 
 
 @pytest.mark.parametrize(("stage", "precision"), STAGES)

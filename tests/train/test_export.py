@@ -138,7 +138,7 @@ def test_a_run_may_have_weights_that_its_source_lacks(trainer, tmp_path: Path) -
     check(noisy.config, 1)
     for changes, problem in (
         ({"model.mlp_width": 64}, "has shape"),
-        ({"model.num_coda_layers": 0}, "the model has none"),
+        ({"model.num_coda_layers": 0}, "the model has no place for it"),
     ):
         with pytest.raises(UserError, match=problem):
             check(

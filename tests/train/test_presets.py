@@ -25,6 +25,7 @@ PARAMETERS = {
     "huginn_3b5": 3_573_221_921,
     "vit_cifar10": None,
     "dit_cifar10": None,
+    "small_parent": None,
 }
 
 
