@@ -369,11 +369,12 @@ static inline void tiles(const Matrix& m, int block, int count, const float* x, 
     }
     return;
   }
-  // A block stays in the cache while the tiles of rows pass, and each tile fetches its part of the next block; not
-  // where two tiles of fp32 follow each other so fast that it would only disturb the machine's own prefetching.
+  // A block stays in the cache while the tiles of rows pass, and each tile fetches its part of the next block: a line of
+  // the cache for an input. Where an input's weights are more than that, half of it would only disturb the machine's own
+  // prefetching.
   const int passes = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  const bool fetch = line <= 64 * passes;
   for (int j = 0; j < count; j++) {
-    const bool fetch = passes > 2 || m.kind != F32;
     const char* next = fetch ? data + std::min(j + 1, count - 1) * size : data;
     const int64_t share = fetch ? size / passes : 0;
     for (int pass = 0, first = row, left = rows; pass < passes; pass++) {
