@@ -22,6 +22,8 @@ from train.optim import learning_rate
 from train.wandb_sink import Wandb
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from train.trainer import Tally, Trainer
 
 PLAIN_INTERVAL = 10.0
@@ -219,6 +221,13 @@ def plot_loss(
     axes.set(xlabel="updates", ylabel=what, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """The figure as PNG, in one piece, and closed."""
+    from matplotlib import pyplot
+
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=150)
     pyplot.close(figure)
@@ -262,10 +271,7 @@ def plot_depth(curves: dict[str, dict[int, float]], path: Path, title: str) -> N
     axes.set(xlabel="K, core steps", ylabel="held-out NLL, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=150)
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    _save(figure, path)
 
 
 class Report:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rdlm.errors import UserError
+from tests.train.test_launch import CLOCKS
 from train import checkpoints as resume
 from train.checkpoints import RunState
 from train.optim import OPTIMIZERS
@@ -18,17 +19,8 @@ from train.optim import OPTIMIZERS
 
 def records(run) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measures."""
-    clocks = (
-        "seconds",
-        "cpu_seconds",
-        "step_s",
-        "tokens_per_s",
-        "targets_per_s",
-        "peak_memory_bytes",
-        "tflops",
-    )
     lines = (Path(run.config.output) / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCKS} for line in lines]
 
 
 def stop_after(steps: int):

@@ -369,9 +369,9 @@ static inline void tiles(const Matrix& m, int block, int count, const float* x, 
     }
     return;
   }
-  // A block stays in the cache while the tiles of rows pass, and each tile fetches its part of the next block: a line of
-  // the cache for an input. Where an input's weights are more than that, half of it would only disturb the machine's own
-  // prefetching.
+  // A block stays in the cache while the tiles of rows pass, and each tile fetches its part of the next block: a
+  // line of the cache for an input. Where an input's weights are more than that, half of it would only disturb the
+  // machine's own prefetching.
   const int passes = (rows + MAX_ROWS - 1) / MAX_ROWS;
   const bool fetch = line <= 64 * passes;
   for (int j = 0; j < count; j++) {
