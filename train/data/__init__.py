@@ -1,4 +1,4 @@
-"""From sources to shards and from shards to batches: sources, prepare, order, corpus."""
+"""From sources to shards and from shards to batches: sources, prepare, corpus."""
 
 from train.data.corpus import Corpus, Reader, build_corpus
 

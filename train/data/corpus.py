@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -50,34 +50,31 @@ PAD = 4
 _AUGMENT_KEY, _MIX_KEY = 0x11A6E5, 0x3117  # apart from other uses of the seed
 
 
-class Corpus(Protocol):
-    """What the trainer may ask of its data."""
+class Corpus(ABC):
+    """Training data whose rows have numbers: an update's are drawn from one endless list."""
 
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def seq_len(self) -> int:
-        """Targets of an example."""
-
-    @property
-    def unit(self) -> str:
-        """What a target is of: "token", "image"."""
-
-    @property
-    def identity(self) -> str:
-        """Names the data: a resumed run compares it."""
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """None where ids stand for something other than text."""
-
-    @property
-    def num_rows(self) -> int | None:
-        """Rows of an epoch; None where it is not known, or rows are generated without end."""
+    vocab_size: int
+    seq_len: int
+    """Targets of an example."""
+    unit: str
+    """What a target is of: "token", "image"."""
+    identity: str
+    """Names the data: a resumed run compares it."""
+    tokenizer: Tokenizer | None
+    """None where ids stand for something other than text."""
+    num_rows: int | None = None
+    """Rows of an epoch; None where it is not known, or rows are generated without end."""
 
     def check_model(self, model: ModelConfig) -> None:
         """UserError for a model that cannot learn from it."""
+        if self.vocab_size > model.vocab_size:
+            problem = f"smaller than the data's vocabulary ({self.vocab_size})"
+            remedy = f"set model.vocab_size={self.vocab_size}"
+            raise UserError("model.vocab_size", model.vocab_size, problem, remedy)
+
+    @abstractmethod
+    def rows(self, numbers: np.ndarray, seed: int) -> Batch:
+        """Rows of the endless list by their numbers, int64 [n]."""
 
     def batch(
         self,
@@ -90,16 +87,26 @@ class Corpus(Protocol):
         micro_index: int,
         micro_size: int,
     ) -> Batch:
-        """Micro-batch ``micro_index`` of ``rank`` in update ``step``: [micro_size, seq_len], a pure
-        function of the arguments.
+        """Micro-batch ``micro_index`` of ``rank`` in update ``step``: [micro_size, seq_len], a pure function of the
+        arguments, so that a resumed run needs no state but its step.
 
-        The rows of one update, over all ranks and micro-batches, depend on (step, seed, global_batch)
-        only.
+        Update ``step`` takes rows [step, step + 1) * global_batch of the list: rank after rank, micro-batch after
+        micro-batch.
         """
+        share = global_batch // world
+        if global_batch % world or share % micro_size or not 0 <= micro_index < share // micro_size:
+            raise UserError(
+                "batch",
+                (global_batch, world, micro_size, micro_index),
+                "the micro-batches do not add up to the global batch",
+                "make global_size a multiple of processes * micro_size",
+            )
+        first = step * global_batch + rank * share + micro_index * micro_size
+        return self.rows(np.arange(first, first + micro_size), seed)
 
+    @abstractmethod
     def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
-        """Held-out batches, the same ones every time; at most ``max_tokens`` targets, at least one
-        sequence."""
+        """Held-out batches, the same ones every time; at most ``max_tokens`` targets, at least one sequence."""
 
 
 class Reader:
@@ -131,40 +138,7 @@ class Reader:
         self._thread = self._ahead = None
 
 
-class RowCorpus(ABC):
-    """A Corpus whose rows have numbers: an update's are drawn from one endless list."""
-
-    vocab_size: int
-    num_rows: int | None = None
-
-    def check_model(self, model: ModelConfig) -> None:
-        """See ``train.data.Corpus.check_model``."""
-        if self.vocab_size > model.vocab_size:
-            problem = f"smaller than the data's vocabulary ({self.vocab_size})"
-            remedy = f"set model.vocab_size={self.vocab_size}"
-            raise UserError("model.vocab_size", model.vocab_size, problem, remedy)
-
-    @abstractmethod
-    def rows(self, numbers: np.ndarray, seed: int) -> Batch:
-        """Rows of the endless list by their numbers, int64 [n]."""
-
-    def batch(
-        self,
-        step: int,
-        *,
-        seed: int,
-        global_batch: int,
-        rank: int,
-        world: int,
-        micro_index: int,
-        micro_size: int,
-    ) -> Batch:
-        """See ``train.data.Corpus.batch``."""
-        place = {"rank": rank, "world": world, "micro_index": micro_index, "micro_size": micro_size}
-        return self.rows(row_numbers(step, global_batch=global_batch, **place), seed)
-
-
-class TokenCorpus(RowCorpus):
+class TokenCorpus(Corpus):
     """Rows of ``seq_len`` tokens, visited in a seeded order, each once an epoch: windows that follow each
     other without overlap and cross document ends, or documents that are packed and kept apart.
 
@@ -189,10 +163,9 @@ class TokenCorpus(RowCorpus):
         self._packed = Packed(self._store, seq_len) if packing == "documents" else None
         self.num_rows: int = self._store.num_windows(seq_len) if self._packed is None else len(self._packed)
         self.identity = self._store.manifest_sha256
-        self.tokenizer = self._store.tokenizer()
+        self.tokenizer: Tokenizer = self._store.tokenizer()
 
     def rows(self, numbers: np.ndarray, seed: int) -> Batch:
-        """Rows of the endless list by their numbers, int64 [n]."""
         chosen = shuffled(numbers, self.num_rows, seed)
         return self._store.rows(chosen, self.seq_len) if self._packed is None else self._packed.rows(chosen)
 
@@ -204,7 +177,7 @@ class TokenCorpus(RowCorpus):
         return Packed(store, self.seq_len).windows(max_tokens, batch_size)
 
 
-class MixtureCorpus(RowCorpus):
+class MixtureCorpus(Corpus):
     """Rows of several TokenCorpus: of every PERIOD rows each part gives its share, in a seeded order. A part
     begins a new epoch when its own rows are through. Held-out rows are those of the parts, one after the other.
     """
@@ -231,7 +204,6 @@ class MixtureCorpus(RowCorpus):
         self.identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     def rows(self, numbers: np.ndarray, seed: int) -> Batch:
-        """Rows of the endless list by their numbers, int64 [n]."""
         which, numbers = mixed(numbers, self._counts, seed)
         chosen = [np.flatnonzero(which == part) for part in range(len(self._parts))]
         batches = [self._parts[i].rows(numbers[rows], seed) for i, rows in enumerate(chosen) if len(rows)]
@@ -250,7 +222,7 @@ class MixtureCorpus(RowCorpus):
         return chain.from_iterable([part.windows(bound, batch_size) for part, bound in parts])
 
 
-class ImageCorpus(RowCorpus):
+class ImageCorpus(Corpus):
     """Images with their class, visited in a seeded order, each once an epoch. Held-out images come from
     ``valid``, as they are."""
 
@@ -337,7 +309,7 @@ def _reflected(offset: np.ndarray, size: int) -> np.ndarray:
     return size - 1 - np.abs(size - 1 - position)
 
 
-class GeneratedCorpus(RowCorpus):
+class GeneratedCorpus(Corpus):
     """A task of rdlm/data/synthetic.py: no row number is used twice; held-out rows come from a random
     stream of their own."""
 
@@ -387,29 +359,6 @@ def build_corpus(config: DataConfig, fills_in: bool = False) -> Corpus:
     """UserError if the data is missing, damaged or too short. fills_in: whether the model fills in masked
     tokens of whole rows."""
     return CORPORA[type(config)](config, fills_in)
-
-
-# Which rows a process trains on in an update: pure functions, so that a resumed run needs no state but its step.
-
-
-def row_numbers(
-    step: int, *, global_batch: int, rank: int, world: int, micro_index: int, micro_size: int
-) -> np.ndarray:
-    """Positions in the endless list of training rows, int64 [micro_size].
-
-    Update ``step`` takes rows [step, step + 1) * global_batch; rank after rank, micro-batch after
-    micro-batch.
-    """
-    share = global_batch // world
-    if global_batch % world or share % micro_size or not 0 <= micro_index < share // micro_size:
-        raise UserError(
-            "batch",
-            (global_batch, world, micro_size, micro_index),
-            "the micro-batches do not add up to the global batch",
-            "make global_size a multiple of processes * micro_size",
-        )
-    first = step * global_batch + rank * share + micro_index * micro_size
-    return np.arange(first, first + micro_size)
 
 
 def shuffled(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
