@@ -84,16 +84,16 @@ def stored(file: Path) -> dict[str, Entry]:
 def stored_in(folder: Path) -> dict[str, Entry]:
     """Every tensor of a folder in Hugging Face layout: one file, or shards and their index. UserError if they
     do not fit."""
-    index = folder / INDEX
-    if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            raise UserError(
-                "weights",
-                str(folder),
-                f"has neither {SINGLE} nor {INDEX}",
-                "give a folder of safetensors weights",
-            )
-        return stored(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return stored_shards(folder / INDEX, stored)
+    if not (folder / SINGLE).is_file():
+        problem = f"has neither {SINGLE} nor {INDEX}"
+        raise UserError("weights", str(folder), problem, "give a folder of safetensors weights")
+    return stored(folder / SINGLE)
+
+
+def stored_shards(index: Path, read: Callable[[Path], Mapping[str, Entry]]) -> dict[str, Entry]:
+    """Every tensor of the files that an index names, each file as ``read`` gives it. UserError if they do not fit."""
     try:
         weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         if not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -106,7 +106,7 @@ def stored_in(folder: Path) -> dict[str, Entry]:
     for shard in sorted(set(weight_map.values())):
         found |= {
             name: entry
-            for name, entry in stored(folder / Path(shard).name).items()
+            for name, entry in read(index.parent / Path(shard).name).items()
             if weight_map.get(name) == shard
         }
     for name in sorted(weight_map.keys() - found.keys()):

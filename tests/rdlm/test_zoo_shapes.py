@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import rdlm
 from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.cli import app, run
+from rdlm.errors import UserError
 from tests.rdlm import zoo_reference as zoo
 
 LLAMA3 = {
@@ -83,6 +85,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "huginn",
         without(HUGINN, "qk_bias", "tie_embeddings", "norm_eps", "rope_base", "mean_recurrence", "sampling_scheme"),
     ),
+    "huginn, no prelude": ("huginn", {**HUGINN, "n_layers_in_prelude": 0, "n_layers": 5}),
     "huginn, own head, no bias": ("huginn", {**HUGINN, "tie_embeddings": False, "qk_bias": False}),
     "retrofit": ("retro_llama", {**RAVEN, "num_key_value_heads": 1, "head_dim": 16, "rope_scaling": LLAMA3}),
     "retrofit, tied": ("retro_llama", {**RAVEN, "tie_embeddings": True}),
@@ -92,6 +95,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "retrofit, no coda": ("retro_llama", {**RAVEN, "n_layers_in_coda": 0}),
     "retrofit, positions divided, no init values": (
         "retro_llama", {**without(RAVEN, "init_values"), "rope_scaling": {"type": "linear", "factor": 2.5}},
+    ),
+    "retrofit of OLMo, core alone": (
+        "retro_olmo", {**RAVEN, "n_layers_in_prelude": 0, "n_layers_in_coda": 0, "tie_embeddings": True},
     ),
     "retrofit of OLMo": ("retro_olmo", {**RAVEN, "num_key_value_heads": 1, "head_dim": 16}),
     "parcae": ("parcae", PARCAE),
@@ -267,3 +273,50 @@ def test_shards_of_half_precision_wrapped_names_and_buffers(
     made = load_file(tmp_path / "model" / "model.safetensors")
     kept = {value.dtype for name, value in made.items() if value.dim() > 1}
     assert kept == {dtype}
+
+
+def test_pickled_shards_and_a_state_dict_under_another_name(tmp_path: Path) -> None:
+    """As transformers wrote large models before safetensors, and as LoopUS' code writes its own."""
+    weights = zoo.drawn(tensors_of("ouro", OURO), seed=5)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    where = {name: f"pytorch_model-{i % 2 + 1:05}-of-00002.bin" for i, name in enumerate(weights)}
+    for file in set(where.values()):
+        torch.save({name: weights[name] for name in weights if where[name] == file}, shards / file)
+    (shards / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (shards / "config.json").write_text(json.dumps(OURO))
+    checked(tmp_path, shards, "ouro", OURO, weights)
+    family, config = CASES["loopus of qwen3"]
+    weights = zoo.drawn(tensors_of(family, config), seed=5)
+    old = tmp_path / "old"
+    old.mkdir()
+    torch.save(
+        {n.replace("reasoning.", "plateau."): v for n, v in weights.items()}, old / "combined_model.pt"
+    )
+    (old / "config.json").write_text(json.dumps(config))
+    (tmp_path / "second").mkdir()
+    checked(tmp_path / "second", old, family, config, weights)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], 3, None])
+def test_a_pickle_that_is_no_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(OURO))
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="not a file of tensors alone"):
+        import_checkpoint(str(tmp_path), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "case", ["ouro, grouped heads", "huginn", "retrofit", "parcae", "looped_lm", "loopformer"]
+)
+def test_an_import_takes_k_far_beyond_its_training(tmp_path: Path, case: str) -> None:
+    """K = 64 of models that were trained at three; the largest K is no matter of the family."""
+    family, written = CASES[case]
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(written))
+    offsets = family.startswith("ifm")
+    save_file(zoo.drawn(tensors_of(family, written), seed=3, offsets=offsets), source / "model.safetensors")
+    model = rdlm.load(import_checkpoint(str(source), tmp_path / "model"))
+    found = model.logits(torch.arange(5)[None], [1, 64], zero_state=True)
+    assert model.config.default_steps < 10 and found[64].isfinite().all()

@@ -152,8 +152,8 @@ def loopus(w: Weights, c: dict[str, Any], ids: Tensor, num_steps: int, **_: Any)
 
 def raven(w: Weights, c: dict[str, Any], ids: Tensor, num_steps: int, state: Tensor, **_: Any) -> Tensor:
     """Huginn and both retrofits, told apart by their tensors."""
-    is_huginn = "transformer.prelude.0.norm_3.weight" in w
-    is_olmo = "transformer.prelude.0.attn.q_norm.weight" in w
+    is_huginn = any(name.endswith("norm_3.weight") for name in w)
+    is_olmo = any(name.endswith("attn.q_norm.weight") for name in w)
     heads, eps = c["n_heads"], c["norm_eps"]
     kv, hd = c.get("num_key_value_heads") or heads, c.get("head_dim") or c["n_embd"] // heads
     rope = angles(ids.shape[1], hd, c["rope_base"] if is_huginn else c["rope_theta"], c.get("rope_scaling"))

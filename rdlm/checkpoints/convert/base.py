@@ -31,7 +31,10 @@ from rdlm.errors import UserError, reason
 from rdlm.registry import build
 
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "pytorch_model.bin", "model.pt")
+PICKLED = ("pytorch_model.bin", "model.pt", "combined_model.pt")
+"""Files with all weights of a model; in parts they are named by an index."""
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "pytorch_model*.bin", *PICKLED[1:])
 Shapes = Mapping[str, tuple[int, ...]]
 WRAPPER = re.compile(r"^(module\.|_orig_mod\.)+")
 """What parallel and compiled modules put before their names."""
@@ -249,18 +252,26 @@ def with_zero_state(config: CheckpointConfig) -> CheckpointConfig:
 
 
 def stored(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a folder: safetensors, or a pickled state dict that holds nothing but tensors."""
-    pickled = next((folder / n for n in ("pytorch_model.bin", "model.pt") if (folder / n).is_file()), None)
-    if pickled is None or (folder / tensors.SINGLE).is_file() or (folder / tensors.INDEX).is_file():
+    """Every tensor of a folder: safetensors, else pickled state dicts that hold nothing but tensors."""
+    single = next((folder / name for name in PICKLED if (folder / name).is_file()), None)
+    if (folder / tensors.SINGLE).is_file() or (folder / tensors.INDEX).is_file():
         return tensors.stored_in(folder)
+    if single is not None:
+        return pickled(single)
+    index = folder / PICKLED_INDEX
+    return tensors.stored_shards(index, pickled) if index.is_file() else tensors.stored_in(folder)
+
+
+def pickled(file: Path) -> dict[str, Entry]:
+    """Every tensor of a pickled state dict, mapped into memory. UserError where it is none."""
     try:
-        state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # pickle, zip and operating system each raise their own
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        for key in ("model", "state_dict", "model_state_dict"):  # as trainers wrap them
+            state = state[key] if isinstance(state.get(key), dict) else state
+        return {name: tensors.entry_of(value) for name, value in state.items() if isinstance(value, Tensor)}
+    except Exception as error:  # pickle, zip and operating system each raise their own, a list has no names
         problem = f"is not a file of tensors alone ({reason(error)})"
-        raise UserError("weights", str(pickled), problem, "convert it to safetensors") from None
-    for key in ("model", "state_dict", "model_state_dict"):  # as trainers wrap them
-        state = state[key] if isinstance(state.get(key), dict) else state
-    return {name: tensors.entry_of(value) for name, value in state.items() if isinstance(value, Tensor)}
+        raise UserError("weights", str(file), problem, "convert it to safetensors") from None
 
 
 def converted(

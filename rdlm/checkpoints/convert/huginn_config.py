@@ -183,7 +183,7 @@ def from_published(data: dict[str, Any], name: str, where: str) -> CheckpointCon
         },
         "recurrence": {
             "default_steps": recurrence,
-            "max_steps": 4 * recurrence if isinstance(recurrence, int) else recurrence,
+            "max_steps": max(64, 4 * recurrence) if isinstance(recurrence, int) else recurrence,
             "trained_steps": recurrence,
         },
     }
