@@ -163,13 +163,6 @@ class Backbone(nn.Module, ABC):
         return self.head(hidden=hidden).float()
 
 
-def through(layers: nn.ModuleList, x: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
-    """x [B, T, D] through all layers -> [B, T, D]."""
-    for i, layer in enumerate(layers):
-        x = layer(x, ctx, None if cond is None else cond[i])
-    return x
-
-
 @torch.no_grad()
 def init_weights(
     model: nn.Module,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rdlm.config.model import HrmConfig, initial_std
-from rdlm.models.base import Backbone, Take, init_weights, through
+from rdlm.models.base import Backbone, Take, init_weights
 from rdlm.nn.attention import AttentionContext, LaterLayers, PrefixContext
-from rdlm.nn.layers import Condition, TokenTable, TransformerLayer, normalized
+from rdlm.nn.layers import Condition, Layers, TokenTable, TransformerLayer, normalized
 from rdlm.random_streams import HashedStream, Stream
 
 
@@ -32,8 +32,8 @@ class Hrm(Backbone):
         self.num_cache_layers = (config.num_low_cycles + 1) * count
         self.wte = TokenTable(config.vocab_size, width)
         first_high = config.num_low_cycles * count
-        self.low = nn.ModuleList(TransformerLayer(layer, width, i) for i in range(count))
-        self.high = nn.ModuleList(TransformerLayer(layer, width, first_high + i) for i in range(count))
+        self.low = Layers(TransformerLayer(layer, width, i) for i in range(count))
+        self.high = Layers(TransformerLayer(layer, width, first_high + i) for i in range(count))
         self.low_init = LowState(width)
         self.lm_head = TokenTable(config.vocab_size, width)
 
@@ -68,8 +68,8 @@ class Hrm(Backbone):
             low = self._stack(self.low, low + high, LaterLayers(ctx, cycle * len(self.low)))
         return torch.cat([self._stack(self.high, high + low, ctx), low], dim=-1)
 
-    def _stack(self, layers: nn.ModuleList, x: Tensor, ctx: AttentionContext) -> Tensor:
-        return normalized(through(layers, x, None, ctx), self.config.layer.norm_eps)
+    def _stack(self, layers: Layers, x: Tensor, ctx: AttentionContext) -> Tensor:
+        return normalized(layers.through(x, ctx), self.config.layer.norm_eps)
 
     def latent(self, state: Tensor) -> Tensor:
         return state[..., : self.config.d_model]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rdlm.config.model import LoopFormerConfig, initial_std
 from rdlm.models.base import Backbone, Take, init_weights
 from rdlm.nn.attention import AttentionContext
-from rdlm.nn.layers import Condition, RMSNorm, TokenTable, TransformerLayer
+from rdlm.nn.layers import Condition, Layers, RMSNorm, TokenTable, TransformerLayer
 from rdlm.random_streams import HashedStream, Stream
 
 NUM_FREQUENCIES = 128
@@ -37,7 +37,7 @@ class LoopFormer(Backbone):
         self.num_cache_layers = config.num_layers
         self.wte, self.wpe = TokenTable(config.vocab_size, width), TokenTable(config.max_seq_len, width)
         self.time, self.length = StepEmbedding(width), StepEmbedding(width)
-        self.core_block = nn.ModuleList(TransformerLayer(layer, width, i) for i in range(config.num_layers))
+        self.core_block = Layers(TransformerLayer(layer, width, i) for i in range(config.num_layers))
         self.modulation = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(config.num_layers))
         self.ln_f = RMSNorm(width, layer.norm_eps)
         self.lm_head = None if config.tie_embeddings else TokenTable(config.vocab_size, width)
@@ -75,10 +75,11 @@ class LoopFormer(Backbone):
         """x [B, T, D]; time, size [B, T] fp32 -> [B, T, D]."""
         embedded = F.silu(self.time(time) + self.length(size))  # [B, T, D]
         none = torch.zeros_like(x)  # there are no shifts
-        for layer, modulation in zip(self.core_block, self.modulation, strict=True):
+        cond = []
+        for modulation in self.modulation:
             gate_a, gate_m, scale_a, scale_m = modulation(embedded).chunk(4, dim=-1)
-            x = layer(x, ctx, (none, 1 + scale_a, gate_a, none, 1 + scale_m, gate_m))
-        return x
+            cond.append((none, 1 + scale_a, gate_a, none, 1 + scale_m, gate_m))
+        return self.core_block.through(x, ctx, cond)
 
     def latent(self, state: Tensor) -> Tensor:
         return state[..., : self.config.d_model]

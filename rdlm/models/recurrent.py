@@ -18,7 +18,15 @@ from rdlm.config.model import RecurrentConfig, initial_std
 from rdlm.device import staged
 from rdlm.models.base import Backbone, Take, init_weights
 from rdlm.nn.attention import AttentionContext, BidirectionalContext
-from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, TransformerLayer, normalized
+from rdlm.nn.layers import (
+    Condition,
+    Layers,
+    NoiseEmbedding,
+    RMSNorm,
+    TokenTable,
+    TransformerLayer,
+    normalized,
+)
 from rdlm.random_streams import CounterStream, HashedStream, Stream
 
 
@@ -38,15 +46,15 @@ class Recurrent(Backbone):
         self.noise_embedding = NoiseEmbedding(config.noise_embed_dim) if config.noise_conditioning else None
         # A table of its own, so that the read-out, tied to the other one, has no mask among its answers.
         self.mask_row = TokenTable(1, width) if config.masked else None
-        self.prelude = nn.ModuleList(self._layer(i) for i in range(first_core))
+        self.prelude = Layers(self._layer(i) for i in range(first_core))
         self.input_norm = RMSNorm(width, layer.norm_eps) if loop.input_norm else None
         self.adapter = _adapter(config)
-        core = nn.ModuleList(self._layer(i, is_core=True) for i in layers or range(first_core, first_coda))
+        core = Layers(self._layer(i, is_core=True) for i in layers or range(first_core, first_coda))
         self.core_name = "core_block" if loop.iterates else "layers"
         self.add_module(self.core_name, core)
         self.step_gate = StepGate(width, loop.step_gate_width) if loop.step_gate_width else None
         self.readout = nn.Linear(width, width, bias=False) if loop.readout == "linear" else None
-        self.coda = nn.ModuleList(self._layer(i) for i in range(first_coda, config.num_layers))
+        self.coda = Layers(self._layer(i) for i in range(first_coda, config.num_layers))
         self.ln_f = RMSNorm(width, layer.norm_eps)
         self.lm_head = None if config.tie_embeddings else TokenTable(config.vocab_size, width)
         kv_width = self.num_kv_heads * self.head_dim
@@ -83,8 +91,8 @@ class Recurrent(Backbone):
         )
 
     @property
-    def core_layers(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, getattr(self, self.core_name))
+    def core_layers(self) -> Layers:
+        return cast(Layers, getattr(self, self.core_name))
 
     @property
     def core_cache_layers(self) -> range:
@@ -113,8 +121,7 @@ class Recurrent(Backbone):
         """-> e [B, T, E]: D channels, then the value embeddings of the layers behind the prelude."""
         e = self.embed(inputs)
         values = {int(i): table(inputs) for i, table in self.value_embeds.items()}
-        for i, layer in enumerate(self.prelude):
-            e = layer(e, ctx, values=values.get(i))
+        e = self.prelude.through(e, ctx, None, [values.get(i) for i in range(len(self.prelude))])
         if self.input_norm is not None:
             e = self.input_norm(e)
         later = [values[i] for i in (*self._in_e, *self._in_state)]
@@ -158,9 +165,7 @@ class Recurrent(Backbone):
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         latent = self._first(state)
         x = self._inject(latent, self._first(e))
-        for i, layer in enumerate(self.core_layers, self.config.loop.num_prelude_layers):
-            at = None if cond is None else cond[i - self.config.loop.num_prelude_layers]
-            x = layer(x, ctx, at, e[..., self._in_e[i]] if i in self._in_e else None)
+        x = self.core_layers.through(x, ctx, cond, self._values(e, self._in_e, self.core_cache_layers))
         if self.step_gate is not None:
             x = self.step_gate(latent, x)
         match self.config.loop.boundary_norm:
@@ -177,8 +182,8 @@ class Recurrent(Backbone):
                 x = self.ln_f(x)
             case "linear":
                 x = cast(nn.Linear, self.readout)(x)
-        for i, layer in enumerate(self.coda, loop.num_prelude_layers + loop.num_core_layers):
-            x = layer(x, ctx, values=state[..., self._in_state[i]] if i in self._in_state else None)
+        of_coda = range(self.core_cache_layers.stop, self.config.num_layers)
+        x = self.coda.through(x, ctx, None, self._values(state, self._in_state, of_coda))
         return self.ln_f(x) if loop.final_norm else x
 
     def latent(self, state: Tensor) -> Tensor:
@@ -202,6 +207,11 @@ class Recurrent(Backbone):
         scale = 1 / math.sqrt(2 * depth) if config.init.residual == "scaled" else 1.0
         identity = config.init.adapter == "identity"
         init_weights(self, generator, std=std, residual_std=std * scale, identity_adapter=identity, take=take)
+
+    @staticmethod
+    def _values(rows: Tensor, where: dict[int, slice], layers: range) -> list[Tensor | None] | None:
+        """The value embeddings of layers that e or a state carries behind its first channels."""
+        return [rows[..., where[i]] if i in where else None for i in layers] if where else None
 
     def _first(self, rows: Tensor) -> Tensor:
         """The first D channels of e or of a state: all of them, unless value embeddings are behind them."""

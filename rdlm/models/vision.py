@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from rdlm.config.model import PLAIN_STD, DitConfig, ImageConfig, VitConfig
-from rdlm.models.base import Backbone, Take, init_weights, through
+from rdlm.models.base import Backbone, Take, init_weights
 from rdlm.nn.attention import AttentionContext, BidirectionalContext
-from rdlm.nn.layers import Condition, NoiseEmbedding, RMSNorm, TokenTable, TransformerLayer, modulate
+from rdlm.nn.layers import Condition, Layers, NoiseEmbedding, RMSNorm, TokenTable, TransformerLayer, modulate
 from rdlm.random_streams import HashedStream, Stream
 
 
-def _layers(config: ImageConfig, layers: range | None) -> nn.ModuleList:
+def _layers(config: ImageConfig, layers: range | None) -> Layers:
     """The layers of a network, or those of them that ``layers`` names."""
     cond_width = config.noise_embed_dim if config.noise_conditioning else None
-    return nn.ModuleList(
+    return Layers(
         TransformerLayer(config.layer, config.d_model, place, cond_width)
         for place in layers or range(config.num_layers)
     )
@@ -118,7 +118,7 @@ class Vit(Backbone):
         row = self.class_row(torch.zeros(state.shape[:2], dtype=torch.int64, device=state.device))
         if self.adapter is not None:
             row = row + self.adapter(PLAIN_STD * state)  # it starts silent, and at the scale of the row
-        return through(self.layers, torch.cat([e, row], 1), cond, ctx)[:, -1:]
+        return self.layers.through(torch.cat([e, row], 1), ctx, cond)[:, -1:]
 
     def decode(self, state: Tensor, ctx: AttentionContext) -> Tensor:
         return self.ln_f(state)
@@ -164,7 +164,7 @@ class Dit(nn.Module):
         cond = self.noise_embedding(c_noise) + self.classes(classes)
         cond = cond.unsqueeze(1)  # [B, 1, C]: the same for all patches
         ctx = BidirectionalContext(self.config.num_patches, images.device)
-        x = through(self.layers, self.patches(images), [cond] * len(self.layers), ctx)
+        x = self.layers.through(self.patches(images), ctx, [cond] * len(self.layers))
         shift, scale = self.modulation(cond).chunk(2, dim=-1)
         rows = self.pixels(modulate(self.ln_f(x), shift, 1 + scale))
         return assemble(rows.float(), self.config.patch_size, self.config.num_channels)

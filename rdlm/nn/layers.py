@@ -342,6 +342,22 @@ def _norm(config: LayerConfig, width: int) -> Norm:
     return RMSNorm(width, config.norm_eps) if config.norm_weights else UnweightedNorm(config.norm_eps)
 
 
+class Layers(nn.ModuleList):
+    """Transformer layers one after the other, of consecutive cache indices."""
+
+    def through(
+        self,
+        x: Tensor,
+        ctx: AttentionContext,
+        cond: Condition | None = None,
+        values: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """x [B, T, D], and of each layer what TransformerLayer.forward takes -> [B, T, D]."""
+        for i, layer in enumerate(self):
+            x = layer(x, ctx, None if cond is None else cond[i], None if values is None else values[i])
+        return x
+
+
 def _enter(x: Tensor, norm: Norm | None, modulation: BranchModulation | None) -> Tensor:
     if norm is not None:
         x = norm(x)

@@ -20,6 +20,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from rdlm.errors import UserError
@@ -47,6 +48,9 @@ IDLE_SECONDS = 30.0
 """After so long without work, and again each time, the process gives memory back: large requests and long
 prompts leave a large heap."""
 
+MOST_UNREAD = 0.01
+"""Seconds that core steps of which nothing is read may take together: a request that arrives meanwhile waits so
+long."""
 MASK_PATIENCE = 0.001
 """Seconds a step waits for the masks of constrained answers, which mostly take less; then the others go on."""
 MASK_WAIT = 0.05
@@ -65,6 +69,8 @@ class Runner(Protocol):
     def sequence(self, number: int, request: Request, chunk: int) -> Sequence: ...
     def step_counts(self, num_steps: int, blocks: frozenset[int] = ...) -> StepCounts: ...
     def attach(self, sequence: Sequence) -> int | None: ...
+    def unread_steps(self, batch: list[Sequence]) -> int: ...
+    def run_unread(self, batch: list[Sequence], steps: int) -> dict[int, StepResult]: ...
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]: ...
     def release(self, sequence: Sequence) -> int: ...
 
@@ -384,7 +390,8 @@ class Engine:
                     trim_heap()
 
     def _step(self, served: Served) -> None:
-        """One core step of everything that is open, and what follows from it."""
+        """One core step of everything that is open, and what follows from it; before it those of which nothing is
+        read, which are taken at once."""
         began = time.monotonic()
         for late in self._deadlines.expired(began):
             self._finish(late, late.expire(), Event(late.index, text=late.detokenizer.finish()))
@@ -401,11 +408,16 @@ class Engine:
                 sequence.started = began
         rows = sum(sequence.length for sequence in batch)
         before_model = time.monotonic()
+        unread = self._unread_steps(served, batch, rows)
+        if unread:
+            batch = self._run_unread(served.runner, batch, unread)
         results = run_isolated(served.runner.run, batch)
         after_model = time.monotonic()
-        self.counters.steps += 1
-        self.counters.rows.observe(rows)
-        self._deadlines.cost.observe(rows, after_model - began, served.runner.waits or bool(results))
+        self.counters.steps += unread + 1
+        for _ in range(unread + 1):
+            self.counters.rows.observe(rows)
+            seconds = (after_model - began) / (unread + 1)
+            self._deadlines.cost.observe(rows, seconds, served.runner.waits or bool(results))
         self.counters.model_s += after_model - before_model
         self.counters.busy_s += after_model - began
         for sequence in batch:  # a reader that gets a token finds its step counted
@@ -414,6 +426,26 @@ class Engine:
             except Exception as error:
                 self._fail(sequence, error)
         self.counters.busy_s += time.monotonic() - after_model
+
+    def _unread_steps(self, served: Served, batch: list[Sequence], rows: int) -> int:
+        """Core steps before the next one that need nothing but the model."""
+        seconds = self._deadlines.cost.predict(rows)
+        if not seconds or len(batch) < sum(s.is_open for s in served.scheduler.running.values()):
+            return 0  # somebody waits for the end of a step
+        return min(served.runner.unread_steps(batch), max(0, int(MOST_UNREAD / seconds) - 1))
+
+    def _run_unread(self, runner: Runner, batch: list[Sequence], steps: int) -> list[Sequence]:
+        """Take core steps of which nothing is read -> those of ``batch`` that go on."""
+        failed = run_isolated(partial(runner.run_unread, steps=steps), batch)
+        for sequence in batch:
+            if sequence.id in failed:
+                self._fail(
+                    sequence, failed[sequence.id].error or AssertionError("a step without an error failed")
+                )
+                continue
+            for _ in range(steps):
+                sequence.advance(StepResult())
+        return [sequence for sequence in batch if sequence.id not in failed]
 
     def _guided(self, batch: list[Sequence]) -> list[Sequence]:
         """``batch`` without the constrained answers whose next mask is not there yet: the others do not wait for

@@ -119,6 +119,13 @@ class MaskedRunner:
         sequence.rows = None
         return 0
 
+    def unread_steps(self, batch: Seq[Sequence]) -> int:
+        """Every step may make tokens of the answer certain."""
+        return 0
+
+    def run_unread(self, batch: Seq[Sequence], steps: int) -> dict[int, StepResult]:
+        raise AssertionError("no step of this model goes unread")
+
     @torch.inference_mode()
     def run(self, batch: Seq[Sequence]) -> dict[int, StepResult]:
         """One step of every sequence in ``batch`` -> what came out, by sequence id. It can be repeated as

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from rdlm.nn.attention import AttentionContext
 from rdlm.nn.layers import Condition
 from rdlm.objectives.next_token import NextToken
 from rdlm.sampling import Kind, Settings, drawn
+from serve.engine.cpu.modules import PackedCore
 from serve.engine.sequence import Sequence
 
 
@@ -153,6 +155,11 @@ class Block:
     num_tokens: int
     """Ids that may be drawn."""
 
+    @cached_property
+    def kernels(self) -> PackedCore | None:
+        """Its core, where the kernels have all of it; asked for once weights are packed."""
+        return PackedCore.of(self.denoiser.model)
+
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
@@ -190,9 +197,11 @@ def enter(block: Block, rows: RowBuffers, inputs: Inputs) -> tuple[Tensor]:
     return (e,)
 
 
-def core(block: Block, rows: RowBuffers, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """One core step, from each row's state into the other half of its place -> states before and after [1, N,
-    S]."""
+def core(
+    block: Block, rows: RowBuffers, inputs: Inputs, later: Seq[AttentionContext] = ()
+) -> tuple[Tensor, Tensor]:
+    """One core step, and one more for each context of ``later``, from each row's state into the other half of its
+    place -> states before and after [1, N, S]."""
     before, e = rows.state.index_select(1, inputs.at), rows.e.index_select(1, inputs.places)
     if inputs.levels is not None:
         condition = block.denoiser.condition(inputs.levels, before)
@@ -200,7 +209,13 @@ def core(block: Block, rows: RowBuffers, inputs: Inputs) -> tuple[Tensor, Tensor
         if not block.base:
             block.base.append(block.denoiser.condition(None, before))
         condition = block.base[0]
-    after = block.denoiser.model.core(before, e, condition, inputs.context)
+    contexts = (inputs.context, *later)
+    if block.kernels is not None:
+        after = block.kernels.steps(before, e, condition, contexts)
+    else:
+        after = before
+        for context in contexts:
+            after = block.denoiser.model.core(after, e, condition, context)
     rows.write_state(inputs.other, after)
     return before, after
 

@@ -179,6 +179,8 @@ class Runner:
         )
         self._staged: dict[tuple[Part, tuple[int, ...]], Pass] = {}
         """Passes of this step whose rows are on the device already, by part and sequence ids."""
+        self._known_indices: tuple[bytes, list[int], tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+        """Rows and tokens of the last pass, and their indices on the device."""
         self._packs: list[tuple[list[Segment], PackedContext]] = []
         """The last ``PACKS`` packs, the newest last."""
 
@@ -363,6 +365,34 @@ class Runner:
         self._hold(sequence)
         return self._prefixes.release(sequence.slot) + self.cache.free(sequence.slot)
 
+    def unread_steps(self, batch: list[Sequence]) -> int:
+        """How many core steps ``batch`` takes before one after which a row is read, or a segment changes."""
+        if self._static is not None or len(self._blocks) > 1 or not self.config.objective.supports_exits:
+            return 0
+        return min(map(self._unread_steps, batch))
+
+    def _unread_steps(self, sequence: Sequence) -> int:
+        request, budget = sequence.request, sequence.request.budget
+        if budget.exit or budget.speculation or budget.wavefront or request.step_predictions or request.sweep:
+            return 0
+        plan, first = self._plan(sequence), sequence.step
+        last = first + sequence.steps_unchanged - 1
+        return next((i for i in range(first, last) if plan.readout[i]), last) - first
+
+    @torch.inference_mode()
+    def run_unread(self, batch: list[Sequence], steps: int) -> dict[int, StepResult]:
+        """``steps`` core steps of every sequence in ``batch``, at most ``unread_steps`` -> nothing. They can be
+        repeated as one step can."""
+        for block, part in self._parts(batch):
+            self._begin(block, part, [], [])
+            self._charge(part, block.costs.core, steps)
+            inputs = self._inputs(core, part)
+            changes = self.cache.keeps_steps or self._keeps_first
+            later = [self._pack(part, False, i) if changes else inputs.context for i in range(1, steps)]
+            core(block, self._rows, inputs, later)
+            self._turn(part)
+        return {}
+
     @torch.inference_mode()
     def run(self, batch: list[Sequence]) -> dict[int, StepResult]:
         """One core step for the segment of every sequence in ``batch`` -> what came out, by sequence id.
@@ -371,15 +401,33 @@ class Runner:
         repeated with some of the sequences once their ``rows`` and ``flops`` are what they were.
         """
         results: dict[int, StepResult] = {}
+        for block, part in self._parts(batch):
+            results |= self._run(block, part)
+        return results
+
+    def _parts(self, batch: list[Sequence]) -> list[tuple[Block, list[Sequence]]]:
+        """The sequences that share their passes."""
+        parts = []
         for block in self._blocks:
             mine = [s for s in batch if self._block_index(s) == block.index]
             longer = [] if self._static is None else [s for s in mine if s.length > 1]
-            for part in (longer, [s for s in mine if s not in longer] if longer else mine):
-                if part:
-                    results |= self._run(block, part)
-        return results
+            parts += [(block, longer), (block, [s for s in mine if s not in longer] if longer else mine)]
+        return [(block, part) for block, part in parts if part]
 
     def _run(self, block: Block, batch: list[Sequence]) -> dict[int, StepResult]:
+        drawing = [s for s in batch if self._draws_in_place(s)]
+        ruled = any(s.has_exit_rule for s in batch)  # who is read is known after the core step
+        reading = [] if ruled else [s for s in batch if s not in drawing and self._is_read(s)]
+        self._begin(block, batch, drawing, reading)
+        exiting = self._core(block, batch)
+        results = self._draw_in_place(block, drawing)
+        readers = [s for s in batch if s.id not in results and (s.id in exiting or self._is_read(s))]
+        return results | self._read(block, readers, exiting) if readers else results
+
+    def _begin(
+        self, block: Block, batch: list[Sequence], drawing: list[Sequence], reading: list[Sequence]
+    ) -> None:
+        """Everything before the core step. drawing, reading: who is read after it."""
         self._staged = {}
         entering = [s for s in batch if s.step == 0 and not s.is_wavefront]
         self._open(entering)
@@ -390,26 +438,16 @@ class Runner:
                 sequence.rows = Rows(sequence.length, half=rows.half, proposals=rows.proposals)
         # Every block reads the tokens through a stem of its own.
         changing = [s for s in batch if s.step and self._block_index(s, -1) != block.index]
-        drawing = [s for s in batch if self._draws_in_place(s)]
-        self._stage(block, entering, batch, drawing)
+        parts = [(self._entry(block), entering), (core, batch), (draw_tokens, drawing), (leave, reading)]
+        self._stage(block, [(part, sequences) for part, sequences in parts if sequences])
         self._enter(block, entering)
         if changing:
             self._pass(encode, block, changing)
-        exiting = self._core(block, batch)
-        results = self._draw_in_place(block, drawing)
-        readers = [s for s in batch if s.id not in results and (s.id in exiting or self._is_read(s))]
-        return results | self._read(block, readers, exiting) if readers else results
 
-    def _stage(
-        self, block: Block, entering: list[Sequence], batch: list[Sequence], drawing: list[Sequence]
-    ) -> None:
+    def _stage(self, block: Block, passes: list[tuple[Part, list[Sequence]]]) -> None:
         """Send what the step's passes of single rows read to the device, where it is known: in one copy."""
-        if self._static is None or any(s.length > 1 for s in batch):
+        if self._static is None or any(s.length > 1 for _, sequences in passes for s in sequences):
             return
-        ruled = any(s.has_exit_rule for s in batch)  # who is read is known after the core step
-        reading = [] if ruled else [s for s in batch if s not in drawing and self._is_read(s)]
-        parts = [(self._entry(block), entering), (core, batch), (draw_tokens, drawing), (leave, reading)]
-        passes = [(part, sequences) for part, sequences in parts if sequences]
         ready = self._static.stage(block, [(part, self._single_rows(part, rows)) for part, rows in passes])
         self._staged = {
             (part, tuple(s.id for s in sequences)): run
@@ -481,18 +519,17 @@ class Runner:
     def _block_index(self, sequence: Sequence, later: int = 0) -> int:
         return self._plan(sequence).blocks[sequence.step + later]
 
-    def _charge(self, sequences: list[Sequence], cost: Cost) -> None:
-        """Add the FLOPs of one pass of the open segments' rows through a part of the network."""
+    def _charge(self, sequences: list[Sequence], cost: Cost, times: int = 1) -> None:
+        """Add the FLOPs of passes of the open segments' rows through a part of the network."""
         for sequence in sequences:
             plan = self._plan(sequence)
             appended = (
                 plan.append_own and not plan.commit[sequence.step]
             )  # it attends to the position's clean row too
-            sequence.flops += cost.of(sequence.start + appended, sequence.length)
+            sequence.flops += times * cost.of(sequence.start + appended, sequence.length)
 
     def _pass(self, part: Part, block: Block, sequences: list[Sequence]) -> tuple[Tensor, ...]:
         """A part of the network, for the segments' rows."""
-        once = part is not core
         costs: dict[Part, Cost] = {
             core: block.costs.core,
             leave: block.costs.decode,
@@ -504,13 +541,25 @@ class Runner:
             if ready is None:
                 (ready,) = self._static.stage(block, [(part, self._single_rows(part, sequences, True))])
             return ready()
-        where = self._rows.where(sequences)
+        return part(block, self._rows, self._inputs(part, sequences))
+
+    def _inputs(self, part: Part, sequences: list[Sequence]) -> Inputs:
+        once, where = part is not core, self._rows.where(sequences)
         ids = [i for s in sequences for i in s.token_ids()]
         levels = [None if once else self._level(s) for s in sequences for _ in range(s.length)]
-        at, other, places, tokens = self._rows.index(np.stack([where, where ^ 1, where >> 1, ids]))
+        at, other, places, tokens = self._indices(where, ids)
         sigma = self._levels(levels)[None] if any(level is not None for level in levels) else None
-        inputs = Inputs(tokens, at, other, places, sigma, self._pack(sequences, once))
-        return part(block, self._rows, inputs)
+        return Inputs(tokens, at, other, places, sigma, self._pack(sequences, once))
+
+    def _indices(self, where: np.ndarray, ids: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``at``, ``other``, ``places`` and ``ids`` of Inputs: those of the pass before, where rows and tokens are
+        the same, as they are through the passes of one position, whose core steps exchange the halves."""
+        known, one, two = self._known_indices, where.tobytes(), (where ^ 1).tobytes()
+        if known is None or known[1] != ids or known[0] not in (one, two):
+            at, other, places, tokens = self._rows.index(np.stack([where, where ^ 1, where >> 1, ids]))
+            known = self._known_indices = (one, ids, (at, other, places, tokens))
+        at, other, places, tokens = known[2]
+        return (at, other, places, tokens) if known[0] == one else (other, at, places, tokens)
 
     def _open(self, entering: list[Sequence]) -> None:
         """Places for the rows of segments that have just opened."""
@@ -606,10 +655,7 @@ class Runner:
             if self._level(sequence) is not None:
                 sequence.flops += sequence.length * block.costs.condition
         before, after = self._pass(core, block, batch)
-        for sequence in batch:
-            rows, length = rows_of(sequence), sequence.length
-            first = rows.first + rows.length - length
-            sequence.rows = replace(rows, half=1 - rows.half, first=first, length=length)
+        self._turn(batch)
         if not any(s.has_exit_rule for s in batch):
             return set()
         latent = block.denoiser.model.latent
@@ -617,6 +663,13 @@ class Runner:
         return exiting | self._exits_on_gate(
             block, [s for s in batch if s.has_exit_rule and is_measured(s, "gate")]
         )
+
+    def _turn(self, batch: list[Sequence]) -> None:
+        """Let the states that a core step has written count."""
+        for sequence in batch:
+            rows, length = rows_of(sequence), sequence.length
+            first = rows.first + rows.length - length
+            sequence.rows = replace(rows, half=1 - rows.half, first=first, length=length)
 
     def _exits_on_gate(self, block: Block, measured: list[Sequence]) -> set[int]:
         """Ids of the sequences whose last position the trained gate lets exit."""
@@ -638,10 +691,10 @@ class Runner:
         top = self.denoiser.noise.sigma_max
         return torch.tensor([top if sigma is None else sigma for sigma in sigmas], device=self.device)
 
-    def _pack(self, sequences: list[Sequence], once: bool) -> PackedContext:
+    def _pack(self, sequences: list[Sequence], once: bool, later: int = 0) -> PackedContext:
         """The context of the sequences' rows, a recent one where it is the same: while no row moves to
         another position."""
-        segments = [segment for s in sequences for segment in self._cache_segments(s, once)]
+        segments = [segment for s in sequences for segment in self._cache_segments(s, once, later)]
         for known, pack in self._packs:
             if known == segments:
                 return pack
@@ -649,20 +702,19 @@ class Runner:
         self._packs = [*self._packs, (segments, pack)][-PACKS:]
         return pack
 
-    def _cache_segments(self, sequence: Sequence, once: bool) -> list[Segment]:
-        """The sequence's rows as the cache sees them. once: a prelude or coda pass, whose keys do not depend
-        on the step."""
+    def _cache_segments(self, sequence: Sequence, once: bool, later: int = 0) -> list[Segment]:
+        """The sequence's rows as the cache sees them, at a later step. once: a prelude or coda pass, whose keys do
+        not depend on the step."""
         plan, start, length = self._plan(sequence), sequence.start, sequence.length
-        later = (
-            [sequence.steps_of(i) - 1 for i in range(length)] if sequence.is_wavefront else [sequence.step]
-        )
+        at = sequence.step + later
+        steps = [sequence.steps_of(i) - 1 for i in range(length)] if sequence.is_wavefront else [at]
         if sequence.is_wavefront and self.cache.keeps_steps and not once:
-            return [Segment(sequence.slot, start + i, 1, step) for i, step in enumerate(later)]
-        if self._keeps_first and any(later) and not once:
-            steps = later if sequence.is_wavefront else later * length
+            return [Segment(sequence.slot, start + i, 1, step) for i, step in enumerate(steps)]
+        if self._keeps_first and any(steps) and not once:
+            steps = steps if sequence.is_wavefront else steps * length
             return [Segment(sequence.slot, start + i, 1, commit=step == 0) for i, step in enumerate(steps)]
-        commit = plan.commit[sequence.step]
-        step = 0 if once or not self.cache.keeps_steps else sequence.step
+        commit = plan.commit[at]
+        step = 0 if once or not self.cache.keeps_steps else at
         spans = [(start, length)] if commit else [(start + i, 1) for i in range(length)]
         is_prompt = start == 0 and length == len(sequence.request.prompt)
         two_way = is_prompt and self._is_prefix(sequence.request)

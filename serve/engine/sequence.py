@@ -404,6 +404,14 @@ class Sequence:
         return self.counts.drawn - self.step if self.length == 1 and self.draws else None
 
     @property
+    def steps_unchanged(self) -> int:
+        """Core steps with the last of which the open segment closes, or keeps only the position that is drawn."""
+        if not self.draws:
+            return self.prompt_steps - self.step
+        shrinks = self.length > 1 and self.step < self.prompt_steps
+        return (min(self.prompt_steps, self.counts.drawn) if shrinks else self.counts.drawn) - self.step
+
+    @property
     def has_exit_rule(self) -> bool:
         return self.request.budget.exit is not None
 

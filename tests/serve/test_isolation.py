@@ -20,6 +20,7 @@ from rdlm.errors import UserError
 from rdlm.exit_criteria import ExitRule
 from rdlm.sampling_params import SamplingParams
 from serve.api.app import create_app
+from serve.engine import engine as engine_module
 from serve.engine import masked_runner, runner
 from serve.engine.engine import Engine, Served
 from serve.engine.grammar import Grammar, Grammars, Guide, json_grammar
@@ -73,11 +74,13 @@ def world(request: pytest.FixtureRequest, make_served: Callable[..., Served]) ->
     injector = Injector()
     model: Any = served.runner
     marked: list[bool] = []
-    real_run = model.run
 
-    def run(batch: list[Any]) -> Any:
-        marked[:] = [any(MARK in s.request.prompt for s in batch)]
-        return real_run(batch)
+    def marking(real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(batch: list[Any], **steps: int) -> Any:
+            marked[:] = [any(MARK in s.request.prompt for s in batch)]
+            return real(batch, **steps)
+
+        return run
 
     def wrap(stage: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -90,7 +93,9 @@ def world(request: pytest.FixtureRequest, make_served: Callable[..., Served]) ->
         return call
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(model, "run", run)
+    patch.setattr(engine_module, "MOST_UNREAD", 1.0)  # whatever a step takes here
+    for name in ("run", "run_unread"):
+        patch.setattr(model, name, marking(getattr(model, name)))
     denoiser = model.denoiser
     if objective == "masked":
         for stage, name in (("core", "fill"), ("predict", "read"), ("decode", "logprobs_of")):

@@ -837,6 +837,34 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
   });
 }
 
+// What a core step does before its layers, and after them: norms, with weights unless norm is null.
+enum Injection { KEEP = 0, REPLACE = 1, ADD = 2, LINEAR = 3 };
+struct Between {
+  int32_t injection;
+  float state_scale;
+  int32_t norms;
+  float eps;
+  const float* norm;
+  Matrix adapter;  // LINEAR: [width, 2 width], the state first
+};
+
+static void inject(const Between& b, float* x, const float* e, int rows, int width) {
+  const int64_t all = int64_t(rows) * width;
+  if (b.injection == REPLACE) memcpy(x, e, all * 4);
+  if (b.injection == ADD)
+    for (int64_t i = 0; i < all; i++) x[i] += e[i];
+  if (b.injection != LINEAR) return;
+  float* both = scratch(2 * all + (quantised(b.adapter.kind) ? rows * row_floats(b.adapter.in) : 0));
+  for (int r = 0; r < rows; r++) {
+    float *to = both + int64_t(r) * 2 * width, *from = x + int64_t(r) * width;
+    for (int i = 0; i < width; i++) to[i] = b.state_scale * from[i];
+    memcpy(to + width, e + int64_t(r) * width, width * 4);
+  }
+  pool().run([&](Worker worker) {
+    product(worker, b.adapter, both, 2 * width, rows, both + 2 * all, Store{b.adapter, x, width});
+  });
+}
+
 extern "C" {
 
 int rdlm_vector_width() { return VW; }
@@ -901,9 +929,22 @@ void rdlm_rms_norm(const float* x, const float* weight, int rows, int width, flo
   for (int r = 0; r < rows; r++) rms_norm(y + int64_t(r) * width, x + int64_t(r) * width, weight, width, eps);
 }
 
-// One transformer layer, x [rows, width] in place. mod and values may be null.
-void rdlm_layer(const Layer* l, const Rows* rows, const Cache* cache, float* x, const Modulation* mod,
-                const float* values, int64_t value_stride) {
-  layer(*l, *rows, *cache, x, mod, values, value_stride);
+// Transformer layers one after the other, x [rows, width] in place. cache: of the first one; the next one's keys and
+// values lie k_bytes and v_bytes later. mods: one a layer, or null; values: one a layer, each may be null, or null.
+// between: what surrounds them in a core step with input e [rows, width], which is taken ``steps`` times; or null.
+void rdlm_layers(const Layer* const* layers, int count, const Rows* rows, const Cache* cache, int64_t k_bytes,
+                 int64_t v_bytes, float* x, const Modulation* mods, const float* const* values, int64_t value_stride,
+                 const Between* between, const float* e, int steps) {
+  const int n = rows->count, width = layers[0]->width;
+  for (int step = 0; step < steps; step++) {
+    if (between) inject(*between, x, e, n, width);
+    for (int i = 0; i < count; i++) {
+      Cache own = *cache;
+      own.k += i * k_bytes, own.v += i * v_bytes;
+      layer(*layers[i], *rows, own, x, mods ? mods + i : nullptr, values ? values[i] : nullptr, value_stride);
+    }
+    if (between && between->norms)
+      for (int r = 0; r < n; r++) rms_norm(x + int64_t(r) * width, x + int64_t(r) * width, between->norm, width, between->eps);
+  }
 }
 }

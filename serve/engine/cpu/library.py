@@ -64,6 +64,15 @@ class Layer(Structure):
     )  # fmt: skip
 
 
+class Between(Structure):
+    """``struct Between`` of kernels.cpp."""
+
+    _fields_ = (
+        ("injection", c_int32), ("state_scale", c_float), ("norms", c_int32), ("eps", c_float), ("norm", c_void_p),
+        ("adapter", Matrix),
+    )  # fmt: skip
+
+
 class Modulation(Structure):
     """``struct Modulation`` of kernels.cpp."""
 
@@ -133,9 +142,10 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.rdlm_pack_quantised.argtypes = (c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_void_p)
     lib.rdlm_linear.argtypes = (POINTER(Matrix), c_void_p, c_int64, c_int, c_void_p)
     lib.rdlm_rms_norm.argtypes = (c_void_p, c_void_p, c_int, c_int, c_float, c_void_p)
-    lib.rdlm_layer.argtypes = (
-        POINTER(Layer), POINTER(Rows), POINTER(Cache), c_void_p, c_void_p, c_void_p, c_int64,
+    lib.rdlm_layers.argtypes = (
+        c_void_p, c_int, POINTER(Rows), POINTER(Cache), c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64,
+        POINTER(Between), c_void_p, c_int,
     )  # fmt: skip
-    for name in ("rdlm_pack", "rdlm_pack_quantised", "rdlm_linear", "rdlm_rms_norm", "rdlm_layer"):
+    for name in ("rdlm_pack", "rdlm_pack_quantised", "rdlm_linear", "rdlm_rms_norm", "rdlm_layers"):
         getattr(lib, name).restype = None
     return lib

@@ -9,21 +9,24 @@ neither trained nor saved.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
-from ctypes import byref, c_void_p
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
+from ctypes import POINTER, byref, c_void_p, pointer
 from dataclasses import replace
-from typing import TypeVar
+from itertools import groupby
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rdlm.config.checkpoint import WeightFormat
+from rdlm.models.recurrent import Recurrent
 from rdlm.nn.attention import AttentionContext, LaterLayers, rotary_table
 from rdlm.nn.kv_cache import PackedContext, Pages
-from rdlm.nn.layers import LayerCondition, RMSNorm, TokenTable, TransformerLayer
+from rdlm.nn.layers import Condition, LayerCondition, Layers, RMSNorm, TokenTable, TransformerLayer
 from rdlm.nn.quantization import Quantized, formats, quantized
-from serve.engine.cpu.library import Cache, Layer, Matrix, Modulation, Rows, library
+from serve.engine.cpu.library import Between, Cache, Layer, Matrix, Modulation, Rows, library
 from serve.engine.cpu.memory import weight_memory
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -31,6 +34,7 @@ QUANTIZED_KINDS = {"int8": 2, "int4": 4}
 CACHE_KINDS = {torch.float32: 0, torch.bfloat16: 3}
 NORMS = {"pre": 0, "post": 1, "sandwich_sum": 2, "sandwich_branch": 3}
 MLPS = {"swiglu": 0, "relu2": 1, "gelu": 2}
+INJECTIONS = {"none": 0, "replace": 1, "add": 2, "linear": 3}
 QK_NORMS = {"none": 0, "full": 1, "head": 2, "head_unweighted": 3}
 R = TypeVar("R")
 Weight = Tensor | Quantized
@@ -198,39 +202,125 @@ class PackedLayer(nn.Module):
         values: Tensor | None = None,
     ) -> Tensor:
         """As TransformerLayer.forward: x [1, N, D] -> [1, N, D] fp32."""
-        pack, layer = _pack_of(ctx, self.layer)
-        store = pack.cache.store(layer)
-        view: RowView | None = pack.views.get(id(store))
-        if view is None:
-            view = pack.views[id(store)] = RowView(pack, store)
-        if len(self.rope) < pack.cache.max_len and self.rope_dims:
-            self._read_rotations(pack.cache.max_len)
-        out = x.float().clone(memory_format=torch.contiguous_format)
-        parts = None
-        if cond is not None:
-            if isinstance(cond, Tensor):
-                assert self.modulation is not None
-                cond = self.modulation(cond)
-            parts = [part.float() for part in cond]
-            modulation = Modulation()
-            for i, part in enumerate(parts):
-                if part.stride(-1) != 1:
-                    part = parts[i] = part.contiguous()
-                modulation.part[i] = part.data_ptr()
-                modulation.stride[i] = part.stride(-2) if part.shape[-2] > 1 else 0
-        kept = None if values is None else values.float().contiguous()
-        _lib().rdlm_layer(
-            byref(self.struct), byref(view.rows), byref(view.cache(layer)), out.data_ptr(),
-            None if parts is None else byref(modulation), _pointer(kept), 0 if kept is None else kept.shape[-1],
-        )  # fmt: skip
-        return out
+        return PackedLayers([self]).through(
+            x, ctx, None if cond is None else [cond], None if values is None else [values]
+        )
 
-    def _read_rotations(self, length: int) -> None:
+    def read_rotations(self, length: int) -> None:
+        """Have the rotations of so many positions at hand."""
         rope = self.config.rope
-        assert rope is not None
+        if rope is None or len(self.rope) >= length:
+            return
         table = rotary_table(self.rope_dims, rope.base, length, torch.device("cpu"), rope.scaling)
         self.rope = torch.view_as_real(table).contiguous()
         self.struct.rope = self.rope.data_ptr()
+
+    def modulation_of(self, cond: LayerCondition, kept: list[Tensor]) -> Modulation:
+        """The modulation of each row; ``kept`` gets the tensors that it points to."""
+        if isinstance(cond, Tensor):
+            assert self.modulation is not None
+            cond = self.modulation(cond)
+        found = Modulation()
+        for i, part in enumerate(cond):
+            part = part.float()
+            part = part if part.stride(-1) == 1 else part.contiguous()
+            found.part[i], found.stride[i] = part.data_ptr(), part.stride(-2) if part.shape[-2] > 1 else 0
+            kept.append(part)
+        return found
+
+
+class PackedLayers(Layers):
+    """Transformer layers as one call of the kernels; their context must be a PackedContext."""
+
+    def __init__(self, layers: Iterable[PackedLayer]) -> None:
+        super().__init__(layers)
+        self._layers = list(cast(Iterable[PackedLayer], self))
+        self._structs = (POINTER(Layer) * len(self))(*(pointer(layer.struct) for layer in self._layers))
+        self._length = 0
+        """Positions whose rotations all layers have."""
+
+    def through(
+        self,
+        x: Tensor,
+        ctx: AttentionContext,
+        cond: Condition | None = None,
+        values: Seq[Tensor | None] | None = None,
+    ) -> Tensor:
+        """As Layers.through: x [1, N, D] -> [1, N, D] fp32."""
+        return self.steps(x, ctx, cond, values) if self._layers else x
+
+    def steps(
+        self,
+        x: Tensor,
+        ctx: AttentionContext,
+        cond: Condition | None = None,
+        values: Seq[Tensor | None] | None = None,
+        e: Tensor | None = None,
+        between: Between | None = None,
+        count: int = 1,
+    ) -> Tensor:
+        """``through``, ``count`` times; e [1, N, D], between: what happens before and after the layers each time."""
+        pack, first = _pack_of(ctx, self._layers[0].layer)
+        store = pack.cache.store(first)
+        view: RowView | None = pack.views.get(id(store))
+        if view is None:
+            view = pack.views[id(store)] = RowView(pack, store)
+        if self._length < pack.cache.max_len:
+            self._length = pack.cache.max_len
+            for layer in self._layers:
+                layer.read_rotations(self._length)
+        out = x.float().clone(memory_format=torch.contiguous_format)
+        kept: list[Tensor] = []
+        modulations = embeddings = None
+        if cond is not None:
+            parts = [layer.modulation_of(one, kept) for layer, one in zip(self._layers, cond, strict=True)]
+            modulations = (Modulation * len(parts))(*parts)
+        width = 0
+        if values is not None:
+            rows = [None if one is None else one.float().contiguous() for one in values]
+            embeddings = (c_void_p * len(rows))(*map(_pointer, rows))
+            width = next((one.shape[-1] for one in rows if one is not None), 0)
+        e = None if e is None else e.float().contiguous()
+        cache, k_bytes, v_bytes = view.cache(first)
+        _lib().rdlm_layers(
+            self._structs, len(self._layers), byref(view.rows), byref(cache), k_bytes, v_bytes, out.data_ptr(),
+            modulations, embeddings, width, None if between is None else byref(between), _pointer(e), count,
+        )  # fmt: skip
+        return out
+
+
+class PackedCore:
+    """Core steps of a recurrent model as one call of the kernels."""
+
+    def __init__(self, model: Recurrent) -> None:
+        loop = model.config.loop
+        self.layers = cast(PackedLayers, model.core_layers)
+        adapter = model.adapter
+        self.between = Between(INJECTIONS[loop.injection], loop.injection_state_scale)
+        if adapter is not None:
+            self.between.adapter = cast(PackedLinear, adapter).packed.struct
+        self.between.norms, self.between.eps = loop.boundary_norm != "none", model.config.layer.norm_eps
+        if loop.boundary_norm == "weighted":
+            self.between.norm = cast(PackedNorm, model.ln_f).weight.data_ptr()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> PackedCore | None:
+        """None where a core step has a part that the kernels do not have, or the model is not packed."""
+        if not isinstance(model, Recurrent) or not isinstance(model.core_layers, PackedLayers):
+            return None
+        loop, config = model.config.loop, model.config
+        if loop.injection not in INJECTIONS or model.step_gate is not None or config.value_embeddings:
+            return None
+        return cls(model) if model.adapter is None or isinstance(model.adapter, PackedLinear) else None
+
+    def steps(
+        self, state: Tensor, e: Tensor, cond: Condition | None, contexts: Seq[AttentionContext]
+    ) -> Tensor:
+        """A core step with each of the contexts: state and e [1, N, D] -> [1, N, D]."""
+        for _, group in groupby(contexts, id):
+            same = list(group)
+            state = self.layers.steps(state, same[0], cond, None, e, self.between, len(same))
+        return state
 
 
 def _pack_of(ctx: AttentionContext, layer: int) -> tuple[PackedContext, int]:
@@ -268,12 +358,13 @@ class RowView:
         self.rows = Rows(len(lengths), *(array.ctypes.data for array in self.arrays))
         self._cache = Cache(0, 0, store.v.shape[-1], CACHE_KINDS[store.k.dtype])
 
-    def cache(self, layer: int) -> Cache:
-        """Where the keys and values of a layer begin."""
-        index, found = layer - self.store.layers.start, self._cache
+    def cache(self, layer: int) -> tuple[Cache, int, int]:
+        """Where the keys and values of a layer begin, and how many bytes later those of the next layer do."""
+        index, found, of_layer = layer - self.store.layers.start, self._cache, []
         for name, pool in (("k", self.store.k), ("v", self.store.v)):
-            setattr(found, name, pool.data_ptr() + index * pool.stride(0) * pool.element_size())
-        return found
+            of_layer.append(pool.stride(0) * pool.element_size())
+            setattr(found, name, pool.data_ptr() + index * of_layer[-1])
+        return found, of_layer[0], of_layer[1]
 
 
 def use_kernels(model: nn.Module, weights: WeightFormat | Mapping[str, Quantized] | None = None) -> bool:
@@ -311,6 +402,9 @@ def _replace(parent: nn.Module, of: Of, done: dict[int, nn.Module]) -> None:
         packed = done.get(id(child))
         if packed is None:
             match child:
+                case Layers():
+                    _replace(child, of, done)
+                    packed = PackedLayers(cast(Iterable[PackedLayer], child))
                 case TransformerLayer():
                     packed = PackedLayer(child, of)
                     _replace(packed, of, done)
