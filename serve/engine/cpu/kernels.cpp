@@ -223,29 +223,51 @@ static inline floats8 scales_at(const char* p) {
   return (floats8)(__builtin_convertvector(load<h8>(p), u8) << 16);
 }
 #endif
+// sum + the products of 4 unsigned and 4 signed bytes in each of 8 lanes.
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define HAS_DOT 1
+static inline ints8 dot(ints8 sum, __m256i unsigned_bytes, __m256i signed_bytes) {
+  return (ints8)_mm256_dpbusd_epi32((__m256i)sum, unsigned_bytes, signed_bytes);
+}
+#elif defined(__AVXVNNI__)
+#define HAS_DOT 1
+static inline ints8 dot(ints8 sum, __m256i unsigned_bytes, __m256i signed_bytes) {
+  return (ints8)_mm256_dpbusd_avx_epi32((__m256i)sum, unsigned_bytes, signed_bytes);
+}
+#endif
 // sum + of each of 8 outputs 4 int8 weights times 4 values.
 static inline ints8 add_int8(ints8 sum, const char* w, const Unit& x, int k) {
 #if defined(__AVX2__)
   const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
   const __m256i sizes = _mm256_set1_epi32(load<int32_t>(x.sizes + k));
   const __m256i values = _mm256_set1_epi32(load<int32_t>(x.values + k));
-  const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(weights, values));  // at most 2 * 127 * 127
+  const __m256i signed_weights = _mm256_sign_epi8(weights, values);
+#if defined(HAS_DOT)
+  return dot(sum, sizes, signed_weights);
+#else
+  const __m256i pairs = _mm256_maddubs_epi16(sizes, signed_weights);  // at most 2 * 127 * 127
   return sum + (ints8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
 #else
   for (int lane = 0; lane < 8; lane++)
     for (int i = 0; i < 4; i++) sum[lane] += int8_t(w[lane * 4 + i]) * x.values[k + i];
   return sum;
 #endif
 }
-// sum + of each of 8 outputs 8 int4 weights, stored from 0 to 15, times 8 values. AVX2: two sums of 16 bits, which the
-// 32 products of a unit cannot exceed (16 * 15 * 127).
+// sum + of each of 8 outputs 8 int4 weights, stored from 0 to 15, times 8 values. AVX2 without dot: two sums of 16 bits,
+// which the 32 products of a unit cannot exceed (16 * 15 * 127).
 static inline ints8 add_int4(ints8 sum, const char* w, const Unit& x, int k) {
 #if defined(__AVX2__)
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)), low = _mm256_set1_epi8(15);
   const __m256i first = _mm256_and_si256(both, low), second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-  const __m256i a = _mm256_maddubs_epi16(first, _mm256_set1_epi32(load<int32_t>(x.values + k)));
-  const __m256i b = _mm256_maddubs_epi16(second, _mm256_set1_epi32(load<int32_t>(x.values + k + 4)));
+  const __m256i x1 = _mm256_set1_epi32(load<int32_t>(x.values + k));
+  const __m256i x2 = _mm256_set1_epi32(load<int32_t>(x.values + k + 4));
+#if defined(HAS_DOT)
+  return dot(dot(sum, first, x1), second, x2);
+#else
+  const __m256i a = _mm256_maddubs_epi16(first, x1), b = _mm256_maddubs_epi16(second, x2);
   return (ints8)_mm256_add_epi16((__m256i)sum, _mm256_add_epi16(a, b));
+#endif
 #else
   for (int lane = 0; lane < 8; lane++)
     for (int i = 0; i < 4; i++)
@@ -254,7 +276,7 @@ static inline ints8 add_int4(ints8 sum, const char* w, const Unit& x, int k) {
 #endif
 }
 static inline ints8 whole_int4(ints8 sum, const Unit& x) {
-#if defined(__AVX2__)
+#if defined(__AVX2__) && !defined(HAS_DOT)
   sum = (ints8)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
 #endif
   return sum - x.sum;
