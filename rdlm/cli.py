@@ -19,7 +19,7 @@ from typer.exceptions import Abort, TyperException
 
 from rdlm import __version__
 from rdlm.command_line import calm_bars, checkpoint_first, new_app
-from rdlm.errors import UserError
+from rdlm.errors import UserError, out_of_memory, reason
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("train.data_cli:app", "Prepare text as token shards and images as arrays."),
@@ -193,6 +193,11 @@ def run(program: typer.Typer, args: Sequence[str], prog_name: str) -> int:
             raise
         where = f"{error.filename!r}: " if error.filename is not None else ""
         problem = f"{where}{os.strerror(error.errno)}; name another path, or make room"
+        return _fail(prog_name, problem, 2)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        problem = f"memory ran out ({reason(error)}); ask for less at once, as by a smaller --batch-size"
         return _fail(prog_name, problem, 2)
     return result if isinstance(result, int) else 0
 

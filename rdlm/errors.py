@@ -23,3 +23,10 @@ def reason(error: BaseException) -> str:
     """What a library's exception says, as one line for a ``UserError``: its first line, or its class where it
     says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch, numpy or the system had no memory left."""
+    text = str(error).lower()
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in text for word in words)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from rdlm.atomic import check_out_file
 from rdlm.command_line import new_app
 from rdlm.errors import UserError
 from serve.cli import CheckpointOption, DeviceOption, DtypeOption
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 app = new_app()
+MOST_BYTES = {".npz": 4 << 30, ".png": 1 << 28}
+"""Of the pixels of one file. They are held in memory until it is written, those of a picture several times."""
 
 
 @app.command(epilog="Example: rdlm images --checkpoint runs/dit_cifar10/model --guidance 2 --out samples.png")
@@ -51,21 +55,23 @@ def images(
         ),
     ] = "euler",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images per network call; does not affect the images.")
+        int, typer.Option(min=1, max=1 << 16, help="Images per network call; does not affect the images.")
     ] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same images.")] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
 ) -> None:
     """Generate images of the given classes, in K steps from noise to image."""
-    if out.suffix not in (".png", ".npz"):
+    if out.suffix not in MOST_BYTES:
         raise UserError("--out", str(out), "is neither a picture nor an array", "name a .png or .npz file")
+    check_out_file(out, "--out")
 
     import numpy as np
     import torch
     from tqdm import tqdm
 
     from rdlm.checkpoints.folder import load, load_config
+    from rdlm.config.model import ImageConfig
     from rdlm.device import usable_device, usable_dtype
     from rdlm.diffusion.samplers import sampler_named
     from rdlm.objectives.edm import Edm, pixels
@@ -73,14 +79,22 @@ def images(
     config = load_config(checkpoint)
     config.check_family("rdlm images", "dit")
     config.check_whole()
-    k, most = config.default_steps if num_steps is None else num_steps, config.max_steps
-    if not 1 <= k <= most:
-        raise UserError("--num-steps", num_steps, "is out of range", f"this model takes 1 to {most}")
+    k = config.default_steps if num_steps is None else num_steps
+    if not 1 <= k <= config.max_steps:
+        remedy = f"this model takes 1 to {config.max_steps}"
+        raise UserError("--num-steps", num_steps, "is out of range", remedy)
     sampler_named(sampler, "--sampler")
+    shape = cast(ImageConfig, config.model)
+    size = (shape.image_size, shape.image_size, shape.num_channels)
+    most = MOST_BYTES[out.suffix] // math.prod(size)
+    if num_images > most:
+        problem = f"are too many for one {out.suffix} file, which holds {most:,} of this size"
+        remedy = "write several with --seed 0, 1, .."
+        raise UserError("--num-images", num_images, problem, remedy)
     wanted = _classes(classes, config.model.vocab_size)
     chosen = usable_device(device, "--device")
     loaded = load(checkpoint, chosen, usable_dtype(dtype, chosen, "--dtype"))
-    parts = []
+    found = np.empty((num_images, *size), dtype=np.uint8)
     with tqdm(total=num_images, unit="image", desc=f"K = {k}") as bar:
         for first in range(0, num_images, batch_size):
             numbers = range(first, min(first + batch_size, num_images))
@@ -88,9 +102,8 @@ def images(
             drawn = cast(Edm, loaded.denoiser).sample_images(
                 asked, k, first=first, guidance=guidance, sampler=sampler, seed=seed
             )
-            parts.append(pixels(drawn).numpy())
+            found[numbers.start : numbers.stop] = pixels(drawn).numpy()
             bar.update(len(asked))
-    found = np.concatenate(parts)
     _write(out, found, [wanted[i % len(wanted)] for i in range(num_images)], len(wanted))
     typer.echo(f"{num_images} images in {out}")
 

@@ -73,6 +73,22 @@ def test_user_error_is_one_line_and_status_2(with_command, capsys: pytest.Captur
     assert capsys.readouterr().err == "rdlm: error: --checkpoint='runs/none': no such folder; train first\n"
 
 
+@pytest.mark.parametrize("numbers", ["numpy", "torch"])
+def test_a_memory_that_is_too_small_is_one_line_and_status_2(
+    numbers: str, with_command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More than any machine has, from the libraries themselves."""
+    module = pytest.importorskip(numbers)
+
+    def command() -> None:
+        module.zeros(1 << 55)
+
+    with_command(command)
+    assert cli.run(cli.app, ["probe"], "rdlm") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "memory ran out" in error and "ask for less at once" in error
+
+
 def test_bad_option_value_names_option_and_value(with_command, capsys: pytest.CaptureFixture[str]) -> None:
     def command(steps: int = 1) -> None:
         raise AssertionError("must not run")

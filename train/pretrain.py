@@ -21,7 +21,7 @@ from typing import TextIO
 
 import psutil
 
-from rdlm.errors import UserError, reason
+from rdlm.errors import UserError, out_of_memory, reason
 from rdlm.registry import build
 from train.data import Corpus, build_corpus
 from train.process import (
@@ -33,7 +33,6 @@ from train.process import (
     environment,
     fail,
     lost_peer,
-    out_of_memory,
     tell,
     tune_cpu,
 )

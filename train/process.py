@@ -242,13 +242,6 @@ def tell(line: str, terminal: TextIO | None = None) -> None:
         print(line, file=terminal or sys.stderr, flush=True)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether torch, numpy or the system had no memory left."""
-    text = str(error).lower()
-    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, MemoryError) or any(word in text for word in words)
-
-
 def lost_peer(error: BaseException) -> bool:
     """Whether a collective operation failed because another process had ended: gloo's and NCCL's words."""
     text = str(error)

@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
-from rdlm.errors import UserError
+from rdlm.errors import UserError, out_of_memory
 from train import process
 from train.launcher import _signals
 from train.pretrain import _of_the_machine
-from train.process import StopSignal, Terminal, launcher_name, lost_peer, out_of_memory, stop_signals, tell
+from train.process import StopSignal, Terminal, launcher_name, lost_peer, stop_signals, tell
 from train.settings import TrainConfig
 
 SMALL = {
