@@ -19,7 +19,7 @@ from typer.exceptions import Abort, TyperException
 
 from rdlm import __version__
 from rdlm.command_line import calm_bars, checkpoint_first, new_app
-from rdlm.errors import UserError, out_of_memory, reason
+from rdlm.errors import UserError, out_of_memory, quoted, reason
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("train.data_cli:app", "Prepare text as token shards and images as arrays."),
@@ -207,7 +207,7 @@ def _wrong_usage(prog_name: str, error: TyperException) -> int:
     if not message:  # typer has already shown the help, in answer to no arguments
         return error.exit_code
     if isinstance(error.__cause__, ValidationError):  # typer's own message leaves out the value
-        message += f", got {error.__cause__.errors()[0]['input']!r}"
+        message += f", got {quoted(error.__cause__.errors()[0]['input'])}"
     context = getattr(error, "ctx", None)
     return _fail(
         prog_name,

@@ -13,10 +13,13 @@ class UserError(ValueError):
 
     def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
         self.field, self.value, self.problem, self.remedy = field, value, problem, remedy
-        shown = repr(value)
-        if len(shown) > 120:
-            shown = shown[:117] + "..."
-        super().__init__(f"{field}={shown}: {problem}; {remedy}")
+        super().__init__(f"{field}={quoted(value)}: {problem}; {remedy}")
+
+
+def quoted(value: object) -> str:
+    """A value as messages show it: its first characters, where it is long."""
+    shown = repr(value)
+    return shown if len(shown) <= 120 else shown[:117] + "..."
 
 
 def reason(error: BaseException) -> str:

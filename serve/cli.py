@@ -205,7 +205,7 @@ def _keys_of(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         problem = f"cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'})"
         raise UserError(

@@ -111,13 +111,13 @@ def generate(
 def _read_prompts(path: Path) -> list[str]:
     """One prompt a line, empty lines apart. Raises UserError."""
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         problem = f"cannot be read ({getattr(error, 'strerror', None) or 'it is not UTF-8 text'})"
         raise UserError(
             "--prompt-file", str(path), problem, "name a UTF-8 text file, or - for standard input"
         ) from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]  # U+2028 ends no line
     if path.suffix != ".jsonl":
         return lines
     found = []

@@ -97,6 +97,8 @@ def test_bad_option_value_names_option_and_value(with_command, capsys: pytest.Ca
     assert cli.run(cli.app, ["probe", "--steps", "many"], "rdlm") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--steps" in error and "many" in error and "rdlm probe --help" in error
+    assert cli.run(cli.app, ["probe", "--steps", "x" * 5000], "rdlm") == 2
+    assert len(capsys.readouterr().err) < 500
 
 
 def test_statuses_of_interrupt_exit_and_defect(with_command) -> None:

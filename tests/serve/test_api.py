@@ -288,6 +288,8 @@ def test_keys_come_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("# team a\none\n\n two  # b\n")
     assert _keys_of(path) == ["one", "two"] and _keys_of(None) == []
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert _keys_of(path) == ["one", "two"], "a byte order mark would be part of a key that nobody can send"
     path.write_text("# nothing\n")
     for wrong in (path, tmp_path / "absent", tmp_path):
         with pytest.raises(UserError, match="--api-key-file"):

@@ -109,6 +109,16 @@ def test_prompts_of_json_lines_may_have_several_lines(tmp_path: Path) -> None:
         _read_prompts(file)
 
 
+def test_lines_of_a_prompt_file_end_where_its_lines_do(tmp_path: Path) -> None:
+    """A byte order mark is no text, and JSON may hold U+2028, which Python takes for the end of a line."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes('\ufeff"a\u2028b"\r\n"c"'.encode())
+    assert _read_prompts(file) == ["a\u2028b", "c"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa\x0cb\x85\r\nc\r\n".encode())
+    assert _read_prompts(file) == ["a\x0cb\x85", "c"]
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
 def test_a_prompt_file_that_cannot_be_read_is_named(content: bytes | None, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"

@@ -27,7 +27,7 @@ def load(paradigm: str, blimp: str | None = None, **_: Any) -> datasets.DatasetD
         )
     file = Path(blimp) / f"{paradigm}.jsonl"
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
         pairs = [{name: row[name] for name in ("sentence_good", "sentence_bad")} for row in rows]
     except OSError:
         raise UserError(
