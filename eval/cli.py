@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from eval.registry import METRICS, load_metric
 from eval.report.report import EXAMPLE, report
-from rdlm.command_line import checkpoint_first, new_app
+from rdlm.command_line import checkpoint_first, new_app, refuse_empty_texts
 
 
 class Metrics(TyperGroup):
@@ -25,6 +25,7 @@ class Metrics(TyperGroup):
         if name in METRICS:
             command = typer.main.get_command(load_metric(name).command())
             command.name = name
+            refuse_empty_texts(command)
         return name, command, rest if command is None else checkpoint_first(command, rest)
 
 

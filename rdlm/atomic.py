@@ -94,7 +94,7 @@ def check_out_file(file: Path, option: str, force: bool = True) -> None:
     try:
         found = file.is_symlink() or file.exists()
         whole = not found or file.is_file()
-        above = next(folder for folder in file.absolute().parents if folder.exists())
+        above = next((folder for folder in file.absolute().parents if folder.exists()), file)
         if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
             raise PermissionError(f"{above} cannot be written")
     except (OSError, ValueError) as error:

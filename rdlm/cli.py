@@ -7,10 +7,8 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -18,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from rdlm import __version__
-from rdlm.command_line import calm_bars, checkpoint_first, new_app
+from rdlm.command_line import calm_bars, checkpoint_first, new_app, refuse_empty_texts
 from rdlm.errors import UserError, out_of_memory, quoted, reason
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -93,26 +91,8 @@ def load_command(name: str) -> Any:
         ) from error
     command = typer.main.get_command(app)
     command.name = name
-    _refuse_empty_paths(command)
+    refuse_empty_texts(command)
     return command
-
-
-def _refuse_empty_paths(command: Any) -> None:
-    """A path that is the empty string, as of a shell variable that is not set, would be the current folder."""
-    for each in getattr(command, "commands", {}).values():
-        _refuse_empty_paths(each)
-    for parameter in command.params:
-        annotation = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
-        if Path in (annotation, *get_args(annotation)):
-            parameter.process_value = partial(_not_empty, parameter.process_value, parameter.opts[-1])
-
-
-def _not_empty(process: Callable[[Any, Any], Any], name: str, ctx: Any, value: Any) -> Any:
-    if value == "" or (isinstance(value, list | tuple) and "" in value):
-        raise UserError(
-            name if name.startswith("-") else name.upper(), "", "is empty", "name a file or a folder"
-        )
-    return process(ctx, value)
 
 
 def new_names(command: str, args: Sequence[str]) -> list[str]:

@@ -49,6 +49,8 @@ def test_what_is_no_output_folder_is_refused(
 def test_devices_and_folders_are_not_replaced_by_a_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a file"):
         check_out_file(Path("/dev/null"), "--out")
+    with pytest.raises(UserError, match="--out='/': is not a file|cannot be written"):
+        check_out_file(Path("/"), "--out")
     with pytest.raises(UserError, match="not a file"):
         check_out_file(tmp_path, "--out")
     (tmp_path / "file").write_text("")

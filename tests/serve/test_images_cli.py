@@ -113,7 +113,10 @@ def test_a_picture_holds_every_image(checkpoint: Path, tmp_path: Path) -> None:
         (["--out", "x.png", "--num-steps", "0"], "this model takes 1 to 20"),
         (["--out", "x.png", "--dtype", "int8"], "no such precision"),
         (["--out", "x.png", "--guidance", "-1"], "guidance"),
-        (["--out", "x.png", "--num-images", "1" + "0" * 30], "one .png file, which holds 1,398,101 of this size"),
+        (
+            ["--out", "x.png", "--num-images", "1" + "0" * 30],
+            "one .png file, which holds 1,398,101 of this size",
+        ),
         (["--out", "x.npz", "--num-images", "1" + "0" * 12], "are too many for one .npz file"),
         (["--out", "x.npz", "--batch-size", "1" + "0" * 12], "--batch-size"),
         (["--out", "/dev/null/x.npz"], "cannot be written"),

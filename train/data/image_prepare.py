@@ -112,6 +112,9 @@ def _sources(options: ImagePreparation) -> tuple[dict[str, ImageSource], dict[st
     for split, given in (("valid", options.valid), ("test", options.test)):
         if given is not None:
             sources[split] = open_source(given, options.label_column, f"--{split}")["train"]
+    column, usual = options.label_column, ImagePreparation.label_column
+    if column != usual and not any(column in each.identity.values() for each in sources.values()):
+        raise UserError("--label-column", column, "it changes nothing: no source has columns", "drop it")
     given_fractions = {"valid": options.valid_fraction, "test": options.test_fraction}
     return sources, held_out_fractions(sources, given_fractions, {"valid": 0.05, "test": 0.0})
 

@@ -303,7 +303,8 @@ def _write_splits(
     splits = {split: writer.close() for split, writer in writers.items()}
     for split, info in splits.items():
         if not info.documents:
-            remedy = f"give more text or another fraction (--{split}-fraction 0 leaves it out)"
+            leave = "" if split == "train" else f" (--{split}-fraction 0 leaves it out)"
+            remedy = f"give more text or another fraction{leave}"
             if sources["train"].reading.text_files == "files":
                 remedy += ", or cut text files with --text-files pieces or --separator"
             raise UserError("SOURCE", options.source, f"split {split!r} has no documents", remedy)
