@@ -200,7 +200,8 @@ def _parquet(path: Path, option: str, label_column: str) -> ImageSet:
                 "give a file with exactly one",
             )
         labelled = label_column in values and pa.types.is_integer(values[label_column])
-        table = pq.read_table(path, columns=columns + [label_column] * labelled)
+        wanted = columns + [label_column] * labelled
+        table = pq.read_table(path, columns=wanted, page_checksum_verification=True)
         labels = None
         if labelled and not table[label_column].null_count:
             labels = table[label_column].cast(values[label_column]).cast(pa.int64()).to_numpy()

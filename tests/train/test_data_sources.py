@@ -232,8 +232,20 @@ def _damaged_page(file: Path) -> None:
     file.write_bytes(content)
 
 
+def _flipped_bit(file: Path) -> None:
+    """One letter of a text that is not compressed: only the checksum of its page tells."""
+    pyarrow.parquet.write_table(
+        _table(list(DOCUMENTS)), file, compression="none", use_dictionary=False, write_page_checksum=True
+    )
+    content = bytearray(file.read_bytes())
+    place = content.index(max(filter(None, DOCUMENTS), key=len).encode())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "page.parquet": (_damaged_page, "cannot be read (Couldn"),
+    "bit.parquet": (_flipped_bit, "cannot be read (could not verify page integrity"),
     "not.parquet": (lambda file: file.write_bytes(b"PAR1 no parquet"), "cannot be read"),
     "not.arrow": (lambda file: file.write_bytes(b"no arrow"), "cannot be read"),
     "cut.jsonl.gz": (
@@ -258,6 +270,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "number.jsonl": (
         lambda file: file.write_text('{"text": 1, "body": "x"}\n'),
         "has no such text; use one of 'body'",
+    ),
+    "twice.jsonl": (
+        lambda file: file.write_text('{"text": "a", "text": "b"}\n'),
+        "twice.jsonl:1': is not JSON (a field is there twice)",
     ),
     "other.jsonl": (lambda file: file.write_text('{"body": "x"}\n'), "has no such text; use one of 'body'"),
     "other.csv": (lambda file: file.write_text("a,b\n1,2\n"), "has no such text; use one of 'a', 'b'"),

@@ -17,6 +17,7 @@ import pytest
 from rdlm.cli import run
 from rdlm.data.image_files import open_images
 from rdlm.data.images import ImageStore
+from rdlm.errors import UserError
 from train.data_cli import app
 
 Image = pytest.importorskip("PIL.Image")
@@ -179,3 +180,15 @@ def test_a_class_that_is_not_utf8_is_one_line(tmp_path: Path, capsys: pytest.Cap
     (source / "a" / "0.png").rename(os.fsdecode(odd) + "/0.png")
     status, _, error = _prepare(capsys, source, tmp_path / "out")
     assert status == 2 and "not UTF-8" in error
+
+
+def test_a_picture_whose_bytes_changed_in_a_table_is_refused(tmp_path: Path) -> None:
+    """A bitmap has no checksum of its own: the table's is compared."""
+    file = tmp_path / "a.parquet"
+    pixels = _bytes(Image.fromarray(RAMP), "BMP")
+    pq.write_table(pa.table({"image": [pixels]}), file, compression="none", write_page_checksum=True)
+    content = bytearray(file.read_bytes())
+    content[content.index(pixels) + len(pixels) - 1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read as parquet.*could not verify page integrity"):
+        open_images(file, "SOURCE")

@@ -109,13 +109,21 @@ class JsonLines(FileFormat):
                     continue
                 place = f"{file}:{number}"
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=_object)
                 except (ValueError, RecursionError) as error:
                     problem = f"is not JSON ({reason(error)})"
                     raise UserError(reading.option, place, problem, "correct the line") from None
                 if not isinstance(row, dict):
                     raise UserError(reading.option, place, "is not a JSON object", "write one object a line")
                 yield place, row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError where it names a field twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a field is there twice")
+    return found
 
 
 @dataclass(frozen=True)
@@ -152,19 +160,24 @@ class Table(FileFormat):
                 yield place, row
 
 
+def _checked_pages(file: Path) -> pyarrow.parquet.ParquetFile:
+    """A parquet file whose pages are compared with their checksums, where it has some."""
+    return pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+
+
 class Parquet(FileFormat):
     """A table whose text column may be string, large_string, string_view or a dictionary of one of them."""
 
     compressible = False
 
     def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
-        table, column = pyarrow.parquet.ParquetFile(file), reading.column
+        table, column = _checked_pages(file), reading.column
         _check_column(table.schema_arrow, file, reading)
         for batch in table.iter_batches(batch_size=256, columns=[column]):
             yield from batch.column(column).to_pylist()
 
     def records(self, file: Path, reading: Reading) -> Iterator[Record]:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256)
+        batches = _checked_pages(file).iter_batches(batch_size=256)
         return _numbered(file, (row for batch in batches for row in batch.to_pylist()))
 
     def text_bytes(self, file: Path, reading: Reading) -> int:
