@@ -52,7 +52,8 @@ def parse(schema: type[C] | Any, data: Any, where: str) -> C:
         problem, remedy = first["msg"].removeprefix("Value error, "), f"correct it in {where}"
         if first["type"] == "extra_forbidden":
             problem = "there is no such field"
-            remedy = _nearest(str(first["loc"][-1]), _names(schema, first["loc"][:-1]), _inside(schema))
+            inside = [name for name in _inside(schema) if name != path]  # of another variant: not of this one
+            remedy = _nearest(str(first["loc"][-1]), _names(schema, first["loc"][:-1]), inside)
         value = first["input"] if not isinstance(first["input"], dict) else "{...}"
         raise UserError(path, value, problem, remedy) from None
 
