@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rdlm.nn.attention import rotary_table
-from rdlm.nn.cross_entropy import CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU
+from rdlm.nn.cross_entropy import rows_at_once
 from rdlm.objectives import Objective
 
 
@@ -77,10 +77,10 @@ class _ReadOut(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, u: Tensor | None, table: Tensor | None, chunk_elements: int
+        ctx: Any, hidden: Tensor, weight: Tensor, u: Tensor | None, table: Tensor | None, on_gpu: bool
     ) -> Tensor:
         d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
-        rows = min(hidden.shape[0], max(16, chunk_elements // weight.shape[0]))
+        rows = min(hidden.shape[0], rows_at_once(weight, on_gpu))
         states = hidden[:rows] if u is None else hidden[:rows].clone()
         logits = F.linear(states, weight).float()
         if u is not None and table is not None:
@@ -120,11 +120,10 @@ def trace(
                 rows = torch.empty(denoiser.model.vocab_size, denoiser.model.ln_f.weight.shape[0])
                 denoiser.targets = lambda device: rows
             inputs = denoiser.model.empty_inputs(micro_size, seq_len)
-            chunk_elements = CHUNK_ELEMENTS_GPU if on_gpu else CHUNK_ELEMENTS
 
             def read_out(hidden: Tensor, u: Tensor | None, table: Tensor | None) -> Tensor:
                 return denoiser.model.head(
-                    use=lambda weight: _ReadOut.apply(hidden, weight, u, table, chunk_elements)
+                    use=lambda weight: _ReadOut.apply(hidden, weight, u, table, on_gpu)
                 )
 
             with _LiveBytes() as count:

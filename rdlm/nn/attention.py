@@ -108,9 +108,9 @@ def for_every_head(rows: Tensor, num_heads: int) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Scaled dot-product attention over the second-last-but-one axis; grouped heads where Hkv < H. [B, T, H,
     Dh] in and out."""
-    if q.shape[1] == 1 and q.device.type == "cpu" and q.dtype != torch.float32:
-        # Single queries are slow in PyTorch's half-precision CPU kernel: several times the fp32 one with its
-        # casts.
+    if q.device.type == "cpu" and q.dtype != torch.float32:
+        # PyTorch's half-precision CPU kernel is slower than the fp32 one with its casts: for single queries several
+        # times, and in the backward pass of short sequences twice.
         return attention(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
     grouped = k.shape[2] != q.shape[2]
     if grouped and mask is not None and q.device.type == "cuda":

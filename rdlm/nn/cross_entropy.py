@@ -2,8 +2,8 @@
 the same visit.
 
 The idea is known from memory-efficient losses (Wijmans et al. 2024, "Cut Your Losses"; Hsu et al. 2024,
-Liger). With a vocabulary of 65,536 the logits of one 4,096-token sequence are 1 GiB in fp32; here they are a
-few MiB at a time.
+Liger). With a vocabulary of 65,536 the logits of one 4,096-token sequence are 1 GiB in fp32; here they are
+those of a chunk of rows at a time.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 20
-"""Logits held at once on a CPU: 4 MiB of fp32."""
+CHUNK_ELEMENTS = 1 << 17
+"""Logits held at once on a CPU: 512 KiB of fp32, which stay in a core's cache."""
+MOST_WIDTH_ROWS = 256
+"""Of a large vocabulary a chunk has at least as many rows as the network is wide, up to so many: each adds to the
+gradient of the whole table, which costs as much as the chunk's own logits then."""
 CHUNK_ELEMENTS_GPU = 1 << 26
 """Logits held at once on a GPU, where a chunk must fill the device."""
 
@@ -27,6 +30,13 @@ the logits of the M rows named; of all where rows is None.
 u and table carry no gradient. Rows without a noised target cost nothing extra."""
 
 
+def rows_at_once(table: Tensor, on_gpu: bool) -> int:
+    """Rows of a chunk with a read-out table [V, D]."""
+    vocab_size, width = table.shape
+    budget = CHUNK_ELEMENTS_GPU if on_gpu else CHUNK_ELEMENTS
+    return max(min(MOST_WIDTH_ROWS, width), budget // vocab_size)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -34,8 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         others: Tensor | None,
         u: Tensor | None, table: Tensor | None, scale: Tensor | None, needs_grad: bool, z_loss: float,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        budget = CHUNK_ELEMENTS_GPU if hidden.is_cuda else CHUNK_ELEMENTS
-        size = max(16, budget // weight.shape[0])
+        size = rows_at_once(weight, hidden.is_cuda)
         losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_grad else None
         d_weight = (
