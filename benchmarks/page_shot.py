@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from playwright.sync_api import sync_playwright
 
 
 def main(
@@ -30,6 +29,8 @@ def main(
     dark: bool = False,
 ) -> None:
     """Fill the form, wait for all answers, write the picture."""
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as driver:
         found = shutil.which("chromium") or shutil.which("google-chrome")
         browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])

@@ -456,10 +456,9 @@ def description(folder: Path) -> dict[str, str]:
     config = checkpoint.load_config(folder)
     objective = build(config, device="meta")
     model, count = config.model, sum(p.numel() for p in objective.parameters())
-    origin = getattr(model, "origin", None)
     found = {
         "name": config.name,
-        "family": f"{model.family}, imported from {origin}" if origin else model.family,
+        "family": checkpoint.family_of(config),
         "parameters": f"{count:,}",
         **checkpoint.stored_as(config),
         "objective": config.objective.name,

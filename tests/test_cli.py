@@ -208,6 +208,7 @@ def test_every_command_helps_with_an_example(name: str) -> None:
         (["inspect", ""], "CHECKPOINT=''"),
         (["merge", "a", "", "--out", "o"], "RUNS=''"),
         (["export", "run", "a", ""], "OUT=''"),
+        (["export", "--no-ema", "a", ""], "OUT=''"),
         (["data", "info", ""], "FOLDER=''"),
         (["data", "prepare", "embedded", "--out", ""], "--out=''"),
         (["data", "prepare", "", "--out", "o"], "SOURCE=''"),

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import pytest
+import typer
+from pydantic import TypeAdapter
+from ruamel.yaml import YAML
 
 from rdlm import cli
+from rdlm.command_line import checkpoint_first
+from rdlm.config import model
 from rdlm.diffusion.samplers import SAMPLERS
 from rdlm.exit_criteria import CRITERIA
 from rdlm.sampling_params import Order, text_samplers
 from serve.api.schemas import SamplingBody
 from train.data.sources import SOURCES
+from train.settings import TrainConfig, load
 
 REPO = Path(__file__).parents[1]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])
@@ -56,8 +63,8 @@ def test_the_tables_of_serving_name_every_sampler_and_criterion_once() -> None:
 def test_help_and_schema_name_every_sampler_and_data_source() -> None:
     """They are made from the tables, so that an addition changes one file."""
     field = SamplingBody.model_json_schema()["properties"]["sampler"]
-    [option] = [p for p in _resolve(["generate"]).params if "--sampler" in p.opts]
-    [source] = [p for p in _resolve(["data", "prepare"]).params if p.name == "source"]
+    [option] = [p for p in _resolve(["rdlm", "generate"])[0].params if "--sampler" in p.opts]
+    [source] = [p for p in _resolve(["rdlm", "data", "prepare"])[0].params if p.name == "source"]
     for name in text_samplers():
         assert f"{name}: {SAMPLERS[name].description}" in field["description"]
         assert f"{name}: {' '.join(SAMPLERS[name].description.split())}" in option.help
@@ -93,36 +100,127 @@ def test_the_configurations_of_load_balancers_are_valid(server: str, tmp_path: P
     assert done.returncode == 0, done.stderr
 
 
-def _commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every ``rdlm`` command in a fenced block, without comments and line ends."""
+SHELL = re.compile(r"^```(?:sh)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^\n((?: {4}.*\n)+)", re.MULTILINE)
+CONFIGS = sorted((REPO / "configs").rglob("*.yaml"))
+
+
+def _lines() -> list[tuple[str, str]]:
+    """(file, command) of every command line in a block of a page, without its comment."""
     found = []
     for page in PAGES:
-        for block in FENCE.findall(page.read_text()):
-            for line in block.replace("\\\n", " ").splitlines()[1:]:
-                for part in re.split(r"&&|\|", line):
-                    words = shlex.split(part.partition(" #")[0]) if re.match(r"\s*rdlm \w", part) else []
-                    if words and words[1] != "train.pretrain":
-                        found.append((str(page.relative_to(REPO)), words[1:]))
+        text = page.read_text()
+        for block in [*SHELL.findall(text), *INDENTED.findall(FENCE.sub("", text))]:
+            for line in re.sub(
+                r"\[([^]]*)\]", r"\1", block.replace("\\\n", " ").replace("[options]", "")
+            ).splitlines():
+                for part in re.split(r"&&|\||&$", line.partition(" #")[0]):
+                    if part.strip() and not part.startswith("#"):
+                        found.append((str(page.relative_to(REPO)), part.strip()))
     return found
 
 
-def _resolve(words: list[str]) -> Any:
-    command: Any = cli.load_command(words[0])
-    rest = words[1:]
-    while hasattr(command, "commands"):
-        _, command, rest = command.resolve_command(
-            command.make_context("rdlm", [], resilient_parsing=True), rest
-        )
-    return command
+def _mentions() -> list[tuple[str, str]]:
+    """(file, command) of every command in running text: code spans of pages and of the code's messages, comments of
+    configs, cards and `rdlm inspect`."""
+    texts = {page: FENCE.sub("", page.read_text()) for page in PAGES}
+    for folder in ("rdlm", "train", "serve", "eval", "demo"):
+        for file in (REPO / folder).rglob("*.py"):
+            texts[file] = re.sub(r'"\s*\n\s*f?"', "", file.read_text())
+    found = [
+        (str(file.relative_to(REPO)), " ".join(span.split()))
+        for file, text in texts.items()
+        for span in re.findall(r"`((?:rdlm|python -m) [^`]+)`", text)
+    ]
+    for config in CONFIGS:
+        comments = "\n".join(line.lstrip("# ") for line in config.read_text().splitlines() if line[:1] == "#")
+        for command in re.findall(r"\brdlm \w.*", re.sub(r"\\\n", " ", comments)):
+            found.append((str(config.relative_to(REPO)), command))
+    cards = {command for each in vars(model).values() for command in getattr(each, "commands", ())}
+    return [*found, *(("a card", command) for command in cards)]
 
 
-def test_the_commands_of_the_documentation_have_the_options_that_it_gives() -> None:
-    commands = _commands()
+def _resolve(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that ``words`` name, of rdlm or ``python -m``, and its arguments."""
+    if words[:2] == ["python", "-m"]:
+        module = importlib.import_module(words[2])
+        app = getattr(module, "app", None)
+        if app is None:
+            app = typer.Typer()
+            app.command()(module.main)
+        command: Any = typer.main.get_command(app)
+        rest = words[3:]
+    else:
+        command = cli.load_command(words[1])
+        rest = cli.new_names(words[1], words[2:])
+    while rest and rest[0][0] not in "-{" and hasattr(command, "commands"):
+        context = command.make_context("rdlm", [], resilient_parsing=True)
+        _, found, left = command.resolve_command(context, rest)
+        if found is None:
+            assert rest[0].isupper() or rest[0] == "...", words  # any of its commands
+            break
+        command, rest = found, left
+    return command, checkpoint_first(command, rest)
+
+
+def _checked(command: str) -> bool:
+    """Whether the options are ours: not those of lm_eval, pytest and DeepSpeed, and no argparse."""
+    ours = r"rdlm (?!eval lm-eval)[a-z]|python -m (benchmarks\.(?!counts|gpu)|demo\.chat)"
+    return re.match(ours, command) is not None
+
+
+def test_commands_in_blocks_are_parsed() -> None:
+    """Options exist and have their values, and no word is left over."""
+    commands = [(page, line) for page, line in _lines() if _checked(line)]
+    assert len(commands) > 75
+    for page, line in commands:
+        command, rest = _resolve([word for word in shlex.split(line) if word != "..."])
+        context = command.make_context("rdlm", [], resilient_parsing=True)
+        context.resilient_parsing = False  # which the parser would take for leave to ignore mistakes
+        values, left, _ = command.make_parser(context).parse_args(rest)
+        left = [] if command.context_settings.get("allow_extra_args") else left
+        assert left == [], f"{page}: {line}"
+        for parameter in command.params:
+            given = not parameter.required or "..." in line or values.get(parameter.name) is not None
+            assert given, f"{page}: {line}: {parameter.name}"
+
+
+def test_options_named_in_running_text_exist() -> None:
+    commands = [(file, line) for file, line in _mentions() if _checked(line)]
     assert len(commands) > 60
-    for page, words in commands:
-        if words[:2] == ["eval", "lm-eval"]:  # whose options are lm_eval's
-            continue
-        known = {spelling for p in _resolve(words).params for spelling in (*p.opts, *p.secondary_opts)}
-        for word in words:
-            if word.startswith("--"):
-                assert word.partition("=")[0] in known, f"{page}: rdlm {' '.join(words)}"
+    wrong = []
+    for file, line in commands:
+        command, rest = _resolve(re.split(r"[\s\[\]]+", line))
+        known = {spelling for p in command.params for spelling in (*p.opts, *p.secondary_opts)} | {"--help"}
+        options = {word.partition("=")[0].rstrip(".,;:)") for word in rest if word.startswith("--")}
+        if not hasattr(command, "commands") and not options <= known:
+            wrong.append((file, line))
+    assert wrong == []
+
+
+def test_settings_on_pages_are_those_of_training() -> None:
+    """Overrides behind `rdlm train CONFIG`, and sections such as `ema: {decay: 0.999}`."""
+    for _, line in [*_lines(), *_mentions()]:
+        words = line.split()
+        if words[:2] == ["rdlm", "train"] and "=" in line and words[2].startswith("configs/"):
+            settings = [
+                word for word in words[3:] if not word.startswith("objective=late")
+            ]  # the page adds it
+            load(REPO / words[2], settings)
+    sections = 0
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        for source in [*re.findall(r"`(\w+: [^`]+)`", FENCE.sub("", text)), *blocks]:
+            if source.partition(":")[0] in TrainConfig.model_fields:
+                for name, value in YAML(typ="safe").load(source).items():
+                    field = TrainConfig.model_fields[name]
+                    short = name == "objective" and isinstance(value, str)
+                    given = (
+                        {"name": value}
+                        if short
+                        else {"init_from": str(REPO), "precision": "bf16"}.get(name, value)
+                    )
+                    TypeAdapter(Annotated[field.annotation, field]).validate_python(given)
+                    sections += 1
+    assert sections > 20

@@ -181,10 +181,16 @@ def merge(
 class ExportGroup(TyperGroup):
     """``rdlm export SOURCE OUT`` is ``rdlm export run SOURCE OUT``; a published layout is named first."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self._named(ctx, args))
+
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
-            args = ["run", *args]
-        return super().resolve_command(ctx, args)
+        return super().resolve_command(ctx, self._named(ctx, args))
+
+    def _named(self, ctx: Any, args: list[str]) -> list[str]:
+        """Options may come first: all but --help are those of ``run``."""
+        named = not args or args[0] == "--help" or self.get_command(ctx, args[0]) is not None
+        return args if named else ["run", *args]
 
 
 _EXPORT_EXAMPLES = (

@@ -348,11 +348,11 @@ def _card(checkpoint: Path, manifest: dict[str, Any], config: TrainConfig) -> st
         f"- {step:,} updates of {config.batch.global_size} {examples}: {seen:,} {unit}s.",
         f"- {optimizer.name}, lr {optimizer.lr}, betas {optimizer.betas}, weight decay {optimizer.weight_decay} "
         f"(matrices of linear "
-        f"layers), gradient norm clipped at {optimizer.grad_clip}; schedule {schedule.kind}, {schedule.warmup_steps} "
-        f"warm-up steps.",
+        f"layers), gradient norm clipped at {optimizer.grad_clip}; schedule {schedule.kind}, warm-up steps "
+        f"{schedule.warmup_steps}.",
         *start,
         *(f"- {what[0].upper()}{what[1:]}: {given}." for what, given in patterns.items() if given),
-        f"- {config.precision}, ZeRO stage {config.deepspeed.zero_stage}, {manifest['world']} processes, seed "
+        f"- {config.precision}, ZeRO stage {config.deepspeed.zero_stage}, processes {manifest['world']}, seed "
         f"{config.seed}{took}.",
     ]
     for change in manifest.get("history", []):

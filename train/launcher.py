@@ -60,9 +60,9 @@ def launch(path: str, overrides: list[str], num_procs: int | None, devices: list
             sys.executable, "-m", "deepspeed.launcher.runner", *which, "--master_port", str(_free_port()),
             "--log_level", "critical", "--module", "train.pretrain", "--checked", str(checked),
         ]  # fmt: skip
-        where = "GPUs" if on_gpu else "CPU processes"
+        where = "on GPUs" if on_gpu else "on the CPU"
         tell(
-            f"rdlm train: starting {world} {where}, which import torch and DeepSpeed first; "
+            f"rdlm train: processes {where}: {world}; importing torch and DeepSpeed comes first; "
             f"logs are in {config.output}/logs"
         )
         status, received = _run(command, _environment(on_gpu))

@@ -263,7 +263,7 @@ class EmaConfig(Strict):
     decay: float = Field(0.999, gt=0, lt=1)
     """Of an update; in the first ones at most (1 + n) / (10 + n)."""
     export: bool = True
-    """Whether ``model/`` holds the averages; `rdlm export --ema` and `--no-ema` choose."""
+    """Whether ``model/`` holds the averages; `rdlm export RUN OUT --ema` and `--no-ema` choose."""
 
 
 class LoraConfig(Strict):

@@ -319,6 +319,12 @@ def stored_as(config: CheckpointConfig) -> dict[str, str]:
     }
 
 
+def family_of(config: CheckpointConfig) -> str:
+    """For the card and `rdlm inspect`."""
+    origin = getattr(config.model, "origin", None)
+    return f"{config.model.family}, imported from {origin}" if origin else config.model.family
+
+
 def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -> str:
     model, objective, depth = config.model, config.objective, config.objective.depth_in_training
     count = sum(weight.numel() for weight in weights.values())
@@ -331,7 +337,7 @@ def _card(config: CheckpointConfig, weights: Mapping[str, Tensor], notes: str) -
     }
     origin = getattr(model, "origin", None)
     rows = {
-        "family": f"{origin or model.family}, d_model {model.d_model}, {model.shape_description}",
+        "family": f"{family_of(config)}, d_model {model.d_model}, {model.shape_description}",
         "parameters": f"{count:,} ({dtypes})",
         **stored_as(config),
         **(trained if origin is None or config.step else {}),

@@ -15,7 +15,11 @@ from pydantic import Field, model_validator
 
 from rdlm.config.base import Strict
 
-TEXT_COMMANDS = ("rdlm serve --checkpoint THIS_FOLDER", "rdlm generate --help", "rdlm eval nll --help")
+TEXT_COMMANDS = (
+    "rdlm serve --checkpoint THIS_FOLDER",
+    "rdlm generate --checkpoint THIS_FOLDER --prompt TEXT",
+    "rdlm eval nll --checkpoint THIS_FOLDER --data PREPARED_TEXT",
+)
 
 
 class TextShape:
@@ -622,7 +626,10 @@ class DitConfig(ImageConfig):
 
     family: Literal["dit"] = "dit"
     task = "denoise"
-    commands = ("rdlm images --checkpoint THIS_FOLDER --out samples.png", "rdlm eval fid --help")
+    commands = (
+        "rdlm images --checkpoint THIS_FOLDER --out samples.png",
+        "rdlm eval fid --checkpoint THIS_FOLDER --reference IMAGES",
+    )
     noise_conditioning: bool = True
     noise_embed_dim: int = Field(256, ge=8)
     """Width of what drives AdaLN, level and class added up; one vector an image, so it may be wide."""
