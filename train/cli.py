@@ -194,7 +194,7 @@ class ExportGroup(TyperGroup):
 
 
 _EXPORT_EXAMPLES = (
-    "Examples: rdlm export runs/demo exported/demo  |  rdlm export huginn runs/onestep/model exported/onestep"
+    "Examples: rdlm export runs/demo exported/demo  |  rdlm export huginn runs/debug/model exported/huginn"
 )
 export_app = new_app(cls=ExportGroup, no_args_is_help=True, epilog=_EXPORT_EXAMPLES)
 

@@ -13,7 +13,7 @@ from rdlm.errors import UserError
 
 _IMPORT_EXAMPLE = "Example: rdlm import ByteDance/Ouro-1.4B runs/ouro"
 _CONVERT_EXAMPLE = "Example: rdlm convert runs/smollm2 runs/smollm2-looped --prelude 8 --core 14 --coda 8"
-_EXPORT_EXAMPLE = "Example: rdlm export huginn runs/onestep/model exported/onestep"
+_EXPORT_EXAMPLE = "Example: rdlm export huginn runs/debug/model exported/huginn"
 _HF_EXAMPLE = "Example: rdlm export hf runs/demo/model exported/demo"
 _GGUF_EXAMPLE = "Example: rdlm export gguf runs/smollm2 exported/smollm2.gguf"
 _LOGITS_EXAMPLE = (
