@@ -556,7 +556,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     changed(data, overrides)
     if data.get("precision") == "auto":
         data["precision"] = native_precision()
-    config: TrainConfig = parse(TrainConfig, data, str(path))
+    config: TrainConfig = parse(TrainConfig, data, f"{path} or in an override" if overrides else str(path))
     _check(config)
     config = _within_depth(config)
     return (

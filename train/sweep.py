@@ -177,7 +177,8 @@ class Run:
 
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[SweepConfig, dict[str, Any]]:
     """The sweep and its base config. UserError for anything that is wrong with either."""
-    sweep: SweepConfig = parse(SweepConfig, changed(read_yaml(path), overrides), str(path))
+    where = f"{path} or in an override" if overrides else str(path)
+    sweep: SweepConfig = parse(SweepConfig, changed(read_yaml(path), overrides), where)
     base = read_yaml(path.parent / sweep.base) if isinstance(sweep.base, str) else sweep.base
     for name in ("name", "output", "seed"):
         base.pop(name, None)

@@ -202,6 +202,11 @@ def test_values_of_k_that_nobody_wrote_are_those_that_the_model_takes(
     assert config.evaluation.steps == config.samples.num_steps == steps
 
 
+def test_a_value_that_is_refused_is_looked_for_in_overrides_too(file) -> None:
+    with pytest.raises(UserError, match="compile='none'.* correct it in .*config.yaml or in an override"):
+        load(file(), ["compile=none"])
+
+
 def test_overrides_are_yaml_values(file) -> None:
     config = load(
         file(),
