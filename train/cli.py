@@ -142,10 +142,13 @@ def sweep(
     plan.json, runs/, results.json and report/report.html. The exit status is 1 if a run failed; the others are
     reported.
     """
+    from train.process import die_with_launcher, lock_output
     from train.sweep import Sweeper, read_sweep
 
+    die_with_launcher()
     sweeper = Sweeper(*read_sweep(config, overrides or []), lambda line: typer.echo(line))
     if not report:
+        lock = lock_output(sweeper.output, typer.echo)  # noqa: F841 - held until the command ends
         planned = sweeper.plan(dry=dry_run)
         if dry_run:
             return 0

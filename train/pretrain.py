@@ -32,6 +32,7 @@ from train.process import (
     die_with_launcher,
     environment,
     fail,
+    lock_output,
     lost_peer,
     tell,
     tune_cpu,
@@ -183,8 +184,6 @@ def _check_optimizer(config: TrainConfig) -> None:
 def check_output(config: TrainConfig) -> None:
     """UserError where the output folder cannot be written, another run holds it, or not even one checkpoint
     fits on its disk."""
-    from train.trainer import lock_output
-
     lock_output(Path(config.output), lambda text: None).close()
     try:
         with tempfile.TemporaryFile(dir=config.output):

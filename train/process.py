@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import faulthandler
+import fcntl
 import io
 import logging
 import os
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
@@ -246,3 +249,27 @@ def lost_peer(error: BaseException) -> bool:
     """Whether a collective operation failed because another process had ended: gloo's and NCCL's words."""
     text = str(error)
     return ("gloo" in text and "by peer" in text) or "remote process exited" in text
+
+
+def lock_output(output: Path, warn: Callable[[str], None]) -> TextIO:
+    """Hold the output folder for this run; the kernel releases it when the process ends, however it ends.
+
+    Raises UserError where another run holds it or it cannot be written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w", encoding="utf-8")
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise UserError("output", str(output), problem, "set another output folder") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            "output", str(output), "another run is writing there", "wait for it, or set another output folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warn(f"warning: {output} lies on a file system without locks: nothing keeps a second run out of it")
+    return lock

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +29,10 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from rdlm.atomic import write_file
+from rdlm.checkpoints.folder import CONFIG, load_config
 from rdlm.config.base import Strict, parse
 from rdlm.errors import UserError
-from train.process import stop_signals
+from train.process import LAUNCHER, launcher_name, stop_signals
 from train.settings import FolderPath, TrainConfig, changed, load, read_yaml
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
@@ -313,7 +315,7 @@ class Commands:
         """`rdlm ARGUMENTS` with its output in ``log``, or on the terminal -> exit status. meanwhile: called now
         and then."""
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        environment = {"OMP_NUM_THREADS": threads, **os.environ, LAUNCHER: launcher_name()}
         with nullcontext() if log is None else log.open("ab") as stream:
             with self._lock:
                 if self.signal:
@@ -384,6 +386,7 @@ class Sweeper:
         known = self._calibrated()
         if run.arm not in known:
             folder = self.output / "calibration" / _slug(run.arm)
+            shutil.rmtree(folder, ignore_errors=True)  # clocks of an interrupted one begin anew
             document = with_changes(run.document, {**CALIBRATION, "output": str(folder / "run")})
             short = Run(run.arm, run.seed, document, folder)
             steps = int(CALIBRATION["schedule.steps"])
@@ -419,6 +422,8 @@ class Sweeper:
         def one(run: Run, config: TrainConfig) -> None:
             try:
                 if not is_finished(run, config):
+                    for measured in run.folder.glob("eval-*.done"):  # of a model that is trained again
+                        measured.unlink()
                     self.say(f"{run.label}: training")
                     self._train(run, config.schedule.steps)
                 self._evaluate(run.folder, run.output / "model", _data_of(config))
@@ -498,8 +503,6 @@ class Sweeper:
 
     def _exported(self, source: Path, folder: Path) -> Path:
         """The model folder of what runs start from, which may be a training checkpoint."""
-        from rdlm.checkpoints.folder import CONFIG
-
         if (source / CONFIG).is_file():
             return source
         folder.mkdir(parents=True, exist_ok=True)
@@ -552,8 +555,10 @@ class _Failed(Exception):
 
 def is_finished(run: Run, config: TrainConfig) -> bool:
     """Whether the run has made all its updates and written its model."""
-    records = _records(run)
-    return bool(records) and records[-1]["step"] >= config.schedule.steps and (run.output / "model").is_dir()
+    try:
+        return load_config(run.output / "model").step >= config.schedule.steps
+    except UserError:  # no model yet; one that a stopped run has left counts fewer updates
+        return False
 
 
 def _records(run: Run) -> list[dict[str, Any]]:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +44,7 @@ from train.lora import add_adapters, dropout_seed
 from train.metrics import Report
 from train.offload import InHost, OnDisk
 from train.optim import build_optimizer, learning_rate, set_learning_rate
-from train.process import ProcessError
+from train.process import ProcessError, lock_output
 from train.profiling import Profiler
 from train.samples import record, written_texts
 from train.settings import TrainConfig
@@ -492,27 +490,3 @@ def chosen_metric(found: dict[str, float]) -> tuple[str, float, int]:
     accuracies = [name for name in found if name.startswith("accuracy")]
     name = (accuracies or list(found))[-1]
     return name, found[name], 1 if accuracies else -1
-
-
-def lock_output(output: Path, warn: Callable[[str], None]) -> TextIO:
-    """Hold the output folder for this run; the kernel releases it when the process ends, however it ends.
-
-    Raises UserError where another run holds it or it cannot be written.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w", encoding="utf-8")
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
-        raise UserError("output", str(output), problem, "set another output folder") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            "output", str(output), "another run is writing there", "wait for it, or set another output folder"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        warn(f"warning: {output} lies on a file system without locks: nothing keeps a second run out of it")
-    return lock

@@ -34,8 +34,9 @@ from train.data import Reader
 from train.engines import ds_config
 from train.memory_plan import predict
 from train.metrics import read
+from train.process import lock_output
 from train.settings import TrainConfig
-from train.trainer import Tally, lock_output
+from train.trainer import Tally
 
 REPO = Path(__file__).resolve().parents[2]
 OURS = tuple(str(REPO / package) for package in ("rdlm", "train"))
@@ -256,7 +257,7 @@ def test_a_file_system_without_locks_is_a_warning(monkeypatch: pytest.MonkeyPatc
     def none(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("train.trainer.fcntl.flock", none)
+    monkeypatch.setattr("train.process.fcntl.flock", none)
     said: list[str] = []
     lock_output(tmp_path, said.append).close()
     assert len(said) == 1 and "without locks" in said[0]

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import train.sweep
 from eval.metrics.sweep import Sweep, k_curves
+from rdlm import cli
 from rdlm.checkpoints import folder
 from rdlm.config.base import parse
 from rdlm.data.batch import Batch
@@ -23,6 +31,7 @@ from rdlm.objectives.base import Keys
 from rdlm.objectives.depth import drawn_depths
 from rdlm.registry import build
 from train.cost import update_flops, updates_within
+from train.process import lock_output
 from train.settings import TrainConfig, load
 from train.sweep import Sweeper, read_sweep
 
@@ -218,6 +227,8 @@ class Commands:
             config = load(arguments[1])
             output = Path(config.output)
             (output / "model").mkdir(parents=True, exist_ok=True)
+            model = config.checkpoint_config.model_copy(update={"step": config.schedule.steps})
+            (output / "model" / folder.CONFIG).write_text(model.model_dump_json())
             record = {"step": config.schedule.steps, "loss": 1.0, "seconds": 2.0, "cpu_seconds": 2.0}
             (output / "metrics.jsonl").write_text(json.dumps(record) + "\n")
             held_out = [{"step": step, "K=1": 3.0, "K=4": 2.0 + config.seed} for step in (20, 40)]
@@ -302,6 +313,67 @@ def test_finished_runs_are_not_run_again_and_a_failed_one_holds_up_no_other(
     assert file.with_suffix(".png").read_bytes() == pictures[0].content
     with pytest.raises(UserError, match="--plot"):
         Sweep().plot({**report, "runs": [], "starts": []}, file.with_suffix(".png"))
+
+
+def test_a_model_of_fewer_updates_is_no_finished_run(sweep: Callable[..., Path]) -> None:
+    """A stop exports a model; a kill after the last update and before the export leaves it beside a log that is
+    complete. What was measured of a model is measured again when it has been trained again."""
+    file = sweep(evaluate={"held out": "nll --checkpoint {model} --num-steps 1,4 --out {out}.json"})
+    sweeper = Sweeper(*read_sweep(file), lambda line: None)
+    sweeper.commands = commands = Commands()  # type: ignore[assignment]
+    [(trained, config)] = planned = sweeper.plan()
+    assert sweeper.run(planned) == [] and commands.seen == [f"train {trained.folder.name}", "eval nll"]
+    model = trained.output / "model" / folder.CONFIG
+    stopped = json.loads(model.read_text()) | {"step": config.schedule.steps - 1}
+    model.write_text(json.dumps(stopped))
+    commands.seen = []
+    assert sweeper.run(sweeper.plan()) == [] and commands.seen == [f"train {trained.folder.name}", "eval nll"]
+
+
+def test_a_second_sweep_in_one_folder_is_one_line(
+    sweep: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = sweep()
+    held = lock_output(Path(read_sweep(file)[0].output), lambda line: None)
+    assert cli.run(cli.app, ["sweep", str(file), "--dry-run"], "rdlm") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "another run is writing there" in error
+    held.close()
+    assert cli.run(cli.app, ["sweep", str(file), "--dry-run"], "rdlm") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_a_sweep_that_is_killed_at_random_points_ends_as_one_that_is_not(
+    sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SIGKILL of the command or of everything, SIGTERM: nobody is left behind, and the same command goes on."""
+    draw, models = random.Random(0), {}
+    base = {**BASE, "precision": "fp32", "checkpoint": {"interval_steps": 2}}
+    for name, kills in (("whole", 0), ("killed", 8)):
+        file = sweep(output=str(tmp_path / name), arms={"a": {}, "b": {"optimizer.lr": 0.02}}, base=base)
+        for left in range(kills, -1, -1):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rdlm", "sweep", str(file)], stderr=subprocess.DEVNULL
+            )
+            try:
+                process.wait(draw.uniform(1, 40) if left else None)
+                continue
+            except subprocess.TimeoutExpired:
+                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+            for one in draw.choice([family[:1], family]):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.send_signal(number)
+            process.wait(300)
+            assert not psutil.wait_procs(family, timeout=60)[1]
+        assert process.returncode == 0
+        models[name] = [
+            load_file(f) for f in sorted((tmp_path / name).glob("runs/*/run/model/model.safetensors"))
+        ]
+    assert len(models["whole"]) == len(models["killed"]) == 2
+    for whole, killed in zip(models["whole"], models["killed"], strict=True):
+        assert whole.keys() == killed.keys() and all(torch.equal(whole[k], killed[k]) for k in whole)
 
 
 def test_differences_are_paired_over_windows_and_name_what_training_changed(
