@@ -8,7 +8,7 @@ from typing import Any
 
 from rdlm.arguments import listed, plain
 from rdlm.config.base import parse
-from rdlm.data.tokenizer import Tokenizer
+from rdlm.data.tokenizer import IdsAlone, Tokenizer
 from rdlm.errors import UserError
 from rdlm.inference import Generation, GenerationOptions, Message, Model
 from serve.api.chat_template import ChatTemplate
@@ -81,7 +81,8 @@ class InProcess:
         """The prompt of a conversation. UserError where there is no template for it, or it refuses."""
         template = ChatTemplate.of(self._tokenizer)
         if template is None:
-            problem = "its tokenizer has no chat template"
+            missing = "its tokenizer has no chat template"
+            problem = "it has no tokenizer" if self.model.tokenizer is None else missing
             raise UserError("checkpoint", self.model.config.name, problem, "continue texts with generate")
         remedy = 'give a list of {"role": ..., "content": ...}'
         given = listed("messages", messages, remedy)
@@ -96,10 +97,7 @@ class InProcess:
 
     @property
     def _tokenizer(self) -> Tokenizer:
-        if self.model.tokenizer is None:
-            problem = "it has no tokenizer, so answers cannot be read as text"
-            raise UserError("checkpoint", self.model.config.name, problem, "use logits")
-        return self.model.tokenizer
+        return self.model.tokenizer or IdsAlone(self.model.config.model.vocab_size)
 
 
 def _generation(events: list[Event]) -> Generation:

@@ -68,6 +68,34 @@ class Tokenizer(Protocol):
         """Write the tokenizer's files into an existing or new folder, each one atomically."""
 
 
+class IdsAlone:
+    """In the place of a tokenizer that a model does not have: ids without texts."""
+
+    bos_id: int | None = None
+    eos_id: int | None = None
+    chat_template: str | None = None
+    start: tuple[int, ...] = ()
+    special_tokens: Mapping[str, int] = {}
+    fingerprint = ""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def _refuse(self, _: object) -> Any:
+        raise UserError("text", "...", "the model has no tokenizer, so texts cannot be read", "give ids")
+
+    encode: Any = _refuse
+    encode_spans: Any = _refuse
+    encode_documents: Any = _refuse
+    save: Any = _refuse
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return ""
+
+    def token_bytes(self) -> Sequence[bytes]:
+        return [b""] * self.vocab_size
+
+
 class _ByteTable:
     """Everything that does not depend on the library behind a tokenizer."""
 

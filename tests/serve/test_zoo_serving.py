@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import rdlm
 from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.data.tokenizer import train_tokenizer
+from rdlm.errors import UserError
 from rdlm.sampling_params import SamplingParams
 from serve.engine.engine import Engine
 from serve.engine.sequence import Request, Speculation, StepBudget, Wavefront
@@ -118,3 +119,21 @@ def test_greedy_answers_are_the_reference(shared_data: Path, tmp_path: Path, fam
         answers = engine.generate(requests)
     got = [[event.token for event in events if event.token is not None] for events in answers]
     assert got == [row for values in wanted.values() for row in values.tolist()] * 3
+
+
+@pytest.mark.parametrize("family", ["ouro", "parcae", "loopformer"])
+def test_ids_are_continued_without_a_tokenizer(shared_data: Path, tmp_path: Path, family: str) -> None:
+    golden = shared_data.parent / "golden" / f"{family}_tiny"
+    if not golden.is_dir():
+        pytest.skip(f"no golden outputs at {golden}")
+    expected = load_file(golden / "outputs.safetensors")
+    starts = family in STARTS_FROM_TOKENS
+    model = rdlm.load(import_checkpoint(str(golden), tmp_path / "model", zero_state=not starts))
+    wanted = expected["greedy_K4" if starts else "greedy_zero_init_K4"]
+    ids, options = expected["input_ids"].tolist(), {"max_tokens": 16, "temperature": 0.0}
+    answers = model.generate(ids, 4, kv_cache="full", **options)
+    assert [a.tokens for a in answers] == wanted.tolist()
+    assert {(a.text, a.finish) for a in answers} == {("", "length")}
+    for asked in (lambda: model.generate("a text"), lambda: model.chat([{"role": "user", "content": "hi"}])):
+        with pytest.raises(UserError, match="no tokenizer"):
+            asked()
