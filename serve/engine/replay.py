@@ -179,7 +179,7 @@ class StaticPasses:
         end = 7 + len(stores) * (1 + width)
         columns = buffer[:, :end].long()
         ids, positions, own, at, other, places = columns[:, :6].unbind(1)
-        tables = columns[:, 7:].split(1 + width, 1)
+        tables = columns[:, 7:].split(1 + width, 1) if stores else ()  # a model may be its core alone
         seen = [(store, table[:, 0], table[:, 1:]) for store, table in zip(stores, tables, strict=True)]
         context = PagedContext(self.cache, positions, own, width, seen)
         levels = buffer[:, 6].contiguous().view(torch.float32)[None] if noised else None

@@ -3,13 +3,18 @@ compute when they are called. That is all that a CUDA graph needs; tests/gpu has
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from rdlm.checkpoints import folder as checkpoint
+from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.objective import objective_config
 from rdlm.errors import UserError
@@ -23,6 +28,8 @@ from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Request, StepBudget, StepResult
 from serve.settings import EngineSettings
 from tests.guard.guard_cases import CUT, MODELS, PAIRS
+from tests.rdlm import zoo_reference as zoo
+from tests.rdlm.test_zoo_shapes import CASES, tensors_of
 from tests.serve.tape import Signatures, Tape
 
 TEXTS = [name for name in (*PAIRS, *CUT) if name.startswith(("huginn", "llama"))]
@@ -68,7 +75,7 @@ def requests_of(most: int) -> list[Request]:
 
 
 def answers(
-    name: str,
+    name: str | tuple[Any, CheckpointConfig],
     requests: list[Request] | None,
     replay: Replayer | None,
     cache: Any = "shared",
@@ -77,7 +84,7 @@ def answers(
 ) -> dict[int, Any]:
     """Tokens and log-probabilities of requests, of which two join in every second step. fails: every third step fails
     once all is computed, and is repeated in halves."""
-    network, config = network_of(name)
+    network, config = network_of(name) if isinstance(name, str) else name
     most = min(4, config.max_steps)
     runner = Runner(
         network,
@@ -153,6 +160,34 @@ def test_recorded_parts_replay_with_other_contents(name: str, cache: Any) -> Non
     if "evidence" not in name and "paper" not in name:
         assert any(key[0] == "draw_tokens" for key in tape.tapes)
     assert close(answers(name, None, None, cache), expected), "nor does the static form change an answer"
+
+
+@pytest.mark.parametrize(
+    ("case", "cache"),
+    [
+        ("ouro, grouped heads", "full"), ("parcae", "full"), ("loopus of qwen3", "full"), ("loopformer", "full"),
+        ("loopformer", "shared"), ("hrm_text", "full"), ("hrm_text", "shared"),
+    ],
+)  # fmt: skip
+def test_published_families_replay(tmp_path: Path, case: str, cache: Any) -> None:
+    """Also those that are a core alone, have two of them or count their steps."""
+    family, published = CASES[case]
+    network, config = imported(tmp_path, family, published)
+    expected = answers((network, config), None, Eager(), cache)
+    tape = Tape()
+    assert answers((network, config), None, tape, cache) == expected
+    assert tape.replays > len(tape.tapes)
+    assert close(answers((network, config), None, None, cache), expected)
+
+
+def imported(folder: Path, family: str, published: dict[str, Any]) -> tuple[Any, CheckpointConfig]:
+    """A random checkpoint in the published layout."""
+    (folder / "source").mkdir()
+    (folder / "source" / "config.json").write_text(json.dumps(published))
+    weights = zoo.drawn(tensors_of(family, published), seed=3, offsets=family.startswith("ifm"))
+    save_file(weights, folder / "source" / "model.safetensors")
+    loaded = checkpoint.load(import_checkpoint(str(folder / "source"), folder / "model"))
+    return loaded.denoiser.eval(), loaded.config
 
 
 def test_every_pass_of_a_key_does_the_same_in_the_same_places() -> None:
