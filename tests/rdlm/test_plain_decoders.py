@@ -225,13 +225,21 @@ def test_variants_are_refused_by_name(tmp_path: Path, kind: str, fields: dict[st
 
 
 def test_a_window_ends_the_context(tmp_path: Path) -> None:
-    """Within the window a model with one and a model without one are the same."""
-    published(tmp_path / "theirs", "Mistral", {"sliding_window": 32})
+    """Up to the window's length the logits are those of transformers' own windowed attention; one more position, at
+    which it begins to forget, is refused."""
+    theirs = published(tmp_path / "theirs", "Mistral", {"sliding_window": 32})
     out = import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
-    assert (
-        rdlm.load(out).config.model.max_seq_len == 32
-        and "Layers see 32 tokens" in (out / "README.md").read_text()
-    )
+    model = rdlm.load(out)
+    assert model.config.model.max_seq_len == 32
+    assert "Layers see 32 tokens" in (out / "README.md").read_text()
+    ids = torch.randint(3, 96, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        windowed = theirs(ids).logits
+        theirs.config.sliding_window = None
+        assert not torch.allclose(theirs(ids).logits[:, 32:], windowed[:, 32:], atol=1e-2)
+    torch.testing.assert_close(model.logits(ids[:, :32])[1], windowed[:, :32], atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="32 positions"):
+        model.logits(ids[:, :33])
 
 
 def test_two_different_copies_of_a_tied_head_are_refused(tmp_path: Path) -> None:

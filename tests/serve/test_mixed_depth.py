@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.mixed_depth import full_load, workload
+from rdlm.exit_criteria import ExitRule
 from serve.engine.engine import Engine
 from serve.engine.scheduler import Scheduler
+from serve.engine.sequence import StepBudget
 from serve.settings import EngineSettings
 
 SLOTS, K = 6, 8
@@ -27,6 +30,27 @@ def test_core_steps_are_those_that_known_depths_ask_for(make_served: Callable[..
         load = full_load(engine, requests)
     asked = load.rows / (K * load.tokens)
     assert 0.4 < asked < 0.7 and load.tokens > 2 * SLOTS * 12
+    assert (1 - load.calls * SLOTS / (K * load.tokens)) / (1 - asked) > 0.95
+
+
+@pytest.mark.parametrize("cache", ["shared", "full"])
+def test_an_exit_gate_saves_what_its_depths_say(make_served: Callable[..., Any], cache: Any) -> None:
+    """The same where a gate decides, of which nobody knows before when it lets a position go."""
+    settings = EngineSettings(max_slots=SLOTS, prefix_cache="off", kv_cache=cache)
+    served = make_served("bptt", settings=settings, exit_gate="linear")
+    runner = served.runner
+    with torch.no_grad():
+        runner.denoiser.model.exit_gate.linear.weight.mul_(3)
+    requests = [
+        replace(one, budget=StepBudget(K, exit=ExitRule("gate", 0.3 + 0.1 * (i % 7))))
+        for i, one in enumerate(workload(K, 4 * SLOTS, 12, False, 200))
+    ]
+    with Engine(lambda: served) as engine:
+        load = full_load(engine, requests)
+        steps = [e.steps for events in engine.generate(requests[:7]) for e in events if e.token is not None]
+    assert len(set(steps)) > 4
+    asked = load.rows / (K * load.tokens)
+    assert 0.2 < asked < 0.8 and load.tokens > 2 * SLOTS * 12
     assert (1 - load.calls * SLOTS / (K * load.tokens)) / (1 - asked) > 0.95
 
 
