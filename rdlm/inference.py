@@ -67,6 +67,8 @@ class GenerationOptions(Numbers, total=False):
     """A name of rdlm/exit_criteria.py, for instance latent-diff."""
     exit_threshold: float
     """Default: the checkpoint's."""
+    step_sizes: Sequence[float]
+    """Lengths of the core steps of a LoopFormer, whose number is K."""
     draft_steps: int
     """Self-speculative decoding (full or first cache): tokens are drafted at so many core steps, verified at K."""
     draft_tokens: int
@@ -114,7 +116,8 @@ class Model:
         **options: Unpack[GenerationOptions],
     ) -> list[Generation]:
         """Continue texts, or ids as they are, with the engine that the server runs; in the order given, each as
-        it would be alone. An option that is None counts as left out.
+        it would be alone. An option that is None counts as left out. Without a tokenizer ids are continued, and
+        answers have no text.
 
         UserError where the model cannot do what is asked, or an option is out of range.
         """
@@ -126,9 +129,11 @@ class Model:
         ]
         for i, prompt in enumerate(ids):
             self._check_ids(f"prompts[{i}]", min(prompt, default=0), max(prompt, default=0))
-        steps = (
-            self.config.default_steps if num_steps is None else integer("num_steps", num_steps, "give one K")
-        )
+        if options.get("step_sizes") is not None:
+            steps = len(self._step_sizes(num_steps, options["step_sizes"]))
+        else:
+            default = self.config.default_steps
+            steps = default if num_steps is None else integer("num_steps", num_steps, "give one K")
         return self._running.generate(ids, steps, options)
 
     def chat(
@@ -248,8 +253,7 @@ class Model:
                 raise UserError(name, "...", f"it is of type {type(value).__name__}", "give a torch.Tensor")
         model = self.denoiser.model
         if step_sizes is not None:
-            step_sizes = listed("step_sizes", step_sizes, "write for instance 0.5,0.25,0.25")
-            self._check_sizes(num_steps, step_sizes)
+            step_sizes = self._step_sizes(num_steps, step_sizes)
             num_steps = len(step_sizes)
         ks, found = self._ks(num_steps), []
         device = model.head.weight.device
@@ -312,7 +316,9 @@ class Model:
             )
         return ids
 
-    def _check_sizes(self, num_steps: int | Sequence[int] | None, sizes: Sequence[float]) -> None:
+    def _step_sizes(self, num_steps: int | Sequence[int] | None, given: Sequence[float]) -> list[float]:
+        """The lengths of steps as a list. UserError where they are none, or num_steps is given too."""
+        sizes = listed("step_sizes", given, "write for instance 0.5,0.25,0.25")
         if not self.denoiser.model.takes_step_sizes:
             problem = "the steps of this model have no lengths"
             raise UserError("step_sizes", list(sizes), problem, "leave it out")
@@ -323,6 +329,7 @@ class Model:
         if not sizes or not all(isinstance(size, int | float) and 0 < size <= 1 for size in sizes):
             problem = "are not lengths of steps through [0, 1]"
             raise UserError("step_sizes", list(sizes), problem, "write for instance 0.5,0.25,0.25")
+        return sizes
 
     def _check_ids(self, field: str, lowest: int, highest: int) -> None:
         size = self.config.model.vocab_size

@@ -67,7 +67,8 @@ def chat(
             problem, remedy = "its tokenizer has no chat template", "continue texts with rdlm generate"
             raise UserError("--checkpoint", str(checkpoint), problem, remedy)
         conversation = _Conversation(server, {**unnamed_defaults(running.served), **body})
-        conversation.choose(running.served.default_steps if num_steps is None else num_steps)
+        default = len(body.get("step_sizes", ())) or running.served.default_steps
+        conversation.choose(default if num_steps is None else num_steps)
         _talk(conversation, sys.stdin.isatty())
 
 

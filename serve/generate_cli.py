@@ -97,7 +97,7 @@ def generate(
         body = {**unnamed_defaults(running.served), **body}
         for k in ks:
             server.check_range(k, "num_steps")
-        for k in ks or [running.served.default_steps]:
+        for k in ks or [len(body.get("step_sizes", ())) or running.served.default_steps]:
             parsed = [
                 parse_completion(CompletionRequest.parse({**body, "prompt": prompt, "num_steps": k}), server)
                 for prompt in prompts  # one at a time: a file may have more than a request of the server's

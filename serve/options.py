@@ -36,6 +36,7 @@ REQUEST: dict[str, str] = {
     "order": "order",
     "exit": "exit.criterion",
     "exit_threshold": "exit.threshold",
+    "step_size": "step_sizes",
     "draft_steps": "speculation.draft_steps",
     "draft_tokens": "speculation.draft_tokens",
     "wavefront": "wavefront.positions",

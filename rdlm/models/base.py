@@ -69,8 +69,11 @@ class Backbone(nn.Module, ABC):
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         """One core step. state [B, T, S], e [B, T, E] -> [B, T, S]"""
 
-    def sized_core(self, state: Tensor, e: Tensor, time: float, size: float, ctx: AttentionContext) -> Tensor:
-        """``core`` as a step of length ``size`` that begins at ``time``; only where ``takes_step_sizes``."""
+    def sized_core(
+        self, state: Tensor, e: Tensor, time: Tensor | float, size: Tensor | float, ctx: AttentionContext
+    ) -> Tensor:
+        """``core`` as a step of length ``size`` that begins at ``time``, of all rows or fp32 [B, T] of each; only
+        where ``takes_step_sizes``."""
         raise TypeError("the steps of this model have no lengths")
 
     @abstractmethod

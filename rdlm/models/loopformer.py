@@ -66,7 +66,9 @@ class LoopFormer(Backbone):
         x = self._layers(x, step.float().squeeze(-1) / whole, 1 / whole, ctx)
         return torch.cat([x, step + 1, num_steps], dim=-1)
 
-    def sized_core(self, state: Tensor, e: Tensor, time: float, size: float, ctx: AttentionContext) -> Tensor:
+    def sized_core(
+        self, state: Tensor, e: Tensor, time: Tensor | float, size: Tensor | float, ctx: AttentionContext
+    ) -> Tensor:
         x, step, num_steps = state.split([self.config.d_model, 1, 1], dim=-1)
         like = torch.ones_like(step, dtype=torch.float32).squeeze(-1)
         return torch.cat([self._layers(x, time * like, size * like, ctx), step + 1, num_steps], dim=-1)

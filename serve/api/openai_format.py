@@ -375,6 +375,8 @@ def usage_of(answer: Answer, usages: Iterable[Usage]) -> dict[str, Any]:
         recurrence["saved_core_steps"] = sum(u.saved_core_steps for u in done)
     if budget.schedule:
         recurrence["schedule"] = budget.schedule
+    if budget.step_sizes:
+        recurrence["step_sizes"] = budget.step_sizes
     if budget.lowers:
         recurrence |= {"max_ms": budget.max_ms, "min_steps": budget.min_steps}
         recurrence["lowered"] = sum(u.lowered for u in done)

@@ -1,7 +1,7 @@
 """From bytes and headers to engine requests: JSON, model aliases, K, prompts to ids, server. No torch.
 
-K comes from one of model alias, header, ``num_steps``, ``reasoning_effort``, ``schedule`` or ``exit`` and is
-resolved here into one ``StepBudget``, which every engine request carries.
+K comes from one of model alias, header, ``num_steps``, ``reasoning_effort``, ``step_sizes``, ``schedule`` or ``exit``
+and is resolved here into one ``StepBudget``, which every engine request carries.
 """
 
 from __future__ import annotations
@@ -318,7 +318,7 @@ def step_budget(body: SamplingBody, server: ServerState, header_steps: int | Non
     exits = body.exit is not None or body.num_steps == "auto"
     _check_left_to_right(body, server)
     if body.schedule is not None and (named is not None or body.num_steps == "auto"):
-        problem = "it names every K itself; leave num_steps, reasoning_effort and the alias out"
+        problem = "it names every K itself; leave num_steps, step_sizes, reasoning_effort and the alias out"
         raise invalid(f"schedule: {problem}", "schedule")
     for param in ("min_steps", "max_steps"):
         if getattr(body, param) is not None and not exits and (param == "max_steps" or body.max_ms is None):
@@ -331,6 +331,8 @@ def step_budget(body: SamplingBody, server: ServerState, header_steps: int | Non
     rule = None
     if exits:
         most, rule = _exit_rule(body, max(schedule) if schedule else named, server)
+    if body.step_sizes is not None and body.max_ms is not None:
+        raise invalid("max_ms: it lowers K, and step_sizes names every step; leave one of them out", "max_ms")
     least = body.min_steps or 1
     if least > most:
         raise invalid(f"min_steps: {least} exceeds the most steps ({most})", "min_steps")
@@ -344,8 +346,9 @@ def step_budget(body: SamplingBody, server: ServerState, header_steps: int | Non
         )
     wave = body.wavefront
     wavefront = None if wave is None else Wavefront.of(**wave.model_dump())
-    budget = StepBudget(most, rule, schedule, least, max_ms, body.max_ms is not None, speculation, wavefront)
-    return budget, browned_out
+    sizes = tuple(body.step_sizes or ())
+    lowers = body.max_ms is not None
+    return StepBudget(most, rule, schedule, least, max_ms, lowers, speculation, wavefront, sizes), browned_out
 
 
 def _check_left_to_right(body: SamplingBody, server: ServerState) -> None:
@@ -354,7 +357,7 @@ def _check_left_to_right(body: SamplingBody, server: ServerState) -> None:
     """
     if server.left_to_right:
         return
-    for param in ("exit", "num_steps", "schedule", "max_ms", "speculation", "wavefront"):
+    for param in ("exit", "num_steps", "step_sizes", "schedule", "max_ms", "speculation", "wavefront"):
         value = getattr(body, param)
         if value == "auto" or (value is not None and param != "num_steps"):
             code = "exits_unsupported" if param in ("exit", "num_steps") else None
@@ -363,14 +366,15 @@ def _check_left_to_right(body: SamplingBody, server: ServerState) -> None:
 
 
 def _named_steps(body: SamplingBody, server: ServerState, header_steps: int | None) -> int | None:
-    """The number of steps in model alias, header, num_steps or reasoning_effort; None where none of them has
-    one.
+    """The number of steps in model alias, header, num_steps, step_sizes or reasoning_effort; None where none of
+    them has one.
     """
     found = {
         "model": server.model_steps(body.model),
         STEPS_HEADER: header_steps,
         "reasoning_effort": None if body.reasoning_effort is None else server.efforts[body.reasoning_effort],
         "num_steps": body.num_steps if isinstance(body.num_steps, int) else None,
+        "step_sizes": None if body.step_sizes is None else len(body.step_sizes),
     }
     named = {param: server.check_range(steps, param) for param, steps in found.items() if steps is not None}
     if len(set(named.values())) > 1:

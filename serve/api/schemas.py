@@ -392,6 +392,15 @@ class SamplingBody(NumbersBody):
     schedule: Annotated[list[int] | Schedule | None, PlainValidator(_schedule)] = None
     """K by token: a list, whose first entry is the prompt's (and first token's) and whose last goes on, or
     prefill and decode."""
+    step_sizes: (
+        Annotated[
+            list[Annotated[Finite, Field(gt=0, le=1)]],
+            Field(fail_fast=True, min_length=1, max_length=MAX_SCHEDULE),
+        ]
+        | None
+    ) = None
+    """Lengths of the K core steps, of models whose steps have some (LoopFormer): such as 0.5, 0.25, 0.25. They
+    should add up to 1; left out, all are 1 / K."""
     max_ms: Annotated[StrictInt, Field(ge=1, le=86_400_000)] | None = None
     """Deadline in milliseconds, waiting included: K is lowered (to ``min_steps`` at least) where max_tokens
     would not fit it, and the answer ends with what there is when it has passed."""

@@ -167,7 +167,8 @@ class Inputs:
 
     ids int64 [N]: of the positions. at, other, places int64 [N]: indices of the rows' states, of the other
     halves of their places, and of these places. levels fp32 [1, N]: noise levels; None where all rows are at
-    z = 0. sampling: of rows that a token is drawn from, in parts that draw.
+    z = 0. sampling: of rows that a token is drawn from, in parts that draw. spans fp32 [1, N] each: when the steps
+    of the rows begin and how long they are; None where no request says so.
     """
 
     ids: Tensor
@@ -177,6 +178,7 @@ class Inputs:
     levels: Tensor | None
     context: AttentionContext
     sampling: tuple[Settings, Kind] | None = None
+    spans: tuple[Tensor, Tensor] | None = None
 
 
 Part = Callable[[Block, RowBuffers, Inputs], tuple[Tensor, ...]]
@@ -203,6 +205,10 @@ def core(
     """One core step, and one more for each context of ``later``, from each row's state into the other half of its
     place -> states before and after [1, N, S]."""
     before, e = rows.state.index_select(1, inputs.at), rows.e.index_select(1, inputs.places)
+    if inputs.spans is not None:  # of one step: ``later`` is empty
+        after = block.denoiser.model.sized_core(before, e, *inputs.spans, inputs.context)
+        rows.write_state(inputs.other, after)
+        return before, after
     if inputs.levels is not None:
         condition = block.denoiser.condition(inputs.levels, before)
     else:

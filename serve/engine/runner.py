@@ -219,6 +219,9 @@ class Runner:
         if starts_from_noise(request) and not (request.logprobs is None and request.prompt_logprobs is None):
             problem = "log-probabilities are read at z = 0, and this sampler starts from noise"
             raise UserError("logprobs", request.logprobs, problem, "leave logprobs out, or sampler")
+        if request.budget.step_sizes and not self.denoiser.model.takes_step_sizes:
+            problem = "the steps of this model have no lengths"
+            raise UserError("step_sizes", "...", problem, "leave it out")
         self._check_guesses(request)
         blocks, first = self._blocks_of(request.budget), request.budget.steps_at(0)
         for k in {request.budget.num_steps, *request.budget.schedule, *request.sweep}:
@@ -321,7 +324,7 @@ class Runner:
                 return None
             others += (rule,)
         if model.depends_on_num_steps:
-            others += (plan.num_core_steps,)
+            others += (plan.num_core_steps, request.budget.step_sizes)
         if model.state_is_random:
             others += (request.seed, request.choice)
         return Source(tuple(zip(plan.sigmas[:count], plan.commit, plan.blocks, strict=False)), others)
@@ -375,6 +378,8 @@ class Runner:
         request, budget = sequence.request, sequence.request.budget
         if budget.exit or budget.speculation or budget.wavefront or request.step_predictions or request.sweep:
             return 0
+        if budget.step_sizes:  # each step has inputs of its own
+            return 0
         plan, first = self._plan(sequence), sequence.step
         last = first + sequence.steps_unchanged - 1
         return next((i for i in range(first, last) if plan.readout[i]), last) - first
@@ -410,7 +415,7 @@ class Runner:
         parts = []
         for block in self._blocks:
             mine = [s for s in batch if self._block_index(s) == block.index]
-            longer = [] if self._static is None else [s for s in mine if s.length > 1]
+            longer = [] if self._static is None else [s for s in mine if not self._replays(s)]
             parts += [(block, longer), (block, [s for s in mine if s not in longer] if longer else mine)]
         return [(block, part) for block, part in parts if part]
 
@@ -446,7 +451,7 @@ class Runner:
 
     def _stage(self, block: Block, passes: list[tuple[Part, list[Sequence]]]) -> None:
         """Send what the step's passes of single rows read to the device, where it is known: in one copy."""
-        if self._static is None or any(s.length > 1 for _, sequences in passes for s in sequences):
+        if self._static is None or not all(self._replays(s) for _, sequences in passes for s in sequences):
             return
         ready = self._static.stage(block, [(part, self._single_rows(part, rows)) for part, rows in passes])
         self._staged = {
@@ -475,13 +480,16 @@ class Runner:
             or (sequence.has_exit_rule and (is_measured(sequence, "predictions") or mixes_steps(sequence)))
         )
 
+    def _replays(self, sequence: Sequence) -> bool:
+        """Whether the passes of this step are those of single rows, which can be captured."""
+        return self._static is not None and sequence.length == 1 and not sequence.request.budget.step_sizes
+
     def _draws_in_place(self, sequence: Sequence) -> bool:
         """Whether coda, read-out and draw of this step are one part, which can be captured: where nothing but the
         token is wanted, and the host has no say in it. Otherwise they are run one by one, by ``_read``."""
         request, budget, step = sequence.request, sequence.request.budget, sequence.step
         return (
-            self._static is not None
-            and sequence.length == 1
+            self._replays(sequence)
             and sequence.draws
             and step + 1 == sequence.counts.drawn
             and self._level(sequence) is None
@@ -536,7 +544,7 @@ class Runner:
             draw_tokens: block.costs.decode,
         }
         self._charge(sequences, costs.get(part, block.costs.encode))
-        if self._static is not None and all(s.length == 1 for s in sequences):
+        if self._static is not None and all(self._replays(s) for s in sequences):
             ready = self._staged.pop((part, tuple(s.id for s in sequences)), None)
             if ready is None:
                 (ready,) = self._static.stage(block, [(part, self._single_rows(part, sequences, True))])
@@ -549,7 +557,21 @@ class Runner:
         levels = [None if once else self._level(s) for s in sequences for _ in range(s.length)]
         at, other, places, tokens = self._indices(where, ids)
         sigma = self._levels(levels)[None] if any(level is not None for level in levels) else None
-        return Inputs(tokens, at, other, places, sigma, self._pack(sequences, once))
+        spans = None if once else self._spans(sequences)
+        return Inputs(tokens, at, other, places, sigma, self._pack(sequences, once), spans=spans)
+
+    def _spans(self, sequences: list[Sequence]) -> tuple[Tensor, Tensor] | None:
+        """Inputs.spans of the step now taken; beside lengths that a request gives, others have equal ones."""
+        if not any(s.request.budget.step_sizes for s in sequences):
+            return None
+        spans = []
+        for sequence in sequences:
+            count = self._plan(sequence).num_core_steps
+            sizes = sequence.request.budget.step_sizes
+            for step in (sequence.steps_of(i) - 1 for i in range(sequence.length)):
+                spans.append((sum(sizes[:step]), sizes[step]) if sizes else (step / count, 1 / count))
+        time, size = torch.tensor(spans, device=self.device).T[:, None]
+        return time, size
 
     def _indices(self, where: np.ndarray, ids: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``at``, ``other``, ``places`` and ``ids`` of Inputs: those of the pass before, where rows and tokens are

@@ -119,6 +119,8 @@ class StepBudget:
     """For thinking models at a fixed K, with the full cache."""
     wavefront: Wavefront | None = None
     """For thinking models; K is the most steps of a position."""
+    step_sizes: tuple[float, ...] = ()
+    """Lengths of the K steps, for models whose steps have some. Empty: those of the model."""
 
     @property
     def varies(self) -> bool:

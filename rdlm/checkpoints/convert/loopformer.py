@@ -70,11 +70,7 @@ class LoopFormer(Importer):
                 "mlp_bias": has_bias,
             },
         }
-        lost = [
-            "Its loop may be cut into steps of unequal length: `rdlm logits --step-sizes` does, requests to a "
-            "server have K steps of length 1 / K."
-        ]
-        return imported(name, model, 8, fields.where), lost
+        return imported(name, model, 8, fields.where), []
 
     def weights(self, source: Source, config: CheckpointConfig) -> dict[str, Entry]:
         model = config.model
