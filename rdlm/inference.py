@@ -258,6 +258,9 @@ class Model:
         ks, found = self._ks(num_steps), []
         device = model.head.weight.device
         ids = self._checked(ids).to(device)
+        if token_type_ids is not None and token_type_ids.shape != ids.shape:
+            problem = f"there are ids {tuple(ids.shape)}"
+            raise UserError("token_type_ids", tuple(token_type_ids.shape), problem, "give one type an id")
         ctx = (
             model.context(ids) if token_type_ids is None else model.prefix_context(token_type_ids.to(device))
         )

@@ -196,6 +196,13 @@ def test_hrm_text_at_every_number_of_cycles(golden: Path, tmp_path: Path) -> Non
     assert_near(in_chunks(case, 2, 8), case.expected["logits_causal_H2_L3"])
 
 
+@pytest.mark.parametrize("shape", [(2, 23), (1, 24), (24,), (2, 24, 1)])
+def test_types_of_another_shape_are_refused(golden: Path, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    case = hrm(golden, tmp_path)
+    with pytest.raises(UserError, match=r"token_type_ids=.*one type an id"):
+        case.model.logits(case.ids, 1, token_type_ids=torch.ones(shape, dtype=torch.int64))
+
+
 def test_both_forms_of_hrm_text_are_read(golden: Path, tmp_path: Path) -> None:
     """transformers writes layers per stack, an inflated number of layers and rope_parameters."""
     resaved = {
