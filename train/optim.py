@@ -203,14 +203,20 @@ def reset_state(optimizer: Optimizer) -> None:
 
 def parameter_groups(model: nn.Module, spec: OptimizerConfig, lora: LoraConfig | None = None) -> Groups:
     """At most two groups for each learning-rate factor that occurs, that of 1 first and that of frozen
-    parameters, 0, last.
+    parameters, 0, last. With muon a third one: weights of one row or column, such as an exit gate's, are no matrices
+    that could be orthogonalised.
 
     Weights of nn.Linear decay; norms, biases (qk_bias too), scalars and token tables never do.
     """
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    linear = {
+        id(m.weight): min(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)
+    }
     factors = dict.fromkeys([1.0, *spec.lr_factors.values()])
-    found: dict[tuple[float, bool], list[nn.Parameter]] = {(f, d): [] for f in factors for d in (True, False)}
-    still: dict[tuple[float, bool], list[nn.Parameter]] = {(0.0, True): [], (0.0, False): []}
+    kinds = [(True, True), (True, False), (False, False)]  # whether it decays, and is a matrix
+    found: dict[tuple[float, bool, bool], list[nn.Parameter]] = {
+        (f, *kind): [] for f in factors for kind in kinds
+    }
+    still: dict[tuple[float, bool, bool], list[nn.Parameter]] = {(0.0, *kind): [] for kind in kinds}
     trains = getattr(model, "is_trained", lambda name: True)
     behind = layers_behind(model) if spec.layer_decay < 1 else {}
     for name, parameter in model.named_parameters():
@@ -218,7 +224,8 @@ def parameter_groups(model: nn.Module, spec: OptimizerConfig, lora: LoraConfig |
         factor = (
             0.0 if frozen else lr_factor(plain_name(name), spec) * spec.layer_decay ** behind.get(name, 0)
         )
-        place = (factor, id(parameter) in matrices)
+        width = linear.get(id(parameter))
+        place = (factor, width is not None, width is not None and (width > 1 or spec.name != "muon"))
         (found if factor else still).setdefault(place, []).append(parameter)
     found |= still
     return [
@@ -226,9 +233,9 @@ def parameter_groups(model: nn.Module, spec: OptimizerConfig, lora: LoraConfig |
             "params": parameters,
             "weight_decay": spec.weight_decay if decayed else 0.0,
             "lr_factor": factor,
-            "matrices": decayed,
+            "matrices": is_matrix,
         }
-        for (factor, decayed), parameters in found.items()
+        for (factor, decayed, is_matrix), parameters in found.items()
         if parameters
     ]
 

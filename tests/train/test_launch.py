@@ -307,3 +307,31 @@ def test_cpu_offload_trains_and_resumes(run, stage: int) -> None:
     assert [r["loss"] for r in offloaded.records()] == pytest.approx(
         [r["loss"] for r in plain.records()], rel=1e-2
     )
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_processes_with_muon_are_one(
+    tmp_path: Path, document: Callable[..., dict[str, Any]], stage: int
+) -> None:
+    """Its matrices are cut between them: updates are those of one process, but for the last bits of gradients, which
+    it orthogonalises in bf16."""
+    changes = {
+        "objective": "next_token", "precision": "fp32", "optimizer.name": "muon", "optimizer.grad_clip": 0,
+        "schedule.steps": 3, "schedule.warmup_steps": 0, "evaluation.interval_steps": 0,
+    }  # fmt: skip
+    found = [
+        Run(tmp_path / str(count), document({**changes, "deepspeed.zero_stage": zero}))
+        .finish(count)
+        .weights()
+        for count, zero in ((1, 0), (2, stage))
+    ]
+    start = (
+        Run(tmp_path / "start", document({**changes, "schedule.steps": 1, "optimizer.lr": 1e-12}))
+        .finish()
+        .weights()
+    )
+    moved, apart = (
+        sum(float((found[0][name] - other[name]).square().sum()) for name in start) ** 0.5
+        for other in (start, found[1])
+    )
+    assert moved > 0 and apart < 6e-2 * moved

@@ -172,6 +172,20 @@ def test_muon_moves_matrices_as_the_library_does_and_the_rest_as_adamw(document:
         assert torch.equal(parameter, second[name]), name
 
 
+def test_a_gate_of_one_row_is_no_matrix_for_muon(document: Any) -> None:
+    """It decays like one, and keeps AdamW's groups as they were."""
+    changes = {**PLAIN, "objective": "exit_gate", "model.exit_gate": "linear"}
+    for name, of_gate in (("muon", [False]), ("adamw", [True])):
+        config = parse(TrainConfig, document({**changes, "optimizer.name": name}), "test")
+        network = build(config.checkpoint_config, seed=0)
+        gate = network.model.exit_gate.linear.weight  # type: ignore[union-attr]
+        assert gate.shape[0] == 1
+        groups = parameter_groups(network, config.optimizer)
+        mine = [g for g in groups if any(p is gate for p in g["params"])]
+        assert [g["matrices"] for g in mine] == of_gate and mine[0]["weight_decay"] == 0.1
+        assert sum(len(g["params"]) for g in groups) == len(list(network.parameters()))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("each", [False, True])
 def test_matrices_are_put_together_from_what_processes_hold(each: bool, world: int) -> None:
