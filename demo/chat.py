@@ -20,6 +20,8 @@ from demo.ask import wait_until_ready
 from demo.processes import StepFailed
 from rdlm.checkpoints.convert.importers import import_checkpoint
 from rdlm.checkpoints.folder import load_config
+from rdlm.cli import run
+from rdlm.command_line import new_app
 from rdlm.errors import UserError
 
 
@@ -72,7 +74,6 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except UserError as error:
-        sys.exit(f"demo.chat: error: {error}")
+    app = new_app()
+    app.command()(main)
+    sys.exit(run(app, sys.argv[1:], "demo.chat"))
