@@ -96,15 +96,17 @@ def open_windows(options: WindowOptions, packing: Literal["windows", "documents"
     return HeldOut(loaded, store, options, length, Packed(store, length))
 
 
+def no_tokenizer(folder: Path) -> UserError:
+    """What is wrong with a model of a generated task where text is needed."""
+    problem = "it has no tokenizer, so its ids are not text"
+    return UserError("--checkpoint", str(folder), problem, "give a model of text")
+
+
 def check_tokenizer(folder: Path, loaded: Loaded, store: TokenStore) -> Tokenizer:
     """The checkpoint's tokenizer; UserError where it has none or the data was made with another one."""
+    loaded.config.check_text("this measurement")
     if loaded.tokenizer is None:
-        raise UserError(
-            "--checkpoint",
-            str(folder),
-            "it has no tokenizer, so its ids are not text",
-            "give a model of text",
-        )
+        raise no_tokenizer(folder)
     if loaded.tokenizer.fingerprint != store.manifest.tokenizer_fingerprint:
         remedy = f"prepare it again with --tokenizer {folder / 'tokenizer'}"
         raise UserError(

@@ -106,6 +106,8 @@ class Fid(Measurement):
         if (options.images is None) == (options.checkpoint is None):
             problem = "exactly one of --images and --checkpoint is needed"
             raise UserError("--images", str(options.images), problem, "give exactly one")
+        if options.checkpoint is not None:
+            load_config(options.checkpoint).check_family("rdlm eval fid", "dit")
         given = open_images(options.reference, "--reference")
         extractor = load_extractor(options.features, str(usable_device(options.device, "--device")))
         head: Json = {"evaluation": self.name, "provenance": provenance(), "seed": options.seed}

@@ -240,6 +240,7 @@ class Mauve(Measurement):
         ] = None
 
     def measure(self, options: Options) -> Json:
+        settings, dtype = settings_of(options), getattr(torch, options.judge_dtype)
         require_mauve()
         chosen = PROTOCOLS[options.protocol].changed(
             prompts=options.num_prompts,
@@ -248,7 +249,6 @@ class Mauve(Measurement):
             seeds=options.num_seeds,
         )
         shape = Shape(chosen.prompt_tokens, chosen.max_tokens, chosen.continuations, options.across_documents)
-        settings, dtype = settings_of(options), getattr(torch, options.judge_dtype)
         with open_sampler(options, shape, chosen.prompts, settings) as (sampler, rest), bars() as bar:
             model = load_judge(options.featuriser, options.device, dtype, options.window)
             others = list(islice(rest, chosen.prompts * chosen.continuations))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from eval.cache import Bar
-from eval.held_out import check_tokenizer
+from eval.held_out import check_tokenizer, no_tokenizer
 from eval.options import TextOptions, check_steps, numbers, samplers
 from eval.provenance import checkpoint_facts, origin
 from eval.texts.sweep import Setting, grid
@@ -307,8 +307,12 @@ def open_sampler(
 
 
 def settings_of(options: TextOptions) -> list[Setting]:
-    """Every combination, in the order given."""
-    default = checkpoint.load_config(options.checkpoint).default_steps
+    """Every combination, in the order given. UserError for a model that writes no text."""
+    config = checkpoint.load_config(options.checkpoint)
+    config.check_text("generating text")
+    if not (options.checkpoint / checkpoint.TOKENIZER).is_dir():
+        raise no_tokenizer(options.checkpoint)
+    default = config.default_steps
     ks = [default] if options.num_steps is None else numbers("--num-steps", options.num_steps, int)
     return grid(
         {

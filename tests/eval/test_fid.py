@@ -422,3 +422,25 @@ def test_what_is_judged_is_named_once(
     arguments = ["eval", "fid", "--reference", known["IMAGES"], "--cache", str(tmp_path / "c"), *given]
     assert run(app, arguments, "rdlm") == 2
     assert said in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_model_that_draws_no_images_is_refused_before_packages_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(device: str) -> Extractor:
+        raise UserError("--features", "efficientnet-lite0", "its packages are not installed", "install them")
+
+    monkeypatch.setitem(image_features.EXTRACTORS, "efficientnet-lite0", missing)
+    shape = {"image_size": 8, "patch_size": 4, "num_classes": 3, "d_model": 8, "num_heads": 2, "mlp_width": 8}
+    document = {
+        "name": "v",
+        "model": {"family": "vit", **shape, "num_layers": 1},
+        "objective": {"name": "classify"},
+    }
+    config = CheckpointConfig.model_validate(document)
+    model = save(tmp_path / "model", build(config, seed=0), config, None)
+    np.save(tmp_path / "a.npy", _pixels(8))
+    command = ["eval", "fid", "--checkpoint", str(model), "--reference", str(tmp_path / "a.npy")]
+    assert run(app, command, "rdlm") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "family 'vit' is not 'dit'" in error

@@ -159,18 +159,41 @@ FOR_TEXT = [
     ["export", "retrofit", "MODEL", "OUT"],
     ["export", "gguf", "MODEL", "OUT.gguf"],
     ["eval", "depth", "--checkpoint", "MODEL"],
+    ["eval", "nll", "--checkpoint", "MODEL", "--data", "DATA"],
+    ["eval", "convergence", "--checkpoint", "MODEL", "--data", "DATA"],
+    ["eval", "gen-ppl", "--checkpoint", "MODEL", "--data", "DATA"],
+    ["eval", "mauve", "--checkpoint", "MODEL", "--data", "DATA"],
 ]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards of a small text."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("\n\n".join(f"{i} was the word of {i * i}" for i in range(40_000)))
+    command = [
+        "data",
+        "prepare",
+        str(folder / "text.txt"),
+        "--out",
+        str(folder / "out"),
+        "--vocab-size",
+        "300",
+    ]
+    assert run(app, command, "rdlm") == 0
+    return folder / "out"
 
 
 @pytest.mark.parametrize("command", FOR_TEXT, ids=" ".join)
 def test_commands_for_text_name_the_ones_for_images(
-    command: list[str], checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], checkpoint: Path, prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {
         "MODEL": checkpoint,
         "OUT": tmp_path / "out",
         "OUT.gguf": tmp_path / "out.gguf",
         "IDS": tmp_path / "ids",
+        "DATA": prepared,
     }
     save_file({"input_ids": torch.zeros(1, 2, dtype=torch.int64)}, tmp_path / "ids")
     assert run(app, [str(places.get(word, word)) for word in command], "rdlm") == 2
