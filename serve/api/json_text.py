@@ -44,6 +44,8 @@ class _Twice(Exception):
 
 
 def _check_keys(pairs: list[tuple[str, Any]]) -> None:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise _Twice(next(key for i, key in enumerate(keys) if key in keys[:i]))
+    seen: set[str] = set()
+    for key, _ in pairs:  # in time proportional to their number: no other thread runs meanwhile
+        if key in seen:
+            raise _Twice(key)
+        seen.add(key)

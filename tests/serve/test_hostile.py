@@ -13,6 +13,7 @@ from litestar.testing import TestClient
 
 from serve.api import request_parsing
 from serve.api.app import create_app
+from serve.api.json_text import decode
 from serve.api.responses import ResponsesRequest
 from serve.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, ScoreRequest, TokenizeRequest
 from serve.engine.engine import Engine, Served
@@ -411,3 +412,10 @@ def test_messages_of_ranges_and_types_name_the_value(field: str, value: object, 
 def test_numbers_that_python_does_not_write_are_refused_in_one_line() -> None:
     with pytest.raises(ApiError, match=r"^seed: [^,]*$"):
         CompletionRequest.parse({"prompt": "a", "seed": 10**5000})
+
+
+def test_a_key_that_comes_again_after_very_many_is_found_in_linear_time() -> None:
+    """With a search among those before it, one such body held every thread for an hour: this test would not end."""
+    names = [f'"k{i}":1' for i in range(1_000_000)]
+    with pytest.raises(ApiError, match="'k0' twice in one object"):
+        decode("{" + ",".join([*names, names[0]]) + "}")

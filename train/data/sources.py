@@ -147,7 +147,7 @@ class Table(FileFormat):
             names = table.fieldnames or ()
             if column is not None and column not in names:
                 raise _no_column(reading, str(file), names, names)
-            twice = next((name for name in names if names.count(name) > 1), None)
+            twice = next((name for name, count in Counter(names).items() if count > 1), None)
             if twice is not None:
                 problem = f"its header names {twice!r} twice"
                 raise UserError(reading.option, str(file), problem, "give each column a name of its own")
