@@ -241,3 +241,17 @@ def test_settings_on_pages_are_those_of_training() -> None:
                     TypeAdapter(Annotated[field.annotation, field]).validate_python(given)
                     sections += 1
     assert sections > 20
+
+
+def test_every_fault_names_tests_that_exist() -> None:
+    """An entry has a file of tests at least, or says that it is open. A file without its folder lies in that of the
+    file before it."""
+    for entry in re.split(r"^- ", (REPO / "docs" / "faults.md").read_text(), flags=re.MULTILINE)[1:]:
+        named, folder = re.findall(r"`((?:tests/(?:\w+/)?)?test_\w+\.py)`", entry), Path()
+        assert named, entry
+        for name in named:
+            folder = Path(name).parent if name.startswith("tests/") else folder
+            file = REPO / folder / Path(name).name
+            assert file.is_file() and re.search(r"^ *(async )?def test_", file.read_text(), re.MULTILINE), (
+                name
+            )

@@ -319,6 +319,7 @@ def _mixed(root: Path) -> None:
         (None, ["in", "--valid", "in", "--valid-fraction", "0.1"], "the valid split has a source of its own"),
         (None, ["in", "--valid-fraction", "1e-9"], "split 'valid' has no images"),
         (None, ["in", "--size", "0"], "--size"),
+        (None, ["in", "--label-column", "kind"], "--label-column='kind': it changes nothing"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

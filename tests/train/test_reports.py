@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from rdlm.errors import UserError
 from train.gradient_noise import moment_sums, noise_scale
-from train.metrics import spike
+from train.metrics import first_lines, plot_loss, read, spike
 from train.pretrain import check
 from train.settings import TrainConfig
 
@@ -136,3 +137,56 @@ def test_a_sink_that_is_not_installed_is_one_line(document: Any, monkeypatch: py
     config = TrainConfig.model_validate(document({**PLAIN, "log.wandb": {"project": "loops"}}))
     with pytest.raises(UserError, match="log.wandb.*the package wandb is not installed"):
         check(config, 1)
+
+
+def test_the_curve_beside_the_held_out_one_is_of_the_same_quantity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions without noise, where some have it: the mixed loss lies below both."""
+    from matplotlib.axes import Axes
+
+    drawn: list[list[float]] = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, *args, **kwargs: drawn.append([*y]))
+    monkeypatch.setattr(Axes, "legend", lambda *args, **kwargs: None)
+    records = [{"step": step, "loss": 1.0, "ce_prior": 3.0} for step in (1, 2)]
+    plot_loss(records, [{"step": 2, "K=1": 3.1}], tmp_path / "loss.png", "t", "nats")
+    assert drawn == [[3.0, 3.0], [3.0, 3.0], [3.1]]
+
+
+def test_a_line_that_is_no_record_is_passed_over(tmp_path: Path) -> None:
+    good, file = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}], tmp_path / "metrics.jsonl"
+    bad = [
+        b"\xff\xfe",
+        b"[1]",
+        b'{"step": "1"}',
+        b'{"loss": 1}',
+        b"",
+        b"[" * 100_000,
+        b'{"step": 3, "loss": "x"}',
+    ]
+    lines = [json.dumps(good[0]).encode(), *bad, json.dumps(good[1]).encode()]
+    file.write_bytes(b"\n".join(lines) + b'\n{"step": 3, "los')
+    assert read(file) == good
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (None, None),
+        (240, "an epoch has 2,880 tokens; the run sees 10.0% of the data"),
+        (5, "warning: 4.8 epochs"),
+        (3, "warning: batch.global_size 4 exceeds the 3 rows"),
+    ],
+)
+def test_the_first_lines_say_how_much_of_the_data_is_seen(
+    document: Any, rows: int | None, said: str | None
+) -> None:
+    """24 rows of 12 tokens in 6 updates."""
+    corpus = SimpleNamespace(num_rows=rows, seq_len=12, unit="token")
+    running = SimpleNamespace(
+        config=TrainConfig.model_validate(document()), corpus=corpus, network=torch.nn.Linear(10, 10, bias=False),
+        world=1, device=torch.device("cpu"),
+    )  # fmt: skip
+    lines = first_lines(running)  # type: ignore[arg-type]
+    assert "100 parameters" in lines[0] and "6 updates of 4 x 12 tokens: 288 tokens" in lines[1]
+    assert len(lines) == 2 if said is None else any(said in line for line in lines[2:])
