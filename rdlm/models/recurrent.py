@@ -182,7 +182,8 @@ class Recurrent(Backbone):
                 x = self.ln_f(x)
             case "linear":
                 x = cast(nn.Linear, self.readout)(x)
-        of_coda = range(self.core_cache_layers.stop, self.config.num_layers)
+        first = self.core_cache_layers.stop
+        of_coda = range(first, first + len(self.coda))
         x = self.coda.through(x, ctx, None, self._values(state, self._in_state, of_coda))
         return self.ln_f(x) if loop.final_norm else x
 
