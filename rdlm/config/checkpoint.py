@@ -135,7 +135,7 @@ class CheckpointConfig(Strict):
     def k_description(self) -> str:
         """What K is, in words."""
         if self.runs_once:
-            return "the layers run once, so K is 1 (`rdlm convert` makes such a model recurrent)"
+            return "K is 1: the layers run once (`rdlm convert` makes such a model recurrent)"
         return self.objective.k_description
 
     @property

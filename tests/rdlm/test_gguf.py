@@ -43,7 +43,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 TEXTS = ["In 2026 it cost 12,345.67 don't", "  spaces\n\nand\tlines ", "æøå — 日本語 🦙", "<|endoftext|> x"]
 
 
-def plain(out: Path, kind: str = "llama", tokenizer: str | None = "bpe", **shape: Any) -> Path:
+def plain(
+    out: Path, kind: str = "llama", tokenizer: str | None = "bpe", num_tokens: int = 290, **shape: Any
+) -> Path:
     """A plain transformer as an import writes it, every parameter far from its initial value."""
     origin, layer = KINDS[kind]
     model = {
@@ -63,7 +65,7 @@ def plain(out: Path, kind: str = "llama", tokenizer: str | None = "bpe", **shape
         for parameter in objective.parameters():
             parameter.add_(0.15 * torch.randn(parameter.shape, generator=rng))
     words = ["a text of words, and words again æ 日本 it was the best of times"] * 20
-    trained = None if tokenizer is None else train_tokenizer(tokenizer, iter(words), 290)  # type: ignore[arg-type]
+    trained = None if tokenizer is None else train_tokenizer(tokenizer, iter(words), num_tokens)  # type: ignore[arg-type]
     folder.save(out, objective, config, trained)
     return out
 
@@ -259,7 +261,17 @@ def test_what_has_no_such_form_is_refused_by_name(tmp_path: Path) -> None:
         export_gguf(looped, tmp_path / "model.gguf")
     with pytest.raises(UserError, match=r"does not end in \.gguf"):
         export_gguf(source, tmp_path / "model.bin")
+    with pytest.raises(UserError, match="tokenizer='257 tokens': .* no vocabulary without merges"):
+        export_gguf(plain(tmp_path / "bytes", num_tokens=257), tmp_path / "model.gguf")
     assert not [path for path in tmp_path.iterdir() if "gguf" in path.name]
+
+
+def test_a_tokenizer_without_merges_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = plain(tmp_path / "model")
+    monkeypatch.setattr(gguf.GGUFWriter, "add_token_merges", lambda *_: None)
+    export_gguf(source, tmp_path / "model.gguf")
+    with pytest.raises(UserError, match="tokenizer.ggml.merges=None: is missing"):
+        import_checkpoint(str(tmp_path / "model.gguf"), tmp_path / "back")
 
 
 def test_files_that_are_not_read_are_refused_by_name(tmp_path: Path) -> None:

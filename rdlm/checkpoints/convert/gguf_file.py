@@ -283,6 +283,8 @@ class GgufFile:
         pre = about.get("pre", "default")
         if pre not in SPLITS:
             raise self._refused("tokenizer.ggml.pre", pre, f"only {', '.join(SPLITS)} are read")
+        if "merges" not in about:
+            raise self._refused("tokenizer.ggml.merges", None, "is missing")
         words, kinds = about["tokens"], about["token_type"]
         built = tokenizers.Tokenizer(
             models.BPE(
@@ -518,6 +520,9 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None
         for i in added:
             kinds[i] = CONTROL if i in special else USER_DEFINED
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in document["model"]["merges"]]
+        if not merges:
+            problem = "llama.cpp reads no vocabulary without merges, such as one of single bytes"
+            raise UserError("tokenizer", f"{tokenizer.vocab_size} tokens", problem, "use `rdlm export hf`")
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_of(document))
         writer.add_token_merges(merges)
