@@ -51,7 +51,7 @@ def main(
                 raise UserError("SOURCE", source, f"cannot be served ({said[-1]})", remedy) from None
             client = openai.OpenAI(base_url=f"{base}/v1", api_key="none")
             card = client.models.list().data[0].model_dump()
-            print(f"{config.name}: {card['recurrence']['meaning']}")
+            print(f"{config.name}: K is {card['recurrence']['meaning']}")
             for k in [k for k in map(int, num_steps.split(",")) if k <= config.max_steps]:
                 given: dict[str, Any] = {
                     "model": config.name,

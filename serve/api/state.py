@@ -108,7 +108,7 @@ class ServerState:
                 "likelihoods are those of one token a step from left to right"
             )
         if self.served.config.runs_once:
-            return self.served.config.k_description
+            return "1, because the layers run once (`rdlm convert` makes such a model recurrent)"
         if self.supports_exits:
             return "core iterations before each token; likelihoods are those after K iterations"
         return "noise levels each token is drawn through; likelihoods are those at K = 1"
