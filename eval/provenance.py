@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rdlm import __version__
+from rdlm.atomic import replacing_file
 from rdlm.checkpoints.folder import CONFIG, WEIGHTS
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.manifest import file_sha256
@@ -84,11 +85,9 @@ def _cpu() -> str:
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Make the folders and replace the file in one step."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(file)
+    """Make the folders and replace the file in one step. Raises UserError."""
+    with replacing_file(file) as partial:
+        partial.write_bytes(content)
 
 
 def write_json(file: Path, report: Any) -> None:

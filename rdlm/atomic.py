@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -104,6 +104,23 @@ def check_out_file(file: Path, option: str, force: bool = True) -> None:
     if found and not force:
         remedy = "name another file, or replace it with --force"
         raise UserError(option, str(file), "holds something already", remedy)
+
+
+@contextmanager
+def replacing_file(file: Path, option: str = "OUT") -> Iterator[Path]:
+    """The path of a new file, with the same ending. It takes the place of ``file`` once it is complete, and vanishes
+    if filling it fails. UserError, which names ``option``, where it cannot be written."""
+    temporary = file.with_name(f".tmp-{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, file)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritable(option, file, error, "make room, or name another file") from error
+        raise
 
 
 def _lock(descriptor: int) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rdlm.arguments import integer, listed, plain, token_ids
-from rdlm.atomic import check_out_file
+from rdlm.atomic import check_out_file, replacing_file
 from rdlm.checkpoints import folder as checkpoint
 from rdlm.checkpoints.convert.base import HUB_ID, local
 from rdlm.checkpoints.convert.importers import import_checkpoint
@@ -443,15 +443,12 @@ def logits_file(
         if model.denoiser.model.has_exit_gate:
             found[f"gate_K{k}"] = model.gate(state)
     save = {name: value.float().contiguous().cpu() for name, value in found.items()}
-    temporary = out.with_name(f".{out.name}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(save, temporary)
-        temporary.replace(out)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            "--out", str(out), f"cannot be written ({reason(error)})", "name another file"
-        ) from None
+        with replacing_file(out, "--out") as temporary:
+            save_file(save, temporary)
+    except SafetensorError as error:
+        remedy = "make room, or name another file"
+        raise UserError("--out", str(out), f"cannot be written ({reason(error)})", remedy) from None
     start = (
         " (this model starts from its tokens: --zero-state changes nothing)"
         if zero_state and not model.draws_state

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from rdlm.atomic import check_out_file
+from rdlm.atomic import check_out_file, replacing_file
 from rdlm.command_line import new_app
 from rdlm.errors import UserError
 from serve.cli import CheckpointOption, DeviceOption, DtypeOption
@@ -125,15 +125,13 @@ def _write(file: Path, found: np.ndarray, classes: list[int], columns: int) -> N
     """One file, at once or not at all. A picture has a column a class where it fits."""
     import numpy as np
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
-    if file.suffix == ".npz":
-        np.savez(partial, found, classes=np.array(classes))
-    else:
-        from matplotlib.image import imsave
+    with replacing_file(file, "--out") as partial:
+        if file.suffix == ".npz":
+            np.savez(partial, found, classes=np.array(classes))
+        else:
+            from matplotlib.image import imsave
 
-        imsave(partial, tiled(found, columns if 4 <= columns <= 16 else 8))
-    partial.replace(file)
+            imsave(partial, tiled(found, columns if 4 <= columns <= 16 else 8))
 
 
 def tiled(found: np.ndarray, columns: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rdlm.atomic import check_out, check_out_file, replacing
+from rdlm.atomic import check_out, check_out_file, replacing, replacing_file
 from rdlm.errors import UserError
 
 OURS = ("config.json", "*.safetensors")
@@ -102,3 +102,20 @@ def test_what_somebody_put_into_a_folder_stays_where_it_is_rewritten(tmp_path: P
     with replacing(out) as folder:
         (folder / "written").write_text("again")
     assert [path.name for path in out.iterdir()] == ["written"]
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "a.npz"
+    with replacing_file(file) as new:
+        new.write_text("first")
+    for error, seen in (
+        (OSError(errno.ENOSPC, "No space left on device"), UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+        with pytest.raises(seen), replacing_file(file, "--out") as new:
+            new.write_text("half")
+            raise error
+    assert [path.name for path in file.parent.iterdir()] == ["a.npz"] and file.read_text() == "first"
+    with pytest.raises(UserError, match="--out=.*cannot be written.*name another file"):
+        with replacing_file(file / "below.npz", "--out"):
+            pass
