@@ -21,7 +21,7 @@ from rdlm.config.objective import DepthConfig
 from rdlm.data.batch import Batch
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Keys
-from rdlm.objectives.depth import drawn_depths
+from rdlm.objectives.depth import drawn_depths, gradient_window
 from rdlm.registry import build
 from train.lora import add_adapters
 from train.optim import moving_groups
@@ -80,7 +80,7 @@ class UpdateFlops:
 
     def of(self, core_steps: float) -> float:
         """They are linear in r up to the gradient window and linear beyond it; r may be a mean of several."""
-        knee = self._config.objective.depth_in_training.window(math.ceil(core_steps))
+        knee = gradient_window(self._config.objective.depth_in_training, math.ceil(core_steps))
         first = knee if core_steps > knee else 1
         start = self._counted(first)
         if core_steps == first:

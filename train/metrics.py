@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from train.cost import UpdateFlops, peak_flops
 from train.engines import ResidentEngines
-from train.optim import learning_rate
 from train.wandb_sink import Wandb
 
 if TYPE_CHECKING:
@@ -342,7 +341,7 @@ class Report:
         record: dict[str, Any] = {
             "step": trainer.step,
             "loss": sum(float(t.total) for t in tallies) / max(1.0, positions),
-            "lr": learning_rate(config.schedule, config.optimizer.lr, trainer.step - 1),
+            "lr": trainer.learning_rate,
             "grad_norm": grad_norm,
             f"{trainer.corpus.unit}s_per_s": config.batch.global_size * config.seq_len * steps / seconds,
             "targets_per_s": positions * steps / seconds,

@@ -1,10 +1,8 @@
-"""The optimizer of a run and its learning rate: one entry of OPTIMIZERS or SCHEDULES for each name that a
-config may give."""
+"""The optimizer of a run: one entry of OPTIMIZERS for each name that a config may give."""
 
 from __future__ import annotations
 
 import fcntl
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from train.ema import keep_average
 from train.lora import is_trained, plain_name
 from train.patterns import matches
 from train.process import device_kind
-from train.settings import LoraConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from train.settings import LoraConfig, OptimizerConfig, TrainConfig
 
 Groups = list[dict]
 
@@ -162,10 +160,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     with it.
     """
     table = OPTIMIZERS | (OFFLOADED if config.deepspeed.offload_optimizer == "cpu" else {})
-    optimizer = table[config.optimizer.name](moving_groups(model, config), config.optimizer)
+    groups = [{**group, "lr": 0.0} for group in moving_groups(model, config)]
+    optimizer = table[config.optimizer.name](groups, config.optimizer)
     if config.ema is not None:
         keep_average(optimizer, config.ema.decay)
-    set_learning_rate(optimizer, 0.0)
     return optimizer
 
 
@@ -175,12 +173,6 @@ def moving_groups(model: nn.Module, config: TrainConfig) -> Groups:
     for parameter in (p for group in groups if group["lr_factor"] == 0 for p in group["params"]):
         parameter.requires_grad_(False)
     return [group for group in groups if group["lr_factor"]]
-
-
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """The rate of the next update, times each group's factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_factor"]
 
 
 def reset_state(optimizer: Optimizer) -> None:
@@ -274,47 +266,6 @@ def check_patterns(names: Sequence[str], spec: OptimizerConfig, lora: LoraConfig
                 raise UserError(field, pattern, "matches no parameter", f"names begin with {tops}")
     if not any(lr_factor(name, spec) for name in names):
         raise UserError("optimizer.freeze", list(spec.freeze), "nothing is left to train", "freeze less")
-
-
-def constant(schedule: ScheduleConfig, peak: float, step: int) -> float:
-    """The peak rate."""
-    return peak
-
-
-def cosine(schedule: ScheduleConfig, peak: float, step: int) -> float:
-    """Half a cosine from the peak to ``min_lr_ratio * peak`` at the last update."""
-    floor = schedule.min_lr_ratio * peak
-    span = max(1, schedule.steps - 1 - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / span)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def trapezoid(schedule: ScheduleConfig, peak: float, step: int) -> float:
-    """The peak rate, then linear to ``min_lr_ratio * peak`` over the last ``cooldown_steps`` updates (also
-    called WSD)."""
-    if not schedule.cooldown_steps:
-        return peak
-    floor = schedule.min_lr_ratio * peak
-    remaining = max(0, schedule.steps - 1 - step)
-    return floor + (peak - floor) * min(1.0, remaining / schedule.cooldown_steps)
-
-
-SCHEDULES: dict[str, Callable[[ScheduleConfig, float, int], float]] = {
-    "constant": constant,
-    "cosine": cosine,
-    "trapezoid": trapezoid,
-}
-"""Name -> rate of update ``step`` (0-based) after the warm-up, in 1 / update."""
-
-
-def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
-    """Rate of update ``step`` (0-based): a pure function, so that resuming needs no scheduler state.
-
-    Warm-up is linear and reaches ``peak`` at ``step == warmup_steps``.
-    """
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / (schedule.warmup_steps + 1)
-    return SCHEDULES[schedule.kind](schedule, peak, step)
 
 
 @contextmanager

@@ -282,7 +282,7 @@ class LoraConfig(Strict):
 
 
 class ScheduleConfig(Strict):
-    """Learning rate over the run: see SCHEDULES in train/optim.py."""
+    """Learning rate over the run: see SCHEDULES in train/trainer.py."""
 
     kind: Literal["cosine", "trapezoid", "constant"] = "cosine"
     steps: int = Field(ge=1, le=2**40)

@@ -43,11 +43,11 @@ from train.gradient_noise import moment_sums, noise_scale
 from train.lora import add_adapters, dropout_seed
 from train.metrics import Report
 from train.offload import InHost, OnDisk
-from train.optim import build_optimizer, learning_rate, set_learning_rate
+from train.optim import build_optimizer
 from train.process import ProcessError, lock_output
 from train.profiling import Profiler
 from train.samples import record, written_texts
-from train.settings import TrainConfig
+from train.settings import ScheduleConfig, TrainConfig
 
 
 def recompute_layers(denoiser: Objective) -> None:
@@ -118,6 +118,8 @@ class Trainer:
         self.network = self._networks[0] if len(self._networks) == 1 else blockwise(self._networks)
         self.block = 0
         """The block of the last update."""
+        self.learning_rate = 0.0
+        """Of the last update."""
         self._own_norm: Tensor | None = None
         self._measures_norm = config.deepspeed.zero_stage == 0 and config.precision == "fp32"
         """There DeepSpeed reports no norm after an update."""
@@ -238,8 +240,9 @@ class Trainer:
         scale = self.world * self.accumulation / max(1.0, positions)  # conversations may have no answer here
         tally, index, self._own_norm = Tally(), self.step + self.state.skipped, None
         engine = self.due()
-        rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
-        set_learning_rate(engine.optimizer, rate)
+        self.learning_rate = learning_rate(self.config.schedule, self.config.optimizer.lr, self.step)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = self.learning_rate * group["lr_factor"]
         for micro, batch in enumerate(batches):
             if self.config.lora is not None and self.config.lora.dropout:
                 torch.manual_seed(dropout_seed(self.config.seed, index, self.rank, micro))
@@ -480,6 +483,47 @@ class Trainer:
             if self.rank == 0:
                 resume.mark_best(self.checkpoints, self.step, metric, value)
                 resume.prune(self.checkpoints, self.step, self.config.checkpoint.keep)
+
+
+def constant(schedule: ScheduleConfig, peak: float, step: int) -> float:
+    """The peak rate."""
+    return peak
+
+
+def cosine(schedule: ScheduleConfig, peak: float, step: int) -> float:
+    """Half a cosine from the peak to ``min_lr_ratio * peak`` at the last update."""
+    floor = schedule.min_lr_ratio * peak
+    span = max(1, schedule.steps - 1 - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / span)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def trapezoid(schedule: ScheduleConfig, peak: float, step: int) -> float:
+    """The peak rate, then linear to ``min_lr_ratio * peak`` over the last ``cooldown_steps`` updates (also
+    called WSD)."""
+    if not schedule.cooldown_steps:
+        return peak
+    floor = schedule.min_lr_ratio * peak
+    remaining = max(0, schedule.steps - 1 - step)
+    return floor + (peak - floor) * min(1.0, remaining / schedule.cooldown_steps)
+
+
+SCHEDULES: dict[str, Callable[[ScheduleConfig, float, int], float]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "trapezoid": trapezoid,
+}
+"""Name -> rate of update ``step`` (0-based) after the warm-up, in 1 / update."""
+
+
+def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
+    """Rate of update ``step`` (0-based): a pure function, so that resuming needs no scheduler state.
+
+    Warm-up is linear and reaches ``peak`` at ``step == warmup_steps``.
+    """
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / (schedule.warmup_steps + 1)
+    return SCHEDULES[schedule.kind](schedule, peak, step)
 
 
 def chosen_metric(found: dict[str, float]) -> tuple[str, float, int]:

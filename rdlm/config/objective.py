@@ -84,10 +84,6 @@ class DepthConfig(Strict):
         """Whether the core always runs exactly once."""
         return self.distribution in ("fixed", "poisson") and self.mean == 1
 
-    def window(self, num_steps: int) -> int:
-        """How many of ``num_steps`` runs record gradient."""
-        return num_steps if self.grad_steps == "all" else min(self.grad_steps, num_steps)
-
 
 ONE_RUN = DepthConfig()
 

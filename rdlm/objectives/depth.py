@@ -82,6 +82,11 @@ def mean_at(depth: DepthConfig, step: int) -> float:
     return CURRICULA[ramp.kind](float(ramp.start), float(depth.mean), step / ramp.updates)
 
 
+def gradient_window(depth: DepthConfig, num_steps: int) -> int:
+    """How many of the last of ``num_steps`` core runs record gradient."""
+    return num_steps if depth.grad_steps == "all" else min(depth.grad_steps, num_steps)
+
+
 def num_recurrences(depth: DepthConfig, step: int, seed: int) -> int:
     """r of one optimizer step: a pure function of (step, seed), the same on every rank and micro-batch."""
     return _drawn(depth, step, [seed & 0xFFFF_FFFF_FFFF_FFFF, _DEPTH_KEY, step], 1)[0]

@@ -62,7 +62,7 @@ from rdlm.objectives.base import (
     ReadOut,
     TokenScores,
 )
-from rdlm.objectives.depth import drawn_depths, rows_at_work
+from rdlm.objectives.depth import drawn_depths, gradient_window, rows_at_work
 from rdlm.random_streams import Stream, counter_stream, generator
 
 _NOISE_KEY, STATE_KEY = 2, 3
@@ -94,6 +94,7 @@ class NextToken(Objective):
 
     def __init__(self, config: CheckpointConfig, model: Backbone, block: Block | None = None) -> None:
         super().__init__(config, model, block)
+        self.depth = config.objective.depth_in_training
         # One element and not a scalar tensor: DeepSpeed 0.19.8 can neither broadcast nor partition a 0-d
         # parameter.
         evidence = config.objective.readout == "evidence"
@@ -121,7 +122,7 @@ class NextToken(Objective):
 
     def depths(self, batch: Batch, keys: Keys) -> list[int]:
         """r of each sequence of a micro-batch, falling."""
-        return drawn_depths(self.settings.depth_in_training, keys, len(batch.targets))
+        return drawn_depths(self.depth, keys, len(batch.targets))
 
     def corrupt(self, targets: Tensor, rng: Stream) -> Noised | None:
         """Noise the targets [B, T]; None where the objective noises none."""
@@ -194,7 +195,7 @@ class NextToken(Objective):
             if on_step is not None:
                 on_step(k, state, contexts[at_work[k - 1]])
 
-        grad_steps = self.settings.depth_in_training.window(num_steps)
+        grad_steps = gradient_window(self.depth, num_steps)
         return run(step, start[: at_work[0]], num_steps, grad_steps, after), ctx
 
     def _start(self, e: Tensor, noised: Noised | None, depths: list[int], rng: Stream) -> Tensor:

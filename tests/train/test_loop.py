@@ -12,7 +12,7 @@ import torch
 
 from rdlm.objectives.base import Keys
 from rdlm.registry import build
-from train.optim import learning_rate
+from train.trainer import learning_rate
 
 PLAIN: dict[str, Any] = {
     "objective": {"name": "bptt", "depth": {"mean": 2, "grad_steps": 2}},

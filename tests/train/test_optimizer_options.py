@@ -13,7 +13,7 @@ from rdlm.config.base import parse
 from rdlm.errors import UserError
 from rdlm.registry import build
 from train.export import export
-from train.optim import Cut, build_optimizer, parameter_groups, set_learning_rate
+from train.optim import Cut, build_optimizer, parameter_groups
 from train.pretrain import check
 from train.settings import TrainConfig
 
@@ -159,7 +159,8 @@ def test_muon_moves_matrices_as_the_library_does_and_the_rest_as_adamw(document:
         ),
     ]
     rng = torch.Generator().manual_seed(0)
-    set_learning_rate(ours, 0.01)
+    for group in ours.param_groups:
+        group["lr"] = 0.01
     for _ in range(3):
         for name, parameter in first.items():
             parameter.grad = torch.randn(parameter.shape, generator=rng)

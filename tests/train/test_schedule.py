@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from train.optim import learning_rate
 from train.settings import ScheduleConfig
+from train.trainer import learning_rate
 
 
 def rates(**settings) -> list[float]:

@@ -15,6 +15,7 @@ from rdlm.config.base import parse
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import HuginnConfig, initial_std
 from rdlm.errors import UserError
+from rdlm.objectives.depth import gradient_window
 
 ONLY: dict[str, Any] = {
     "model_type": "huginn_raven",
@@ -132,7 +133,7 @@ def to_published(config: CheckpointConfig, dtype: str) -> dict[str, Any]:
         },
         "sampling_scheme": SCHEMES[objective.depth_in_training.distribution],
         "mean_recurrence": recurrence,
-        "mean_backprop_depth": objective.depth_in_training.window(256),
+        "mean_backprop_depth": gradient_window(objective.depth_in_training, 256),
         "effective_expected_depth": depth,
         "torch_dtype": dtype,
         "rdlm": config.model_dump(mode="json"),
