@@ -221,7 +221,6 @@ class OneStepConfig(NextTokenConfig):
     """The default: several runs of the core, of which only the last records gradient."""
 
     name: Literal["onestep"] = "onestep"  # type: ignore[assignment]
-    implementation = "rdlm.objectives.next_token:OneStep"
     depth: DepthConfig = DepthConfig(distribution="lognormal_poisson", mean=2, grad_steps=1)
 
 
@@ -229,7 +228,6 @@ class BpttConfig(NextTokenConfig):
     """Truncated backpropagation through time, as Huginn was trained (Geiping et al. 2025)."""
 
     name: Literal["bptt"] = "bptt"  # type: ignore[assignment]
-    implementation = "rdlm.objectives.next_token:Bptt"
     depth: DepthConfig = DepthConfig(distribution="lognormal_poisson", mean=32, grad_steps=8)
 
 
@@ -237,7 +235,6 @@ class SinglePassConfig(NextTokenConfig):
     """One backward pass through one core run, as ``onestep``, with a share of the positions noised."""
 
     name: Literal["single_pass"] = "single_pass"  # type: ignore[assignment]
-    implementation = "rdlm.objectives.next_token:SinglePass"
     readout = "evidence"
     depth: DepthConfig = DepthConfig(distribution="lognormal_poisson", mean=2, grad_steps=1)
     corruption: CorruptionConfig = CorruptionConfig(share=0.25)
@@ -352,7 +349,7 @@ class EvidenceConfig(_SamplingConfig):
     """One forward pass, most positions noised, and the exact evidence of z added to the prediction."""
 
     name: Literal["evidence"] = "evidence"
-    implementation = "rdlm.objectives.next_token:Evidence"
+    implementation = "rdlm.objectives.evidence:Evidence"
     readout = "evidence"
     corruption: CorruptionConfig = CorruptionConfig(share=0.75)
 
@@ -361,7 +358,7 @@ class PaperConfig(_SamplingConfig):
     """DiffusionBlocks as published (App. E.4): a noisy stream and a clean one, EDM preconditioning."""
 
     name: Literal["paper"] = "paper"
-    implementation = "rdlm.objectives.next_token:Paper"
+    implementation = "rdlm.objectives.evidence:Paper"
     readout = "edm"
     sampled_from_noise = True
     corruption: CorruptionConfig = CorruptionConfig(share=1.0, distribution="lognormal", per="sequence")
@@ -412,7 +409,7 @@ class ClassifyConfig(BaseObjectiveConfig):
     """Cross-entropy of the class of an image."""
 
     name: Literal["classify"] = "classify"
-    implementation = "rdlm.objectives.next_token:Classify"
+    implementation = "rdlm.objectives.next_token:NextToken"
     tasks = ("classify",)
 
 

@@ -12,7 +12,7 @@ of classes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -300,10 +300,3 @@ class Objective(nn.Module, ABC):
         """What each core step of one token does at K = num_steps: K iterations, then one read-out."""
         k = num_steps
         return StepPlan((None,) * k, (False,) * (k - 1) + (True,), (True,) * k, (0,) * k)
-
-
-def named_parts(objective: Objective) -> Iterator[tuple[str, Objective]]:
-    """The networks that train independently, with the prefix of their parameters' names."""
-    parts = objective.parts
-    for index, part in enumerate(parts):
-        yield ("" if len(parts) == 1 else f"blocks.{index}."), part

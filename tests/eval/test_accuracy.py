@@ -18,7 +18,7 @@ from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.data.images import ImageStore, as_batch
 from rdlm.objectives import Objective
 from rdlm.objectives.base import Draws, Keys
-from rdlm.objectives.next_token import Evidence
+from rdlm.objectives.evidence import Evidence
 from rdlm.registry import build
 from train.data.image_prepare import ImagePreparation, prepare_images
 

@@ -39,7 +39,7 @@ from rdlm.config.model import (
     YarnScaling,
 )
 from rdlm.errors import UserError
-from rdlm.objectives.next_token import Evidence
+from rdlm.objectives.evidence import Evidence
 from rdlm.registry import build
 
 MODELING = "modeling_rdlm.py"
