@@ -80,7 +80,7 @@ class RecurrentLM(TemplateLM):
     num_steps: K, by default the checkpoint's. seed: of noise draws and sampling. estimator: "normalised"
     (a sampling checkpoint has one at K = 1 only, whatever num_steps is) or "mixture" (sampling checkpoints
     at K
-    > 1, over ``num_draws`` draws; see eval/likelihood.py on is_greedy). Masked checkpoints have "bound"
+    > 1, over ``num_draws`` draws; see eval/texts/likelihood.py on is_greedy). Masked checkpoints have "bound"
     (default), at num_steps, and "left_to_right", exact and the same whatever num_steps is. batch_size:
     rows of a scoring pass and texts in flight. max_length: context, by default the model's. kv_cache: of
     generation, as in ``rdlm serve``. add_bos_token: put it before every context that is not empty.

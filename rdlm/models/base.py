@@ -113,12 +113,19 @@ class Backbone(nn.Module, ABC):
         latent: Tensor | None = None,
         num_steps: int | None = None,
     ) -> Tensor:
-        """State before the first step: zeros unless the architecture says otherwise. latent [B, T, D]: given,
-        not drawn.
+        """State before the first step [B, T, S]. latent [B, T, D]: given, not drawn.
 
         num_steps: how many steps there will be; only models with ``depends_on_num_steps`` need it.
         """
-        return torch.zeros_like(e) if latent is None else latent
+        return self.state_of(self.initial_latent(e, generator) if latent is None else latent, e, num_steps)
+
+    def initial_latent(self, e: Tensor, generator: Stream | HashedStream | None) -> Tensor:
+        """[B, T, D]: zeros unless the architecture says otherwise."""
+        return torch.zeros_like(e)
+
+    def state_of(self, latent: Tensor, e: Tensor, num_steps: int | None) -> Tensor:
+        """The state [B, T, S] before the first step whose latent is given."""
+        return latent
 
     def state_stream(self, seed: int) -> Stream | HashedStream:
         """What ``initial_state`` draws whole sequences from at inference."""

@@ -51,16 +51,12 @@ class Hrm(Backbone):
     def encode(self, inputs: Tensor, ctx: AttentionContext) -> Tensor:
         return self.embed(inputs)
 
-    def initial_state(
-        self,
-        e: Tensor,
-        generator: Stream | HashedStream | None = None,
-        latent: Tensor | None = None,
-        num_steps: int | None = None,
-    ) -> Tensor:
-        """[e | a learned vector]; latent takes the place of e."""
-        high = e if latent is None else latent
-        return torch.cat([high, self.low_init(high)], dim=-1)
+    def initial_latent(self, e: Tensor, generator: Stream | HashedStream | None) -> Tensor:
+        return e
+
+    def state_of(self, latent: Tensor, e: Tensor, num_steps: int | None) -> Tensor:
+        """[latent | a learned vector]."""
+        return torch.cat([latent, self.low_init(latent)], dim=-1)
 
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         high, low = state.chunk(2, dim=-1)

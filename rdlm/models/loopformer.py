@@ -49,16 +49,14 @@ class LoopFormer(Backbone):
     def encode(self, inputs: Tensor, ctx: AttentionContext) -> Tensor:
         return self.embed(inputs) + self.wpe(ctx.positions())
 
-    def initial_state(
-        self,
-        e: Tensor,
-        generator: Stream | HashedStream | None = None,
-        latent: Tensor | None = None,
-        num_steps: int | None = None,
-    ) -> Tensor:
+    def initial_latent(self, e: Tensor, generator: Stream | HashedStream | None) -> Tensor:
+        return e
+
+    def state_of(self, latent: Tensor, e: Tensor, num_steps: int | None) -> Tensor:
+        """[latent | step | number of steps]."""
         assert num_steps is not None, "a step of this model depends on how many there will be"
-        x = e if latent is None else latent
-        return torch.cat([x, torch.zeros_like(x[..., :1]), torch.full_like(x[..., :1], num_steps)], dim=-1)
+        one = latent[..., :1]
+        return torch.cat([latent, torch.zeros_like(one), torch.full_like(one, num_steps)], dim=-1)
 
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         x, step, num_steps = state.split([self.config.d_model, 1, 1], dim=-1)

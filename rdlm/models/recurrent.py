@@ -127,22 +127,16 @@ class Recurrent(Backbone):
         later = [values[i] for i in (*self._in_e, *self._in_state)]
         return torch.cat([e, *later], dim=-1) if later else e
 
-    def initial_state(
-        self,
-        e: Tensor,
-        generator: Stream | HashedStream | None = None,
-        latent: Tensor | None = None,
-        num_steps: int | None = None,
-    ) -> Tensor:
-        """D channels, zeros, e, or a normal draw (of Huginn: std sqrt(2 / 5D) cut at three of them, times the
-        embedding scale); then the value embeddings of the coda, which no step changes."""
-        latent = self._initial_latent(self._first(e), generator) if latent is None else latent
+    def state_of(self, latent: Tensor, e: Tensor, num_steps: int | None) -> Tensor:
+        """The latent, then the value embeddings of the coda, which no step changes."""
         if not self._in_state:
             return latent
         return torch.cat([latent, e[..., -len(self._in_state) * self.num_kv_heads * self.head_dim :]], dim=-1)
 
-    def _initial_latent(self, e: Tensor, generator: Stream | HashedStream | None) -> Tensor:
-        loop = self.config.loop
+    def initial_latent(self, e: Tensor, generator: Stream | HashedStream | None) -> Tensor:
+        """Zeros, e, or a normal draw (of Huginn: std sqrt(2 / 5D) cut at three of them, times the embedding
+        scale)."""
+        e, loop = self._first(e), self.config.loop
         if loop.state == "zero":
             return torch.zeros_like(e)
         if loop.state == "embedding":

@@ -104,15 +104,9 @@ class Vit(Backbone):
     def encode(self, inputs: Tensor, ctx: AttentionContext) -> Tensor:
         return self.patches(inputs)
 
-    def initial_state(
-        self,
-        e: Tensor,
-        generator: Stream | HashedStream | None = None,
-        latent: Tensor | None = None,
-        num_steps: int | None = None,
-    ) -> Tensor:
+    def initial_latent(self, e: Tensor, generator: Stream | HashedStream | None) -> Tensor:
         """Zeros [B, 1, D]."""
-        return torch.zeros_like(e[:, :1]) if latent is None else latent
+        return torch.zeros_like(e[:, :1])
 
     def core(self, state: Tensor, e: Tensor, cond: Condition | None, ctx: AttentionContext) -> Tensor:
         row = self.class_row(torch.zeros(state.shape[:2], dtype=torch.int64, device=state.device))

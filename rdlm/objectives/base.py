@@ -145,7 +145,7 @@ class Objective(nn.Module, ABC):
 
     def at(self, sigma: float | None) -> Objective:
         """The network that owns a level: this one, unless the network is cut into blocks
-        (rdlm/diffusion/blockwise.py)."""
+        (rdlm/objectives/blockwise.py)."""
         return self
 
     @property
