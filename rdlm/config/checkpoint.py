@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rdlm.config.base import Strict
-from rdlm.config.model import ModelConfig
+from rdlm.config.model import ImageConfig, ModelConfig
 from rdlm.config.objective import NoiseConfig, ObjectiveConfig, OneStepConfig
 from rdlm.errors import UserError
 from rdlm.exit_criteria import CRITERIA
@@ -167,14 +167,9 @@ class CheckpointConfig(Strict):
 
     def check_text(self, what: str) -> None:
         """Raises UserError for a model of images."""
-        if self.model.is_image:
+        if isinstance(self.model, ImageConfig):
             problem = f"a model of images has no tokens, which {what} needs"
-            remedy = (
-                "use `rdlm eval accuracy`"
-                if self.model.family == "vit"
-                else "use `rdlm images` or `rdlm eval fid`"
-            )
-            raise UserError("checkpoint", self.name, problem, remedy)
+            raise UserError("checkpoint", self.name, problem, f"use {self.model.instead_of_text}")
 
     def check_family(self, what: str, family: str) -> None:
         """Raises UserError for a model of another family than ``what`` is about."""

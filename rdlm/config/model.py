@@ -325,7 +325,6 @@ class HrmConfig(Strict, TextShape):
     can_be_cut: ClassVar[bool] = False
     iterates: ClassVar[bool] = True
     tie_embeddings: ClassVar[bool] = False
-    is_image: ClassVar[bool] = False
     origin: str | None = None
     """The published family that it was imported from."""
     vocab_size: int = Field(ge=2)
@@ -476,8 +475,6 @@ class PreNormConfig(Strict):
     """A stack of pre-norm transformer layers with gated MLPs; the layers are the core."""
 
     task: ClassVar[str]
-    commands: ClassVar[tuple[str, ...]] = TEXT_COMMANDS
-    is_image: ClassVar[bool] = False
     can_be_cut: ClassVar[bool] = True
     iterates: ClassVar[bool] = False
     family: str
@@ -529,7 +526,11 @@ class TextConfig(PreNormConfig, TextShape):
 class ImageConfig(PreNormConfig):
     """Of square images with a class each, cut into square patches."""
 
-    is_image = True
+    is_image: ClassVar[bool] = True
+    commands: ClassVar[tuple[str, ...]]
+    instead_of_text: ClassVar[str]
+    """Commands that take it where those of texts do not, for messages."""
+    depends_on_num_steps: ClassVar[bool] = False
     has_exit_gate: ClassVar[bool] = False
     tie_embeddings: ClassVar[bool] = True
 
@@ -619,6 +620,7 @@ class VitConfig(ImageConfig):
     family: Literal["vit"] = "vit"
     task = "classify"
     commands = ("rdlm eval accuracy --checkpoint THIS_FOLDER --data PREPARED_IMAGES",)
+    instead_of_text = "`rdlm eval accuracy`"
 
 
 class DitConfig(ImageConfig):
@@ -630,6 +632,7 @@ class DitConfig(ImageConfig):
         "rdlm images --checkpoint THIS_FOLDER --out samples.png",
         "rdlm eval fid --checkpoint THIS_FOLDER --reference IMAGES",
     )
+    instead_of_text = "`rdlm images` or `rdlm eval fid`"
     noise_conditioning: bool = True
     noise_embed_dim: int = Field(256, ge=8)
     """Width of what drives AdaLN, level and class added up; one vector an image, so it may be wide."""

@@ -497,8 +497,7 @@ def _request(
         raise invalid("prompt: it has no tokens; send at least one", "prompt")
     if len(ids) + max_tokens > served.max_len:
         sizes = f"the prompt's {len(ids)} tokens and {max_field} = {max_tokens}"
-        prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
-        param = max_field if len(ids) < served.max_len else prompt
+        param = max_field if len(ids) < served.max_len else body.prompt_field
         remedy = f"shorten the prompt, or lower {max_field}"
         message = f"{sizes} exceed the context of {served.max_len}; {remedy}"
         raise invalid(message, param, "context_length_exceeded")

@@ -42,13 +42,11 @@ def has_room(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler
     connection.app.state.server.engine.check_room(1)
 
 
-@post(
-    "/v1/completions",
-    status_code=200,
-    guards=[has_room],
-    summary="Continue one or several prompts",
-    tags=["generation"],
-)
+model_route = partial(post, status_code=200, guards=[has_room])
+"""A route that runs the model."""
+
+
+@model_route("/v1/completions", summary="Continue one or several prompts", tags=["generation"])
 async def completions(
     data: JSONBody[CompletionRequest], request: Request[Any, Any, Any], state: State
 ) -> Response[Any]:
@@ -65,13 +63,7 @@ async def completions(
     return await _reply(answer, server, request, bool(data.stream))
 
 
-@post(
-    "/v1/chat/completions",
-    status_code=200,
-    guards=[has_room],
-    summary="Answer a conversation",
-    tags=["generation"],
-)
+@model_route("/v1/chat/completions", summary="Answer a conversation", tags=["generation"])
 async def chat_completions(
     data: JSONBody[ChatRequest], request: Request[Any, Any, Any], state: State
 ) -> Response[Any]:
@@ -84,12 +76,8 @@ async def chat_completions(
     return await _reply(answer, server, request, bool(data.stream))
 
 
-@post(
-    "/v1/responses",
-    status_code=200,
-    guards=[has_room],
-    summary="Answer a conversation, in the form of OpenAI's responses",
-    tags=["generation"],
+@model_route(
+    "/v1/responses", summary="Answer a conversation, in the form of OpenAI's responses", tags=["generation"]
 )
 async def responses(
     data: JSONBody[ResponsesRequest], request: Request[Any, Any, Any], state: State
@@ -103,13 +91,7 @@ async def responses(
     return await _reply(answer, server, request, bool(data.stream))
 
 
-@post(
-    "/v1/score",
-    status_code=200,
-    guards=[has_room],
-    summary="Log-probabilities of prompts at several K",
-    tags=["scoring"],
-)
+@model_route("/v1/score", summary="Log-probabilities of prompts at several K", tags=["scoring"])
 async def score(data: JSONBody[ScoreRequest], request: Request[Any, Any, Any], state: State) -> Response[Any]:
     """The trajectory is shared: scoring at K = 1, 4 and 16 costs 16 core steps a position and three
     read-outs.

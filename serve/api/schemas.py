@@ -374,6 +374,8 @@ class SamplingBody(NumbersBody):
     """Fields that completions and chat share, those of rdlm/sampling_params.py among them. ``null`` means the
     default everywhere."""
 
+    prompt_field: ClassVar[str] = "prompt"
+    """Where its text is, for messages."""
     model: ModelName | None = None
     """Served name, or ``name:kN`` to choose N core steps."""
     num_steps: Annotated[int | Literal["auto"] | None, PlainValidator(_steps)] = None
@@ -573,6 +575,7 @@ class Message(Body):
 class ChatRequest(SamplingBody):
     """POST /v1/chat/completions."""
 
+    prompt_field = "messages"
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
     logprobs: StrictBool | None = None

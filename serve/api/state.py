@@ -92,7 +92,7 @@ class ServerState:
     @property
     def depends_on_num_steps(self) -> bool:
         """Whether the first steps of K are other ones than those of a smaller K."""
-        return bool(getattr(self.served.config.model, "depends_on_num_steps", False))
+        return self.served.config.model.depends_on_num_steps
 
     @property
     def supports_exits(self) -> bool:

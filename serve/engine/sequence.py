@@ -123,6 +123,11 @@ class StepBudget:
     """Lengths of the K steps, for models whose steps have some. Empty: those of the model."""
 
     @property
+    def guesses(self) -> bool:
+        """Whether positions begin before the tokens ahead of them are certain."""
+        return self.speculation is not None or self.wavefront is not None
+
+    @property
     def varies(self) -> bool:
         """Whether tokens of one answer may differ in their steps."""
         converges = self.wavefront is not None and self.wavefront.threshold > 0
@@ -392,16 +397,14 @@ class Sequence:
         """Whether the position that is decoded, or the one to open next, begins together with others of its K:
         not where the number of steps varies or a mask may be late, as all would wait again and again."""
         budget = self.request.budget
-        guesses = budget.speculation is not None or budget.wavefront is not None
-        return bool(self.output) and not (budget.varies or guesses) and self.guide is None
+        return bool(self.output) and not (budget.varies or budget.guesses) and self.guide is None
 
     @property
     def steps_left(self) -> int | None:
         """Core steps that the position that is decoded still takes; None where that is not known before, or where
         nothing may delay it."""
         budget = self.request.budget
-        guesses = budget.speculation is not None or budget.wavefront is not None
-        if guesses or budget.exit is not None or budget.max_ms is not None or self.guide is not None:
+        if budget.guesses or budget.exit is not None or budget.max_ms is not None or self.guide is not None:
             return None
         return self.counts.drawn - self.step if self.length == 1 and self.draws else None
 
