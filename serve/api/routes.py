@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Coroutine, Sized
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from litestar import Request, Response, post
 from litestar.connection import ASGIConnection
 from litestar.datastructures import State
 from litestar.handlers.base import BaseRouteHandler
 from litestar.params import JSONBody
+from litestar.response import Stream
 
 from serve.api.chat_template import TooSlow
 from serve.api.observability import FACTS
@@ -28,9 +29,10 @@ from serve.api.request_parsing import (
 from serve.api.responses import CHAT_NAMES, ResponseAnswer, ResponsesRequest
 from serve.api.schemas import ChatRequest, CompletionRequest, ScoreRequest
 from serve.api.state import ServerState
-from serve.api.streaming import MAX_UNREAD, EngineEvents, event_stream, until_disconnect
-from serve.errors import renamed
+from serve.api.streaming import MAX_UNREAD, EngineEvents
+from serve.errors import ApiError, renamed
 
+T = TypeVar("T")
 MESSAGE_SIZE = 64
 """Characters that rendering one more message is worth."""
 QUICK_SECONDS = 0.05
@@ -117,8 +119,30 @@ async def _reply(
     most = MAX_UNREAD if stream and server.left_to_right else None
     events = EngineEvents(server.engine, answer.requests, most, facts)
     if stream:
-        return event_stream(answer.stream(events), answer.headers)
-    return Response(await until_disconnect(request, answer.collect(events)), headers=answer.headers)
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **answer.headers}
+        body = answer.stream(events)  # a client that leaves cancels it, and with it the work
+        return Stream(body, media_type="text/event-stream", headers=headers, status_code=200)
+    return Response(await _until_disconnect(request, answer.collect(events)), headers=answer.headers)
+
+
+async def _until_disconnect(request: Request[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, cancelled as soon as the client has gone. Raises ApiError 499 then (nobody
+    reads it).
+    """
+    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client closed the connection", "client_error")
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+
+
+async def _disconnected(request: Request[Any, Any, Any]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _parsed_chat(

@@ -1,20 +1,17 @@
-"""The engine's events on the event loop, and the way of an answer to a client that may leave."""
+"""The engine's events on the event loop, and as server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import msgspec
-from litestar import Request as HttpRequest
-from litestar.response import Stream
 
 from serve.engine.engine import Engine
 from serve.engine.sequence import Event, Request
 from serve.errors import ApiError, from_user_error
 
-T = TypeVar("T")
 PING_SECONDS = 15.0
 """Proxies close connections that say nothing for a minute, which is not long in a queue."""
 PING = b": ping\n\n"
@@ -125,26 +122,6 @@ def _failure(event: Event) -> ApiError:
     return ApiError(status, message, "server_error", param, code)
 
 
-async def until_disconnect(request: HttpRequest[Any, Any, Any], work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, cancelled as soon as the client has gone. Raises ApiError 499 then (nobody
-    reads it).
-    """
-    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client closed the connection", "client_error")
-        return task.result()
-    finally:
-        task.cancel()
-        watcher.cancel()
-
-
-async def _disconnected(request: HttpRequest[Any, Any, Any]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def sse(payload: dict[str, Any], name: str | None = None) -> bytes:
     """One event.
 
@@ -153,9 +130,3 @@ def sse(payload: dict[str, Any], name: str | None = None) -> bytes:
     """
     head = b"" if name is None else f"event: {name}\n".encode()
     return head + b"data: " + msgspec.json.encode(payload) + b"\n\n"
-
-
-def event_stream(body: AsyncIterator[bytes], more_headers: Mapping[str, str]) -> Stream:
-    """The HTTP answer; a client that leaves cancels the iterator, and with it the work."""
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **more_headers}
-    return Stream(body, media_type="text/event-stream", headers=headers, status_code=200)
