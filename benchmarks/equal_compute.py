@@ -30,7 +30,7 @@ from benchmarks.common import (
 )
 from benchmarks.train_step import ARMS as ARM_COSTS
 from benchmarks.train_step import Arm, kept_seconds_per_update
-from train.settings import native_precision
+from train.config_file import native_precision
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from demo.ask import ask, wait_until_ready
 from demo.processes import Processes, StepFailed
-from train.settings import native_precision
+from train.config_file import native_precision
 
 REPO = Path(__file__).resolve().parent.parent
 CONFIG = "configs/demo.yaml"

@@ -22,8 +22,9 @@ from rdlm.diffusion.samplers import SAMPLERS
 from rdlm.exit_criteria import CRITERIA
 from rdlm.sampling_params import Order, text_samplers
 from serve.api.schemas import SamplingBody
+from train.config_file import load
 from train.data.sources import SOURCES
-from train.settings import TrainConfig, load
+from train.settings import TrainConfig
 
 REPO = Path(__file__).parents[1]
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md")])

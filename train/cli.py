@@ -277,9 +277,9 @@ def plan(
     """Predict memory per device by part; suggest blocks, micro-batch, recomputation, ZeRO stage and mode.
     The exit status is 1 if nothing fits."""
     budget = size(memory)
+    from train.config_file import load
     from train.memory_plan import arms
     from train.pretrain import count_parameters
-    from train.settings import load
 
     settings = load(config, overrides or [])
     settings.batch.accumulation(num_devices)

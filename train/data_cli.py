@@ -15,10 +15,11 @@ from rdlm.command_line import new_app, new_console
 from rdlm.data.images import open_split, read_image_manifest
 from rdlm.data.manifest import check_hashes, kind_of, read_document
 from rdlm.data.token_shards import Manifest, check_sizes, hashes_of, num_targets, read_manifest
+from train.data.file_formats import FORMATS
 from train.data.image_prepare import MAX_SIZE, ImagePreparation, prepare_images
 from train.data.image_sources import PRESETS as IMAGE_PRESETS
 from train.data.prepare import Preparation, prepare
-from train.data.sources import FORMATS, spellings
+from train.data.sources import spellings
 
 app = new_app(
     help="Prepare text as token shards and images as arrays, both memory-mapped.",

@@ -42,8 +42,6 @@ from rdlm.registry import build
 from train.checkpoints import (
     TAG,
     TOKENIZER,
-    WEIGHT,
-    SavedState,
     best,
     checkpoints_in,
     damage_of,
@@ -56,6 +54,7 @@ from train.lora import Merged, add_adapters
 from train.metrics import read
 from train.optim import parameter_groups
 from train.patterns import matches
+from train.saved_state import WEIGHT, SavedState
 from train.settings import TrainConfig
 
 MOST_DRAWS = 10_000

@@ -23,8 +23,9 @@ from typing import IO
 import psutil
 
 from rdlm.errors import UserError
+from train.config_file import block_folder, load, written_checked
 from train.process import LAUNCHER, device_kind, die_with_launcher, fail, launcher_name, stop_signals, tell
-from train.settings import TrainConfig, block_folder, load, written_checked
+from train.settings import TrainConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_PROCESSES = 2

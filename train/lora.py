@@ -22,7 +22,7 @@ _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer
 
 
 class Weights(Protocol):
-    """What a training checkpoint holds: see train.checkpoints.SavedState."""
+    """What a training checkpoint holds: see train.saved_state.SavedState."""
 
     shapes: dict[str, tuple[int, ...]]
 

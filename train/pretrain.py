@@ -23,6 +23,7 @@ import psutil
 
 from rdlm.errors import UserError, out_of_memory, reason
 from rdlm.registry import build
+from train.config_file import load, read_checked
 from train.data import Corpus, build_corpus
 from train.process import (
     ProcessError,
@@ -37,7 +38,7 @@ from train.process import (
     tell,
     tune_cpu,
 )
-from train.settings import TrainConfig, load, read_checked
+from train.settings import TrainConfig
 from train.wandb_sink import wandb_module
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)

@@ -32,8 +32,9 @@ from rdlm.atomic import write_file
 from rdlm.checkpoints.folder import CONFIG, load_config
 from rdlm.config.base import Strict, parse
 from rdlm.errors import UserError
+from train.config_file import changed, load, read_yaml
 from train.process import LAUNCHER, launcher_name, stop_signals
-from train.settings import FolderPath, TrainConfig, changed, load, read_yaml
+from train.settings import FolderPath, TrainConfig
 
 _SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
 CALIBRATION = {

@@ -458,7 +458,7 @@ class Trainer:
         return interval > 0 and (self.step % interval == 0 or self.step == self.config.schedule.steps)
 
     def _whole(self) -> Objective:
-        """The network to evaluate. With resident blocks K is 1 (train/settings.py), which is block 0."""
+        """The network to evaluate. With resident blocks K is 1 (train/config_file.py), which is block 0."""
         one = len(self.engines) == 1 or self.config.resident is not None
         network: Objective = self.engines[0].module if one else self.network
         return network

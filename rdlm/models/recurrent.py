@@ -107,7 +107,7 @@ class Recurrent(Backbone):
     def context(self, inputs: Tensor, documents: Tensor | None = None) -> AttentionContext:
         if self.is_causal:
             return super().context(inputs, documents)
-        assert documents is None, "train/settings.py refuses documents for masked models"
+        assert documents is None, "train/config_file.py refuses documents for masked models"
         return BidirectionalContext(inputs.shape[1], inputs.device)
 
     def embed(self, input_ids: Tensor) -> Tensor:

@@ -197,8 +197,8 @@ def run_files(output: Path) -> dict[str, Path]:
 
 def memory_plan(path: Path, overrides: Sequence[str], world: int, on_gpu: bool) -> dict[str, int]:
     """Bytes that ``rdlm plan`` predicts, by part."""
+    from train.config_file import load as load_settings
     from train.memory_plan import predict
-    from train.settings import load as load_settings
 
     memory = predict(load_settings(path, list(overrides)), world, on_gpu)
     return {
@@ -210,7 +210,7 @@ def memory_plan(path: Path, overrides: Sequence[str], world: int, on_gpu: bool) 
 def train_config(path: Path) -> dict[str, Any]:
     """The resolved training config of a YAML file as JSON, its objective with version 1's fields; newer fields
     are among them."""
-    from train.settings import load as load_settings
+    from train.config_file import load as load_settings
 
     document = load_settings(path).model_dump(mode="json")
     return {**document, "objective": _objective_v1(document["objective"])}

@@ -25,11 +25,11 @@ from rdlm.errors import UserError
 from rdlm.nn.attention import rotary_table
 from rdlm.objectives.blockwise import drawn_block
 from tests.train.test_blocks import BLOCKS
+from train.config_file import load as load_config
 from train.export import export_run
 from train.launcher import launch_blocks
 from train.memory_plan import arms
 from train.offload import InHost, Mover, OnDisk
-from train.settings import load as load_config
 
 
 def residing(steps: int = 1) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rdlm.errors import UserError
+from train.config_file import load
 from train.pretrain import count_parameters
-from train.settings import load
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 VALUES = [

@@ -16,8 +16,9 @@ import pytest
 from rdlm.cli import run
 from rdlm.data.token_shards import TokenStore, file_sha256, read_manifest
 from rdlm.errors import UserError
+from train.data.file_formats import Reading
 from train.data.prepare import Preparation, prepare, split_of
-from train.data.sources import PRESETS, Reading, open_source
+from train.data.sources import PRESETS, open_source
 from train.data_cli import app
 
 DOCUMENTS = [

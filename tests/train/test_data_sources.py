@@ -19,8 +19,9 @@ import pytest
 from rdlm.cli import run
 from rdlm.data.token_shards import read_manifest
 from rdlm.errors import UserError
+from train.data.file_formats import Reading
 from train.data.prepare import Preparation, prepare
-from train.data.sources import EMPTY, NULL, Files, Reading, Source, open_source
+from train.data.sources import EMPTY, NULL, Files, Source, open_source
 from train.data_cli import app
 
 DOCUMENTS = [f'Document {i}, "quoted",\nwith é, {chr(0x4E00 + i)} and\ttabs.\n' for i in range(120)]

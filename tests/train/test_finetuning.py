@@ -22,13 +22,14 @@ from rdlm.data.tokenizer import train_tokenizer
 from rdlm.errors import UserError
 from rdlm.objectives.base import Keys
 from rdlm.registry import build
+from train.config_file import load
 from train.export import export_run, initialize_from
 from train.lora import add_adapters
 from train.memory_plan import predict
 from train.optim import build_optimizer
 from train.patterns import matches
 from train.pretrain import check
-from train.settings import TrainConfig, load
+from train.settings import TrainConfig
 
 PLAIN = {
     "family": "llama",

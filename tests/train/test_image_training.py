@@ -20,13 +20,13 @@ from rdlm.config.base import parse
 from rdlm.data.batch import Batch
 from rdlm.errors import UserError
 from rdlm.registry import build
+from train.config_file import load as load_config
 from train.data.image_prepare import ImagePreparation, prepare_images
 from train.export import export_run, merge
 from train.memory_plan import block_counts, predict
 from train.memory_trace import trace
 from train.pretrain import check
 from train.settings import TrainConfig
-from train.settings import load as load_config
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -22,8 +22,8 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.train.test_blocks import BLOCKS
+from train.config_file import load
 from train.launcher import _conclude
-from train.settings import load
 
 pytestmark = pytest.mark.multiproc
 REPO = Path(__file__).resolve().parents[2]

@@ -15,8 +15,8 @@ import yaml
 
 from rdlm.errors import UserError
 from train import launcher, pretrain
+from train.config_file import load, read_checked, written_checked
 from train.process import LAUNCHER, _first_node, device_kind, environment
-from train.settings import load, read_checked, written_checked
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -15,12 +15,12 @@ from rdlm.data.batch import Batch
 from rdlm.errors import UserError
 from rdlm.objectives.base import Keys
 from rdlm.registry import build
+from train.config_file import _check as check_sections
 from train.export import export_run
 from train.lora import add_adapters, is_adapter, plain_name
 from train.metrics import first_lines
 from train.pretrain import check
 from train.settings import LoraConfig, TrainConfig
-from train.settings import _check as check_sections
 
 LORA = {"rank": 3, "alpha": 6, "also_train": ["model.adapter"]}
 THREE = {"name": "next_token", "depth": {"mean": 3, "grad_steps": 3}}

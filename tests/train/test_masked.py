@@ -18,12 +18,12 @@ from rdlm.data.batch import Batch
 from rdlm.diffusion.masked_likelihood import bound
 from rdlm.errors import UserError
 from rdlm.registry import build
+from train.config_file import load as load_config
 from train.data.prepare import Preparation, prepare
 from train.export import export_run, merge
 from train.memory_plan import block_counts, predict
 from train.memory_trace import trace
 from train.settings import TrainConfig
-from train.settings import load as load_config
 
 MASKED: dict[str, Any] = {
     "model": {

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from rdlm.errors import UserError
+from train.data.file_formats import Reading
 from train.data.prepare import Preparation, prepare
-from train.data.sources import Reading, open_source
+from train.data.sources import open_source
 
 ROWS = [{"text": f"row {n}"} for n in range(3)]
 

@@ -21,10 +21,10 @@ from rdlm.errors import UserError
 from rdlm.nn.attention import DocumentContext, TwoStreamContext
 from rdlm.objectives.base import HeldOut, Keys
 from rdlm.registry import build
+from train.config_file import _check as check_sections
 from train.data.corpus import TokenCorpus
 from train.data.prepare import Preparation, prepare
 from train.settings import TokensConfig, TrainConfig
-from train.settings import _check as check_sections
 
 LENGTHS = (5, 4, 7)
 T = 20

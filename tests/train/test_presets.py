@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rdlm.registry import build
+from train.config_file import load
 from train.engines import ds_config
-from train.settings import TrainConfig, load
+from train.settings import TrainConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PARAMETERS = {

@@ -12,10 +12,10 @@ import torch
 from ruamel.yaml import YAML
 
 from rdlm.errors import UserError
+from train.config_file import load
 from train.data.prepare import Preparation, prepare
 from train.pretrain import check
 from train.samples import UPDATE
-from train.settings import load
 
 PROMPTS = ["and", "it came to pass"]
 SAMPLES = {"interval_steps": 2, "prompts": PROMPTS, "num_steps": [1, 3], "max_tokens": 5}

@@ -11,8 +11,8 @@ import yaml
 
 from rdlm.cli import app, run
 from rdlm.errors import UserError
+from train.config_file import load
 from train.engines import ds_config
-from train.settings import load
 
 
 @pytest.fixture

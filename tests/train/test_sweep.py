@@ -30,9 +30,10 @@ from rdlm.errors import UserError
 from rdlm.objectives.base import Keys
 from rdlm.objectives.depth import drawn_depths
 from rdlm.registry import build
+from train.config_file import load
 from train.cost import update_flops, updates_within
 from train.process import lock_output
-from train.settings import TrainConfig, load
+from train.settings import TrainConfig
 from train.sweep import Sweeper, read_sweep
 
 BASE: dict[str, Any] = {

@@ -247,7 +247,7 @@ class ImageCorpus(Corpus):
             raise UserError("data.augment", augment, problem, "use flip or none")
 
     def check_model(self, model: ModelConfig) -> None:
-        images = cast(ImageConfig, model)  # train/settings.py has refused other models of images
+        images = cast(ImageConfig, model)  # train/config_file.py has refused other models of images
         height, width = self.image_size
         found = {
             "image_size": (images.image_size,) * 2,

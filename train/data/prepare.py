@@ -22,7 +22,8 @@ from rdlm.data.token_shards import SCHEMA_VERSION, Manifest, Split, check_sizes,
 from rdlm.data.tokenizer import Kind, Tokenizer, load_tokenizer, train_tokenizer
 from rdlm.errors import UserError
 from train.data.chat import ChatEncoder, LossOn, conversations
-from train.data.sources import Reading, Rows, Source, TextFiles, open_source
+from train.data.file_formats import Reading, Rows, TextFiles
+from train.data.sources import Source, open_source
 from train.data.writer import PREPARED, Encoded, SplitWriter, check_same_request, write_manifest
 
 D = TypeVar("D")
