@@ -1,4 +1,5 @@
-"""Held-out tokens in windows for a checkpoint: what the metrics nll, ce-by-sigma and convergence read."""
+"""Checkpoints that are measured, and held-out tokens in windows for them: what the metrics nll, ce-by-sigma and
+convergence read."""
 
 from __future__ import annotations
 
@@ -73,14 +74,15 @@ class HeldOut:
         }
 
 
+def open_checkpoint(folder: Path, device: str, dtype: str = "float32") -> Loaded:
+    """What ``--checkpoint`` names, where ``--device`` and in the precision that ``--dtype`` says. UserError."""
+    return load(folder, device=usable_device(device, "--device"), dtype=getattr(torch, dtype))
+
+
 def open_windows(options: WindowOptions, packing: Literal["windows", "documents"] = "windows") -> HeldOut:
     """UserError where checkpoint, data, packing and window length do not fit each other."""
     store = TokenStore(options.data, options.split)
-    loaded = load(
-        options.checkpoint,
-        device=usable_device(options.device, "--device"),
-        dtype=getattr(torch, options.dtype),
-    )
+    loaded = open_checkpoint(options.checkpoint, options.device, options.dtype)
     check_tokenizer(options.checkpoint, loaded, store)
     limit = loaded.config.model.max_seq_len
     if options.seq_len is not None and options.seq_len > limit:

@@ -119,6 +119,11 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
         ) from None
 
 
+def steps_given(text: str | None) -> list[int] | None:
+    """The K that ``--num-steps`` names; None where it is left out."""
+    return None if text is None else numbers("--num-steps", text, int)
+
+
 def choices(option: str, text: str, known: Collection[str]) -> list[str]:
     """ "renoise,euler" -> ["renoise", "euler"], without repeats; UserError for one that is not known."""
     found = list(dict.fromkeys(text.split(",")))

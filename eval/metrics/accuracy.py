@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from tqdm import tqdm
 
+from eval.held_out import open_checkpoint
 from eval.metric import Json, Measurement, Picture, Run, Section, Table, pair, print_table
 from eval.options import (
     TEXT_SAMPLERS,
@@ -27,17 +28,16 @@ from eval.options import (
     Plot,
     Seed,
     check_steps,
-    numbers,
     samplers,
+    steps_given,
 )
 from eval.plots import Row, colour, heading, k_axis, new_figure, png, with_errors, write_png
 from eval.provenance import origin
 from eval.stats import difference, interval, mover, resamples, with_interval
-from rdlm.checkpoints.folder import Loaded, load, load_config
+from rdlm.checkpoints.folder import Loaded, load_config
 from rdlm.config.checkpoint import CheckpointConfig
 from rdlm.config.model import VitConfig
 from rdlm.data.images import ImageStore
-from rdlm.device import usable_device
 from rdlm.errors import UserError
 from rdlm.objectives.base import Draws
 from rdlm.sampling_params import check_sampler, text_samplers
@@ -199,14 +199,8 @@ class Accuracy(Measurement):
         chosen = samplers(options.sampler, text_samplers())
         store = ImageStore(options.data, options.split)
         check_fit(load_config(options.checkpoint), store, chosen)
-        loaded = load(
-            options.checkpoint,
-            device=usable_device(options.device, "--device"),
-            dtype=getattr(torch, options.dtype),
-        )
-        ks = choose_steps(
-            None if options.num_steps is None else numbers("--num-steps", options.num_steps, int), loaded
-        )
+        loaded = open_checkpoint(options.checkpoint, options.device, options.dtype)
+        ks = choose_steps(steps_given(options.num_steps), loaded)
         total = len(store) if options.max_images is None else min(len(store), options.max_images)
         with tqdm(total=total, unit="image", desc=f"K = {', '.join(map(str, ks))}") as bar:
             measured = evaluate_accuracy(

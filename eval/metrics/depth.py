@@ -17,15 +17,15 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from tqdm import tqdm
 
+from eval.held_out import open_checkpoint
 from eval.metric import Json, Measurement, Picture, Run, Section, Table, pair, print_table
 from eval.metrics.convergence import draw_convergence, evaluate_convergence
-from eval.options import Checkpoint, Device, Out, Plot, Seed, check_steps, iterates, numbers
+from eval.options import Checkpoint, Device, Out, Plot, Seed, check_steps, iterates, numbers, steps_given
 from eval.plots import Row, colour, heading, k_axis, new_figure, png, with_errors, write_png
 from eval.provenance import origin
 from eval.stats import difference, interval, mover, resamples, with_interval
-from rdlm.checkpoints.folder import Loaded, load
+from rdlm.checkpoints.folder import Loaded
 from rdlm.data.synthetic import FilledIn, Generated, Task, parse_task
-from rdlm.device import usable_device
 from rdlm.errors import UserError
 from rdlm.objectives.base import Draws
 from rdlm.objectives.masked import MaskedDiffusion
@@ -65,7 +65,7 @@ def choose_order(order: Order | None, loaded: Loaded) -> Order | None:
 
 
 def as_trained(loaded: Loaded, task: Generated) -> Task:
-    """The task in the form that the checkpoint's objective is trained on (train/corpora)."""
+    """The task in the form that the checkpoint's objective is trained on (train/data/corpus.py)."""
     return task if loaded.config.objective.left_to_right else FilledIn(task)
 
 
@@ -205,14 +205,12 @@ class Depth(Measurement):
 
     def measure(self, options: Options) -> Json:
         parsed = [parse_task(options.task, length) for length in numbers("--lengths", options.lengths, int)]
-        loaded = load(options.checkpoint, device=usable_device(options.device, "--device"))
+        loaded = open_checkpoint(options.checkpoint, options.device)
         order = choose_order(options.order, loaded)
         tasks = [as_trained(loaded, each) for each in parsed]
         for each in tasks:
             check_task(loaded, options.task, each)
-        ks = choose_steps(
-            None if options.num_steps is None else numbers("--num-steps", options.num_steps, int), loaded
-        )
+        ks = choose_steps(steps_given(options.num_steps), loaded)
         results: list[Json] = []
         settling: Json = {}
         with tqdm(

@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from eval.cache import Bar, bars
+from eval.held_out import open_checkpoint
 from eval.images.distance import FEWEST, evaluate_images
 from eval.images.features import load_extractor
 from eval.images.samples import Setting, drawn, settings
 from eval.metric import Json, Measurement, Picture, Run, Section, Table, print_table
-from eval.options import Device, Dtype, Out, Plot, Seed, numbers, samplers
+from eval.options import Device, Dtype, Out, Plot, Seed, numbers, samplers, steps_given
 from eval.plots import colour, k_axis, new_figure, png, with_errors, write_png
 from eval.provenance import checkpoint_facts, provenance
 from eval.stats import difference, mover, with_interval
-from rdlm.checkpoints.folder import load, load_config
+from rdlm.checkpoints.folder import load_config
 from rdlm.data.image_files import ImageSet, open_images
 from rdlm.device import usable_device
 from rdlm.diffusion.samplers import SAMPLERS
@@ -207,17 +207,11 @@ class Drawing:
         config = load_config(options.checkpoint)
         config.check_family("--checkpoint of rdlm eval fid", "dit")
         config.check_whole()
-        ks = [config.default_steps]
-        if options.num_steps is not None:
-            ks = numbers("--num-steps", options.num_steps, int)
+        ks = steps_given(options.num_steps) or [config.default_steps]
         guidance = numbers("--guidance", options.guidance, float)
         self.settings = settings(ks, guidance, samplers(options.sampler), config.max_steps)
         self.facts, self.options = checkpoint_facts(options.checkpoint, config), options
-        self.loaded = load(
-            options.checkpoint,
-            device=usable_device(options.device, "--device"),
-            dtype=getattr(torch, options.dtype),
-        )
+        self.loaded = open_checkpoint(options.checkpoint, options.device, options.dtype)
 
     def sets(self, count: int, bar: Bar) -> Iterator[ImageSet]:
         """The images of each setting in turn."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import typer
 
 from eval.metric import Json, Metric, Picture, Run, Section, Table, check_equal
-from eval.options import numbers
+from eval.options import steps_given
 from eval.plots import Row, against_k
 from eval.stats import Pair, difference, mover, with_interval
 from rdlm.command_line import new_app
@@ -109,7 +109,7 @@ class LmEval(Metric):
     def run(self, given: list[str]) -> None:
         """Run lm_eval, which prints and writes its results itself."""
         arguments, steps = taken_out(with_checkpoint(given), "--num-steps")
-        ks = None if steps is None else numbers("--num-steps", steps, int)
+        ks = steps_given(steps)
         try:
             from eval.texts.lm_eval_adapter import run, run_sweep
         except ModuleNotFoundError as error:

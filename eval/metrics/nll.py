@@ -19,7 +19,7 @@ from rich.console import Console
 
 from eval.held_out import open_windows, window_protocol
 from eval.metric import Json, Measurement, Picture, Run, Section, Table, print_table
-from eval.options import WindowOptions, check_steps, numbers
+from eval.options import WindowOptions, check_steps, steps_given
 from eval.plots import Row, colour, heading, k_axis, new_figure, png, with_errors, write_png
 from eval.stats import difference, interval, mover, or_dash, resamples, with_interval
 from rdlm.checkpoints.folder import Loaded
@@ -154,7 +154,7 @@ class Nll(Measurement):
         ] = False
 
     def measure(self, options: Options) -> Json:
-        wanted = None if options.num_steps is None else numbers("--num-steps", options.num_steps, int)
+        wanted = steps_given(options.num_steps)
         held_out = open_windows(options, options.packing)
         ks = check_steps(wanted, held_out.loaded.config)
         with held_out.progress(f"K = {', '.join(map(str, ks))}") as done:

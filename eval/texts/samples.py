@@ -21,7 +21,7 @@ import numpy as np
 
 from eval.cache import Bar
 from eval.held_out import check_tokenizer, no_tokenizer
-from eval.options import TextOptions, check_steps, numbers, samplers
+from eval.options import TextOptions, check_steps, numbers, samplers, steps_given
 from eval.provenance import checkpoint_facts, origin
 from eval.texts.sweep import Setting, grid
 from rdlm import __version__
@@ -313,7 +313,7 @@ def settings_of(options: TextOptions) -> list[Setting]:
     if not (options.checkpoint / checkpoint.TOKENIZER).is_dir():
         raise no_tokenizer(options.checkpoint)
     default = config.default_steps
-    ks = [default] if options.num_steps is None else numbers("--num-steps", options.num_steps, int)
+    ks = steps_given(options.num_steps) or [default]
     return grid(
         {
             "num_steps": ks,
