@@ -117,10 +117,10 @@ class _Conversation:
         forgotten; what Ctrl-C leaves of an answer is kept."""
         asked = [*self.messages, {"role": "user", "content": message}]
         request = self._request({**self.body, "messages": asked, "num_steps": self.num_steps})
-        said: list[str] = []
+        texts: list[str] = []
 
         def show(event: Event) -> None:
-            said.append(event.text)
+            texts.append(event.text)
             typer.echo(event.text, nl=False)
 
         try:
@@ -130,7 +130,7 @@ class _Conversation:
         except KeyboardInterrupt:
             typer.echo(" [stopped]", nl=False)
         typer.echo()
-        self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
+        self.messages = [*asked, {"role": "assistant", "content": "".join(texts)}]
 
 
 def _talk(conversation: _Conversation, terminal: bool) -> None:

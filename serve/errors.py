@@ -73,9 +73,9 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except ApiError as error:
-        spoken = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, names)) + r")(?![\w])")
-        error.message = spoken.sub(lambda found: names[found[1]], error.message)
-        error.param = error.param and spoken.sub(lambda found: names[found[1]], error.param)
+        pattern = re.compile(r"(?<![\w.])(" + "|".join(map(re.escape, names)) + r")(?![\w])")
+        error.message = pattern.sub(lambda found: names[found[1]], error.message)
+        error.param = error.param and pattern.sub(lambda found: names[found[1]], error.param)
         raise
 
 

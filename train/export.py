@@ -204,14 +204,14 @@ def initialize_from(
     block: the block that ``denoiser`` is, of a checkpoint of the whole network. mapped: the section init_map.
     Raises UserError where a shape differs or the checkpoint has weights that the model lacks.
     """
-    mine = dict(denoiser.named_parameters())
-    weights = _matching(mine, weights_of(Path(source)), source, block, mapped or {})
+    own = dict(denoiser.named_parameters())
+    weights = _matching(own, weights_of(Path(source)), source, block, mapped or {})
     with torch.no_grad():
         for name, weight in weights.items():
-            mine[name][_region(weight)].copy_(weight)
-    fresh = sorted(mine.keys() - weights.keys())
-    partly = sorted(name for name, weight in weights.items() if weight.shape != mine[name].shape)
-    lines = [f"weights of {source}: {len(weights)} of {len(mine)} parameters"]
+            own[name][_region(weight)].copy_(weight)
+    fresh = sorted(own.keys() - weights.keys())
+    partly = sorted(name for name, weight in weights.items() if weight.shape != own[name].shape)
+    lines = [f"weights of {source}: {len(weights)} of {len(own)} parameters"]
     lines += [f"initialized anew in part: {', '.join(partly)}"] if partly else []
     return lines + ([f"initialized anew: {', '.join(fresh)}"] if fresh else [])
 
@@ -222,8 +222,8 @@ def check_init_from(config: TrainConfig, source: str, tokenizer: Tokenizer | Non
 
     tokenizer: that of the data.
     """
-    mine = dict(build(config.checkpoint_config, device="meta").named_parameters())
-    _matching(mine, weights_of(Path(source), shapes_only=True), source, config.block, config.init_map)
+    own = dict(build(config.checkpoint_config, device="meta").named_parameters())
+    _matching(own, weights_of(Path(source), shapes_only=True), source, config.block, config.init_map)
     folder = next((p for p in (Path(source) / "model", Path(source)) if (p / TOKENIZER).is_dir()), None)
     if folder is None or tokenizer is None or config.allow_changes:
         return
@@ -237,20 +237,20 @@ def check_init_from(config: TrainConfig, source: str, tokenizer: Tokenizer | Non
 
 
 def _matching(
-    mine: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
     weights: dict[str, Tensor],
     source: str,
     block: int | None,
     mapped: Mapping[str, str],
 ) -> dict[str, Tensor]:
-    """The weights for ``mine``, those that overlap cut to what both have; UserError for the first one that ``mine``
+    """The weights for ``own``, those that overlap cut to what both have; UserError for the first one that ``own``
     lacks or has in another shape and that ``mapped`` does not explain."""
     if block is not None and any(name.startswith("blocks.") for name in weights):
         prefix = f"blocks.{block}."
         weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
     remedy = "correct the section model, leave it out, or say in init_map where its weights go"
     found, used = {}, set()
-    for name in mine:
+    for name in own:
         pattern, taken = _taken(name, mapped)
         if taken is None or (taken == name and name not in weights and pattern is None):
             continue
@@ -259,11 +259,11 @@ def _matching(
             raise UserError(f"init_map.{pattern}", mapped[str(pattern)], problem, "name one that it has")
         weight = weights[taken]
         used.add(taken)
-        if pattern is not None and mapped[pattern] == OVERLAP and weight.dim() == mine[name].dim():
-            shared = zip(weight.shape, mine[name].shape, strict=True)
+        if pattern is not None and mapped[pattern] == OVERLAP and weight.dim() == own[name].dim():
+            shared = zip(weight.shape, own[name].shape, strict=True)
             weight = weight[tuple(slice(0, min(sizes)) for sizes in shared)]
-        elif weight.shape != mine[name].shape:
-            problem = f"{taken} has shape {tuple(weight.shape)}, the model {tuple(mine[name].shape)}"
+        elif weight.shape != own[name].shape:
+            problem = f"{taken} has shape {tuple(weight.shape)}, the model {tuple(own[name].shape)}"
             raise UserError("init_from", source, problem, remedy)
         found[name] = weight
     for name in sorted(weights.keys() - used):
@@ -271,7 +271,7 @@ def _matching(
             problem = f"has the weight {name}, the model has no place for it"
             raise UserError("init_from", source, problem, remedy)
     for pattern in mapped:
-        if not any(matches(name, pattern) for name in (*mine, *weights)):
+        if not any(matches(name, pattern) for name in (*own, *weights)):
             problem = "matches no parameter of the model or of init_from"
             raise UserError(f"init_map.{pattern}", mapped[pattern], problem, "correct it")
     return found
@@ -430,8 +430,8 @@ def _in_order(parts: dict[Path, Loaded]) -> list[Loaded]:
 
 def _difference(one: CheckpointConfig, other: CheckpointConfig) -> str | None:
     """The first field in which two blocks of one network must not differ."""
-    mine, theirs = one.model_dump(), other.model_dump()
-    return next((name for name in mine if name not in ("block", "step") and mine[name] != theirs[name]), None)
+    ours, theirs = one.model_dump(), other.model_dump()
+    return next((name for name in ours if name not in ("block", "step") and ours[name] != theirs[name]), None)
 
 
 def _fingerprint(part: Loaded) -> str | None:

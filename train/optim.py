@@ -277,12 +277,12 @@ def building(name: str) -> Iterator[None]:
     torch's file if no process holds that open.
     """
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
-    with (folder.parent / f".{name}.rdlm-lock").open("w", encoding="utf-8") as mine:
-        fcntl.flock(mine, fcntl.LOCK_EX)
-        lock = folder / "lock"
-        if lock.exists() and not _held(lock):
-            print(f"removing {lock}: the process that was compiling {name} is gone", file=sys.stderr)
-            lock.unlink(missing_ok=True)
+    with (folder.parent / f".{name}.rdlm-lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        theirs = folder / "lock"
+        if theirs.exists() and not _held(theirs):
+            print(f"removing {theirs}: the process that was compiling {name} is gone", file=sys.stderr)
+            theirs.unlink(missing_ok=True)
         yield
 
 

@@ -291,10 +291,10 @@ class ScheduleConfig(Strict):
         if self.warmup_steps + self.cooldown_steps > self.steps:
             raise ValueError(f"warmup_steps + cooldown_steps exceed steps ({self.steps})")
         if bool(self.cooldown_steps) != (self.kind == "trapezoid"):
-            told = "needs cooldown_steps; use constant for a rate that stays"
+            problem = "needs cooldown_steps; use constant for a rate that stays"
             if self.cooldown_steps:
-                told = "has no cooldown_steps; use trapezoid or drop them"
-            raise ValueError(f"kind {self.kind!r} {told}")
+                problem = "has no cooldown_steps; use trapezoid or drop them"
+            raise ValueError(f"kind {self.kind!r} {problem}")
         return self
 
 

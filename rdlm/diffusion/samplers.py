@@ -101,8 +101,8 @@ class Sampler(ABC):
     """Whether a token is drawn at every level and its embedding noised again, instead of following the mean
     estimate."""
     starts_from_noise: ClassVar[bool] = False
-    """Whether the network's first call sees z = sigma_max eps, told sigma_max; otherwise z = 0 at the read-out
-    level that its training covers (``objective.readout_quantile``)."""
+    """Whether the network's first call sees z = sigma_max eps, conditioned on sigma_max; otherwise z = 0
+    at the read-out level that its training covers (``objective.readout_quantile``)."""
     for_text: ClassVar[bool] = True
     """Whether text can be sampled this way: it needs the network once a level."""
     description: ClassVar[str]

@@ -195,8 +195,8 @@ def read(denoiser: MaskedNetwork, queries: Sequence[Query]) -> list[Tensor]:
     """Logits [P, V] fp32 of the positions of each row. Rows of similar length share a pass, where their owner is
     the same."""
     found: dict[int, Tensor] = {}
-    for owner, mine in by_owner(denoiser, [query.level for query in queries]):
-        for group in _alike(mine.tolist(), [len(query.ids) for query in queries]):
+    for owner, numbers in by_owner(denoiser, [query.level for query in queries]):
+        for group in _alike(numbers.tolist(), [len(query.ids) for query in queries]):
             rows = [queries[i] for i in group]
             lengths = torch.tensor([len(row.ids) for row in rows])
             ids = nn.utils.rnn.pad_sequence([row.ids for row in rows], batch_first=True)
@@ -241,5 +241,5 @@ def by_owner(
     rows: dict[MaskedNetwork, list[int]] = {denoiser.at(level): [] for level in possible}
     for row, level in enumerate(levels):
         rows.setdefault(denoiser.at(level), []).append(row)
-    for owner, mine in rows.items():
-        yield owner, torch.tensor(mine, dtype=torch.long)
+    for owner, numbers in rows.items():
+        yield owner, torch.tensor(numbers, dtype=torch.long)

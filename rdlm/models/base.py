@@ -145,7 +145,7 @@ class Backbone(nn.Module, ABC):
         """The layers of one core step, first one first."""
 
     def condition(self, c_noise: Tensor) -> Condition | None:
-        """What the core layers are told about levels c_noise [B or 1, T or 1] fp32; None for an unconditioned
+        """The conditioning of the core layers on levels c_noise [B or 1, T or 1] fp32; None for an unconditioned
         model."""
         if self.noise_embedding is None:
             return None

@@ -220,8 +220,8 @@ class Paper(Evidence):
         weight: Tensor,
         noised: Noised | None = None,
     ) -> tuple[Tensor, Tensor]:
-        told = (None, None) if noised is None else (noised.dense.flatten(0, 1), noised.sigma.flatten())
-        return super().cross_entropy(self.denoised(hidden, *told), targets, weight)
+        z_and_sigma = (None, None) if noised is None else (noised.dense.flatten(0, 1), noised.sigma.flatten())
+        return super().cross_entropy(self.denoised(hidden, *z_and_sigma), targets, weight)
 
     def denoised(self, hidden: Tensor, z: Tensor | None, sigma: Tensor | None) -> Tensor:
         """c_skip z + c_out F in fp32, returned in the network's dtype; z = 0 at sigma_max where absent."""

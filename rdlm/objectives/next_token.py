@@ -437,8 +437,8 @@ def first_rows(cond: Condition | None, count: int) -> Condition | None:
     if cond is None:
         return None
 
-    def cut(told: Tensor) -> Tensor:
-        return told if told.shape[0] == 1 else told[:count]
+    def cut(values: Tensor) -> Tensor:
+        return values if values.shape[0] == 1 else values[:count]
 
     return [cut(layer) if isinstance(layer, Tensor) else tuple(map(cut, layer)) for layer in cond]  # type: ignore[misc]
 

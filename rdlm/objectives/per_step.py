@@ -42,9 +42,9 @@ class EveryStep(NextToken):
         them, without gradient: weight [n, T] -> (scalar, [n, T]) fp32."""
         count = len(state)
         hidden = self.model.decode(state, ctx).flatten(0, 1)
-        told = None if noised is None else noised.first(count)
+        first = None if noised is None else noised.first(count)
         targets = batch.targets[:count].flatten()
-        total, losses = self.cross_entropy(hidden, targets, weight.flatten(), told)
+        total, losses = self.cross_entropy(hidden, targets, weight.flatten(), first)
         return total, losses.view(weight.shape)
 
     def traced_loss(self, inputs: Tensor, num_steps: int, read_out: ReadOut) -> Tensor:

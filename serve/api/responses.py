@@ -65,9 +65,9 @@ def _input(value: Any) -> list[Message]:
             _check_keys(item, {"type", "id", "call_id", "output", "status"})
             if not isinstance(item.get("call_id"), str):
                 raise ValueError("an output of a call has its call_id")
-            told = {"role": "tool", "content": _parts(item.get("output")), "tool_call_id": item["call_id"]}
+            output = {"role": "tool", "content": _parts(item.get("output")), "tool_call_id": item["call_id"]}
             name = names.get(item["call_id"])
-            messages.append(told if name is None else told | {"name": name})
+            messages.append(output if name is None else output | {"name": name})
         elif kind == "message":
             _check_keys(item, {"type", "role", "content", "id", "status", "phase"})
             messages.append({"role": item.get("role"), "content": _parts(item.get("content"))})
@@ -242,8 +242,8 @@ class ResponseAnswer(ChatAnswer):
                 found = [sse({"sequence_number": next(number), **p}, p["type"]) for p in payloads]
                 yield b"".join(found) or PING
         except ApiError as error:
-            told = {"code": error.code, "message": error.message, "param": error.param}
-            yield sse({"sequence_number": next(number), "type": "error", **told}, "error")
+            fields = {"code": error.code, "message": error.message, "param": error.param}
+            yield sse({"sequence_number": next(number), "type": "error", **fields}, "error")
 
     async def _payloads(self, events: EngineEvents) -> AsyncIterator[list[dict[str, Any]]]:
         """Those that are sent together; none is a sign of life."""
@@ -332,6 +332,6 @@ class Output:
             yield {"type": "response.output_text.done", **place, "text": part["text"], "logprobs": []}
             yield {"type": "response.content_part.done", **place, "part": part}
         else:
-            told = {"arguments": item["arguments"], "name": item["name"]}
-            yield {"type": "response.function_call_arguments.done", **self._place, **told}
+            fields = {"arguments": item["arguments"], "name": item["name"]}
+            yield {"type": "response.function_call_arguments.done", **self._place, **fields}
         yield {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}

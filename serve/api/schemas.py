@@ -124,8 +124,8 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 def _samplers() -> str:
     """What ``sampler`` may be, in words."""
-    told = ". ".join(f"{name}: {SAMPLERS[name].description}" for name in text_samplers())
-    return f"How a token is drawn through K noise levels ({DEFAULT_SAMPLER} by default). {told}."
+    listed = ". ".join(f"{name}: {SAMPLERS[name].description}" for name in text_samplers())
+    return f"How a token is drawn through K noise levels ({DEFAULT_SAMPLER} by default). {listed}."
 
 
 def _logit_bias(value: Any) -> dict[int, float]:

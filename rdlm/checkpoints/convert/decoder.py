@@ -354,10 +354,10 @@ def rope_scaling_of(rope: RopeConfig) -> dict[str, Any] | None:
     if scaling is None:
         return None
     kind = {Llama3Scaling: "llama3", LinearScaling: "linear"}.get(type(scaling), "yarn")
-    said = scaling.model_dump()
-    if "original_max_seq_len" in said:
-        said["original_max_position_embeddings"] = said.pop("original_max_seq_len")
-    return {"rope_type": kind, **said}
+    fields = scaling.model_dump()
+    if "original_max_seq_len" in fields:
+        fields["original_max_position_embeddings"] = fields.pop("original_max_seq_len")
+    return {"rope_type": kind, **fields}
 
 
 def to_published(config: CheckpointConfig, kind: str) -> dict[str, Any]:

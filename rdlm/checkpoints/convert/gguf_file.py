@@ -173,8 +173,8 @@ class GgufFile:
             raise self._refused(
                 f"{self.architecture}.rope.scaling.type", kind, "only linear and yarn are read"
             )
-        said = {"rope_type": kind, "factor": _shortest(factor)}
-        return said | ({"original_max_position_embeddings": original} if kind == "yarn" else {})
+        fields = {"rope_type": kind, "factor": _shortest(factor)}
+        return fields | ({"original_max_position_embeddings": original} if kind == "yarn" else {})
 
     def _llama3(self, head_dim: int, base: float) -> dict[str, Any]:
         """``rope_scaling``; the file has each frequency's divisor, of which this is the only known law."""

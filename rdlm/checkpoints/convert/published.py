@@ -46,10 +46,10 @@ def export_published(layout: str, folder: Path, out: Path, *, shard_bytes: int, 
     except UserError as error:
         problem = f"the layout of {importer.title} holds no such value"
         raise UserError(error.field, error.value, problem, remedy) from None
-    mine, theirs = _flat(model.model_dump()), _flat(again.model_dump())
-    mine["layer.num_kv_heads"] = model.layer.num_kv_heads or model.layer.num_heads
-    mine["layer.head_dim"] = model.layer.head_width(model.d_model)
-    for field, value in mine.items():
+    ours, theirs = _flat(model.model_dump()), _flat(again.model_dump())
+    ours["layer.num_kv_heads"] = model.layer.num_kv_heads or model.layer.num_heads
+    ours["layer.head_dim"] = model.layer.head_width(model.d_model)
+    for field, value in ours.items():
         if field.partition(".")[0] not in CHANGES_NOTHING and theirs.get(field) != value:
             problem = f"the layout of {importer.title} has {theirs.get(field)!r} there"
             raise UserError(f"model.{field}", value, problem, remedy)
