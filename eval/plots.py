@@ -57,7 +57,7 @@ def heading(report: Row) -> str:
 
 
 def colour(i: int) -> str:
-    """Of the i-th run in a figure with several."""
+    """Colour of the i-th run in a figure with several."""
     return f"C{i % 10}"
 
 

@@ -161,7 +161,7 @@ class KL(PredictionCriterion):
 
     @staticmethod
     def measure(logp: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
-        """From the uniform distribution before the first check."""
+        """KL to the distribution of the last check; before the first one it is uniform."""
         import torch
 
         uniform = logp.new_full(logp.shape[1:], -math.log(logp.shape[1]))

@@ -16,13 +16,13 @@ from rdlm.objectives import Objective
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one pass through a part; a multiplication and an addition are two. Norms, gates and the like are
+    """FLOPs of one pass through a part; a multiplication and an addition are two. Norms, gates and the like are
     left out, as is usual."""
 
     weights: int
-    """In the matrices, for each position."""
+    """FLOPs in the matrices, for each position."""
     scores: int
-    """In attention, for each position that a position sees, itself included."""
+    """FLOPs in attention, for each position that a position sees, itself included."""
 
     def of(self, seen: int, length: int) -> int:
         """FLOPs of ``length`` positions in a row, the first of which sees ``seen`` before itself."""
@@ -35,7 +35,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of the parts of one denoiser. condition: what conditioning on a noise level adds to a core step; head: one
+    """Costs of the parts of one denoiser. condition: what conditioning on a noise level adds to a core step; head: one
     read-out."""
 
     encode: Cost

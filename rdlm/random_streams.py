@@ -47,7 +47,7 @@ class CounterStream:
     key: int
     """64 bits, signed."""
     host: torch.Generator
-    """For what is few."""
+    """Generator of the few numbers."""
 
     def bits(self, counters: Tensor) -> Tensor:
         """Element ``counter`` of SplitMix64 seeded with the key: int64 [...] -> int64 [...]."""

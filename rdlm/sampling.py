@@ -69,9 +69,9 @@ class Settings:
 
 
 NEUTRAL = SamplingParams(temperature=0)
-"""Of rows that fill up a bucket."""
+"""Settings of the rows that pad a step to its bucket."""
 NUM_COLUMNS = 10
-"""Of a row's settings before those of its edited tokens."""
+"""Columns of a row's settings; those of its edited tokens follow."""
 SEEN, BANNED = 1, 2
 
 

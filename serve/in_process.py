@@ -25,7 +25,7 @@ from serve.settings import EngineSettings, HttpSettings
 MOST_TOGETHER = 16
 """Prompts that step together."""
 DEFAULTS: dict[str, Any] = {"max_tokens": 64, "seed": 0, "kv_cache": "shared"}
-"""Of options; the others have those of a request."""
+"""Defaults of options; the others have those of a request."""
 FIELDS = {"prompts": "prompt", "num_steps": "num_steps", "max_tokens": "max_tokens", "seed": "seed"} | {
     {"exit": "exit_criterion"}.get(name, name) if "." in path else path: path
     for name, path in REQUEST.items()

@@ -53,8 +53,8 @@ RECORDED_FIELDS = (
     "optimizer.momentum", "ema", "schedule", "recurrence", "precision", "deepspeed", "batch.micro_size",
     "activation_checkpointing", "compile", "noise_source",
 )  # fmt: skip
-"""Those that change how the run goes on but neither the model nor the order of the data: allowed, and noted
-in the manifest."""
+"""Sections and fields that change how the run goes on but neither the model nor the order of the data: allowed,
+and noted in the manifest."""
 
 
 @dataclass
@@ -139,7 +139,7 @@ def save(
 
 
 TORCH_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""In the messages of torch.save where a file cannot be written: it says neither OSError nor why."""
+"""Words of torch.save's messages where a file cannot be written: it says neither OSError nor why."""
 
 
 def _free_bytes(folder: Path) -> int:

@@ -310,7 +310,7 @@ def size(text: str) -> int:
 
 
 COLUMNS = ("B", "recom.", "ZeRO", "micro", "weights", "optim.", "grads", "activ.", "total", "")
-"""Of the table of ``rdlm plan``; together they fit into 80 characters."""
+"""Columns of the table of ``rdlm plan``; together they fit into 80 characters."""
 
 
 def plan_row(arm: Arm, verdict: str) -> Sequence[str]:

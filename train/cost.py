@@ -70,7 +70,7 @@ class UpdateFlops:
 
     @classmethod
     def of_run(cls, config: TrainConfig) -> UpdateFlops:
-        """Those of a run. Gradients of frozen weights are not computed, and not counted."""
+        """FLOPs of the updates of a run. Gradients of frozen weights are not computed, and not counted."""
 
         def prepare(network: Objective) -> None:
             add_adapters(network, config.lora, config.seed)

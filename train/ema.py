@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 KEY = "ema"
-"""Of an average in the optimizer's state of a parameter, fp32 and of its shape."""
+"""Key of an average in the optimizer's state of a parameter, fp32 and of its shape."""
 
 
 def keep_average(optimizer: Optimizer, decay: float) -> None:

@@ -106,7 +106,7 @@ def _check_devices(devices: list[int] | None, world: int, num_gpus: int) -> None
 
 
 def _environment(on_gpu: bool) -> dict[str, str]:
-    """Of the DeepSpeed launcher; its choice of GPUs is on its command line."""
+    """Environment of the DeepSpeed launcher; its choice of GPUs is on its command line."""
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     inherited = {name: value for name, value in os.environ.items() if not (on_gpu and name == VISIBLE)}
     accelerator = "cuda" if on_gpu else "cpu"

@@ -50,7 +50,7 @@ class Memory:
     optimizer: int
     """Moments and, where there are any, fp32 masters."""
     gradients: int
-    """Those that exist when the peak is reached, buffers for sending them included."""
+    """Gradients that exist when the peak is reached, buffers for sending them included."""
     activations: int
 
     @property

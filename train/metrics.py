@@ -54,7 +54,7 @@ class MetricsLog:
         os.replace(temporary, self.path)
         self.last: dict[str, Any] = kept[-1] if kept else {}
         self.losses: list[float] = [r["loss"] for r in kept[-SPIKE_WINDOW:] if r.get("loss") is not None]
-        """Of the last records that there were."""
+        """Losses of the last records that there were."""
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
         self._board = None
         if tensorboard:

@@ -84,7 +84,7 @@ class Muon(Optimizer):
     """
 
     counts_in_tensors = True
-    """As torch's own optimizers keep ``step``."""
+    """Whether counts are tensors, as ``step`` of torch's own optimizers is."""
     cuts: Mapping[int, Cut] = {}
     """id of a flat tensor -> what is in it (train/engines.py)."""
 
@@ -142,13 +142,13 @@ class Muon(Optimizer):
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": adamw, "muon": Muon}
-"""By name. Their state must be tensors in the shape of the weights and numbers that all parameters share, or
+"""Optimizers by name. Their state must be tensors in the shape of the weights and numbers that all parameters share, or
 else a run cannot be resumed: see train/saved_state.py."""
 OFFLOADED: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": offloaded_adamw}
 """What takes their place where the optimizer runs on the CPU while the weights are on a GPU; the others run
 there as they are."""
 NOT_OFFLOADED = ("muon",)
-"""Those that gather their parts from all processes, which takes the devices' own memory."""
+"""Optimizers that gather their parts from all processes, which takes the devices' own memory."""
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
@@ -245,7 +245,7 @@ def layers_behind(model: nn.Module) -> dict[str, int]:
 
 
 def lr_factor(name: str, spec: OptimizerConfig) -> float:
-    """By what the learning rate of a parameter is multiplied; 0 of a frozen one."""
+    """Factor of a parameter's learning rate; 0 where it is frozen."""
     if any(matches(name, pattern) for pattern in spec.freeze):
         return 0.0
     return next((f for pattern, f in reversed(spec.lr_factors.items()) if matches(name, pattern)), 1.0)

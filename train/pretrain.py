@@ -42,13 +42,13 @@ from train.settings import TrainConfig
 from train.wandb_sink import wandb_module
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""Of a collective operation: exporting or reading a large checkpoint takes longer than DeepSpeed's 10
+"""Longest wait of a collective operation: exporting or reading a large checkpoint exceeds DeepSpeed's 10
 minutes."""
 PATIENCE_SECONDS = 10.0
-"""Of a process whose peer has ended; DeepSpeed's launcher looks every second."""
+"""Wait of a process whose peer has ended; DeepSpeed's launcher looks every second."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.ESTALE)
 BYTES = {"bf16": 14, "fp32": 16}
-"""Of a parameter in a checkpoint: weights, fp32 masters and two moments."""
+"""Bytes of a parameter in a checkpoint: weights, fp32 masters and two moments."""
 
 
 def main() -> int:

@@ -98,7 +98,7 @@ def check_samples(config: TrainConfig, tokenizer: Tokenizer | None) -> None:
 
 
 def _quoted(text: str) -> str:
-    """On one line, with what Markdown would read as layout escaped."""
+    """The text on one line, with what Markdown would read as layout escaped."""
     return json.dumps(text, ensure_ascii=False)
 
 

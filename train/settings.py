@@ -219,9 +219,9 @@ class OptimizerConfig(Strict):
     """See OPTIMIZERS in train/optim.py."""
     lr: float = Field(gt=0, le=1e30)
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW; with muon, of what it does not move."""
+    """Betas of AdamW; with muon, of what it does not move."""
     momentum: float = Field(0.95, ge=0, lt=1)
-    """Of muon."""
+    """Momentum of muon."""
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, le=1e6)
     grad_clip: float = Field(1.0, ge=0)
@@ -255,7 +255,7 @@ class EmaConfig(Strict):
     """An exponential moving average of the weights, beside them in the optimizer's state (train/ema.py)."""
 
     decay: float = Field(0.999, gt=0, lt=1)
-    """Of an update; in the first ones at most (1 + n) / (10 + n)."""
+    """Decay of an update; in the first ones at most (1 + n) / (10 + n)."""
     export: bool = True
     """Whether ``model/`` holds the averages; `rdlm export RUN OUT --ema` and `--no-ema` choose."""
 
@@ -267,7 +267,7 @@ class LoraConfig(Strict):
     alpha: int = Field(32, ge=1)
     """What an adapter adds is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Of what enters an adapter."""
+    """Dropout of what enters an adapter."""
     targets: tuple[str, ...] = Field(("*.attn.Wqkv", "*.attn.proj", "*.mlp.fc", "*.mlp.proj"), min_length=1)
     """Patterns of linear layers."""
     also_train: tuple[str, ...] = ()
@@ -310,7 +310,7 @@ class DeepSpeedConfig(Strict):
     """Send gradients while the backward pass computes, on a stream of their own. None: at stage 3 alone, where
     weights are gathered so; at stages 1 and 2 it changes the order of additions between runs."""
     communication_dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """In which gradients are sent. auto is DeepSpeed's choice, the precision of the weights."""
+    """Precision in which gradients are sent. auto is DeepSpeed's choice, the precision of the weights."""
     live_elements: int | None = Field(None, ge=1)
     """ZeRO 3: most elements of gathered weights in memory; a small bound gathers more often. None:
     DeepSpeed's 1,000 million."""
@@ -382,7 +382,7 @@ class SamplesConfig(Strict):
     num_steps: tuple[int, ...] = (1, 4, 16)
     """Values of K; where they are left out, those of 1, 4 and 16 that the model takes."""
     max_tokens: int = Field(48, ge=1)
-    """Of a text, after its prompt."""
+    """Tokens of a text after its prompt."""
 
     @model_validator(mode="after")
     def _complete(self) -> SamplesConfig:

@@ -47,7 +47,7 @@ CALIBRATION = {
 UNMEASURED = 4
 """Its first updates, which warm up."""
 MAX_RUNS = 4096
-"""Of a sweep: more would be a mistake in its grid."""
+"""Most runs of a sweep: more would be a mistake in its grid."""
 PROGRESS_SECONDS = 30.0
 """Between two lines about a run that trains."""
 
@@ -58,7 +58,7 @@ class BudgetConfig(Strict):
     updates: int | None = Field(None, ge=1)
     tokens: float | None = Field(None, gt=0)
     flops: float | None = Field(None, gt=0)
-    """Of the model, forward and backward, all processes together (train/cost.py)."""
+    """Budget in FLOPs of the model, forward and backward, all processes together (train/cost.py)."""
     seconds: float | None = Field(None, gt=0)
     """On a CPU seconds of CPU time, else of the clock, at the rate that a short run of the arm was measured
     at: a machine that is slow for a while takes no updates from a run."""

@@ -88,7 +88,7 @@ class Tally:
             self.metrics[name] = (before + value.detach().double(), number + 1)
 
     def on_host(self) -> Tally:
-        """The same in plain numbers."""
+        """The tally in plain numbers."""
         metrics: dict[str, tuple[Tensor | float, int]] = {
             name: (float(total), number) for name, (total, number) in self.metrics.items()
         }
@@ -119,7 +119,7 @@ class Trainer:
         self.block = 0
         """The block of the last update."""
         self.learning_rate = 0.0
-        """Of the last update."""
+        """Learning rate of the last update."""
         self._own_norm: Tensor | None = None
         self._measures_norm = config.deepspeed.zero_stage == 0 and config.precision == "fp32"
         """There DeepSpeed reports no norm after an update."""

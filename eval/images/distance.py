@@ -29,7 +29,7 @@ FEWEST = 20
 HALVES = 20
 """Random halves behind an interval of the Frechet distance: its width is then known to about a sixth."""
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""Of the kernel distance (Binkowski et al. 2018, App.)."""
+"""Number and size of the subsets of the kernel distance (Binkowski et al. 2018, App.)."""
 BLOCK = 2048
 """Rows of a kernel matrix that exist at once."""
 

@@ -153,7 +153,7 @@ class Fid(Measurement):
         plot_images({self.label(report): report}, file)
 
     def label(self, report: Json) -> str:
-        """Of images that no checkpoint drew, their own name."""
+        """The checkpoint's name; of images that no checkpoint drew, their own."""
         return (
             super().label(report) if "checkpoint" in report else str(report["results"][0]["images"]["name"])
         )

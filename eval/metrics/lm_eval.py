@@ -22,7 +22,7 @@ from rdlm.errors import UserError
 
 TASKS = Path(__file__).parents[1] / "texts" / "tasks"
 COMMANDS = ("run", "ls", "validate")
-"""Of lm_eval itself."""
+"""Commands of lm_eval itself."""
 
 
 def with_model(arguments: list[str]) -> list[str]:

@@ -49,7 +49,7 @@ class Protocol:
     """Runs of k-means; the score is their mean."""
 
     def changed(self, **values: int | float | None) -> Protocol:
-        """With other values (None keeps one); the name then says which were changed."""
+        """The protocol with other values (None keeps one); its name then says which were changed."""
         given = {
             key: value for key, value in values.items() if value is not None and value != getattr(self, key)
         }

@@ -97,7 +97,7 @@ class Sweep(Measurement):
         write_bytes(file, pictures[0].content)
 
     def section(self, runs: list[Run]) -> Section:
-        """Of the first sweep; several are shown one after the other."""
+        """The first sweep; several are shown one after the other."""
         blocks: list[Table | Picture] = []
         for run in runs:
             blocks += [*_tables(run.report), *_pictures(run.report)]
@@ -193,8 +193,8 @@ def _draw_training(axes: Any, arm: str, runs: Sequence[Json], x: str, color: str
 
 
 def k_curves(report: Json, name: str) -> dict[str, dict[int, dict[Any, float]]]:
-    """Of one evaluation: arm -> K -> seed -> NLL, only normalised likelihoods and bounds. What the runs started from
-    comes first, with seed None."""
+    """Curves of one evaluation: arm -> K -> seed -> NLL, only normalised likelihoods and bounds. What the runs
+    started from comes first, with seed None."""
     found: dict[str, dict[int, dict[Any, float]]] = {}
     for run in [*report["starts"], *report["runs"]]:
         for row in run["nll"].get(name, []):
@@ -237,7 +237,7 @@ _Pair = tuple[_Measured, int, _Measured, int]
 
 
 def _differences(found: Sequence[_Measured]) -> list[Json]:
-    """Of one evaluation: the differences of NLL that DIFFERENCES names, of each arm at each K."""
+    """Differences of NLL in one evaluation that DIFFERENCES names, of each arm at each K."""
     arms: dict[str, list[_Measured]] = {}
     for each in found:
         if each.nll:

@@ -162,7 +162,7 @@ def _templates() -> Environment:
 
 
 def _cell(text: str) -> str:
-    """On one line, and without a character that would end the cell of a Markdown table."""
+    """The text on one line, without a character that would end the cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

@@ -49,7 +49,7 @@ def at_equal_diversity(report: Row, judge: str, seed: int = 0) -> list[Row]:
 
 
 def nats_at_equal_diversity(report: Row, judge: str, seed: int = 0) -> dict[Curve, np.ndarray]:
-    """Of each curve: log perplexity at the distinct-2 of human text, fp64 [1 + resamples], NaN where it is
+    """Log perplexity of each curve at the distinct-2 of human text, fp64 [1 + resamples], NaN where it is
     not reached.
 
     Log-linear between the two temperatures around it. Entry 0 weighs all blocks of prompts alike, the

@@ -38,7 +38,7 @@ class Setting:
 
     @property
     def cells(self) -> list[str]:
-        """For the columns of CELLS."""
+        """The setting's cells in the columns of CELLS."""
         return [str(self.num_steps), f"{self.temperature:g}", self.rest]
 
 

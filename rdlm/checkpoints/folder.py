@@ -56,7 +56,7 @@ class Loaded:
     config: CheckpointConfig
     tokenizer: Tokenizer | None
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
-    """With ``keep_quantized``: the weights by name in whose place the denoiser holds NaN."""
+    """Weights by name in whose place the denoiser holds NaN, with ``keep_quantized``."""
 
 
 def save(

@@ -24,7 +24,7 @@ PIECE = 1 << 24
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes weights may have, by their safetensors names."""
 STORED = {**DTYPES, "I8": torch.int8, "U8": torch.uint8}
-"""Those of quantised weights too."""
+"""The dtypes that weights are stored in: those of quantised ones too."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Progress = Callable[[int], object]
 

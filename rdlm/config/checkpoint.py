@@ -96,7 +96,7 @@ class QuantizationConfig(Strict):
     """How the matrices of a checkpoint are stored (rdlm/nn/quantization.py)."""
 
     weights: WeightFormat
-    """Of attention and feed-forward layers; the other matrices are int8."""
+    """Format of attention and feed-forward layers; the other matrices are int8."""
     group_size: Literal[32, 64, 128] = 32
     """Inputs of an output that share a scale."""
 

@@ -40,7 +40,7 @@ class TextShape:
 
     @property
     def shape_description(self) -> str:
-        """For the model card."""
+        """The shape in words, for the model card."""
         return f"vocabulary {self.vocab_size}, up to {self.max_seq_len} tokens"
 
 
@@ -220,7 +220,7 @@ class InitConfig(Strict):
     """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every
     other matrix."""
     adapter: Literal["identity", "random"] = "identity"
-    """Of injection linear. identity: [0, I] (state first), so the embedding passes and the state starts
+    """Initial value of injection linear. identity: [0, I] (state first), so the embedding passes and the state starts
     silent."""
 
 
@@ -493,7 +493,7 @@ class PreNormConfig(Strict):
 
 
 class TextConfig(PreNormConfig, TextShape):
-    """Of rows of tokens, with RoPE."""
+    """A stack that reads rows of tokens, with RoPE."""
 
     vocab_size: int = Field(ge=2)
     max_seq_len: int = Field(ge=2)
@@ -524,7 +524,7 @@ class TextConfig(PreNormConfig, TextShape):
 
 
 class ImageConfig(PreNormConfig):
-    """Of square images with a class each, cut into square patches."""
+    """A stack that reads square images with a class each, cut into square patches."""
 
     is_image: ClassVar[bool] = True
     commands: ClassVar[tuple[str, ...]]
@@ -553,7 +553,7 @@ class ImageConfig(PreNormConfig):
 
     @property
     def shape_description(self) -> str:
-        """For the model card."""
+        """The shape in words, for the model card."""
         size = f"{self.image_size}x{self.image_size} in patches of {self.patch_size}"
         return f"images of {size}, {self.num_classes} classes"
 

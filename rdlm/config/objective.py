@@ -268,7 +268,7 @@ class PerStepConfig(_EveryStepConfig):
     name: Literal["per_step"] = "per_step"  # type: ignore[assignment]
     implementation = "rdlm.objectives.per_step:PerStep"
     weights: Literal["uniform", "linear", "last"] = "uniform"
-    """Of the cross-entropy after run t of r: see WEIGHTS in rdlm/objectives/per_step.py."""
+    """Weights of the cross-entropy after run t of r: see WEIGHTS in rdlm/objectives/per_step.py."""
 
 
 class ExitGateConfig(_EveryStepConfig):

@@ -37,7 +37,7 @@ class Shard(Strict):
     tokens: int = Field(ge=0)
     sha256: str
     marks_sha256: str | None = None
-    """Of the file of marks, uint8 [tokens]; None where there is none: every token counts."""
+    """Hash of the file of marks, uint8 [tokens]; None where there is none: every token counts."""
 
     @property
     def marks(self) -> str:

@@ -28,7 +28,7 @@ EOS = "<|endoftext|>"
 CONFIG_FILE = "tokenizer_config.json"
 ENDS = ("bos_token", "eos_token")
 MOST_TOKENS = 1 << 24
-"""Of a vocabulary that is trained here."""
+"""Largest vocabulary that is trained here."""
 Kind = Literal["bpe", "sentencepiece"]
 
 

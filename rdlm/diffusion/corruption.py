@@ -34,7 +34,7 @@ class Noised:
 
     @property
     def levels(self) -> Tensor:
-        """Of the noised positions, fp32 [M]."""
+        """Levels of the noised positions, fp32 [M]."""
         flat = self.sigma.flatten()
         return flat if self.rows is None else flat[self.rows]
 
@@ -48,7 +48,7 @@ class Noised:
         return flat.index_copy(0, self.rows, self.z).view(shape)
 
     def first(self, count: int) -> Noised:
-        """Those of the first ``count`` sequences."""
+        """The noised targets of the first ``count`` sequences."""
         if count == len(self.sigma):
             return self
         sigma, is_noised = self.sigma[:count], self.is_noised[:count]

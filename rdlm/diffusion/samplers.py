@@ -222,7 +222,7 @@ def extrapolated(
 
 
 def no_noise(step: int) -> Tensor:
-    """In the place of ``noise`` for a sampler that adds none."""
+    """What stands in the place of ``noise`` for a sampler that adds none."""
     raise TypeError("this sampler adds noise, and none was given")
 
 

@@ -19,7 +19,7 @@ class UnmaskingStep:
     """What one step unmasks."""
 
     step: int
-    """Of K; 0 is the first."""
+    """Number of the step among K; 0 is the first."""
     level: float
     """The masked share that the network is conditioned on."""
     count: int

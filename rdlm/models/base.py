@@ -93,7 +93,7 @@ class Backbone(nn.Module, ABC):
         return CausalContext(inputs.shape[1], inputs.device)
 
     def prefix_context(self, token_types: Tensor) -> AttentionContext:
-        """The same where rows of type 1 form a prefix that sees itself in both directions; token_types [B, T]
+        """The context where rows of type 1 form a prefix that sees itself in both directions; token_types [B, T]
         int64."""
         raise UserError("token_type_ids", "...", "this model knows no prefix", "leave them out")
 
@@ -156,7 +156,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def core_cache_layers(self) -> range:
-        """Of the layers that keep keys and values, those of a core step."""
+        """Numbers of those layers of a core step that keep keys and values."""
         return range(len(self.core_layers))
 
     @property

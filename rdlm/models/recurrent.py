@@ -101,7 +101,7 @@ class Recurrent(Backbone):
 
     @property
     def mask_id(self) -> int:
-        """Of a masked model, the id that stands for a masked token: the first one behind the vocabulary."""
+        """Id that stands for a masked token, of masked models: the first one behind the vocabulary."""
         return self.vocab_size
 
     def context(self, inputs: Tensor, documents: Tensor | None = None) -> AttentionContext:

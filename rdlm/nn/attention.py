@@ -91,7 +91,7 @@ class AttentionContext(Protocol):
     """What a layer needs to know about the other rows."""
 
     def positions(self) -> Tensor:
-        """Of the rows in their sequences: int64 [B or 1, T]."""
+        """Positions of the rows in their sequences: int64 [B or 1, T]."""
 
     def rope(self, num_dims: int, base: float, scaling: RopeScaling | None = None) -> Tensor:
         """Rotary factors of the rows: complex64 [B or 1, T, 1, num_dims/2]."""

@@ -103,7 +103,7 @@ class Pages:
         self._room = count - first
         """How many further pages of a first step may be taken before some are evicted."""
         self._owned: list[PageTable] = [{} for _ in range(num_slots)]
-        """By slot."""
+        """Page tables of the pages that a slot owns, by slot."""
         self.moved = 0
         """How often the pools have got another address."""
         self.evict: Callable[[], bool] = lambda: False
@@ -112,7 +112,7 @@ class Pages:
 
     @property
     def page_bytes(self) -> int:
-        """Of keys and values in all layers."""
+        """Bytes of the keys and values of a page in all layers."""
         return sum(pool[:, 0].numel() * pool.element_size() for pool in (self.k, self.v))
 
     @property
@@ -268,7 +268,7 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """In use at the moment."""
+        """Bytes that are in use at the moment."""
         return sum(pages.num_used * pages.page_bytes for pages in self.stores)
 
     def read(self, layer: int, slot: int, step: int, length: int) -> Tensor:
@@ -299,7 +299,7 @@ class PackedContext:
         self.cache, self.segments, self.device = cache, segments, cache.device
         self.firsts = list(accumulate((s.length for s in segments[:-1]), initial=0))
         self.views: dict[int, Any] = {}
-        """By store (id): what kernels have made of the rows for it."""
+        """What kernels have made of the rows, by the store (its id) that they are for."""
         self._tables: dict[tuple[int, float, RopeScaling | None], Tensor] = {}
         self._readers: dict[int, _Reader] = {}
 

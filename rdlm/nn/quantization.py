@@ -24,7 +24,7 @@ useful."""
 SMALLEST = 1e-30
 """A group of a smaller scale is zero."""
 DTYPES_OF = {"int8": torch.int8, "int4": torch.uint8}
-"""Of stored values."""
+"""Format -> dtype of the stored values."""
 RANGES = {"int8": (-127, 127), "int4": (-8, 7)}
 PIECE = 1 << 22
 """Weights that are quantised at a time."""
@@ -108,7 +108,7 @@ def _groups(weight: Tensor, group_size: int) -> Iterator[Tensor]:
 
 
 def _rounded(scales: Tensor) -> Tensor:
-    """As they are stored, in fp32."""
+    """The stored values in fp32."""
     return scales.bfloat16().float()
 
 
@@ -152,6 +152,6 @@ def formats(network: nn.Module, weights: WeightFormat) -> dict[str, WeightFormat
 
 
 def stored_shapes(shape: Sequence[int], weights: WeightFormat, group_size: int) -> list[tuple[int, int]]:
-    """Of values and scales of a matrix [out, in]."""
+    """Shapes of the stored values and scales of a matrix [out, in]."""
     out, inputs = shape
     return [(out, inputs if weights == "int8" else -(-inputs // 2)), (out, -(-inputs // group_size))]

@@ -89,9 +89,9 @@ class Draws:
     first: int = 0
     """Number of the first row."""
     sampler: str = "renoise"
-    """Of models that sample through noise levels (rdlm/diffusion/samplers.py)."""
+    """Sampler of models that sample through noise levels (rdlm/diffusion/samplers.py)."""
     order: Order = "random"
-    """Of masked models (rdlm/diffusion/unmasking_plan.py)."""
+    """Unmasking order of masked models (rdlm/diffusion/unmasking_plan.py)."""
 
 
 DEFAULT_DRAWS = Draws()

@@ -15,7 +15,7 @@ from rdlm.objectives.next_token import STATE_KEY, mean_depth, mean_of
 from rdlm.objectives.per_step import EveryStep
 
 SMALLEST = 1e-9
-"""Of an exit probability, where its logarithm is taken."""
+"""Smallest exit probability whose logarithm is taken."""
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Exits:
     mean_step: Tensor
 
     def joined(self, count: int) -> Exits:
-        """The same with the sequences that join in now, which are whole: [count, T]."""
+        """The exits with the sequences that join in now, which are whole: [count, T]."""
         new = count - len(self.left)
         if new == 0:
             return self

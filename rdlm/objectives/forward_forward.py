@@ -34,7 +34,7 @@ from rdlm.random_streams import host_generator
 
 _NOISE_KEY = 2
 THRESHOLD, STEEPNESS = 2.0, 4.0
-"""Of ``goodness_loss``: the mean square between right and wrong, and alpha of Lee and Song 2023."""
+"""Settings of ``goodness_loss``: the mean square between right and wrong, and alpha of Lee and Song 2023."""
 
 
 class ForwardForward(Objective):

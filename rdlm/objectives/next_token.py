@@ -226,7 +226,7 @@ class NextToken(Objective):
         return model.decode(state, ctx)[:, length:]
 
     def position_weights(self, batch: Batch, noised: Noised | None) -> Tensor:
-        """Of each position in the loss, [B, T] fp32."""
+        """Weight of each position in the loss, [B, T] fp32."""
         weight = batch.mask.float()
         if noised is not None and getattr(self.settings, "loss_weighting", "none") == "edm":
             weight = weight * edm_weight(noised.sigma, self.noise.sigma_data)
@@ -421,7 +421,7 @@ class NextToken(Objective):
 
 
 def mean_of(losses: Tensor, chosen: Tensor) -> Tensor:
-    """Of the losses [N] that are chosen: bool [N] in host memory."""
+    """Mean of the losses [N] that are chosen: bool [N] in host memory."""
     if bool(chosen.all()):
         return losses.mean()
     return losses[staged(chosen.nonzero().squeeze(1), losses.device)].mean()

@@ -139,7 +139,7 @@ def _check_key(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandl
 
 
 def _digest(key: str) -> bytes:
-    """Of equal length for all keys, which a comparison of the keys themselves would give away."""
+    """A hash of the key: of equal length for all keys, so that comparing gives no length away."""
     return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
 
 

@@ -16,7 +16,7 @@ from serve.api.tools import Tool
 from serve.errors import ApiError, invalid
 
 MAX_SECONDS, MAX_PROMPT = 5.0, 1 << 24
-"""Of rendering one conversation."""
+"""Longest time and most characters of rendering one conversation."""
 RESERVED = (
     "add_generation_prompt",
     "chat_template",

@@ -21,7 +21,7 @@ from rdlm.errors import UserError
 from serve.engine.engine import Engine, Histogram, State
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Of the request that the current task answers."""
+"""Identifier of the request that the current task answers."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FACTS = "rdlm_facts"
 """Key of the ASGI scope: a dictionary that routes may add to, and that the access log writes."""

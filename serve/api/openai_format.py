@@ -154,7 +154,7 @@ def _chunk_of(head: bytes, choice: bytes, more: dict[str, Any]) -> bytes:
 
 @dataclass(kw_only=True)
 class CompletionAnswer(ChoicesAnswer):
-    """Of /v1/completions."""
+    """The answer of /v1/completions."""
 
     echoed: list[str] | None = None
     """Text of each prompt, where choices begin with it."""
@@ -212,8 +212,8 @@ class CompletionAnswer(ChoicesAnswer):
 
 @dataclass(kw_only=True)
 class ChatAnswer(ChoicesAnswer):
-    """Of /v1/chat/completions. The role comes with the first token: clients time the first chunk as the first
-    token.
+    """The answer of /v1/chat/completions. The role comes with the first token: clients time the first chunk as
+    the first token.
     """
 
     tools: OfferedTools | None = None
@@ -306,14 +306,14 @@ def _joined_calls(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(kw_only=True)
 class ScoreAnswer(Answer):
-    """Of /v1/score."""
+    """The answer of /v1/score."""
 
     ks: list[int]
-    """In rising order."""
+    """Values of K in rising order."""
     estimator: str
 
     async def collect(self, events: EngineEvents) -> dict[str, Any]:
-        """From the last event of each prompt, in their order."""
+        """Scores of the prompts in their order, from the last event of each."""
         last = [event async for batch in events.batches() for event in batch if event.finish is not None]
         scores, swept = [], [dict[int, list[TokenLogprobs]]() for _ in self.requests[:: self.n]]
         for event in last:

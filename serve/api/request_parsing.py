@@ -43,9 +43,9 @@ T = TypeVar("T")
 STEPS_HEADER = "X-Num-Steps"
 """K for clients that can send a header and no field (lm-eval's log-likelihoods)."""
 DEFAULT_MAX_TOKENS = 16
-"""Of a completion that names none, as OpenAI's; a chat answer may fill the context."""
+"""max_tokens of a completion that names none, as OpenAI's; a chat answer may fill the context."""
 DRAFT_TOKENS = 4
-"""Of a ``speculation`` that names none."""
+"""draft_tokens of a ``speculation`` that names none."""
 MIN_TEMPERATURE = 1e-4
 """Below, logits leave the range of fp32."""
 MAX_VALUES = (1 << 20) + (1 << 16)

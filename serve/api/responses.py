@@ -246,7 +246,7 @@ class ResponseAnswer(ChatAnswer):
             yield sse({"sequence_number": next(number), "type": "error", **fields}, "error")
 
     async def _payloads(self, events: EngineEvents) -> AsyncIterator[list[dict[str, Any]]]:
-        """Those that are sent together; none is a sign of life."""
+        """Events that are sent together; none is a sign of life."""
         finish, usage, reader = None, None, next(iter(self._readers), None)
         output = Output()
         kinds = ("response.created", "response.in_progress")

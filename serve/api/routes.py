@@ -36,7 +36,7 @@ T = TypeVar("T")
 MESSAGE_SIZE = 64
 """Characters that rendering one more message is worth."""
 QUICK_SECONDS = 0.05
-"""Of rendering a short conversation on the event loop; a template that takes longer goes to a thread."""
+"""Longest time of rendering a short conversation on the event loop; a slower template goes to a thread."""
 
 
 def has_room(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:

@@ -114,7 +114,7 @@ class EngineEvents:
 
 
 def _failure(event: Event) -> ApiError:
-    """Of an end that leaves no answer."""
+    """The error that stands for an end without an answer."""
     if event.error is not None:
         return from_user_error(event.error)
     assert event.finish is not None

@@ -22,9 +22,9 @@ from serve.engine.grammar import choice_rule, json_rule, special_rule
 from serve.errors import invalid, shorten
 
 NAME = r"([a-zA-Z0-9_.-]{1,64})"
-"""Of a function, in a head."""
+"""Name of a function in the head of a call."""
 ID = "[a-zA-Z0-9]{9}"
-"""Of a call, where the model names it itself."""
+"""Identifier of a call, where the model names it itself."""
 
 
 class ArgumentReader(Protocol):
@@ -47,7 +47,7 @@ class ToolFormat(ABC):
     short_ids: bool = False
     """Whether the template takes ids of nine letters and digits only."""
     first: str = ""
-    """Where nothing but its first character tells a call from text: this character."""
+    """The first character of a call, where nothing else tells it from text."""
     tag: str = ""
     """A special token that may stand before all of it."""
 

@@ -92,7 +92,7 @@ class Delta:
     text: str = ""
     call: int | None = None
     id: str | None = None
-    """With the first part of a call, like ``name``."""
+    """Identifier of the call, with its first part, like ``name``."""
     name: str | None = None
 
 

@@ -54,7 +54,7 @@ long."""
 MASK_PATIENCE = 0.001
 """Seconds a step waits for the masks of constrained answers, which mostly take less; then the others go on."""
 MASK_WAIT = 0.05
-"""The same where there is nobody else: only new requests wait then."""
+"""Seconds that it waits where there is nobody else: only new requests wait then."""
 
 
 class Runner(Protocol):
@@ -194,7 +194,7 @@ class Engine:
         self._inbox: deque[Sequence] = deque()
         self._aborts: deque[int] = deque()
         self._sequences: dict[int, Sequence] = {}
-        """Those the engine thread has taken in and not finished, by id."""
+        """Sequences that the engine thread has taken in and not finished, by id."""
         self._outbox: dict[CallSoon, list[tuple[Sequence, Event]]] = {}
         """Events of this step that go to other threads, by the way there."""
         self._deadlines = Deadlines()

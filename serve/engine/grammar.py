@@ -171,11 +171,11 @@ class Grammar:
         """num_tokens: ids that can be drawn. Raises UserError where no answer fits it."""
         self._matcher, self._ends, self._num_tokens = matcher, ends, num_tokens
         self.field = "grammar"
-        """Where the client sent it."""
+        """The field in which the client sent it."""
         self._first = Guide(self).begin()
 
     def named(self, field: str) -> Grammar:
-        """The same grammar, as another field has it."""
+        """This grammar for a request that has it in another field."""
         made = copy.copy(self)
         made.field = field
         return made

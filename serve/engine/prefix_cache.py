@@ -34,11 +34,11 @@ class Node:
     tokens: tuple[int, ...]
     source: Source
     pages: list[PageTable]
-    """Of each store of the KV cache."""
+    """Page tables of each store of the KV cache."""
     num_bytes: int
-    """Of the pages of this node and of all above it."""
+    """Bytes of the pages of this node and of all above it."""
     children: dict[tuple[int, ...], list[Node]] = field(default_factory=dict)
-    """By their tokens; several where their sources differ."""
+    """Child nodes by their tokens; several where their sources differ."""
     users: int = 0
     """Sequences in flight whose path ends here."""
 
@@ -71,7 +71,7 @@ class PrefixCache:
         self.most_bytes, self.num_bytes = most_bytes, 0
         self._root = Node(None, (), Source(), [], 0)
         self._paths: dict[int, Path] = {}
-        """By slot."""
+        """Paths that slots hold, by slot."""
         self._computed: set[Unit] = set()
         """What the sequences in flight compute now."""
         self._unused: OrderedDict[Node, None] = OrderedDict()

@@ -165,7 +165,7 @@ class Deadlines:
         self._varied.pop(sequence.id, None)
 
     def expired(self, now: float) -> list[Sequence]:
-        """Those whose time is over."""
+        """Sequences whose deadline has passed."""
         return [s for s in self._varied.values() if s.deadline is not None and now >= s.deadline]
 
     def update(

@@ -104,7 +104,7 @@ class StepBudget:
     num_steps: int
     """K; with ``exit``, ``schedule`` or ``max_ms`` the most steps of a position."""
     exit: ExitRule | None = None
-    """For thinking models only: the others need every step."""
+    """Exit rule; for thinking models only: the others need every step."""
     schedule: tuple[int, ...] = ()
     """K of the prompt (and so of the first token), of the position of the second token, ...; the last entry
     goes on. Empty: K."""
@@ -207,13 +207,13 @@ class StepResult:
     draft: int | None = None
     """The token that was drafted."""
     guesses: Seq[int] = ()
-    """Of a wavefront: the tokens drawn from the positions that stay in it."""
+    """Tokens drawn from the positions that stay in a wavefront."""
     headway: Seq[int] = ()
-    """Of a wavefront: the tokens of positions that are added behind the one of the last guess."""
+    """Tokens of positions that are added to a wavefront behind the one of the last guess."""
     exited: bool = False
     """Whether the segment exits with this step, before its last."""
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """Those of prompt tokens start + 1 .. of the segment, in order."""
+    """Log-probabilities of prompt tokens start + 1 .. of the segment, in order."""
     step_prediction: StepPrediction | None = None
     error: Exception | None = None
     """Why the step failed for this sequence; nothing else is set then."""
@@ -226,7 +226,7 @@ class Usage:
 
     prompt_tokens: int
     cached_tokens: int
-    """Those of the prompt whose keys were in the prefix cache."""
+    """Prompt tokens whose keys were in the prefix cache."""
     cached_core_steps: int
     """Core steps that the prefix cache saved."""
     completion_tokens: int
@@ -304,12 +304,12 @@ class Sequence:
     id: int
     request: Request
     counts: StepCounts
-    """Those of the open segment; between segments, of the next. ``StepBudget.schedule`` and ``max_ms`` make
+    """Counts of the open segment; between segments, of the next. ``StepBudget.schedule`` and ``max_ms`` make
     them change."""
     chunk: int
     """Prompt positions per segment: fixed, so that the cut never depends on what else is running."""
     blocks: frozenset[int] = frozenset()
-    """Of a network of blocks: those whose cache each position fills although its own K may not run them,
+    """Blocks (of a network of blocks) whose cache each position fills although its own K may not run them,
     where K varies."""
     slot: int = NO_SLOT
     start: int = 0
@@ -319,7 +319,7 @@ class Sequence:
     step: int = 0
     """The core step that the open segment is about to take, from 0."""
     lags: list[int] = field(default_factory=list)
-    """Of a wavefront: how many core steps each position is behind the first one."""
+    """How many core steps each position of a wavefront is behind the first one."""
     next_start: int = 0
     output: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
@@ -354,7 +354,7 @@ class Sequence:
     guide: Guide | None = None
     """Follows the answer through the request's grammar."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Those that no event has carried yet."""
+    """Log-probabilities of prompt tokens that no event has carried yet."""
     sweep: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
 
     submitted: float = 0.0

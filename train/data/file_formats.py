@@ -25,7 +25,7 @@ from rdlm.errors import UserError, reason
 TEXT_DOCUMENT_CHARS = 8192
 Rows = Literal["documents", "wikitext", "chat"]
 Record = tuple[str, Mapping[str, Any]]
-"""Where a row stands (file and line), and its fields."""
+"""A row: where it stands (file and line), and its fields."""
 TextFiles = Literal["files", "pieces"]
 
 

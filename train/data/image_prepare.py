@@ -25,9 +25,9 @@ from train.data.prepare import held_out_fractions
 from train.data.writer import PREPARED, check_same_request, write_manifest
 
 MAX_SIZE = 4096
-"""Of --size: a larger image of a set would take 50 MB and more."""
+"""Largest value of --size: a larger image of a set would take 50 MB and more."""
 MAX_PIXELS = 1 << 27
-"""Of an image while it is scaled; a long narrow one grows with its longer side."""
+"""Most pixels of an image while it is scaled; a long narrow one grows with its longer side."""
 
 
 @dataclass(frozen=True)

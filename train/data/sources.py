@@ -348,7 +348,7 @@ class Hub(Source):
 
 
 SOURCES: tuple[type[Source], ...] = (Embedded, Hub, Files)
-"""In the order in which they are tried: what nothing else recognises is a path."""
+"""Sources in the order in which they are tried: what nothing else recognises is a path."""
 
 
 def spellings() -> str:

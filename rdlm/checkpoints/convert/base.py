@@ -167,7 +167,7 @@ class Published:
     generation: Mapping[str, Any]
     """Its generation_config.json; {} where there is none."""
     notes: Sequence[str] = ()
-    """For the card."""
+    """Sentences for the model card."""
 
     @property
     def config_file(self) -> str:
@@ -426,7 +426,7 @@ def write_published(
 
 
 def widest_dtype(weights: Mapping[str, Entry]) -> str:
-    """As a config.json names it: bfloat16, float16 or float32."""
+    """Name of the dtype in a config.json: bfloat16, float16 or float32."""
     widest = max((DTYPES[entry.dtype] for entry in weights.values()), key=lambda dtype: dtype.itemsize)
     return str(widest).removeprefix("torch.")
 

@@ -230,7 +230,7 @@ class GgufFile:
 
     @property
     def notes(self) -> list[str]:
-        """For the card: what was dequantised."""
+        """What was dequantised, for the model card."""
         kinds = Counter(tensor.tensor_type.name for tensor in self._tensors.values())
         quantised = [f"{count} of {kind}" for kind, count in kinds.items() if kind not in tensors.DTYPES]
         return [f"Quantised tensors were turned into fp32: {', '.join(quantised)}."] * bool(quantised)
