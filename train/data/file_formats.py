@@ -48,9 +48,10 @@ class Reading:
 
 class FileFormat(ABC):
     """One kind of file. ``compressible``: it is read as a stream of text, so it may also be compressed as
-    a whole."""
+    a whole. ``is_plain_text``: it has no rows, so a reading says how it becomes documents."""
 
     compressible = True
+    is_plain_text = False
 
     @abstractmethod
     def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
@@ -68,6 +69,8 @@ class FileFormat(ABC):
 
 class PlainText(FileFormat):
     """UTF-8 text of any markup."""
+
+    is_plain_text = True
 
     def rows(self, file: Path, reading: Reading) -> Iterator[str | None]:
         with open_text(file) as stream:

@@ -26,7 +26,6 @@ from train.data.file_formats import (
     COMPRESSIONS,
     FORMATS,
     FileFormat,
-    PlainText,
     Reading,
     Record,
     Rows,
@@ -177,7 +176,7 @@ class Files(Source):
         kinds = {
             file: kind for file in found if (kind := format_of(file)) is not None and file.stat().st_size
         }
-        texts = [file for file, kind in kinds.items() if isinstance(kind, PlainText)]
+        texts = [file for file, kind in kinds.items() if kind.is_plain_text]
         chosen = (reading.text_files or ("pieces" if len(texts) == 1 else "files")) if texts else None
         super().__init__(replace(reading, text_files=chosen))
         self.has_plain_text, self.has_fields = bool(texts), len(texts) < len(kinds)
