@@ -194,12 +194,18 @@ class MLP(nn.Module):
         return self.proj(self._inner(self.fc(x)))
 
     def _inner(self, wide: Tensor) -> Tensor:
-        if self.kind == "swiglu":
-            # A compiler fuses the plain form by itself, and cannot trace the other.
-            gate, up = wide.chunk(2, dim=-1) if torch.compiler.is_compiling() else (None, None)
-            inner: Tensor = _SwiGLU.apply(wide) if gate is None or up is None else F.silu(gate) * up
+        inner: Tensor
+        if self.kind == "relu2":
+            inner = F.relu(wide).square()
+        elif self.kind == "gelu":
+            inner = F.gelu(wide)
+        elif (
+            torch.compiler.is_compiling()
+        ):  # a compiler fuses this by itself, and cannot trace the other form
+            gate, up = wide.chunk(2, dim=-1)
+            inner = F.silu(gate) * up
         else:
-            inner = F.relu(wide).square() if self.kind == "relu2" else F.gelu(wide)
+            inner = _SwiGLU.apply(wide)
         return inner if self.scale == 1.0 else self.scale * inner
 
 
