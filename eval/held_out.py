@@ -1,5 +1,5 @@
-"""Checkpoints that are measured, and held-out tokens in windows for them: what the metrics nll, ce-by-sigma and
-convergence read."""
+"""Checkpoints that are measured, and held-out tokens in windows for them: what the metrics nll, ce-by-sigma
+and convergence read."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ class HeldOut:
 
 
 def open_checkpoint(folder: Path, device: str, dtype: str = "float32") -> Loaded:
-    """What ``--checkpoint`` names, where ``--device`` and in the precision that ``--dtype`` says. UserError."""
+    """What ``--checkpoint`` names, where ``--device`` and in the precision that ``--dtype`` says.
+    UserError."""
     return load(folder, device=usable_device(device, "--device"), dtype=getattr(torch, dtype))
 
 

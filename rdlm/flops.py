@@ -16,8 +16,8 @@ from rdlm.objectives import Objective
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """FLOPs of one pass through a part; a multiplication and an addition are two. Norms, gates and the like are
-    left out, as is usual."""
+    """FLOPs of one pass through a part; a multiplication and an addition are two. Norms, gates and the like
+    are left out, as is usual."""
 
     weights: int
     """FLOPs in the matrices, for each position."""
@@ -35,8 +35,8 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Costs of the parts of one denoiser. condition: what conditioning on a noise level adds to a core step; head: one
-    read-out."""
+    """Costs of the parts of one denoiser. condition: what conditioning on a noise level adds to a core step;
+    head: one read-out."""
 
     encode: Cost
     core: Cost

@@ -95,7 +95,8 @@ class _Conversation:
             typer.echo(f"rdlm: {warning}", err=True)
 
     def _request(self, body: dict[str, Any]) -> Request:
-        """The request, with fewer tokens where the context has no room for all. Raises UserError or ApiError."""
+        """The request, with fewer tokens where the context has no room for all. Raises UserError or
+        ApiError."""
         from serve.api.request_parsing import parse_chat
 
         try:

@@ -14,7 +14,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from serve.errors import ApiError
 
 HEAD_SECONDS = 30.0
-"""Longest time from the first byte (or the connection) to the end of the headers; uvicorn would wait for ever."""
+"""Longest time from the first byte (or the connection) to the end of the headers; uvicorn would wait for
+ever."""
 BODY_SECONDS = 30.0
 """Between two parts of a body."""
 CHECK_SECONDS = 5.0

@@ -29,13 +29,14 @@ from serve.settings import EngineSettings, HttpSettings
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 GRACE_SECONDS = 5
-"""Time for clients to read what the drained or stopped engine has sent; connections still open after it are cut.
+"""Time for clients to read what the drained or stopped engine has sent; connections still open after it are
+cut.
 """
 
 
 class GracefulServer(uvicorn.Server):
-    """A server that ends gracefully on SIGTERM, SIGINT or SIGHUP: new requests get 503, accepted ones finish. A
-    second SIGINT does not wait.
+    """A server that ends gracefully on SIGTERM, SIGINT or SIGHUP: new requests get 503, accepted ones finish.
+    A second SIGINT does not wait.
 
     The port stays open while the engine drains, or clients would see refused connections in place of the 503.
     """

@@ -53,8 +53,8 @@ RECORDED_FIELDS = (
     "optimizer.momentum", "ema", "schedule", "recurrence", "precision", "deepspeed", "batch.micro_size",
     "activation_checkpointing", "compile", "noise_source",
 )  # fmt: skip
-"""Sections and fields that change how the run goes on but neither the model nor the order of the data: allowed,
-and noted in the manifest."""
+"""Sections and fields that change how the run goes on but neither the model nor the order of the data:
+allowed, and noted in the manifest."""
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""From a YAML file and ``key.sub=value`` overrides to a config that has been checked, before anything starts. No
-torch here."""
+"""From a YAML file and ``key.sub=value`` overrides to a config that has been checked, before anything starts.
+No torch here."""
 
 from __future__ import annotations
 

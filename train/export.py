@@ -243,8 +243,8 @@ def _matching(
     block: int | None,
     mapped: Mapping[str, str],
 ) -> dict[str, Tensor]:
-    """The weights for ``own``, those that overlap cut to what both have; UserError for the first one that ``own``
-    lacks or has in another shape and that ``mapped`` does not explain."""
+    """The weights for ``own``, those that overlap cut to what both have; UserError for the first one that
+    ``own`` lacks or has in another shape and that ``mapped`` does not explain."""
     if block is not None and any(name.startswith("blocks.") for name in weights):
         prefix = f"blocks.{block}."
         weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}

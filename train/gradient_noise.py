@@ -29,7 +29,8 @@ def moment_sums(optimizer: Optimizer, betas: tuple[float, float]) -> tuple[float
 
 
 def noise_scale(squares: float, seconds: float, updates: float, beta: float, batch: int) -> float | None:
-    """The noise scale in the unit of ``batch``; None where it cannot be estimated. beta: of the first moment."""
+    """The noise scale in the unit of ``batch``; None where it cannot be estimated. beta: of the first
+    moment."""
     if updates < FEWEST_UPDATES:
         return None
     share = (1 - beta) * (1 + beta**updates) / ((1 + beta) * (1 - beta**updates))

@@ -142,8 +142,8 @@ class Muon(Optimizer):
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": adamw, "muon": Muon}
-"""Optimizers by name. Their state must be tensors in the shape of the weights and numbers that all parameters share, or
-else a run cannot be resumed: see train/saved_state.py."""
+"""Optimizers by name. Their state must be tensors in the shape of the weights and numbers that all parameters
+share, or else a run cannot be resumed: see train/saved_state.py."""
 OFFLOADED: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {"adamw": offloaded_adamw}
 """What takes their place where the optimizer runs on the CPU while the weights are on a GPU; the others run
 there as they are."""

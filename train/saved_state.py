@@ -1,8 +1,9 @@
 """Weights and optimizer state as DeepSpeed's files hold them, and how an engine gets its share of them.
 
-The files give whole tensors by parameter name, whatever ZeRO stage and number of processes saved them, and each
-process cuts its share for the stage and number it has now. Only where a number lies changes, so this is exact.
-DeepSpeed's universal checkpoints do the same for ZeRO 1 to 3, but write a converted copy to disk first.
+The files give whole tensors by parameter name, whatever ZeRO stage and number of processes saved them, and
+each process cuts its share for the stage and number it has now. Only where a number lies changes, so this is
+exact. DeepSpeed's universal checkpoints do the same for ZeRO 1 to 3, but write a converted copy to disk
+first.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The config of one training run, as one class a section. How a file becomes one, and what no section can check
-alone, is in train/config_file.py. No torch here."""
+"""The config of one training run, as one class a section. How a file becomes one, and what no section can
+check alone, is in train/config_file.py. No torch here."""
 
 from __future__ import annotations
 

@@ -193,8 +193,8 @@ def _draw_training(axes: Any, arm: str, runs: Sequence[Json], x: str, color: str
 
 
 def k_curves(report: Json, name: str) -> dict[str, dict[int, dict[Any, float]]]:
-    """Curves of one evaluation: arm -> K -> seed -> NLL, only normalised likelihoods and bounds. What the runs
-    started from comes first, with seed None."""
+    """Curves of one evaluation: arm -> K -> seed -> NLL, only normalised likelihoods and bounds. What the
+    runs started from comes first, with seed None."""
     found: dict[str, dict[int, dict[Any, float]]] = {}
     for run in [*report["starts"], *report["runs"]]:
         for row in run["nll"].get(name, []):

@@ -220,8 +220,8 @@ class InitConfig(Strict):
     """scaled: output projections of attention and MLP start smaller by sqrt(2 * depth); plain: like every
     other matrix."""
     adapter: Literal["identity", "random"] = "identity"
-    """Initial value of injection linear. identity: [0, I] (state first), so the embedding passes and the state starts
-    silent."""
+    """Initial value of injection linear. identity: [0, I] (state first), so the embedding passes and the
+    state starts silent."""
 
 
 class RecurrentConfig(Strict, TextShape):

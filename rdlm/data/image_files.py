@@ -18,7 +18,8 @@ from rdlm.errors import UserError, reason
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 DECODERS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Decoders of pillow that may read a file, whatever it is called. Its others include a PostScript interpreter."""
+"""Decoders of pillow that may read a file, whatever it is called. Its others include a PostScript
+interpreter."""
 MAX_CLASSES = 1 << 16
 """Labels that are numbers end below: every one gets a name."""
 KINDS = (

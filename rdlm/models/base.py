@@ -93,8 +93,8 @@ class Backbone(nn.Module, ABC):
         return CausalContext(inputs.shape[1], inputs.device)
 
     def prefix_context(self, token_types: Tensor) -> AttentionContext:
-        """The context where rows of type 1 form a prefix that sees itself in both directions; token_types [B, T]
-        int64."""
+        """The context where rows of type 1 form a prefix that sees itself in both directions; token_types [B,
+        T] int64."""
         raise UserError("token_type_ids", "...", "this model knows no prefix", "leave them out")
 
     def empty_inputs(self, count: int, length: int) -> Tensor:
@@ -145,8 +145,8 @@ class Backbone(nn.Module, ABC):
         """The layers of one core step, first one first."""
 
     def condition(self, c_noise: Tensor) -> Condition | None:
-        """The conditioning of the core layers on levels c_noise [B or 1, T or 1] fp32; None for an unconditioned
-        model."""
+        """The conditioning of the core layers on levels c_noise [B or 1, T or 1] fp32; None for an
+        unconditioned model."""
         if self.noise_embedding is None:
             return None
         embedded = self.noise_embedding(c_noise)  # [B or 1, T or 1, C]

@@ -212,8 +212,8 @@ class CompletionAnswer(ChoicesAnswer):
 
 @dataclass(kw_only=True)
 class ChatAnswer(ChoicesAnswer):
-    """The answer of /v1/chat/completions. The role comes with the first token: clients time the first chunk as
-    the first token.
+    """The answer of /v1/chat/completions. The role comes with the first token: clients time the first chunk
+    as the first token.
     """
 
     tools: OfferedTools | None = None

@@ -87,11 +87,11 @@ class Corpus(ABC):
         micro_index: int,
         micro_size: int,
     ) -> Batch:
-        """Micro-batch ``micro_index`` of ``rank`` in update ``step``: [micro_size, seq_len], a pure function of the
-        arguments, so that a resumed run needs no state but its step.
+        """Micro-batch ``micro_index`` of ``rank`` in update ``step``: [micro_size, seq_len], a pure function
+        of the arguments, so that a resumed run needs no state but its step.
 
-        Update ``step`` takes rows [step, step + 1) * global_batch of the list: rank after rank, micro-batch after
-        micro-batch.
+        Update ``step`` takes rows [step, step + 1) * global_batch of the list: rank after rank, micro-batch
+        after micro-batch.
         """
         share = global_batch // world
         if global_batch % world or share % micro_size or not 0 <= micro_index < share // micro_size:
@@ -106,7 +106,8 @@ class Corpus(ABC):
 
     @abstractmethod
     def windows(self, max_tokens: int | None, batch_size: int) -> Iterator[Batch]:
-        """Held-out batches, the same ones every time; at most ``max_tokens`` targets, at least one sequence."""
+        """Held-out batches, the same ones every time; at most ``max_tokens`` targets, at least one
+        sequence."""
 
 
 class Reader:

@@ -1,8 +1,8 @@
 """Where documents come from: the embedded text, files, or a Hugging Face data set. All of them stream.
 
-One source is a class and a line in SOURCES; the kinds of files are in train/data/file_formats.py. Rows without
-text are skipped and counted, whatever kind of file holds them; files that are damaged, or not what their
-name says, are refused.
+One source is a class and a line in SOURCES; the kinds of files are in train/data/file_formats.py. Rows
+without text are skipped and counted, whatever kind of file holds them; files that are damaged, or not what
+their name says, are refused.
 """
 
 from __future__ import annotations
