@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 import typer
@@ -36,9 +37,11 @@ from benchmarks.common import provenance, write_json
 from rdlm.config.base import parse
 from rdlm.data.batch import Batch
 from rdlm.diffusion.targets import frozen_rows
+from rdlm.objectives.base import Keys
+from train.data import Corpus
 from train.memory_plan import predict
 from train.settings import TrainConfig
-from train.trainer import Trainer, _loss
+from train.trainer import Trainer
 
 BLOCKS = (1, 2, 3, 4, 6)
 SHAPE = {"vocab_size": 2048, "d_model": 384, "num_heads": 6, "mlp_width": 1024, "num_layers": 12}
@@ -77,18 +80,17 @@ class Arm:
         return parse(TrainConfig, document, "benchmark")
 
 
-class RandomTokens:
+class RandomTokens(Corpus):
     """A corpus of random ids: memory does not depend on what they say."""
 
-    identity, tokenizer = "random", None
+    unit, identity, tokenizer = "token", "random", None
 
     def __init__(self, config: TrainConfig) -> None:
         self.vocab_size, self.seq_len = config.model.vocab_size, config.data.seq_len
 
-    def batch(self, step: int, *, micro_size: int, **_: Any) -> Batch:
-        ids = torch.randint(
-            self.vocab_size, (micro_size, self.seq_len + 1), generator=torch.Generator().manual_seed(step)
-        )
+    def rows(self, numbers: np.ndarray, seed: int) -> Batch:
+        drawn = torch.Generator().manual_seed(int(numbers[0]))
+        ids = torch.randint(self.vocab_size, (len(numbers), self.seq_len + 1), generator=drawn)
         return Batch(ids[:, :-1], ids[:, 1:], torch.ones_like(ids[:, 1:], dtype=torch.bool))
 
     def windows(self, max_tokens: int | None, batch_size: int) -> Any:
@@ -105,7 +107,7 @@ class Run:
         """One update. ``between`` is called after the forward and after the backward pass."""
         trainer = self.trainer
         (batch,), engine = trainer._batches(trainer.step), trainer.due()
-        total, _, _ = engine(_loss, batch, step=trainer.step, seed=0, rank=0, micro=0)
+        total, _, _ = engine(batch, Keys(seed=0, step=trainer.step))
         between("forward")
         engine.backward(total / batch.mask.sum())
         del total
