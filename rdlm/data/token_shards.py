@@ -28,6 +28,9 @@ SCHEMA_VERSION = 1
 COUNTS, STARTS = 1, 2
 """Bits of a mark: the token counts as a target; it is the first of its document."""
 
+UNWRITTEN = 64
+"""So many tokens of id 0 and no other are no text: a crash left them, or a copy that was cut off."""
+
 
 class Shard(Strict):
     """One file of a split."""
@@ -176,13 +179,18 @@ class TokenStore:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count), across shards. -> int64 [count]; UserError for an id that the
-        vocabulary has not."""
+        vocabulary has not, and for zeros that nobody has written."""
         out = self._read(self._maps, start, count)
         if count and (largest := int(out.max())) >= self.manifest.vocab_size:
             problem = (
                 f"split {self.split!r} holds the id {largest}, the vocabulary has {self.manifest.vocab_size}"
             )
             raise UserError("data", str(self.folder), problem, AGAIN)
+        if count >= UNWRITTEN and not out.any():
+            problem = f"{count} tokens of split {self.split!r} from token {start} on are id 0, as in a file of zeros"
+            raise UserError(
+                "data", str(self.folder), problem, "check it with `rdlm data info`, or prepare it again"
+            )
         return out
 
     def counts(self, start: int, count: int) -> np.ndarray:

@@ -138,6 +138,21 @@ def test_ids_outside_the_vocabulary_are_refused_when_they_are_read(
         store.read(900, 10)
 
 
+def test_zeros_that_nobody_wrote_are_no_text(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Their hash would tell, but a training run does not read a terabyte to begin."""
+    shutil.copytree(folders["text"], tmp_path / "d")
+    shard = tmp_path / "d" / read_manifest(tmp_path / "d").splits["train"].shards[1].file
+    ids = np.fromfile(shard, dtype="<u2")
+    ids[100:300] = 0
+    ids.tofile(shard)
+    store = TokenStore(tmp_path / "d", "train")
+    assert store.read(900, 100).any() and not store.read(1000, 32).any()  # too short to tell
+    with pytest.raises(
+        UserError, match="128 tokens of split 'train' from token 1050 on are id 0.*rdlm data info"
+    ):
+        store.read(1050, 128)
+
+
 def test_a_shard_outside_of_the_folder_is_never_opened(folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(folders["text"], tmp_path / "d")
     manifest = tmp_path / "d" / "manifest.json"
