@@ -172,7 +172,8 @@ static void micro(int in, const char* data, int64_t size, int64_t line, const fl
 // A row of activations for products with quantised weights, one after the other.
 struct Unit {
   float scale;
-  int32_t sum;                // of the values, times 8: what int4 weights, stored from 0 to 15, count too much
+  int32_t sum;                // of the values, times 8: what int4 weights, stored from 0 to 15, count too much; int8
+                              // weights stored from 0 to 255 count 16 times as much
   int8_t values[UNIT_INPUTS];  // -127 to 127
   uint8_t sizes[UNIT_INPUTS];  // their absolute values
 };
@@ -235,17 +236,16 @@ static inline ints8 dot(ints8 sum, __m256i unsigned_bytes, __m256i signed_bytes)
   return (ints8)_mm256_dpbusd_avx_epi32((__m256i)sum, unsigned_bytes, signed_bytes);
 }
 #endif
-// sum + of each of 8 outputs 4 int8 weights times 4 values.
+// sum + of each of 8 outputs 4 int8 weights times 4 values. With dot, weights are stored from 0 to 255.
 static inline ints8 add_int8(ints8 sum, const char* w, const Unit& x, int k) {
 #if defined(__AVX2__)
   const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-  const __m256i sizes = _mm256_set1_epi32(load<int32_t>(x.sizes + k));
   const __m256i values = _mm256_set1_epi32(load<int32_t>(x.values + k));
-  const __m256i signed_weights = _mm256_sign_epi8(weights, values);
 #if defined(HAS_DOT)
-  return dot(sum, sizes, signed_weights);
+  return dot(sum, weights, values);
 #else
-  const __m256i pairs = _mm256_maddubs_epi16(sizes, signed_weights);  // at most 2 * 127 * 127
+  const __m256i sizes = _mm256_set1_epi32(load<int32_t>(x.sizes + k));
+  const __m256i pairs = _mm256_maddubs_epi16(sizes, _mm256_sign_epi8(weights, values));  // at most 2 * 127 * 127
   return sum + (ints8)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #endif
 #else
@@ -275,6 +275,12 @@ static inline ints8 add_int4(ints8 sum, const char* w, const Unit& x, int k) {
   return sum;
 #endif
 }
+#if defined(HAS_DOT)
+constexpr int INT8_OFFSET = 128;
+#else
+constexpr int INT8_OFFSET = 0;
+#endif
+static inline ints8 whole_int8(ints8 sum, const Unit& x) { return sum - INT8_OFFSET / 8 * x.sum; }
 static inline ints8 whole_int4(ints8 sum, const Unit& x) {
 #if defined(__AVX2__) && !defined(HAS_DOT)
   sum = (ints8)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
@@ -315,7 +321,7 @@ static void micro_quantised(int in, const char* data, int64_t size, int64_t grou
       for (int r = 0; r < R; r++)
         for (int j = 0; j < B; j++)
           for (int q = 0; q < Q; q++) {
-            const ints8 whole = KIND == INT4 ? whole_int4(sums[r][j][q], *xs[r]) : sums[r][j][q];
+            const ints8 whole = KIND == INT4 ? whole_int4(sums[r][j][q], *xs[r]) : whole_int8(sums[r][j][q], *xs[r]);
             acc[from + r][j][q] += __builtin_convertvector(whole, floats8) * (scales[j][q] * xs[r]->scale);
           }
     };
@@ -936,7 +942,8 @@ void rdlm_pack_quantised(const int8_t* values, const uint16_t* scales, int in, i
       for (int k = first; k < first + UNIT_INPUTS; k += kind == INT4 ? 8 : 4)
         for (int lane = 0; lane < BW; lane++)
           for (int i = 0; i < 4; i++)
-            *data++ = kind == INT4 ? char((at(lane, k + i) + 8) | (at(lane, k + 4 + i) + 8) << 4) : at(lane, k + i);
+            *data++ = kind == INT4 ? char((at(lane, k + i) + 8) | (at(lane, k + 4 + i) + 8) << 4)
+                                   : char(at(lane, k + i) + INT8_OFFSET);
     }
   }); });
 }
