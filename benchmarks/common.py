@@ -17,6 +17,7 @@ import yaml
 from eval.provenance import provenance, write_json
 from rdlm.checkpoints.folder import CONFIG, load_config
 from rdlm.data.token_shards import TokenStore
+from rdlm.errors import UserError
 
 __all__ = [
     "at_sigma_max",
@@ -91,10 +92,17 @@ def last_metrics(folder: Path) -> dict[str, Any]:
 
 def with_earlier_runs(out: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """``rows``, after the runs in ``out`` that none of them replaces: those of another arm, seed or learning
-    rate."""
+    rate. UserError where the runs that stay are of data with another tokenizer: they are no rows of one table."""
     earlier = read_json(out)["runs"] if out.exists() else []
     new = {(row["arm"], row["seed"], row["lr"]) for row in rows}
-    return [run for run in earlier if (run["arm"], run["seed"], run["lr"]) not in new] + list(rows)
+    found = [run for run in earlier if (run["arm"], run["seed"], run["lr"]) not in new] + list(rows)
+    tokenizers = {run["data"].get("tokenizer_fingerprint") for run in found if "data" in run} - {None}
+    if len(tokenizers) > 1:
+        problem = f"its runs and the new ones have different tokenizers ({', '.join(sorted(tokenizers))})"
+        raise UserError(
+            "out", str(out), problem, "prepare the data as the earlier runs had it, or give another file"
+        )
+    return found
 
 
 def in_parallel(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:

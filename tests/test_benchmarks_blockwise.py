@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import blockwise, tables
-from benchmarks.common import read_json
+from benchmarks.common import read_json, with_earlier_runs, write_json
 from rdlm.cli import run
 from rdlm.config.base import parse
 from rdlm.errors import UserError
@@ -16,6 +16,7 @@ from rdlm.objectives.blockwise import drawn_block
 from rdlm.registry import build
 from train.settings import TrainConfig
 
+REPO = Path(__file__).parents[1]
 COST = {"next_token B=1": 0.5, "paper B=1": 1.0, "paper B=2": 0.6, "paper B=4": 0.4, "evidence B=1": 0.6,
 "evidence B=2": 0.4,
         "evidence B=4": 0.3}  # fmt: skip
@@ -69,3 +70,22 @@ def test_an_arm_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     options = ["--data", str(tmp_path), "--out", str(tmp_path / "x.json"), "--arms", "evidence B=3"]
     assert run(blockwise.app, options, "blockwise") == 2
     assert "--arms='evidence B=3'" in capsys.readouterr().err
+
+
+def test_rows_of_a_table_are_of_one_corpus(tmp_path: Path) -> None:
+    def row(arm: str, tokenizer: str | None) -> dict[str, Any]:
+        return {"arm": arm, "seed": 0, "lr": 0.1, "data": {"tokenizer_fingerprint": tokenizer}}
+
+    write_json(tmp_path / "a.json", {"runs": [row("one", "x"), row("two", None)]})
+    assert len(with_earlier_runs(tmp_path / "a.json", [row("three", "x")])) == 3
+    assert (
+        len(with_earlier_runs(tmp_path / "a.json", [row("one", "y")])) == 2
+    )  # the only row of x is replaced
+    with pytest.raises(UserError, match="different tokenizers"):
+        with_earlier_runs(tmp_path / "a.json", [row("three", "y")])
+
+
+@pytest.mark.parametrize("name", ["language", "depth", "blockwise"])
+def test_published_rows_are_of_one_corpus(name: str) -> None:
+    file = REPO / "docs" / "results" / "raw" / f"{name}.json"
+    with_earlier_runs(file, [])
