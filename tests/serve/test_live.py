@@ -270,7 +270,7 @@ def test_sigterm_loses_no_accepted_request(checkpoint: Path, tmp_path: Path) -> 
         body: dict[str, Any] = {
             "model": "tiny:k8",
             "prompt": "x",
-            "max_tokens": 80,
+            "max_tokens": 400,
             "extra_body": {"ignore_eos": True},
         }
         if i % 2:
@@ -290,7 +290,7 @@ def test_sigterm_loses_no_accepted_request(checkpoint: Path, tmp_path: Path) -> 
             late = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
         assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
         assert httpx.get(f"{server.url}/ready").status_code == 503
-        assert [count.result(120) for count in counts] == [80] * 6
+        assert [count.result(120) for count in counts] == [400] * 6
     assert server.process.wait(60) == 0
     said = (server.process.stdout.read() if server.process.stdout else "").splitlines()
     own = [line for line in said if line.startswith("rdlm: ")]
@@ -401,7 +401,7 @@ def test_after_sigkill_the_same_command_serves_again(checkpoint: Path, tmp_path:
         (["--max-len", "99999"], "max_len=99999"),
         (["--drain-seconds", "1e300"], "drain_seconds=1e+300"),
         (["--model-name", "a:k4"], "model_name='a:k4'"),
-        (["--model-name", ""], "model_name=''"),
+        (["--model-name", ""], "--model-name=''"),
     ],
 )
 def test_bad_options_exit_2_with_one_line(options: list[str], says: str, checkpoint: Path) -> None:
