@@ -22,7 +22,15 @@ from typing import Annotated, Any, Literal
 import matplotlib
 import typer
 
-from benchmarks.common import in_parallel, provenance, read_json, run_rdlm, train, write_json
+from benchmarks.common import (
+    check_same_corpus,
+    in_parallel,
+    provenance,
+    read_json,
+    run_rdlm,
+    train,
+    write_json,
+)
 from benchmarks.equal_compute import BATCH_SIZE, SEQ_LEN, base_config, held_out
 from benchmarks.train_step import Arm as Timed
 from benchmarks.train_step import kept_seconds_per_update
@@ -277,6 +285,7 @@ def main(
                 "there is no such arm",
                 f"choose among main, depth, ablation, {', '.join(ARMS)}",
             )
+    check_same_corpus(out, data)
     root.mkdir(parents=True, exist_ok=True)
     cost = kept_seconds_per_update(root / "seconds_per_update.json", timed_arms)
     wanted = [

@@ -21,10 +21,12 @@ from rdlm.errors import UserError
 
 __all__ = [
     "at_sigma_max",
+    "check_same_corpus",
     "in_parallel",
     "provenance",
     "read_json",
     "run_rdlm",
+    "tokenizers_of",
     "train",
     "with_earlier_runs",
     "write_json",
@@ -92,17 +94,29 @@ def last_metrics(folder: Path) -> dict[str, Any]:
 
 def with_earlier_runs(out: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """``rows``, after the runs in ``out`` that none of them replaces: those of another arm, seed or learning
-    rate. UserError where the runs that stay are of data with another tokenizer: they are no rows of one table."""
+    rate."""
     earlier = read_json(out)["runs"] if out.exists() else []
     new = {(row["arm"], row["seed"], row["lr"]) for row in rows}
-    found = [run for run in earlier if (run["arm"], run["seed"], run["lr"]) not in new] + list(rows)
-    tokenizers = {run["data"].get("tokenizer_fingerprint") for run in found if "data" in run} - {None}
-    if len(tokenizers) > 1:
-        problem = f"its runs and the new ones have different tokenizers ({', '.join(sorted(tokenizers))})"
-        raise UserError(
-            "out", str(out), problem, "prepare the data as the earlier runs had it, or give another file"
-        )
-    return found
+    return [run for run in earlier if (run["arm"], run["seed"], run["lr"]) not in new] + list(rows)
+
+
+def tokenizers_of(out: Path) -> set[str]:
+    """Fingerprints of the tokenizers of the runs in ``out``, which may be missing."""
+    runs = read_json(out)["runs"] if out.exists() else []
+    return {
+        run["data"]["tokenizer_fingerprint"]
+        for run in runs
+        if run.get("data", {}).get("tokenizer_fingerprint")
+    }
+
+
+def check_same_corpus(out: Path, data: Path) -> None:
+    """UserError, before anything is trained, where the runs in ``out`` are of data with another tokenizer: they would
+    be no rows of one table."""
+    own = TokenStore(data, "train").manifest.tokenizer_fingerprint
+    if tokenizers_of(out) - {own}:
+        problem = "the runs in it are of data with another tokenizer"
+        raise UserError("out", str(out), problem, "prepare the data as they had it, or give another file")
 
 
 def in_parallel(jobs: int, calls: Sequence[Callable[[], T]]) -> list[T]:

@@ -19,6 +19,7 @@ import typer
 
 from benchmarks.common import (
     at_sigma_max,
+    check_same_corpus,
     in_parallel,
     last_metrics,
     provenance,
@@ -145,6 +146,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 65_536,
 ) -> None:
     """Train and score every arm; writes what is finished so far after each call."""
+    check_same_corpus(out, data)
     root.mkdir(parents=True, exist_ok=True)
     cost = kept_seconds_per_update(root / "seconds_per_update.json", timed_arms)
     wanted = [(name, int(seed)) for seed in seeds.split(",") for name in arms.split(",")]

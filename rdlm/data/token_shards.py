@@ -29,7 +29,7 @@ COUNTS, STARTS = 1, 2
 """Bits of a mark: the token counts as a target; it is the first of its document."""
 
 UNWRITTEN = 64
-"""So many tokens of id 0 and no other are no text: a crash left them, or a copy that was cut off."""
+"""So many tokens of id 0 and no other are hardly text: a crash may have left them, or a copy that was cut off."""
 
 
 class Shard(Strict):
@@ -148,7 +148,9 @@ class TokenStore:
         if split not in self.manifest.splits:
             raise no_split(split, ", ".join(self.manifest.splits))
         self.split, self.info = split, self.manifest.splits[split]
-        shards = [shard for shard in self.info.shards if shard.tokens]
+        shards = self._shards = [shard for shard in self.info.shards if shard.tokens]
+        self._checked: set[str] = set()
+        """Shards whose hash is known to be right."""
         code = f"<{_code(self.manifest.dtype)}"
         self._maps = [np.memmap(self.folder / s.file, dtype=code, mode="r") for s in shards]
         self._marks = [
@@ -179,7 +181,7 @@ class TokenStore:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count), across shards. -> int64 [count]; UserError for an id that the
-        vocabulary has not, and for zeros that nobody has written."""
+        vocabulary has not, and for zeros that a damaged shard holds."""
         out = self._read(self._maps, start, count)
         if count and (largest := int(out.max())) >= self.manifest.vocab_size:
             problem = (
@@ -187,11 +189,17 @@ class TokenStore:
             )
             raise UserError("data", str(self.folder), problem, AGAIN)
         if count >= UNWRITTEN and not out.any():
-            problem = f"{count} tokens of split {self.split!r} from token {start} on are id 0, as in a file of zeros"
-            raise UserError(
-                "data", str(self.folder), problem, "check it with `rdlm data info`, or prepare it again"
-            )
+            self._check_hashes(start, count)
         return out
+
+    def _check_hashes(self, start: int, count: int) -> None:
+        """UserError where a shard that holds these tokens is not the one that was written. Reads it whole, once."""
+        for i in range(bisect_right(self._starts, start) - 1, bisect_right(self._starts, start + count - 1)):
+            shard = self._shards[i]
+            if shard.file not in self._checked and file_sha256(self.folder / shard.file) != shard.sha256:
+                problem = f"holds {count} tokens of id 0 in a row, and its hash is not the manifest's"
+                raise UserError("data", str(self.folder / shard.file), problem, AGAIN)
+            self._checked.add(shard.file)
 
     def counts(self, start: int, count: int) -> np.ndarray:
         """Which of tokens [start, start + count) count as targets: bool [count]."""

@@ -199,9 +199,7 @@ class MLP(nn.Module):
             inner = F.relu(wide).square()
         elif self.kind == "gelu":
             inner = F.gelu(wide)
-        elif (
-            torch.compiler.is_compiling()
-        ):  # a compiler fuses this by itself, and cannot trace the other form
+        elif torch.compiler.is_compiling():  # it fuses this by itself, and cannot trace the other form
             gate, up = wide.chunk(2, dim=-1)
             inner = F.silu(gate) * up
         else:

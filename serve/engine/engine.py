@@ -414,9 +414,9 @@ class Engine:
         results = run_isolated(served.runner.run, batch)
         after_model = time.monotonic()
         self.counters.steps += unread + 1
+        seconds = (after_model - began) / (unread + 1)
         for _ in range(unread + 1):
             self.counters.rows.observe(rows)
-            seconds = (after_model - began) / (unread + 1)
             self._deadlines.cost.observe(rows, seconds, served.runner.waits or bool(results))
         self.counters.model_s += after_model - before_model
         self.counters.busy_s += after_model - began
@@ -437,15 +437,16 @@ class Engine:
     def _run_unread(self, runner: Runner, batch: list[Sequence], steps: int) -> list[Sequence]:
         """Take core steps of which nothing is read -> those of ``batch`` that go on."""
         failed = run_isolated(partial(runner.run_unread, steps=steps), batch)
+        going: list[Sequence] = []
         for sequence in batch:
-            if sequence.id in failed:
-                self._fail(
-                    sequence, failed[sequence.id].error or AssertionError("a step without an error failed")
-                )
-                continue
-            for _ in range(steps):
-                sequence.advance(StepResult())
-        return [sequence for sequence in batch if sequence.id not in failed]
+            try:
+                for _ in range(steps):
+                    self._advance(sequence, failed.get(sequence.id) or StepResult())
+            except Exception as error:
+                self._fail(sequence, error)
+            else:
+                going.append(sequence)
+        return going
 
     def _guided(self, batch: list[Sequence]) -> list[Sequence]:
         """``batch`` without the constrained answers whose next mask is not there yet: the others do not wait for

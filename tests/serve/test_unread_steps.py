@@ -12,7 +12,7 @@ from rdlm.exit_criteria import ExitRule
 from rdlm.sampling_params import SamplingParams
 from serve.engine import engine as engine_module
 from serve.engine.engine import Engine, Served
-from serve.engine.sequence import Event, Request, StepBudget, StepPredictions
+from serve.engine.sequence import Event, Request, Sequence, StepBudget, StepPredictions, StepResult
 from serve.loading import optimise
 from serve.settings import EngineSettings
 
@@ -88,3 +88,24 @@ def test_a_long_step_leaves_none_to_be_taken_with_it(
         for seconds, most in ((0.004, 1), (0.02, 0), (0.0001, 5)):
             monkeypatch.setattr(engine._deadlines.cost, "predict", lambda rows, seconds=seconds: seconds)
             assert engine._unread_steps(served, batch, 6) == most
+
+
+def test_a_sequence_that_cannot_advance_ends_alone(
+    make_served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "MOST_UNREAD", 1.0)
+    served = served_of(make_served, "onestep", "shared", False)
+    with Engine(lambda: served) as engine:
+        alone = told(engine.generate(REQUESTS[:1]))
+        real = Sequence.advance
+
+        def advance(self: Sequence, result: StepResult) -> None:
+            if self.request.seed == 3 and self.step == 1:
+                raise RuntimeError("injected")
+            real(self, result)
+
+        monkeypatch.setattr(Sequence, "advance", advance)
+        both = engine.generate([REQUESTS[0], REQUESTS[3]])
+        assert told(both[:1]) == alone
+        assert [event.finish for event in both[1]] == ["error"]
+        assert told(engine.generate(REQUESTS[:1])) == alone  # the engine goes on

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rdlm.cli import run
+from rdlm.data.manifest import file_sha256
 from rdlm.data.token_shards import TokenStore, read_manifest
 from rdlm.errors import UserError
 from train.data import build_corpus
@@ -148,9 +149,14 @@ def test_zeros_that_nobody_wrote_are_no_text(folders: dict[str, Path], tmp_path:
     store = TokenStore(tmp_path / "d", "train")
     assert store.read(900, 100).any() and not store.read(1000, 32).any()  # too short to tell
     with pytest.raises(
-        UserError, match="128 tokens of split 'train' from token 1050 on are id 0.*rdlm data info"
+        UserError, match="holds 128 tokens of id 0 in a row, and its hash is not the manifest's"
     ):
         store.read(1050, 128)
+    manifest = tmp_path / "d" / "manifest.json"
+    document = json.loads(manifest.read_text())
+    document["splits"]["train"]["shards"][1]["sha256"] = file_sha256(shard)
+    manifest.write_text(json.dumps(document))
+    assert not TokenStore(tmp_path / "d", "train").read(1050, 128).any()  # they were written so
 
 
 def test_a_shard_outside_of_the_folder_is_never_opened(folders: dict[str, Path], tmp_path: Path) -> None:

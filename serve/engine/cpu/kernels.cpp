@@ -867,7 +867,7 @@ static void layer(const Layer& l, const Rows& rows, const Cache& cache, float* x
 
 // What a core step does before its layers, and after them: norms, with weights unless norm is null.
 enum Injection { KEEP = 0, REPLACE = 1, ADD = 2, LINEAR = 3 };
-struct Between {
+struct CoreStep {
   int32_t injection;
   float state_scale;
   int32_t norms;
@@ -876,7 +876,7 @@ struct Between {
   Matrix adapter;  // LINEAR: [width, 2 width], the state first
 };
 
-static void inject(const Between& b, float* x, const float* e, int rows, int width) {
+static void inject(const CoreStep& b, float* x, const float* e, int rows, int width) {
   const int64_t all = int64_t(rows) * width;
   if (b.injection == REPLACE) memcpy(x, e, all * 4);
   if (b.injection == ADD)
@@ -960,20 +960,23 @@ void rdlm_rms_norm(const float* x, const float* weight, int rows, int width, flo
 
 // Transformer layers one after the other, x [rows, width] in place. cache: of the first one; the next one's keys and
 // values lie k_bytes and v_bytes later. mods: one a layer, or null; values: one a layer, each may be null, or null.
-// between: what surrounds them in a core step with input e [rows, width], which is taken ``steps`` times; or null.
+// around: injection and norm of a core step with input e [rows, width], which is taken ``steps`` times; or null.
 void rdlm_layers(const Layer* const* layers, int count, const Rows* rows, const Cache* cache, int64_t k_bytes,
                  int64_t v_bytes, float* x, const Modulation* mods, const float* const* values, int64_t value_stride,
-                 const Between* between, const float* e, int steps) {
+                 const CoreStep* around, const float* e, int steps) {
   const int n = rows->count, width = layers[0]->width;
   for (int step = 0; step < steps; step++) {
-    if (between) inject(*between, x, e, n, width);
+    if (around) inject(*around, x, e, n, width);
     for (int i = 0; i < count; i++) {
       Cache own = *cache;
       own.k += i * k_bytes, own.v += i * v_bytes;
       layer(*layers[i], *rows, own, x, mods ? mods + i : nullptr, values ? values[i] : nullptr, value_stride);
     }
-    if (between && between->norms)
-      for (int r = 0; r < n; r++) rms_norm(x + int64_t(r) * width, x + int64_t(r) * width, between->norm, width, between->eps);
+    if (around && around->norms)
+      for (int r = 0; r < n; r++) {
+        float* row = x + int64_t(r) * width;
+        rms_norm(row, row, around->norm, width, around->eps);
+      }
   }
 }
 }

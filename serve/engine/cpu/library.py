@@ -64,8 +64,8 @@ class Layer(Structure):
     )  # fmt: skip
 
 
-class Between(Structure):
-    """``struct Between`` of kernels.cpp."""
+class CoreStep(Structure):
+    """``struct CoreStep`` of kernels.cpp."""
 
     _fields_ = (
         ("injection", c_int32), ("state_scale", c_float), ("norms", c_int32), ("eps", c_float), ("norm", c_void_p),
@@ -144,7 +144,7 @@ def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
     lib.rdlm_rms_norm.argtypes = (c_void_p, c_void_p, c_int, c_int, c_float, c_void_p)
     lib.rdlm_layers.argtypes = (
         c_void_p, c_int, POINTER(Rows), POINTER(Cache), c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64,
-        POINTER(Between), c_void_p, c_int,
+        POINTER(CoreStep), c_void_p, c_int,
     )  # fmt: skip
     for name in ("rdlm_pack", "rdlm_pack_quantised", "rdlm_linear", "rdlm_rms_norm", "rdlm_layers"):
         getattr(lib, name).restype = None

@@ -26,7 +26,7 @@ from rdlm.nn.attention import AttentionContext, LaterLayers, rotary_table
 from rdlm.nn.kv_cache import PackedContext, Pages
 from rdlm.nn.layers import Condition, LayerCondition, Layers, RMSNorm, TokenTable, TransformerLayer
 from rdlm.nn.quantization import Quantized, formats, quantized
-from serve.engine.cpu.library import Between, Cache, Layer, Matrix, Modulation, Rows, library
+from serve.engine.cpu.library import Cache, CoreStep, Layer, Matrix, Modulation, Rows, library
 from serve.engine.cpu.memory import weight_memory
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
@@ -256,10 +256,11 @@ class PackedLayers(Layers):
         cond: Condition | None = None,
         values: Seq[Tensor | None] | None = None,
         e: Tensor | None = None,
-        between: Between | None = None,
+        around: CoreStep | None = None,
         count: int = 1,
     ) -> Tensor:
-        """``through``, ``count`` times; e [1, N, D], between: what happens before and after the layers each time."""
+        """``through``, ``count`` times; e [1, N, D], around: injection and norm of each
+        core step."""
         pack, first = _pack_of(ctx, self._layers[0].layer)
         store = pack.cache.store(first)
         view: RowView | None = pack.views.get(id(store))
@@ -284,7 +285,7 @@ class PackedLayers(Layers):
         cache, k_bytes, v_bytes = view.cache(first)
         _lib().rdlm_layers(
             self._structs, len(self._layers), byref(view.rows), byref(cache), k_bytes, v_bytes, out.data_ptr(),
-            modulations, embeddings, width, None if between is None else byref(between), _pointer(e), count,
+            modulations, embeddings, width, None if around is None else byref(around), _pointer(e), count,
         )  # fmt: skip
         return out
 
@@ -296,12 +297,12 @@ class PackedCore:
         loop = model.config.loop
         self.layers = cast(PackedLayers, model.core_layers)
         adapter = model.adapter
-        self.between = Between(INJECTIONS[loop.injection], loop.injection_state_scale)
+        self.around = CoreStep(INJECTIONS[loop.injection], loop.injection_state_scale)
         if adapter is not None:
-            self.between.adapter = cast(PackedLinear, adapter).packed.struct
-        self.between.norms, self.between.eps = loop.boundary_norm != "none", model.config.layer.norm_eps
+            self.around.adapter = cast(PackedLinear, adapter).packed.struct
+        self.around.norms, self.around.eps = loop.boundary_norm != "none", model.config.layer.norm_eps
         if loop.boundary_norm == "weighted":
-            self.between.norm = cast(PackedNorm, model.ln_f).weight.data_ptr()
+            self.around.norm = cast(PackedNorm, model.ln_f).weight.data_ptr()
 
     @classmethod
     def of(cls, model: nn.Module) -> PackedCore | None:
@@ -319,7 +320,7 @@ class PackedCore:
         """A core step with each of the contexts: state and e [1, N, D] -> [1, N, D]."""
         for _, group in groupby(contexts, id):
             same = list(group)
-            state = self.layers.steps(state, same[0], cond, None, e, self.between, len(same))
+            state = self.layers.steps(state, same[0], cond, None, e, self.around, len(same))
         return state
 
 
